@@ -1,0 +1,24 @@
+"""What a command says when it cannot go on, and the exit code that goes with it.
+
+A user's mistake is a `UserError`: one message that names the place, the value and the mend; the
+command prints it without a traceback and exits with `EXIT_USER_ERROR`. Everything else that escapes
+is a fault of the program and keeps its traceback.
+"""
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED_BY_SIGTERM = 75
+EXIT_STOPPED_BY_SIGINT = 130
+
+
+class UserError(ValueError):
+    """Input, a flag or a setting that the user can mend; the text says where, what and how."""
+
+
+class StoppedBySignal(Exception):
+    """Raised at a safe place after SIGTERM or SIGINT, once everything worth keeping is on disk."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

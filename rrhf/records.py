@@ -1,0 +1,85 @@
+"""The one record that passes between stages: a prompt and any number of responses to it.
+
+A bare prompt is a set without candidates, a demonstration a set with one, a preference pair a set
+with two, a ranked group a set with any number. What a stage makes of a set is a view
+(`rrhf.data.views`); how it is written is the candidate file (`rrhf.data.candidate_files`).
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "unknown"]
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "unknown")
+ROLES = ("system", "user", "assistant")
+
+CHOSEN_SOURCE = "human:chosen"
+REJECTED_SOURCE = "human:rejected"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `content` is what was said, without any template around it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A response as text, and what is known of it.
+
+    Attributes:
+        response: the text. Where the set has `messages`, it is the reply's own content, without the
+            blank or newline that a chat format puts between cue and reply; else taken as it is.
+        source: who wrote it: "policy:<name>", "teacher:<model>", "human:chosen", "" if unknown.
+        score: what a scorer gave; None = not scored; never NaN.
+        finish_reason: "stop" ended by itself, "length" was cut (no EOS is appended in training),
+            "unknown" is treated as complete.
+    """
+
+    response: str
+    source: str = ""
+    score: float | None = None
+    finish_reason: FinishReason = "unknown"
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """A prompt and its candidates.
+
+    Attributes:
+        id: see `set_id`; unique within a file.
+        query: the prompt as text, as a person and RRHF's own readers see it.
+        messages: the conversation behind the query (the last turn is the user's), or None where
+            only text is known.
+        candidates: any number, ragged across prompts.
+        origin: where the prompt came from, such as "hh-rlhf/harmless-base".
+    """
+
+    id: str
+    query: str
+    messages: tuple[Message, ...] | None = None
+    candidates: tuple[Candidate, ...] = ()
+    origin: str = ""
+
+    @property
+    def scores(self) -> tuple[float | None, ...]:
+        return tuple(candidate.score for candidate in self.candidates)
+
+
+def set_id(query: str, messages: tuple[Message, ...] | None = None, occurrence: int = 0) -> str:
+    """A stable id of a prompt: 16 hex digits of SHA-256 over its messages, or over its text.
+
+    Args:
+        query: the prompt as text.
+        messages: the conversation, if known; then the id does not depend on how it was rendered.
+        occurrence: how often the same prompt stood earlier in the file; appended as "-1", "-2", ...
+    """
+    what: object = query if messages is None else [[m.role, m.content] for m in messages]
+    digest = hashlib.sha256(json.dumps(what, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
+    return digest if occurrence == 0 else f"{digest}-{occurrence}"

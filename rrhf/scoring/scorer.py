@@ -1,0 +1,27 @@
+"""The one interface behind which every source of preference stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from rrhf.records import CandidateSet
+
+
+class Scorer(Protocol):
+    """Gives each candidate a score; higher is better.
+
+    Sets arrive grouped, so that a prompt can be computed once. A scorer sees text, messages and
+    `finish_reason`, and applies its own tokenizer and template.
+
+    Attributes:
+        name: what stands in manifests and tables, such as "reward_model:<folder>".
+        normalized: True if scores were normalised (mean 0, deviation 1 on the training data).
+    """
+
+    name: str
+    normalized: bool
+
+    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
+        """One list for each set, one score for each candidate, in order; None = could not be scored."""
+        ...
