@@ -1,0 +1,353 @@
+"""The token boundary: how a conversation becomes prompt ids, and a response ids and text again.
+
+Prompt and response are tokenised apart, so that a prompt is the same whoever answers it. A
+response is encoded and decoded *in the context of a prompt*: tokenizers of the SentencePiece kind
+put a blank before the first word of a text and drop it on decoding, and then the same reply, once
+written by a person and once sampled, would differ in its first token. Four formats:
+
+- `hh`: "\\n\\nHuman: ...\\n\\nAssistant:", the reply follows after one blank.
+- `alpaca`: Stanford Alpaca's two instruction texts; the first line of a prompt without messages is
+  the instruction, the rest its input, as Wombat reads it.
+- `chat_template`: the tokenizer's own template.
+- `raw`: the query as it stands.
+
+`auto` takes the tokenizer's template (or `hh`, if it has none) where messages are known, and `raw`
+where they are not. Left out on purpose: multi-modal content, tools.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet, FinishReason, Message
+
+logger = logging.getLogger(__name__)
+
+CHAT_FORMATS = ("auto", "raw", "hh", "alpaca", "chat_template")
+HH_CUES = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
+HH_STOP_STRINGS = ("\n\nHuman:", "\n\nAssistant:")
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+# A tokenizer that puts a blank before a text's first word does not do so after this anchor.
+_ANCHORS = ("\n", ":", ".")
+# Private-use character around a special token's text that a user wrote.
+_MARK = "\ue000"
+
+
+def parse_hh_transcript(text: str) -> tuple[Message, ...]:
+    """Read an HH transcript into turns; the blank after each cue is the format's, not the turn's.
+
+    Args:
+        text: "\\n\\nHuman: ...\\n\\nAssistant: ..."; an empty last assistant turn is the generation
+            cue and is left out. Text before the first turn becomes a system message.
+
+    Raises:
+        ValueError: no "\\n\\nHuman:" turn in the text.
+    """
+    normalised = text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n")
+    marks = list(_HH_TURN.finditer(normalised))
+    if not any(mark.group(1) == "Human" for mark in marks):
+        raise ValueError('no "\\n\\nHuman:" turn')
+    turns: list[Message] = []
+    preamble = normalised[: marks[0].start()].strip()
+    if preamble:
+        turns.append(Message("system", preamble))
+    for mark, after in itertools.zip_longest(marks, marks[1:]):
+        content = normalised[mark.end() : after.start() if after else len(normalised)]
+        content = content.removeprefix(" ")
+        role = "user" if mark.group(1) == "Human" else "assistant"
+        if after is None and role == "assistant" and not content.strip():
+            break
+        turns.append(Message(role, content))
+    return tuple(turns)
+
+
+def render_messages(
+    chat_format: str, messages: Sequence[Message], tokenizer: Any | None = None
+) -> str:
+    """The prompt as text, ending in the cue after which the assistant speaks.
+
+    Raises:
+        UserError: the format is unknown, or needs a tokenizer's template that is not there.
+    """
+    if chat_format == "hh":
+        system = "".join(m.content for m in messages if m.role == "system")
+        turns = "".join(f"{HH_CUES[m.role]} {m.content}" for m in messages if m.role != "system")
+        return system + turns + HH_CUES["assistant"]
+    if chat_format == "alpaca":
+        asked = [m.content for m in messages if m.role == "user"][-1]
+        return _render_alpaca(asked)
+    if chat_format == "chat_template":
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise UserError(
+                "chat_format chat_template: this tokenizer has no chat template; "
+                "choose hh, alpaca or raw"
+            )
+        assert tokenizer is not None, "a template needs its tokenizer"
+        conversation = [{"role": m.role, "content": m.content} for m in messages]
+        return tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True
+        )
+    raise UserError(f"chat_format {chat_format!r}: choose one of {', '.join(CHAT_FORMATS)}")
+
+
+def _render_alpaca(asked: str) -> str:
+    instruction, _, rest = asked.strip("\n").partition("\n")
+    if rest.strip():
+        return _ALPACA_WITH_INPUT.format(instruction=instruction, input=rest)
+    return _ALPACA_WITHOUT_INPUT.format(instruction=instruction)
+
+
+def conversation_of(candidate_set: CandidateSet) -> tuple[Message, ...]:
+    """The set's messages, else its query read as an HH transcript, else as one user turn."""
+    if candidate_set.messages is not None:
+        return candidate_set.messages
+    try:
+        return parse_hh_transcript(candidate_set.query)
+    except ValueError:
+        return (Message("user", candidate_set.query),)
+
+
+class ChatCodec:
+    """Text to ids and back, for one tokenizer and one chat format.
+
+    Attributes:
+        tokenizer: the Hugging Face tokenizer.
+        chat_format: as asked for; `auto` is decided for each set.
+        pad_id: filler; may equal an end id, masks never look at it.
+        end_id: appended to a finished response: the template's end of turn, else EOS.
+        end_ids: every id that ends a sampled response.
+        bos_id: prepended to a prompt once, or None where the tokenizer adds none by itself.
+
+    Raises:
+        UserError: unknown format, a template that is missing, a tokenizer without EOS.
+    """
+
+    def __init__(self, tokenizer: Any, chat_format: str = "auto") -> None:
+        if chat_format not in CHAT_FORMATS:
+            raise UserError(f"chat_format {chat_format!r}: choose one of {', '.join(CHAT_FORMATS)}")
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if chat_format == "chat_template" and not has_template:
+            render_messages(chat_format, (), tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so a response could never "
+                "end; set eos_token in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        self._conversation_format = (
+            ("chat_template" if has_template else "hh") if chat_format == "auto" else chat_format
+        )
+        starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        self.bos_id: int | None = tokenizer.bos_token_id if starts_with_bos else None
+        self.end_id = self._find_end_id()
+        self.end_ids = frozenset({self.end_id, int(tokenizer.eos_token_id)})
+        pad_id = tokenizer.pad_token_id
+        self.pad_id: int = self.end_id if pad_id is None else pad_id
+        self._anchor_text, self._anchor_ids = self._find_anchor()
+        specials = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        specials.update(tokenizer.all_special_tokens)
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+
+    # What a set looks like in this format.
+
+    def format_of(self, candidate_set: CandidateSet) -> str:
+        """The format that renders this set: `auto` and sets without messages resolved."""
+        if self.chat_format == "auto":
+            return "raw" if candidate_set.messages is None else self._conversation_format
+        return self.chat_format
+
+    def prompt_text(self, candidate_set: CandidateSet) -> str:
+        """The prompt as the model reads it, a template's tokens spelled out, without BOS."""
+        return self._render(self.format_of(candidate_set), candidate_set, drop_turns=0) or ""
+
+    def stop_strings(self, candidate_set: CandidateSet) -> tuple[str, ...]:
+        """What the model must not go on to write: the next speaker's cue."""
+        return HH_STOP_STRINGS if self.format_of(candidate_set) == "hh" else ()
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest records of it."""
+        return {
+            "chat_format": self.chat_format,
+            "conversation_format": self._conversation_format,
+            "tokenizer": str(self.tokenizer.name_or_path),
+            "vocabulary": len(self.tokenizer),
+            "end_id": self.end_id,
+        }
+
+    # Text to ids.
+
+    def encode_prompt(
+        self, candidate_set: CandidateSet, max_tokens: int | None = None
+    ) -> list[int] | None:
+        """The prompt's ids, BOS first where the tokenizer has it, the generation cue always last.
+
+        A prompt that is too long loses whole turns from its left (a system message stays); text
+        without turns (`raw`, `alpaca` without messages) loses tokens from its left in `raw` and
+        does not fit in `alpaca`.
+
+        Args:
+            candidate_set: the prompt.
+            max_tokens: room, BOS included; None = no limit.
+
+        Returns:
+            The ids, or None where even the last turn does not fit.
+        """
+        chat_format = self.format_of(candidate_set)
+        for drop_turns in itertools.count(0, 2):
+            text = self._render(chat_format, candidate_set, drop_turns, protect=True)
+            if text is None:
+                return None
+            has_template = chat_format == "chat_template"
+            ids = self._with_bos(
+                self._encode_template(text) if has_template else self._encode(text)
+            )
+            if max_tokens is None or len(ids) <= max_tokens:
+                return ids
+            if chat_format == "raw":
+                return self._with_bos(ids[len(ids) - max_tokens + (self.bos_id is not None) :])
+        raise AssertionError("the count of turns never ends")
+
+    def encode_response(
+        self, candidate_set: CandidateSet, text: str, finish_reason: FinishReason = "unknown"
+    ) -> list[int]:
+        """The response's ids as they follow the prompt, without BOS.
+
+        Special tokens inside the text stay ordinary text. Exactly one end id closes a response,
+        unless `finish_reason` is "length".
+        """
+        ids = self._encode_in_context(self._response_prefix(candidate_set, text) + text)
+        return ids if finish_reason == "length" else [*ids, self.end_id]
+
+    def decode_response(
+        self, candidate_set: CandidateSet, prompt_ids: Sequence[int], ids: Sequence[int]
+    ) -> str:
+        """The text in the prompt's context, without end id and without the format's blank."""
+        kept = list(ids)
+        while kept and kept[-1] in self.end_ids:
+            kept.pop()
+        text = self.decode_tail(kept)
+        if not text.strip():
+            return ""
+        separator = self._response_prefix(candidate_set, "")
+        # A second blank would be taken for the format's own when the text is encoded again.
+        doubled = bool(separator) and text.startswith(separator * 2)
+        return text if doubled else text.removeprefix(separator)
+
+    def decode_tail(self, ids: Sequence[int]) -> str:
+        """Any piece of a response as text, with the blank that its first token carries."""
+        context = self._anchor_ids
+        text = self._decode([*context, *ids])
+        return text[len(self._decode(context)) :] if context else text
+
+    # Inside.
+
+    def _response_prefix(self, candidate_set: CandidateSet, text: str) -> str:
+        separator = {"hh": " ", "alpaca": "\n"}.get(self.format_of(candidate_set), "")
+        return "" if separator and text.startswith(separator) else separator
+
+    def _render(
+        self, chat_format: str, candidate_set: CandidateSet, drop_turns: int, protect: bool = False
+    ) -> str | None:
+        """The text after dropping turns from the left; None where no turn may go any more.
+
+        With `protect`, special tokens that a template's user wrote are marked, so that
+        `_encode_template` can tell them from the template's own.
+        """
+        text_only = candidate_set.messages is None
+        if drop_turns == 0 and (chat_format == "raw" or (chat_format == "hh" and text_only)):
+            return candidate_set.query
+        if chat_format == "raw":
+            return None
+        messages = conversation_of(candidate_set)
+        if protect and chat_format == "chat_template":
+            messages = tuple(Message(m.role, self._mark_specials(m.content)) for m in messages)
+        system = [m for m in messages if m.role == "system"]
+        turns = [m for m in messages if m.role != "system"]
+        if drop_turns and drop_turns >= len(turns):
+            return None
+        return render_messages(chat_format, [*system, *turns[drop_turns:]], self.tokenizer)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
+    def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
+
+    def _encode_template(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for position, piece in enumerate(text.split(_MARK)):
+            if position % 2:  # what stood between two marks: a special token as a user's words
+                ids += self._encode_in_context(piece)
+            elif position == 0 or not self._anchor_ids:
+                ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+            else:
+                anchored = self.tokenizer(self._anchor_text + piece, add_special_tokens=False)
+                ids += anchored.input_ids[len(self._anchor_ids) :]
+        return ids
+
+    def _mark_specials(self, text: str) -> str:
+        return self._special.sub(lambda found: _MARK + found.group() + _MARK, text)
+
+    def _encode_in_context(self, text: str) -> list[int]:
+        ids = self._encode(self._anchor_text + text)
+        count = len(self._anchor_ids)
+        if ids[:count] == self._anchor_ids:
+            return ids[count:]
+        return self._encode(text)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _find_anchor(self) -> tuple[str, list[int]]:
+        """Text after which this tokenizer adds no blank of its own; empty where it never does."""
+        word = self._encode("x")
+        if self._decode([*word, *word]) == "xx":
+            return "", []
+        for anchor in _ANCHORS:
+            ids = self._encode(anchor)
+            joined = self._encode(anchor + " x")
+            plain = self._encode(anchor + "x")
+            if joined[: len(ids)] == ids == plain[: len(ids)] and joined != plain:
+                return anchor, ids
+        logger.warning("no text keeps this tokenizer from adding a blank before a response")
+        return "", []
+
+    def _find_end_id(self) -> int:
+        """The special token after the assistant's words in the template, else EOS."""
+        eos = int(self.tokenizer.eos_token_id)
+        if self._conversation_format != "chat_template":
+            return eos
+        said = "marker-of-what-was-said"
+        conversation = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": said},
+        ]
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        after = self._encode_template(text.rpartition(said)[2])
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return after[0] if after and after[0] in special else eos

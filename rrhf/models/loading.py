@@ -1,0 +1,171 @@
+"""Models and tokenizers from folders or names, with a clear word where something is missing.
+
+Weights are safetensors only, code inside a model folder runs only when asked for, and trained
+weights are float32 (with all-bf16 weights one AdamW step at 2e-5 leaves nearly every weight as it
+was); bf16 is autocast, or a frozen model's own type.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rrhf.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+if not sys.stderr.isatty():
+    transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(
+    name_or_path: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tokenizer, as it is; `ChatCodec` copes with a missing pad token.
+
+    Raises:
+        UserError: no tokenizer there.
+    """
+    check_model_path(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path}: no tokenizer could be read here: {error}") from error
+
+
+def check_attention(attn_implementation: str) -> None:
+    """Say what is missing before a model is loaded.
+
+    Raises:
+        UserError: flash attention is asked for, and its package or a GPU is not there.
+    """
+    if attn_implementation.startswith("flash_attention"):
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError(
+                f"--attn_implementation {attn_implementation}: the package flash-attn is not "
+                "installed; install rrhf[flash] on a machine with CUDA, or use sdpa"
+            )
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"--attn_implementation {attn_implementation}: needs a CUDA GPU and none is "
+                "visible; use sdpa"
+            )
+
+
+def check_model_path(name_or_path: str | Path) -> None:
+    """A path that looks local must exist: otherwise a hub would be asked for a typing error.
+
+    Raises:
+        UserError: the folder is missing, or holds no config.json.
+    """
+    text = str(name_or_path)
+    path = Path(text).expanduser()
+    looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists()
+    if not looks_local:
+        return
+    if not path.is_dir():
+        raise UserError(
+            f"{text}: no such model folder; give a folder with config.json, or a hub name"
+        )
+    if not (path / "config.json").is_file():
+        inner = path / "policy"
+        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise UserError(f"{text}: the folder has no config.json, so it holds no model{hint}")
+
+
+def load_model(
+    auto_class: Any,
+    name_or_path: str | Path,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Any transformers Auto class, with this module's rules and messages.
+
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        name_or_path: a folder, or a hub name.
+        dtype: a key of `DTYPES`.
+        attn_implementation: as transformers spells it.
+        trust_remote_code: run code that the folder brings.
+        kwargs: handed on to `from_pretrained`.
+
+    Raises:
+        UserError: no folder, no safetensors, an unknown dtype or attention.
+    """
+    check_model_path(name_or_path)
+    check_attention(attn_implementation)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    try:
+        return auto_class.from_pretrained(
+            str(name_or_path),
+            dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{name_or_path}: the model could not be loaded: {error}") from error
+
+
+def load_causal_lm(
+    name_or_path: str | Path,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in eval mode; errors as in `load_model`."""
+    model = load_model(
+        AutoModelForCausalLM, name_or_path, dtype, attn_implementation, trust_remote_code
+    )
+    disable_dropout(model)
+    return model.eval()
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Dropout off for good: alignment compares log-probs of one policy at different times."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def context_window(name_or_path_or_model: Any) -> int | None:
+    """How many positions a model knows, or None where its config does not say."""
+    config = getattr(name_or_path_or_model, "config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(str(name_or_path_or_model))
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

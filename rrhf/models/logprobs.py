@@ -1,0 +1,99 @@
+"""The one door of every policy: a batch in, the log-probs of its responses out.
+
+Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
+`Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
+silently leaves gradients unsynchronised. The engine here is the reference: one padded row for each
+response, the head applied at response positions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rrhf.data.collate import TokenBatch
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What the door returns.
+
+    Attributes:
+        logprobs: [N, R] float32, nats: log P(token | prompt, earlier tokens); 0 at padding.
+        mean_logprobs: [N, R] float32: the mean of the log-probs of all V tokens at each position
+            (label smoothing needs it); 0 at padding; None unless asked for.
+        entropy: [N, R] float32, nats; 0 at padding; None unless asked for.
+    """
+
+    logprobs: Tensor
+    mean_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model behind the one door.
+
+    Args:
+        model: a Hugging Face causal language model.
+        temperature: the sampling temperature; it divides the logits here too.
+        with_entropy: also return the entropy of each position.
+        with_mean_logprobs: also return the mean log-prob over the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        with_mean_logprobs: bool = False,
+    ) -> None:
+        super().__init__()
+        assert temperature > 0, "a temperature of zero has no log-probs"
+        self.model = model
+        self.temperature = temperature
+        self.with_entropy = with_entropy
+        self.with_mean_logprobs = with_mean_logprobs
+
+    def forward(self, batch: TokenBatch) -> PolicyOutputs:
+        """Log-probs of every response token of the batch."""
+        width = batch.response_ids.shape[1]
+        ids, mask, position_ids = batch.full_rows()
+        # The last column predicts nothing that is asked for.
+        logits = response_logits(
+            self.model, ids[:, :-1], mask[:, :-1], position_ids[:, :-1], width
+        )  # [N, R, V]
+        logits = logits.float() / self.temperature
+        response_mask = batch.response_mask
+        chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
+        normaliser = torch.logsumexp(logits, dim=-1)
+        logprobs = (chosen - normaliser).masked_fill(~response_mask, 0.0)
+        mean_logprobs = entropy = None
+        if self.with_mean_logprobs:
+            mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
+        if self.with_entropy:
+            logs = logits - normaliser[..., None]
+            entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
+        return PolicyOutputs(logprobs, mean_logprobs, entropy)
+
+
+def response_logits(
+    model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
+) -> Tensor:
+    """Logits of the last `count` columns: [N, count, V], in the model's own type."""
+    accepted = _accepted_arguments(model)
+    arguments: dict[str, object] = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = position_ids
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = count
+    logits: Tensor = model(**arguments, use_cache=False).logits
+    return logits[:, -count:]
+
+
+def _accepted_arguments(model: nn.Module) -> set[str]:
+    base = getattr(model, "get_base_model", lambda: model)()
+    return set(inspect.signature(base.forward).parameters)
