@@ -4,8 +4,8 @@
 
 That is what RRHF published and reads, and it is read here unchanged, as lines or as one JSON
 array. Beside these keys a row may have `messages` (the conversation behind the query), `id`,
-`origin`, and, one entry a response, `sources` and `finish_reasons`; keys that are not known are left
-alone. Scores may be missing or null where nothing has been scored yet.
+`origin`, and, one entry a response, `sources` and `finish_reasons`; keys that are not known are
+left alone. Scores may be missing or null where nothing has been scored yet.
 
 Every mistake of a file is told with file, line, field and mend, up to 20, in one message. Not
 mistakes: an empty response, equal scores, a single response, rows with unequally many responses.
