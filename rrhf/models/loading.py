@@ -156,7 +156,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
             setattr(config, name, 0.0)
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            vars(module)["attention_dropout"] = 0.0
 
 
 def context_window(name_or_path_or_model: Any) -> int | None:

@@ -1,0 +1,117 @@
+"""The settings that every trainer shares, under the names that Hugging Face gives them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class TrainingConfig:
+    """Shared by SFT, reward, rank and PPO; each trainer adds its own fields."""
+
+    model_name_or_path: str = field(metadata={"aliases": ["model_name"]})
+    """Folder or hub name of the model to start from."""
+
+    output_dir: str
+    """Run folder: config, metrics, checkpoints and the trained model go here."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+
+    max_steps: int = -1
+    """Stop after this many optimiser steps; -1 = as many as num_train_epochs asks for."""
+
+    per_device_train_batch_size: int = 1
+    """Prompts (with all their responses) in one forward on one device."""
+
+    gradient_accumulation_steps: int = 1
+    """Forwards in one optimiser step; does not change the loss, only the memory."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls after warm-up."""
+
+    min_learning_rate_ratio: float = 0.0
+    """Where cosine ends, as a share of the peak."""
+
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; biases and norms are left out."""
+
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+
+    adam_beta2: float = 0.95
+    """AdamW's second beta."""
+
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this L2 norm; 0 = never."""
+
+    seed: int = 42
+    """Decides the order of the data and every new weight."""
+
+    bf16: bool = False
+    """Mixed precision: forward and backward in bfloat16, weights and optimiser in float32."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    attn_implementation: str = "sdpa"
+    """Attention of the model: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings. Off unless you trust its author."""
+
+    chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
+    """How conversations become text; auto: tokenizer's template or hh; raw without messages."""
+
+    model_max_length: int = 512
+    """Most tokens of prompt and response together."""
+
+    group_by_length: bool = False
+    """Batch prompts of similar length together: less padding, the same order on every run."""
+
+    use_lora: bool = False
+    """Train low-rank adapters instead of all weights (needs rrhf[peft])."""
+
+    lora_r: int = 16
+    """Rank of the adapters."""
+
+    lora_alpha: int = 32
+    """Scale of the adapters: alpha / r."""
+
+    lora_dropout: float = 0.0
+    """Dropout inside the adapters."""
+
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get adapters; by default every linear layer but the head."""
+
+    logging_steps: int = 1
+    """Write metrics every so many optimiser steps."""
+
+    eval_steps: int = 0
+    """Evaluate every so many optimiser steps; 0 = at the end only."""
+
+    save_steps: int = 100
+    """Write a checkpoint every so many optimiser steps; 0 = none but on a signal."""
+
+    save_total_limit: int = 2
+    """Checkpoints to keep; an old one goes only after the new one is complete."""
+
+    resume_from_checkpoint: bool = False
+    """Go on from the newest complete checkpoint in output_dir."""
+
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Also send metrics to this tracker; metrics.jsonl is always written."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved in the run folder."""
+        return asdict(self)

@@ -1,0 +1,405 @@
+"""The only training loop: losses that are sums over global counts, one optimiser step at a time.
+
+A paradigm is an `Objective`: named terms, each a sum with a weight, divided by a denominator that
+is known before the forward and summed over ranks and micro-batches first. So accumulation, uneven
+ranks and padding cannot change a loss, and a zero denominator makes its term zero. Data come from
+an `UpdateStream`; SFT, reward, rank and PPO differ in these two alone.
+
+A loss or gradient that is not finite stops the run before the step, with the batch written out; a
+checkpoint may follow any step; SIGTERM and SIGINT end the run after one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rrhf.data.collate import TokenBatch
+from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal
+from rrhf.runs import RunFolder
+from rrhf.training.checkpoint import Checkpointer
+from rrhf.training.config import TrainingConfig
+from rrhf.training.optim import build_optimizer, build_scheduler
+from rrhf.training.parallel import Parallel
+from rrhf.training.streams import UpdateStream
+from rrhf.training.tracking import Tracker, build_tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Term:
+    """One named part of a loss: `weight * total / denominator` enters the gradient.
+
+    Attributes:
+        total: scalar sum over this micro-batch, filler prompts at weight zero.
+        weight: of the term in the loss.
+        metrics: (total, count) scalars without gradient, averaged over everything for the log.
+    """
+
+    total: Tensor
+    weight: float = 1.0
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What one paradigm is."""
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """A scalar for each term name, from the batch alone."""
+        ...
+
+    def __call__(self, outputs: Any, batch: TokenBatch) -> dict[str, Term]:
+        """The terms, under the same names."""
+        ...
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the weights are still those before the step."""
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a finished training leaves.
+
+    Attributes:
+        model: the trained root, unwrapped.
+        steps: optimiser steps done in all.
+        seconds: wall time of this process, resumed parts not counted.
+        tokens: response and prompt tokens that went through the model in this process.
+        metrics: the last logged row.
+        evaluation: the last evaluation, or empty.
+    """
+
+    model: nn.Module
+    steps: int
+    seconds: float
+    tokens: int
+    metrics: dict[str, float]
+    evaluation: dict[str, float]
+
+
+def run_training(
+    model: nn.Module,
+    objective: Objective,
+    stream: UpdateStream,
+    config: TrainingConfig,
+    run: RunFolder,
+    parallel: Parallel,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> TrainingOutcome:
+    """Train until the stream ends.
+
+    Args:
+        model: the trainable root, whose `forward(batch)` is the one door; weights in float32.
+        objective: the terms of the loss.
+        stream: micro-batches of each optimiser step.
+        config: steps, optimiser, logging, checkpoints.
+        run: an opened run folder (on the main rank).
+        parallel: ranks and engine.
+        evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite.
+        StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
+    """
+    model.train()
+    optimizer: torch.optim.Optimizer = build_optimizer(model, config)
+    model, optimizer = parallel.prepare(model, optimizer)
+    scheduler = build_scheduler(optimizer, config, stream.total_steps)
+    checkpointer = Checkpointer(
+        run.checkpoints, parallel, model, optimizer, config.save_total_limit
+    )
+    loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer)
+    if config.resume_from_checkpoint:
+        loop.resume(stream)
+    elif parallel.is_main:
+        run.metrics.truncate_to(0)
+    with contextlib.closing(build_tracker(config, run.path, parallel.is_main)) as tracker:
+        return loop.run(stream, evaluate, tracker)
+
+
+class _Loop:
+    """The state of one call of `run_training`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        objective: Objective,
+        config: TrainingConfig,
+        run: RunFolder,
+        parallel: Parallel,
+        checkpointer: Checkpointer,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.objective, self.config, self.folder = objective, config, run
+        self.parallel, self.checkpointer = parallel, checkpointer
+        self.step = 0
+        self.saved_step = -1
+
+    def resume(self, stream: UpdateStream) -> None:
+        """Take up the newest checkpoint and cut the metrics back to it."""
+        state = self.checkpointer.restore()
+        if state is None:
+            logger.info("no complete checkpoint in %s: starting anew", self.folder.checkpoints)
+            if self.parallel.is_main:
+                self.folder.metrics.truncate_to(0)
+            return
+        self.step = self.saved_step = int(state["step"])
+        stream.load_state_dict(state["stream"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.parallel.is_main:
+            self.folder.metrics.truncate_to(int(state["metrics_offset"]))
+
+    def run(
+        self,
+        stream: UpdateStream,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        tracker: Tracker,
+    ) -> TrainingOutcome:
+        started, tokens = time.monotonic(), 0
+        metrics: dict[str, float] = {}
+        evaluation: dict[str, float] = {}
+        evaluated_step = -1
+        bar = tqdm(
+            total=stream.total_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            disable=None if self.parallel.is_main else True,
+        )
+        with _signals() as received, bar:
+            for batches in stream:
+                before = time.monotonic()
+                row, step_tokens = self._update(batches)
+                tokens += step_tokens
+                self.step += 1
+                metrics = {
+                    **row,
+                    "learning_rate": self.learning_rate,
+                    "tokens_per_second": step_tokens / max(time.monotonic() - before, 1e-9),
+                }
+                self.scheduler.step()
+                stream.observe(metrics)
+                if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
+                    self._log({"step": self.step, **metrics}, tracker)
+                bar.update()
+                bar.set_postfix_str(_brief(metrics))
+                if evaluate is not None and self._is_due(self.config.eval_steps):
+                    evaluation, evaluated_step = self._evaluate(evaluate, tracker), self.step
+                signalled = self._signalled(received)
+                if signalled or self._is_due(self.config.save_steps):
+                    self._save(stream)
+                if signalled:
+                    raise StoppedBySignal(
+                        signalled,
+                        f"stopped at step {self.step} of {stream.total_steps}; go on with "
+                        "--resume_from_checkpoint",
+                    )
+            if evaluate is not None and evaluated_step != self.step:
+                evaluation = self._evaluate(evaluate, tracker)
+        if self.step != stream.total_steps:
+            raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
+        return TrainingOutcome(
+            model=self.parallel.unwrap(self.model),
+            steps=self.step,
+            seconds=time.monotonic() - started,
+            tokens=tokens,
+            metrics=metrics,
+            evaluation=evaluation,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    def _update(self, batches: list[TokenBatch]) -> tuple[dict[str, float], int]:
+        """One optimiser step over its micro-batches; returns metrics and tokens over all ranks."""
+        batches = [batch.to(self.parallel.device) for batch in batches]
+        denominators = self._denominators(batches)
+        totals: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for position, batch in enumerate(batches):
+            is_last = position == len(batches) - 1
+            with self.parallel.micro_step(self.model, is_last):
+                terms = self.objective(self.model(batch), batch)
+                loss = _loss(terms, denominators)
+                self._require_finite(loss, batch)
+                self.parallel.backward(loss)
+            _add(totals, terms)
+            weights = {name: term.weight for name, term in terms.items()}
+        norm = self.parallel.clip_gradients(self.model, self.config.max_grad_norm)
+        if math.isinf(norm) or (math.isnan(norm) and self.parallel.kind != "DEEPSPEED"):
+            self._stop(f"the gradient norm is {norm}", batches[-1])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        row, num_tokens = self._metrics(totals, weights, denominators, batches)
+        return {**row, "grad_norm": norm}, num_tokens
+
+    def _denominators(self, batches: list[TokenBatch]) -> dict[str, Tensor]:
+        summed: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, value in self.objective.denominators(batch).items():
+                value = value.detach().double()
+                summed[name] = summed[name] + value if name in summed else value
+        names = sorted(summed)
+        stacked = self.parallel.sum(torch.stack([summed[name].cpu() for name in names]))
+        return dict(zip(names, stacked, strict=True))
+
+    def _require_finite(self, loss: Tensor, batch: TokenBatch) -> None:
+        """Agreed over ranks, so that none goes into a backward pass alone."""
+        value = float(loss.detach())
+        if self.parallel.any(not math.isfinite(value)):
+            self._stop(f"the loss is {value} on rank {self.parallel.rank}", batch)
+
+    def _stop(self, what: str, batch: TokenBatch) -> None:
+        name = f"non_finite_step_{self.step + 1}_rank_{self.parallel.rank}.safetensors"
+        path = self.folder.path / name
+        tensors = {
+            f.name: value.cpu().contiguous()
+            for f in fields(batch)
+            if isinstance(value := getattr(batch, f.name), Tensor)
+        }
+        save_file(tensors, path)
+        raise NonFiniteError(
+            f"step {self.step + 1}: {what}; stopped before the weights changed. The batch is in "
+            f"{path}; lower the learning rate, or look at that batch"
+        )
+
+    def _metrics(
+        self,
+        totals: dict[str, Tensor],
+        weights: dict[str, float],
+        denominators: dict[str, Tensor],
+        batches: list[TokenBatch],
+    ) -> tuple[dict[str, float], int]:
+        """Means over ranks and micro-batches; the loss as it entered the gradient."""
+        names = sorted(totals)
+        num_tokens = sum(_num_tokens(batch) for batch in batches)
+        counted = torch.tensor([[float(num_tokens), 0.0]], dtype=torch.float64)
+        summed = self.parallel.sum(torch.cat([*(totals[n][None] for n in names), counted]))
+        values = dict(zip(names, summed[:-1].tolist(), strict=True))
+        losses = {
+            name: _ratio(values.pop(_TERM + name)[0], float(denominators[name])) for name in weights
+        }
+        row = {"loss": sum(weights[name] * value for name, value in losses.items())}
+        row |= {f"{name}_loss": value for name, value in losses.items()}
+        row |= {name: _ratio(total, count) for name, (total, count) in values.items()}
+        return row, int(summed[-1, 0])
+
+    def _evaluate(
+        self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker
+    ) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            evaluation = evaluate(self.model)
+        self.model.train()
+        self._log({"step": self.step, **{f"eval_{k}": v for k, v in evaluation.items()}}, tracker)
+        return evaluation
+
+    def _log(self, row: dict[str, float], tracker: Tracker) -> None:
+        if self.parallel.is_main:
+            self.folder.metrics.append(row)
+            tracker.log(row, self.step)
+
+    def _save(self, stream: UpdateStream) -> None:
+        if self.saved_step == self.step:
+            return
+        if self.parallel.is_main:
+            self.folder.metrics.sync()
+        self.checkpointer.save(
+            self.step,
+            {
+                "stream": stream.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
+            },
+        )
+        self.saved_step = self.step
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _signalled(self, received: list[int]) -> int:
+        """The exit code that a signal on any rank asks for, or 0."""
+        mine = max((_EXIT_CODES[number] for number in received), default=0)
+        if self.parallel.world_size == 1:
+            return mine
+        codes = torch.zeros(self.parallel.world_size, dtype=torch.float64)
+        codes[self.parallel.rank] = mine
+        return int(self.parallel.sum(codes).max())
+
+
+_TERM = "term:"
+_EXIT_CODES = {
+    int(signal.SIGTERM): EXIT_STOPPED_BY_SIGTERM,
+    int(signal.SIGINT): EXIT_STOPPED_BY_SIGINT,
+}
+
+
+def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
+    loss = torch.zeros(())
+    for name, term in terms.items():
+        denominator = float(denominators[name])
+        scale = term.weight / denominator if denominator else 0.0
+        loss = loss.to(term.total.device) + term.total * scale
+    return loss
+
+
+def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
+    """Add one micro-batch's totals: under a term's own key, and each metric's (total, count)."""
+    for name, term in terms.items():
+        pairs = {_TERM + name: (term.total, torch.zeros(())), **term.metrics}
+        for key, (total, count) in pairs.items():
+            pair = torch.stack([total.detach().double().cpu(), count.detach().double().cpu()])
+            totals[key] = totals[key] + pair if key in totals else pair
+
+
+def _num_tokens(batch: TokenBatch) -> int:
+    prompts = batch.prompt_lengths[batch.prompt_index]
+    return int(((prompts + batch.response_lengths) * (batch.row_weights > 0)).sum())
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else 0.0
+
+
+def _brief(metrics: dict[str, float]) -> str:
+    shown = {k: v for k, v in metrics.items() if k.endswith("loss") or k == "tokens_per_second"}
+    return " ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT; a second one of them ends the process at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def remember(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in _EXIT_CODES}
+    try:
+        for number in _EXIT_CODES:
+            signal.signal(number, remember)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,130 @@
+"""The one room that knows how the model is spread: one process, DDP, FSDP2 or DeepSpeed.
+
+All of it is accelerate's work, started by `accelerate launch` or `torchrun`. The loop sets the
+step boundaries itself (accumulation is 1 for the engine) and multiplies each loss by the number of
+ranks, because every engine averages gradients over them while our losses are already divided by
+global counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from rrhf.errors import UserError
+
+
+class Parallel:
+    """Ranks, devices and reductions.
+
+    Args:
+        bf16: mixed precision in bfloat16.
+
+    Raises:
+        UserError: the launcher asked for sharding that this machine silently would not do.
+    """
+
+    def __init__(self, bf16: bool = False) -> None:
+        deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
+        on_cpu = not torch.cuda.is_available()
+        # One process may train several models in turn, each with its own precision.
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if bf16 else "no",
+            cpu=on_cpu and not deepspeed,
+            gradient_accumulation_steps=1,
+        )
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        kind = self.accelerator.distributed_type.value
+        self.kind = str(kind)
+        if _is_set("ACCELERATE_USE_FSDP") and self.kind != "FSDP":
+            raise UserError(
+                f"launch: FSDP was asked for, but accelerate runs {self.kind} on this machine; "
+                "FSDP needs GPUs here: choose another launch file"
+            )
+        if deepspeed and self.kind != "DEEPSPEED":
+            raise UserError(f"launch: DeepSpeed was asked for, but accelerate runs {self.kind}")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """True where no rank holds the whole model."""
+        return self.kind in ("FSDP", "DEEPSPEED")
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The trainable root and its optimiser, spread as the launcher asked."""
+        if self.kind == "DEEPSPEED":
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        prepared = self.accelerator.prepare(model, optimizer)
+        return prepared[0], prepared[1]
+
+    @contextlib.contextmanager
+    def micro_step(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients are exchanged on the last."""
+        self.accelerator.sync_gradients = is_last
+        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add gradients of a loss that is already divided by global counts."""
+        self.accelerator.backward(loss * self.world_size)
+
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
+        """Scale gradients to the norm; returns the norm before (nan where the engine hides it)."""
+        if self.kind == "DEEPSPEED":
+            norm = getattr(model, "get_global_grad_norm", lambda: None)()
+        else:
+            limit = max_norm if max_norm > 0 else math.inf
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        if norm is None:
+            return math.nan
+        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return float(full)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on every rank."""
+        if self.world_size == 1:
+            return values
+        summed: Any = self.accelerator.reduce(values.to(self.device), reduction="sum")
+        return summed.to(values.device)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is True on one."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), dtype=torch.float64)) > 0)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The trainable root without the engine's wrapping."""
+        unwrapped: nn.Module = self.accelerator.unwrap_model(model)
+        return unwrapped
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights in full, on the main rank; every rank must call it."""
+        if not self.is_sharded:
+            return dict(self.unwrap(model).state_dict())
+        return dict(self.accelerator.get_state_dict(model))
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")

@@ -1,0 +1,161 @@
+"""What every trainer does before and after the loop: seed, model, tokenizer, run folder, policy."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import rrhf
+from rrhf.data.chat_format import ChatCodec
+from rrhf.errors import UserError
+from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.models.lora import add_lora
+from rrhf.models.saving import write_model_folder
+from rrhf.runs import RunFolder
+from rrhf.training.checkpoint import saved_folder
+from rrhf.training.config import TrainingConfig
+from rrhf.training.loop import TrainingOutcome
+from rrhf.training.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """An opened run: what a trainer works with.
+
+    Attributes:
+        config: its settings.
+        run: the run folder, held by the main rank.
+        parallel: ranks and engine.
+        tokenizer: of the model.
+        codec: the token boundary.
+        started: `time.monotonic()` at the start.
+    """
+
+    config: TrainingConfig
+    run: RunFolder
+    parallel: Parallel
+    tokenizer: PreTrainedTokenizerBase
+    codec: ChatCodec
+    started: float
+
+
+@contextlib.contextmanager
+def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
+    """Open the run folder before anything slow happens, seed everything, load the tokenizer.
+
+    Raises:
+        UserError: the folder holds another run, the tokenizer is missing, a length is impossible.
+    """
+    started = time.monotonic()
+    if config.model_max_length < 2:
+        raise UserError(f"--model_max_length {config.model_max_length}: must be 2 or more")
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    codec = ChatCodec(tokenizer, config.chat_format)
+    parallel = Parallel(config.bf16)
+    run = RunFolder(config.output_dir)
+    if parallel.is_main:
+        run.open(config.as_dict(), resume=config.resume_from_checkpoint)
+    try:
+        parallel.barrier()
+        torch.manual_seed(config.seed)
+        yield Workbench(config, run, parallel, tokenizer, codec, started)
+    finally:
+        if parallel.is_main:
+            run.close()
+
+
+def load_trainable_causal_lm(config: TrainingConfig) -> Any:
+    """The model of `--model_name_or_path` in float32, with adapters or checkpointing as asked for.
+
+    Raises:
+        UserError: no model there, or `--model_max_length` is beyond its window.
+    """
+    model = load_causal_lm(
+        config.model_name_or_path,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return prepare_trainable(model, config)
+
+
+def prepare_trainable(
+    model: Any,
+    config: TrainingConfig,
+    modules_to_save: list[str] | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> Any:
+    """Checks the window, adds LoRA and gradient checkpointing as the settings ask for."""
+    window = context_window(model)
+    if window is not None and config.model_max_length > window:
+        raise UserError(
+            f"--model_max_length {config.model_max_length}: the model knows {window} positions; "
+            f"give at most {window}"
+        )
+    if config.use_lora:
+        model = add_lora(
+            model,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_target_modules,
+            modules_to_save,
+            task_type,
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.use_lora:
+            model.enable_input_require_grads()
+    return model
+
+
+def finish_run(
+    bench: Workbench,
+    outcome: TrainingOutcome,
+    folder: Path,
+    model: Any,
+    extra: dict[str, Any],
+    write: Callable[[Path], None] | None = None,
+) -> Path:
+    """Save the trained model, then the run's manifest, last.
+
+    Args:
+        bench: of the run.
+        outcome: of the loop.
+        folder: where the model goes, such as `run.policy`.
+        model: the Hugging Face model inside the trained root.
+        extra: what else the manifest should say (counts of dropped data and the like).
+        write: fills the folder; by default `write_model_folder`.
+    """
+    root = outcome.model
+    state = bench.parallel.full_state_dict(root) if bench.parallel.is_sharded else None
+    if bench.parallel.is_main:
+        inner = None
+        if state is not None:
+            inner = {name.removeprefix("model."): value for name, value in state.items()}
+        saved_folder(
+            folder,
+            write or (lambda staged: write_model_folder(staged, model, bench.tokenizer, inner)),
+        )
+        bench.run.finish(
+            {
+                "rrhf_version": rrhf.__version__,
+                "steps": outcome.steps,
+                "seconds": round(time.monotonic() - bench.started, 3),
+                "tokens": outcome.tokens,
+                "world_size": bench.parallel.world_size,
+                "codec": bench.codec.describe(),
+                "last_metrics": outcome.metrics,
+                "evaluation": outcome.evaluation,
+                "model_folder": folder.name,
+                **extra,
+            }
+        )
+    bench.parallel.barrier()
+    return folder

@@ -1,0 +1,207 @@
+"""Which prompts go into which optimiser step: the same for one process and for many, and resumable.
+
+A stream yields the micro-batches of one optimiser step at a time. The order of an epoch depends on
+(seed, epoch) alone; a global batch is cut over ranks and micro-batches so that all ranks run
+equally many, a short one repeating a prompt with weight zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, overload
+
+import torch
+from tqdm import tqdm
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+GROUPING_STEPS = 32
+"""Optimiser steps whose prompts are sorted by length together under `group_by_length`."""
+
+
+class UpdateStream(Protocol):
+    """Feeds the loop; `rrhf.training.loop` says when each method is called."""
+
+    total_steps: int
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]: ...
+
+    def observe(self, metrics: dict[str, float]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class EncodedExamples(Sequence[EncodedSet]):
+    """Candidate sets encoded when they are asked for, so that a large file need not fit in memory.
+
+    One pass at the start finds which sets yield an example and how long each is.
+
+    Args:
+        sets: random access to candidate sets.
+        encode: a set's example, or None where it yields none (the encoder counts why).
+
+    Raises:
+        UserError: no set yields an example.
+    """
+
+    def __init__(
+        self, sets: Sequence[CandidateSet], encode: Callable[[CandidateSet], EncodedSet | None]
+    ) -> None:
+        self._sets = sets
+        self._encode = encode
+        self._places = array("Q")
+        self.lengths = array("Q")
+        for place in tqdm(range(len(sets)), desc="encode", unit="prompt", disable=None):
+            example = encode(sets[place])
+            if example is not None:
+                self._places.append(place)
+                self.lengths.append(example.num_tokens)
+        if not self._places:
+            raise UserError(f"none of the {len(sets)} prompts yields a training example")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedSet: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedSet]: ...
+    def __getitem__(self, index: int | slice) -> EncodedSet | list[EncodedSet]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._encode(self._sets[self._places[index]])
+        assert example is not None, "an encoder must answer the same each time"
+        return example
+
+
+class OfflineStream:
+    """Passes over a fixed set of examples.
+
+    Args:
+        examples: what to train on; `lengths` beside it where they are grouped by length.
+        pad_id: filler of the batches.
+        per_device_train_batch_size: prompts a micro-batch.
+        gradient_accumulation_steps: micro-batches a step and rank.
+        num_train_epochs: passes, fractions allowed.
+        max_steps: -1, or the number of optimiser steps.
+        seed: of the order.
+        rank, world_size: this process among all.
+        group_by_length: sort prompts by length within stretches of `GROUPING_STEPS` steps.
+        collate_fn: makes a batch of encoded sets; `rrhf.data.collate.collate` by default.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[EncodedSet],
+        pad_id: int,
+        per_device_train_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        num_train_epochs: float = 1.0,
+        max_steps: int = -1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        group_by_length: bool = False,
+        lengths: Sequence[int] | None = None,
+        collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
+    ) -> None:
+        for name, value in (
+            ("per_device_train_batch_size", per_device_train_batch_size),
+            ("gradient_accumulation_steps", gradient_accumulation_steps),
+        ):
+            if value < 1:
+                raise UserError(f"--{name} {value}: must be 1 or more")
+        self._examples = examples
+        self._pad_id = pad_id
+        self._per_device = per_device_train_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._seed = seed
+        self._collate = collate_fn
+        self.global_batch_size = (
+            per_device_train_batch_size * gradient_accumulation_steps * world_size
+        )
+        if group_by_length and lengths is None:
+            lengths = getattr(examples, "lengths", None) or [e.num_tokens for e in examples]
+        self._lengths = lengths if group_by_length else None
+        self.steps_per_epoch = math.ceil(len(examples) / self.global_batch_size)
+        by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch)
+        self.total_steps = max_steps if max_steps > 0 else max(by_epochs, 1)
+        self._step = 0
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]:
+        order: list[list[int]] = []
+        while self._step < self.total_steps:
+            epoch, place = divmod(self._step, self.steps_per_epoch)
+            if place == 0 or not order:
+                order = self._epoch_order(epoch)
+            self._step += 1
+            yield self._micro_batches(order[place])
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Offline data does not change with the metrics."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and what must not differ for it to mean the same."""
+        return {
+            "step": self._step,
+            "examples": len(self._examples),
+            "global_batch_size": self.global_batch_size,
+            "world_size": self._world_size,
+            "seed": self._seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the saved step.
+
+        Raises:
+            UserError: the data, the seed, the global batch or the number of processes differ.
+        """
+        mine = self.state_dict()
+        for name in ("examples", "global_batch_size", "world_size", "seed"):
+            if state[name] != mine[name]:
+                raise UserError(
+                    f"resume: {name} was {state[name]} in the checkpoint and is {mine[name]} now; "
+                    "start with what the checkpoint had"
+                )
+        self._step = int(state["step"])
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def _epoch_order(self, epoch: int) -> list[list[int]]:
+        """Examples of each step of the epoch."""
+        shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self._examples), generator=shuffle).tolist()
+        size = self.global_batch_size
+        if self._lengths is None:
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        steps: list[list[int]] = []
+        for start in range(0, len(order), size * GROUPING_STEPS):
+            lengths = self._lengths
+            stretch = sorted(order[start : start + size * GROUPING_STEPS], key=lambda i: lengths[i])
+            batches = [stretch[i : i + size] for i in range(0, len(stretch), size)]
+            places = torch.randperm(len(batches), generator=shuffle).tolist()
+            steps += [batches[i] for i in places]
+        return steps
+
+    def _micro_batches(self, indices: Sequence[int]) -> list[TokenBatch]:
+        width = self._per_device * self._world_size
+        batches = []
+        for start in range(0, len(indices), width):
+            first = start + self._rank * self._per_device
+            mine = [self._examples[i] for i in indices[first : first + self._per_device]]
+            if not mine:
+                mine = [replace(self._examples[indices[0]], weight=0.0)]
+            batches.append(self._collate(mine, self._pad_id))
+        return batches
