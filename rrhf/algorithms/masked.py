@@ -1,0 +1,49 @@
+"""Sums and means over the part of a padded tensor that is real.
+
+Padding is replaced before anything is summed, never multiplied by zero: a row's padding may hold
+infinities or NaN, and zero times those is NaN, in the value or in the gradient. Masks come from
+lengths, never from comparing ids with a pad id.
+
+Legend: N rows, T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """The mask of right-padded rows.
+
+    Args:
+        lengths: [...] int64, how many positions of each row are real.
+        width: T, the padded width.
+
+    Returns:
+        [..., T] bool, True for the first `lengths` positions of each row.
+    """
+    positions = torch.arange(width, device=lengths.device)
+    return positions < lengths.unsqueeze(-1)
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """Sum of `values` where `mask` is True; zero where nothing is.
+
+    Args:
+        values: any shape; what stands outside the mask is never read into the sum.
+        mask: bool, broadcastable to `values`.
+        dim: the dimensions to sum over.
+    """
+    assert mask.dtype == torch.bool, "a mask is boolean; build it from lengths"
+    return torch.where(mask, values, torch.zeros_like(values)).sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """Mean of `values` where `mask` is True; zero (not NaN) where nothing is.
+
+    A mean inside one row or one prompt. A mean over rows is the loop's to take, from totals and
+    counts, because a mean of micro-batches' means is not the mean of the batch.
+    """
+    counts = mask.expand(values.shape).sum(dim).to(values.dtype)
+    return masked_sum(values, mask, dim) / counts.clamp_min(1)

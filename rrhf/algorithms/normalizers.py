@@ -1,0 +1,216 @@
+"""Running mean and deviation of a reward model's scores.
+
+A reward model's scores have an arbitrary origin and scale. While it trains, a normaliser watches
+its end scores; what it has learnt is kept in the model's config as plain numbers, and applied by
+the scorer alone, never inside a model's forward.
+
+Both survive a first batch of one score: a deviation is used only once it is known, until then
+scores are centred and keep their scale. Statistics are plain Python floats (float64), so a config
+file carries them exactly. Several ranks merge their `Moments`, so all hold the same statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+NORMALIZER_TYPES = ("RunningMeanStd", "ExponentialMovingAverage")
+NORMALIZER_FUNCTIONS = ("affine", "scale", "identity")
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of some scores: how many, their mean, the sum of squared deviations from it."""
+
+    count: int = 0
+    mean: float = 0.0
+    squared_deviations: float = 0.0
+
+    @classmethod
+    def of(cls, values: Tensor) -> Moments:
+        """The moments of all entries of a tensor, in float64."""
+        if values.numel() == 0:
+            return cls()
+        values = values.detach().double().flatten()
+        mean = values.mean()
+        return cls(values.numel(), float(mean), float((values - mean).square().sum()))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both samples together: Chan, Golub and LeVeque 1979, equation 2.1."""
+        count = self.count + other.count
+        if count == 0:
+            return Moments()
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * other.count / count,
+            self.squared_deviations
+            + other.squared_deviations
+            + delta * delta * self.count * other.count / count,
+        )
+
+
+class Normalizer(Protocol):
+    """What both normalisers offer.
+
+    Attributes:
+        count: scores seen so far.
+        mean: their running mean.
+        std: their running deviation; 1 while it is not known.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def mean(self) -> float: ...
+
+    @property
+    def std(self) -> float: ...
+
+    def update(self, batch: Tensor | Moments) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class RunningMeanStd:
+    """Mean and deviation of every score seen so far, each with the same weight.
+
+    The variance is the population's (divided by n, not n - 1): it equals `numpy.var` of the whole
+    stream whatever the batches were, and it is zero, not undefined, for one score. Over the
+    thousands of scores of a training run the two differ by less than float32 resolves.
+    """
+
+    def __init__(self) -> None:
+        self.moments = Moments()
+
+    @property
+    def count(self) -> int:
+        return self.moments.count
+
+    @property
+    def mean(self) -> float:
+        return self.moments.mean
+
+    @property
+    def std(self) -> float:
+        if self.moments.count < 2:
+            return 1.0
+        return math.sqrt(self.moments.squared_deviations / self.moments.count)
+
+    def update(self, batch: Tensor | Moments) -> None:
+        """Take a batch of scores (or the merged moments of all ranks' batches) into account."""
+        self.moments = self.moments.merge(
+            batch if isinstance(batch, Moments) else Moments.of(batch)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, fit for a model's config."""
+        return {
+            "type": "RunningMeanStd",
+            "count": self.moments.count,
+            "mean": self.moments.mean,
+            "squared_deviations": self.moments.squared_deviations,
+        }
+
+
+class ExponentialMovingAverage:
+    """Mean and deviation that forget: new = momentum * old + (1 - momentum) * batch.
+
+    So a *larger* momentum remembers longer. The first batch is taken as it is. A batch's variance
+    is divided by n - 1, because here small batches would otherwise bias it for good; a batch of one
+    score says nothing of the variance and leaves it alone.
+    """
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        assert 0.0 <= momentum < 1.0, "the momentum of a moving average lies in [0, 1)"
+        self.momentum = momentum
+        self.count = 0
+        self._mean = 0.0
+        self._variance: float | None = None
+
+    @property
+    def mean(self) -> float:
+        return self._mean
+
+    @property
+    def std(self) -> float:
+        return 1.0 if self._variance is None else math.sqrt(self._variance)
+
+    def update(self, batch: Tensor | Moments) -> None:
+        """Take a batch of scores (or the merged moments of all ranks' batches) into account."""
+        moments = batch if isinstance(batch, Moments) else Moments.of(batch)
+        if moments.count == 0:
+            return
+        self._mean = moments.mean if self.count == 0 else self._blend(self._mean, moments.mean)
+        self.count += moments.count
+        if moments.count > 1:
+            variance = moments.squared_deviations / (moments.count - 1)
+            known = self._variance
+            self._variance = variance if known is None else self._blend(known, variance)
+
+    def _blend(self, old: float, batch: float) -> float:
+        return self.momentum * old + (1.0 - self.momentum) * batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, fit for a model's config."""
+        return {
+            "type": "ExponentialMovingAverage",
+            "momentum": self.momentum,
+            "count": self.count,
+            "mean": self._mean,
+            "variance": self._variance,
+        }
+
+
+def build_normalizer(normalizer_type: str, momentum: float = 0.9) -> Normalizer:
+    """A fresh normaliser of a type named in `NORMALIZER_TYPES`."""
+    if normalizer_type == "RunningMeanStd":
+        return RunningMeanStd()
+    if normalizer_type == "ExponentialMovingAverage":
+        return ExponentialMovingAverage(momentum)
+    raise ValueError(
+        f"normalizer_type is {normalizer_type!r}; take one of {', '.join(NORMALIZER_TYPES)}"
+    )
+
+
+def normalizer_from_state(state: dict[str, Any]) -> Normalizer:
+    """The normaliser that `state_dict` described, exactly as it was."""
+    normalizer = build_normalizer(str(state.get("type")), float(state.get("momentum", 0.9)))
+    if isinstance(normalizer, RunningMeanStd):
+        normalizer.moments = Moments(
+            int(state["count"]), float(state["mean"]), float(state["squared_deviations"])
+        )
+    elif isinstance(normalizer, ExponentialMovingAverage):
+        normalizer.count = int(state["count"])
+        normalizer._mean = float(state["mean"])
+        variance = state["variance"]
+        normalizer._variance = None if variance is None else float(variance)
+    return normalizer
+
+
+def normalize(scores: Tensor, mean: float, std: float, function: str = "affine") -> Tensor:
+    """Put scores on the scale that a normaliser has learnt.
+
+    affine: (x - mean) / (std + 1e-8), for rewards. scale: x / (std + 1e-8), for costs, whose zero
+    means something. identity: x, for a critic, which must predict on the scale of its returns.
+
+    Args:
+        scores: any shape.
+        mean: of the training scores.
+        std: of the training scores.
+        function: one of `NORMALIZER_FUNCTIONS`.
+    """
+    if function == "affine":
+        return (scores - mean) / (std + EPSILON)
+    if function == "scale":
+        return scores / (std + EPSILON)
+    if function == "identity":
+        return scores
+    raise ValueError(
+        f"normalizer function is {function!r}; take one of {', '.join(NORMALIZER_FUNCTIONS)}"
+    )

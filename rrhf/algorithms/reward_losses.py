@@ -1,0 +1,185 @@
+"""Losses that teach a reward model which of two responses is better.
+
+Every loss here is -log sigmoid of a difference of scores (Bradley and Terry 1952; Ouyang et al.
+2022, arXiv:2203.02155, equation 1), over all strictly ordered pairs of one prompt: a preference
+pair is a group of two, a ranked group of K gives up to K(K-1)/2 pairs from K forwards. The loss
+types differ in *which* scores are compared:
+
+- sequence-wise, last_token: the scores at each response's last token.
+- token-wise, per_sample: the scores position by position, from the first token in which the two
+  responses differ to the end of the longer one, averaged over those positions.
+- average: the mean score of each response's own tokens from that first different token on.
+
+Two names for one loss stand where two communities know it by different names. Each function gives
+totals and pair counts per prompt. All totals over all counts weighs each pair alike; dividing
+a prompt's total by its own count first (`mean_over_pairs`) weighs each prompt alike, as InstructGPT
+does to keep large groups from dominating. For plain pairs the two are the same.
+
+Legend: B prompts, K candidates per prompt (padded; `valid` says which exist), R response positions,
+M ordered pairs of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rrhf.algorithms.masked import masked_mean, masked_sum
+from rrhf.algorithms.rank_losses import ordered_pairs
+
+LOSS_TYPES = ("sequence-wise", "token-wise", "per_sample", "average", "last_token")
+TOKEN_LOSS_TYPES = ("token-wise", "per_sample", "average")
+
+
+def preference_margins(preferences: Tensor, factor: float = 1.0) -> Tensor:
+    """Margins that grow with how much better a response is: factor * (better - worse).
+
+    Llama 2 (Touvron et al. 2023, arXiv:2307.09288, equation 2) asks clearly better responses to
+    lie further ahead.
+
+    Args:
+        preferences: [B, K] what orders the candidates, on a scale that means something.
+        factor: nats of logit per unit of preference.
+
+    Returns:
+        [B, K, K]; [b, i, j] for worse i and better j.
+    """
+    return factor * (preferences.unsqueeze(-2) - preferences.unsqueeze(-1))
+
+
+def _masked_logsigmoid(lead: Tensor, mask: Tensor) -> Tensor:
+    """log sigmoid where `mask` is True; elsewhere neither value nor gradient can be NaN."""
+    return logsigmoid(torch.where(mask, lead, torch.zeros_like(lead)))
+
+
+def pairwise_loss(
+    end_scores: Tensor, preferences: Tensor, valid: Tensor, margin: float | Tensor = 0.0
+) -> tuple[Tensor, Tensor]:
+    """-log sigmoid(r_better - r_worse - margin), summed over a prompt's ordered pairs.
+
+    Args:
+        end_scores: [B, K] the reward model's scores.
+        preferences: [B, K] what orders the candidates, such as 1 for chosen and 0 for rejected;
+            equal ones form no pair.
+        valid: [B, K] True where a candidate exists.
+        margin: by how much the better must lead; a number, or [B, K, K] indexed [b, worse, better].
+
+    Returns:
+        totals [B] and pair counts [B] int64; both zero for a prompt without an ordered pair.
+    """
+    is_pair = ordered_pairs(preferences, valid)  # [B, K, K] worse, better
+    lead = end_scores.unsqueeze(-2) - end_scores.unsqueeze(-1) - margin
+    losses = -_masked_logsigmoid(lead, is_pair)
+    return masked_sum(losses, is_pair, dim=(-2, -1)), is_pair.sum(dim=(-2, -1))
+
+
+def first_difference(left: Tensor, right: Tensor, lengths: tuple[Tensor, Tensor]) -> Tensor:
+    """Where two right-padded responses part: at different tokens, or where only one goes on.
+
+    Args:
+        left: [M, R] ids.
+        right: [M, R] ids.
+        lengths: ([M], [M]) their lengths.
+
+    Returns:
+        [M] int64 position; the longer length where the two are equal, so that nothing follows.
+    """
+    positions = torch.arange(left.shape[-1], device=left.device)
+    in_left = positions < lengths[0].unsqueeze(-1)
+    in_right = positions < lengths[1].unsqueeze(-1)
+    differ = ((left != right) & in_left & in_right) | (in_left != in_right)  # [M, R]
+    first = differ.to(torch.int64).argmax(-1)
+    return torch.where(differ.any(-1), first, torch.maximum(*lengths))
+
+
+def token_pair_loss(
+    token_scores: Tensor,
+    response_ids: Tensor,
+    response_lengths: Tensor,
+    preferences: Tensor,
+    valid: Tensor,
+    loss_type: str = "token-wise",
+    margin: float | Tensor = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The losses that look at more than the last token; see the module text.
+
+    "token-wise" reads, behind the end of the shorter response, the scores that the model gives to
+    the padding there, as the programs that introduced it do. Responses of equal ids form no pair.
+
+    Args:
+        token_scores: [B, K, R] a score at every response position, padding included.
+        response_ids: [B, K, R] right-padded.
+        response_lengths: [B, K].
+        preferences: [B, K] what orders the candidates; equal ones form no pair.
+        valid: [B, K] True where a candidate exists.
+        loss_type: "token-wise", "per_sample" or "average".
+        margin: a number, or [B, K, K] indexed [b, worse, better].
+
+    Returns:
+        totals [B] and pair counts [B] int64.
+    """
+    assert loss_type in TOKEN_LOSS_TYPES, f"{loss_type} does not read token scores"
+    prompt, worse, better = ordered_pairs(preferences, valid).nonzero(as_tuple=True)  # [M] each
+    lengths = (response_lengths[prompt, worse], response_lengths[prompt, better])
+    start = first_difference(
+        response_ids[prompt, worse], response_ids[prompt, better], lengths
+    )  # [M]
+    longer = torch.maximum(*lengths)
+    is_pair = start < longer
+    r_worse, r_better = token_scores[prompt, worse], token_scores[prompt, better]  # [M, R]
+    if isinstance(margin, Tensor):
+        margin = margin[prompt, worse, better].unsqueeze(-1)
+
+    positions = torch.arange(token_scores.shape[-1], device=token_scores.device)
+    if loss_type == "average":
+        # A response that ends inside the common beginning has no token left: its last stands in.
+        starts = [torch.minimum(start, length - 1).unsqueeze(-1) for length in lengths]
+        windows = [
+            (positions >= first) & (positions < length.unsqueeze(-1))
+            for first, length in zip(starts, lengths, strict=True)
+        ]
+        means = masked_mean(r_worse, windows[0]), masked_mean(r_better, windows[1])
+        losses = -logsigmoid((means[1] - means[0]).unsqueeze(-1) - margin).squeeze(-1)
+    else:
+        window = (positions >= start.unsqueeze(-1)) & (positions < longer.unsqueeze(-1))
+        losses = masked_mean(-_masked_logsigmoid(r_better - r_worse - margin, window), window)
+
+    totals = token_scores.new_zeros(token_scores.shape[0])
+    totals = totals.index_add(0, prompt, torch.where(is_pair, losses, torch.zeros_like(losses)))
+    counts = is_pair.new_zeros(token_scores.shape[0], dtype=torch.int64)
+    return totals, counts.index_add(0, prompt, is_pair.to(torch.int64))
+
+
+def mean_over_pairs(totals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn sums over pairs into means per prompt, so that each prompt weighs alike.
+
+    Ouyang et al. 2022, arXiv:2203.02155, equation 1: the factor 1 / C(K, 2), here with the number
+    of strictly ordered pairs.
+
+    Args:
+        totals: [B] sum over each prompt's pairs.
+        counts: [B] its number of pairs.
+
+    Returns:
+        [B] means, and [B] int64 ones where a prompt has any pair, else zero.
+    """
+    return totals / counts.clamp_min(1).to(totals.dtype), (counts > 0).to(torch.int64)
+
+
+def squared_scores(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """L2 regularisation: squares of the scores, so that they stay near zero.
+
+    Averaged (total over count, times the factor) it is factor * mean of r ** 2 over all responses.
+    For pairs some programs add the two means over chosen and over rejected instead, which is twice
+    this: their factor 0.001 is 0.002 here.
+
+    Args:
+        scores: [B, K] or [B, K, R].
+        valid: the same shape, True where a score exists.
+
+    Returns:
+        totals [B] and counts [B] int64.
+    """
+    inner = tuple(range(1, scores.dim()))
+    return masked_sum(scores.square(), valid, dim=inner), valid.sum(dim=inner)
