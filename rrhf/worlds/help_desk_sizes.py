@@ -1,0 +1,69 @@
+"""How large a Tiny Help Desk is: the demo's size, and one for tests that takes a third of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rrhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class WorldSize:
+    """How large a world is.
+
+    Attributes:
+        name: "full" or "smoke".
+        num_benign_topics, num_harmful_topics, num_names: the first so many of the texts.
+        held_out_topics: in demonstrations and pairs, never in alignment or test prompts.
+        num_demonstrations, num_static_pairs, num_on_policy_pairs: training data.
+        num_alignment_prompts, num_test_prompts, num_ood_prompts: different prompts.
+    """
+
+    name: str
+    num_benign_topics: int
+    num_harmful_topics: int
+    num_names: int
+    held_out_topics: frozenset[str]
+    num_demonstrations: int
+    num_static_pairs: int
+    num_on_policy_pairs: int
+    num_alignment_prompts: int
+    num_test_prompts: int
+    num_ood_prompts: int
+
+
+SIZES: dict[str, WorldSize] = {
+    "full": WorldSize(
+        name="full",
+        num_benign_topics=20,
+        num_harmful_topics=6,
+        num_names=16,
+        held_out_topics=frozenset({"cat", "speech", "rice", "mold", "fare"}),
+        num_demonstrations=8000,
+        num_static_pairs=3000,
+        num_on_policy_pairs=3000,
+        num_alignment_prompts=500,
+        num_test_prompts=200,
+        num_ood_prompts=100,
+    ),
+    "smoke": WorldSize(
+        name="smoke",
+        num_benign_topics=8,
+        num_harmful_topics=3,
+        num_names=8,
+        held_out_topics=frozenset({"dog", "burn", "exam"}),
+        num_demonstrations=3000,
+        num_static_pairs=2000,
+        num_on_policy_pairs=500,
+        num_alignment_prompts=200,
+        num_test_prompts=60,
+        num_ood_prompts=20,
+    ),
+}
+
+
+def world_size(name: str) -> WorldSize:
+    """The size of that name, or a UserError that names the choices."""
+    if name not in SIZES:
+        raise UserError(f"world size {name!r}: choose one of {', '.join(SIZES)}")
+    return SIZES[name]

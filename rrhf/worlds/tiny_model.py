@@ -1,0 +1,117 @@
+"""A tokenizer and a Llama small enough to train from nothing in a minute on one core.
+
+Byte-level BPE learnt from the world's own texts, so any text can be encoded; and a model of 0.4M
+weights. Both are ordinary Hugging Face objects: what handles them handles large ones. No BOS is
+prepended, and no chat template is set, so conversations are rendered as HH has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
+MAX_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """The shape of a tiny model; the heads share the hidden width evenly."""
+
+    vocab_size: int
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+
+
+TINY_SIZES: dict[str, TinySize] = {
+    "full": TinySize(vocab_size=1024),
+    "smoke": TinySize(vocab_size=800),
+}
+
+
+def tiny_size(name: str) -> TinySize:
+    """The shape of that name, or a UserError that names the choices."""
+    if name not in TINY_SIZES:
+        raise UserError(f"tiny model size {name!r}: choose one of {', '.join(TINY_SIZES)}")
+    return TINY_SIZES[name]
+
+
+def conversation_texts(demonstrations: Iterable[CandidateSet]) -> Iterable[str]:
+    """Prompts with their replies as running text, to train a tokenizer on."""
+    for s in demonstrations:
+        for candidate in s.candidates:
+            yield f"{s.query} {candidate.response}"
+
+
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int, folder: str | Path
+) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE and save it, ready for `AutoTokenizer.from_pretrained(folder)`.
+
+    Args:
+        texts: what to learn merges from.
+        vocab_size: upper bound, the 256 bytes and 3 special tokens included; fewer where the texts
+            hold no more pairs.
+        folder: made if missing.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_tiny_llama(
+    size: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+) -> LlamaForCausalLM:
+    """A fresh Llama for the tokenizer, in float32; equal seeds give equal weights.
+
+    The global random state is left as it was.
+    """
+    shape = tiny_size(size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_attention_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
