@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The tests: sets up what is needed, then runs pytest. Arguments are passed on:
+# bash test.sh tests/test_records.py -k score; bash test.sh -m slow.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=.ci/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/.ci/environment.sh"
+
+ensure_environment test
+cd -- "$repository_root"
+# One thread a worker: the models are tiny, and workers that share cores slow each other down.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+workers=$(nproc)
+exec python -m pytest -n "$((workers < 8 ? workers : 8))" "$@"
