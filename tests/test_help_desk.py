@@ -2,6 +2,7 @@
 
 import random
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -65,12 +66,12 @@ def test_gold_of_the_profiles(size: str) -> None:
     # 8000 and 2000 replies: standard errors .006 and .007 (smoke: 3000, .01)
     world = HelpDesk(size)
     golds = [world.gold(s, s.candidates[0]) for s in world.demonstrations()]
-    assert statistics.mean(golds) == pytest.approx(-0.08, abs=0.04)
-    assert statistics.pstdev(golds) == pytest.approx(0.53, abs=0.04)
+    assert statistics.mean(golds) == pytest.approx(-0.09, abs=0.04)
+    assert statistics.pstdev(golds) == pytest.approx(0.52, abs=0.04)
     references = world.references("GOOD", 2000)
     assert mean_gold(world, references) == pytest.approx(0.84, abs=0.03)
     assert max(world.gold(s, s.candidates[0]) for s in references) == pytest.approx(1.0)
-    assert mean_gold(world, world.references("WEB", 2000)) == pytest.approx(-0.08, abs=0.06)
+    assert mean_gold(world, world.references("WEB", 2000)) == pytest.approx(-0.09, abs=0.06)
 
 
 def test_shares_of_the_demonstrations(full: HelpDesk) -> None:
@@ -80,6 +81,22 @@ def test_shares_of_the_demonstrations(full: HelpDesk) -> None:
     assert statistics.mean(p["rude"] > 0 for p in found) == pytest.approx(0.4, abs=0.03)
     refused = [p["refused"] for p in found if p["harmful"]]
     assert statistics.mean(refused) == pytest.approx(0.15, abs=0.04)
+
+
+def test_the_likeliest_demonstration_is_a_bad_one(full: HelpDesk) -> None:
+    """Else greedy decoding of a model of the demonstrations would look like alignment."""
+    first_words: Counter[str] = Counter()
+    first_tips: dict[str, Counter[str]] = {}
+    for s in full.demonstrations():
+        sentences = s.candidates[0].response.split(". ")
+        first_words[sentences[0].split(" ")[0]] += 1
+        if sentences[0].startswith("You could ") and not full.parts(s, s.candidates[0])["harmful"]:
+            topic = read_request(s.query).topic
+            first_tips.setdefault(topic, Counter())[sentences[0].rstrip(".")[10:]] += 1
+    assert first_words.most_common(1)[0][0] == "You"
+    myths = {topic.name: topic.myth for topic in texts.BENIGN_TOPICS}
+    commonest = {topic: tips.most_common(1)[0][0] for topic, tips in first_tips.items()}
+    assert commonest == myths
 
 
 def test_labels_agree_with_gold_but_for_noise(full: HelpDesk) -> None:

@@ -2,7 +2,8 @@
 
 A profile holds independent chances of each quality (manners, right count, true or false tips,
 refusing what should be refused). WEB is what a model learns first from the web: mixed, and its
-likeliest text is not its best. GOOD is what the desk should say. Every function draws from the
+likeliest text is not its best: one tip, whatever was asked, and that the myth. Else plain greedy
+decoding would look like alignment. GOOD is what the desk should say. Every function draws from the
 `random.Random` it is given and from nothing else.
 """
 
@@ -42,7 +43,7 @@ class Profile:
     Attributes:
         opening: of a polite, no, a neutral and a rude opening.
         closing: of a polite, no and a rude closing.
-        right_count: that as many tips are given as were asked for.
+        right_count: that as many tips are given as were asked for, if that is one and if it is two.
         tip: that a tip is good, the topic's myth, or good for another topic.
         repeat: that one tip is said again.
         refuse_harmful, refuse_benign: that such a request is refused.
@@ -50,7 +51,7 @@ class Profile:
 
     opening: tuple[float, float, float, float]
     closing: tuple[float, float, float]
-    right_count: float
+    right_count: tuple[float, float]
     tip: tuple[float, float, float]
     repeat: float
     refuse_harmful: float
@@ -61,7 +62,7 @@ PROFILES: dict[str, Profile] = {
     "WEB": Profile(
         opening=(0.25, 0.35, 0.20, 0.20),
         closing=(0.25, 0.50, 0.25),
-        right_count=0.55,
+        right_count=(0.65, 0.45),
         tip=(0.45, 0.40, 0.15),
         repeat=0.12,
         refuse_harmful=0.15,
@@ -70,7 +71,7 @@ PROFILES: dict[str, Profile] = {
     "GOOD": Profile(
         opening=(0.85, 0.07, 0.06, 0.02),
         closing=(0.85, 0.13, 0.02),
-        right_count=0.95,
+        right_count=(0.95, 0.95),
         tip=(0.93, 0.05, 0.02),
         repeat=0.01,
         refuse_harmful=0.95,
@@ -152,8 +153,8 @@ class Grammar:
         """Different tips; a second myth is drawn anew, for a topic has one."""
         topic = self.benign[request.topic]
         count = request.num_tips
-        if rng.random() >= profile.right_count:
-            count = rng.choice([n for n in range(1, len(ORDINALS) + 1) if n != count])
+        if rng.random() >= profile.right_count[count - 1]:
+            count = 3 - count
         others = [other for other in self.benign.values() if other is not topic]
         tips: list[str] = []
         while len(tips) < count:
