@@ -1,0 +1,273 @@
+"""One row of a candidate file: checked field by field, read into a record, and written again.
+
+Every message begins with "file:line: field:", says what is wrong, and ends with the mend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from rrhf.errors import UserError
+from rrhf.records import (
+    FINISH_REASONS,
+    ROLES,
+    Candidate,
+    CandidateSet,
+    FinishReason,
+    Message,
+    set_id,
+)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_VALUE = object()
+
+
+class RowError(UserError):
+    """One row's mistakes; the text has a line for each, `faults` the lines apart."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, as a person says it, with the value where it is short."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return f"the number {value!r:.30}"
+    if isinstance(value, str):
+        return f"the text {json.dumps(value if len(value) < 30 else value[:27] + '...')}"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def text_fault(value: object) -> str | None:
+    if not isinstance(value, str):
+        return f"must be a text, is {kind_of(value)}; put it in quotes, or mend the row"
+    if half := _SURROGATE.search(value):
+        return (
+            f"holds half a surrogate pair (\\u{ord(half.group()):04x} at character "
+            f"{half.start() + 1}), which no tokenizer reads; remove it, or write the whole pair"
+        )
+    return None
+
+
+class RowReader:
+    """Reads one row's fields and gathers what is wrong with them."""
+
+    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+        self.row = row
+        self.where = where
+        self.faults: list[str] = []
+
+    def fault(self, field: str, reason: str) -> None:
+        self.faults.append(f"{self.where}: {field}: {reason}")
+
+    def text(self, field: str, default: str | None = None) -> str:
+        value = self.row.get(field, _NO_VALUE)
+        if value is _NO_VALUE or (value is None and default is not None):
+            if default is None:
+                hint = ""
+                if field == "query":
+                    found = [k for k in ("prompt", "instruction", "chosen") if k in self.row]
+                    hint = (
+                        f" ({found[0]!r} is there: `rrhf data convert` reads it)" if found else ""
+                    )
+                self.fault(field, f"is missing{hint}; every row needs this text")
+            return default or ""
+        if reason := text_fault(value):
+            self.fault(field, reason)
+            return ""
+        return cast(str, value)
+
+    def texts(self, field: str) -> list[str] | None:
+        """The list of texts, or None where it cannot be had (said)."""
+        value = self.row.get(field, _NO_VALUE)
+        if value is _NO_VALUE:
+            self.fault(field, "is missing; give a list of texts ([] for a prompt alone)")
+            return None
+        if not isinstance(value, list):
+            self.fault(field, f"must be a list of texts, is {kind_of(value)}; put it in [ ]")
+            return None
+        for number, item in enumerate(value):
+            if reason := text_fault(item):
+                self.fault(f"{field}[{number}]", reason)
+        return value
+
+    def entries(self, field: str, responses: int | None, what: str) -> list[Any] | None:
+        """A list with one entry a response; None where it is absent, null or wrong (said)."""
+        value = self.row.get(field)
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            self.fault(field, f"must be a list of {what}, is {kind_of(value)}; mend the row")
+            return None
+        if responses is not None and len(value) != responses:
+            self.fault(
+                field,
+                f"holds {len(value)} entries for {responses} responses; give one for each response"
+                + (" (null where there is none)" if field != "finish_reasons" else ""),
+            )
+            return None
+        return value
+
+    def scores(self, responses: int | None) -> list[float | None] | None:
+        values = self.entries("scores", responses, "numbers")
+        if values is None:
+            return None
+        for number, value in enumerate(values):
+            field = f"scores[{number}]"
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                self.fault(field, f"must be a number or null, is {kind_of(value)}; mend the score")
+            elif not _is_finite(value):
+                self.fault(
+                    field,
+                    f"is {value!r:.30}, no finite number; give the score, or null where there is "
+                    "none",
+                )
+        return values
+
+    def turns(self, field: str) -> tuple[Message, ...] | None:
+        """A conversation, whoever has the last word; None where it is absent, null or wrong."""
+        value = self.row.get(field)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value:
+            what = "an empty list" if value == [] else kind_of(value)
+            self.fault(field, f'must be a list of {{"role", "content"}}, is {what}; mend the row')
+            return None
+        turns = []
+        for number, turn in enumerate(value):
+            place = f"{field}[{number}]"
+            if not isinstance(turn, dict):
+                self.fault(place, f'must be {{"role", "content"}}, is {kind_of(turn)}; mend it')
+                continue
+            role, content = turn.get("role"), turn.get("content")
+            if not isinstance(role, str) or role not in ROLES:
+                self.fault(
+                    f"{place}.role", f"is {kind_of(role)}; must be one of {', '.join(ROLES)}"
+                )
+            elif reason := text_fault(content):
+                self.fault(f"{place}.content", reason)
+            else:
+                turns.append(Message(role, str(content)))
+        return tuple(turns) if len(turns) == len(value) else None
+
+    def messages(self) -> tuple[Message, ...] | None:
+        """The conversation behind the query, which ends with the user's turn."""
+        turns = self.turns("messages")
+        if turns is not None and turns[-1].role != "user":
+            self.fault(
+                "messages",
+                f"end with the turn of the {turns[-1].role}; they are the prompt, so they end with "
+                "the user's, and what follows belongs in responses",
+            )
+        return turns
+
+    def finish_reasons(self, responses: int | None) -> list[FinishReason] | None:
+        values = self.entries("finish_reasons", responses, ", ".join(FINISH_REASONS))
+        for number, value in enumerate(values or ()):
+            if value not in FINISH_REASONS:
+                self.fault(
+                    f"finish_reasons[{number}]",
+                    f"is {kind_of(value)}; must be one of {', '.join(FINISH_REASONS)}",
+                )
+        return values
+
+    def sources(self, responses: int | None) -> list[str] | None:
+        values = self.entries("sources", responses, "texts")
+        for number, value in enumerate(values or ()):
+            if value is not None and (reason := text_fault(value)):
+                self.fault(f"sources[{number}]", reason)
+        return values
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float can hold
+        return False
+
+
+def parse_candidate_set(row: Any, where: str) -> CandidateSet:
+    """One row of a candidate file as a record.
+
+    A row without an id gets the one that its prompt gives; a file's reader numbers repeats.
+
+    Args:
+        row: the JSON value.
+        where: "file:line", which begins every message.
+
+    Raises:
+        RowError: a `UserError` with one line for each mistake: `file:line: field: what, mend`.
+    """
+    if not isinstance(row, dict):
+        raise RowError(
+            [f'{where}: row: must be an object {{"query", "responses", ...}}, is {kind_of(row)}']
+        )
+    reader = RowReader(row, where)
+    query = reader.text("query")
+    responses = reader.texts("responses")
+    number = None if responses is None else len(responses)
+    scores = reader.scores(number)
+    messages = reader.messages()
+    finish_reasons = reader.finish_reasons(number)
+    sources = reader.sources(number)
+    origin = reader.text("origin", default="")
+    given_id = reader.text("id", default="")
+    if reader.faults:
+        raise RowError(reader.faults)
+    assert responses is not None, "a row without responses has been refused"
+    candidates = tuple(
+        Candidate(
+            response=response,
+            source=(sources[index] or "") if sources else "",
+            score=_as_float(scores[index]) if scores else None,
+            finish_reason=finish_reasons[index] if finish_reasons else "unknown",
+        )
+        for index, response in enumerate(responses)
+    )
+    return CandidateSet(
+        id=given_id or set_id(query, messages),
+        query=query,
+        messages=messages,
+        candidates=candidates,
+        origin=origin,
+    )
+
+
+def _as_float(score: float | None) -> float | None:
+    return None if score is None else float(score)
+
+
+def candidate_set_to_row(candidate_set: CandidateSet) -> dict[str, Any]:
+    """A record as a row: RRHF's keys first, the others only where they say something.
+
+    `scores` is left out where nothing is scored, `id` where the prompt alone gives it.
+    """
+    candidates = candidate_set.candidates
+    row: dict[str, Any] = {
+        "query": candidate_set.query,
+        "responses": [candidate.response for candidate in candidates],
+    }
+    if any(candidate.score is not None for candidate in candidates):
+        row["scores"] = [candidate.score for candidate in candidates]
+    if candidate_set.messages is not None:
+        row["messages"] = [{"role": m.role, "content": m.content} for m in candidate_set.messages]
+    if candidate_set.id != set_id(candidate_set.query, candidate_set.messages):
+        row["id"] = candidate_set.id
+    if candidate_set.origin:
+        row["origin"] = candidate_set.origin
+    if any(candidate.source for candidate in candidates):
+        row["sources"] = [candidate.source for candidate in candidates]
+    if any(candidate.finish_reason != "unknown" for candidate in candidates):
+        row["finish_reasons"] = [candidate.finish_reason for candidate in candidates]
+    return row
