@@ -7,7 +7,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/.ci/environment.sh"
 
 ensure_environment test
 cd -- "$repository_root"
+workers=$(env -u OMP_NUM_THREADS nproc)
 # One thread a worker: the models are tiny, and workers that share cores slow each other down.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-workers=$(nproc)
 exec python -m pytest -n "$((workers < 8 ? workers : 8))" "$@"
