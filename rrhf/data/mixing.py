@@ -1,0 +1,230 @@
+"""Mixtures: several sources, each in its proportion, as one sequence that is the same for a seed.
+
+A mixture is written `name[:proportion[:path]]`, several separated by commas. A name is whatever
+`rrhf.data.sources` finds; a path that exists is taken as it stands, colons and commas included. The
+proportion is
+
+- a number or a fraction `a/b`: that share of the source, drawn without replacement; above 1, whole
+  copies and the remainder drawn (`2.5` = every row twice, half of them once more); `0` skips it;
+- `n/-1` or `-n`: exactly n rows, by the same rule (more than there are: whole copies first).
+
+Rows keep their source's order, sources follow each other; who trains on them shuffles. Rows are not
+held in memory: a candidate file is read by index, any other source is spooled to a temporary file.
+
+Left out on purpose: weights that change while training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import overload
+
+from rrhf.data.candidate_files import CandidateFile, SeenIds
+from rrhf.data.json_scan import Fault, scan_rows
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.sources import JSON_SUFFIXES, read_sets
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+_PROPORTION = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One part of a mixture.
+
+    Attributes:
+        name: a path, a registered name, or a dataset of the hub.
+        proportion: share of its rows, 0 or more; None where `count` is given.
+        count: exactly so many rows.
+        path: a local copy of the named source.
+    """
+
+    name: str
+    proportion: Fraction | None = Fraction(1)
+    count: int | None = None
+    path: str | None = None
+
+    def number_of_rows(self, size: int) -> int:
+        """How many rows are taken of a source that has `size`."""
+        if self.count is not None:
+            return self.count
+        assert self.proportion is not None, "a part has a proportion or a count"
+        return round(size * self.proportion)
+
+
+def parse_mixture(specs: str | Sequence[str]) -> list[SourceSpec]:
+    """Read a mixture, or several that are put together.
+
+    Raises:
+        UserError: nothing is named, or a proportion is not one.
+    """
+    parts: list[SourceSpec] = []
+    for text in [specs] if isinstance(specs, str) else specs:
+        if os.path.exists(text):
+            parts.append(SourceSpec(text))
+            continue
+        parts.extend(_parse_part(part.strip()) for part in text.split(",") if part.strip())
+    if not parts:
+        raise UserError(
+            "no data named; give a path, or name[:proportion[:path]], several separated by commas"
+        )
+    return parts
+
+
+def _parse_part(text: str) -> SourceSpec:
+    if os.path.exists(text):
+        return SourceSpec(text)
+    name, _, rest = text.partition(":")
+    proportion, _, path = rest.partition(":")
+    if not name:
+        raise UserError(f"{text!r}: names no source; write name[:proportion[:path]]")
+    spec = SourceSpec(name, path=path or None)
+    if not proportion:
+        return spec
+    match = _PROPORTION.fullmatch(proportion)
+    if match is None:
+        raise UserError(
+            f"{text!r}: {proportion!r} is no proportion; write a number (0.5), a fraction (1/3), "
+            "or a count (1000/-1)"
+        )
+    above, below = Fraction(match.group(1)), Fraction(match.group(2) or "1")
+    if below == 0:
+        raise UserError(f"{text!r}: {proportion!r} divides by zero; mend the proportion")
+    value = above / below
+    if value >= 0:
+        return replace(spec, proportion=value)
+    if value.denominator != 1:
+        raise UserError(
+            f"{text!r}: {proportion!r} is a count (it is negative) and so must be a whole number"
+        )
+    return replace(spec, proportion=None, count=int(-value))
+
+
+def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
+    """Which rows of `size` make `wanted`: whole copies, then a draw without replacement, in order.
+
+    Raises:
+        UserError: rows are wanted of nothing.
+    """
+    if wanted == 0:
+        return []
+    if size == 0:
+        raise UserError(f"{wanted} rows are wanted of a source that has none")
+    copies, rest = divmod(wanted, size)
+    drawn = sorted(random.Random(seed).sample(range(size), rest))
+    return list(range(size)) * copies + drawn
+
+
+class Mixture(Sequence[CandidateSet]):
+    """Chosen rows of several sequences as one; a row that repeats gets an id of its own."""
+
+    def __init__(
+        self, parts: Sequence[Sequence[CandidateSet]], rows: Sequence[Sequence[int]]
+    ) -> None:
+        """
+        Args:
+            parts: where rows are.
+            rows: for each part, which of its rows, in order.
+        """
+        self._parts = parts
+        self._part = array("L")
+        self._row = array("Q")
+        for number, chosen in enumerate(rows):
+            self._part.extend([number] * len(chosen))
+            self._row.extend(chosen)
+        self._own_ids: dict[int, str] = {}
+        if len(parts) > 1 or any(len(set(chosen)) < len(chosen) for chosen in rows):
+            self._tell_ids_apart()
+
+    def _tell_ids_apart(self) -> None:
+        ids = SeenIds()
+        for number in range(len(self)):
+            found = self[number]
+            fresh = ids.give(found)
+            if fresh.id != found.id:
+                self._own_ids[number] = fresh.id
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @overload
+    def __getitem__(self, index: int) -> CandidateSet: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CandidateSet]: ...
+    def __getitem__(self, index: int | slice) -> CandidateSet | Sequence[CandidateSet]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        found = self._parts[self._part[number]][self._row[number]]
+        own_id = self._own_ids.get(number)
+        return found if own_id is None else replace(found, id=own_id)
+
+    def __iter__(self) -> Iterator[CandidateSet]:
+        for number in range(len(self)):
+            yield self[number]
+
+
+def load_sets(
+    specs: str | Sequence[str],
+    seed: int = 0,
+    split: str | None = None,
+    counts: SourceCounts | None = None,
+) -> Sequence[CandidateSet]:
+    """The records of a mixture by index; everything is checked before this returns.
+
+    Args:
+        specs: a path, `name[:proportion[:path]]`, several with commas, or a list of such.
+        seed: decides which rows are drawn where a proportion is no whole number.
+        split: the split of named datasets.
+        counts: filled with what was read and dropped.
+
+    Raises:
+        UserError: as `rrhf.data.sources.read_sets`, or nothing is left.
+    """
+    counts = SourceCounts() if counts is None else counts
+    parts: list[Sequence[CandidateSet]] = []
+    rows: list[list[int]] = []
+    for position, spec in enumerate(parse_mixture(specs)):
+        if spec.count == 0 or spec.proportion == 0:
+            logger.info("%s: skipped, its proportion is 0", spec.name)
+            continue
+        part = _open_part(spec, split, counts)
+        parts.append(part)
+        wanted = spec.number_of_rows(len(part))
+        rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
+    if not any(rows):
+        raise UserError(f"{specs}: leaves no rows; mend the proportions, or name another source")
+    if len(parts) == 1 and rows[0] == list(range(len(parts[0]))):
+        return parts[0]
+    return Mixture(parts, rows)
+
+
+def _open_part(spec: SourceSpec, split: str | None, counts: SourceCounts) -> Sequence[CandidateSet]:
+    place = spec.path or spec.name
+    if _is_candidate_file(place):
+        file = CandidateFile(place)
+        counts.read += len(file)
+        counts.kept += len(file)
+        return file
+    return CandidateFile.spool(read_sets(spec.name, split, counts, spec.path), spec.name)
+
+
+def _is_candidate_file(path: str) -> bool:
+    """True where the first row that can be read has a candidate row's keys."""
+    if not os.path.isfile(path) or not path.endswith(JSON_SUFFIXES):
+        return False
+    for item in scan_rows(path):
+        if not isinstance(item, Fault):
+            return isinstance(item.value, dict) and {"query", "responses"} <= item.value.keys()
+    return False

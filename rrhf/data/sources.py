@@ -1,0 +1,281 @@
+"""Where data come from: registered names, own files and folders, and the Hugging Face hub.
+
+Whatever the place, rows arrive as dictionaries with the place they stand at; their columns tell how
+they are read (`rrhf.data.layouts`). `read_sets` yields records one at a time and counts what it
+leaves out. Names that people know are one dictionary; `register_source` adds to it.
+
+What is asked for is found in this order: a file or folder of that path, a registered name or alias,
+and, if it has the form owner/name, a dataset of the hub (owner/name/folder for a part of one).
+
+Left out on purpose: proportions and mixtures (`rrhf.data.mixing`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rrhf.data.candidate_files import SeenIds, require_finished
+from rrhf.data.candidate_rows import RowError
+from rrhf.data.json_scan import Fault, Faults, scan_rows
+from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet
+
+__all__ = ["REGISTRY", "SourceCounts", "known_names", "read_sets", "register_source"]
+
+logger = logging.getLogger(__name__)
+
+# Rows with the place they stand at; a Fault in place of a row that cannot be read.
+Rows = Iterator[tuple[str, Any]]
+# (path of a local copy or None, split or None) -> rows
+Reader = Callable[[str | None, str | None], Rows]
+
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_TABLE_KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_DEFAULT_SPLIT = "train"
+
+
+def _file_rows(path: str) -> Rows:
+    for item in scan_rows(path):
+        yield f"{path}:{item.line}", item if isinstance(item, Fault) else item.value
+
+
+def _folder_rows(path: str, split: str | None) -> Rows:
+    """A folder's rows: `<split>.jsonl` or its like, as HH comes, else as `datasets` has it."""
+    for suffix in JSON_SUFFIXES:
+        file = os.path.join(path, f"{split or _DEFAULT_SPLIT}{suffix}")
+        if os.path.isfile(file):
+            return _file_rows(file)
+    return _dataset_rows(path, split, path)
+
+
+def _path_rows(path: str, split: str | None) -> Rows:
+    if os.path.isdir(path):
+        return _folder_rows(path, split)
+    if not os.path.exists(path):
+        raise UserError(f"{path}: there is no such file or folder; check the path")
+    kind = _TABLE_KINDS.get(Path(path).suffix)
+    if kind is not None:
+        return _dataset_rows(kind, _DEFAULT_SPLIT, path, data_files=path)
+    return _file_rows(path)
+
+
+def _dataset_rows(path: str, split: str | None, name: str, **options: Any) -> Rows:
+    """Rows through the `datasets` library: a hub name, a local folder, or a kind of table.
+
+    Raises:
+        UserError: it cannot be had (no network, no such dataset or split), with the mend.
+    """
+    import datasets
+
+    try:
+        if os.path.isdir(path) and any(
+            os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")
+        ):
+            found: Any = datasets.load_from_disk(path)
+        else:
+            found = datasets.load_dataset(path, **options)
+        rows = _choose_split(found, split, name)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise UserError(
+            f"{name}: cannot be had through `datasets` ({type(error).__name__}: {reason}); check "
+            f"the name and the network, or give a local copy: {name}:1:/path/to/file.jsonl"
+        ) from error
+    for number in range(len(rows)):
+        yield f"{name}[{number}]", rows[number]
+
+
+def _choose_split(found: Any, split: str | None, name: str) -> Any:
+    if not isinstance(found, Mapping):
+        return found
+    if split is None:
+        split = next(iter(found)) if len(found) == 1 else _DEFAULT_SPLIT
+    if split not in found:
+        raise UserError(f"{name}: has no split {split!r}; choose one of {', '.join(found)}")
+    return found[split]
+
+
+def _from_hub(hub_name: str, local_copy: str | None, split: str | None, **options: Any) -> Rows:
+    if local_copy is not None:
+        return _path_rows(local_copy, split)
+    return _dataset_rows(hub_name, split, hub_name, **options)
+
+
+def _hub(hub_name: str, fixed_split: str | None = None, **options: Any) -> Reader:
+    """A reader of one hub dataset, or of its local copy where a path is given."""
+
+    def read(local_copy: str | None, split: str | None) -> Rows:
+        return _from_hub(hub_name, local_copy, fixed_split or split, **options)
+
+    return read
+
+
+_hh = partial(_hub, "Anthropic/hh-rlhf")
+
+REGISTRY: dict[str, Reader] = {
+    "hh-rlhf/harmless-base": _hh(data_dir="harmless-base"),
+    "hh-rlhf/helpful-base": _hh(data_dir="helpful-base"),
+    "hh-rlhf/helpful-online": _hh(data_dir="helpful-online"),
+    "hh-rlhf/helpful-rejection-sampled": _hh(data_dir="helpful-rejection-sampled"),
+    "rm-static": _hub("Dahoas/rm-static"),
+    "full-hh-rlhf": _hub("Dahoas/full-hh-rlhf"),
+    "openai_summarize_comparisons": _hub("CarperAI/openai_summarize_comparisons"),
+    "alpaca": _hub("tatsu-lab/alpaca"),
+    "PKU-SafeRLHF/train": _hub("PKU-Alignment/PKU-SafeRLHF", "train"),
+    "PKU-SafeRLHF/test": _hub("PKU-Alignment/PKU-SafeRLHF", "test"),
+    "PKU-SafeRLHF-30K/train": _hub("PKU-Alignment/PKU-SafeRLHF-30K", "train"),
+    "PKU-SafeRLHF-30K/test": _hub("PKU-Alignment/PKU-SafeRLHF-30K", "test"),
+    "PKU-SafeRLHF-10K/train": _hub("PKU-Alignment/PKU-SafeRLHF-10K", "train"),
+    "ultrafeedback": _hub("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"),
+}
+
+ALIASES: dict[str, str] = {
+    "hh-harmless": "hh-rlhf/harmless-base",
+    "hh-helpful": "hh-rlhf/helpful-base",
+    "helpful_harmless": "full-hh-rlhf",
+    "summarization": "openai_summarize_comparisons",
+    "Dahoas/rm-static": "rm-static",
+    "Dahoas/full-hh-rlhf": "full-hh-rlhf",
+    "CarperAI/openai_summarize_comparisons": "openai_summarize_comparisons",
+    "tatsu-lab/alpaca": "alpaca",
+    "alpaca/train": "alpaca",
+}
+
+
+def register_source(name: str, reader: Reader, aliases: tuple[str, ...] = ()) -> None:
+    """Add a name that `read_sets` and mixtures know.
+
+    Args:
+        name: how it is asked for.
+        reader: (path of a local copy or None, split or None) -> an iterator of (place, row), where
+            a row is a dictionary with the columns of any layout.
+        aliases: other names for it.
+
+    Raises:
+        ValueError: one of the names is taken.
+    """
+    for new in (name, *aliases):
+        if new in REGISTRY or new in ALIASES:
+            raise ValueError(f"the source {new!r} is registered already; choose another name")
+    REGISTRY[name] = reader
+    ALIASES.update(dict.fromkeys(aliases, name))
+
+
+def known_names() -> list[str]:
+    """Every registered name and alias."""
+    return sorted((*REGISTRY, *ALIASES))
+
+
+def _unknown(name: str) -> UserError:
+    near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return UserError(
+        f"{name!r} is no file and no known source{hint}; known are {', '.join(known_names())}; "
+        "a dataset of the hub is named owner/name"
+    )
+
+
+def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows]:
+    """The rows of a source and the origin they are marked with.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    if path is None and os.path.exists(name):
+        if os.path.isfile(name):
+            require_finished(name)
+        return _origin_of_path(name), _path_rows(name, split)
+    registered = ALIASES.get(name, name)
+    if registered in REGISTRY:
+        return registered, REGISTRY[registered](path, split)
+    if path is not None:
+        return name, _path_rows(path, split)
+    parts = name.split("/")
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(
+        (*JSON_SUFFIXES, *_TABLE_KINDS)
+    )
+    if looks_like_path:
+        raise UserError(f"{name}: there is no such file or folder; check the path")
+    if len(parts) < 2 or not all(parts):
+        raise _unknown(name)
+    options = {"data_dir": "/".join(parts[2:])} if len(parts) > 2 else {}
+    return name, _hub_rows(name, "/".join(parts[:2]), split, options)
+
+
+def _hub_rows(name: str, hub_name: str, split: str | None, options: dict[str, Any]) -> Rows:
+    """Rows of a name that may be the hub's or a registered one, mistyped: both are said."""
+    try:
+        yield from _dataset_rows(hub_name, split, name, **options)
+    except UserError as error:
+        near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.7)
+        if near:
+            raise UserError(f"{error}; or did you mean the known source {near[0]!r}?") from error
+        raise
+
+
+def _origin_of_path(path: str) -> str:
+    name = Path(path).name
+    for suffix in (".gz", ".jsonl", ".json"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def read_sets(
+    spec: str,
+    split: str | None = None,
+    counts: SourceCounts | None = None,
+    path: str | None = None,
+) -> Iterator[CandidateSet]:
+    """The records of a source, streaming, each with an id of its own and its origin.
+
+    Args:
+        spec: a path, a registered name, or a dataset of the hub.
+        split: which split of a dataset; None = "train", or the only one there is.
+        counts: filled while reading.
+        path: a local copy of the named source.
+
+    Raises:
+        UserError: there is no such source, it is empty or unfinished, or some rows are faulty (up
+            to 20 are told together; sets before the first have been yielded by then).
+    """
+    counts = SourceCounts() if counts is None else counts
+    origin, rows = open_rows(spec, path, split)
+    layout: Layout | None = None
+    faults = Faults()
+    ids = SeenIds()
+    seen_any = False
+    for where, row in rows:
+        seen_any = True
+        if isinstance(row, Fault):
+            faults.add(f"{where}: {row.reason}")
+        else:
+            try:
+                layout = layout or find_layout(row, where)
+                found = read_row(layout, row, where, counts)
+            except RowError as error:
+                for text in error.faults:
+                    faults.add(text)
+            else:
+                if found is not None and not faults:
+                    yield _marked(ids.give(found), origin, layout)
+        if faults.is_full:
+            break
+    faults.raise_if_any()
+    if not seen_any:
+        raise UserError(f"{path or spec}: holds no rows; make it again, or name another source")
+
+
+def _marked(found: CandidateSet, origin: str, layout: Layout) -> CandidateSet:
+    """The set with its origin; a candidate file's rows say their own, or have none."""
+    if found.origin or layout.name == "candidates":
+        return found
+    return CandidateSet(found.id, found.query, found.messages, found.candidates, origin)

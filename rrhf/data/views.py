@@ -1,0 +1,274 @@
+"""What a paradigm makes of candidate sets: demonstrations, pairs, ranked groups, prompts, parts.
+
+A view is a sequence over a sequence: it remembers which rows and candidates it shows, one number
+each, and reads the row when asked. What a view cannot use is counted. Rules:
+
+- demonstrations: the reply that a person chose (`human:chosen`) if it is marked, else the best
+  scored one (the first of equals), else the only one;
+- pairs, better reply first: the marked `human:chosen` over `human:rejected`, else every two
+  candidates of one prompt with unequal scores; equal scores form no pair;
+- ranked groups: the candidates that have scores; where nothing is scored but both marks are there,
+  chosen counts as 1 and rejected as 0;
+- parts are split by the first human turn, so that what is learnt on one part of a red-team dialogue
+  is never tested on the next turn of the same dialogue.
+
+Left out on purpose: tokens, batches, shuffling (the streams of training do that).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import overload
+
+from rrhf.data.chat_format import conversation_of
+from rrhf.data.layouts import SourceCounts
+from rrhf.errors import UserError
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
+
+_ALL = -1
+
+
+class View(Sequence[CandidateSet]):
+    """Some rows of a sequence, with all, one or two of their candidates.
+
+    Attributes:
+        rows: for each entry, which row of the sequence below.
+    """
+
+    def __init__(
+        self, sets: Sequence[CandidateSet], entries: Iterable[tuple[int, int, int]] = ()
+    ) -> None:
+        """
+        Args:
+            sets: what is viewed.
+            entries: (row, first candidate, second candidate), -1 for none; both -1 = all of them.
+        """
+        self._sets = sets
+        self.rows = array("Q")
+        self._first = array("l")
+        self._second = array("l")
+        for row, first, second in entries:
+            self.rows.append(row)
+            self._first.append(first)
+            self._second.append(second)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> CandidateSet: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CandidateSet]: ...
+    def __getitem__(self, index: int | slice) -> CandidateSet | Sequence[CandidateSet]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        found = self._sets[self.rows[number]]
+        first, second = self._first[number], self._second[number]
+        if first == _ALL:
+            return self._show_all(found)
+        if second == _ALL:
+            return replace(found, candidates=(found.candidates[first],))
+        chosen = (found.candidates[first], found.candidates[second])
+        shown_id = found.id if len(found.candidates) == 2 else f"{found.id}/{first}>{second}"
+        return replace(found, id=shown_id, candidates=chosen)
+
+    def _show_all(self, found: CandidateSet) -> CandidateSet:
+        return found
+
+    def __iter__(self) -> Iterator[CandidateSet]:
+        for number in range(len(self)):
+            yield self[number]
+
+
+class _Groups(View):
+    def _show_all(self, found: CandidateSet) -> CandidateSet:
+        return _scored_only(found)
+
+
+class _Prompts(View):
+    def _show_all(self, found: CandidateSet) -> CandidateSet:
+        return replace(found, candidates=())
+
+
+def _marked(found: CandidateSet, source: str) -> int | None:
+    """Which candidate bears the mark; the first, if several do."""
+    for number, candidate in enumerate(found.candidates):
+        if candidate.source == source:
+            return number
+    return None
+
+
+def _best(found: CandidateSet) -> int | None:
+    """The first of the candidates with the highest score; None where none is scored."""
+    scored = [(score, -i) for i, score in enumerate(found.scores) if score is not None]
+    return -max(scored)[1] if scored else None
+
+
+def demonstrations(
+    sets: Sequence[CandidateSet], counts: SourceCounts | None = None
+) -> Sequence[CandidateSet]:
+    """One reply a prompt, to imitate: sets with one candidate.
+
+    Dropped and counted: `no_response`, `several_unscored_responses` (no mark, no score: nothing
+    says which one is good).
+    """
+    counts = SourceCounts() if counts is None else counts
+
+    def entries() -> Iterator[tuple[int, int, int]]:
+        for row, found in enumerate(sets):
+            number = _marked(found, CHOSEN_SOURCE)
+            if number is None:
+                number = _best(found)
+            if number is None and len(found.candidates) == 1:
+                number = 0
+            if number is None:
+                reason = "several_unscored_responses" if found.candidates else "no_response"
+                counts.drop(reason, f"row {row + 1} ({found.id})")
+            else:
+                yield row, number, _ALL
+
+    return View(sets, entries())
+
+
+def pairs(
+    sets: Sequence[CandidateSet], counts: SourceCounts | None = None
+) -> Sequence[CandidateSet]:
+    """Two replies to a prompt, the better one first: sets with two candidates.
+
+    Dropped and counted: `no_ordered_pair` (ties, a single reply, nothing scored).
+    """
+    counts = SourceCounts() if counts is None else counts
+
+    def entries() -> Iterator[tuple[int, int, int]]:
+        for row, found in enumerate(sets):
+            ordered = _ordered_pairs(found)
+            if not ordered:
+                counts.drop("no_ordered_pair", f"row {row + 1} ({found.id})")
+            for better, worse in ordered:
+                yield row, better, worse
+
+    return View(sets, entries())
+
+
+def _ordered_pairs(found: CandidateSet) -> list[tuple[int, int]]:
+    chosen, rejected = _marked(found, CHOSEN_SOURCE), _marked(found, REJECTED_SOURCE)
+    if chosen is not None and rejected is not None:
+        return [(chosen, rejected)]
+    scored = [(i, score) for i, score in enumerate(found.scores) if score is not None]
+    return [(i, j) for i, score in scored for j, other in scored if score > other]
+
+
+def ranked_groups(
+    sets: Sequence[CandidateSet], counts: SourceCounts | None = None
+) -> Sequence[CandidateSet]:
+    """All scored replies of a prompt: sets in which every candidate has a score.
+
+    Dropped and counted: `nothing_scored`; candidates without a score are left out of their set
+    (`mended`: `unscored_candidates_left_out`). Sets whose scores are all equal are kept (their best
+    reply can still be imitated) and counted in `mended` as `all_scores_equal`.
+    """
+    counts = SourceCounts() if counts is None else counts
+
+    def entries() -> Iterator[tuple[int, int, int]]:
+        for row, found in enumerate(sets):
+            where = f"row {row + 1} ({found.id})"
+            shown = _scored_only(found)
+            if not shown.candidates:
+                counts.drop("nothing_scored", where)
+                continue
+            if len(shown.candidates) < len(found.candidates):
+                counts.mend("unscored_candidates_left_out", where)
+            if len(set(shown.scores)) == 1 < len(shown.candidates):
+                counts.mend("all_scores_equal", where)
+            yield row, _ALL, _ALL
+
+    return _Groups(sets, entries())
+
+
+def _scored_only(found: CandidateSet) -> CandidateSet:
+    scored = tuple(c for c in found.candidates if c.score is not None)
+    if scored:
+        return replace(found, candidates=scored)
+    chosen, rejected = _marked(found, CHOSEN_SOURCE), _marked(found, REJECTED_SOURCE)
+    if chosen is None or rejected is None:
+        return replace(found, candidates=())
+    better, worse = found.candidates[chosen], found.candidates[rejected]
+    return replace(found, candidates=(replace(better, score=1.0), replace(worse, score=0.0)))
+
+
+def prompts(
+    sets: Sequence[CandidateSet], unique: bool = True, counts: SourceCounts | None = None
+) -> Sequence[CandidateSet]:
+    """Prompts alone: sets without candidates; with `unique`, each once (`repeated_prompt`)."""
+    counts = SourceCounts() if counts is None else counts
+
+    def entries() -> Iterator[tuple[int, int, int]]:
+        seen: set[bytes] = set()
+        for row, found in enumerate(sets):
+            what = found.query if found.messages is None else repr(found.messages)
+            key = hashlib.blake2b(what.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+            if unique and key in seen:
+                counts.drop("repeated_prompt", f"row {row + 1} ({found.id})")
+                continue
+            seen.add(key)
+            yield row, _ALL, _ALL
+
+    return _Prompts(sets, entries())
+
+
+def first_turn(found: CandidateSet) -> str:
+    """The first thing the user said, small letters, white space as single blanks."""
+    turns = conversation_of(found)
+    asked = next((turn.content for turn in turns if turn.role == "user"), found.query)
+    return " ".join(asked.split()).casefold()
+
+
+def split_by_first_turn(
+    sets: Sequence[CandidateSet], fractions: Mapping[str, float], seed: int = 0
+) -> dict[str, Sequence[CandidateSet]]:
+    """Parts that share no first human turn, in the sets' order.
+
+    Where a row goes depends on its first turn, the fractions and the seed alone: the same turn
+    lands in the same part in every file. So the fractions are met on average, not exactly.
+
+    Args:
+        sets: any.
+        fractions: part name -> its share, such as {"reward": .4, "policy": .4, "heldout": .2}; if
+            they add up to less than 1, the rest is in no part.
+        seed: another seed, another split.
+
+    Raises:
+        UserError: a fraction is not in 0..1, or they add up to more than 1.
+    """
+    total = math.fsum(fractions.values())
+    if not fractions or total > 1 + 1e-9 or any(not 0 <= f <= 1 for f in fractions.values()):
+        raise UserError(
+            f"fractions {dict(fractions)}: each must be between 0 and 1, together at most 1; mend "
+            "them"
+        )
+    entries: dict[str, list[tuple[int, int, int]]] = {name: [] for name in fractions}
+    for row, found in enumerate(sets):
+        digest = hashlib.sha256(f"{seed}\n{first_turn(found)}".encode("utf-8", "surrogatepass"))
+        place = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        reached = 0.0
+        for name, fraction in fractions.items():
+            reached += fraction
+            if place < reached or (math.isclose(total, 1) and name == list(fractions)[-1]):
+                entries[name].append((row, _ALL, _ALL))
+                break
+    return {name: View(sets, chosen) for name, chosen in entries.items()}
+
+
+def split_train_test(
+    sets: Sequence[CandidateSet], test_fraction: float = 0.2, seed: int = 42
+) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
+    """(train, test), sharing no first human turn."""
+    parts = split_by_first_turn(
+        sets, {"test": test_fraction, "train": max(0.0, 1 - test_fraction)}, seed
+    )
+    return parts["train"], parts["test"]
