@@ -334,6 +334,69 @@ def test_the_prompt_repeated_in_the_answer_stays(model, codec):
     assert sample.finish_reason == "stop"
 
 
+# ---- beams ------------------------------------------------------------------------------------
+
+BEAMS = SamplingParams(num_return_sequences=4, do_sample=False, num_beams=4, max_new_tokens=16)
+RECIPE = replace(BEAMS, num_beam_groups=4, diversity_penalty=1.0, temperature=0.8)
+
+
+def test_plain_beams_equal_transformers_through_the_engine(engine, model, codec):
+    prompts = [prompt_of(text) for text in WORDS]
+    for prompt, samples in zip(prompts, engine.generate(prompts, BEAMS), strict=True):
+        prompt_ids = torch.tensor([codec.encode_prompt(prompt)])
+        wanted = model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            num_beams=4,
+            num_return_sequences=4,
+            do_sample=False,
+            max_new_tokens=16,
+            min_new_tokens=1,
+        )[:, prompt_ids.shape[1] :].tolist()
+        for sample, ids in zip(samples, wanted, strict=True):
+            assert sample.token_ids.tolist() == ids[: len(sample.token_ids)]
+
+
+def test_the_papers_recipe_gives_four_different_responses(engine, model, codec):
+    prompts = [prompt_of(text) for text in WORDS]
+    for prompt, samples in zip(prompts, engine.generate(prompts, RECIPE), strict=True):
+        assert len({tuple(sample.token_ids.tolist()) for sample in samples}) == 4
+        for sample in samples:
+            wanted = full_forward_logprobs(
+                model, codec.encode_prompt(prompt), sample.token_ids.tolist(), 0.8
+            )
+            torch.testing.assert_close(sample.logprobs, wanted, atol=2e-5, rtol=0)
+
+
+def test_the_first_group_is_greedy_and_the_temperature_counts(engine):
+    prompts = [prompt_of(text) for text in WORDS]
+    greedy = replace(BEAMS, num_beams=1, num_return_sequences=1)
+    for samples, (first,) in zip(
+        engine.generate(prompts, RECIPE), engine.generate(prompts, greedy), strict=True
+    ):
+        assert first.token_ids.tolist() in [sample.token_ids.tolist() for sample in samples]
+    # the hotter the distribution, the less a token loses to the penalty, and groups differ more
+    hot = ids_of(engine.generate(prompts, replace(RECIPE, temperature=8.0)))
+    assert hot != ids_of(engine.generate(prompts, RECIPE))
+
+
+def test_beams_do_not_depend_on_the_batch(model, codec):
+    prompts = [prompt_of(text) for text in WORDS]
+    whole = ids_of(LocalEngine(model, codec, max_batch_rows=64).generate(prompts, RECIPE))
+    for rows in (1, 4, 8, 11):
+        engine = LocalEngine(model, codec, max_batch_rows=rows)
+        assert ids_of(engine.generate(prompts, RECIPE)) == whole
+
+
+@pytest.mark.parametrize("params", [BEAMS, RECIPE])
+def test_a_beam_ends_at_a_stop_string(model, codec, params):
+    engine = scripted(model, codec, "the cat. a man ran")
+    (samples,) = engine.generate([prompt_of("he")], replace(params, stop_strings=(".",)))
+    assert len(samples) == 4
+    assert samples[0].text == "the cat" and samples[0].finish_reason == "stop"
+    assert len(samples[0].token_ids) == len(samples[0].logprobs) > 0
+
+
 # ---- room ------------------------------------------------------------------------------------
 
 

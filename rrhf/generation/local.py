@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
+from rrhf.generation.beam_search import BeamSearch, BeamSettings, Hypothesis
 from rrhf.generation.engine import Sample, SamplingParams
 from rrhf.generation.incremental import IncrementalModel
 from rrhf.generation.sampling import check_params, pick_tokens, sample_uniforms
@@ -267,7 +268,42 @@ class LocalEngine:
         return any(stop in text for stop in stops)
 
     def _search_beams(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
-        raise UserError(f"num_beams = {params.num_beams}: not yet")
+        """The best hypotheses of each job, the best first; log-probs are at the temperature."""
+        settings = BeamSettings(
+            num_beams=params.num_beams,
+            num_beam_groups=params.num_beam_groups,
+            diversity_penalty=params.diversity_penalty,
+            length_penalty=params.length_penalty,
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+        )
+        tail_tokens = max((len(s.encode()) for job in jobs for s in job.stops), default=0) + 1
+
+        def stops(prompt: int, tokens: Sequence[int]) -> bool:
+            return self._holds_any(list(tokens[-tail_tokens:]), jobs[prompt].stops)
+
+        has_stops = any(job.stops for job in jobs)
+        search = BeamSearch(len(jobs), settings, self.codec.end_ids, stops if has_stops else None)
+        model = IncrementalModel(self.model, self.codec.pad_id)
+        logits = model.start([job.ids for job in jobs])
+        model.repeat(params.num_beams)
+        logits = logits.repeat_interleave(params.num_beams, dim=0)
+        while True:
+            num_rows = len(logits)
+            scaled = logits.float() / params.temperature
+            rows, tokens = search.advance(torch.log_softmax(scaled, dim=-1))
+            if search.is_done:
+                break
+            if rows.tolist() != list(range(num_rows)):
+                model.select(rows)
+            logits = model.step(tokens)
+        return [
+            [
+                Written(torch.tensor(h.tokens), torch.tensor(h.logprobs), h.finish_reason)
+                for h in _enough(search.best(place, job.count), job)
+            ]
+            for place, job in enumerate(jobs)
+        ]
 
     def _sample_of(self, job: Job, written: Written) -> Sample:
         """The response cut at its first stop string, with its text."""
@@ -320,6 +356,15 @@ def _grouped(
             written[-1].append(Written(ids, logprobs[row, : lengths[row]].clone(), reason))
             row += 1
     return written
+
+
+def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
+    if len(hypotheses) < job.count:
+        raise UserError(
+            f"prompt {job.prompt.id}: beam search found {len(hypotheses)} hypotheses where "
+            f"{job.count} were asked for; raise max_new_tokens, or lower num_return_sequences"
+        )
+    return hypotheses
 
 
 def _is_out_of_memory(error: Exception) -> bool:
