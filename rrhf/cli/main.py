@@ -8,12 +8,11 @@ signal after everything worth keeping was written, 1 anything else.
 from __future__ import annotations
 
 import importlib
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 import rrhf
+from rrhf.cli.terminal import configure_logging
 from rrhf.errors import (
     EXIT_DONE,
     EXIT_STOPPED_BY_SIGINT,
@@ -31,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("rrhf.cli.train", "train a policy or a reward model: sft, reward, rank"),
     "evaluate": ("rrhf.cli.evaluate", "measure a policy on held-out prompts"),
     "compare": ("rrhf.cli.compare", "put evaluated runs into one table"),
+    "data": ("rrhf.cli.data", "check, convert or measure data: validate, convert, stats"),
 }
 
 
@@ -72,13 +72,6 @@ def run_command(argv: Sequence[str]) -> int:
         )
     command = importlib.import_module(COMMANDS[name][0])
     return int(command.main(rest))
-
-
-def configure_logging() -> None:
-    """The package's own messages go to stderr, one line each; other ranks speak only to warn."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("rrhf").setLevel(level)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from rrhf.cli.flags import nearest, parse_config
+from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE, UserError
 
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -41,5 +42,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"rrhf train: unknown stage {stage!r}; {hint}Stages: {', '.join(STAGES)}.")
     module_name, config_name, _ = STAGES[stage]
     module = importlib.import_module(module_name)
-    module.train(parse_config(getattr(module, config_name), rest, f"rrhf train {stage}"))
+    config = parse_config(getattr(module, config_name), rest, f"rrhf train {stage}")
+    print_once(f"Trained model: {module.train(config)}")
     return EXIT_DONE

@@ -1,0 +1,119 @@
+"""`rrhf data validate|convert|stats`: parse, call, print; what they do stands in `rrhf.data`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from rrhf.cli.flags import nearest, parse_config
+from rrhf.errors import EXIT_DONE, UserError
+
+ACTIONS = {
+    "validate": "check files; every mistake with file, line, field and mend",
+    "convert": "any source to a candidate file, preference rows or prompts",
+    "stats": "what a source holds: responses a prompt, ties, lengths, scores",
+}
+
+
+@dataclass
+class ValidateConfig:
+    """What `rrhf data validate` does."""
+
+    data: list[str] = field(metadata={"aliases": ["file"]})
+    """The files to check, of any layout."""
+    split: str | None = None
+    """The split, where a folder or a named dataset is checked."""
+
+
+@dataclass
+class StatsConfig:
+    """What `rrhf data stats` does."""
+
+    data: str = field(metadata={"positional": True})
+    """What to measure: a path, a known name, owner/name of the hub, or a mixture of such."""
+    split: str | None = None
+    """The split of a named dataset; none = train, or the only one there is."""
+    json: bool = False
+    """Print the figures as one JSON object."""
+    seed: int = 0
+    """Decides which rows a proportion draws."""
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{summary}" for name, summary in ACTIONS.items()]
+    return "\n".join(
+        [
+            "usage: rrhf data ACTION [arguments]",
+            "",
+            "actions:",
+            *lines,
+            "",
+            "`rrhf data ACTION --help` lists its arguments.",
+        ]
+    )
+
+
+def main(argv: list[str]) -> int:
+    if not argv:
+        raise UserError(f"rrhf data: no action given\n\n{usage()}")
+    action, rest = argv[0], argv[1:]
+    if action in ("-h", "--help"):
+        print(usage())
+        return EXIT_DONE
+    if action == "validate":
+        return validate(rest)
+    if action == "convert":
+        return convert(rest)
+    if action == "stats":
+        return stats(rest)
+    close = nearest(action, ACTIONS)
+    hint = f"did you mean {close!r}? " if close else ""
+    raise UserError(f"rrhf data: unknown action {action!r}; {hint}Actions: {', '.join(ACTIONS)}.")
+
+
+def validate(argv: list[str]) -> int:
+    from rrhf.data.sources import SourceCounts, read_sets
+
+    bare = 0
+    while bare < len(argv) and not argv[bare].startswith("--"):
+        bare += 1
+    words = ["--data", *argv[:bare], *argv[bare:]] if bare else argv
+    config = parse_config(ValidateConfig, words, "rrhf data validate")
+    mistakes = []
+    for path in config.data:
+        counts = SourceCounts()
+        try:
+            for _ in read_sets(path, config.split, counts):
+                pass
+        except UserError as error:
+            mistakes.append(str(error))
+            continue
+        dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
+        left_out = f"; left out: {dropped}" if dropped else ""
+        print(f"{path}: good, {counts.kept} of {counts.read} rows{left_out}")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return EXIT_DONE
+
+
+def convert(argv: list[str]) -> int:
+    from rrhf.data.convert import ConvertConfig
+    from rrhf.data.convert import convert as run
+
+    for path, rows in run(parse_config(ConvertConfig, argv, "rrhf data convert")).items():
+        print(f"{path}: {rows} rows")
+    return EXIT_DONE
+
+
+def stats(argv: list[str]) -> int:
+    from rrhf.data.mixing import load_sets
+    from rrhf.data.sources import SourceCounts
+    from rrhf.data.stats import format_figures, measure_sets
+
+    config = parse_config(StatsConfig, argv, "rrhf data stats")
+    counts = SourceCounts()
+    sets = load_sets(config.data, config.seed, config.split, counts)
+    figures = {"rows_read": counts.read, "rows_left_out": dict(counts.dropped)}
+    figures |= measure_sets(sets)
+    print(json.dumps(figures, ensure_ascii=False) if config.json else format_figures(figures))
+    return EXIT_DONE
