@@ -147,6 +147,19 @@ def test_a_positional_may_be_given_by_name_and_the_next_word_fills_the_next_one(
     assert parse("--model", "m", "d") == parse("m", "d") == parse("d", "--model=m", "d")
 
 
+def test_a_positional_list_takes_the_words_up_to_the_next_flag():
+    @dataclass
+    class Many:
+        first: str = field(metadata={"positional": True})
+        """One."""
+        files: list[str] = field(metadata={"positional": True})
+        """Any number."""
+        quiet: bool = False
+        """Say less."""
+
+    assert parse_config(Many, ["a", "b;c", "d", "--quiet"], "x") == Many("a", ["b;c", "d"], True)
+
+
 def test_the_last_of_two_equal_flags_counts():
     assert parse("m", "--steps", "1", "--steps", "2").steps == 2
 

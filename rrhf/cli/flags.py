@@ -198,7 +198,8 @@ def read_words(
         if not word.startswith("--"):
             if positionals:
                 flag = positionals.pop(0)
-                values[flag.name] = checked(word, flag, f"{prog}: {flag.name}")
+                taken = [word, *bare_words(words)] if is_sequence(flag.hint) else word
+                values[flag.name] = checked(taken, flag, f"{prog}: {flag.name}")
             elif word.endswith(CONFIG_SUFFIXES) and not values and not configs:
                 configs.append(word)
             else:
@@ -213,9 +214,7 @@ def read_words(
         flag = names[normalise(name)]
         if flag in positionals:
             positionals.remove(flag)
-        given: Any = joined
-        if not is_joined:
-            given = following(words, flag, name, prog)
+        given = joined if is_joined else following(words, flag, name, prog)
         values[flag.name] = checked(given, flag, f"{prog}: {name}")
     return values, configs
 
@@ -227,7 +226,12 @@ def following(words: list[str], flag: Flag, name: str, prog: str) -> Any:
         return words.pop(0) if takes else "true"
     if not is_sequence(flag.hint):
         return one_word(words, name, expected(flag.hint), prog)
-    taken = [one_word(words, name, expected(flag.hint), prog)]
+    return [one_word(words, name, expected(flag.hint), prog), *bare_words(words)]
+
+
+def bare_words(words: list[str]) -> list[str]:
+    """Take the words up to the next flag."""
+    taken = []
     while words and not words[0].startswith("--"):
         taken.append(words.pop(0))
     return taken
