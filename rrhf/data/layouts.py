@@ -347,6 +347,12 @@ def _read_prompt(reading: _Reading) -> CandidateSet | None:
 
 def _read_query(reading: _Reading) -> CandidateSet | None:
     """`query` alone: a candidate row that has no responses yet."""
+    if "responses" in reading.row:
+        raise reading.wrong(
+            "responses", "is missing in the file's first row; give it in every row, or in none"
+        )
+    if reading.row.keys() & {"scores", "sources", "finish_reasons"}:
+        return _read_candidates(reading)
     reading.counts.query_formats["raw"] += 1
     return parse_candidate_set({**reading.row, "responses": []}, reading.where)
 

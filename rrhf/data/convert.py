@@ -1,0 +1,153 @@
+"""From any source to a file: candidate rows, TRL's preference rows, or prompts.
+
+With `parts`, the rows are split by first human turn and each part becomes a file of its own. Files
+are written whole or not at all; each gets a manifest with its counts, what was dropped and why, and
+the hashes of the local files that it was made from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from rrhf.data.candidate_files import write_candidate_sets
+from rrhf.data.jsonl import encode_row
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets, parse_mixture
+from rrhf.data.views import pairs, prompts, split_by_first_turn
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet, set_id
+from rrhf.runs import (
+    COMPLETE,
+    explained_os_errors,
+    manifest_path,
+    replaced_file,
+    sha256_file,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["candidates", "preference", "prompts"]
+
+
+@dataclass
+class ConvertConfig:
+    """What `rrhf data convert` does."""
+
+    data: str = field(metadata={"positional": True})
+    """What to read: a path, a known name, owner/name of the hub, or a mixture of such
+    (name[:proportion[:path]], separated by commas)."""
+    output: str = field(metadata={"positional": True})
+    """The file to write; with --parts, a folder that gets one file a part."""
+    to: Form = "candidates"
+    """candidates: RRHF's rows query, responses, scores; preference: TRL's rows prompt, chosen,
+    rejected; prompts: rows with prompt alone, each prompt once."""
+    split: str | None = None
+    """The split of a named dataset; none = train, or the only one there is."""
+    parts: dict[str, float] | None = None
+    """Split by first human turn into parts with these shares, such as
+    '{reward: 0.4, policy: 0.4, heldout: 0.2}'."""
+    new_ids: bool = False
+    """Make all ids anew from the prompts, as after putting files together by hand."""
+    seed: int = 0
+    """Decides which rows a proportion draws, and where a first turn goes with --parts."""
+
+
+def convert(config: ConvertConfig) -> dict[str, int]:
+    """Convert; returns the rows written, by file.
+
+    Raises:
+        UserError: as the sources say it; nothing is written then.
+    """
+    counts = SourceCounts()
+    sets = load_sets(config.data, config.seed, config.split, counts)
+    outputs: dict[str, Sequence[CandidateSet]] = {config.output: sets}
+    if config.parts:
+        with explained_os_errors(config.output):
+            os.makedirs(config.output, exist_ok=True)
+        parts = split_by_first_turn(sets, config.parts, config.seed)
+        outputs = {str(Path(config.output) / f"{name}.jsonl"): part for name, part in parts.items()}
+    manifest = {
+        "made_by": "rrhf data convert",
+        "data": config.data,
+        "split": config.split,
+        "parts": config.parts,
+        "seed": config.seed,
+        "input_sha256": _input_hashes(config.data),
+        "source_counts": counts.as_dict(),
+    }
+    written = {}
+    for path, chosen in outputs.items():
+        written[path] = _write(config, path, chosen, manifest)
+        logger.info("%s: %d rows", path, written[path])
+    return written
+
+
+def _input_hashes(data: str) -> dict[str, str]:
+    places = [spec.path or spec.name for spec in parse_mixture(data)]
+    return {place: sha256_file(place) for place in places if os.path.isfile(place)}
+
+
+def _write(
+    config: ConvertConfig, path: str, sets: Sequence[CandidateSet], manifest: dict[str, Any]
+) -> int:
+    counts = SourceCounts()
+    if config.to == "candidates":
+        made = _with_new_ids(sets) if config.new_ids else sets
+        return int(write_candidate_sets(path, _shown(made, len(sets)), manifest)["rows"])
+    if config.to == "preference":
+        rows = [preference_row(pair) for pair in _shown(pairs(sets, counts), len(sets))]
+    else:
+        rows = [prompt_row(item) for item in _shown(prompts(sets, counts=counts), len(sets))]
+    if not rows:
+        raise UserError(
+            f"{path}: no row could be written as {config.to} ({dict(counts.dropped)}); choose "
+            "another form, or other data"
+        )
+    return _write_rows(path, rows, {**manifest, "view_counts": counts.as_dict()})
+
+
+def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
+    yield from tqdm(sets, total=total, unit="rows", disable=None)
+
+
+def _with_new_ids(sets: Iterable[CandidateSet]) -> Iterator[CandidateSet]:
+    for item in sets:
+        yield replace(item, id=set_id(item.query, item.messages))
+
+
+def preference_row(pair: CandidateSet) -> dict[str, Any]:
+    """A pair in TRL's columns: conversations where the messages are known, texts where not."""
+    chosen, rejected = (candidate.response for candidate in pair.candidates)
+    if pair.messages is None:
+        return {"prompt": pair.query, "chosen": chosen, "rejected": rejected}
+    return {
+        "prompt": _turns(pair),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def prompt_row(item: CandidateSet) -> dict[str, Any]:
+    """A prompt in TRL's column: a conversation where the messages are known, a text where not."""
+    return {"prompt": item.query if item.messages is None else _turns(item)}
+
+
+def _turns(item: CandidateSet) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in item.messages or ()]
+
+
+def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> int:
+    with replaced_file(path) as file:
+        for row in rows:
+            file.write(encode_row(row))
+        manifest_path(path).unlink(missing_ok=True)
+    write_manifest(path, {"status": COMPLETE, "rows": len(rows), **manifest})
+    return len(rows)

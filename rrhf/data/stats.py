@@ -1,0 +1,105 @@
+"""What a file of candidates holds, in figures: candidates a prompt, ties, lengths, scores.
+
+Lengths are in characters and words (no model is named, so there are no tokens yet). Texts pass
+through one at a time; of each only its length stays.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from rrhf.data.views import first_turn
+from rrhf.records import CandidateSet
+
+
+class _Spread:
+    """Numbers, and where they lie."""
+
+    def __init__(self) -> None:
+        self.values = array("d")
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+
+    def as_dict(self) -> dict[str, float] | None:
+        """Smallest, mean, median, the value that 95 % do not exceed, largest; None of nothing."""
+        if not self.values:
+            return None
+        ordered = sorted(self.values)
+        last = len(ordered) - 1
+        return {
+            "min": ordered[0],
+            "mean": math.fsum(ordered) / len(ordered),
+            "median": ordered[last // 2],
+            "p95": ordered[min(last, math.ceil(0.95 * len(ordered)) - 1)],
+            "max": ordered[-1],
+        }
+
+
+def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
+    """The figures of some sets; keys as they are printed."""
+    figures: Counter[str] = Counter()
+    histogram: Counter[int] = Counter()
+    sources: Counter[str] = Counter()
+    finish_reasons: Counter[str] = Counter()
+    origins: Counter[str] = Counter()
+    spreads = {
+        name: _Spread()
+        for name in ("query_characters", "response_characters", "response_words", "scores")
+    }
+    opened: set[int] = set()
+    for item in sets:
+        figures["prompts"] += 1
+        figures["conversations"] += item.messages is not None
+        opened.add(hash(first_turn(item)))
+        origins[item.origin] += 1
+        spreads["query_characters"].add(len(item.query))
+        histogram[len(item.candidates)] += 1
+        for candidate in item.candidates:
+            figures["responses"] += 1
+            figures["empty_responses"] += not candidate.response.strip()
+            sources[candidate.source] += 1
+            finish_reasons[candidate.finish_reason] += 1
+            spreads["response_characters"].add(len(candidate.response))
+            spreads["response_words"].add(len(candidate.response.split()))
+        scores = [score for score in item.scores if score is not None]
+        for score in scores:
+            spreads["scores"].add(score)
+        figures["scored_responses"] += len(scores)
+        figures["prompts_with_ties"] += len(set(scores)) < len(scores)
+        figures["prompts_with_all_scores_equal"] += len(set(scores)) == 1 < len(scores)
+        figures["ordered_pairs"] += _ordered_pairs(scores)
+        texts = [candidate.response for candidate in item.candidates]
+        figures["prompts_with_repeated_responses"] += len(set(texts)) < len(texts)
+    figures["first_turns"] = len(opened)
+    return {
+        **figures,
+        "responses_per_prompt": {str(count): histogram[count] for count in sorted(histogram)},
+        "sources": dict(sources.most_common()),
+        "finish_reasons": dict(finish_reasons.most_common()),
+        "origins": dict(origins.most_common()),
+        **{name: spread.as_dict() for name, spread in spreads.items()},
+    }
+
+
+def _ordered_pairs(scores: list[float]) -> int:
+    equal = sum(count * (count - 1) // 2 for count in Counter(scores).values())
+    return len(scores) * (len(scores) - 1) // 2 - equal
+
+
+def format_figures(figures: dict[str, Any]) -> str:
+    """The figures as lines for a person."""
+    width = max(len(name) for name in figures)
+    return "\n".join(f"{name:<{width}}  {_format(value)}" for name, value in figures.items())
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key or '(none)'}: {_format(item)}" for key, item in value.items())
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
