@@ -232,8 +232,12 @@ class ChatCodec:
         Special tokens inside the text stay ordinary text. Exactly one end id closes a response,
         unless `finish_reason` is "length".
         """
-        ids = self._encode_in_context(self._response_prefix(candidate_set, text) + text)
+        ids = self._encode_in_context(self.response_text(candidate_set, text))
         return ids if finish_reason == "length" else [*ids, self.end_id]
+
+    def response_text(self, candidate_set: CandidateSet, text: str) -> str:
+        """The response as it follows the prompt's text: the format's blank before it."""
+        return self._response_prefix(candidate_set, text) + text
 
     def decode_response(
         self, candidate_set: CandidateSet, prompt_ids: Sequence[int], ids: Sequence[int]

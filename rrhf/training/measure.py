@@ -1,0 +1,77 @@
+"""An objective's losses and metrics over held-out examples, without a step.
+
+The same sums over the same global counts as in training, so a held-out loss and a training loss
+mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.training.loop import Objective
+from rrhf.training.parallel import Parallel
+from rrhf.training.streams import OfflineStream
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[EncodedSet],
+    pad_id: int,
+    per_device_batch_size: int,
+    parallel: Parallel,
+    collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
+) -> dict[str, float]:
+    """One pass over all examples; every rank must call it and gets the same answer.
+
+    Args:
+        model: the prepared root, in eval mode.
+        objective: whose terms and metrics.
+        examples: held-out data.
+        pad_id: filler of the batches.
+        per_device_batch_size: prompts in one forward.
+        parallel: ranks.
+        collate_fn: as the training stream's.
+
+    Returns:
+        "loss", "<term>_loss" for each term, and the terms' metrics.
+    """
+    stream = OfflineStream(
+        examples,
+        pad_id,
+        per_device_batch_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        collate_fn=collate_fn,
+    )
+    losses: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    weights: dict[str, float] = {}
+    for batches in stream:
+        for batch in batches:
+            batch = batch.to(parallel.device)
+            denominators = objective.denominators(batch)
+            for name, term in objective(model(batch), batch).items():
+                weights[name] = term.weight
+                _add(losses, name, term.total, denominators[name])
+                for key, (total, count) in term.metrics.items():
+                    _add(metrics, key, total, count)
+    rows = [*losses.values(), *metrics.values()]
+    summed = parallel.sum(torch.stack(rows))
+    means = [float(total / count) if count else 0.0 for total, count in summed]
+    by_term = dict(zip(losses, means[: len(losses)], strict=True))
+    return {
+        "loss": sum(weights[name] * value for name, value in by_term.items()),
+        **{f"{name}_loss": value for name, value in by_term.items()},
+        **dict(zip(metrics, means[len(losses) :], strict=True)),
+    }
+
+
+def _add(sums: dict[str, Tensor], name: str, total: Tensor, count: Tensor) -> None:
+    pair = torch.stack([total.double().cpu(), count.double().cpu()])
+    sums[name] = sums[name] + pair if name in sums else pair

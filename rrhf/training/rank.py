@@ -1,0 +1,254 @@
+"""RRHF: train a policy so that its own likelihoods rank candidates as their scores do.
+
+Two terms (Yuan et al. 2023, arXiv:2304.05302): a hinge over every ordered pair of a prompt's
+candidates, and cross-entropy on the best one. With `rrhf_weight` 0 the second is left alone, which
+is fine-tuning on the best of N. `rrhf_mode released` is the loss of the program behind the paper's
+published numbers, which differs from the paper's (`rrhf.algorithms.rank_losses` says how).
+
+What a candidate file's rows become is in `rrhf.training.rank_examples`; the loop, its engine and
+checkpoints are every trainer's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from rrhf.algorithms import rank_losses
+from rrhf.data.candidate_files import CandidateFile
+from rrhf.data.collate import TokenBatch, padded_groups
+from rrhf.errors import UserError
+from rrhf.models.loading import context_window
+from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.training.config import TrainingConfig
+from rrhf.training.loop import Term, run_training
+from rrhf.training.measure import measure
+from rrhf.training.rank_examples import RankEncoder
+from rrhf.training.setup import Workbench, finish_run, load_trainable_causal_lm, opened_workbench
+from rrhf.training.streams import EncodedExamples, OfflineStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RankConfig(TrainingConfig):
+    """Settings of `rrhf train rank`; the defaults are the paper's loss."""
+
+    data_path: str = field(kw_only=True)
+    """Candidate file: JSON lines (or one array) of query, responses and scores."""
+
+    eval_data_path: str | None = None
+    """Held-out candidate file: its losses and ranking accuracy are logged at eval_steps."""
+
+    rrhf_mode: Literal["paper", "released"] = "paper"
+    """paper = the published equations; released = the published program, fault for fault."""
+
+    rrhf_weight: float = 1.0
+    """Weight of the rank term; 0 = fine-tuning on the best candidate alone."""
+
+    length_penalty: float = 1.0
+    """Candidates are ranked by log-prob / tokens ** this; larger favours longer responses."""
+
+    rank_reduction: Literal["prompt", "pair"] = "prompt"
+    """Rank term: sum over a prompt's pairs, averaged over prompts; or averaged over all pairs."""
+
+    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
+    """SFT term: token sum, or token mean, of each best response; or the mean of all tokens."""
+
+    only_use_provide: bool = False
+    """Use only candidates that came with the data (source human:*, else the last two of a line)."""
+
+    only_use_sample: bool = False
+    """Use only sampled candidates (source not human:*, else all but the last two of a line)."""
+
+    stop_response: bool = False
+    """Cut responses where they write the next turn (Human: or Assistant: after a blank line)."""
+
+    max_response_tokens: int | None = None
+    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+
+    long_responses: Literal["cut", "drop"] = "cut"
+    """Responses that do not fit: cut (they then end without EOS) or leave out."""
+
+    def __post_init__(self) -> None:
+        if self.only_use_provide and self.only_use_sample:
+            raise UserError(
+                "--only_use_provide and --only_use_sample together leave no candidate; give one"
+            )
+        if self.rrhf_weight < 0:
+            raise UserError(f"--rrhf_weight {self.rrhf_weight}: must be 0 or more")
+        if self.max_response_tokens is not None and not (
+            0 < self.max_response_tokens < self.model_max_length
+        ):
+            raise UserError(
+                f"--max_response_tokens {self.max_response_tokens}: must be at least 1 and below "
+                f"--model_max_length {self.model_max_length}, so that a prompt fits too"
+            )
+        reductions = (self.rank_reduction, self.sft_reduction)
+        if self.rrhf_mode == "released" and reductions != ("prompt", "prompt"):
+            raise UserError(
+                "--rrhf_mode released has reductions of its own; leave out --rank_reduction and "
+                "--sft_reduction, or use --rrhf_mode paper"
+            )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A batch as prompts by candidates; weights are 0 for filler prompts."""
+
+    scores: Tensor  # [B, K]
+    lengths: Tensor  # [B, K] int64
+    valid: Tensor  # [B, K]
+    weights: Tensor  # [B]
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> _Grid:
+        assert batch.scores is not None, "ranking needs scores"
+        scores, valid = padded_groups(batch.scores, batch.prompt_index, batch.num_prompts)
+        lengths, _ = padded_groups(batch.response_lengths, batch.prompt_index, batch.num_prompts)
+        return cls(scores, lengths, valid, batch.prompt_weights)
+
+    @property
+    def best_lengths(self) -> Tensor:
+        """[B] tokens of each prompt's best candidate."""
+        return rank_losses.of_best_candidate(self.lengths, self.scores, self.valid)
+
+
+class RankObjective:
+    """RRHF's two terms, `rank` and `sft`.
+
+    Args:
+        config: mode, weights and reductions.
+    """
+
+    def __init__(self, config: RankConfig) -> None:
+        self.config = config
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Prompts, ordered pairs or target tokens, as the reductions ask."""
+        grid = _Grid.of(batch)
+        prompts = grid.weights.sum()
+        rank = sft = prompts
+        if self.config.rank_reduction == "pair":
+            pairs = rank_losses.count_ordered_pairs(grid.scores, grid.valid)
+            rank = (pairs * grid.weights).sum()
+        if self.config.sft_reduction == "token":
+            sft = (grid.best_lengths * grid.weights).sum()
+        return {"rank": rank, "sft": sft}
+
+    def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
+        """The terms of one micro-batch, with the metrics that show what ranking does."""
+        grid = _Grid.of(batch)
+        summed, _ = padded_groups(
+            outputs.logprobs.sum(-1), batch.prompt_index, batch.num_prompts
+        )  # [B, K]
+        p = rank_losses.sequence_scores(summed, grid.lengths, self.config.length_penalty)
+        if self.config.rrhf_mode == "released":
+            widths = batch.prompt_lengths + grid.lengths.max(-1).values
+            rank, sft = rank_losses.released_rrhf_loss(
+                summed, grid.scores, grid.valid, widths, self.config.length_penalty
+            )
+        else:
+            rank = rank_losses.rrhf_rank_loss(p, grid.scores, grid.valid)
+            sft = rank_losses.best_candidate_nll(summed, grid.scores, grid.valid)
+            if self.config.sft_reduction == "response":
+                sft = sft / grid.best_lengths.clamp_min(1)
+        return {
+            "rank": Term(
+                (rank * grid.weights).sum(), self.config.rrhf_weight, _metrics(p.detach(), grid)
+            ),
+            "sft": Term((sft * grid.weights).sum()),
+        }
+
+
+def _metrics(p: Tensor, grid: _Grid) -> dict[str, tuple[Tensor, Tensor]]:
+    """Totals and counts over real prompts; `p` is the policy's sequence score."""
+    scores, valid, weights = grid.scores, grid.valid, grid.weights
+    pairs = (rank_losses.count_ordered_pairs(scores, valid) * weights).sum()
+    rows = (valid.sum(-1) * weights).sum()
+
+    def over_pairs(per_prompt: Tensor) -> tuple[Tensor, Tensor]:
+        return (per_prompt * weights).sum(), pairs
+
+    return {
+        "violated_fraction": over_pairs(rank_losses.count_violated_pairs(p, scores, valid)),
+        "ranking_accuracy": over_pairs(rank_losses.count_correct_pairs(p, scores, valid)),
+        "score_margin": over_pairs(rank_losses.total_margin(p, scores, valid)),
+        "ordered_pairs_per_prompt": (pairs, weights.sum()),
+        "response_length": ((grid.lengths.sum(-1) * weights).sum(), rows),
+    }
+
+
+def train(config: RankConfig) -> Path:
+    """Train on a candidate file; returns the policy folder.
+
+    Raises:
+        UserError: the file, the model or a setting is not usable; the text says which and why.
+    """
+    with opened_workbench(config) as bench:
+        sets = CandidateFile(config.data_path)
+        held_out = CandidateFile(config.eval_data_path) if config.eval_data_path else None
+        model = load_trainable_causal_lm(config)
+        window = context_window(model)
+        encode = _encoder(config, bench, window)
+        examples = EncodedExamples(sets, encode)
+        counts = dict(sorted(encode.counts.items()))
+        logger.info("%s: %s", config.data_path, counts)
+        objective = RankObjective(config)
+        stream = OfflineStream(
+            examples,
+            bench.codec.pad_id,
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.num_train_epochs,
+            config.max_steps,
+            config.seed,
+            bench.parallel.rank,
+            bench.parallel.world_size,
+            config.group_by_length,
+        )
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+        if held_out is not None:
+            held_out_examples = EncodedExamples(held_out, _encoder(config, bench, window))
+
+            def evaluate(model: nn.Module) -> dict[str, float]:
+                return measure(
+                    model,
+                    objective,
+                    held_out_examples,
+                    bench.codec.pad_id,
+                    config.per_device_train_batch_size,
+                    bench.parallel,
+                )
+
+        outcome = run_training(
+            Policy(model), objective, stream, config, bench.run, bench.parallel, evaluate
+        )
+        policy = outcome.model
+        assert isinstance(policy, Policy), "the loop returns the root that it was given"
+        return finish_run(
+            bench,
+            outcome,
+            bench.run.policy,
+            policy.model,
+            {"stage": "rank", "data_path": config.data_path, "data": counts},
+        )
+
+
+def _encoder(config: RankConfig, bench: Workbench, window: int | None) -> RankEncoder:
+    return RankEncoder(
+        bench.codec,
+        config.model_max_length,
+        config.max_response_tokens,
+        config.long_responses,
+        config.only_use_provide,
+        config.only_use_sample,
+        config.stop_response,
+        config.rrhf_mode == "released",
+        window,
+    )
