@@ -106,3 +106,9 @@ def test_the_console_command_runs():
         [sys.executable, "-m", "rrhf.cli.main", "--version"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, f"rrhf {rrhf.__version__}\n")
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback():
+    command = f"{sys.executable} -m rrhf.cli.main fetch --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

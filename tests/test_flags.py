@@ -10,7 +10,9 @@ from typing import Literal
 import pytest
 
 from rrhf.cli import flags as flags_module
-from rrhf.cli.flags import field_docs, flags_of, help_text, nearest, parse_config, preset_names
+from rrhf.cli.fields import field_docs, flags_of, nearest
+from rrhf.cli.flags import parse_config
+from rrhf.cli.help_page import help_page, preset_names
 from rrhf.errors import UserError
 
 
@@ -300,7 +302,7 @@ def test_every_field_of_every_configuration_is_documented(module: str, name: str
     config_class = getattr(pytest.importorskip(module), name)
     undocumented = [flag.name for flag in flags_of(config_class).values() if not flag.help]
     assert undocumented == []
-    assert help_text(config_class, "rrhf x")
+    assert help_page("rrhf x", "", flags_of(config_class))
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -8,6 +8,7 @@ signal after everything worth keeping was written, 1 anything else.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ import rrhf
 from rrhf.cli.terminal import configure_logging
 from rrhf.errors import (
     EXIT_DONE,
+    EXIT_FAULT,
     EXIT_STOPPED_BY_SIGINT,
     EXIT_USER_ERROR,
     StoppedBySignal,
@@ -63,7 +65,7 @@ def run_command(argv: Sequence[str]) -> int:
         print(f"rrhf {rrhf.__version__}")
         return EXIT_DONE
     if name not in COMMANDS:
-        from rrhf.cli.flags import nearest
+        from rrhf.cli.fields import nearest
 
         hint = nearest(name, list(COMMANDS))
         raise UserError(
@@ -78,13 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
     configure_logging()
     try:
-        return run_command(sys.argv[1:] if argv is None else argv)
+        code = run_command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except StoppedBySignal as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print("stopped: interrupted", file=sys.stderr)
         return EXIT_STOPPED_BY_SIGINT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from rrhf.cli.flags import nearest, parse_config
+from rrhf.cli.fields import nearest
+from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE, UserError
 
