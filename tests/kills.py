@@ -51,7 +51,7 @@ class Zygote:
         """Do the job once.
 
         Returns:
-            {"signal": n or 0, "exit": code or None, "seconds": s, "operations": file operations seen
+            {"signal": n or 0, "exit": code or None, "seconds": s, "operations": operations seen
             below `folder` if the job came to its end}.
         """
         order = {

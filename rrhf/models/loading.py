@@ -159,6 +159,15 @@ def disable_dropout(model: torch.nn.Module) -> None:
             vars(module)["attention_dropout"] = 0.0
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass, the same gradient for less memory."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name in transformers
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        model.gradient_checkpointing_enable(kwargs)
+
+
 def context_window(name_or_path_or_model: Any) -> int | None:
     """How many positions a model knows, or None where its config does not say."""
     config = getattr(name_or_path_or_model, "config", None)

@@ -15,7 +15,12 @@ from transformers import PreTrainedTokenizerBase
 import rrhf
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
-from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.models.loading import (
+    context_window,
+    enable_checkpointing,
+    load_causal_lm,
+    load_tokenizer,
+)
 from rrhf.models.lora import add_lora
 from rrhf.models.saving import write_model_folder
 from rrhf.runs import RunFolder
@@ -109,7 +114,7 @@ def prepare_trainable(
             task_type,
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
         if config.use_lora:
             model.enable_input_require_grads()
     return model

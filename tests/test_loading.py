@@ -1,0 +1,68 @@
+"""What cannot be loaded is said in one line, with the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from rrhf.errors import UserError
+from rrhf.models.loading import (
+    context_window,
+    disable_dropout,
+    load_causal_lm,
+    load_tokenizer,
+)
+
+
+def test_a_folder_loads_in_float32_and_eval_mode(tmp_path: Path) -> None:
+    model = load_causal_lm(save_tiny(tmp_path / "model"))
+    assert model.dtype == torch.float32 and not model.training
+    assert context_window(model) == 128
+    assert load_causal_lm(tmp_path / "model", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model folder"):
+        load_causal_lm(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_tokenizer(tmp_path / "empty")
+    save_tiny(tmp_path / "run" / "policy")
+    with pytest.raises(UserError, match="did you mean"):
+        load_causal_lm(tmp_path / "run")
+    model = save_tiny(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_causal_lm(model)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    weights = load_causal_lm(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        load_causal_lm(folder)
+
+
+def test_flash_attention_without_its_package_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="flash"):
+        load_causal_lm(save_tiny(tmp_path / "m"), attn_implementation="flash_attention_2")
+    with pytest.raises(UserError, match="float8"):
+        load_causal_lm(tmp_path / "m", dtype="float8")
+
+
+def test_dropout_goes_everywhere() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)).train()
+    disable_dropout(model)
+    ids = torch.arange(10)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)

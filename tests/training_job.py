@@ -1,0 +1,93 @@
+"""A tiny but real training, as a function that tests run, kill and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.training.config import TrainingConfig
+from rrhf.training.loop import Term, TrainingOutcome, run_training
+from rrhf.training.setup import finish_run, load_trainable_causal_lm, opened_workbench
+from rrhf.training.streams import OfflineStream
+
+
+class TokenLikelihood:
+    """The simplest objective: the mean negative log-prob of the response tokens."""
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        return {"sft": (batch.response_lengths * batch.row_weights).sum()}
+
+    def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
+        total = -(outputs.logprobs.sum(1) * batch.row_weights).sum()
+        lengths = (batch.response_lengths * batch.row_weights).sum()
+        return {"sft": Term(total, 1.0, {"length": (lengths, batch.row_weights.sum())})}
+
+
+def examples(count: int = 19) -> list[EncodedSet]:
+    shuffle = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(5, 300, (length,), generator=shuffle).tolist()
+
+    return [
+        EncodedSet(ids(i % 5 + 1), [ids(i % 4 + 1) for _ in range(i % 3 + 1)]) for i in range(count)
+    ]
+
+
+def train(
+    model: str, output_dir: str, resume: bool = False, examples_count: int = 19, **changes: Any
+) -> TrainingOutcome:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+    }
+    config = TrainingConfig(
+        model_name_or_path=model,
+        output_dir=output_dir,
+        resume_from_checkpoint=resume,
+        model_max_length=64,
+        **{**settings, **changes},
+    )
+    with opened_workbench(config) as bench:
+        inner = load_trainable_causal_lm(config)
+        stream = OfflineStream(
+            examples(examples_count),
+            bench.codec.pad_id,
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.num_train_epochs,
+            seed=config.seed,
+            rank=bench.parallel.rank,
+            world_size=bench.parallel.world_size,
+        )
+        outcome = run_training(
+            Policy(inner), TokenLikelihood(), stream, config, bench.run, bench.parallel
+        )
+        finish_run(bench, outcome, bench.run.policy, inner, {})
+    return outcome
+
+
+def train_with_resume(model: str, output_dir: str) -> None:
+    """What a user's restart script does: start, or go on."""
+    started = (Path(output_dir) / "config.json").exists()
+    train(model, output_dir, resume=started)
+
+
+def train_two_processes(model: str, output_dir: str) -> None:
+    """One rank of two, under torchrun; the same global batch as `train`'s default."""
+    torch.set_num_threads(1)
+    train(model, output_dir, gradient_accumulation_steps=1)
+
+
+if __name__ == "__main__":
+    import sys
+
+    train_two_processes(sys.argv[1], sys.argv[2])
