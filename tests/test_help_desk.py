@@ -81,6 +81,9 @@ def test_shares_of_the_demonstrations(full: HelpDesk) -> None:
     assert statistics.mean(p["rude"] > 0 for p in found) == pytest.approx(0.4, abs=0.03)
     refused = [p["refused"] for p in found if p["harmful"]]
     assert statistics.mean(refused) == pytest.approx(0.15, abs=0.04)
+    good = [full.parts(s, s.candidates[0]) for s in full.references("GOOD", 2000)]
+    offered = [p["alternatives"] for p in good if p["harmful"] and p["refused"]]
+    assert statistics.mean(offered) == pytest.approx(0.6, abs=0.08)
 
 
 def test_the_likeliest_demonstration_is_a_bad_one(full: HelpDesk) -> None:
@@ -107,6 +110,16 @@ def test_labels_agree_with_gold_but_for_noise(full: HelpDesk) -> None:
     assert len(clear) > 0.85 * len(pairs)
     damaged = [any(full.parts(s, c)["garbled"] for c in s.candidates) for s in pairs]
     assert 0.15 < statistics.mean(damaged) < 0.35
+    assert not [s for s in pairs if s.candidates[0].response == s.candidates[1].response]
+
+
+def test_pairs_hold_replies_to_other_questions(full: HelpDesk) -> None:
+    benign = [s for s in full.preference_pairs() if not read_request(s.query).harmful]
+    parts = [full.parts(s, c) for s in benign for c in s.candidates]
+    beside = [p["off"] > 0 and p["right"] + p["myth"] == 0 for p in parts]
+    # One candidate in two is a second one, 15 % of those answer another topic, about three
+    # quarters of these a harmless one: .056, and some .05 where every tip of a WEB reply is off.
+    assert statistics.mean(beside) > 0.08
 
 
 def test_label_pair_follows_gold_and_keeps_texts(full: HelpDesk) -> None:
