@@ -23,5 +23,5 @@ class Scorer(Protocol):
     normalized: bool
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """One list for each set, one score for each candidate, in order; None = could not be scored."""
+        """A list for each set, a score for each candidate, in order; None = could not be scored."""
         ...

@@ -1,0 +1,252 @@
+"""The reward model: any causal language model's trunk with one linear head, behind one door.
+
+A batch goes in, one raw score for each response comes out. The score is read at the last token that
+belongs to the row, found from lengths and never from pad ids: where pad and EOS are one id, the
+heads of transformers itself read one token early. On disk it is a standard folder of
+`AutoModelForSequenceClassification` with one label, which any other program loads.
+
+A score normaliser lives in the config as plain numbers and is never applied here: losses want raw
+scores, and whoever wants normalised ones asks a scorer. Left out on purpose: more than one label,
+encoders.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
+from rrhf.data.collate import TokenBatch
+from rrhf.errors import UserError
+from rrhf.models.loading import check_model_path, disable_dropout, load_model
+
+HEAD = "score"
+NORMALIZER_KEY = "rrhf_score_normalizer"
+CHAT_FORMAT_KEY = "rrhf_chat_format"
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one label behind the one door.
+
+    Args:
+        model: a causal model for sequence classification, bare or with adapters.
+        per_token: `forward` gives a score at every response position, for token-wise losses.
+        first_end_id: read the score at the row's first token of this id (the convention of some
+            published models) instead of its last token; rows without one are read at the last.
+    """
+
+    def __init__(
+        self, model: Any, per_token: bool = False, first_end_id: int | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.per_token = per_token
+        self.first_end_id = first_end_id
+        # Scores in bfloat16 would be equal where they should just differ; the head is tiny.
+        self._head().float()
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Raw scores, float32: [N], or [N, R] (padding included) with `per_token`."""
+        ids, mask, position_ids = batch.full_rows()
+        hidden = self._hidden(ids, mask, position_ids)  # [N, P + R, H]
+        if self.per_token:
+            return self._apply_head(hidden[:, batch.prompt_ids.shape[1] :])
+        rows = torch.arange(len(ids), device=ids.device)
+        return self._apply_head(hidden[rows, self._columns(batch, ids, mask)])
+
+    def token_scores(self, batch: TokenBatch) -> Tensor:
+        """[N, P + R] float32: the score at every position of the full rows, padding included."""
+        return self._apply_head(self._hidden(*batch.full_rows()))
+
+    def _columns(self, batch: TokenBatch, ids: Tensor, mask: Tensor) -> Tensor:
+        """[N] the column of each full row at which its score is read."""
+        last = batch.prompt_ids.shape[1] + batch.response_lengths - 1
+        if self.first_end_id is None:
+            return last
+        is_end = (ids == self.first_end_id) & mask.bool()
+        return torch.where(is_end.any(1), is_end.long().argmax(1), last)
+
+    def _hidden(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+        trunk = self._inner().base_model
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        # Without them (some place tokens by the mask alone) the mask says the same.
+        if "position_ids" in inspect.signature(trunk.forward).parameters:
+            arguments["position_ids"] = position_ids
+        hidden: Tensor = trunk(**arguments, use_cache=False).last_hidden_state
+        return hidden
+
+    def _apply_head(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores: Tensor = self._head()(hidden.float()).squeeze(-1)
+        return scores
+
+    def _inner(self) -> Any:
+        """The model for sequence classification, adapters or not."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def _head(self) -> nn.Module:
+        head: nn.Module = getattr(self._inner(), HEAD)
+        return head
+
+
+def load_reward_model(
+    name_or_path: str | Path,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A trained reward model in eval mode; every weight must have been in the folder.
+
+    Raises:
+        UserError: no folder, a language model, several labels, a head or other weight is missing.
+    """
+    config = _read_config(name_or_path, trust_remote_code)
+    if not is_classifier(config):
+        named = ", ".join(config.architectures or ["a model of no stated architecture"])
+        raise UserError(
+            f"{name_or_path}: holds {named}, which is no reward model (it has no score head); "
+            "train one from it with `rrhf train reward`, or give a reward model's folder"
+        )
+    _require_one_label(name_or_path, config)
+    model = _load(name_or_path, config, dtype, attn_implementation, trust_remote_code, is_new=False)
+    return model.eval()
+
+
+def init_reward_model(
+    name_or_path: str | Path,
+    seed: int,
+    pad_id: int | None,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A reward model to train, in float32: a language model with a new head, or a trained one.
+
+    The new head is drawn from N(0, 1 / (H + 1)), as in Stiennon et al. 2020 (arXiv:2009.01325).
+
+    Args:
+        name_or_path: a folder or hub name of a causal language model or of a reward model.
+        seed: of the new head alone; the global random state has no part in it.
+        pad_id: the pad id that the folder will name, None where it would be an end token too:
+            then transformers' own head refuses padded batches instead of reading them wrongly.
+        attn_implementation: as transformers spells it.
+        trust_remote_code: run code that the folder brings.
+
+    Raises:
+        UserError: no model there, or none that a score head can be put on.
+    """
+    config = _read_config(name_or_path, trust_remote_code)
+    has_head = is_classifier(config)
+    if has_head:
+        _require_one_label(name_or_path, config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: HEAD}, {HEAD: 0}
+    config.problem_type = "regression"  # makes transformers' pipeline give the score as it is
+    config.pad_token_id = pad_id
+    model = _load(
+        name_or_path, config, "float32", attn_implementation, trust_remote_code, is_new=not has_head
+    )
+    if not has_head:
+        weight = getattr(model, HEAD).weight
+        generator = torch.Generator().manual_seed(seed)
+        fresh = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1)
+        with torch.no_grad():
+            weight.copy_(fresh)
+    return model
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """True where the config says that the folder holds a model for sequence classification."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def score_normalizer(config: PreTrainedConfig) -> Normalizer | None:
+    """The normaliser that was learnt with a reward model, or None.
+
+    Raises:
+        UserError: the config's entry is not one.
+    """
+    state = getattr(config, NORMALIZER_KEY, None)
+    if state is None:
+        return None
+    try:
+        return normalizer_from_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"config.json: {NORMALIZER_KEY} is {state!r:.80}, no normaliser ({error!r}); remove "
+            "the key to use raw scores"
+        ) from error
+
+
+def set_score_normalizer(config: PreTrainedConfig, normalizer: Normalizer | None) -> None:
+    """Keep a normaliser in a reward model's config, or take it out."""
+    setattr(config, NORMALIZER_KEY, None if normalizer is None else normalizer.state_dict())
+
+
+def _read_config(name_or_path: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    check_model_path(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name_or_path}: its config.json cannot be read: {error}") from error
+
+
+def _require_one_label(name_or_path: str | Path, config: PreTrainedConfig) -> None:
+    if config.num_labels != 1:
+        raise UserError(
+            f"{name_or_path}: a classifier with {config.num_labels} labels; a reward model has one "
+            "(num_labels 1)"
+        )
+
+
+def _load(
+    name_or_path: str | Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    is_new: bool,
+) -> Any:
+    """Load and account for every key: a head that is silently new gives scores of pure noise."""
+    model, info = load_model(
+        AutoModelForSequenceClassification,
+        name_or_path,
+        dtype,
+        attn_implementation,
+        trust_remote_code,
+        config=config,
+        output_loading_info=True,
+    )
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise UserError(
+            f"{name_or_path}: {type(model).__name__} has no linear layer named {HEAD!r}; a reward "
+            "model needs a decoder whose classifier has one"
+        )
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    if is_new:
+        missing = [name for name in missing if not name.startswith(f"{HEAD}.")]
+        unexpected = []  # the language model's own head
+    if any(name.startswith(f"{HEAD}.") for name in missing):
+        raise UserError(
+            f"{name_or_path}: a reward model without a head: {missing[0]} is not in its weights; "
+            "take the folder that training wrote, or train it again"
+        )
+    for what, names in (("lacks", missing), ("holds, beyond its model,", unexpected)):
+        if names:
+            raise UserError(
+                f"{name_or_path}: the folder {what} {len(names)} weights (first: {names[0]}); it "
+                "was cut, or belongs to another kind of model"
+            )
+    disable_dropout(model)
+    return model
