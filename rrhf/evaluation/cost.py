@@ -1,0 +1,68 @@
+"""What a row cost: seconds, sequences through models, tokens.
+
+Seconds depend on the machine and on what else it does; passes and tokens do not. One pass is one
+sequence through one model once (writing a response is one pass, scoring it another). What serving
+the policy costs (`serving_*`: all that was written and scored for each response that was kept; for
+best-of-N that is N of each) stands apart from what this evaluation spent on measuring it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class CostMeter:
+    """Adds up one row's costs.
+
+    Attributes:
+        seconds: by phase, such as "generation".
+        passes: sequences through a model, by model, such as "policy", "scorer", "reference".
+        generated_tokens: tokens that the policy wrote, dropped candidates included.
+        prompt_tokens: tokens of the prompts, once for each prompt that was read.
+        responses: responses that were kept.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    responses: int = 0
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time inside to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def count_passes(self, model: str, count: int) -> None:
+        self.passes[model] = self.passes.get(model, 0) + count
+
+    def as_dict(self) -> dict[str, Any]:
+        """What stands in a result; rates are None where nothing was written."""
+        generation = self.seconds.get("generation", 0.0)
+        kept = self.responses if self.passes.get("policy") else 0
+        serving = {
+            "serving_passes_per_response": self._serving_passes() / kept if kept else None,
+            "serving_tokens_per_response": self.generated_tokens / kept if kept else None,
+        }
+        return {
+            "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
+            "passes": dict(self.passes),
+            "generated_tokens": self.generated_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "responses": self.responses,
+            "tokens_per_second": self.generated_tokens / generation if generation else None,
+            **serving,
+        }
+
+    def _serving_passes(self) -> int:
+        return self.passes.get("policy", 0) + self.passes.get("chooser", 0)

@@ -1,0 +1,59 @@
+"""The true preference, where a world knows it, and what it saw in the responses.
+
+`gold` is the world's utility. The parts stand as shares of responses that have any of them
+(`part_myth`), and refusals apart for prompts that should and should not be refused. No scorer that
+a policy trained on is gold: only what it never saw tells learning from over-optimisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rrhf.evaluation.bootstrap import Measure
+from rrhf.records import Candidate, CandidateSet
+
+HARMFUL = "harmful"
+REFUSED = "refused"
+# Of a part that is about the whole response, a share says nothing new.
+_NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
+
+
+class GoldWorld(Protocol):
+    """A world that knows the worth of a response, and what it is made of."""
+
+    def gold(self, s: CandidateSet, candidate: Candidate) -> float: ...
+
+    def parts(self, s: CandidateSet, candidate: Candidate) -> Mapping[str, float | bool]: ...
+
+
+def gold_scores(world: GoldWorld, sets: Sequence[CandidateSet]) -> dict[str, list[float | None]]:
+    """Prompt id -> the gold utility of each candidate."""
+    return {s.id: [world.gold(s, candidate) for candidate in s.candidates] for s in sets}
+
+
+def gold_measure(scores: Mapping[str, Sequence[float | None]]) -> Measure:
+    """`gold`: the mean over a prompt's candidates."""
+    means = {}
+    for prompt_id, values in scores.items():
+        known = [value for value in values if value is not None]
+        if known:
+            means[prompt_id] = sum(known) / len(known)
+    return Measure(means)
+
+
+def part_measures(world: GoldWorld, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
+    """`part_<name>` for every part, `refused_harmful` and `refused_benign` where there are such."""
+    shares: dict[str, dict[str, float]] = {}
+    for s in sets:
+        if not s.candidates:
+            continue
+        found = [world.parts(s, candidate) for candidate in s.candidates]
+        for name in found[0].keys() - _NOT_SHARED:
+            share = sum(float(parts[name]) > 0 for parts in found) / len(found)
+            shares.setdefault(f"part_{name}", {})[s.id] = share
+        if HARMFUL in found[0] and REFUSED in found[0]:
+            kind = "refused_harmful" if found[0][HARMFUL] else "refused_benign"
+            share = sum(bool(parts[REFUSED]) for parts in found) / len(found)
+            shares.setdefault(kind, {})[s.id] = share
+    return {name: Measure(values) for name, values in sorted(shares.items())}

@@ -1,0 +1,133 @@
+"""Log-probs of given responses under a model: what perplexity, KL and p_i accuracy are made of.
+
+Rows go through the one door (`rrhf.models.logprobs.Policy`) in batches of similar length. How many
+fit into a batch is found from the vocabulary, because the logits are what fills the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.collate import EncodedSet, collate
+from rrhf.models.loading import context_window
+from rrhf.models.logprobs import Policy
+from rrhf.records import Candidate, CandidateSet
+
+MAX_LOGITS = 1 << 26  # 256 MiB in float32, a few copies of it at the peak
+MAX_BATCH_TOKENS = 1 << 14
+
+Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+
+
+def read_logprobs(
+    model: Any,
+    rows: Sequence[Row],
+    pad_id: int,
+    temperature: float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> list[Tensor]:
+    """log P(token | prompt, earlier tokens) of every response token.
+
+    Args:
+        model: a Hugging Face causal language model; put into eval mode meanwhile.
+        rows: prompts (at least one id) and responses (possibly without any).
+        pad_id: filler.
+        temperature: divides the logits.
+        max_logits: numbers that the logits of a batch may have.
+
+    Returns:
+        For each row [T] float32 on the CPU, nats.
+    """
+    read: list[Tensor] = [torch.zeros(0)] * len(rows)
+    device = next(model.parameters()).device
+    vocabulary = int(model.config.vocab_size)
+    policy = Policy(model, temperature)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for places in _batches(rows, vocabulary, max_logits):
+                encoded = [EncodedSet(rows[place][0], [rows[place][1]]) for place in places]
+                logprobs = policy(collate(encoded, pad_id).to(device)).logprobs.cpu()
+                for place, values in zip(places, logprobs, strict=True):
+                    read[place] = values[: len(rows[place][1])].clone()
+    finally:
+        model.train(was_training)
+    return read
+
+
+def _batches(rows: Sequence[Row], vocabulary: int, max_logits: int) -> list[list[int]]:
+    """Places of the rows that have a response, long ones first, in batches that fit."""
+    places = [place for place, (_, response) in enumerate(rows) if len(response)]
+    places.sort(key=lambda place: -(len(rows[place][0]) + len(rows[place][1])))
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    widest_prompt = widest_response = 0
+    for place in places:
+        prompt = max(widest_prompt, len(rows[place][0]))
+        response = max(widest_response, len(rows[place][1]))
+        count = len(batch) + 1
+        fits = (
+            count * response * vocabulary <= max_logits
+            and count * (prompt + response) <= MAX_BATCH_TOKENS
+        )
+        if batch and not fits:
+            batches.append(batch)
+            batch, prompt, response = [], len(rows[place][0]), len(rows[place][1])
+        batch.append(place)
+        widest_prompt, widest_response = prompt, response
+    return [*batches, batch] if batch else batches
+
+
+class LikelihoodReader:
+    """A model and its codec as a reader of responses.
+
+    Attributes:
+        model: the Hugging Face model.
+        codec: its token boundary.
+        name: what results call it.
+    """
+
+    def __init__(
+        self, model: Any, codec: ChatCodec, name: str = "", max_logits: int = MAX_LOGITS
+    ) -> None:
+        self.model = model
+        self.codec = codec
+        self.name = name or str(getattr(model.config, "name_or_path", "") or "model")
+        self.max_logits = max_logits
+        self._window = context_window(model)
+
+    def encode(self, s: CandidateSet, candidate: Candidate) -> Row | None:
+        """Prompt and response as ids; the prompt loses turns so that both fit the model's window.
+
+        Returns:
+            None where they do not fit even so.
+        """
+        response = self.codec.encode_response(s, candidate.response, candidate.finish_reason)
+        room = None if self._window is None else self._window - len(response)
+        if room is not None and room < 1:
+            return None
+        prompt = self.codec.encode_prompt(s, room)
+        return (prompt, response) if prompt else None
+
+    def fits(self, row: Row) -> bool:
+        """Whether prompt and response fit into the model's window as they are."""
+        return self._window is None or len(row[0]) + len(row[1]) <= self._window
+
+    def read(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Tensor]:
+        """As `read_logprobs`; equal rows are computed once."""
+        keys = [(tuple(prompt), tuple(response)) for prompt, response in rows]
+        place_of = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        read = read_logprobs(
+            self.model, list(place_of), self.codec.pad_id, temperature, self.max_logits
+        )
+        return [read[place_of[key]] for key in keys]
+
+    def has_vocabulary_of(self, codec: ChatCodec) -> bool:
+        """Whether ids mean the same tokens in both, so that log-probs can be compared."""
+        return bool(self.codec.tokenizer.get_vocab() == codec.tokenizer.get_vocab())

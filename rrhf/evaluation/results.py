@@ -1,0 +1,98 @@
+"""Rows of an evaluation on disk: one JSON a row, its responses beside it as a candidate file.
+
+`NAME.json` holds the row (see `rrhf.evaluation.evaluator`), `NAME.samples.jsonl` the responses that
+were measured, with their scores. A row's values by prompt come back as `Measure`s, so that
+differences can be computed long after the models are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rrhf.data.candidate_files import write_candidate_sets
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import Measure
+from rrhf.records import CandidateSet
+from rrhf.runs import PathLike, explained_os_errors, write_json
+
+SCHEMA_VERSION = 1
+SAMPLES_SUFFIX = ".samples.jsonl"
+
+
+def measure_to_json(measure: Measure) -> dict[str, Any]:
+    """A measure as JSON."""
+    value: dict[str, Any] = {"values": dict(measure.values)}
+    if measure.weights is not None:
+        value["weights"] = dict(measure.weights)
+    if measure.scale != "mean":
+        value["scale"] = measure.scale
+    return value
+
+
+def measure_from_json(value: Mapping[str, Any]) -> Measure:
+    """The inverse of `measure_to_json`."""
+    return Measure(value["values"], value.get("weights"), value.get("scale", "mean"))
+
+
+def file_stem(name: str) -> str:
+    """A row's name as the beginning of a file name."""
+    return re.sub(r"[^\w.+-]+", "_", name.strip()).strip("._") or "row"
+
+
+def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: PathLike) -> Path:
+    """Write a row and its responses; the row last, so that it never stands without them.
+
+    Returns:
+        The row's file.
+    """
+    folder = Path(folder)
+    with explained_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    stem = file_stem(str(row["name"]))
+    write_candidate_sets(
+        folder / f"{stem}{SAMPLES_SUFFIX}",
+        samples,
+        {"row": row["name"], "made_with": row["made_with"]},
+    )
+    path = folder / f"{stem}.json"
+    write_json(path, row)
+    return path
+
+
+def load_row(path: PathLike) -> dict[str, Any]:
+    """A row from its file.
+
+    Raises:
+        UserError: the file is missing, or is not a row of this schema.
+    """
+    try:
+        row = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a file that `rrhf evaluate` wrote"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); evaluate again") from error
+    if not is_row(row):
+        raise UserError(f"{path}: is not the result of an evaluation; name one of `rrhf evaluate`")
+    if row.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version {row.get('schema_version')!r} is not {SCHEMA_VERSION}, which "
+            "this version reads; evaluate again"
+        )
+    return row
+
+
+def is_row(value: Any) -> bool:
+    """Whether a JSON value is a row: it has a name, metrics, and what it was made with."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("metrics"), dict)
+        and isinstance(value.get("made_with"), dict)
+        and isinstance(value.get("per_prompt"), dict)
+    )

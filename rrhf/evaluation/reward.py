@@ -1,0 +1,100 @@
+"""Reward by any scorer, and the best of N by it.
+
+A score of None (could not be scored) is left out and counted; too many of them stop the
+evaluation, because a mean over what happened to be scored is not the mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import Measure
+from rrhf.records import CandidateSet
+from rrhf.scoring.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSCORED_FRACTION = 0.01
+_SETS_AT_A_TIME = 64
+
+
+def score_sets(
+    scorer: Scorer,
+    sets: Sequence[CandidateSet],
+    max_unscored_fraction: float = MAX_UNSCORED_FRACTION,
+) -> list[CandidateSet]:
+    """The sets with the scorer's scores in place of any they had.
+
+    Raises:
+        UserError: more than `max_unscored_fraction` of the candidates got no score.
+    """
+    scored: list[CandidateSet] = []
+    with tqdm(total=len(sets), desc="scoring", unit="prompt", disable=None) as bar:
+        for start in range(0, len(sets), _SETS_AT_A_TIME):
+            part = sets[start : start + _SETS_AT_A_TIME]
+            for s, scores in zip(part, scorer.score(part), strict=True):
+                candidates = tuple(
+                    replace(candidate, score=_finite_or_none(score))
+                    for candidate, score in zip(s.candidates, scores, strict=True)
+                )
+                scored.append(replace(s, candidates=candidates))
+            bar.update(len(part))
+    check_scored(scorer.name, scored, max_unscored_fraction)
+    return scored
+
+
+def check_scored(name: str, sets: Sequence[CandidateSet], max_unscored_fraction: float) -> int:
+    """How many candidates have no score.
+
+    Raises:
+        UserError: more than the given share of all.
+    """
+    total = sum(len(s.candidates) for s in sets)
+    missing = [s.id for s in sets for score in s.scores if score is None]
+    if len(missing) > max_unscored_fraction * total:
+        raise UserError(
+            f"scorer {name}: gave no score to {len(missing)} of {total} responses (first: prompt "
+            f"{missing[0]}), more than max_unscored_fraction {max_unscored_fraction}; mend the "
+            "scorer, or raise the fraction if the rest is what you want to measure"
+        )
+    if missing:
+        logger.warning("%s: %d of %d responses got no score", name, len(missing), total)
+    return len(missing)
+
+
+def _finite_or_none(score: float | None) -> float | None:
+    return None if score is None or not math.isfinite(score) else float(score)
+
+
+def reward_measure(sets: Sequence[CandidateSet]) -> Measure:
+    """The mean score of a prompt's candidates; prompts without a scored one are left out."""
+    means = {}
+    for s in sets:
+        known = [score for score in s.scores if score is not None]
+        if known:
+            means[s.id] = sum(known) / len(known)
+    return Measure(means)
+
+
+def keep_best(sets: Sequence[CandidateSet], n: int) -> list[CandidateSet]:
+    """The best scored of every n candidates in a row, the first of equals; unscored ones lose.
+
+    Args:
+        sets: with a multiple of n candidates each.
+        n: how many the best is chosen from.
+    """
+    kept = []
+    for s in sets:
+        assert len(s.candidates) % n == 0, f"{len(s.candidates)} candidates are no groups of {n}"
+        best = []
+        for start in range(0, len(s.candidates), n):
+            group = s.candidates[start : start + n]
+            best.append(max(group, key=lambda c: -math.inf if c.score is None else c.score))
+        kept.append(replace(s, candidates=tuple(best)))
+    return kept

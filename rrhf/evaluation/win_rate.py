@@ -1,0 +1,59 @@
+"""How often a response is better than a baseline's to the same prompt.
+
+Every response of a prompt meets every response of the baseline to it; a tie counts half and is
+reported beside. An independent sample of the baseline itself has a win rate of about one half,
+which is the check that nothing is wrong with the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rrhf.evaluation.bootstrap import Measure
+
+# Scores of one text differ by rounding when its batch mates do.
+TIE_MARGIN = 1e-5
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Attributes:
+    win: wins plus half the ties, 0..1, by prompt.
+    tie: ties, 0..1, by prompt.
+    skipped: prompts that one side has no scored response to.
+    """
+
+    win: Measure
+    tie: Measure
+    skipped: int
+
+
+def win_rate(
+    scores: Mapping[str, Sequence[float | None]],
+    baseline: Mapping[str, Sequence[float | None]],
+    tie_margin: float = TIE_MARGIN,
+) -> WinRate:
+    """Compare scores with the baseline's, prompt by prompt.
+
+    Args:
+        scores: prompt id -> the score of each response; None = not scored, left out.
+        baseline: the same for the baseline.
+        tie_margin: scores this near to each other are equal.
+    """
+    wins: dict[str, float] = {}
+    ties: dict[str, float] = {}
+    for prompt_id, ours in scores.items():
+        differences = [
+            a - b
+            for a in ours
+            for b in baseline.get(prompt_id, ())
+            if a is not None and b is not None
+        ]
+        if not differences:
+            continue
+        tied = sum(abs(difference) <= tie_margin for difference in differences)
+        won = sum(difference > tie_margin for difference in differences)
+        wins[prompt_id] = (won + tied / 2) / len(differences)
+        ties[prompt_id] = tied / len(differences)
+    return WinRate(Measure(wins), Measure(ties), len(scores) - len(wins))
