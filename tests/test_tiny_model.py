@@ -37,6 +37,7 @@ def test_any_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> N
 
 
 def test_saved_tokenizer_loads_the_same(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    build_tiny_llama("smoke", tokenizer).save_pretrained(folder)  # its config must not mislead
     loaded = AutoTokenizer.from_pretrained(folder)
     text = "\n\nHuman: Hello, I am Anna.\n\nAssistant: Sure."
     assert loaded(text).input_ids == tokenizer(text).input_ids
