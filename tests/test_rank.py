@@ -23,6 +23,7 @@ from rrhf.errors import UserError
 from rrhf.models.loading import load_tokenizer
 from rrhf.models.logprobs import Policy
 from rrhf.training import rank
+from rrhf.training.fitting import RowFitter
 from rrhf.training.rank import RankConfig, RankObjective
 from rrhf.training.rank_examples import RankEncoder
 from rrhf.training.streams import OfflineStream
@@ -320,7 +321,7 @@ def test_the_first_logged_loss_is_the_loss_of_the_file(
     finished: Path, model_folder: Path, data: Path
 ) -> None:
     codec = ChatCodec(load_tokenizer(model_folder))
-    encoded = [RankEncoder(codec, 100)(s) for s in CandidateFile(data)]
+    encoded = [RankEncoder(RowFitter(codec, 100))(s) for s in CandidateFile(data)]
     stream = OfflineStream([e for e in encoded if e is not None], codec.pad_id, 3, 2, 3, seed=42)
     objective = RankObjective(settings())
     policy = Policy(AutoModelForCausalLM.from_pretrained(model_folder))

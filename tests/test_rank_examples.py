@@ -1,11 +1,19 @@
 """What candidate sets become as training rows, and how what is left out is counted."""
 
+from typing import Any
+
 import pytest
 from tiny import byte_level_tokenizer
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.records import Candidate, CandidateSet, Message
-from rrhf.training.rank_examples import RankEncoder, cut_at_next_speaker, is_provided
+from rrhf.training.fitting import RowFitter
+from rrhf.training.rank_examples import (
+    RankEncoder,
+    cut_at_next_speaker,
+    is_provided,
+    with_scores_of_marks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +27,17 @@ def group(*candidates: Candidate, query: str = "\n\nHuman: ask\n\nAssistant:") -
 
 def scored(*responses: str) -> list[Candidate]:
     return [Candidate(text, score=float(place)) for place, text in enumerate(responses)]
+
+
+def rank_encoder(
+    codec: ChatCodec,
+    model_max_length: int,
+    max_response_tokens: int | None = None,
+    long_responses: str = "cut",
+    **options: Any,
+) -> RankEncoder:
+    fitter = RowFitter(codec, model_max_length, max_response_tokens, long_responses)
+    return RankEncoder(fitter, **options)
 
 
 def text_of(codec: ChatCodec, ids: list[int]) -> str:
@@ -43,7 +62,7 @@ def test_stop_response_table(response: str, expected: str) -> None:
 
 
 def test_a_stopped_response_counts_as_finished(codec: ChatCodec) -> None:
-    encoder = RankEncoder(codec, 64, stop_response=True)
+    encoder = rank_encoder(codec, 64, stop_response=True)
     cut = Candidate(" a garden\n\nHuman: fold", score=1.0, finish_reason="length")
     whole = Candidate(" a garden", score=0.0, finish_reason="length")
     example = encoder(group(cut, whole))
@@ -67,18 +86,28 @@ def test_provided_by_source_or_else_the_last_two() -> None:
 
 def test_only_use_provide_and_only_use_sample(codec: ChatCodec) -> None:
     candidates = group(*scored("a", "fold", "please", "garden"))
-    provided = RankEncoder(codec, 64, only_use_provide=True)(candidates)
-    sampled = RankEncoder(codec, 64, only_use_sample=True)(candidates)
+    provided = rank_encoder(codec, 64, only_use_provide=True)(candidates)
+    sampled = rank_encoder(codec, 64, only_use_sample=True)(candidates)
     assert provided is not None and sampled is not None
     assert provided.scores == [2.0, 3.0] and sampled.scores == [0.0, 1.0]
-    encoder = RankEncoder(codec, 64, only_use_sample=True)
+    encoder = rank_encoder(codec, 64, only_use_sample=True)
     assert encoder(group(*scored("a", "fold"))) is None
     assert encoder.counts["prompts_without_candidates"] == 1
 
 
+def test_an_unscored_preference_pair_is_a_group_of_two(codec: ChatCodec) -> None:
+    pair = [Candidate("a", "human:rejected"), Candidate("fold", "human:chosen")]
+    example = rank_encoder(codec, 64)(group(*pair))
+    assert example is not None and example.scores == [0.0, 1.0]
+    scored_pair = group(*[Candidate(c.response, c.source, 2.0) for c in pair])
+    assert with_scores_of_marks(scored_pair) is scored_pair
+    alone = group(pair[0])
+    assert with_scores_of_marks(alone) is alone
+
+
 def test_candidates_without_score_go_after_positions_are_known(codec: ChatCodec) -> None:
     candidates = [*scored("a", "fold"), Candidate("please"), Candidate("garden", score=9.0)]
-    encoder = RankEncoder(codec, 64, only_use_provide=True)
+    encoder = rank_encoder(codec, 64, only_use_provide=True)
     example = encoder(group(*candidates))
     assert example is not None and example.scores == [9.0]
     assert encoder.counts["candidates_without_score"] == 1
@@ -86,7 +115,7 @@ def test_candidates_without_score_go_after_positions_are_known(codec: ChatCodec)
 
 
 def test_everything_is_counted(codec: ChatCodec) -> None:
-    encoder = RankEncoder(codec, 64)
+    encoder = rank_encoder(codec, 64)
     tied = [Candidate(text, score=0.5) for text in ("a", "fold")]
     empty_and_cut = Candidate("", score=3.0, finish_reason="length")
     for candidates in (scored("a", "fold"), tied, scored("a"), [], [*scored("a"), empty_and_cut]):
@@ -98,17 +127,17 @@ def test_everything_is_counted(codec: ChatCodec) -> None:
         "prompts_all_tied": 1,
         "prompts_with_one_candidate": 2,
         "prompts_without_candidates": 1,
-        "candidates_cut_to_nothing": 1,
+        "responses_cut_to_nothing": 1,
     }
 
 
 def test_an_empty_response_is_its_end_alone(codec: ChatCodec) -> None:
-    example = RankEncoder(codec, 64)(group(*scored("", "fold")))
+    example = rank_encoder(codec, 64)(group(*scored("", "fold")))
     assert example is not None and list(example.response_ids[0]) == [codec.end_id]
 
 
 def test_long_responses_lose_their_end_and_prompts_keep_their_cue(codec: ChatCodec) -> None:
-    encoder = RankEncoder(codec, 24)
+    encoder = rank_encoder(codec, 24)
     long = " garden" * 40
     example = encoder(group(*scored(long, " fold")))
     assert example is not None
@@ -119,7 +148,7 @@ def test_long_responses_lose_their_end_and_prompts_keep_their_cue(codec: ChatCod
     assert example.response_ids[1][-1] == codec.end_id
     assert encoder.counts["responses_cut"] == 1
 
-    dropping = RankEncoder(codec, 24, long_responses="drop")
+    dropping = rank_encoder(codec, 24, long_responses="drop")
     example = dropping(group(*scored(long, " fold")))
     assert example is not None and example.scores == [1.0]
     assert dropping.counts["responses_dropped"] == 1
@@ -131,7 +160,7 @@ def test_long_prompts_lose_whole_turns_on_the_left(codec: ChatCodec) -> None:
         turns += [Message("user", f"garden {number}"), Message("assistant", "fold")]
     messages = (*turns, Message("user", "please"))
     candidates = CandidateSet("id", "unused", messages, tuple(scored("a", "fold")))
-    encoder = RankEncoder(codec, 48)
+    encoder = rank_encoder(codec, 48)
     example = encoder(candidates)
     assert example is not None and encoder.counts["prompts_cut"] == 1
     text = text_of(codec, list(example.prompt_ids))
@@ -142,19 +171,19 @@ def test_long_prompts_lose_whole_turns_on_the_left(codec: ChatCodec) -> None:
 
 def test_a_prompt_whose_last_turn_does_not_fit_is_counted(codec: ChatCodec) -> None:
     messages = (Message("user", "garden " * 60),)
-    encoder = RankEncoder(codec, 32)
+    encoder = rank_encoder(codec, 32)
     assert encoder(CandidateSet("id", "x", messages, tuple(scored("a", "fold")))) is None
     assert encoder.counts["prompts_too_long"] == 1 and encoder.counts["prompts_used"] == 0
 
 
 def test_max_response_tokens_reserves_and_limits(codec: ChatCodec) -> None:
     long = " garden" * 40
-    example = RankEncoder(codec, 200, max_response_tokens=5)(group(*scored(long, " fold")))
+    example = rank_encoder(codec, 200, max_response_tokens=5)(group(*scored(long, " fold")))
     assert example is not None and len(example.response_ids[0]) == 5
 
 
 def test_the_same_set_gives_the_same_example_each_time(codec: ChatCodec) -> None:
-    encoder = RankEncoder(codec, 24)
+    encoder = rank_encoder(codec, 24)
     candidates = group(*scored(" garden" * 40, " fold"))
     assert encoder(candidates) == encoder(candidates)
 
@@ -166,7 +195,7 @@ def test_released_rows_cut_the_prompt_on_the_right(codec: ChatCodec) -> None:
     query = "\n\nHuman: garden fold please\n\nAssistant:"
     whole = codec.tokenizer(query).input_ids
     limit = len(whole) - 2
-    encoder = RankEncoder(codec, limit, released=True)
+    encoder = rank_encoder(codec, limit, released=True)
     example = encoder(group(*scored(" a", " fold fold fold"), query=query))
     assert example is not None
     assert list(example.prompt_ids) == whole[:limit]  # the cue is gone
@@ -179,7 +208,7 @@ def test_released_rows_cut_the_prompt_on_the_right(codec: ChatCodec) -> None:
 def test_released_responses_are_cut_to_the_rest_and_lose_their_end(codec: ChatCodec) -> None:
     query = "\n\nHuman: fold\n\nAssistant:"
     length = len(codec.tokenizer(query).input_ids) + 3
-    example = RankEncoder(codec, length, released=True)(
+    example = rank_encoder(codec, length, released=True)(
         group(*scored(" garden garden garden garden garden"), query=query)
     )
     assert example is not None and len(example.response_ids[0]) == 3
@@ -190,8 +219,8 @@ def test_released_rows_parse_special_tokens_and_carry_an_inner_bos() -> None:
     codec = ChatCodec(byte_level_tokenizer(bos=True))
     assert codec.bos_id is not None
     candidates = group(*scored(" fold", " say </s> now"))
-    released = RankEncoder(codec, 64, released=True)(candidates)
-    own = RankEncoder(codec, 64)(candidates)
+    released = rank_encoder(codec, 64, released=True)(candidates)
+    own = rank_encoder(codec, 64)(candidates)
     assert released is not None and own is not None
     for ids in released.response_ids:
         assert ids[0] == codec.bos_id and ids[-1] == codec.end_id
@@ -202,7 +231,7 @@ def test_released_rows_parse_special_tokens_and_carry_an_inner_bos() -> None:
 
 
 def test_released_rows_beyond_the_models_window_are_counted(codec: ChatCodec) -> None:
-    encoder = RankEncoder(codec, 16, released=True, window=32)
+    encoder = rank_encoder(codec, 16, released=True, window=32)
     long_query = "\n\nHuman: " + "garden " * 30 + "\n\nAssistant:"
     assert encoder(group(*scored(" fold" * 40), query=long_query)) is None
     assert encoder.counts["prompts_beyond_the_window"] == 1

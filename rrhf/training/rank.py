@@ -20,12 +20,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from rrhf.algorithms import rank_losses
-from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.collate import TokenBatch, padded_groups
+from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training.config import TrainingConfig
+from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
 from rrhf.training.measure import measure
 from rrhf.training.rank_examples import RankEncoder
@@ -40,10 +41,10 @@ class RankConfig(TrainingConfig):
     """Settings of `rrhf train rank`; the defaults are the paper's loss."""
 
     data_path: str = field(kw_only=True)
-    """Candidate file: JSON lines (or one array) of query, responses and scores."""
+    """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""
 
     eval_data_path: str | None = None
-    """Held-out candidate file: its losses and ranking accuracy are logged at eval_steps."""
+    """Held-out data of the same kind: its losses and ranking accuracy are logged at eval_steps."""
 
     rrhf_mode: Literal["paper", "released"] = "paper"
     """paper = the published equations; released = the published program, fault for fault."""
@@ -82,13 +83,7 @@ class RankConfig(TrainingConfig):
             )
         if self.rrhf_weight < 0:
             raise UserError(f"--rrhf_weight {self.rrhf_weight}: must be 0 or more")
-        if self.max_response_tokens is not None and not (
-            0 < self.max_response_tokens < self.model_max_length
-        ):
-            raise UserError(
-                f"--max_response_tokens {self.max_response_tokens}: must be at least 1 and below "
-                f"--model_max_length {self.model_max_length}, so that a prompt fits too"
-            )
+        check_response_limit(self.max_response_tokens, self.model_max_length)
         reductions = (self.rank_reduction, self.sft_reduction)
         if self.rrhf_mode == "released" and reductions != ("prompt", "prompt"):
             raise UserError(
@@ -185,14 +180,14 @@ def _metrics(p: Tensor, grid: _Grid) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def train(config: RankConfig) -> Path:
-    """Train on a candidate file; returns the policy folder.
+    """Train on scored candidates; returns the policy folder.
 
     Raises:
         UserError: the file, the model or a setting is not usable; the text says which and why.
     """
     with opened_workbench(config) as bench:
-        sets = CandidateFile(config.data_path)
-        held_out = CandidateFile(config.eval_data_path) if config.eval_data_path else None
+        sets = load_sets(config.data_path, config.seed)
+        held_out = load_sets(config.eval_data_path, config.seed) if config.eval_data_path else None
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window)
@@ -241,11 +236,11 @@ def train(config: RankConfig) -> Path:
 
 
 def _encoder(config: RankConfig, bench: Workbench, window: int | None) -> RankEncoder:
+    fitter = RowFitter(
+        bench.codec, config.model_max_length, config.max_response_tokens, config.long_responses
+    )
     return RankEncoder(
-        bench.codec,
-        config.model_max_length,
-        config.max_response_tokens,
-        config.long_responses,
+        fitter,
         config.only_use_provide,
         config.only_use_sample,
         config.stop_response,
