@@ -326,8 +326,18 @@ def _array_fault(window: _ArrayText, mark: str) -> Fault:
 
 
 _decoder = JSONDecoder()
-_LONGEST_LITERAL = len("-Infinity")
+_LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _LONGEST_ESCAPE = len(r"\ud83d\ude00")
+_CUT_ESCAPE = re.compile(r"\\?u?[0-9a-fA-F]{0,4}")
+_NUMBER_MAY_GO_ON = re.compile(r"[-+.eE0-9]*")
+
+
+def _is_cut_word(rest: str) -> bool:
+    """True where what is left may be the beginning of something that JSON knows."""
+    word = rest.rstrip()
+    return any(literal.startswith(word) for literal in _LITERALS) or bool(
+        _CUT_ESCAPE.fullmatch(word)
+    )
 
 
 def _next_element(window: _ArrayText) -> Row | Fault:
@@ -336,21 +346,21 @@ def _next_element(window: _ArrayText) -> Row | Fault:
         try:
             value, end = _decoder.raw_decode(window.text, window.position)
         except json.JSONDecodeError as error:
-            margin = len(window.text) - max(_LONGEST_LITERAL, _LONGEST_ESCAPE)
+            margin = len(window.text) - _LONGEST_ESCAPE
             is_cut = error.msg.startswith("Unterminated") or error.pos >= margin
             if is_cut and len(window.text) - window.position > MAX_ROW_BYTES:
                 reason = f"the row is longer than {MAX_ROW_BYTES:,} bytes; {_MEND_ROW}"
                 return Fault(window.line, reason)
             if is_cut and window.more():
                 continue
-            if is_cut:
+            if error.msg.startswith("Unterminated") or _is_cut_word(window.text[error.pos :]):
                 return _array_fault(window, "")
             line = window.line + window.text.count("\n", window.position, error.pos)
             return Fault(line, f"is not JSON: {error.msg}; mend the row, or remove it")
         except (ValueError, RecursionError) as error:
             return Fault(window.line, f"is not JSON that can be read ({error}); {_MEND_ROW}")
-        if end == len(window.text) and window.more():
-            continue  # a number may go on
+        if _NUMBER_MAY_GO_ON.fullmatch(window.text, end) and window.more():
+            continue
         window.row_done()
         line, offset = window.line, window.offset
         return Row(line, offset, window.skip_to(end), value)

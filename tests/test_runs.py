@@ -1,0 +1,342 @@
+"""Run folders, manifests, metrics: whole or not there, one writer, cut back on resume."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rrhf.errors import UserError
+from rrhf.runs import (
+    MetricsLog,
+    RunFolder,
+    cut_torn_tail,
+    explained_os_errors,
+    manifest_path,
+    read_manifest,
+    replaced_file,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Files that are whole or not there.
+
+
+def test_write_json_writes_what_can_be_read_back(tmp_path: Path):
+    value = {"a": [1, 2.5, None], "path": Path("x/y"), "é\u2028": "ü", "set": {"b", "a"}}
+    write_json(tmp_path / "v.json", value)
+    found = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
+    assert found == {"a": [1, 2.5, None], "path": "x/y", "é\u2028": "ü", "set": ["a", "b"]}
+    assert [p.name for p in tmp_path.iterdir()] == ["v.json"]
+
+
+def test_write_json_knows_no_nan(tmp_path: Path):
+    write_json(tmp_path / "v.json", {"a": math.nan, "b": [math.inf, 1.0]})
+    assert json.loads((tmp_path / "v.json").read_text()) == {"a": None, "b": [None, 1.0]}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
+    target = tmp_path / "v.json"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replaced_file(target) as file:
+        file.write(b"half")
+        raise RuntimeError("the writer dies")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["v.json"]
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text()) == 1
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="folder does not exist"):
+        write_json(tmp_path / "nowhere" / "v.json", 1)
+
+
+def test_a_full_disk_names_path_needed_and_free(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match=r"v\.json: no space left: 1,234 bytes needed, [\d,]+ bytes"),
+        explained_os_errors(tmp_path / "v.json", 1234),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_device_that_is_full_is_a_users_error():
+    with (
+        pytest.raises(UserError, match="no space left"),
+        explained_os_errors("/dev/full", 1),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"x")
+
+
+def test_a_programs_own_os_error_passes_through(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), explained_os_errors(tmp_path / "v.json"):
+        (tmp_path / "missing").read_bytes()
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path):
+    data = os.urandom(3_000_000)  # more than two chunks
+    (tmp_path / "f").write_bytes(data)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+# Manifests.
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x.json", "x.manifest.json"),
+        ("x.jsonl", "x.manifest.json"),
+        ("x.jsonl.gz", "x.manifest.json"),
+        ("x.y.json", "x.y.manifest.json"),
+        ("x.txt", "x.txt.manifest.json"),
+    ],
+)
+def test_where_a_files_manifest_stands(tmp_path: Path, name: str, expected: str):
+    assert manifest_path(tmp_path / name) == tmp_path / expected
+
+
+def test_a_folders_manifest_stands_inside(tmp_path: Path):
+    write_manifest(tmp_path, {"status": "complete", "rows": 3})
+    assert manifest_path(tmp_path) == tmp_path / "manifest.json"
+    assert read_manifest(tmp_path) == {"schema_version": 1, "status": "complete", "rows": 3}
+
+
+def test_no_manifest_is_none(tmp_path: Path):
+    assert read_manifest(tmp_path / "x.json") is None
+
+
+def test_a_manifest_that_names_another_file_is_that_files(tmp_path: Path):
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_text("{}")
+    write_manifest(tmp_path / "x.json", {"status": "unfinished"})
+    assert read_manifest(tmp_path / "x.jsonl") is None
+    (tmp_path / "x.json").unlink()  # renamed with its manifest: now it can only be x.jsonl's
+    assert read_manifest(tmp_path / "x.jsonl") is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"schema_version": 2}', '{"schema_version": "x"}']
+)
+def test_a_manifest_that_cannot_be_read_is_a_users_error(tmp_path: Path, text: str):
+    (tmp_path / "x.manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.manifest\.json"):
+        read_manifest(tmp_path / "x.json")
+
+
+# Metrics.
+
+
+def test_metrics_are_there_at_once_and_hold_no_nan(tmp_path: Path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.append({"step": 1, "loss": math.nan})
+    assert rows_of(tmp_path / "m.jsonl") == [{"step": 1, "loss": None}]
+    assert log.offset == (tmp_path / "m.jsonl").stat().st_size
+    log.close()
+
+
+def test_truncate_to_an_offset_forgets_what_came_after(tmp_path: Path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.append({"step": 1})
+    offset = log.offset
+    log.append({"step": 2})
+    log.truncate_to(offset)
+    log.append({"step": 3})
+    assert [row["step"] for row in rows_of(tmp_path / "m.jsonl")] == [1, 3]
+    log.close()
+
+
+def test_truncate_after_a_step_drops_all_that_was_written_beyond_it(tmp_path: Path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for row in ({"step": 1}, {"eval": 1}, {"step": 2}, {"step": 3}, {"eval": 2}, {"step": 4}):
+        log.append(row)
+    assert log.truncate_after_step(2) == 3
+    assert rows_of(tmp_path / "m.jsonl") == [{"step": 1}, {"eval": 1}, {"step": 2}]
+    assert log.truncate_after_step(2) == 0
+    log.append({"step": 3})
+    assert len(rows_of(tmp_path / "m.jsonl")) == 4
+    log.close()
+
+
+def test_truncate_without_a_file_is_nothing(tmp_path: Path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    assert log.truncate_after_step(5) == 0
+    log.truncate_to(0)
+    assert log.offset == 0
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_lost_metrics_are_said_not_filled_with_zeros(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.append({"step": 1})
+    size = log.offset
+    with caplog.at_level(logging.WARNING):
+        log.truncate_to(size + 100)
+    assert "some rows are lost" in caplog.text
+    assert (tmp_path / "m.jsonl").stat().st_size == size
+
+
+def test_metrics_cut_at_any_byte_go_on(tmp_path: Path):
+    whole = b'{"step": 1}\n{"step": 2, "text": "\xc3\xa9"}\n'
+    path = tmp_path / "m.jsonl"
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        log = MetricsLog(path)
+        log.append({"step": 9})
+        log.close()
+        steps = [row["step"] for row in rows_of(path)]
+        # A line counts once its object is whole, newline or not.
+        expected = [1] * (cut >= 11) + [2] * (cut >= len(whole) - 1)
+        assert steps == [*expected, 9], cut
+
+
+def test_a_torn_line_longer_than_a_chunk_is_found(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 2_500_000)
+    assert cut_torn_tail(path) == 2_500_007
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
+# Run folders.
+
+
+def test_a_run_folder_from_start_to_end(tmp_path: Path):
+    run = RunFolder(tmp_path / "deep" / "run")
+    run.open({"learning_rate": 1e-3, "model": Path("m")}, resume=False)
+    assert json.loads((run.path / "config.json").read_text())["model"] == "m"
+    manifest = read_manifest(run.path)
+    assert manifest is not None and manifest["status"] == "unfinished"
+    assert run.checkpoints.is_dir()
+    run.metrics.append({"step": 1})
+    run.finish({"steps": 1})
+    run.close()
+    manifest = read_manifest(run.path)
+    assert manifest is not None
+    assert manifest["status"] == "complete" and manifest["steps"] == 1
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.open({}, resume=False)
+    run.finish({})
+    run.close()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"a finished run.*--resume_from_checkpoint.*--output_dir"):
+        RunFolder(tmp_path).open({}, resume=False)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("left", ["config.json", "metrics.jsonl", "checkpoints/step-1/x"])
+def test_what_a_killed_run_left_is_not_overwritten(tmp_path: Path, left: str):
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_text("{}\n")
+    with pytest.raises(UserError, match="an unfinished run"):
+        RunFolder(tmp_path).open({}, resume=False)
+
+
+def test_other_files_in_the_folder_are_no_run(tmp_path: Path):
+    (tmp_path / "train_data.json").write_text("{}")
+    run = RunFolder(tmp_path)
+    run.open({}, resume=False)
+    run.close()
+
+
+def test_resume_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = RunFolder(tmp_path)
+    run.open({"learning_rate": 1e-3, "seed": 1}, resume=False)
+    run.close()
+    again = RunFolder(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        again.open({"learning_rate": 1e-4, "seed": 1}, resume=True)
+    again.close()
+    assert "learning_rate = 0.0001, which was 0.001" in caplog.text
+    assert "seed" not in caplog.text
+
+
+def test_a_resumed_run_counts_as_unfinished(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.open({}, resume=False)
+    run.finish({})
+    run.close()
+    run.open({}, resume=True)
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and manifest["status"] == "unfinished"
+    run.close()
+
+
+def test_resume_of_nothing_begins(tmp_path: Path):
+    run = RunFolder(tmp_path / "new")
+    run.open({}, resume=True)
+    run.close()
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="choose another path"):
+        RunFolder(tmp_path / "run").open({}, resume=False)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Root may write anywhere, so the file system's refusal is played.
+    def refuse(path: Path, data: bytes) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        RunFolder(tmp_path / "run").open({}, resume=False)
+
+
+HOLDER = """
+import sys, time
+from rrhf.runs import RunFolder
+run = RunFolder(sys.argv[1])
+run.open({}, resume=False)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path):
+    import socket
+
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        began = time.monotonic()
+        with pytest.raises(UserError) as caught:
+            RunFolder(tmp_path).open({}, resume=True)
+        assert time.monotonic() - began < 2
+        assert f"process {holder.pid} on host {socket.gethostname()}" in str(caught.value)
+    finally:
+        holder.kill()
+        holder.wait()
+    run = RunFolder(tmp_path)  # the lock ended with its process
+    run.open({}, resume=True)
+    run.close()
