@@ -1,0 +1,153 @@
+"""One row: RRHF's published form unchanged, every mistake with its field, harmless oddities accepted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
+from rrhf.records import Candidate, CandidateSet, Message, set_id
+
+PUBLISHED = {
+    "query": "\n\nHuman: Hi\n\nAssistant:",
+    "responses": [" a", " b"],
+    "scores": [0.5, -1.0],
+}
+
+
+def faults(row: object) -> list[str]:
+    with pytest.raises(RowError) as caught:
+        parse_candidate_set(row, "f.json:7")
+    assert str(caught.value) == "\n".join(caught.value.faults)
+    for line in caught.value.faults:
+        assert line.startswith("f.json:7: ")
+    return [line.removeprefix("f.json:7: ") for line in caught.value.faults]
+
+
+def test_a_published_row_reads_as_it_stands_and_writes_back_the_same():
+    found = parse_candidate_set(PUBLISHED, "f:1")
+    assert found.query == PUBLISHED["query"] and found.messages is None
+    assert found.candidates == (Candidate(" a", score=0.5), Candidate(" b", score=-1.0))
+    assert found.id == set_id(found.query)
+    assert json.dumps(candidate_set_to_row(found)) == json.dumps(PUBLISHED)
+
+
+def test_keys_that_are_not_known_are_left_alone():
+    odd = {**PUBLISHED, "origin_scores": [[1, 2]], "tag": float("nan"), "0": None}
+    assert parse_candidate_set(odd, "f:1") == parse_candidate_set(PUBLISHED, "f:1")
+
+
+def test_every_optional_key_survives_writing_and_reading():
+    whole = CandidateSet(
+        id="mine",
+        query="q",
+        messages=(Message("system", "s"), Message("user", "u")),
+        candidates=(
+            Candidate("a", "policy:x", 1.0, "stop"),
+            Candidate("", "human:chosen", None, "length"),
+            Candidate("c"),
+        ),
+        origin="somewhere",
+    )
+    row = candidate_set_to_row(whole)
+    assert list(row)[:3] == ["query", "responses", "scores"]
+    assert parse_candidate_set(json.loads(json.dumps(row)), "f:1") == whole
+
+
+def test_optional_keys_stand_only_where_they_say_something():
+    bare = CandidateSet(set_id("q"), "q", None, (Candidate("a"), Candidate("b")))
+    assert candidate_set_to_row(bare) == {"query": "q", "responses": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "responses": []},
+        {"query": "q", "responses": ["only one"], "scores": [1]},
+        {"query": "q", "responses": ["", " "], "scores": [1, 1]},
+        {"query": "q", "responses": ["a", "a"]},
+        {"query": "q", "responses": ["a", "b"], "scores": None},
+        {"query": "q", "responses": ["a", "b"], "scores": [None, 2]},
+        {"query": "q", "responses": ["a"], "messages": None, "id": None, "origin": None},
+        {"query": "q", "responses": ["a"], "sources": [None], "finish_reasons": None},
+        {"query": "", "responses": ["\x00\u2028"]},
+    ],
+)
+def test_what_is_not_a_mistake(row: dict):
+    parse_candidate_set(row, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "says"),
+    [
+        ({"query": 3}, "query", "must be a text, is the number 3"),
+        ({"query": None}, "query", "must be a text, is null"),
+        ({"query": "\ud83d!"}, "query", r"half a surrogate pair (\ud83d at character 1)"),
+        ({"responses": "a"}, "responses", "must be a list of texts, is the text"),
+        ({"responses": ["a", None]}, "responses[1]", "must be a text, is null"),
+        ({"responses": ["a", ["b"]]}, "responses[1]", "must be a text, is a list"),
+        ({"responses": ["x\udc00", "b"]}, "responses[0]", "half a surrogate pair"),
+        ({"scores": [1.0]}, "scores", "holds 1 entries for 2 responses"),
+        ({"scores": [1.0, 2.0, 3.0]}, "scores", "holds 3 entries for 2 responses"),
+        ({"scores": 1.0}, "scores", "must be a list of numbers, is the number 1.0"),
+        ({"scores": [1.0, "2"]}, "scores[1]", "must be a number or null, is the text"),
+        ({"scores": [True, 2]}, "scores[0]", "must be a number or null, is true"),
+        ({"scores": [float("nan"), 2]}, "scores[0]", "is nan, no finite number"),
+        ({"scores": [1, float("-inf")]}, "scores[1]", "is -inf, no finite number"),
+        ({"scores": [1, 10**400]}, "scores[1]", "no finite number"),
+        ({"id": 5}, "id", "must be a text"),
+        ({"origin": ["x"]}, "origin", "must be a text"),
+        ({"sources": ["x"]}, "sources", "holds 1 entries for 2 responses"),
+        ({"sources": ["x", 1]}, "sources[1]", "must be a text"),
+        ({"finish_reasons": ["stop", "eos"]}, "finish_reasons[1]", "must be one of stop, length"),
+        ({"finish_reasons": ["stop", {}]}, "finish_reasons[1]", "must be one of stop, length"),
+        ({"messages": []}, "messages", "an empty list"),
+        ({"messages": "hi"}, "messages", "must be a list"),
+        ({"messages": [3]}, "messages[0]", 'must be {"role", "content"}'),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "must be one of"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role", "must be one of"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "must be a text, is null"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "messages",
+            "end with the turn of the assistant",
+        ),
+    ],
+)
+def test_every_mistake_names_its_field_and_mend(change: dict, field: str, says: str):
+    found = faults({**PUBLISHED, **change})
+    assert len(found) == 1
+    assert found[0].startswith(f"{field}: ") and says in found[0]
+    assert (
+        ";" in found[0]
+        or "must be one of" in found[0]
+        or "belongs in" in found[0]
+        or "," in found[0]
+    )
+
+
+@pytest.mark.parametrize("field", ["query", "responses"])
+def test_a_missing_key(field: str):
+    row = {key: value for key, value in PUBLISHED.items() if key not in (field, "scores")}
+    assert faults(row)[0].startswith(f"{field}: is missing")
+
+
+def test_other_peoples_rows_get_a_hint():
+    assert "`rrhf data convert` reads it" in faults({"prompt": "p", "responses": []})[0]
+
+
+def test_all_mistakes_of_a_row_are_told():
+    found = faults({"query": 1, "responses": [2, "b"], "scores": [float("nan"), "x"], "id": 3})
+    assert [line.split(": ")[0] for line in found] == [
+        "query",
+        "responses[0]",
+        "scores[0]",
+        "scores[1]",
+        "id",
+    ]
+
+
+@pytest.mark.parametrize("row", [None, 3, "text", [1, 2], True])
+def test_a_row_that_is_no_object(row: object):
+    assert faults(row)[0].startswith("row: must be an object")
