@@ -1,0 +1,219 @@
+"""Supervised fine-tuning: cross-entropy on demonstrations.
+
+The first stage of the story, and the simplest objective of the loop. A demonstration is a prompt
+with the reply to imitate (`rrhf.data.views.demonstrations` chooses it); the loss is on the reply's
+tokens, or on the whole sequence. Left out on purpose: templates of one's own (`chat_format` says
+what there is) and several replies to one prompt (train on the best with `rrhf train rank`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from rrhf.algorithms.cross_entropy import cross_entropy
+from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import demonstrations
+from rrhf.errors import UserError
+from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.models.packed_rows import PackedPolicy, require_packing
+from rrhf.records import CandidateSet
+from rrhf.training.config import TrainingConfig
+from rrhf.training.fitting import RowFitter, check_response_limit
+from rrhf.training.loop import Term, run_training
+from rrhf.training.measure import measure
+from rrhf.training.setup import Workbench, finish_run, load_trainable_causal_lm, opened_workbench
+from rrhf.training.streams import EncodedExamples, OfflineStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SFTConfig(TrainingConfig):
+    """Settings of `rrhf train sft`."""
+
+    data_path: str = field(kw_only=True)
+    """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
+
+    eval_data_path: str | None = None
+    """Held-out demonstrations: their loss and perplexity are logged at eval_steps."""
+
+    use_targets: bool = True
+    """Loss on the responses only; false = on the whole sequence, prompt included."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+
+    packing: bool = False
+    """Lay several demonstrations end to end in rows of model_max_length, instead of padding."""
+
+    sft_reduction: Literal["token", "response"] = "token"
+    """Average over all target tokens, or over responses by their token means."""
+
+    max_response_tokens: int | None = None
+    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+
+    long_responses: Literal["cut", "drop"] = "cut"
+    """Responses that do not fit: cut (they then end without EOS) or leave out."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(
+                f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 1"
+            )
+        check_response_limit(self.max_response_tokens, self.model_max_length)
+
+
+@dataclass
+class SFTEncoder:
+    """Makes training examples of demonstrations.
+
+    Attributes:
+        fitter: cuts and counts.
+        use_targets: only the response is predicted; else everything after the first token.
+    """
+
+    fitter: RowFitter
+    use_targets: bool = True
+
+    def __call__(self, demonstration: CandidateSet) -> EncodedSet | None:
+        """The example of a set with one candidate, or None where it does not fit."""
+        self.fitter.counts["prompts"] += 1
+        fitted = self.fitter.fit(demonstration)
+        if fitted is None:
+            return None
+        self.fitter.counts["prompts_used"] += 1
+        prompt_ids, rows = fitted
+        (response_ids,) = rows.values()
+        if self.use_targets:
+            return EncodedSet(prompt_ids, [response_ids])
+        return EncodedSet(prompt_ids[:1], [[*prompt_ids[1:], *response_ids]])
+
+
+class SFTObjective:
+    """One term, `sft`: cross-entropy on the target tokens.
+
+    Args:
+        label_smoothing: share of the target that is spread over the vocabulary.
+        sft_reduction: "token" or "response".
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, sft_reduction: str = "token") -> None:
+        self.label_smoothing = label_smoothing
+        self.sft_reduction = sft_reduction
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Target tokens, or responses."""
+        weights = batch.row_weights
+        if self.sft_reduction == "response":
+            return {"sft": weights.sum()}
+        return {"sft": (batch.response_lengths * weights).sum()}
+
+    def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
+        """The term, with the plain negative log-likelihood per token beside it."""
+        mask, weights = batch.response_mask, batch.row_weights
+        totals, counts = cross_entropy(
+            outputs.logprobs, mask, self.label_smoothing, outputs.mean_logprobs
+        )
+        if self.sft_reduction == "response":
+            totals = totals / counts
+        nll, _ = cross_entropy(outputs.logprobs.detach(), mask)
+        tokens = (counts * weights).sum()
+        return {
+            "sft": Term(
+                (totals * weights).sum(),
+                metrics={
+                    "nll": ((nll * weights).sum(), tokens),
+                    "response_length": (tokens, weights.sum()),
+                },
+            )
+        }
+
+
+def train(config: SFTConfig) -> Path:
+    """Fine-tune on demonstrations; returns the policy folder.
+
+    Raises:
+        UserError: the data, the model or a setting is not usable; the text says which and why.
+    """
+    with opened_workbench(config) as bench:
+        read = SourceCounts()
+        sets = demonstrations(load_sets(config.data_path, config.seed, counts=read), read)
+        held_out = None
+        if config.eval_data_path:
+            held_out = demonstrations(load_sets(config.eval_data_path, config.seed))
+        policy = _policy(config)
+        encode = _encoder(config, bench)
+        examples = EncodedExamples(sets, encode)
+        counts: dict[str, Any] = {
+            **dict(sorted(encode.fitter.counts.items())),
+            "read": read.as_dict(),
+        }
+        logger.info("%s: %s", config.data_path, counts)
+        objective = SFTObjective(config.label_smoothing, config.sft_reduction)
+        stream = OfflineStream(
+            examples,
+            bench.codec.pad_id,
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.num_train_epochs,
+            config.max_steps,
+            config.seed,
+            bench.parallel.rank,
+            bench.parallel.world_size,
+            config.group_by_length,
+        )
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+        if held_out is not None:
+            held_out_examples = EncodedExamples(held_out, _encoder(config, bench))
+
+            def evaluate(model: nn.Module) -> dict[str, float]:
+                found = measure(
+                    model,
+                    objective,
+                    held_out_examples,
+                    bench.codec.pad_id,
+                    config.per_device_train_batch_size,
+                    bench.parallel,
+                )
+                return {**found, "perplexity": math.exp(min(found["nll"], 700.0))}
+
+        outcome = run_training(
+            policy, objective, stream, config, bench.run, bench.parallel, evaluate
+        )
+        trained = outcome.model
+        assert isinstance(trained, Policy), "the loop returns the root that it was given"
+        return finish_run(
+            bench,
+            outcome,
+            bench.run.policy,
+            trained.model,
+            {"stage": "sft", "data_path": config.data_path, "data": counts},
+        )
+
+
+def _encoder(config: SFTConfig, bench: Workbench) -> SFTEncoder:
+    fitter = RowFitter(
+        bench.codec, config.model_max_length, config.max_response_tokens, config.long_responses
+    )
+    return SFTEncoder(fitter, config.use_targets)
+
+
+def _policy(config: SFTConfig) -> Policy:
+    model = load_trainable_causal_lm(config)
+    smoothed = config.label_smoothing > 0
+    if not config.packing:
+        return Policy(model, with_mean_logprobs=smoothed)
+    flash = config.attn_implementation.startswith("flash_attention")
+    policy = PackedPolicy(model, config.model_max_length, flash, smoothed)
+    if not flash:
+        require_packing(policy)
+    return policy
