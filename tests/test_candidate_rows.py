@@ -1,8 +1,9 @@
-"""One row: RRHF's published form unchanged, every mistake with its field, harmless oddities accepted."""
+"""One row: RRHF's published form unchanged, every mistake with its field, oddities accepted."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -119,12 +120,7 @@ def test_every_mistake_names_its_field_and_mend(change: dict, field: str, says: 
     found = faults({**PUBLISHED, **change})
     assert len(found) == 1
     assert found[0].startswith(f"{field}: ") and says in found[0]
-    assert (
-        ";" in found[0]
-        or "must be one of" in found[0]
-        or "belongs in" in found[0]
-        or "," in found[0]
-    )
+    assert re.search("; |must be one of|belongs in", found[0])
 
 
 @pytest.mark.parametrize("field", ["query", "responses"])
