@@ -12,8 +12,10 @@ encoders.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import TokenBatch
@@ -93,7 +96,7 @@ class RewardModel(nn.Module):
 
     def _inner(self) -> Any:
         """The model for sequence classification, adapters or not."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def _head(self) -> nn.Module:
         head: nn.Module = getattr(self._inner(), HEAD)
@@ -218,15 +221,16 @@ def _load(
     is_new: bool,
 ) -> Any:
     """Load and account for every key: a head that is silently new gives scores of pure noise."""
-    model, info = load_model(
-        AutoModelForSequenceClassification,
-        name_or_path,
-        dtype,
-        attn_implementation,
-        trust_remote_code,
-        config=config,
-        output_loading_info=True,
-    )
+    with _quiet_transformers():
+        model, info = load_model(
+            AutoModelForSequenceClassification,
+            name_or_path,
+            dtype,
+            attn_implementation,
+            trust_remote_code,
+            config=config,
+            output_loading_info=True,
+        )
     if not isinstance(getattr(model, HEAD, None), nn.Linear):
         raise UserError(
             f"{name_or_path}: {type(model).__name__} has no linear layer named {HEAD!r}; a reward "
@@ -250,3 +254,14 @@ def _load(
             )
     disable_dropout(model)
     return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its table of missing weights: here each of them is accounted for."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

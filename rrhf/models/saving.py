@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Where peft keeps a layer that is trained in full, such as a new head, beside its original.
+_TRAINED_COPY = ".modules_to_save.default."
+
 
 def write_model_folder(
     folder: Path,
@@ -38,9 +41,9 @@ def _write_merged(folder: Path, model: Any) -> None:
     try:
         base = model.get_base_model()
         merged = {
-            name.replace(".base_layer", ""): value
+            name.replace(".base_layer", "").replace(_TRAINED_COPY, "."): value
             for name, value in base.state_dict().items()
-            if "lora_" not in name
+            if "lora_" not in name and ".original_module." not in name
         }
         base.save_pretrained(folder, state_dict=merged)
     finally:

@@ -1,0 +1,427 @@
+"""A reward model from preferences: pairs, or groups of any size ranked by scores.
+
+All ordered pairs of a prompt are learnt in one forward of its responses, by -log sigmoid of the
+difference of their scores (`rrhf.algorithms.reward_losses` has the loss types). A part of the
+data, cut off by the first human turn, is held out; accuracy, mean, deviation and margin on it stand
+in the metrics and, with an interval, in the manifest.
+
+The scores that training sees feed a normaliser, whose state is kept in the model's config for
+whoever scores with it; it takes part in the loss only where that is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rrhf.algorithms import rank_losses, reward_losses
+from rrhf.algorithms.normalizers import (
+    Moments,
+    Normalizer,
+    build_normalizer,
+    normalize,
+    normalizer_from_state,
+)
+from rrhf.data.collate import TokenBatch, padded_groups
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import ranked_groups, split_by_first_turn
+from rrhf.errors import UserError
+from rrhf.models.reward_model import (
+    CHAT_FORMAT_KEY,
+    HEAD,
+    RewardModel,
+    init_reward_model,
+    set_score_normalizer,
+)
+from rrhf.records import CandidateSet
+from rrhf.training.config import TrainingConfig
+from rrhf.training.fitting import RowFitter, check_response_limit
+from rrhf.training.loop import Term, run_training
+from rrhf.training.parallel import Parallel
+from rrhf.training.reward_examples import PreferenceEncoder, held_out_metrics
+from rrhf.training.setup import Workbench, finish_run, opened_workbench, prepare_trainable
+from rrhf.training.streams import EncodedExamples, OfflineStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RewardConfig(TrainingConfig):
+    """Settings of `rrhf train reward`."""
+
+    data_path: str = field(
+        kw_only=True, metadata={"aliases": ["train_file", "train_data", "train_datasets"]}
+    )
+    """Preferences: chosen/rejected pairs or scored candidates; a file, a registered name,
+    name[:proportion[:path]], several with commas."""
+
+    validation_datasets: str | None = field(
+        default=None, metadata={"aliases": ["valid_file", "valid_data", "eval_data_path"]}
+    )
+    """Held-out data of the same kind; by default validation_fraction is cut off data_path."""
+
+    validation_fraction: float = 0.1
+    """Share of data_path that is held out, by the first human turn; 0 = train on all."""
+
+    loss_type: Literal["sequence-wise", "token-wise", "per_sample", "average", "last_token"] = (
+        "sequence-wise"
+    )
+    """What is compared: the last tokens (sequence-wise = last_token), every position from the first
+    difference on (token-wise = per_sample), or the mean over those (average)."""
+
+    pair_reduction: Literal["prompt", "pair"] = "prompt"
+    """Mean over each prompt's pairs, then over prompts; or over all pairs at once."""
+
+    margin: float = 0.0
+    """The loss is -log sigmoid(lead of the better response - margin)."""
+
+    margin_per_score: float = 0.0
+    """A further margin for each unit by which the data's own scores differ (Llama 2's margin)."""
+
+    regularization: float = 0.0
+    """Weight of the mean of squared scores, which keeps scores near zero."""
+
+    normalizer_type: Literal["none", "RunningMeanStd", "ExponentialMovingAverage"] = (
+        "RunningMeanStd"
+    )
+    """How mean and deviation of the scores are learnt for later use; none = not at all."""
+
+    normalizer_momentum: float = 0.9
+    """ExponentialMovingAverage: new = momentum * old + (1 - momentum) * batch."""
+
+    normalize_score_during_training: bool = False
+    """Let the losses see normalised scores too (by what was learnt before this step)."""
+
+    max_response_tokens: int | None = None
+    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+
+    long_responses: Literal["drop", "cut"] = "drop"
+    """Responses that do not fit: leave out with their pairs, or cut, which takes their end off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(
+                f"--validation_fraction {self.validation_fraction}: must be 0 or more and below 1"
+            )
+        if not 0 <= self.normalizer_momentum < 1:
+            raise UserError(
+                f"--normalizer_momentum {self.normalizer_momentum}: must be 0 or more and below 1"
+            )
+        for name in ("regularization", "margin_per_score"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        if self.normalize_score_during_training and self.normalizer_type == "none":
+            raise UserError(
+                "--normalize_score_during_training needs a normaliser; give --normalizer_type "
+                "RunningMeanStd or ExponentialMovingAverage"
+            )
+        check_response_limit(self.max_response_tokens, self.model_max_length)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """True where the loss looks at more than each response's last score."""
+        return self.loss_type in reward_losses.TOKEN_LOSS_TYPES
+
+
+class ScoreWatch:
+    """Shows a normaliser the end scores of each optimiser step, once, over all ranks.
+
+    Args:
+        normalizer: what learns, or None.
+    """
+
+    def __init__(self, normalizer: Normalizer | None) -> None:
+        self.normalizer = normalizer
+        self._pending = Moments()
+
+    def see(self, scores: Tensor) -> None:
+        """Remember the scores of one micro-batch."""
+        if self.normalizer is not None:
+            self._pending = self._pending.merge(Moments.of(scores))
+
+    def end_step(self, parallel: Parallel) -> None:
+        """Hand what was seen since the last step, on every rank, to the normaliser."""
+        if self.normalizer is None:
+            return
+        mine, self._pending = self._pending, Moments()
+        total, count = parallel.sum(
+            torch.tensor([mine.mean * mine.count, float(mine.count)], dtype=torch.float64)
+        ).tolist()
+        mean = mine.mean if parallel.world_size == 1 else total / max(count, 1.0)
+        spread = mine.squared_deviations + mine.count * (mine.mean - mean) ** 2
+        squared = parallel.sum(torch.tensor([spread], dtype=torch.float64))
+        self.normalizer.update(Moments(int(count), mean, float(squared)))
+
+
+class RewardObjective:
+    """The terms of reward training: `reward`, and `regularization` where it has a weight.
+
+    Args:
+        config: the loss.
+        watch: is shown the scores of training forwards.
+    """
+
+    def __init__(self, config: RewardConfig, watch: ScoreWatch | None = None) -> None:
+        self.config = config
+        self.watch = watch or ScoreWatch(None)
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Prompts or pairs, and the number of scores that are regularised."""
+        preferences, valid = _preferences(batch)
+        if self.config.reads_tokens:
+            zeros = batch.response_ids.new_zeros(batch.response_ids.shape, dtype=torch.float32)
+            _, counts = self._token_losses(zeros, batch, preferences, valid)
+        else:
+            counts = rank_losses.count_ordered_pairs(preferences, valid)
+        if self.config.pair_reduction == "prompt":
+            counts = (counts > 0).long()
+        found = {"reward": (counts * batch.prompt_weights).sum()}
+        if self.config.regularization:
+            rows = batch.response_lengths if self.config.reads_tokens else 1
+            found["regularization"] = (rows * batch.row_weights).sum()
+        return found
+
+    def __call__(self, outputs: Tensor, batch: TokenBatch) -> dict[str, Term]:
+        """The terms of one micro-batch.
+
+        Args:
+            outputs: [N] end scores, or [N, R] where the loss reads tokens.
+            batch: with the preferences in `scores`.
+        """
+        end_scores = self.end_scores(outputs, batch)
+        if torch.is_grad_enabled():
+            self.watch.see(end_scores.detach()[batch.row_weights > 0])
+        normalizer = self.watch.normalizer
+        if self.config.normalize_score_during_training and normalizer is not None:
+            outputs = normalize(outputs, normalizer.mean, normalizer.std)
+        preferences, valid = _preferences(batch)
+        if self.config.reads_tokens:
+            totals, counts = self._token_losses(outputs, batch, preferences, valid)
+        else:
+            grid, _ = padded_groups(outputs, batch.prompt_index, batch.num_prompts)
+            totals, counts = reward_losses.pairwise_loss(
+                grid, preferences, valid, self._margin(preferences)
+            )
+        if self.config.pair_reduction == "prompt":
+            totals, _ = reward_losses.mean_over_pairs(totals, counts)
+        terms = {
+            "reward": Term(
+                (totals * batch.prompt_weights).sum(),
+                metrics=_metrics(end_scores.detach(), batch, preferences, valid),
+            )
+        }
+        if self.config.regularization:
+            squares = outputs.square()
+            if self.config.reads_tokens:
+                squares = squares.masked_fill(~batch.response_mask, 0.0).sum(1)
+            terms["regularization"] = Term(
+                (squares * batch.row_weights).sum(), self.config.regularization
+            )
+        return terms
+
+    def end_scores(self, outputs: Tensor, batch: TokenBatch) -> Tensor:
+        """[N] the score at each response's last token."""
+        if not self.config.reads_tokens:
+            return outputs
+        return outputs.gather(1, batch.response_lengths[:, None] - 1).squeeze(1)
+
+    def _token_losses(
+        self, token_scores: Tensor, batch: TokenBatch, preferences: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        place = (batch.prompt_index, batch.num_prompts)
+        return reward_losses.token_pair_loss(
+            padded_groups(token_scores, *place)[0],
+            padded_groups(batch.response_ids, *place)[0],
+            padded_groups(batch.response_lengths, *place)[0],
+            preferences,
+            valid,
+            self.config.loss_type,
+            self._margin(preferences),
+        )
+
+    def _margin(self, preferences: Tensor) -> float | Tensor:
+        if not self.config.margin_per_score:
+            return self.config.margin
+        by_scores = reward_losses.preference_margins(preferences, self.config.margin_per_score)
+        return self.config.margin + by_scores
+
+
+def _preferences(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """[B, K] what orders the candidates, and which exist."""
+    assert batch.scores is not None, "preferences come as scores"
+    return padded_groups(batch.scores, batch.prompt_index, batch.num_prompts)
+
+
+def _metrics(
+    end_scores: Tensor, batch: TokenBatch, preferences: Tensor, valid: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    grid, _ = padded_groups(end_scores, batch.prompt_index, batch.num_prompts)
+    weights = batch.prompt_weights
+    pairs = (rank_losses.count_ordered_pairs(preferences, valid) * weights).sum()
+    correct = rank_losses.count_correct_pairs(grid, preferences, valid)
+    margin = rank_losses.total_margin(grid, preferences, valid)
+    rows = batch.row_weights.sum()
+    return {
+        "accuracy": ((correct * weights).sum(), pairs),
+        "score_margin": ((margin * weights).sum(), pairs),
+        "score_mean": ((end_scores * batch.row_weights).sum(), rows),
+        "score_mean_square": ((end_scores.square() * batch.row_weights).sum(), rows),
+        "response_length": ((batch.response_lengths * batch.row_weights).sum(), rows),
+    }
+
+
+class WatchedStream:
+    """A stream that ends each step for a `ScoreWatch`, and keeps its normaliser for resuming."""
+
+    def __init__(self, stream: OfflineStream, watch: ScoreWatch, parallel: Parallel) -> None:
+        self._stream, self._watch, self._parallel = stream, watch, parallel
+        self.total_steps = stream.total_steps
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]:
+        return iter(self._stream)
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        self._watch.end_step(self._parallel)
+        self._stream.observe(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        normalizer = self._watch.normalizer
+        state = None if normalizer is None else normalizer.state_dict()
+        return {**self._stream.state_dict(), "normalizer": state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+        saved, mine = state["normalizer"], self._watch.normalizer
+        if (saved or {}).get("type") != (mine.state_dict()["type"] if mine else None):
+            raise UserError(
+                "resume: --normalizer_type is not what the checkpoint had; start with the same"
+            )
+        if saved is not None:
+            self._watch.normalizer = normalizer_from_state(saved)
+
+
+def train(config: RewardConfig) -> Path:
+    """Train a reward model; returns its folder.
+
+    Raises:
+        UserError: the data, the model or a setting is not usable; the text says which and why.
+    """
+    with opened_workbench(config) as bench:
+        counts, held_out_counts = SourceCounts(), SourceCounts()
+        sets, held_out = _load(config, counts, held_out_counts)
+        pad_id = bench.tokenizer.pad_token_id
+        bare = init_reward_model(
+            config.model_name_or_path,
+            config.seed,
+            None if pad_id == bench.codec.end_id else pad_id,
+            config.attn_implementation,
+            config.trust_remote_code,
+        )
+        model = RewardModel(
+            prepare_trainable(bare, config, [HEAD], "SEQ_CLS"), per_token=config.reads_tokens
+        )
+        encode, encode_held_out = _encoder(config, bench), _encoder(config, bench)
+        examples = EncodedExamples(sets, encode)
+        held_out_examples = EncodedExamples(held_out, encode_held_out) if held_out else None
+        data = {**counts.as_dict(), "examples": dict(sorted(encode.counts.items()))}
+        held_out_data = {
+            **held_out_counts.as_dict(),
+            "examples": dict(sorted(encode_held_out.counts.items())),
+        }
+        logger.info("%s: %s", config.data_path, data)
+        normalizer = (
+            None
+            if config.normalizer_type == "none"
+            else build_normalizer(config.normalizer_type, config.normalizer_momentum)
+        )
+        watch = ScoreWatch(normalizer)
+        objective = RewardObjective(config, watch)
+        stream = OfflineStream(
+            examples,
+            bench.codec.pad_id,
+            config.per_device_train_batch_size,
+            config.gradient_accumulation_steps,
+            config.num_train_epochs,
+            config.max_steps,
+            config.seed,
+            bench.parallel.rank,
+            bench.parallel.world_size,
+            config.group_by_length,
+        )
+
+        def evaluate(prepared: nn.Module) -> dict[str, float]:
+            assert held_out_examples is not None, "there is nothing to evaluate on"
+            return held_out_metrics(
+                prepared,
+                objective,
+                held_out_examples,
+                bench.codec.pad_id,
+                config.per_device_train_batch_size,
+                bench.parallel,
+            )
+
+        outcome = run_training(
+            model,
+            objective,
+            WatchedStream(stream, watch, bench.parallel),
+            config,
+            bench.run,
+            bench.parallel,
+            evaluate if held_out_examples is not None else None,
+        )
+        setattr(bare.config, CHAT_FORMAT_KEY, config.chat_format)
+        set_score_normalizer(bare.config, watch.normalizer)
+        root = outcome.model
+        assert isinstance(root, RewardModel), "the loop returns the root that it was given"
+        return finish_run(
+            bench,
+            outcome,
+            bench.run.reward_model,
+            root.model,
+            {
+                "stage": "reward",
+                "data_path": config.data_path,
+                "validation": config.validation_datasets or config.validation_fraction,
+                "data": data,
+                "held_out_data": held_out_data,
+                "loss_type": config.loss_type,
+                "normalizer": watch.normalizer.state_dict() if watch.normalizer else None,
+            },
+        )
+
+
+def _load(
+    config: RewardConfig, counts: SourceCounts, held_out_counts: SourceCounts
+) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
+    """Ranked groups to train on, and held-out ones (maybe none)."""
+    sets = load_sets(config.data_path, config.seed, counts=counts)
+    groups = ranked_groups(sets, counts)
+    if config.validation_datasets is not None:
+        others = load_sets(config.validation_datasets, config.seed, counts=held_out_counts)
+        return groups, ranked_groups(others, held_out_counts)
+    if config.validation_fraction == 0:
+        return groups, ()
+    fraction = config.validation_fraction
+    parts = split_by_first_turn(groups, {"held_out": fraction, "train": 1 - fraction}, config.seed)
+    if not parts["held_out"]:
+        logger.warning(
+            "--validation_fraction %s of %d prompts holds out none: nothing is evaluated",
+            fraction,
+            len(groups),
+        )
+    return parts["train"], parts["held_out"]
+
+
+def _encoder(config: RewardConfig, bench: Workbench) -> PreferenceEncoder:
+    return PreferenceEncoder(
+        RowFitter(
+            bench.codec, config.model_max_length, config.max_response_tokens, config.long_responses
+        )
+    )
