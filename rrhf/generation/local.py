@@ -65,6 +65,30 @@ class Written:
     finish_reason: FinishReason
 
 
+def prompt_room(
+    window: int | None, params: SamplingParams, max_prompt_tokens: int | None
+) -> int | None:
+    """Tokens that a prompt may have so that a whole response still fits; None = no limit.
+
+    Args:
+        window: positions that the model knows, or None.
+        params: the settings; max_new_tokens is kept free.
+        max_prompt_tokens: a limit beside it, or None.
+
+    Raises:
+        UserError: max_new_tokens alone fills the window.
+    """
+    if window is None:
+        return max_prompt_tokens
+    room = window - params.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens = {params.max_new_tokens}: leaves no room for a prompt in the "
+            f"model's window of {window} tokens; lower it"
+        )
+    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
+
+
 class LocalEngine:
     """Samples from a Hugging Face causal language model.
 
@@ -92,21 +116,8 @@ class LocalEngine:
         self.max_prompt_tokens = max_prompt_tokens
 
     def prompt_room(self, params: SamplingParams) -> int | None:
-        """Tokens that a prompt may have so that a whole response still fits; None = no limit.
-
-        Raises:
-            UserError: max_new_tokens alone fills the model's window.
-        """
-        window = context_window(self.model)
-        if window is None:
-            return self.max_prompt_tokens
-        room = window - params.max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"max_new_tokens = {params.max_new_tokens}: leaves no room for a prompt in the "
-                f"model's window of {window} tokens; lower it"
-            )
-        return room if self.max_prompt_tokens is None else min(room, self.max_prompt_tokens)
+        """As the function of this name, for this model."""
+        return prompt_room(context_window(self.model), params, self.max_prompt_tokens)
 
     def encode_prompt(self, prompt: CandidateSet, params: SamplingParams) -> list[int] | None:
         """The prompt's ids, cut by whole turns to the room; None where it does not fit."""

@@ -1,0 +1,157 @@
+"""What there is to do, and whether what stands on disk was begun for the same."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rrhf.data.candidate_rows import candidate_set_to_row
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.jsonl import encode_row
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.errors import UserError
+from rrhf.generation.config import GenerateConfig
+from rrhf.generation.local import prompt_room
+from rrhf.models.loading import context_window
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+# Prompts are sorted by length within so many batches, so that a batch holds little padding.
+SORTED_BATCHES = 32
+# Enough of a weight file to notice that it was trained on since.
+_FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prompts that are to be answered, and in which batches.
+
+    Attributes:
+        sets: the source, by index.
+        indices: of the prompts that fit.
+        ids: their ids.
+        batches: positions in `indices`, cut over the whole list.
+        dropped: prompts left out, by reason.
+        digest: SHA-256 over all prompts read.
+    """
+
+    sets: Sequence[CandidateSet]
+    indices: list[int]
+    ids: list[str]
+    batches: list[list[int]]
+    dropped: dict[str, int]
+    digest: str
+
+    def prompts_of(self, batch: Iterable[int]) -> list[CandidateSet]:
+        return [self.sets[self.indices[position]] for position in batch]
+
+
+def plan_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Positions in batches of similar length; depends on nothing but the whole list and the size.
+
+    Args:
+        lengths: tokens of each prompt.
+        size: prompts of a batch; the last of a window may be shorter.
+    """
+    batches = []
+    window = size * SORTED_BATCHES
+    for start in range(0, len(lengths), window):
+        positions = range(start, min(start + window, len(lengths)))
+        longest_first = sorted(positions, key=lambda position: -lengths[position])
+        batches += [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
+    return batches
+
+
+def plan_prompts(
+    config: GenerateConfig, codec: ChatCodec, counts: SourceCounts, quiet: bool | None
+) -> Plan:
+    """Read the source once: which prompts fit, how long they are, what all of it hashes to.
+
+    Args:
+        config: names source, limit and room.
+        codec: how prompts become tokens.
+        counts: filled with what the source dropped.
+        quiet: tqdm's `disable`.
+
+    Raises:
+        UserError: the source cannot be read, or no prompt fits.
+    """
+    sets = load_sets(config.prompts, config.seed, config.split, counts)
+    window = context_window(config.model_name_or_path)
+    room = prompt_room(window, config.sampling_params(), config.max_prompt_tokens)
+    count = min(len(sets), config.num_prompts or len(sets))
+    digest = hashlib.sha256()
+    indices, ids, lengths = [], [], []
+    dropped: Counter[str] = Counter()
+    for index in tqdm(range(count), desc="prompts", unit="", disable=quiet, leave=False):
+        prompt = sets[index]
+        digest.update(encode_row([prompt.id, candidate_set_to_row(prompt)]))
+        tokens = codec.encode_prompt(prompt, room)
+        if not tokens:
+            reason = "empty" if tokens == [] else f"last turn longer than {room} tokens"
+            if reason not in dropped:
+                logger.warning("prompt %s: left out (%s)", prompt.id, reason)
+            dropped[reason] += 1
+            continue
+        indices.append(index)
+        ids.append(prompt.id)
+        lengths.append(len(tokens))
+    if not ids:
+        raise UserError(
+            f"{config.prompts}: no prompt is left of {count} ({dict(dropped)}); raise "
+            "max_prompt_tokens, or name other prompts"
+        )
+    batches = plan_batches(lengths, config.per_device_prompt_batch_size)
+    return Plan(sets, indices, ids, batches, dict(dropped), digest.hexdigest())
+
+
+def fingerprint(model_name_or_path: str) -> str:
+    """A hash that changes when the model is trained on: names, sizes and samples of its files.
+
+    Weight files are read at their beginning, middle and end only. A hub name stands for itself.
+    """
+    folder = Path(model_name_or_path).expanduser()
+    if not folder.is_dir():
+        return model_name_or_path
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}\n".encode())
+            with open(path, "rb") as file:
+                for start in sorted({0, size // 2, max(0, size - _FINGERPRINT_BYTES)}):
+                    file.seek(start)
+                    digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """Lines "name: before there, now here" of what differs; nested names joined by dots."""
+    if not isinstance(before, Mapping):
+        return ["settings: none are recorded there"]
+    flat_before, flat_now = dict(_flat(before)), dict(_flat(now))
+    missing = object()
+    lines = []
+    for name in dict.fromkeys([*flat_now, *flat_before]):
+        there, here = flat_before.get(name, missing), flat_now.get(name, missing)
+        if there != here:
+            words = ["not set" if value is missing else repr(value) for value in (there, here)]
+            lines.append(f"{name}: {words[0]} there, {words[1]} now")
+    return lines
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item

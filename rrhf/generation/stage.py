@@ -1,0 +1,371 @@
+"""Prompts in, a candidate file out: written as it goes, taken up after a kill, shared by processes.
+
+What is written does not depend on how often it was stopped or on how many processes wrote it: the
+batches are cut once over the whole list of prompts, a batch that was half written is made again as
+a whole and only its missing rows are kept, and rows are merged in the order of the prompts. Going
+on with other settings is refused with what differs; the batch size alone may change, because it
+reaches the responses only through the rounding of sums.
+
+Left out on purpose: scores (`rrhf.scoring`), and which process this is (the command line knows).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rrhf.data.candidate_rows import candidate_set_to_row
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.jsonl import JsonlAppender
+from rrhf.data.layouts import SourceCounts
+from rrhf.errors import UserError
+from rrhf.generation.build import EngineSettings, build_engine
+from rrhf.generation.config import GenerateConfig
+from rrhf.generation.engine import GenerationEngine, Sample
+from rrhf.generation.parts import POLL_SECONDS, Parts
+from rrhf.generation.plan import Plan, differences, fingerprint, plan_prompts
+from rrhf.models.loading import check_model_path, load_tokenizer
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
+from rrhf.runs import (
+    COMPLETE,
+    UNFINISHED,
+    explained_os_errors,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from rrhf.signals import StopRequest, caught_signals
+
+__all__ = ["GenerateConfig", "generate_file"]
+
+logger = logging.getLogger(__name__)
+
+# How long a process waits for the first one to begin.
+_BEGINNING_SECONDS = 600.0
+
+
+def generate_file(
+    config: GenerateConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
+) -> Path:
+    """Write the candidate file, or go on writing it.
+
+    Every process returns when the whole file stands.
+
+    Args:
+        config: what to do.
+        rank: which of the processes this is.
+        world_size: how many processes share the prompts.
+        local_rank: which of this machine's processes this is.
+
+    Raises:
+        UserError: something is missing or does not fit; the file was begun with other settings.
+        StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
+    """
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    output = Path(config.output_file)
+    check_model_path(config.model_name_or_path)
+    with explained_os_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with caught_signals() as stop:
+        return _Stage(config, rank, world_size, local_rank, stop).run()
+
+
+class _Stage:
+    """One process' share of one call."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.stop = stop
+        self.output = Path(config.output_file)
+        self.parts = Parts(self.output)
+        self.params = config.sampling_params()
+        self.counts = SourceCounts()
+
+    def run(self) -> Path:
+        # The part is this process' lock, so it is held until everything is done.
+        with self.parts.open_own(self.rank) as part:
+            codec = ChatCodec(
+                load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code),
+                self.config.chat_format,
+            )
+            plan = self.stop.run(
+                lambda: plan_prompts(self.config, codec, self.counts, self._quiet),
+                "nothing was written",
+            )
+            settings = self._settings(codec, plan)
+            is_first = self.rank == 0
+            begin = self._begin if is_first else self._wait_for_beginning
+            if begin(settings):
+                logger.info("%s: is complete already; nothing to do", self.output)
+            else:
+                self.parts.read_on()
+                self._answer(plan, codec, part)
+                if is_first:
+                    self._finish(plan, settings)
+                else:
+                    self._wait_for_end(settings)
+            if is_first:
+                self.parts.remove()
+            else:
+                self.parts.path_of(self.rank).unlink(missing_ok=True)
+        return self.output
+
+    # Before.
+
+    def _settings(self, codec: ChatCodec, plan: Plan) -> dict[str, Any]:
+        """What the responses depend on: going on with other ones is refused."""
+        config = self.config
+        chat = {key: value for key, value in codec.describe().items() if key != "tokenizer"}
+        return {
+            "model": fingerprint(config.model_name_or_path),
+            "prompts": plan.digest,
+            "num_prompts": config.num_prompts,
+            "sampling": asdict(self.params) | {"stop_strings": list(self.params.stop_strings)},
+            "chat": chat,
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "add_dataset_responses": config.add_dataset_responses,
+            "deduplicate": config.deduplicate,
+            "source": config.source,
+            "engine": config.engine,
+            "bf16": config.bf16,
+            "attn_implementation": config.attn_implementation,
+        }
+
+    def _begin(self, settings: dict[str, Any]) -> bool:
+        """Say that the file is being made, unless it is; True where it is complete already.
+
+        Raises:
+            UserError: another file stands there, or other settings made what is there.
+        """
+        self.parts.remove_half_written()
+        manifest = read_manifest(self.output)
+        place = manifest_path(self.output)
+        if manifest is None:
+            standing = [self.output] if self.output.exists() else []
+            standing += [path for path in self.parts.paths() if path.stat().st_size]
+            if standing:
+                raise UserError(
+                    f"{standing[0]}: is there, but no {place.name} says how it was made; remove "
+                    "it, or choose another --output_file"
+                )
+        else:
+            differing = differences(manifest.get("settings"), settings)
+            if differing:
+                raise UserError(
+                    f"{self.output}: was begun with other settings:\n"
+                    + "\n".join(f"  {line}" for line in differing)
+                    + f"\nGive the same again, choose another --output_file, or remove {place}"
+                )
+            if manifest["status"] == COMPLETE and self.output.exists():
+                return True
+            self._warn_of_other_batches(manifest)
+        write_manifest(
+            self.output,
+            {
+                "status": UNFINISHED,
+                "stage": "generate",
+                "settings": settings,
+                "per_device_prompt_batch_size": self.config.per_device_prompt_batch_size,
+            },
+        )
+        return False
+
+    def _warn_of_other_batches(self, manifest: Mapping[str, Any]) -> None:
+        before = manifest.get("per_device_prompt_batch_size")
+        now = self.config.per_device_prompt_batch_size
+        if before != now:
+            logger.warning(
+                "going on with per_device_prompt_batch_size %s, which was %s: responses may differ "
+                "from those of one straight run where sums round differently",
+                now,
+                before,
+            )
+
+    def _wait_for_beginning(self, settings: dict[str, Any]) -> bool:
+        """Wait until process 0 has accepted the same settings; True where all is done already."""
+        deadline = time.monotonic() + _BEGINNING_SECONDS
+        while time.monotonic() < deadline:
+            manifest = read_manifest(self.output)
+            if manifest is not None and not differences(manifest.get("settings"), settings):
+                return manifest["status"] == COMPLETE and self.output.exists()
+            self.stop.raise_if_received("nothing was begun")
+            time.sleep(POLL_SECONDS)
+        raise UserError(
+            f"{self.output}: process 0 has not begun within {_BEGINNING_SECONDS:.0f} s; see its "
+            "message"
+        )
+
+    # The work.
+
+    def _answer(self, plan: Plan, codec: ChatCodec, part: JsonlAppender) -> None:
+        """Write the rows of this process' batches that are not on disk yet."""
+        batches = [
+            batch
+            for batch in plan.batches[self.rank :: self.world_size]
+            if any(plan.ids[position] not in self.parts.places for position in batch)
+        ]
+        if not batches:
+            return
+        mine = [p for batch in plan.batches[self.rank :: self.world_size] for p in batch]
+        done = sum(plan.ids[position] in self.parts.places for position in mine)
+        engine = self.stop.run(lambda: self._engine(codec), self._what_stands(done, len(mine)))
+        with tqdm(
+            total=len(mine), initial=done, desc="generate", unit="prompt", disable=self._quiet
+        ) as bar:
+            for batch in batches:
+                prompts = plan.prompts_of(batch)
+                started = time.monotonic()
+                samples = self.stop.run(
+                    partial(engine.generate, prompts, self.params),
+                    self._what_stands(done, len(mine)),
+                )
+                seconds = (time.monotonic() - started) / len(batch)
+                for prompt, written in zip(prompts, samples, strict=True):
+                    if prompt.id not in self.parts.places:
+                        part.append(self._part_row(prompt, written, seconds))
+                        done += 1
+                        bar.update()
+
+    def _engine(self, codec: ChatCodec) -> GenerationEngine:
+        config = self.config
+        rows_each = max(config.num_return_sequences, config.num_beams)
+        return build_engine(
+            config.engine,
+            EngineSettings(
+                model_name_or_path=config.model_name_or_path,
+                max_batch_rows=config.per_device_prompt_batch_size * rows_each,
+                max_prompt_tokens=config.max_prompt_tokens,
+                bf16=config.bf16,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                local_rank=self.local_rank,
+            ),
+            codec,
+        )
+
+    def _part_row(
+        self, prompt: CandidateSet, samples: Sequence[Sample], seconds: float
+    ) -> dict[str, Any]:
+        """A row of the part: the candidate row, and what is counted about it."""
+        candidates = [
+            Candidate(sample.text, self.config.source, None, sample.finish_reason)
+            for sample in samples
+        ]
+        own = [c for c in prompt.candidates if c.source in (CHOSEN_SOURCE, REJECTED_SOURCE)]
+        if self.config.add_dataset_responses:
+            # Their scores, if any, are not on the scale of the scorer that comes next.
+            candidates += [Candidate(c.response, c.source, None, c.finish_reason) for c in own]
+        first_of: dict[str, Candidate] = {}
+        for candidate in candidates:
+            first_of.setdefault(" ".join(candidate.response.split()), candidate)
+        kept = list(first_of.values())
+        row = CandidateSet(
+            prompt.id,
+            prompt.query,
+            prompt.messages,
+            tuple(kept if self.config.deduplicate else candidates),
+            prompt.origin,
+        )
+        reasons = Counter(sample.finish_reason for sample in samples)
+        return {
+            "id": prompt.id,
+            "row": candidate_set_to_row(row),
+            "counts": {
+                "candidates": len(row.candidates),
+                "samples": len(samples),
+                "tokens": sum(len(sample.token_ids) for sample in samples),
+                "empty_responses": sum(not sample.text.strip() for sample in samples),
+                "ended_by_themselves": reasons["stop"],
+                "cut_at_max_new_tokens": reasons["length"],
+                "dataset_responses": len(candidates) - len(samples),
+                "dataset_candidates_left_out": len(prompt.candidates)
+                - (len(candidates) - len(samples)),
+                "duplicates": len(candidates) - len(kept),
+                "duplicates_removed": len(candidates) - len(row.candidates),
+            },
+            "seconds": seconds,
+        }
+
+    def _what_stands(self, done: int, total: int) -> str:
+        return (
+            f"{done} of {total} prompts are in {self.parts.path_of(self.rank).name}; start the "
+            "same command again to go on"
+        )
+
+    # After.
+
+    def _finish(self, plan: Plan, settings: dict[str, Any]) -> None:
+        """Merge the parts of all processes and say that the file is whole."""
+        if self.world_size > 1:
+            logger.info("waiting for the other processes")
+        what_stands = "start the same command again to go on"
+        self.parts.wait_for(plan.ids, self.stop, what_stands)
+        counts: Counter[str] = Counter()
+        seconds = 0.0
+        for row in self.parts.merge(plan.ids):
+            counts.update(row["counts"])
+            seconds += row["seconds"]
+        write_manifest(self.output, self._manifest(plan, settings, counts, seconds))
+        logger.info(
+            "%s: %d prompts, %d candidates, %d tokens sampled",
+            self.output,
+            len(plan.ids),
+            counts["candidates"],
+            counts["tokens"],
+        )
+
+    def _manifest(
+        self, plan: Plan, settings: dict[str, Any], counts: Mapping[str, int], seconds: float
+    ) -> dict[str, Any]:
+        config = self.config
+        return {
+            "status": COMPLETE,
+            "stage": "generate",
+            "rows": len(plan.ids),
+            **counts,
+            "dropped_prompts": plan.dropped,
+            "input": {"prompts": config.prompts, "sha256": plan.digest, **self.counts.as_dict()},
+            "engine": f"{config.engine}:{config.model_name_or_path}",
+            "settings": settings,
+            "per_device_prompt_batch_size": config.per_device_prompt_batch_size,
+            "seed": config.seed,
+            "engine_seconds": round(seconds, 3),
+            "tokens_per_engine_second": round(counts["tokens"] / seconds, 1) if seconds else None,
+            "scorer": None,
+        }
+
+    def _wait_for_end(self, settings: dict[str, Any]) -> None:
+        """Return once process 0 has merged; it gives up by itself when another process is lost."""
+        while True:
+            manifest = read_manifest(self.output)
+            if (
+                manifest is not None
+                and manifest["status"] == COMPLETE
+                and not differences(manifest.get("settings"), settings)
+            ):
+                return
+            self.stop.raise_if_received("the other processes' parts stand as they are")
+            time.sleep(POLL_SECONDS)
+
+    @property
+    def _quiet(self) -> bool | None:
+        """tqdm's `disable`: process 0 alone shows a bar, and only on a terminal."""
+        return None if self.rank == 0 else True

@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT as a wish to stop, honoured where nothing is lost.
+
+A signal is remembered and honoured at the next safe place. Work that may be thrown away at any
+time is handed to `StopRequest.run`, and is left at once. A second signal ends the process as if
+there were no handler. Outside the main thread signals cannot be caught, and nothing is. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal
+
+T = TypeVar("T")
+
+EXIT_CODES = {
+    int(signal.SIGTERM): EXIT_STOPPED_BY_SIGTERM,
+    int(signal.SIGINT): EXIT_STOPPED_BY_SIGINT,
+}
+
+
+class _Interrupted(BaseException):
+    """Leaves the work of `StopRequest.run`; no error, so nothing that cures errors catches it."""
+
+
+class StopRequest:
+    """What signals asked for so far.
+
+    Attributes:
+        received: the number of the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._may_interrupt = False
+
+    def run(self, work: Callable[[], T], what_stands: str) -> T:
+        """Do work that may be dropped: a signal during it, or before it, stops it at once.
+
+        Args:
+            work: leaves nothing half done that matters.
+            what_stands: as in `raise_if_received`.
+
+        Raises:
+            StoppedBySignal: a signal came.
+        """
+        self.raise_if_received(what_stands)
+        self._may_interrupt = True
+        try:
+            return work()
+        except _Interrupted:
+            self.raise_if_received(what_stands)
+            raise
+        finally:
+            self._may_interrupt = False
+
+    def remember(self, number: int) -> None:
+        """Note a signal; leaves the work that `run` is doing."""
+        self.received = number
+        if self._may_interrupt:
+            self._may_interrupt = False
+            raise _Interrupted
+
+    def raise_if_received(self, what_stands: str) -> None:
+        """Stop here if a signal came.
+
+        Args:
+            what_stands: what is on disk and how to go on, for the message.
+
+        Raises:
+            StoppedBySignal: with the exit code of the signal.
+        """
+        if self.received is not None:
+            name = signal.Signals(self.received).name
+            raise StoppedBySignal(EXIT_CODES[self.received], f"{name} came; {what_stands}")
+
+
+@contextmanager
+def caught_signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT for a while; the handlers from before are put back."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[number])
+        request.remember(number)
+
+    before = {number: signal.getsignal(number) for number in EXIT_CODES}
+    try:
+        for number in EXIT_CODES:
+            signal.signal(number, handle)
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
