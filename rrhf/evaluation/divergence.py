@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rrhf.evaluation.bootstrap import Measure
@@ -81,3 +83,24 @@ def expectation_note(params: SamplingParams) -> str | None:
     if filters:
         return f"kl ignores {', '.join(filters)}, so it is not the divergence of what was sampled"
     return None
+
+
+def weight_distance(model: Any, reference: Any) -> float | None:
+    """How far training moved the weights: |w - w_ref| / |w_ref|, L2 over all of them.
+
+    Returns:
+        None where the two have different weights (other names or shapes).
+    """
+    theirs = dict(reference.named_parameters())
+    ours = dict(model.named_parameters())
+    if ours.keys() != theirs.keys():
+        return None
+    moved = total = 0.0
+    for name, weight in ours.items():
+        start = theirs[name].detach()
+        if start.shape != weight.shape:
+            return None
+        start = start.to(weight.device).float()
+        moved += float((weight.detach().float() - start).square().sum(dtype=torch.float64))
+        total += float(start.square().sum(dtype=torch.float64))
+    return math.sqrt(moved / total) if total else None

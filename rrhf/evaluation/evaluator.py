@@ -19,11 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tqdm import tqdm
-
-from rrhf.data.chat_format import ChatCodec
 from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Measure
-from rrhf.evaluation.divergence import best_of_n_bound, divergence_measures, expectation_note
+from rrhf.evaluation.divergence import best_of_n_bound
 from rrhf.evaluation.diversity import (
     candidate_mean,
     distinct_n,
@@ -33,18 +30,22 @@ from rrhf.evaluation.diversity import (
 )
 from rrhf.evaluation.draft import Draft, describe_decoding, fingerprint
 from rrhf.evaluation.gold import GoldWorld, gold_measure, gold_scores, part_measures
-from rrhf.evaluation.likelihoods import LikelihoodReader, Row
+from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.perplexity import PaperPerplexity, response_perplexity
-from rrhf.evaluation.ranking_accuracy import chosen_and_rejected, ranking_accuracy
+from rrhf.evaluation.ranking_accuracy import ranking_accuracy
+from rrhf.evaluation.responses import (
+    as_sets,
+    engine_prompt_ids,
+    measure_divergence,
+    write_responses,
+)
 from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION, keep_best, reward_measure, score_sets
 from rrhf.evaluation.win_rate import win_rate
-from rrhf.generation.engine import GenerationEngine, Sample, SamplingParams
-from rrhf.records import Candidate, CandidateSet
+from rrhf.generation.engine import GenerationEngine, SamplingParams
+from rrhf.records import CandidateSet
 from rrhf.scoring.scorer import Scorer
 
 logger = logging.getLogger(__name__)
-
-_PROMPTS_AT_A_TIME = 128
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Evaluator:
             gold: the world, for `gold`, its parts and `win_gold`.
             reference: for `ppl_reference`, `kl` and lengths in tokens.
             human: sets whose candidates are all human references, for `ppl_human`.
-            pairs: sets with human:chosen and human:rejected candidates, for `pi_accuracy`.
+            pairs: sets of two candidates, the better one first, for `pi_accuracy`.
             paper: for `ppl_paper`.
             confidence: of the intervals.
             resamples: of the bootstrap.
@@ -104,7 +105,7 @@ class Evaluator:
         self.gold = gold
         self.reference = reference
         self.human = list(human)
-        self.pairs = [s for s in pairs if chosen_and_rejected(s)]
+        self.pairs = list(pairs)
         self.paper = paper
         self.confidence = confidence
         self.resamples = resamples
@@ -138,12 +139,12 @@ class Evaluator:
         draft = Draft(name)
         drawn = replace(params, num_return_sequences=params.num_return_sequences * best_of)
         with draft.cost.timed("generation"):
-            samples = self._generate(name, engine, drawn)
-        self._count_generation(draft, engine, drawn, samples)
-        sets = [
-            replace(s, candidates=tuple(_as_candidate(sample, name) for sample in written))
-            for s, written in zip(self.prompts, samples, strict=True)
-        ]
+            samples = write_responses(name, engine, self.prompts, drawn)
+        draft.cost.count_passes("policy", sum(len(written) for written in samples))
+        draft.cost.generated_tokens = sum(len(x.token_ids) for written in samples for x in written)
+        prompt_ids = engine_prompt_ids(engine, self.prompts, drawn)
+        draft.cost.prompt_tokens = sum(len(ids) for ids in prompt_ids or ())
+        sets = as_sets(name, self.prompts, samples)
         if self.scorer is not None:
             with draft.cost.timed("scoring"):
                 sets = score_sets(self.scorer, sets, self.max_unscored_fraction)
@@ -154,7 +155,8 @@ class Evaluator:
             draft.numbers["kl_bound"] = best_of_n_bound(best_of)
         else:
             with draft.cost.timed("likelihoods"):
-                self._measure_divergence(draft, engine, params, samples)
+                if self.reference is not None:
+                    measure_divergence(draft, self.reference, engine, self.prompts, params, samples)
                 draft.measures |= self._own_measures(draft, engine, policy_measures)
         return self._finished(draft, sets, describe_decoding(params, best_of), extra)
 
@@ -202,11 +204,8 @@ class Evaluator:
         self, name: str, engine: GenerationEngine, params: SamplingParams
     ) -> list[CandidateSet]:
         """Responses to the prompts, unmeasured: for a baseline."""
-        samples = self._generate(name, engine, params)
-        return [
-            replace(s, candidates=tuple(_as_candidate(sample, name) for sample in written))
-            for s, written in zip(self.prompts, samples, strict=True)
-        ]
+        samples = write_responses(name, engine, self.prompts, params)
+        return as_sets(name, self.prompts, samples)
 
     def policy_measures(
         self, reader: LikelihoodReader, counts: dict[str, int]
@@ -230,71 +229,6 @@ class Evaluator:
 
     # Parts of a row.
 
-    def _generate(
-        self, name: str, engine: GenerationEngine, params: SamplingParams
-    ) -> list[list[Sample]]:
-        samples: list[list[Sample]] = []
-        with tqdm(total=len(self.prompts), desc=name, unit="prompt", disable=None) as bar:
-            for start in range(0, len(self.prompts), _PROMPTS_AT_A_TIME):
-                part = self.prompts[start : start + _PROMPTS_AT_A_TIME]
-                samples += engine.generate(part, params)
-                bar.update(len(part))
-        return samples
-
-    def _count_generation(
-        self,
-        draft: Draft,
-        engine: GenerationEngine,
-        params: SamplingParams,
-        samples: list[list[Sample]],
-    ) -> None:
-        draft.cost.count_passes("policy", sum(len(written) for written in samples))
-        draft.cost.generated_tokens = sum(len(x.token_ids) for written in samples for x in written)
-        prompt_ids = self._prompt_ids(engine, params)
-        if prompt_ids is not None:
-            draft.cost.prompt_tokens = sum(len(ids) for ids in prompt_ids)
-
-    def _prompt_ids(self, engine: Any, params: SamplingParams) -> list[list[int]] | None:
-        """The prompts as the engine read them; None where it does not tell."""
-        encode = getattr(engine, "encode_prompt", None)
-        if encode is None:
-            return None
-        encoded = [encode(s, params) for s in self.prompts]
-        return None if any(ids is None for ids in encoded) else encoded
-
-    def _measure_divergence(
-        self,
-        draft: Draft,
-        engine: Any,
-        params: SamplingParams,
-        samples: list[list[Sample]],
-    ) -> None:
-        """`kl` on the sampled tokens, where both models share a vocabulary."""
-        prompt_ids = self._prompt_ids(engine, params)
-        codec: ChatCodec | None = getattr(engine, "codec", None)
-        if self.reference is None or prompt_ids is None or codec is None:
-            return
-        if not self.reference.has_vocabulary_of(codec):
-            draft.notes.append("no kl: policy and reference have different vocabularies")
-            return
-        rows: list[Row] = [
-            (ids, sample.token_ids.tolist())
-            for ids, written in zip(prompt_ids, samples, strict=True)
-            for sample in written
-        ]
-        if not all(self.reference.fits(row) for row in rows):
-            draft.notes.append("no kl: responses do not fit into the reference's window")
-            return
-        read = iter(self.reference.read(rows, params.temperature))
-        draft.cost.count_passes("reference", len(rows))
-        draft.measures |= divergence_measures(
-            [s.id for s in self.prompts],
-            [[sample.logprobs for sample in written] for written in samples],
-            [[next(read) for _ in written] for written in samples],
-        )
-        note = expectation_note(params)
-        draft.notes += [note] if note else []
-
     def _own_measures(
         self, draft: Draft, engine: Any, given: Mapping[str, Measure] | None
     ) -> dict[str, Measure]:
@@ -304,7 +238,7 @@ class Evaluator:
         if model is None or codec is None:
             return {}
         passes = sum(len(s.candidates) for s in self.human)
-        passes += 2 * sum(len(chosen_and_rejected(s)) for s in self.pairs)
+        passes += 2 * len(self.pairs)
         draft.cost.count_passes("policy_likelihood", passes)
         return self.policy_measures(LikelihoodReader(model, codec), draft.counts)
 
@@ -376,7 +310,3 @@ class Evaluator:
             "pairs": fingerprint(self.pairs) if self.pairs else None,
             "confidence": self.confidence,
         }
-
-
-def _as_candidate(sample: Sample, name: str) -> Candidate:
-    return Candidate(sample.text, f"policy:{name}", finish_reason=sample.finish_reason)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rrhf.evaluation.bootstrap import Measure
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row
-from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
+from rrhf.records import CandidateSet
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,26 @@ class RankingAccuracy:
     dropped: int
 
 
-def chosen_and_rejected(s: CandidateSet) -> list[tuple[Candidate, Candidate]]:
-    """Every pair of a human's chosen and rejected response that are not the same text."""
-    chosen = [c for c in s.candidates if c.source == CHOSEN_SOURCE]
-    rejected = [c for c in s.candidates if c.source == REJECTED_SOURCE]
-    return [(a, b) for a in chosen for b in rejected if a.response != b.response]
+def ranking_accuracy(reader: LikelihoodReader, pairs: Sequence[CandidateSet]) -> RankingAccuracy:
+    """`pi_accuracy` of a policy.
 
-
-def ranking_accuracy(reader: LikelihoodReader, sets: Sequence[CandidateSet]) -> RankingAccuracy:
-    """`pi_accuracy` of a policy on the pairs that the sets hold."""
+    Args:
+        reader: the policy.
+        pairs: sets of two candidates, the better one first (`rrhf.data.views.pairs`); pairs of one
+            prompt share its id.
+    """
     rows: list[Row] = []
     owners: list[str] = []
     dropped = 0
-    for s in sets:
-        for pair in chosen_and_rejected(s):
-            encoded = [reader.encode(s, candidate) for candidate in pair]
-            readable = [row for row in encoded if row is not None and row[1]]
-            if len(readable) < 2:
-                dropped += 1
-                continue
-            rows += readable
-            owners.append(s.id)
+    for s in pairs:
+        assert len(s.candidates) == 2, "a pair has two candidates"
+        encoded = [reader.encode(s, candidate) for candidate in s.candidates]
+        readable = [row for row in encoded if row is not None and row[1]]
+        if len(readable) < 2:
+            dropped += 1
+            continue
+        rows += readable
+        owners.append(s.id)
     means = [float(logprobs.double().mean()) for logprobs in reader.read(rows)]
     right: dict[str, list[float]] = {}
     tied: dict[str, list[float]] = {}

@@ -1,0 +1,169 @@
+"""The settings of `rrhf evaluate`; what they do stands in `rrhf.evaluation.evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES
+from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION
+from rrhf.generation.engine import SamplingParams
+from rrhf.generation.sampling import check_params
+from rrhf.scoring.build import RewardModelOptions
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(RewardModelOptions):
+    """Measure a policy, or responses that are there already, on held-out prompts."""
+
+    output_dir: str
+    """Folder for the rows: NAME.json and NAME.samples.jsonl."""
+
+    prompts: str
+    """Held-out prompts: a file, a registered name, a dataset; name[:proportion[:path]]. Human
+    responses in it serve as references and pairs."""
+
+    model_name_or_path: str = ""
+    """The policy to measure: a folder with config.json, or a hub name."""
+
+    responses: str = ""
+    """Measure these instead of a policy: a candidate file, or the word dataset for the prompts'
+    own rows."""
+
+    response_source: str = ""
+    """With responses: only those of this source, such as human:chosen; empty = all."""
+
+    name: str = ""
+    """The row's name; empty = from the folder's name."""
+
+    scorer: str = ""
+    """Who gives the reward: a reward model's folder, function:module:name, gold:help_desk; empty =
+    nobody."""
+
+    gold: Literal["auto", "none", "help_desk"] = "auto"
+    """The world that knows the true worth of a response; auto: by where the prompts come from."""
+
+    reference_model_name_or_path: str = ""
+    """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither."""
+
+    baseline: str = ""
+    """What win rates are against: a policy's folder, sampled anew, or a candidate file."""
+
+    decoding: Literal["both", "greedy", "sample"] = "both"
+    """Which rows to make of a policy; a greedy row has "greedy" in its name."""
+
+    best_of_n: int = 1
+    """Above 1: the row is the best of N samples by the scorer (sampled decoding only)."""
+
+    num_prompts: int = 0
+    """So many prompts, the same for every policy; 0 = all."""
+
+    samples_per_prompt: int = 1
+    """Sampled responses a prompt; they are averaged before prompts are."""
+
+    max_new_tokens: int = 128
+    """Longest response in tokens, its end included."""
+
+    max_prompt_tokens: int = 0
+    """Longer prompts lose whole turns on the left; 0 = as the model's window allows."""
+
+    temperature: float = 1.0
+    """Divides the logits of sampled decoding."""
+
+    top_k: int = 0
+    """Draw among the k likeliest tokens only; 0 = off."""
+
+    top_p: float = 1.0
+    """Draw among the likeliest tokens with this mass only; 1.0 = off."""
+
+    stop_strings: tuple[str, ...] = ()
+    """Further strings before which a response ends; a chat format brings its own."""
+
+    seed: int = 1
+    """Base of all sampling."""
+
+    chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
+    """How messages become text for policy and reference."""
+
+    human_responses: str = ""
+    """Data for ppl_human; empty = the human responses beside the prompts."""
+
+    pairs: str = ""
+    """Data for p_i accuracy; empty = the chosen and rejected responses beside the prompts."""
+
+    num_human_responses: int = 500
+    """So many rows of human_responses and of pairs, where they are named; 0 = all."""
+
+    ppl_model_name_or_path: str = ""
+    """The model of ppl_paper, such as gpt2-medium; empty = no ppl_paper."""
+
+    ppl_max_tokens: int = 0
+    """ppl_paper reads so many tokens of a text; 0 = all. The RRHF paper's script likely had 19."""
+
+    confidence: float = CONFIDENCE
+    """Of the intervals."""
+
+    bootstrap_resamples: int = RESAMPLES
+    """How often the prompts are resampled for an interval."""
+
+    max_unscored_fraction: float = MAX_UNSCORED_FRACTION
+    """Stop if the scorer leaves out a larger share of the responses."""
+
+    per_device_eval_batch_size: int = 32
+    """Responses that are written at the same time."""
+
+    split: str | None = None
+    """Split of a named dataset."""
+
+    bf16: bool = False
+    """Weights of all models in bfloat16: half the memory, numbers differ in the third digit."""
+
+    attn_implementation: str = "sdpa"
+    """Attention of all models: sdpa, eager or flash_attention_2."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model folders bring. Off unless you trust their authors."""
+
+    def __post_init__(self) -> None:
+        self.stop_strings = tuple(self.stop_strings)
+        if bool(self.model_name_or_path) == bool(self.responses):
+            raise UserError(
+                "give --model_name_or_path to measure a policy, or --responses to measure "
+                "responses that are there already: one of the two"
+            )
+        if self.best_of_n > 1 and (not self.scorer or self.responses):
+            raise UserError(
+                f"best_of_n {self.best_of_n}: needs a policy and a scorer that chooses; give "
+                "--model_name_or_path and --scorer"
+            )
+        if self.best_of_n > 1 and self.decoding == "greedy":
+            raise UserError(f"best_of_n {self.best_of_n}: greedy decoding has only one answer")
+        for name, least in (
+            ("best_of_n", 1),
+            ("samples_per_prompt", 1),
+            ("num_prompts", 0),
+            ("num_human_responses", 0),
+            ("max_prompt_tokens", 0),
+            ("ppl_max_tokens", 0),
+            ("bootstrap_resamples", 1),
+            ("per_device_eval_batch_size", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
+        if not 0 < self.confidence < 1:
+            raise UserError(f"confidence {self.confidence}: must lie between 0 and 1, such as 0.95")
+        check_params(self.params(greedy=False))
+
+    def params(self, greedy: bool) -> SamplingParams:
+        """The settings of the engine."""
+        return SamplingParams(
+            num_return_sequences=1 if greedy else self.samples_per_prompt,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=not greedy,
+            temperature=1.0 if greedy else self.temperature,
+            top_k=0 if greedy else self.top_k,
+            top_p=1.0 if greedy else self.top_p,
+            stop_strings=self.stop_strings,
+            seed=self.seed,
+        )

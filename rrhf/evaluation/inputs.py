@@ -1,0 +1,166 @@
+"""What a row is measured on: held-out prompts, and the human responses that belong to them.
+
+Prompts are chosen by a hash of their id, not by their place, so that a sorted file gives a fair
+share, and the same ones whichever policy is measured. Human responses and pairs come from the
+prompts' own rows unless other data is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rrhf.data.candidate_files import CandidateFile
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import demonstrations, pairs
+from rrhf.errors import UserError
+from rrhf.evaluation.gold import GoldWorld
+from rrhf.records import REJECTED_SOURCE, CandidateSet
+
+logger = logging.getLogger(__name__)
+
+HUMAN_PREFIX = "human:"
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Attributes:
+    sets: the chosen prompts, with whatever candidates their rows have.
+    human: sets whose candidates are human references.
+    pairs: sets of two candidates, the better one first.
+    """
+
+    sets: list[CandidateSet]
+    human: list[CandidateSet]
+    pairs: list[CandidateSet]
+
+
+def load_evaluation_data(
+    prompts: str,
+    num_prompts: int = 0,
+    human_responses: str = "",
+    preference_pairs: str = "",
+    num_human_responses: int = 0,
+    split: str | None = None,
+) -> EvaluationData:
+    """Read and choose; specs as `rrhf.data.mixing.load_sets` takes them.
+
+    Args:
+        prompts: where prompts come from; each is taken once.
+        num_prompts: how many of them; 0 = all.
+        human_responses: other data for `ppl_human`; empty = the prompts' own rows.
+        preference_pairs: other data for `pi_accuracy`; empty = the prompts' own rows.
+        num_human_responses: how many rows of such other data; 0 = all.
+        split: the split of named datasets.
+    """
+    sets = choose(unique_prompts(load_sets(prompts, split=split)), num_prompts)
+    human = own_references(sets)
+    if human_responses:
+        human = list(demonstrations(load_sets(human_responses, split=split)))
+        human = choose(_apart(human), num_human_responses)
+    marked = [s for s in sets if any(c.source == REJECTED_SOURCE for c in s.candidates)]
+    found = list(pairs(marked)) if marked else []
+    if preference_pairs:
+        found = list(pairs(load_sets(preference_pairs, split=split)))
+        found = choose(_apart(found), num_human_responses)
+    return EvaluationData(sets, human, found)
+
+
+def unique_prompts(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """The first row of every prompt."""
+    kept: dict[str, CandidateSet] = {}
+    repeated = 0
+    for s in sets:
+        what = s.query if s.messages is None else repr(s.messages)
+        repeated += what in kept
+        kept.setdefault(what, s)
+    if repeated:
+        logger.info("%d rows repeat an earlier prompt and are left out", repeated)
+    return list(kept.values())
+
+
+def choose(sets: Sequence[CandidateSet], count: int) -> list[CandidateSet]:
+    """So many sets (0 = all), by a hash of their ids, in their own order."""
+    if count == 0 or count >= len(sets):
+        return list(sets)
+    order = sorted(
+        range(len(sets)), key=lambda place: hashlib.sha256(sets[place].id.encode()).digest()
+    )
+    return [sets[place] for place in sorted(order[:count])]
+
+
+def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """Sets with only their human responses, rejected ones left out; without any, no set."""
+    kept = []
+    for s in sets:
+        human = tuple(
+            c
+            for c in s.candidates
+            if c.source.startswith(HUMAN_PREFIX) and c.source != REJECTED_SOURCE
+        )
+        if human:
+            kept.append(replace(s, candidates=human))
+    return kept
+
+
+def _apart(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """Sets with ids of their own where a prompt stands several times."""
+    times: dict[str, int] = {}
+    kept = []
+    for s in sets:
+        seen = times.get(s.id, 0)
+        times[s.id] = seen + 1
+        kept.append(replace(s, id=f"{s.id}+{seen}") if seen else s)
+    return kept
+
+
+def given_responses(spec: str, sets: Sequence[CandidateSet], source: str) -> list[CandidateSet]:
+    """Responses that are there already, by prompt.
+
+    Args:
+        spec: "dataset" = the prompts' own rows, else a candidate file.
+        sets: the prompts.
+        source: only candidates of this source; empty = all.
+
+    Raises:
+        UserError: no prompt has such a response.
+    """
+    rows: Sequence[CandidateSet] = sets if spec == "dataset" else CandidateFile(spec)
+    wanted = {s.id for s in sets}
+    kept = []
+    for s in rows:
+        candidates = tuple(c for c in s.candidates if not source or c.source == source)
+        if s.id in wanted and candidates:
+            kept.append(replace(s, candidates=candidates))
+    if not kept:
+        of_source = f" of the source {source!r}" if source else ""
+        raise UserError(
+            f"{spec}: holds no response{of_source} to the prompts; name a file that answers them, "
+            "or another --response_source"
+        )
+    return kept
+
+
+def find_world(gold: str, sets: Sequence[CandidateSet]) -> GoldWorld | None:
+    """The world that knows the worth of responses, by name; `auto` looks at where prompts are from.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if gold == "none":
+        return None
+    if gold == "auto" and not all(s.origin.startswith("help_desk/") for s in sets):
+        return None
+    if gold not in ("auto", "help_desk"):
+        raise UserError(f"gold {gold!r}: choose one of auto, none, help_desk")
+    from rrhf.worlds.help_desk import HelpDesk
+
+    return HelpDesk("smoke")
+
+
+def is_model_folder(path: str) -> bool:
+    """Whether a path is a model rather than a file of responses."""
+    return not Path(path).is_file()
