@@ -116,7 +116,8 @@ def _scan_sets(path: PathLike) -> Iterator[tuple[Row, CandidateSet]]:
                 if parsed.id in ids and item.value.get("id"):
                     faults.add(
                         f"{where}: id: {parsed.id!r} stands in an earlier row; ids are unique in a "
-                        "file: remove the key, and ids are made from the prompts"
+                        "file: remove the key, or make the file anew by "
+                        "`rrhf data convert --new_ids`"
                     )
                 elif not faults:
                     yield item, ids.give(parsed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets, parse_mixture
 from rrhf.data.views import pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
-from rrhf.records import CandidateSet, set_id
+from rrhf.records import CandidateSet
 from rrhf.runs import (
     COMPLETE,
     explained_os_errors,
@@ -67,7 +67,7 @@ def convert(config: ConvertConfig) -> dict[str, int]:
         UserError: as the sources say it; nothing is written then.
     """
     counts = SourceCounts()
-    sets = load_sets(config.data, config.seed, config.split, counts)
+    sets = load_sets(config.data, config.seed, config.split, counts, config.new_ids)
     outputs: dict[str, Sequence[CandidateSet]] = {config.output: sets}
     if config.parts:
         with explained_os_errors(config.output):
@@ -100,8 +100,7 @@ def _write(
 ) -> int:
     counts = SourceCounts()
     if config.to == "candidates":
-        made = _with_new_ids(sets) if config.new_ids else sets
-        return int(write_candidate_sets(path, _shown(made, len(sets)), manifest)["rows"])
+        return int(write_candidate_sets(path, _shown(sets, len(sets)), manifest)["rows"])
     if config.to == "preference":
         rows = [preference_row(pair) for pair in _shown(pairs(sets, counts), len(sets))]
     else:
@@ -116,11 +115,6 @@ def _write(
 
 def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
     yield from tqdm(sets, total=total, unit="rows", disable=None)
-
-
-def _with_new_ids(sets: Iterable[CandidateSet]) -> Iterator[CandidateSet]:
-    for item in sets:
-        yield replace(item, id=set_id(item.query, item.messages))
 
 
 def preference_row(pair: CandidateSet) -> dict[str, Any]:

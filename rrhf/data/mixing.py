@@ -31,7 +31,7 @@ from rrhf.data.json_scan import Fault, scan_rows
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.sources import JSON_SUFFIXES, read_sets
 from rrhf.errors import UserError
-from rrhf.records import CandidateSet
+from rrhf.records import CandidateSet, set_id
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,7 @@ def load_sets(
     seed: int = 0,
     split: str | None = None,
     counts: SourceCounts | None = None,
+    new_ids: bool = False,
 ) -> Sequence[CandidateSet]:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -188,6 +189,8 @@ def load_sets(
         seed: decides which rows are drawn where a proportion is no whole number.
         split: the split of named datasets.
         counts: filled with what was read and dropped.
+        new_ids: forget the ids that candidate files give, which may repeat; make them from the
+            prompts.
 
     Raises:
         UserError: as `rrhf.data.sources.read_sets`, or nothing is left.
@@ -199,7 +202,7 @@ def load_sets(
         if spec.count == 0 or spec.proportion == 0:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
-        part = _open_part(spec, split, counts)
+        part = _open_part(spec, split, counts, new_ids)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
@@ -210,14 +213,19 @@ def load_sets(
     return Mixture(parts, rows)
 
 
-def _open_part(spec: SourceSpec, split: str | None, counts: SourceCounts) -> Sequence[CandidateSet]:
+def _open_part(
+    spec: SourceSpec, split: str | None, counts: SourceCounts, new_ids: bool
+) -> Sequence[CandidateSet]:
     place = spec.path or spec.name
-    if _is_candidate_file(place):
+    if not new_ids and _is_candidate_file(place):
         file = CandidateFile(place)
         counts.read += len(file)
         counts.kept += len(file)
         return file
-    return CandidateFile.spool(read_sets(spec.name, split, counts, spec.path), spec.name)
+    sets = read_sets(spec.name, split, counts, spec.path)
+    if new_ids:
+        sets = (replace(found, id=set_id(found.query, found.messages)) for found in sets)
+    return CandidateFile.spool(sets, spec.name)
 
 
 def _is_candidate_file(path: str) -> bool:
