@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from rrhf.cli.flags import parse_config
+from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
     from rrhf.report.compare import CompareConfig, compare
 
-    compare(parse_config(CompareConfig, argv, "rrhf compare"))
+    print_once(compare(parse_config(CompareConfig, argv, "rrhf compare")).text)
     return EXIT_DONE

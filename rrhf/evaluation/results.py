@@ -87,6 +87,14 @@ def load_row(path: PathLike) -> dict[str, Any]:
     return row
 
 
+def try_json(path: PathLike) -> Any:
+    """What a JSON file holds; None where it is none."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def is_row(value: Any) -> bool:
     """Whether a JSON value is a row: it has a name, metrics, and what it was made with."""
     return (

@@ -79,11 +79,21 @@ COST_COLUMNS: dict[str, Column] = {
 NOTHING = "-"
 
 
-def format_estimate(value: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """ "0.47 [0.40, 0.54]"; without an interval "0.47"; "-" where nothing was measured."""
+def format_estimate(
+    value: Mapping[str, Any] | None, digits: int = 2, with_sign: bool = False
+) -> str:
+    """ "0.47 [0.40, 0.54]"; without an interval "0.47"; "-" where nothing was measured.
+
+    Args:
+        value: with "mean", "low", "high".
+        digits: after the point.
+        with_sign: a plus before a positive mean, as differences have it.
+    """
     if value is None or value.get("mean") is None:
         return NOTHING
     text = format_number(value["mean"], digits)
+    if with_sign and not text.startswith("-") and float(text) != 0:
+        text = f"+{text}"
     if value.get("low") is None or value.get("high") is None:
         return text
     low, high = format_number(value["low"], digits), format_number(value["high"], digits)

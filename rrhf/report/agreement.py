@@ -1,0 +1,110 @@
+"""Were these rows made alike? Numbers compare only where they were.
+
+Prompts, scorer, decoding, reference, baseline, human responses and perplexity model must agree.
+Greedy rows may stand beside sampled ones, each row says which it is; responses that nobody decoded
+here (a data set's own) stand beside both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES, estimate
+from rrhf.evaluation.results import measure_from_json
+
+Row = dict[str, Any]
+
+MUST_AGREE = (
+    "prompts",
+    "scorer",
+    "scores_are_normalized",
+    "baseline",
+    "reference",
+    "ppl_model",
+    "human",
+    "pairs",
+    "confidence",
+)
+# Settings by which a decoding may differ from another kind of decoding.
+_KIND_KEYS = frozenset(
+    {"kind", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "best_of"}
+)
+
+
+def mixed(rows: Sequence[Row]) -> list[str]:
+    """What is not alike between the rows, one line for each thing; empty where all is well.
+
+    A row that lacks something (a scorer, a baseline) differs from none in it: its cells are empty.
+    """
+    differences = []
+    for key in MUST_AGREE:
+        values = {row["name"]: row["made_with"].get(key) for row in rows}
+        differences += _difference(key, {k: v for k, v in values.items() if v is not None})
+    decodings = {
+        row["name"]: row["made_with"]["decoding"]
+        for row in rows
+        if "max_new_tokens" in row["made_with"]["decoding"]
+    }
+    settings = sorted({key for decoding in decodings.values() for key in decoding} - {"kind"})
+    for key in settings:
+        for kind in (True, False) if key in _KIND_KEYS else (None,):
+            values = {
+                name: decoding.get(key)
+                for name, decoding in decodings.items()
+                if kind is None or decoding.get("do_sample") is kind
+            }
+            if key != "best_of":
+                differences += _difference(f"decoding.{key}", values)
+    return differences
+
+
+def _difference(key: str, values: Mapping[str, Any]) -> list[str]:
+    by_value: dict[str, list[str]] = {}
+    for name, value in values.items():
+        by_value.setdefault(repr(value), []).append(name)
+    if len(by_value) < 2:
+        return []
+    parts = [f"{value} in {', '.join(names)}" for value, names in by_value.items()]
+    return [f"{key}: {'; '.join(parts)}"]
+
+
+def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[Row]:
+    """The rows measured anew on the prompts that all of them have.
+
+    Metrics over other data than the prompts (`ppl_human`, `pi_accuracy`) stay; those that have no
+    values by prompt (distinct-n) are left out.
+
+    Raises:
+        UserError: they have no prompt in common.
+    """
+    common = set.intersection(*(set(row["per_prompt"]["words"]["values"]) for row in rows))
+    if not common:
+        raise UserError("the rows have no prompt in common, so nothing compares them")
+    elsewhere = ("ppl_human", "pi_accuracy", "pi_tie")
+    again = []
+    for row in rows:
+        confidence = row["made_with"].get("confidence", CONFIDENCE)
+        kept: dict[str, Any] = {}
+        metrics = {name: row["metrics"][name] for name in elsewhere if name in row["metrics"]}
+        if "kl_bound" in row["metrics"]:
+            metrics["kl_bound"] = row["metrics"]["kl_bound"]
+        for name, value in row["per_prompt"].items():
+            kept[name] = value
+            if name in elsewhere:
+                continue
+            kept[name] = {
+                part: {i: v for i, v in content.items() if i in common}
+                if part in ("values", "weights")
+                else content
+                for part, content in value.items()
+            }
+            measured = estimate(measure_from_json(kept[name]), confidence, resamples)
+            metrics[name] = measured.as_dict()
+        made_with = {**row["made_with"], "prompts": "common", "num_prompts": len(common)}
+        # Which responses the baseline gave to the other prompts no longer matters.
+        if made_with.get("baseline"):
+            made_with["baseline"] = made_with["baseline"].partition("#")[0]
+        again.append({**row, "metrics": metrics, "per_prompt": kept, "made_with": made_with})
+    return again

@@ -1,0 +1,236 @@
+"""`rrhf compare`: rows of several evaluations as one table, and what each gained on a baseline row.
+
+Rows that were not made alike (`rrhf.report.agreement`) are refused, with what differs;
+`allow_mixed` shows them all the same.
+
+Gains are paired: the same prompts are resampled for both rows, so that what prompts have in common
+cancels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES, paired_difference
+from rrhf.evaluation.results import is_row, load_row, measure_from_json, try_json
+from rrhf.report.agreement import mixed, on_common_prompts
+from rrhf.report.table import (
+    COLUMNS,
+    COST_COLUMNS,
+    DEFAULT_COLUMNS,
+    column_of,
+    format_estimate,
+    markdown_lines,
+    markdown_table,
+    notes_of,
+    terminal_lines,
+    terminal_table,
+)
+from rrhf.runs import replaced_file
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+_GAIN_METRICS = ("reward", "gold", "win_reward", "win_gold", "kl", "ppl_reference", "length")
+
+
+@dataclass
+class CompareConfig:
+    """Put evaluated rows into one table."""
+
+    rows: list[str] = field(metadata={"positional": True})
+    """Files that `rrhf evaluate` wrote, or folders with such files, in the order of the table."""
+
+    output: str = ""
+    """Write the table as Markdown to this file; empty = only show it."""
+
+    baseline: str = ""
+    """Name of the row that the others' gains are measured from; empty = the first row."""
+
+    columns: list[str] = field(default_factory=list)
+    """Metrics to show, in order; empty = the usual ones. Costs and parts of a gold preference have
+    names too (generation_seconds, part_myth); the word all shows everything."""
+
+    only_common_prompts: bool = False
+    """Measure every row anew on the prompts that all rows have."""
+
+    allow_mixed: bool = False
+    """Show rows that were not made alike."""
+
+    bootstrap_resamples: int = RESAMPLES
+    """How often the prompts are resampled for an interval."""
+
+    width: int = 120
+    """Columns of the terminal; a wider table goes on below."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes:
+    rows: in the order of the table.
+    gains: row name -> metric -> {"mean", "low", "high", "n"}: the row minus the baseline row.
+    baseline: name of that row; "" where there is only one.
+    markdown: the whole page.
+    text: the same for a terminal.
+    """
+
+    rows: list[Row]
+    gains: dict[str, dict[str, dict[str, Any]]]
+    baseline: str
+    markdown: str
+    text: str
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Read, check, put together, write.
+
+    Raises:
+        UserError: a file is no row, two rows have one name, or rows were not made alike.
+    """
+    rows = read_rows(config.rows)
+    if config.only_common_prompts:
+        rows = on_common_prompts(rows, config.bootstrap_resamples)
+    differences = mixed(rows)
+    if differences and not config.allow_mixed:
+        raise UserError(
+            "these rows were not made alike:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nevaluate them on the same settings (--only_common_prompts mends different "
+            "prompts), or show them all the same with --allow_mixed"
+        )
+    comparison = compare_rows(
+        rows, config.baseline, config.columns, config.bootstrap_resamples, config.width, differences
+    )
+    if config.output:
+        with replaced_file(config.output) as file:
+            file.write(comparison.markdown.encode("utf-8"))
+        logger.info("table written to %s", config.output)
+    return comparison
+
+
+def compare_rows(
+    rows: Sequence[Row],
+    baseline: str = "",
+    columns: Sequence[str] = (),
+    resamples: int = RESAMPLES,
+    width: int = 120,
+    warnings: Sequence[str] = (),
+) -> Comparison:
+    """The table of rows that are in memory already.
+
+    Args:
+        rows: as the evaluator gives them.
+        baseline: name of the row that gains are measured from; empty = the first.
+        columns: metrics; empty = the usual ones.
+        resamples: of the paired bootstrap.
+        width: of the terminal.
+        warnings: what differs between the rows, to be said under the table.
+    """
+    if not rows:
+        raise UserError("no rows to compare; name files or folders that `rrhf evaluate` wrote")
+    shown = chosen_columns(rows, columns)
+    name = baseline or rows[0]["name"]
+    found = [row for row in rows if row["name"] == name]
+    if not found:
+        names = ", ".join(repr(row["name"]) for row in rows)
+        raise UserError(f"baseline {name!r}: no row has this name; choose one of {names}")
+    gains = {
+        row["name"]: row_gains(row, found[0], resamples) for row in rows if row["name"] != name
+    }
+    confidence = rows[0]["made_with"].get("confidence", CONFIDENCE)
+    about = (
+        f"{rows[0]['made_with']['num_prompts']} prompts; brackets: "
+        f"{confidence:.0%} bootstrap intervals over prompts.\n"
+    )
+    notes = notes_of(rows) + "".join(f"Not made alike: {line}\n" for line in warnings)
+    headings, lines = gain_cells(gains)
+    title = f"Gain on {name} (paired over prompts)"
+    markdown = [markdown_table(rows, shown), about]
+    text = [terminal_table(rows, shown, width), about]
+    if lines:
+        markdown.append(f"{title}:\n\n{markdown_lines(headings, lines)}")
+        text.append(f"{title}:\n{terminal_lines(headings, lines, width)}")
+    if notes:
+        markdown.append("".join(f"- {line}\n" for line in notes.splitlines()))
+        text.append(notes)
+    return Comparison(
+        list(rows), gains, name if gains else "", "\n".join(markdown), "\n".join(text)
+    )
+
+
+def chosen_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """The metrics to show.
+
+    Raises:
+        UserError: a column that no row has.
+    """
+    known = [*COLUMNS, *COST_COLUMNS]
+    known += sorted({metric for row in rows for metric in row["metrics"]} - {*known, "kl_bound"})
+    if list(columns) == ["all"]:
+        return known
+    for column in columns:
+        if column not in known:
+            raise UserError(f"column {column!r}: no row has it; choose from {', '.join(known)}")
+    return list(columns) or list(DEFAULT_COLUMNS)
+
+
+def row_gains(row: Row, baseline: Row, resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
+    """Metric -> row minus baseline, for every metric that both have by prompt."""
+    confidence = row["made_with"].get("confidence", CONFIDENCE)
+    gains = {}
+    for metric, value in row["per_prompt"].items():
+        if metric in baseline["per_prompt"]:
+            ours = measure_from_json(value)
+            theirs = measure_from_json(baseline["per_prompt"][metric])
+            gains[metric] = paired_difference(ours, theirs, confidence, resamples).as_dict()
+    return gains
+
+
+def gain_cells(
+    gains: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table of gains, with a sign on every number."""
+    metrics = [m for m in _GAIN_METRICS if any(m in row for row in gains.values())]
+    headings = ["", *(f"Δ {column_of(metric).heading}" for metric in metrics)]
+    lines = [
+        [name, *(format_estimate(row.get(m), column_of(m).digits, True) for m in metrics)]
+        for name, row in gains.items()
+    ]
+    return headings, lines if metrics else []
+
+
+def read_rows(places: Sequence[str]) -> list[Row]:
+    """Rows of files and folders, in order; names are unique.
+
+    Raises:
+        UserError: a file is no row, a folder has none, or two rows have one name.
+    """
+    rows: list[Row] = []
+    seen: dict[str, Path] = {}
+    for place in places:
+        for path in _row_files(Path(place)):
+            row = load_row(path)
+            if row["name"] in seen:
+                raise UserError(
+                    f"{path}: its row is called {row['name']!r}, as that of {seen[row['name']]}; "
+                    "evaluate one of them under another --name"
+                )
+            seen[row["name"]] = path
+            rows.append(row)
+    return rows
+
+
+def _row_files(place: Path) -> list[Path]:
+    """The file itself, or the rows of a folder in the order in which they were made."""
+    if not place.is_dir():
+        return [place]
+    found = [path for path in place.glob("*.json") if is_row(try_json(path))]
+    if not found:
+        raise UserError(f"{place}: holds no evaluated rows; make some with `rrhf evaluate`")
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
