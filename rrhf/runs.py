@@ -264,6 +264,8 @@ class FileLock:
     def release(self) -> None:
         if self._handle is not None:
             os.ftruncate(self._handle, 0)
+            # Unlocked by name, because a forked worker may hold the same open file.
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
             os.close(self._handle)
             self._handle = None
 

@@ -67,6 +67,12 @@ def test_pairs_of_no_use_are_dropped_and_counted(chosen: str, rejected: str, rea
     assert counts.as_dict()["rows_kept"] == 0 and counts.as_dict()["rows_read"] == 1
 
 
+def test_a_reply_of_white_space_is_empty():
+    counts = SourceCounts()
+    assert read({"prompt": "p", "chosen": "a", "rejected": " \n"}, counts) is None
+    assert counts.dropped == {"empty_reply": 1}
+
+
 def test_neighbouring_turns_of_one_speaker_are_joined():
     prompt = "\n\nHuman: One\n\nHuman: Two\n\nAssistant:"
     counts = SourceCounts()

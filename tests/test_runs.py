@@ -91,6 +91,14 @@ def test_a_device_that_is_full_is_a_users_error():
         file.write(b"x")
 
 
+def test_the_file_that_the_system_names_is_the_one_named(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match=r"/elsewhere: cannot be written"),
+        explained_os_errors(tmp_path / "v.json"),
+    ):
+        raise OSError(errno.EACCES, "Permission denied", "/elsewhere")
+
+
 def test_a_programs_own_os_error_passes_through(tmp_path: Path):
     with pytest.raises(FileNotFoundError), explained_os_errors(tmp_path / "v.json"):
         (tmp_path / "missing").read_bytes()
@@ -309,6 +317,22 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
         RunFolder(tmp_path / "run").open({}, resume=False)
+
+
+def test_closing_frees_the_folder_though_a_worker_lives(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.open({}, resume=False)
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        run.close()
+        run.open({}, resume=True)
+        run.close()
+    finally:
+        os.kill(worker, 9)
+        os.waitpid(worker, 0)
 
 
 HOLDER = """
