@@ -408,70 +408,70 @@ def test_one_process_goes_on_for_two(model_folder, prompts, tmp_path, straight, 
 # ---- kills and signals -------------------------------------------------------------------------
 
 
-def generate_job(**values: Any) -> None:
-    """What `Zygote` runs."""
-    generate_file(GenerateConfig(**values))
+def generate_job(path: str) -> None:
+    """What `Zygote` runs: what the file says."""
+    generate_file(GenerateConfig(**json.loads(Path(path).read_text())))
 
 
-def arguments(config: GenerateConfig) -> dict[str, Any]:
-    return vars(config)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """A parent of killable jobs, and how they are told what to do."""
+    path = tmp_path_factory.mktemp("job") / "config.json"
+    with Zygote("test_generate_stage:generate_job", {"path": str(path)}) as zygote:
+        yield zygote, lambda config: path.write_text(json.dumps(vars(config)))
 
 
-def test_twenty_kills_at_random_moments_lose_and_double_nothing(model_folder, prompts, tmp_path):
+def test_twenty_kills_at_random_moments_lose_and_double_nothing(
+    model_folder, prompts, tmp_path, jobs
+):
+    zygote, tell = jobs
     reference = tmp_path / "straight" / "out.jsonl"
     output = tmp_path / "killed" / "out.jsonl"
-    # long enough that kills hit loading, sampling, writing and merging
-    config = config_of(model_folder, prompts, reference, max_new_tokens=60)
-    with Zygote("test_generate_stage:generate_job", arguments(config)) as jobs:
-        seconds = jobs.run()["seconds"]
+    config = config_of(model_folder, prompts, reference, max_new_tokens=40)
+    tell(config)
+    seconds = zygote.run()["seconds"]
+    tell(replace(config, output_file=str(output)))
     moments = random.Random(1)
     killed = 0
-    with Zygote(
-        "test_generate_stage:generate_job", arguments(replace(config, output_file=str(output)))
-    ) as jobs:
-        for _ in range(200):
-            answer = jobs.run(kill_after_seconds=moments.uniform(0, seconds / 4))
-            if answer["signal"] == 0:
-                assert answer["exit"] == 0
-                if killed >= 20:
-                    break
-                # finished before twenty kills: begin again
-                output.unlink()
-                manifest_path(output).unlink()
-                continue
+    for _ in range(100):
+        answer = zygote.run(kill_after_seconds=moments.uniform(0, seconds / 3))
+        if answer["signal"]:
             assert answer["signal"] == signal.SIGKILL
             killed += 1
-        else:
-            assert jobs.run()["exit"] == 0
-    assert killed >= 20
-    assert output.read_bytes() == reference.read_bytes()
-    assert leftovers(output) == []
+            continue
+        assert answer["exit"] == 0
+        assert output.read_bytes() == reference.read_bytes()
+        assert leftovers(output) == []
+        if killed >= 20:
+            return
+        output.unlink()  # done before twenty kills: once more
+        manifest_path(output).unlink()
+    raise AssertionError(f"not done after 100 runs with {killed} kills")
 
 
-def test_a_kill_at_every_file_operation_is_survived(model_folder, prompts, tmp_path):
+def test_a_kill_at_every_file_operation_is_survived(model_folder, prompts, tmp_path, jobs):
     """Every way to be cut between manifest, part, merging and removal of the parts."""
-    config = config_of(model_folder, prompts, "", num_prompts=2, max_new_tokens=3)
+    zygote, tell = jobs
     folder = tmp_path / "out"
     output = folder / "out.jsonl"
     folder.mkdir()
-    config = replace(config, output_file=str(output))
-    with Zygote("test_generate_stage:generate_job", arguments(config)) as jobs:
-        answer = jobs.run(folder=folder)
-        assert answer["exit"] == 0
-        wanted = output.read_bytes()
-        assert answer["operations"] >= 8
-        for operation in range(1, answer["operations"] + 1):
-            for path in folder.iterdir():
-                path.unlink()
-            assert jobs.run(folder=folder, kill_at_operation=operation)["signal"]
-            if output.exists():
-                assert output.read_bytes() == wanted
-            else:
-                assert (read_manifest(output) or {}).get("status") != "complete"
-            assert jobs.run()["exit"] == 0
+    tell(config_of(model_folder, prompts, output, num_prompts=2, max_new_tokens=3))
+    answer = zygote.run(folder=folder)
+    assert answer["exit"] == 0
+    wanted = output.read_bytes()
+    assert answer["operations"] >= 8
+    for operation in range(1, answer["operations"] + 1):
+        for path in folder.iterdir():
+            path.unlink()
+        assert zygote.run(folder=folder, kill_at_operation=operation)["signal"]
+        if output.exists():
             assert output.read_bytes() == wanted
-            assert read_manifest(output)["status"] == "complete"
-            assert leftovers(output) == []
+        else:
+            assert (read_manifest(output) or {}).get("status") != "complete"
+        assert zygote.run()["exit"] == 0
+        assert output.read_bytes() == wanted
+        assert read_manifest(output)["status"] == "complete"
+        assert leftovers(output) == []
 
 
 @pytest.mark.parametrize(
