@@ -17,7 +17,7 @@ from rrhf.records import Candidate, CandidateSet, Message, set_id
 def language_model_folder(folder: Path, pad: str | None = "<pad>", chat: bool = False) -> Path:
     """A tiny LLaMA with its tokenizer; `pad` may be "</s>" (the EOS) or None."""
     tokenizer = byte_level_tokenizer(pad=pad, chat=chat)
-    model = tiny_llama(len(tokenizer))
+    model = tiny_llama(len(tokenizer), window=256)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -214,9 +214,8 @@ def test_the_folder_gives_the_same_score_in_transformers_own_pipeline(tmp_path: 
     folder = reward_model_folder(tmp_path / "rm", pad="<pad>", chat_format="hh")
     codec = ChatCodec(AutoTokenizer.from_pretrained(folder), "hh")
     s = conversation("how do I keep plants alive", "ask a friend", "")
-    texts = [
-        f"{codec.prompt_text(s)} {c.response}{codec.tokenizer.eos_token}" for c in s.candidates
-    ]
+    prompt, eos = codec.prompt_text(s), codec.tokenizer.eos_token
+    texts = [f"{prompt} ask a friend{eos}", f"{prompt}{eos}"]
     classify = pipeline("text-classification", model=str(folder), device="cpu")
     theirs = [row["score"] for row in classify(texts, batch_size=2)]
     responses = [codec.encode_response(s, c.response) for c in s.candidates]

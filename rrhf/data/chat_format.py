@@ -236,8 +236,11 @@ class ChatCodec:
         return ids if finish_reason == "length" else [*ids, self.end_id]
 
     def response_text(self, candidate_set: CandidateSet, text: str) -> str:
-        """The response as it follows the prompt's text: the format's blank before it."""
-        return self._response_prefix(candidate_set, text) + text
+        """The response as it follows the prompt's text: the format's blank before it.
+
+        An empty one has no blank: sampled, its end follows the cue at once.
+        """
+        return self._response_prefix(candidate_set, text) + text if text else ""
 
     def decode_response(
         self, candidate_set: CandidateSet, prompt_ids: Sequence[int], ids: Sequence[int]

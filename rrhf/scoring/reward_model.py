@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from rrhf.algorithms.normalizers import normalize
 from rrhf.data.chat_format import ChatCodec, render_messages
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window, load_tokenizer, resolve_device
 from rrhf.models.reward_model import (
@@ -85,9 +85,23 @@ class RowScorer:
 
 
 def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> TokenBatch:
-    """Whole rows as a batch: each begins at column 0, so that all padding is on the right."""
+    """Whole rows as a batch: each begins at column 0, so that all padding is on the right.
+
+    Made here and not by `collate`, because a row's only token may be its end.
+    """
     assert all(rows), "a row has at least one id"
-    return collate([EncodedSet(row[:1], [row[1:]]) for row in rows], pad_id).to(device)
+    lengths = torch.tensor([len(row) - 1 for row in rows])
+    padded = torch.full((len(rows), int(lengths.max()) + 1), pad_id, dtype=torch.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, dtype=torch.int64)
+    return TokenBatch(
+        prompt_ids=padded[:, :1],
+        prompt_lengths=torch.ones(len(rows), dtype=torch.int64),
+        response_ids=padded[:, 1:],
+        response_lengths=lengths,
+        prompt_index=torch.arange(len(rows)),
+        prompt_weights=torch.ones(len(rows)),
+    ).to(device)
 
 
 class RewardModelScorer:
