@@ -71,6 +71,8 @@ class Parallel:
         if self.kind == "DEEPSPEED":
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        # FSDP2 cuts at the layers that the root names; ours stand inside it.
+        model._no_split_modules = sorted(layer_classes(model))  # type: ignore[assignment]
         prepared = self.accelerator.prepare(model, optimizer)
         return prepared[0], prepared[1]
 
@@ -124,6 +126,15 @@ class Parallel:
         if not self.is_sharded:
             return dict(self.unwrap(model).state_dict())
         return dict(self.accelerator.get_state_dict(model))
+
+
+def layer_classes(model: nn.Module) -> set[str]:
+    """Class names of the layers that a Hugging Face model inside `model` wants kept whole."""
+    return {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
 
 
 def _is_set(name: str) -> bool:
