@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from rrhf.cli.flags import parse_config
+from rrhf.cli.terminal import print_once, process_place
 from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
-    from rrhf.generation.stage import GenerateConfig, generate_file
+    from rrhf.generation.config import GenerateConfig
+    from rrhf.generation.stage import generate_file
 
-    generate_file(parse_config(GenerateConfig, argv, "rrhf generate"))
+    config = parse_config(GenerateConfig, argv, "rrhf generate")
+    print_once(f"Candidates: {generate_file(config, *process_place())}")
     return EXIT_DONE

@@ -22,3 +22,10 @@ def configure_logging() -> None:
     """The package's own messages go to stderr, one line each; other processes only warn."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.WARNING)
+
+
+def process_place() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine), as a launcher such as torchrun says."""
+    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
+    return rank, world_size, local_rank

@@ -1,0 +1,119 @@
+"""`rrhf response-gen MODEL OUT_DIR [true|false]`: `rrhf generate`, then `rrhf score`, in one go.
+
+It takes the flags of both. A name that both know, such as `bf16`, goes to both; `generate_bf16` and
+`score_bf16` reach one of them. Prompts and sampling are those of RRHF's published script unless
+told otherwise: Dahoas/rm-static, diverse beam search, four responses beside the data set's two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrhf.cli.fields import Flag, flags_of
+from rrhf.cli.flags import asks_for_help, build, read_values
+from rrhf.cli.help_page import first_paragraph, help_page
+from rrhf.cli.terminal import print_once, process_place
+from rrhf.errors import EXIT_DONE
+
+PROG = "rrhf response-gen"
+GENERATED = "generated.jsonl"
+TRAIN_DATA = "train_data.json"
+
+PROMPTS = "rm-static"
+# The published script: 4 beams in 4 groups; its temperature was never in effect.
+DIVERSE_BEAMS = {"do_sample": False, "num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0}
+PLAIN_BEAMS = {"do_sample": False, "num_beams": 4}
+# Whoever gives one of these asks for something else than the published search.
+SEARCH_FLAGS = ("do_sample", "num_beams", "num_beam_groups", "diversity_penalty")
+
+
+@dataclass
+class ResponseGenConfig:
+    """Sample responses to prompts, score them, and write OUTPUT_DIR/train_data.json."""
+
+    model_name_or_path: str = field(metadata={"positional": True, "aliases": ["base_model"]})
+    """The policy that writes the responses."""
+
+    output_dir: str = field(metadata={"positional": True, "aliases": ["out_path"]})
+    """Gets generated.jsonl and, in the end, train_data.json, each with its manifest."""
+
+    diverse_beam: bool = field(default=True, metadata={"positional": True})
+    """Diverse beam search (4 beams in 4 groups, penalty 1.0), or plain beam search with 4 beams;
+    do_sample, num_beams, num_beam_groups or diversity_penalty choose another search."""
+
+
+def main(argv: list[str]) -> int:
+    from rrhf.generation.config import GenerateConfig
+    from rrhf.generation.stage import generate_file
+    from rrhf.scoring.stage import ScoreConfig, score_file
+
+    flags = all_flags(GenerateConfig, ScoreConfig)
+    if asks_for_help(argv):
+        print_once(help_page(PROG, first_paragraph(ResponseGenConfig), flags))
+        sys.exit(EXIT_DONE)
+    own, generate, score = stage_values(flags, GenerateConfig, ScoreConfig, argv)
+    # Both are built before the first stage starts, so that a mistake in the second costs nothing.
+    score_config = build(ScoreConfig, flags_of(ScoreConfig), score, PROG)
+    generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
+    generate_file(generate_config, *process_place())
+    score_file(score_config, *process_place())
+    print_once(f"Ranked candidates: {Path(own.output_dir) / TRAIN_DATA}")
+    return EXIT_DONE
+
+
+def all_flags(generate: type, score: type) -> dict[str, Flag]:
+    """The flags of both stages, but for those that this command sets itself."""
+    ours = flags_of(ResponseGenConfig)
+    stages = {"generate": flags_of(generate), "score": flags_of(score)}
+    hidden = {"input_file", "output_file"}
+    flags = dict(ours)
+    for name in [name for stage in stages.values() for name in stage]:
+        if name in ours or name in hidden:
+            continue
+        holders = {stage: found[name] for stage, found in stages.items() if name in found}
+        first = next(iter(holders.values()))
+        flags[name] = dataclasses.replace(first, positional=False)
+        if len(holders) > 1:
+            for stage, flag in holders.items():
+                flags[f"{stage}_{name}"] = dataclasses.replace(
+                    flag,
+                    name=f"{stage}_{name}",
+                    aliases=(),
+                    positional=False,
+                    help=f"As {name}, for `rrhf {stage}` alone.",
+                )
+    flags["prompts"] = dataclasses.replace(flags["prompts"], default=PROMPTS)
+    return flags
+
+
+def stage_values(
+    flags: Mapping[str, Flag], generate: type, score: type, argv: Sequence[str]
+) -> tuple[ResponseGenConfig, dict[str, Any], dict[str, Any]]:
+    """What the words say, for this command and for each stage."""
+    values = read_values(flags, argv, PROG)
+    ours = flags_of(ResponseGenConfig)
+    own = build(ResponseGenConfig, ours, {k: v for k, v in values.items() if k in ours}, PROG)
+    search = DIVERSE_BEAMS if own.diverse_beam else PLAIN_BEAMS
+    if any(name in values for name in SEARCH_FLAGS):
+        search = {}
+    generated = str(Path(own.output_dir) / GENERATED)
+    to_generate = {"prompts": PROMPTS, **search, **_share(values, "generate", flags_of(generate))}
+    to_generate |= {"model_name_or_path": own.model_name_or_path, "output_file": generated}
+    to_score = _share(values, "score", flags_of(score))
+    to_score |= {
+        "input_file": generated,
+        "output_file": str(Path(own.output_dir) / TRAIN_DATA),
+    }
+    return own, to_generate, to_score
+
+
+def _share(values: Mapping[str, Any], stage: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """The values that a stage takes; its own spelling of a shared name rules."""
+    shared = {name: value for name, value in values.items() if name in flags}
+    own = {name: values[f"{stage}_{name}"] for name in flags if f"{stage}_{name}" in values}
+    return shared | own

@@ -1,0 +1,108 @@
+"""`rrhf response-gen`: which words reach which stage, and what is asked for by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf.cli.response_gen import all_flags, stage_values
+from rrhf.errors import UserError
+
+
+@dataclass
+class Generate:
+    """Toy generation."""
+
+    model_name_or_path: str
+    """The policy."""
+    prompts: str
+    """Where prompts come from."""
+    output_file: str
+    """The file."""
+    do_sample: bool = True
+    """Draw."""
+    num_beams: int = 1
+    """Beams."""
+    num_beam_groups: int = 1
+    """Groups."""
+    diversity_penalty: float = 0.0
+    """Penalty."""
+    bf16: bool = False
+    """Weights in bfloat16."""
+
+
+@dataclass
+class Score:
+    """Toy scoring."""
+
+    input_file: str
+    """The file to read."""
+    output_file: str
+    """The file to write."""
+    scorer: str
+    """Who scores."""
+    bf16: bool = False
+    """Scores in bfloat16."""
+
+
+def split(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    flags = all_flags(Generate, Score)
+    _, generate, score = stage_values(flags, Generate, Score, ["m x", "out;y", *words])
+    return generate, score
+
+
+DIVERSE = {"do_sample": False, "num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0}
+GENERATE = {"model_name_or_path": "m x", "output_file": "out;y/generated.jsonl"}
+SCORE = {"input_file": "out;y/generated.jsonl", "output_file": "out;y/train_data.json"}
+
+
+def test_by_default_the_published_search_and_prompts_are_used():
+    generate, score = split("--scorer", "r")
+    assert generate == {**GENERATE, **DIVERSE, "prompts": "rm-static"}
+    assert score == {**SCORE, "scorer": "r"}
+
+
+def test_the_third_word_chooses_the_beams():
+    assert split("true")[0] == {**GENERATE, **DIVERSE, "prompts": "rm-static"}
+    assert split("false")[0] == {
+        **GENERATE,
+        **{"prompts": "rm-static", "do_sample": False, "num_beams": 4},
+    }
+
+
+@pytest.mark.parametrize("words", [["--do_sample", "true"], ["--num_beams=4"]])
+def test_another_search_takes_nothing_from_the_published_one(words: list[str]):
+    generate, _ = split(*words)
+    given = {"do_sample": True} if "--do_sample" in words else {"num_beams": 4}
+    assert generate == {**GENERATE, "prompts": "rm-static", **given}
+
+
+def test_a_shared_name_goes_to_both_stages_and_a_prefix_reaches_one():
+    generate, score = split("--bf16", "--score_bf16", "false")
+    assert (generate["bf16"], score["bf16"]) == (True, False)
+    generate, score = split("--generate-bf16")
+    assert generate["bf16"] is True and "bf16" not in score
+
+
+def test_a_config_file_may_hold_the_values_of_both_stages(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("prompts: p.jsonl\nscorer: r\ngenerate_bf16: true\n")
+    generate, score = split("--config", str(file), "--prompts", "q.jsonl")
+    assert (generate["prompts"], generate["bf16"]) == ("q.jsonl", True)
+    assert score == {**SCORE, "scorer": "r"}
+
+
+def test_files_between_the_stages_are_not_to_be_named():
+    for name in ("--output_file", "--input_file"):
+        with pytest.raises(UserError, match="unknown flag"):
+            split(name, "x")
+
+
+def test_an_unknown_flag_names_the_nearest_of_either_stage():
+    with pytest.raises(UserError, match="--scorer"):
+        split("--scorr", "x")
+    with pytest.raises(UserError, match="--num_beams"):
+        split("--num_beam", "4")
