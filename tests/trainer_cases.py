@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from rrhf.training import rank, sft  # here, so that forked jobs need not import them
 
 WORDS = ("plants", "alive", "ask", "friend", "help", "again", "now", "quick", "fox", "lazy dog")
 
@@ -50,3 +53,31 @@ def same_weights(left: Path, right: Path) -> bool:
     """True where two model folders hold bit-identical weights."""
     a, b = (load_file(folder / "model.safetensors") for folder in (left, right))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def train(stage: str, model: str, data: str, output_dir: str, **changes: Any) -> None:
+    """A run of a stage, or its continuation where it was begun: what a restart script does."""
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "model_max_length": 100,
+        "save_steps": 2,
+        "resume_from_checkpoint": (Path(output_dir) / "config.json").exists(),
+        **changes,
+    }
+    if stage == "rank":
+        rank.train(rank.RankConfig(model, output_dir, data_path=data, **values))
+    else:
+        sft.train(sft.SFTConfig(model, output_dir, data_path=data, **values))
+
+
+def train_two_processes(stage: str, model: str, data: str, output_dir: str) -> None:
+    """One rank of two, under torchrun; the same global batch as `train`."""
+    torch.set_num_threads(1)
+    train(stage, model, data, output_dir, gradient_accumulation_steps=1)
+
+
+if __name__ == "__main__":
+    train_two_processes(*sys.argv[1:5])
