@@ -20,6 +20,7 @@ import rrhf.generation.stage as stage_module
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
 from rrhf.generation.local import LocalEngine
+from rrhf.generation.parts import Parts
 from rrhf.generation.plan import fingerprint, plan_batches
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.records import Candidate, CandidateSet, Message, set_id
@@ -354,7 +355,7 @@ def test_a_file_of_somebody_else_is_not_touched(model_folder, prompts, tmp_path)
 def test_two_at_once_are_refused(model_folder, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
     with (
-        stage_module.Parts(output).open_own(0),
+        Parts(output).open_own(0),
         pytest.raises(UserError, match="another process is writing it"),
     ):
         generate_file(config_of(model_folder, prompts, output))

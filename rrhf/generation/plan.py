@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 SORTED_BATCHES = 32
 # Enough of a weight file to notice that it was trained on since.
 _FINGERPRINT_BYTES = 1 << 20
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def fingerprint(model_name_or_path: str) -> str:
         return model_name_or_path
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt"):
+        if path.is_file() and path.suffix in _MODEL_SUFFIXES:
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}\n".encode())
             with open(path, "rb") as file:

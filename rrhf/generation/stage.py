@@ -26,30 +26,19 @@ from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.jsonl import JsonlAppender
 from rrhf.data.layouts import SourceCounts
-from rrhf.errors import UserError
 from rrhf.generation.build import EngineSettings, build_engine
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
-from rrhf.generation.parts import POLL_SECONDS, Parts
-from rrhf.generation.plan import Plan, differences, fingerprint, plan_prompts
+from rrhf.generation.plan import Plan, fingerprint, plan_prompts
+from rrhf.generation.staged_file import StagedFile
 from rrhf.models.loading import check_model_path, load_tokenizer
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
-from rrhf.runs import (
-    COMPLETE,
-    UNFINISHED,
-    explained_os_errors,
-    manifest_path,
-    read_manifest,
-    write_manifest,
-)
+from rrhf.runs import COMPLETE, explained_os_errors, write_manifest
 from rrhf.signals import StopRequest, caught_signals
 
 __all__ = ["GenerateConfig", "generate_file"]
 
 logger = logging.getLogger(__name__)
-
-# How long a process waits for the first one to begin.
-_BEGINNING_SECONDS = 600.0
 
 
 def generate_file(
@@ -95,7 +84,8 @@ class _Stage:
         self.local_rank = local_rank
         self.stop = stop
         self.output = Path(config.output_file)
-        self.parts = Parts(self.output)
+        self.staged = StagedFile(self.output, "generate", rank, stop)
+        self.parts = self.staged.parts
         self.params = config.sampling_params()
         self.counts = SourceCounts()
 
@@ -112,8 +102,8 @@ class _Stage:
             )
             settings = self._settings(codec, plan)
             is_first = self.rank == 0
-            begin = self._begin if is_first else self._wait_for_beginning
-            if begin(settings):
+            batch_size = {"per_device_prompt_batch_size": self.config.per_device_prompt_batch_size}
+            if self.staged.begin(settings, batch_size):
                 logger.info("%s: is complete already; nothing to do", self.output)
             else:
                 self.parts.read_on()
@@ -121,7 +111,7 @@ class _Stage:
                 if is_first:
                     self._finish(plan, settings)
                 else:
-                    self._wait_for_end(settings)
+                    self.staged.wait_for_end(settings)
             if is_first:
                 self.parts.remove()
             else:
@@ -148,70 +138,6 @@ class _Stage:
             "bf16": config.bf16,
             "attn_implementation": config.attn_implementation,
         }
-
-    def _begin(self, settings: dict[str, Any]) -> bool:
-        """Say that the file is being made, unless it is; True where it is complete already.
-
-        Raises:
-            UserError: another file stands there, or other settings made what is there.
-        """
-        self.parts.remove_half_written()
-        manifest = read_manifest(self.output)
-        place = manifest_path(self.output)
-        if manifest is None:
-            standing = [self.output] if self.output.exists() else []
-            standing += [path for path in self.parts.paths() if path.stat().st_size]
-            if standing:
-                raise UserError(
-                    f"{standing[0]}: is there, but no {place.name} says how it was made; remove "
-                    "it, or choose another --output_file"
-                )
-        else:
-            differing = differences(manifest.get("settings"), settings)
-            if differing:
-                raise UserError(
-                    f"{self.output}: was begun with other settings:\n"
-                    + "\n".join(f"  {line}" for line in differing)
-                    + f"\nGive the same again, choose another --output_file, or remove {place}"
-                )
-            if manifest["status"] == COMPLETE and self.output.exists():
-                return True
-            self._warn_of_other_batches(manifest)
-        write_manifest(
-            self.output,
-            {
-                "status": UNFINISHED,
-                "stage": "generate",
-                "settings": settings,
-                "per_device_prompt_batch_size": self.config.per_device_prompt_batch_size,
-            },
-        )
-        return False
-
-    def _warn_of_other_batches(self, manifest: Mapping[str, Any]) -> None:
-        before = manifest.get("per_device_prompt_batch_size")
-        now = self.config.per_device_prompt_batch_size
-        if before != now:
-            logger.warning(
-                "going on with per_device_prompt_batch_size %s, which was %s: responses may differ "
-                "from those of one straight run where sums round differently",
-                now,
-                before,
-            )
-
-    def _wait_for_beginning(self, settings: dict[str, Any]) -> bool:
-        """Wait until process 0 has accepted the same settings; True where all is done already."""
-        deadline = time.monotonic() + _BEGINNING_SECONDS
-        while time.monotonic() < deadline:
-            manifest = read_manifest(self.output)
-            if manifest is not None and not differences(manifest.get("settings"), settings):
-                return manifest["status"] == COMPLETE and self.output.exists()
-            self.stop.raise_if_received("nothing was begun")
-            time.sleep(POLL_SECONDS)
-        raise UserError(
-            f"{self.output}: process 0 has not begun within {_BEGINNING_SECONDS:.0f} s; see its "
-            "message"
-        )
 
     # The work.
 
@@ -351,19 +277,6 @@ class _Stage:
             "tokens_per_engine_second": round(counts["tokens"] / seconds, 1) if seconds else None,
             "scorer": None,
         }
-
-    def _wait_for_end(self, settings: dict[str, Any]) -> None:
-        """Return once process 0 has merged; it gives up by itself when another process is lost."""
-        while True:
-            manifest = read_manifest(self.output)
-            if (
-                manifest is not None
-                and manifest["status"] == COMPLETE
-                and not differences(manifest.get("settings"), settings)
-            ):
-                return
-            self.stop.raise_if_received("the other processes' parts stand as they are")
-            time.sleep(POLL_SECONDS)
 
     @property
     def _quiet(self) -> bool | None:

@@ -1,0 +1,123 @@
+"""A file that several processes make together, that survives kills, and is made once.
+
+Generation and scoring share it: the manifest says what the file is begun for, parts hold what is
+done (`rrhf.generation.parts`), process 0 begins and ends, the others wait for it. Going on with
+other settings is refused with what differs; settings that reach the rows only through the rounding
+of sums may change, with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.generation.parts import POLL_SECONDS, Parts
+from rrhf.generation.plan import differences
+from rrhf.runs import COMPLETE, UNFINISHED, manifest_path, read_manifest, write_manifest
+from rrhf.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+# How long a process waits for the first one to begin.
+_BEGINNING_SECONDS = 600.0
+
+
+class StagedFile:
+    """One process' view of a file that is being made.
+
+    Args:
+        output: the file.
+        stage: what the manifest calls the work, such as "generate".
+        rank: which of the processes this is.
+        stop: signals that came.
+
+    Attributes:
+        parts: what is done so far.
+    """
+
+    def __init__(self, output: Path, stage: str, rank: int, stop: StopRequest) -> None:
+        self.output = output
+        self.parts = Parts(output)
+        self._stage = stage
+        self._is_first = rank == 0
+        self._stop = stop
+
+    def begin(self, settings: Mapping[str, Any], adjustable: Mapping[str, Any]) -> bool:
+        """Say that the file is being made, unless it is; True where it is complete already.
+
+        Args:
+            settings: what the rows depend on.
+            adjustable: what they depend on through the rounding of sums alone.
+
+        Raises:
+            UserError: another file stands there, or other settings made what is there.
+            StoppedBySignal: a signal came while this process waited for process 0.
+        """
+        if not self._is_first:
+            return self._wait_for_beginning(settings)
+        self.parts.remove_half_written()
+        manifest = read_manifest(self.output)
+        place = manifest_path(self.output)
+        if manifest is None:
+            standing = [self.output] if self.output.exists() else []
+            standing += [path for path in self.parts.paths() if path.stat().st_size]
+            if standing:
+                raise UserError(
+                    f"{standing[0]}: is there, but no {place.name} says how it was made; remove "
+                    "it, or choose another --output_file"
+                )
+        else:
+            differing = differences(manifest.get("settings"), settings)
+            if differing:
+                raise UserError(
+                    f"{self.output}: was begun with other settings:\n"
+                    + "\n".join(f"  {line}" for line in differing)
+                    + f"\nGive the same again, choose another --output_file, or remove {place}"
+                )
+            if manifest["status"] == COMPLETE and self.output.exists():
+                return True
+            for name, now in adjustable.items():
+                if (before := manifest.get(name)) != now:
+                    logger.warning(
+                        "going on with %s %s, which was %s: rows may differ from those of one "
+                        "straight run where sums round differently",
+                        name,
+                        now,
+                        before,
+                    )
+        write_manifest(
+            self.output,
+            {"status": UNFINISHED, "stage": self._stage, "settings": settings, **adjustable},
+        )
+        return False
+
+    def wait_for_end(self, settings: Mapping[str, Any]) -> None:
+        """Return once process 0 has merged; it gives up by itself when another process is lost."""
+        while True:
+            manifest = read_manifest(self.output)
+            if (
+                manifest is not None
+                and manifest["status"] == COMPLETE
+                and not differences(manifest.get("settings"), settings)
+            ):
+                return
+            self._stop.raise_if_received("the other processes' parts stand as they are")
+            time.sleep(POLL_SECONDS)
+
+    def _wait_for_beginning(self, settings: Mapping[str, Any]) -> bool:
+        """Wait until process 0 has accepted the same settings; True where all is done already."""
+        deadline = time.monotonic() + _BEGINNING_SECONDS
+        while time.monotonic() < deadline:
+            manifest = read_manifest(self.output)
+            if manifest is not None and not differences(manifest.get("settings"), settings):
+                return manifest["status"] == COMPLETE and self.output.exists()
+            self._stop.raise_if_received("nothing was begun")
+            time.sleep(POLL_SECONDS)
+        raise UserError(
+            f"{self.output}: process 0 has not begun within {_BEGINNING_SECONDS:.0f} s; see its "
+            "message"
+        )
