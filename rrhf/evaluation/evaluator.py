@@ -153,6 +153,7 @@ class Evaluator:
         if best_of > 1:
             sets = keep_best(sets, best_of)
             draft.numbers["kl_bound"] = best_of_n_bound(best_of)
+            draft.notes.append("the KL of best-of-N is a bound, from the policy that was sampled")
         else:
             with draft.cost.timed("likelihoods"):
                 if self.reference is not None:
@@ -239,7 +240,8 @@ class Evaluator:
             return {}
         passes = sum(len(s.candidates) for s in self.human)
         passes += 2 * len(self.pairs)
-        draft.cost.count_passes("policy_likelihood", passes)
+        if passes:
+            draft.cost.count_passes("policy_likelihood", passes)
         return self.policy_measures(LikelihoodReader(model, codec), draft.counts)
 
     def _finished(

@@ -58,6 +58,7 @@ DEFAULT_COLUMNS: tuple[str, ...] = (
     "reward",
     "gold",
     "win_reward",
+    "tie_reward",
     "win_gold",
     "tie_gold",
     "pi_accuracy",

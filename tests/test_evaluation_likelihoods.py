@@ -1,0 +1,101 @@
+"""Oracle: one forward a token in float64. Equivalence: batches, order and padding do not matter."""
+
+import pytest
+import torch
+from evaluation_cases import prompt, reader, reply, slow_logprobs
+from tiny import byte_level_tokenizer
+
+from rrhf.data.chat_format import ChatCodec
+from rrhf.evaluation.likelihoods import read_logprobs
+
+ROWS = [
+    ([0, 5, 9], [7, 8, 1]),
+    ([0, 40, 41, 42, 43, 44], [12]),
+    ([3], [30, 31, 32, 33, 34, 35, 36]),
+    ([0, 5, 9], []),
+    ([17, 18], [1]),
+]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_single_forwards(temperature):
+    model = reader().model
+    read = read_logprobs(model, ROWS, pad_id=2, temperature=temperature)
+    for (prompt_ids, ids), values in zip(ROWS, read, strict=True):
+        slow = slow_logprobs(model, prompt_ids, ids, temperature)
+        # float32 sums over 400 logits, each good to about 1e-6
+        assert values.tolist() == pytest.approx(slow, abs=2e-5)
+
+
+def test_batch_size_does_not_change_log_probs():
+    model = reader().model
+    together = read_logprobs(model, ROWS, pad_id=2)
+    alone = read_logprobs(model, ROWS, pad_id=2, max_logits=1)
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a, b, atol=2e-6)
+
+
+def test_a_batch_holds_no_more_logits_than_allowed(monkeypatch):
+    model = reader().model
+    widths = []
+    forward = type(model).forward
+
+    def counted(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        widths.append(out.logits.shape[0] * out.logits.shape[1])
+        return out
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    rows = [([5], [7] * length) for length in (1, 2, 3, 4, 5, 6)]
+    read_logprobs(model, rows, pad_id=2, max_logits=7 * model.config.vocab_size)
+    assert len(widths) > 1
+    assert max(widths) <= 7
+
+
+def test_the_model_is_left_in_its_mode():
+    model = reader().model
+    for was_training in (True, False):
+        model.train(was_training)
+        read_logprobs(model, ROWS[:1], pad_id=2)
+        assert model.training is was_training
+
+
+def test_equal_rows_are_computed_once(monkeypatch):
+    found = reader()
+    seen = []
+    original = read_logprobs
+
+    def counted(model, rows, *args):
+        seen.append(len(rows))
+        return original(model, rows, *args)
+
+    monkeypatch.setattr("rrhf.evaluation.likelihoods.read_logprobs", counted)
+    values = found.read([*ROWS, *ROWS])
+    assert seen == [len(ROWS)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(values[: len(ROWS)], values[len(ROWS) :], strict=True)
+    )
+
+
+def test_a_response_is_read_with_its_end_unless_it_was_cut():
+    found = reader()
+    s = prompt("say it now")
+    finished = found.encode(s, reply("first line"))
+    cut = found.encode(s, reply("first line", reason="length"))
+    assert finished is not None and cut is not None
+    assert finished[1] == [*cut[1], found.codec.end_id]
+
+
+def test_what_does_not_fit_into_the_window_is_told():
+    found = reader(window=24)
+    assert found.encode(prompt("dog"), reply("0 1 2 3 4 5 6 7 8 9 " * 3)) is None
+    assert found.encode(prompt("how do I " * 20), reply("dog")) is None
+    row = found.encode(prompt("dog"), reply("fox"))
+    assert row is not None and found.fits(row)
+    assert not found.fits(([0] * 20, [0] * 5))
+
+
+def test_vocabularies_are_compared_by_their_words():
+    found = reader()
+    assert found.has_vocabulary_of(ChatCodec(byte_level_tokenizer()))
+    assert not found.has_vocabulary_of(ChatCodec(byte_level_tokenizer(vocab_size=300)))
