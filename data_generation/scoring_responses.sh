@@ -31,6 +31,6 @@ ensure_command
 gpus=$(count_gpus)
 if ((gpus > 1)); then
     exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
-        -m rrhf.cli.main score --input "$input" --output "$output" "$@"
+        -m rrhf.cli.main score --input_file "$input" --output_file "$output" "$@"
 fi
-exec rrhf score --input "$input" --output "$output" "$@"
+exec rrhf score --input_file "$input" --output_file "$output" "$@"

@@ -217,7 +217,11 @@ def test_the_exit_code_of_the_command_is_the_scripts(machine: Machine):
     ("script", "words", "task"),
     [
         ("response_gen.sh", [MODEL, OUT, "true"], ["response-gen", MODEL, OUT, "true"]),
-        ("scoring_responses.sh", [DATA, OUT], ["score", "--input", DATA, "--output", OUT]),
+        (
+            "scoring_responses.sh",
+            [DATA, OUT],
+            ["score", "--input_file", DATA, "--output_file", OUT],
+        ),
     ],
 )
 def test_generation_and_scoring_hand_over(

@@ -8,10 +8,12 @@ from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
-    from rrhf.evaluation.evaluate import EvaluateConfig, evaluate
-    from rrhf.report.compare import compare_rows
+    from rrhf.evaluation.config import EvaluateConfig
+    from rrhf.evaluation.evaluate import evaluate
+    from rrhf.report.table import terminal_table
 
     result = evaluate(parse_config(EvaluateConfig, argv, "rrhf evaluate"))
-    print_once(compare_rows(result.rows).text)
-    print_once("rows: " + "  ".join(map(str, result.files)))
+    print_once(terminal_table(result.rows))
+    for file in result.files:
+        print_once(f"Row: {file}")
     return EXIT_DONE

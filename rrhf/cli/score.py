@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from rrhf.cli.flags import parse_config
+from rrhf.cli.terminal import print_once, process_place
 from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
     from rrhf.scoring.stage import ScoreConfig, score_file
 
-    score_file(parse_config(ScoreConfig, argv, "rrhf score"))
+    config = parse_config(ScoreConfig, argv, "rrhf score")
+    print_once(f"Scored candidates: {score_file(config, *process_place())}")
     return EXIT_DONE

@@ -13,9 +13,9 @@ def is_first_process() -> bool:
 
 
 def print_once(text: str) -> None:
-    """Print a command's result, from the first process alone."""
+    """Print what a command has to show, at once, from the first process alone."""
     if is_first_process():
-        print(text)
+        print(text, flush=True)
 
 
 def configure_logging() -> None:
