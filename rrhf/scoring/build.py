@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from rrhf.errors import UserError
 from rrhf.scoring.scorer import Scorer
 
@@ -55,8 +57,17 @@ class RewardModelOptions:
     """With trlx: a blank before a response even if it begins with one, as RRHF's script has it."""
 
 
-def build_scorer(spec: str, options: RewardModelOptions | None = None) -> Scorer:
+def build_scorer(
+    spec: str,
+    options: RewardModelOptions | None = None,
+    device: torch.device | str | None = None,
+) -> Scorer:
     """The scorer that `spec` names; see the module text.
+
+    Args:
+        spec: as in the module text.
+        options: of a local reward model.
+        device: of a local reward model; by default the first GPU or the CPU.
 
     Raises:
         UserError: an unknown name, or whatever the scorer finds amiss.
@@ -65,11 +76,11 @@ def build_scorer(spec: str, options: RewardModelOptions | None = None) -> Scorer
     prefix, _, rest = spec.partition(":")
     maker = SCORERS.get(prefix) if rest else None
     if maker is not None:
-        return maker(rest, options)
-    return _reward_model(spec, options)
+        return maker(rest)
+    return _reward_model(spec, options, device)
 
 
-def _gold(rest: str, options: RewardModelOptions) -> Scorer:
+def _gold(rest: str) -> Scorer:
     from rrhf.worlds.help_desk import GoldScorer
 
     if rest != "help_desk":
@@ -77,13 +88,15 @@ def _gold(rest: str, options: RewardModelOptions) -> Scorer:
     return GoldScorer()
 
 
-def _function(rest: str, options: RewardModelOptions) -> Scorer:
+def _function(rest: str) -> Scorer:
     from rrhf.scoring.function import FunctionScorer
 
     return FunctionScorer(rest)
 
 
-def _reward_model(path: str, options: RewardModelOptions) -> Scorer:
+def _reward_model(
+    path: str, options: RewardModelOptions, device: torch.device | str | None
+) -> Scorer:
     from rrhf.scoring.reward_model import RewardModelScorer, TrlxScorer
 
     if options.reward_format == "trlx":
@@ -94,6 +107,7 @@ def _reward_model(path: str, options: RewardModelOptions) -> Scorer:
             max_length=options.max_length,
             max_batch_tokens=options.max_batch_tokens,
             bf16=options.bf16,
+            device=device,
         )
     return RewardModelScorer(
         path,
@@ -105,10 +119,11 @@ def _reward_model(path: str, options: RewardModelOptions) -> Scorer:
         bf16=options.bf16,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
+        device=device,
     )
 
 
-SCORERS: dict[str, Callable[[str, RewardModelOptions], Scorer]] = {
+SCORERS: dict[str, Callable[[str], Scorer]] = {
     "gold": _gold,
     "function": _function,
 }

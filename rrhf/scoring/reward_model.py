@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from rrhf.algorithms.normalizers import normalize
 from rrhf.data.chat_format import ChatCodec, render_messages
@@ -60,14 +59,10 @@ class RowScorer:
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores in the order of the rows; each row has at least one id."""
         scores = [math.nan] * len(rows)
-        places = list(self._batches(rows))
-        bar = tqdm(total=len(rows), desc="score", unit="row", disable=None, leave=False)
-        with bar:
-            for batch in places:
-                found = self._model(row_batch([rows[i] for i in batch], self._pad_id, self._device))
-                for place, score in zip(batch, found.float().tolist(), strict=True):
-                    scores[place] = score
-                bar.update(len(batch))
+        for batch in self._batches(rows):
+            found = self._model(row_batch([rows[i] for i in batch], self._pad_id, self._device))
+            for place, score in zip(batch, found.float().tolist(), strict=True):
+                scores[place] = score
         return scores
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:

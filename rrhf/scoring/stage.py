@@ -1,0 +1,386 @@
+"""A candidate file in, the same with scores out: written as it goes, taken up after a kill.
+
+What is written does not depend on how often it was stopped or on how many processes wrote it: the
+scorer is called for chunks of prompts that are cut once over the whole file, a chunk that was half
+written is scored again as a whole and only its missing rows are kept, and rows are merged in the
+file's order. A scorer that fails too often stops the stage: a file of missing scores is no result.
+
+Left out on purpose: what scores mean (`rrhf.scoring.build` names who gives them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rrhf.data.candidate_rows import candidate_set_to_row
+from rrhf.data.jsonl import JsonlAppender, encode_row
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.errors import UserError
+from rrhf.generation.plan import fingerprint
+from rrhf.generation.staged_file import StagedFile
+from rrhf.models.loading import resolve_device
+from rrhf.records import CandidateSet
+from rrhf.runs import COMPLETE, explained_os_errors, read_manifest, sha256_file, write_manifest
+from rrhf.scoring.build import RewardModelOptions, build_scorer
+from rrhf.scoring.scorer import Scorer
+from rrhf.signals import StopRequest, caught_signals
+
+logger = logging.getLogger(__name__)
+
+# What only says how the work is cut, and reaches scores through the rounding of sums alone.
+_ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens")
+_NOT_SETTINGS = (*_ADJUSTABLE, "output_file", "input_file", "max_unscored_fraction")
+
+
+@dataclass
+class ScoreConfig(RewardModelOptions):
+    """Score the candidates of a file and write them with their scores."""
+
+    input_file: str = field(kw_only=True, metadata={"positional": True, "aliases": ["data_path"]})
+    """The candidates: a candidate file, or anything else that holds responses (pairs, HH)."""
+
+    output_file: str = field(kw_only=True, metadata={"positional": True})
+    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
+
+    scorer: str = field(
+        kw_only=True, metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
+    )
+    """Who scores: a reward model's folder or hub name, function:module:name, or gold:help_desk."""
+
+    only_missing: bool = False
+    """Keep the scores that candidates have, and score the others."""
+
+    max_unscored_fraction: float = 0.01
+    """Stop when more than this share of the candidates could not be scored."""
+
+    prompts_per_chunk: int = 64
+    """Prompts that are scored together; a kill loses at most so many."""
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_chunk < 1:
+            raise UserError(f"prompts_per_chunk = {self.prompts_per_chunk}: must be at least 1")
+        if not 0 <= self.max_unscored_fraction <= 1:
+            raise UserError(
+                f"max_unscored_fraction = {self.max_unscored_fraction}: must be between 0 and 1"
+            )
+        if self.output_file.endswith(".gz"):
+            raise UserError(
+                f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
+                "drop the .gz of its name"
+            )
+        if Path(self.output_file).absolute() == Path(self.input_file).absolute():
+            raise UserError(
+                f"output_file {self.output_file}: is the file that is read; choose another"
+            )
+
+
+def score_file(
+    config: ScoreConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
+) -> Path:
+    """Write the scored candidate file, or go on writing it.
+
+    Every process returns when the whole file stands.
+
+    Args:
+        config: what to do.
+        rank: which of the processes this is.
+        world_size: how many processes share the prompts.
+        local_rank: which of this machine's processes this is.
+
+    Raises:
+        UserError: something is missing or does not fit; the file was begun with other settings;
+            too many candidates could not be scored.
+        StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
+    """
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    output = Path(config.output_file)
+    with explained_os_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with caught_signals() as stop:
+        return _Stage(config, rank, world_size, local_rank, stop).run()
+
+
+@dataclass(frozen=True)
+class Input:
+    """What there is to score.
+
+    Attributes:
+        sets: by index.
+        ids: of all prompts.
+        to_score: candidates that need a score.
+        digest: SHA-256 over all rows.
+    """
+
+    sets: Sequence[CandidateSet]
+    ids: list[str]
+    to_score: int
+    digest: str
+
+
+class _Stage:
+    """One process' share of one call."""
+
+    def __init__(
+        self,
+        config: ScoreConfig,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.stop = stop
+        self.output = Path(config.output_file)
+        self.staged = StagedFile(self.output, "score", rank, stop)
+        self.parts = self.staged.parts
+        self.counts = SourceCounts()
+        self._built: Scorer | None = None
+
+    def run(self) -> Path:
+        # The part is this process' lock, so it is held until everything is done.
+        with self.parts.open_own(self.rank) as part:
+            found = self.stop.run(self._read_input, "nothing was written")
+            settings = self._settings(found)
+            adjustable = {name: getattr(self.config, name) for name in _ADJUSTABLE}
+            if self.staged.begin(settings, adjustable):
+                logger.info("%s: is complete already; nothing to do", self.output)
+            else:
+                self.parts.read_on()
+                self._score(found, part)
+                if self.rank == 0:
+                    self._finish(found, settings, adjustable)
+                else:
+                    self.staged.wait_for_end(settings)
+            if self.rank == 0:
+                self.parts.remove()
+            else:
+                self.parts.path_of(self.rank).unlink(missing_ok=True)
+        return self.output
+
+    # Before.
+
+    def _read_input(self) -> Input:
+        sets = load_sets(self.config.input_file, counts=self.counts)
+        digest = hashlib.sha256()
+        ids, to_score = [], 0
+        for s in tqdm(sets, desc="candidates", unit="prompt", disable=self._quiet, leave=False):
+            digest.update(encode_row([s.id, candidate_set_to_row(s)]))
+            ids.append(s.id)
+            to_score += sum(self._is_wanted(score) for score in s.scores)
+        return Input(sets, ids, to_score, digest.hexdigest())
+
+    def _settings(self, found: Input) -> dict[str, Any]:
+        """What the scores depend on: going on with other ones is refused."""
+        options = {
+            item.name: getattr(self.config, item.name)
+            for item in fields(self.config)
+            if item.name not in _NOT_SETTINGS
+        }
+        base = self.config.reward_base
+        return {
+            **options,
+            "scorer_fingerprint": scorer_fingerprint(self.config.scorer),
+            "base_fingerprint": None if base is None else fingerprint(base),
+            "input_sha256": found.digest,
+        }
+
+    # The work.
+
+    def _is_wanted(self, score: float | None) -> bool:
+        return score is None or not self.config.only_missing
+
+    def _score(self, found: Input, part: JsonlAppender) -> None:
+        """Write the rows of this process' chunks that are not on disk yet."""
+        size = self.config.prompts_per_chunk
+        starts = range(0, len(found.ids), size)[self.rank :: self.world_size]
+        mine = [range(start, min(start + size, len(found.ids))) for start in starts]
+        total = sum(len(chunk) for chunk in mine)
+        done = [found.ids[place] for chunk in mine for place in chunk]
+        done = [prompt_id for prompt_id in done if prompt_id in self.parts.places]
+        unscored = sum(row["counts"]["unscored"] for row in self.parts.rows(done))
+        self._require_few_unscored(unscored, found)
+        num_done = len(done)
+        with tqdm(
+            total=total, initial=num_done, desc="score", unit="prompt", disable=self._quiet
+        ) as bar:
+            for chunk in mine:
+                if all(found.ids[place] in self.parts.places for place in chunk):
+                    continue
+                sets = [found.sets[place] for place in chunk]
+                scorer = self._scorer(self._what_stands(num_done, total))
+                started = time.monotonic()
+                scored = self.stop.run(
+                    partial(self._score_chunk, scorer, sets), self._what_stands(num_done, total)
+                )
+                seconds = (time.monotonic() - started) / len(sets)
+                for before, after in zip(sets, scored, strict=True):
+                    if before.id in self.parts.places:
+                        continue
+                    row = self._part_row(before, after, seconds)
+                    part.append(row)
+                    unscored += row["counts"]["unscored"]
+                    num_done += 1
+                    bar.update()
+                self._require_few_unscored(unscored, found)
+
+    def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+        """The sets with their scores; scores that are kept are not asked for."""
+        asked = [
+            replace(s, candidates=tuple(c for c in s.candidates if self._is_wanted(c.score)))
+            for s in sets
+        ]
+        answers = scorer.score([s for s in asked if s.candidates])
+        given = iter([score for row in answers for score in row])
+        scored = [
+            replace(
+                s,
+                candidates=tuple(
+                    replace(c, score=next(given)) if self._is_wanted(c.score) else c
+                    for c in s.candidates
+                ),
+            )
+            for s in sets
+        ]
+        assert next(given, "none") == "none", f"{scorer.name} gave a score too many"
+        return scored
+
+    def _part_row(
+        self, before: CandidateSet, after: CandidateSet, seconds: float
+    ) -> dict[str, Any]:
+        """A row of the part: the candidate row, and what is counted about it."""
+        wanted = [self._is_wanted(score) for score in before.scores]
+        return {
+            "id": after.id,
+            "row": candidate_set_to_row(after),
+            "counts": {
+                "candidates": len(after.candidates),
+                "scored_candidates": sum(score is not None for score in after.scores),
+                "scores_kept": len(wanted) - sum(wanted),
+                "unscored": sum(
+                    asked and score is None
+                    for asked, score in zip(wanted, after.scores, strict=True)
+                ),
+            },
+            "seconds": seconds,
+        }
+
+    def _require_few_unscored(self, unscored: int, found: Input) -> None:
+        """Stop as soon as the whole file cannot come out well any more.
+
+        Raises:
+            UserError: more candidates than are allowed could not be scored.
+        """
+        allowed = self.config.max_unscored_fraction
+        if unscored > allowed * found.to_score:
+            raise UserError(
+                f"{self.output}: {unscored} of {found.to_score} candidates could not be scored, "
+                f"more than --max_unscored_fraction {allowed}; mend what the log says of them, or "
+                "allow more (what is done is kept)"
+            )
+
+    def _scorer(self, what_stands: str) -> Scorer:
+        if self._built is None:
+            self._built = self.stop.run(self._build, what_stands)
+        return self._built
+
+    def _build(self) -> Scorer:
+        device = resolve_device()
+        if device.type == "cuda":
+            device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return build_scorer(self.config.scorer, self.config, device)
+
+    def _what_stands(self, done: int, total: int) -> str:
+        return (
+            f"{done} of {total} prompts are in {self.parts.path_of(self.rank).name}; start the "
+            "same command again to go on"
+        )
+
+    # After.
+
+    def _finish(self, found: Input, settings: dict[str, Any], adjustable: dict[str, Any]) -> None:
+        """Merge the parts of all processes and say that the file is whole."""
+        what_stands = "start the same command again to go on"
+        scorer = self._scorer(what_stands)
+        self.parts.wait_for(found.ids, self.stop, what_stands)
+        unscored = sum(row["counts"]["unscored"] for row in self.parts.rows(found.ids))
+        self._require_few_unscored(unscored, found)
+        counts: Counter[str] = Counter()
+        seconds = 0.0
+        for row in self.parts.merge(found.ids):
+            counts.update(row["counts"])
+            seconds += row["seconds"]
+        describe = getattr(scorer, "describe", dict)
+        write_manifest(
+            self.output,
+            {
+                "status": COMPLETE,
+                "stage": "score",
+                "rows": len(found.ids),
+                **counts,
+                "scorer": scorer.name,
+                "normalized": scorer.normalized,
+                "scorer_details": describe(),
+                "input": {
+                    "input_file": self.config.input_file,
+                    "sha256": found.digest,
+                    **self.counts.as_dict(),
+                    "manifest": _input_manifest(self.config.input_file),
+                },
+                "settings": settings,
+                **adjustable,
+                "scorer_seconds": round(seconds, 3),
+                "candidates_per_scorer_second": (
+                    round(found.to_score / seconds, 1) if seconds else None
+                ),
+            },
+        )
+        logger.info(
+            "%s: %d prompts, %d of %d candidates have a score",
+            self.output,
+            len(found.ids),
+            counts["scored_candidates"],
+            counts["candidates"],
+        )
+
+    @property
+    def _quiet(self) -> bool | None:
+        """tqdm's `disable`: process 0 alone shows a bar, and only on a terminal."""
+        return None if self.rank == 0 else True
+
+
+def scorer_fingerprint(spec: str) -> str:
+    """What changes when the scorer does: a model's files, or a function's source.
+
+    Raises:
+        UserError: it names a function that is not there.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return sha256_file(path)
+    if spec.startswith("function:"):
+        from rrhf.scoring.function import load_function
+
+        source = inspect.getsourcefile(load_function(spec.removeprefix("function:")))
+        return spec if source is None else sha256_file(source)
+    return fingerprint(spec)
+
+
+def _input_manifest(input_file: str) -> Mapping[str, Any] | None:
+    """What the input's own manifest says, so that the history goes on with the file."""
+    return read_manifest(input_file) if Path(input_file).is_file() else None

@@ -1,0 +1,354 @@
+"""The scoring stage: what it writes, how it goes on, what it refuses, twenty kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kills import TESTS, Zygote
+from reward_cases import conversation, reward_model_folder
+
+from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
+from rrhf.errors import EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
+from rrhf.records import Candidate, CandidateSet
+from rrhf.runs import manifest_path, read_manifest, write_manifest
+from rrhf.scoring import stage as stage_module
+from rrhf.scoring.reward_model import RewardModelScorer
+from rrhf.scoring.stage import ScoreConfig, score_file
+
+NUM_PROMPTS = 23
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(reward_model_folder(tmp_path_factory.mktemp("rm") / "rm"))
+
+
+def some_sets() -> list[CandidateSet]:
+    """Ragged groups; every fifth has no candidate, every third one that is scored already."""
+    sets = []
+    for i in range(NUM_PROMPTS):
+        texts = [f"ask a friend {j} times " * (i % 3 + 1) for j in range(i % 5)]
+        s = conversation(f"how do I keep {i} plants alive", *texts)
+        if texts and i % 3 == 0:
+            first = Candidate(texts[0], "policy:x", 0.25, "stop")
+            s = CandidateSet(s.id, s.query, s.messages, (first, *s.candidates[1:]))
+        sets.append(s)
+    return sets
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("candidates") / "raw.jsonl"
+    write_candidate_sets(path, some_sets(), {"engine": "made up"})
+    return str(path)
+
+
+def config_of(candidates: str, output: Path | str, scorer: str, **changes: Any) -> ScoreConfig:
+    values = {"prompts_per_chunk": 4, **changes}
+    return ScoreConfig(input_file=candidates, output_file=str(output), scorer=scorer, **values)
+
+
+@pytest.fixture(scope="module")
+def straight(model: str, candidates: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("straight") / "scored.jsonl"
+    return score_file(config_of(candidates, output, model))
+
+
+def leftovers(output: Path) -> list[str]:
+    known = {output.name, manifest_path(output).name}
+    return sorted(path.name for path in output.parent.iterdir() if path.name not in known)
+
+
+def length_of(prompts: list[str], responses: list[str], messages: list[Any]) -> list[float]:
+    """A function as a scorer."""
+    return [float(len(response)) for response in responses]
+
+
+def none_of_friend_2(prompts: list[str], responses: list[str], messages: list[Any]) -> list[Any]:
+    return [None if "friend 2" in response else 1.0 for response in responses]
+
+
+# What is written.
+
+
+def test_every_candidate_has_the_scorer_s_score(straight: Path, model: str) -> None:
+    found = list(read_candidate_sets(straight))
+    right = RewardModelScorer(model).score(some_sets())
+    assert [s.id for s in found] == [s.id for s in some_sets()]
+    for mine, given, scores in zip(found, some_sets(), right, strict=True):
+        assert list(mine.scores) == pytest.approx(scores, abs=1e-5)
+        assert (mine.query, mine.messages, mine.origin) == (given.query, given.messages, "")
+        for one, other in zip(mine.candidates, given.candidates, strict=True):
+            assert (one.response, one.source) == (other.response, other.source)
+            assert one.finish_reason == other.finish_reason
+    assert leftovers(straight) == []
+
+
+def test_the_lines_are_rrhf_s_own(straight: Path) -> None:
+    rows = [json.loads(line) for line in straight.read_text().splitlines()]
+    assert list(rows[1])[:3] == ["query", "responses", "scores"]
+    assert all(len(row["responses"]) == len(row.get("scores", [])) for row in rows)
+
+
+def test_the_manifest_says_what_was_done(straight: Path, candidates: str, model: str) -> None:
+    manifest = read_manifest(straight)
+    assert manifest is not None and manifest["status"] == "complete"
+    count = sum(len(s.candidates) for s in some_sets())
+    assert (manifest["rows"], manifest["candidates"]) == (NUM_PROMPTS, count)
+    assert manifest["scored_candidates"] == count
+    assert manifest["unscored"] == manifest["scores_kept"] == 0
+    assert manifest["scorer"] == f"reward_model:{model}"
+    assert manifest["normalized"] is False
+    assert manifest["scorer_details"]["codec"]["chat_format"] == "auto"
+    assert manifest["input"]["input_file"] == candidates
+    assert len(manifest["input"]["sha256"]) == 64
+    assert manifest["input"]["manifest"]["engine"] == "made up"
+    assert manifest["scorer_seconds"] > 0
+
+
+def test_only_missing_keeps_the_scores_that_are_there(candidates: str, tmp_path: Path) -> None:
+    scorer = "function:test_score_stage:length_of"
+    config = config_of(candidates, tmp_path / "out.jsonl", scorer, only_missing=True)
+    for mine, given in zip(read_candidate_sets(score_file(config)), some_sets(), strict=True):
+        kept = [
+            c.score if c.score is not None else float(len(c.response)) for c in given.candidates
+        ]
+        assert list(mine.scores) == kept
+    manifest = read_manifest(tmp_path / "out.jsonl")
+    assert manifest is not None
+    assert manifest["scores_kept"] == sum(s is not None for g in some_sets() for s in g.scores) > 0
+
+
+def test_published_lines_and_pairs_are_scored_too(tmp_path: Path) -> None:
+    pair = "\n\nHuman: why\n\nAssistant: "
+    (tmp_path / "hh.jsonl").write_text(
+        json.dumps({"chosen": f"{pair}because", "rejected": f"{pair}no"}) + "\n"
+    )
+    scorer = "function:test_score_stage:length_of"
+    output = score_file(config_of(str(tmp_path / "hh.jsonl"), tmp_path / "out.jsonl", scorer))
+    [found] = read_candidate_sets(output)
+    assert found.scores == (7.0, 2.0)
+
+
+# Scores that are not there.
+
+
+def test_too_many_unscored_candidates_stop_the_stage_and_more_may_be_allowed(
+    candidates: str, tmp_path: Path
+) -> None:
+    scorer, output = "function:test_score_stage:none_of_friend_2", tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=r"could not be scored, more than --max_unscored_fraction"):
+        score_file(config_of(candidates, output, scorer))
+    manifest = read_manifest(output)
+    assert manifest is not None and manifest["status"] == "unfinished"
+    assert not output.exists()
+    with pytest.raises(UserError, match="could not be scored"):
+        score_file(config_of(candidates, output, scorer))
+
+    score_file(config_of(candidates, output, scorer, max_unscored_fraction=0.5))
+    manifest = read_manifest(output)
+    missing = [
+        (s.id, c.response)
+        for s in read_candidate_sets(output)
+        for c in s.candidates
+        if c.score is None
+    ]
+    assert manifest is not None and manifest["unscored"] == len(missing) > 0
+    assert all("friend 2" in response for _, response in missing)
+
+
+def test_a_few_unscored_candidates_are_written_as_null(tmp_path: Path) -> None:
+    sets = [conversation(f"why {i}", "a", "ask a friend 2" if i == 3 else "b") for i in range(60)]
+    write_candidate_sets(tmp_path / "raw.jsonl", sets, {})
+    scorer = "function:test_score_stage:none_of_friend_2"
+    output = score_file(config_of(str(tmp_path / "raw.jsonl"), tmp_path / "out.jsonl", scorer))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows[3]["scores"] == [1.0, None]
+    assert sum(score is None for row in rows for score in row["scores"]) == 1
+
+
+# Going on.
+
+
+def test_a_finished_file_is_left_alone(straight: Path, candidates: str, model: str) -> None:
+    before = (straight.read_bytes(), straight.stat().st_mtime_ns)
+    score_file(config_of(candidates, straight, model))
+    assert (straight.read_bytes(), straight.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"normalize": False}, "normalize"),
+        ({"only_missing": True}, "only_missing"),
+        ({"score_at": "first_eos"}, "score_at"),
+        ({"max_length": 64}, "max_length"),
+    ],
+)
+def test_other_settings_are_refused(
+    changes: dict[str, Any], names: str, straight: Path, candidates: str, model: str
+) -> None:
+    with pytest.raises(UserError, match=f"begun with other settings:\n  {names}: "):
+        score_file(config_of(candidates, straight, model, **changes))
+
+
+def test_another_model_or_input_is_refused(
+    straight: Path, candidates: str, model: str, tmp_path: Path
+) -> None:
+    other = reward_model_folder(tmp_path / "rm", seed=1)
+    with pytest.raises(UserError, match="scorer_fingerprint"):
+        score_file(config_of(candidates, straight, str(other)))
+    write_candidate_sets(tmp_path / "fewer.jsonl", some_sets()[:-1], {})
+    with pytest.raises(UserError, match="input_sha256"):
+        score_file(config_of(str(tmp_path / "fewer.jsonl"), straight, model))
+
+
+def test_a_changed_function_is_refused(
+    candidates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rules = tmp_path / "rules_for_a_test.py"
+    rules.write_text("def score(p, r, m):\n    return [1.0] * len(r)\n")
+    config = config_of(candidates, "out.jsonl", "function:rules_for_a_test:score")
+    score_file(config)
+    rules.write_text("def score(p, r, m):\n    return [2.0] * len(r)\n")
+    with pytest.raises(UserError, match="scorer_fingerprint"):
+        score_file(config)
+
+
+def test_inputs_that_are_unfinished_or_the_output_are_refused(
+    candidates: str, tmp_path: Path
+) -> None:
+    scorer = "function:test_score_stage:length_of"
+    with pytest.raises(UserError, match="is the file that is read"):
+        config_of(candidates, candidates, scorer)
+    raw = tmp_path / "raw.jsonl"
+    write_candidate_sets(raw, some_sets(), {})
+    write_manifest(raw, {"status": "unfinished"})
+    with pytest.raises(UserError, match="unfinished"):
+        score_file(config_of(str(raw), tmp_path / "out.jsonl", scorer))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts_per_chunk": 0}, "prompts_per_chunk = 0"),
+        ({"max_unscored_fraction": 1.5}, r"max_unscored_fraction = 1\.5"),
+    ],
+)
+def test_impossible_settings_are_told(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of("a", "b", "c", **changes)
+
+
+def test_sigterm_keeps_what_is_done(
+    candidates: str, model: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    class Interrupted(RewardModelScorer):
+        def score(self, sets: Any) -> list[list[float | None]]:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            return super().score(sets)
+
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(stage_module, "build_scorer", lambda *_: Interrupted(model))
+        assert threading.current_thread() is threading.main_thread()
+        with pytest.raises(StoppedBySignal, match="8 of 23 prompts") as stopped:
+            score_file(config_of(candidates, output, model))
+    assert stopped.value.exit_code == EXIT_STOPPED_BY_SIGTERM
+    score_file(config_of(candidates, output, model))
+    assert output.read_bytes() == straight.read_bytes()
+
+
+def test_processes_share_the_work_and_write_the_same_bytes(
+    candidates: str, model: str, straight: Path, tmp_path: Path
+) -> None:
+    output, world_size = tmp_path / "out.jsonl", 2
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, candidates, str(output), model, str(rank), str(world_size)],
+            env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(world_size)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    assert output.read_bytes() == straight.read_bytes()
+    assert leftovers(output) == []
+
+
+def test_twenty_kills_lose_and_double_nothing(
+    candidates: str, model: str, straight: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = {"candidates": candidates, "output": str(output), "model": model}
+    moments, kills, rounds = random.Random(3), 0, 0
+    with Zygote("test_score_stage:slowly", arguments) as zygote:
+        whole = zygote.run()["seconds"]
+        while kills < 20:
+            output.unlink(missing_ok=True)
+            manifest_path(output).unlink(missing_ok=True)
+            done = {"signal": 1}
+            while done["signal"]:
+                limit = moments.uniform(0.0, 0.8) * whole if kills < 20 else None
+                done = zygote.run(kill_after_seconds=limit)
+                kills += bool(done["signal"])
+            assert done["exit"] == 0
+            assert output.read_bytes() == straight.read_bytes()
+            assert leftovers(output) == []
+            rounds += 1
+    assert rounds >= 2
+
+
+def test_a_kill_at_every_file_operation_loses_and_doubles_nothing(
+    candidates: str, model: str, straight: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "out.jsonl"
+    arguments = {"candidates": candidates, "output": str(output), "model": model}
+    with Zygote("test_score_stage:quickly", arguments) as zygote:
+        operations = zygote.run(folder=output.parent)["operations"]
+        assert operations > 10
+        for operation in range(1, operations + 1):
+            for path in output.parent.iterdir():
+                path.unlink()
+            assert zygote.run(kill_at_operation=operation, folder=output.parent)["signal"]
+            assert zygote.run()["exit"] == 0, operation
+            assert output.read_bytes() == straight.read_bytes(), operation
+            assert leftovers(output) == [], operation
+
+
+def quickly(candidates: str, output: str, model: str, rank: int = 0, world_size: int = 1) -> None:
+    """The job, as another process does it."""
+    score_file(config_of(candidates, output, model), rank, world_size)
+
+
+def slowly(candidates: str, output: str, model: str) -> None:
+    """The job with a pause between rows, so that kills fall between them too."""
+    part_row = stage_module._Stage._part_row
+
+    def paused(*arguments: Any) -> dict[str, Any]:
+        time.sleep(0.01)
+        return part_row(*arguments)
+
+    stage_module._Stage._part_row = paused  # type: ignore[method-assign]
+    quickly(candidates, output, model)
+
+
+if __name__ == "__main__":
+    quickly(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
