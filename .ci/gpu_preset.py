@@ -1,4 +1,4 @@
-"""Print the preset that fits this machine's GPUs: bf16-flash, bf16, float32, or none (no usable GPU)."""
+"""Print the preset that fits this machine's GPUs: bf16-flash, bf16, float32, or none (no GPU)."""
 
 import importlib
 
