@@ -34,6 +34,7 @@ def test_bins_hold_every_row_once_and_never_too_much() -> None:
     assert all(sum(lengths[row] for row in rows) <= 10 for rows in bins if rows != [6])
     assert [6] in bins  # longer than a bin: alone
     assert len(bins) == 5  # 30 | 9 1 | 8 2 | 7 2 | 5
+    assert len(fill_bins([3, 4, 7, 6], 10)) == 2  # in the order given it would take three
 
 
 def test_places_point_at_what_they_say() -> None:

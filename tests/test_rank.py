@@ -103,7 +103,7 @@ def slow_token_logprobs(model: torch.nn.Module, prompt: Sequence[int], response:
 
 
 def slow_loss(
-    example: EncodedSet, mode: str, weight: float, length_penalty: float = 1.0
+    example: EncodedSet, mode: str, weight: float, length_penalty: float = 1.0, mean: bool = False
 ) -> tuple[float, list[Tensor]]:
     """The loss and gradient of one prompt."""
     model = tiny_llama()
@@ -118,7 +118,8 @@ def slow_loss(
             if example.scores[i] < example.scores[j] and bool(p[i] > p[j]):
                 loss = loss + weight * (p[i] - p[j])
     best = max(range(len(p)), key=lambda k: (example.scores[k], -k))  # type: ignore[index]
-    loss = loss - sum(tokens[best]) / (1 if mode == "paper" else width)
+    divisor = len(tokens[best]) if mean else (1 if mode == "paper" else width)
+    loss = loss - sum(tokens[best]) / divisor
     loss.backward()
     return float(loss.detach()), [q.grad for q in model.parameters() if q.grad is not None]
 
@@ -134,6 +135,13 @@ def test_loss_and_gradient_equal_the_slow_truth(mode: str, length_penalty: float
         for g in zip(*(part[1] for part in parts), strict=True)
     ]
     assert_same(loss_and_gradient(config, [collate(examples(), PAD)]), (value, gradient), 2e-6)
+
+
+def test_the_token_mean_of_each_best_response() -> None:
+    parts = [slow_loss(example, "paper", 1.0, mean=True) for example in examples()]
+    value = math.fsum(part[0] for part in parts) / len(parts)
+    found = loss_and_gradient(settings(sft_reduction="response"), [collate(examples(), PAD)])
+    assert found[0] == pytest.approx(value, rel=2e-6)
 
 
 def test_the_two_modes_differ() -> None:

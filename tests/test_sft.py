@@ -199,6 +199,15 @@ def test_packing_changes_no_loss(model_folder: Path, data: Path, tmp_path: Path)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_a_model_that_cannot_pack_is_refused_before_training(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rrhf.models.packed_rows.TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="--packing"):
+        run(model_folder, data, tmp_path / "run", packing=True, max_steps=1)
+    run(model_folder, data, tmp_path / "other", packing=False, max_steps=1)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -34,8 +34,9 @@ class PackedRows:
     """Where everything of a batch lies.
 
     Attributes:
-        ids: [bins, W].
-        position_ids: [bins, W], restarting at each row and at the filler behind the last.
+        ids: [bins, W], zeros behind the last row.
+        position_ids: [bins, W], restarting at each row; the filler behind the last goes on anyhow,
+            since no row looks at what comes after it.
         predicted_from: [M] place, in the flattened bins, whose logits predict a response token.
         row: [M] the batch row of that token.
         column: [M] its column among the row's response tokens.
@@ -98,7 +99,6 @@ def pack_rows(batch: TokenBatch, width: int) -> PackedRows:
             row_of.append(torch.full((count,), row))
             column_of.append(torch.arange(count))
             start = end
-        position_ids[number, start:] = torch.arange(used - start)
     device = ids.device
     return PackedRows(
         ids,

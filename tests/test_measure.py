@@ -1,0 +1,59 @@
+"""Held-out losses are sums over global counts, as in training."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch import Tensor
+
+from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.training.loop import Term
+from rrhf.training.measure import measure
+from rrhf.training.parallel import Parallel
+
+EXAMPLES = [EncodedSet([3 + i, 4], [[5 + t + i for t in range(i % 4 + 1)]]) for i in range(7)]
+
+
+class TwoTerms:
+    """Log-likelihood by token and by row, with unequal weights; one term never has a count."""
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        weights = batch.row_weights
+        tokens = (batch.response_lengths * weights).sum()
+        return {"token": tokens, "row": weights.sum(), "never": torch.zeros(())}
+
+    def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
+        total = -(outputs.logprobs.sum(1) * batch.row_weights).sum()
+        lengths = (batch.response_lengths * batch.row_weights).sum()
+        metrics = {"length": (lengths, batch.row_weights.sum())}
+        return {
+            "token": Term(total, 2.0, metrics),
+            "row": Term(total, 0.5),
+            "never": Term(total, 1.0),
+        }
+
+
+@pytest.mark.parametrize("per_device_batch_size", [1, 3, 7, 20])
+def test_measure_equals_one_sum_over_everything(per_device_batch_size: int) -> None:
+    model = tiny_llama()
+    nll, tokens = 0.0, 0
+    for example in EXAMPLES:
+        (response,) = example.response_ids
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*example.prompt_ids, *response]])).logits[0]
+        logprobs = logits.log_softmax(-1)
+        for t, token in enumerate(response):
+            nll -= float(logprobs[len(example.prompt_ids) + t - 1, token])
+            tokens += 1
+    found = measure(Policy(model), TwoTerms(), EXAMPLES, 2, per_device_batch_size, Parallel())
+    assert found["token_loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert found["row_loss"] == pytest.approx(nll / len(EXAMPLES), rel=1e-5)
+    assert found["never_loss"] == 0.0
+    assert found["loss"] == pytest.approx(2.0 * nll / tokens + 0.5 * nll / 7, rel=1e-5)
+    assert found["length"] == pytest.approx(tokens / len(EXAMPLES))
+
+
+def test_measure_leaves_no_gradient() -> None:
+    policy = Policy(tiny_llama())
+    measure(policy, TwoTerms(), EXAMPLES, 2, 2, Parallel())
+    assert all(p.grad is None for p in policy.parameters())
