@@ -1,0 +1,227 @@
+"""The demonstration: a small language model becomes measurably better by RRHF, in minutes.
+
+Nothing is fetched: data, gold preference and model are the embedded world's. Seeds run one after
+the other, or side by side on several cores, and are told together: every prompt of every seed
+counts once in an interval, so the intervals cover prompts, not the luck of so few seeds (the spread
+over seeds stands beside them in `table.md`).
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import estimate
+from rrhf.evaluation.results import measure_from_json
+from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
+from rrhf.runs import replaced_file
+from rrhf.studies.help_desk_study import HelpDeskStudy, finish
+
+logger = logging.getLogger(__name__)
+
+SCREEN_COLUMNS = ("gold", "win_gold", "reward", "kl", "ppl_reference", "length")
+FILE_COLUMNS = (
+    *SCREEN_COLUMNS[:3],
+    "win_reward",
+    "tie_gold",
+    "pi_accuracy",
+    "kl",
+    "ppl_reference",
+    "ppl_human",
+    "length",
+    "distinct_2",
+    "without_eos",
+    "part_myth",
+    "part_off",
+    "part_rude",
+    "part_garbled",
+)
+
+
+@dataclass
+class DemoConfig:
+    """Settings of `rrhf demo`."""
+
+    output_dir: str = "runs/demo"
+    """Where policy, samples and table go; a stopped demonstration goes on from there."""
+
+    seeds: int = 1
+    """How many times to do everything, each with other data and weights."""
+
+    size: Literal["full", "smoke"] = "full"
+    """full, or smoke: a third of the work, for tests."""
+
+    jobs: int = 0
+    """Seeds at the same time; 0 = one for each core."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UserError(f"--seeds {self.seeds}: give 1 or more")
+
+
+def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Path:
+    """Do every seed and write the table; returns the table's path."""
+    started = time.monotonic()
+    folder = Path(config.output_dir)
+    seeds = range(config.seeds)
+    jobs = min(config.jobs or _num_cores(), config.seeds)
+    if jobs == 1:
+        by_seed = [run_seed(folder, config.size, seed, config.seeds, say) for seed in seeds]
+    else:
+        by_seed = _side_by_side(folder, config, jobs, say)
+    rows = pooled_rows(by_seed)
+    table = folder / "table.md"
+    with replaced_file(table) as file:
+        file.write(_as_page(config, by_seed, rows).encode())
+    say("\n" + terminal_table(rows, SCREEN_COLUMNS))
+    say(_closing_words(folder, config, rows, time.monotonic() - started))
+    return table
+
+
+def run_seed(
+    folder: Path, size: str, seed: int, num_seeds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One seed on one thread: at this size a second thread only gets in the way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    prefix = f"seed {seed}: " if num_seeds > 1 else ""
+    try:
+        study = HelpDeskStudy(
+            seed_folder(folder, seed), size, seed, say=lambda text: say(prefix + text)
+        )
+        rows = study.run()
+        finish(study)
+        return rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+def seed_folder(folder: Path, seed: int) -> Path:
+    """Where a seed's stages lie."""
+    return folder / f"seed-{seed}"
+
+
+def pooled_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several seeds as one: each prompt of each seed counts, intervals anew over all."""
+    if len(by_seed) == 1:
+        return list(by_seed[0])
+    pooled = []
+    for rows in zip(*by_seed, strict=True):
+        metrics: dict[str, Any] = {}
+        for name in rows[0]["per_prompt"]:
+            merged: dict[str, Any] = {"values": {}, "weights": {}}
+            for seed, row in enumerate(rows):
+                told = row["per_prompt"][name]
+                values = {f"{seed}/{key}": value for key, value in told["values"].items()}
+                merged["values"] |= values
+                weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)
+                merged["weights"] |= {f"{seed}/{key}": w for key, w in weights.items()}
+                merged["scale"] = told.get("scale", "mean")
+            metrics[name] = estimate(measure_from_json(merged)).as_dict()
+        for name, value in rows[0]["metrics"].items():
+            metrics.setdefault(name, value)
+        pooled.append({**rows[0], "metrics": metrics})
+    return pooled
+
+
+def _side_by_side(
+    folder: Path, config: DemoConfig, jobs: int, say: Callable[[str], None]
+) -> list[list[dict[str, Any]]]:
+    context = multiprocessing.get_context("spawn")
+    done: dict[int, list[dict[str, Any]]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_worker) as pool:
+        waiting = {
+            pool.submit(run_seed, folder, config.size, seed, config.seeds, _say_line): seed
+            for seed in range(config.seeds)
+        }
+        for future in as_completed(waiting):
+            done[waiting[future]] = future.result()
+            say(f"seed {waiting[future]} is done ({len(done)} of {config.seeds})")
+    return [done[seed] for seed in range(config.seeds)]
+
+
+def _quiet_worker() -> None:
+    """Bars of several processes would write over each other; their lines do not."""
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+
+
+def _say_line(text: str) -> None:
+    logger.info(text)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _as_page(
+    config: DemoConfig,
+    by_seed: Sequence[Sequence[dict[str, Any]]],
+    rows: Sequence[dict[str, Any]],
+) -> str:
+    num_prompts = rows[0]["made_with"]["num_prompts"]
+    lines = [
+        "# RRHF on the embedded world\n",
+        f"`rrhf demo --seeds {config.seeds} --size {config.size}`: {num_prompts} held-out prompts "
+        f"a seed, {config.seeds} seed(s); mean [95 % bootstrap interval over prompts]. gold is the "
+        "world's true preference, reward what the reward model learnt of it, win against "
+        "independent samples of SFT (ties count half), KL in nats a response to SFT.\n",
+        markdown_table(rows, FILE_COLUMNS),
+    ]
+    if len(by_seed) > 1:
+        lines += ["\nGold by seed:\n", _gold_by_seed(by_seed)]
+    lines += ["\nSeconds after SFT and reward model, candidates included:\n", _costs(by_seed)]
+    return "\n".join(lines)
+
+
+def _gold_by_seed(by_seed: Sequence[Sequence[dict[str, Any]]]) -> str:
+    headings = ["", *(f"seed {seed}" for seed in range(len(by_seed))), "mean", "sd"]
+    lines = []
+    for rows in zip(*by_seed, strict=True):
+        values = [row["metrics"]["gold"]["mean"] for row in rows]
+        told = [*values, statistics.mean(values), statistics.stdev(values)]
+        lines.append([rows[0]["name"], *(format_number(value, 2) for value in told)])
+    return markdown_lines(headings, lines)
+
+
+def _costs(by_seed: Sequence[Sequence[dict[str, Any]]]) -> str:
+    lines = []
+    for rows in zip(*by_seed, strict=True):
+        seconds = statistics.mean(sum(row["training"].values()) for row in rows)
+        lines.append([rows[0]["name"], format_number(seconds, 0)])
+    return markdown_lines(["", "seconds"], lines)
+
+
+def _closing_words(
+    folder: Path, config: DemoConfig, rows: Sequence[dict[str, Any]], seconds: float
+) -> str:
+    first = seed_folder(folder, 0)
+    gold = {row["name"]: row["metrics"]["gold"]["mean"] for row in rows}
+    return "\n".join(
+        [
+            f"Gold {gold['SFT']:.2f} (SFT) -> {gold['RRHF']:.2f} (RRHF) -> "
+            f"{gold['RRHF round 2']:.2f} (round 2) on prompts that no training saw, "
+            f"in {seconds:.0f} s.",
+            "",
+            f"policy   {first / 'rrhf-2' / 'policy'}",
+            f"samples  {first / 'evaluation'}/*.samples.jsonl",
+            f"table    {folder / 'table.md'}",
+            f"data     {first / 'round-1' / 'train_data.json'}",
+            "",
+            "Next, on a model and data of your own:",
+            "  bash data_generation/response_gen.sh MODEL OUT_DIR --prompts FILE --scorer MODEL",
+            "  bash train.sh MODEL OUT OUT_DIR/train_data.json",
+        ]
+    )
