@@ -150,6 +150,9 @@ class _Loop:
         self.parallel, self.checkpointer = parallel, checkpointer
         self.step = 0
         self.saved_step = -1
+        self.metrics: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
+        self.evaluated_step = -1
 
     def resume(self, stream: UpdateStream) -> None:
         """Take up the newest checkpoint and cut the metrics back to it."""
@@ -160,6 +163,9 @@ class _Loop:
                 self.folder.metrics.truncate_to(0)
             return
         self.step = self.saved_step = int(state["step"])
+        # A run that was killed behind its last step has nothing left to measure.
+        self.metrics, self.evaluation = state["metrics"], state["evaluation"]
+        self.evaluated_step = int(state["evaluated_step"])
         stream.load_state_dict(state["stream"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.parallel.is_main:
@@ -172,9 +178,6 @@ class _Loop:
         tracker: Tracker,
     ) -> TrainingOutcome:
         started, tokens = time.monotonic(), 0
-        metrics: dict[str, float] = {}
-        evaluation: dict[str, float] = {}
-        evaluated_step = -1
         bar = tqdm(
             total=stream.total_steps,
             initial=self.step,
@@ -188,19 +191,19 @@ class _Loop:
                 row, step_tokens = self._update(batches)
                 tokens += step_tokens
                 self.step += 1
-                metrics = {
+                self.metrics = {
                     **row,
                     "learning_rate": self.learning_rate,
                     "tokens_per_second": step_tokens / max(time.monotonic() - before, 1e-9),
                 }
                 self.scheduler.step()
-                stream.observe(metrics)
+                stream.observe(self.metrics)
                 if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
-                    self._log({"step": self.step, **metrics}, tracker)
+                    self._log({"step": self.step, **self.metrics}, tracker)
                 bar.update()
-                bar.set_postfix_str(_brief(metrics))
+                bar.set_postfix_str(_brief(self.metrics))
                 if evaluate is not None and self._is_due(self.config.eval_steps):
-                    evaluation, evaluated_step = self._evaluate(evaluate, tracker), self.step
+                    self._evaluate(evaluate, tracker)
                 signalled = self._signalled(received)
                 if signalled or self._is_due(self.config.save_steps):
                     self._save(stream)
@@ -210,8 +213,8 @@ class _Loop:
                         f"stopped at step {self.step} of {stream.total_steps}; go on with "
                         "--resume_from_checkpoint",
                     )
-            if evaluate is not None and evaluated_step != self.step:
-                evaluation = self._evaluate(evaluate, tracker)
+            if evaluate is not None and self.evaluated_step != self.step:
+                self._evaluate(evaluate, tracker)
         if self.step != stream.total_steps:
             raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
         return TrainingOutcome(
@@ -219,8 +222,8 @@ class _Loop:
             steps=self.step,
             seconds=time.monotonic() - started,
             tokens=tokens,
-            metrics=metrics,
-            evaluation=evaluation,
+            metrics=self.metrics,
+            evaluation=self.evaluation,
         )
 
     @property
@@ -303,13 +306,13 @@ class _Loop:
 
     def _evaluate(
         self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker
-    ) -> dict[str, float]:
+    ) -> None:
         self.model.eval()
         with torch.no_grad():
-            evaluation = evaluate(self.model)
+            self.evaluation, self.evaluated_step = evaluate(self.model), self.step
         self.model.train()
-        self._log({"step": self.step, **{f"eval_{k}": v for k, v in evaluation.items()}}, tracker)
-        return evaluation
+        row = {f"eval_{name}": value for name, value in self.evaluation.items()}
+        self._log({"step": self.step, **row}, tracker)
 
     def _log(self, row: dict[str, float], tracker: Tracker) -> None:
         if self.parallel.is_main:
@@ -326,6 +329,9 @@ class _Loop:
             {
                 "stream": stream.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
+                "metrics": self.metrics,
+                "evaluation": self.evaluation,
+                "evaluated_step": self.evaluated_step,
                 "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
             },
         )
