@@ -264,7 +264,8 @@ def test_help_shows_each_flag_with_its_text_and_default(capsys: pytest.CaptureFi
     page = capsys.readouterr().out
     for item in fields(Toy):
         assert f"--{item.name} " in page
-    assert "usage: rrhf toy MODEL DATA [--flag value ...]" in page
+    assert "usage: rrhf toy MODEL [DATA] [--flag value ...]" in page
+    assert page.index("--data ") < page.index("Settings of every toy:") < page.index("--model ")
     assert "Train a toy." in page
     assert "Settings of every toy:" in page and "second paragraph" not in page
     assert "Peak, as a toy wants it. [default: 2e-05]" in page
@@ -302,7 +303,7 @@ def test_every_field_of_every_configuration_is_documented(module: str, name: str
     config_class = getattr(importlib.import_module(module), name)
     undocumented = [flag.name for flag in flags_of(config_class).values() if not flag.help]
     assert undocumented == []
-    assert help_page("rrhf x", "", flags_of(config_class))
+    assert help_page("rrhf x", config_class, flags_of(config_class))
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rrhf.cli.response_gen import all_flags, stage_values
+from rrhf.cli.help_page import help_page
+from rrhf.cli.response_gen import ResponseGenConfig, all_flags, stage_values
 from rrhf.errors import UserError
 
 
@@ -99,6 +100,17 @@ def test_files_between_the_stages_are_not_to_be_named():
     for name in ("--output_file", "--input_file"):
         with pytest.raises(UserError, match="unknown flag"):
             split(name, "x")
+
+
+def test_the_help_page_shows_the_flags_of_both_but_not_the_files_between():
+    page = help_page("rrhf response-gen", ResponseGenConfig, all_flags(Generate, Score))
+    usage = (
+        "usage: rrhf response-gen MODEL_NAME_OR_PATH OUTPUT_DIR [DIVERSE_BEAM] [--flag value ...]"
+    )
+    assert page.startswith(usage)
+    for part in ("--scorer TEXT", "--num_beams INT", "--score_bf16 ", "[default: rm-static]"):
+        assert part in page
+    assert "_file " not in page
 
 
 def test_an_unknown_flag_names_the_nearest_of_either_stage():

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rrhf.cli.fields import Flag, flags_of, nearest, normalise, spellings
-from rrhf.cli.help_page import first_paragraph, help_page, preset_names
+from rrhf.cli.help_page import help_page, preset_names
 from rrhf.cli.values import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -52,7 +52,7 @@ def parse_config(config_class: type[T], argv: Sequence[str], prog: str) -> T:
     """
     flags = flags_of(config_class)
     if asks_for_help(argv):
-        print(help_page(prog, first_paragraph(config_class), flags, config_class))
+        print(help_page(prog, config_class, flags))
         sys.exit(EXIT_DONE)
     return build(config_class, flags, read_values(flags, argv, prog), prog)
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from rrhf.cli.fields import Flag
-from rrhf.cli.values import placeholder
+from rrhf.cli.values import is_sequence, placeholder
 
 HELP_WIDTH = 96
 
@@ -23,23 +23,22 @@ def preset_names() -> list[str]:
     )
 
 
-def help_page(
-    prog: str, about: str, flags: Mapping[str, Flag], config_class: type | None = None
-) -> str:
-    """The help page: what the command is for, then the flags, grouped by their class.
+def help_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
+    """The help page: what the command is for, then the flags, grouped by the class they come from.
 
     Args:
         prog: how the command is called.
-        about: what it is for; "" = nothing to say.
-        flags: what it takes.
-        config_class: the class whose own flags need no heading but "flags".
+        config_class: says what it is for; its own flags come first, those that it inherits next.
+        flags: what the command takes, also of other classes.
     """
-    bare = [flag.name.upper() for flag in flags.values() if flag.positional]
+    about = first_paragraph(config_class)
+    bare = [shown_word(flag) for flag in flags.values() if flag.positional]
     lines = [" ".join([f"usage: {prog}", *bare, "[--flag value ...]"]), ""]
     lines += [textwrap.fill(about, HELP_WIDTH), ""] if about else []
+    family = config_class.__mro__
     owners = list(dict.fromkeys(flag.owner for flag in flags.values()))
-    # The class's own flags first, those that every such class inherits after them.
-    for owner in sorted(owners, key=lambda owner: -len(owner.__mro__)):
+    owners.sort(key=lambda owner: family.index(owner) if owner in family else len(family))
+    for owner in owners:
         title = "" if owner is config_class else first_paragraph(owner).rstrip(".")
         lines += [f"{title or 'flags'}:"]
         for flag in flags.values():
@@ -51,6 +50,12 @@ def help_page(
     lines += ["every command:", "  --config FILE|PRESET", indented(config)]
     lines += ["  --help", indented("This page.")]
     return "\n".join(lines)
+
+
+def shown_word(flag: Flag) -> str:
+    """A positional flag in the usage line; brackets where it may be left out."""
+    word = flag.name.upper() + (" ..." if is_sequence(flag.hint) else "")
+    return word if flag.default is MISSING else f"[{word}]"
 
 
 def indented(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rrhf.cli.fields import Flag, flags_of
 from rrhf.cli.flags import asks_for_help, build, read_values
-from rrhf.cli.help_page import first_paragraph, help_page
+from rrhf.cli.help_page import help_page
 from rrhf.cli.terminal import print_once, process_place
 from rrhf.errors import EXIT_DONE
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
     flags = all_flags(GenerateConfig, ScoreConfig)
     if asks_for_help(argv):
-        print_once(help_page(PROG, first_paragraph(ResponseGenConfig), flags))
+        print_once(help_page(PROG, ResponseGenConfig, flags))
         sys.exit(EXIT_DONE)
     own, generate, score = stage_values(flags, GenerateConfig, ScoreConfig, argv)
     # Both are built before the first stage starts, so that a mistake in the second costs nothing.
