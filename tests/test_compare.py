@@ -236,6 +236,14 @@ def test_columns_are_chosen_by_name(tmp_path):
         compare(CompareConfig([place], columns=["glod"]))
 
 
+def test_costs_and_facts_are_columns():
+    trained = {**row("rrhf", VALUES), "training": {"seconds": 61.0}, "weight_distance": 0.0213}
+    columns = ("serving_passes_per_response", "training_seconds", "weight_distance")
+    headings, lines = table_cells([trained, row("sft", VALUES)], columns)
+    assert headings == ["", "passes/response", "training seconds", "weights moved"]
+    assert lines == [["rrhf", "1.0", "61", "0.0213"], ["sft", "1.0", "-", "-"]]
+
+
 def test_notes_stand_under_the_table():
     noted = row("sft", VALUES)
     noted["notes"] = ["kl is the log-ratio along greedy responses, not an expectation"]

@@ -21,7 +21,7 @@ from rrhf.evaluation.results import is_row, load_row, measure_from_json, try_jso
 from rrhf.report.agreement import mixed, on_common_prompts
 from rrhf.report.table import (
     COLUMNS,
-    COST_COLUMNS,
+    FACT_COLUMNS,
     DEFAULT_COLUMNS,
     column_of,
     format_estimate,
@@ -54,8 +54,9 @@ class CompareConfig:
     """Name of the row that the others' gains are measured from; empty = the first row."""
 
     columns: list[str] = field(default_factory=list)
-    """Metrics to show, in order; empty = the usual ones. Costs and parts of a gold preference have
-    names too (generation_seconds, part_myth); the word all shows everything."""
+    """Metrics to show, in order; empty = the usual ones. Costs (generation_seconds,
+    serving_passes_per_response, training_seconds), weight_distance and parts of a gold preference
+    (part_myth) have names too; the word all shows everything."""
 
     only_common_prompts: bool = False
     """Measure every row anew on the prompts that all rows have."""
@@ -170,7 +171,7 @@ def chosen_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     Raises:
         UserError: a column that no row has.
     """
-    known = [*COLUMNS, *COST_COLUMNS]
+    known = [*COLUMNS, *FACT_COLUMNS]
     known += sorted({metric for row in rows for metric in row["metrics"]} - {*known, "kl_bound"})
     if list(columns) == ["all"]:
         return known

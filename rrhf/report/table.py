@@ -70,12 +70,16 @@ DEFAULT_COLUMNS: tuple[str, ...] = (
     "distinct_2",
     "without_eos",
 )
-# Not estimates but costs: where to find them in a row's "cost".
-COST_COLUMNS: dict[str, Column] = {
+# Not estimates: what a row cost, and what is known of its policy.
+FACT_COLUMNS: dict[str, Column] = {
     "generation_seconds": Column("seconds", 1),
     "serving_passes_per_response": Column("passes/response", 1),
     "serving_tokens_per_response": Column("tokens/response", 1),
     "tokens_per_second": Column("tokens/s", 0),
+    "training_steps": Column("training steps", 0),
+    "training_seconds": Column("training seconds", 0),
+    "training_tokens": Column("training tokens", 0),
+    "weight_distance": Column("weights moved", 4),
 }
 NOTHING = "-"
 
@@ -113,16 +117,16 @@ def column_of(metric: str) -> Column:
     """The column of a metric; parts of a gold preference are titled by their name."""
     if metric in COLUMNS:
         return COLUMNS[metric]
-    if metric in COST_COLUMNS:
-        return COST_COLUMNS[metric]
+    if metric in FACT_COLUMNS:
+        return FACT_COLUMNS[metric]
     return Column(metric.removeprefix("part_"))
 
 
 def cell(row: Row, metric: str) -> str:
-    """What a row says of a metric or a cost; the bound where best-of-N has no sampled KL."""
+    """What a row says of a metric or a fact; the bound where best-of-N has no sampled KL."""
     column = column_of(metric)
-    if metric in COST_COLUMNS:
-        value = cost_of(row, metric)
+    if metric in FACT_COLUMNS:
+        value = fact_of(row, metric)
         return NOTHING if value is None else format_number(value, column.digits)
     metrics = row["metrics"]
     if metric == "kl" and "kl" not in metrics and metrics.get("kl_bound"):
@@ -130,12 +134,14 @@ def cell(row: Row, metric: str) -> str:
     return format_estimate(metrics.get(metric), column.digits)
 
 
-def cost_of(row: Row, name: str) -> float | None:
-    """A cost of a row; None where it is not known."""
+def fact_of(row: Row, name: str) -> float | None:
+    """A cost of a row, or a number that its policy has; None where it is not known."""
     cost = row.get("cost") or {}
     if name == "generation_seconds":
         return (cost.get("seconds") or {}).get("generation")
-    return cost.get(name)
+    if name.startswith("training_"):
+        return (row.get("training") or {}).get(name.removeprefix("training_"))
+    return row.get(name) if name == "weight_distance" else cost.get(name)
 
 
 def table_cells(
