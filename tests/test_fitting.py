@@ -25,6 +25,12 @@ def test_an_empty_response_is_its_end_alone(codec: ChatCodec) -> None:
     assert fitted is not None and fitted[1][0] == [codec.end_id]
 
 
+def test_a_response_that_was_cut_when_it_was_made_has_no_end(codec: ChatCodec) -> None:
+    cut = Candidate(" fold", finish_reason="length")
+    fitted = RowFitter(codec, 64).fit(CandidateSet("id", "ask", None, (cut,)))
+    assert fitted is not None and codec.end_id not in fitted[1][0]
+
+
 def test_what_fits_is_left_as_it_is(codec: ChatCodec) -> None:
     candidates = group(" fold", " please help")
     fitter = RowFitter(codec, 64)
