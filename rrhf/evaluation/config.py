@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rrhf.errors import UserError
@@ -37,7 +37,9 @@ class EvaluateConfig(RewardModelOptions):
     name: str = ""
     """The row's name; empty = from the folder's name."""
 
-    scorer: str = ""
+    scorer: str = field(
+        default="", metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
+    )
     """Who gives the reward: a reward model's folder, function:module:name, gold:help_desk; empty =
     nobody."""
 

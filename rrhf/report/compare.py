@@ -21,8 +21,8 @@ from rrhf.evaluation.results import is_row, load_row, measure_from_json, try_jso
 from rrhf.report.agreement import mixed, on_common_prompts
 from rrhf.report.table import (
     COLUMNS,
-    FACT_COLUMNS,
     DEFAULT_COLUMNS,
+    FACT_COLUMNS,
     column_of,
     format_estimate,
     markdown_lines,
