@@ -23,7 +23,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -456,7 +456,7 @@ class RunFolder:
                     f"{self.path}: holds {earlier} run; continue it with --resume_from_checkpoint, "
                     "or choose another --output_dir"
                 )
-            if earlier is not None:
+            if resume:
                 self._log_changed_settings(config)
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self._config_path, config)
@@ -476,12 +476,30 @@ class RunFolder:
     def _earlier_run(self) -> str | None:
         """ "a finished" or "an unfinished" where the folder holds a run, else None."""
         manifest = read_manifest(self.path)
-        if manifest is not None:
-            return "a finished" if manifest.get("status") == COMPLETE else "an unfinished"
+        if manifest is not None and manifest.get("status") == COMPLETE:
+            return "a finished"
+        # Without a manifest of ours, a config.json may be a model's: such a folder is not touched.
+        is_free = self.is_bare and (manifest is not None or not self._config_path.exists())
+        return None if is_free else "an unfinished"
+
+    @property
+    def is_bare(self) -> bool:
+        """True where no step has left anything: no metrics, no checkpoint, no model."""
         holds_states = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if self._config_path.exists() or self.metrics.path.exists() or holds_states:
-            return "an unfinished"
-        return None
+        has_rows = self.metrics.path.exists() and self.metrics.path.stat().st_size > 0
+        return not (holds_states or has_rows or self.policy.exists() or self.reward_model.exists())
+
+    def discard(self) -> None:
+        """Take back what `open` wrote, after a mistake that was found before the first step."""
+        assert self.is_bare, f"{self.path} holds work that must not be thrown away"
+        self.metrics.close()
+        for path in (self._config_path, manifest_path(self.path), self.metrics.path):
+            path.unlink(missing_ok=True)
+        self._lock.release()
+        (self.path / ".lock").unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path):
+            with suppress(OSError):  # something else of the user's is in it
+                folder.rmdir()
 
     def _log_changed_settings(self, config: Mapping[str, Any]) -> None:
         try:

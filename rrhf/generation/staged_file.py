@@ -72,7 +72,7 @@ class StagedFile:
                 )
         else:
             differing = differences(manifest.get("settings"), settings)
-            if differing:
+            if differing and not self._is_untouched(manifest):
                 raise UserError(
                     f"{self.output}: was begun with other settings:\n"
                     + "\n".join(f"  {line}" for line in differing)
@@ -94,6 +94,11 @@ class StagedFile:
             {"status": UNFINISHED, "stage": self._stage, "settings": settings, **adjustable},
         )
         return False
+
+    def _is_untouched(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether no row was made yet, as after a mistake in a setting: nothing can be lost."""
+        has_rows = any(path.stat().st_size for path in self.parts.paths())
+        return manifest["status"] == UNFINISHED and not has_rows and not self.output.exists()
 
     def wait_for_end(self, settings: Mapping[str, Any]) -> None:
         """Return once process 0 has merged; it gives up by itself when another process is lost."""

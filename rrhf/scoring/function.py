@@ -10,6 +10,7 @@ conversation as a list of {"role", "content"} (None where only text is known). N
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 import sys
@@ -42,6 +43,7 @@ class FunctionScorer:
 
     def __init__(self, target: str) -> None:
         self._function = load_function(target)
+        self._require_three_arguments(target)
         self.name = f"function:{target}"
         self.unscored: Counter[str] = Counter()
 
@@ -62,6 +64,17 @@ class FunctionScorer:
                 messages.append(turns)
         results = iter(self._validated(self._function(prompts, responses, messages), len(prompts)))
         return [[next(results) for _ in s.candidates] for s in sets]
+
+    def _require_three_arguments(self, target: str) -> None:
+        try:
+            inspect.signature(self._function).bind([], [], [])
+        except ValueError:  # some built-in functions do not tell
+            return
+        except TypeError as error:
+            raise UserError(
+                f"function:{target}: cannot be called with (prompts, responses, messages): {error}; "
+                "give it these three parameters"
+            ) from None
 
     def _validated(self, results: Any, wanted: int) -> list[float | None]:
         try:

@@ -71,6 +71,10 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         parallel.barrier()
         torch.manual_seed(config.seed)
         yield Workbench(config, run, parallel, tokenizer, codec, started)
+    except UserError:
+        if parallel.is_main and run.is_bare:
+            run.discard()
+        raise
     finally:
         if parallel.is_main:
             run.close()
