@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("rrhf.cli.train", "train a policy or a reward model: sft, reward, rank"),
     "evaluate": ("rrhf.cli.evaluate", "measure a policy on held-out prompts"),
     "compare": ("rrhf.cli.compare", "put evaluated runs into one table"),
+    "study": ("rrhf.cli.study", "run a study that the documentation reports"),
     "data": ("rrhf.cli.data", "check, convert or measure data: validate, convert, stats"),
 }
 

@@ -1,0 +1,50 @@
+"""`rrhf study NAME`: parse, call, print; each study is one file of `rrhf.studies`."""
+
+from __future__ import annotations
+
+import importlib
+
+from rrhf.cli.fields import nearest
+from rrhf.cli.flags import parse_config
+from rrhf.cli.terminal import print_once
+from rrhf.errors import EXIT_DONE, UserError
+
+STUDIES: dict[str, tuple[str, str, str]] = {
+    "hh-reward": (
+        "rrhf.studies.hh_reward",
+        "HHRewardConfig",
+        "reward models against plain baselines on real preference pairs, in folds",
+    ),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<12}{summary}" for name, (_, _, summary) in STUDIES.items()]
+    return "\n".join(
+        [
+            "usage: rrhf study NAME [--flag value ...]",
+            "",
+            "studies:",
+            *lines,
+            "",
+            "`rrhf study NAME --help` lists its flags.",
+        ]
+    )
+
+
+def main(argv: list[str]) -> int:
+    if not argv:
+        raise UserError(f"rrhf study: no study given\n\n{usage()}")
+    name, rest = argv[0], argv[1:]
+    if name in ("-h", "--help"):
+        print(usage())
+        return EXIT_DONE
+    if name not in STUDIES:
+        close = nearest(name, list(STUDIES))
+        hint = f"did you mean {close!r}? " if close else ""
+        raise UserError(f"rrhf study: unknown study {name!r}; {hint}Studies: {', '.join(STUDIES)}.")
+    module_name, config_name, _ = STUDIES[name]
+    module = importlib.import_module(module_name)
+    results = module.run(parse_config(getattr(module, config_name), rest, f"rrhf study {name}"))
+    print_once(f"Results: {results}")
+    return EXIT_DONE

@@ -1,0 +1,383 @@
+"""Does a small reward model know which reply people preferred, and better than counting words?
+
+K folds of preference pairs, cut by the first human turn, so that no dialogue stands on both sides.
+In each fold a reward model is trained on the others from every trunk that is named, beside two
+plain rivals that see the reply alone: "the shorter reply is chosen", and a Bradley-Terry model on
+hashed words and pairs of words. Every pair is tested once, in its own fold; a pair that a model
+cannot read (it does not fit), and a tie, count one half. Intervals and differences are bootstrapped
+over first human turns.
+
+Results stand in `results.json` and `table.md`; a fold that is done is not done again. Texts of the
+data are written to the folds' `train.jsonl` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+
+from rrhf.data.candidate_files import write_candidate_sets
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.collate import EncodedSet, collate
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import first_turn, pairs, split_by_first_turn
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
+from rrhf.models.loading import load_tokenizer, resolve_device
+from rrhf.models.reward_model import RewardModel, load_reward_model
+from rrhf.records import CandidateSet
+from rrhf.runs import COMPLETE, read_manifest, write_json
+from rrhf.training.fitting import RowFitter
+from rrhf.training.reward import RewardConfig, train
+from rrhf.training.reward_examples import PreferenceEncoder
+
+logger = logging.getLogger(__name__)
+
+SHORTER = "shorter reply"
+NGRAMS = "n-gram Bradley-Terry"
+NUM_BUCKETS = 4096
+L2_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass
+class HHRewardConfig:
+    """Reward models against plain baselines on preference pairs, in folds by first human turn."""
+
+    data_path: str
+    """Preference pairs, such as HH's harmless-base .jsonl.gz."""
+
+    output_dir: str
+    """Folds, results.json and table.md go here; started again, finished folds are kept."""
+
+    trunks: list[str] = field(default_factory=list)
+    """Folders of language models that reward models are made of; none = baselines alone."""
+
+    num_folds: int = 5
+    """Parts, each tested once by what was trained on the others."""
+
+    num_train_epochs: float = 2.0
+    """Passes of reward training."""
+
+    per_device_train_batch_size: int = 16
+    """Pairs in one forward."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of reward training."""
+
+    model_max_length: int = 256
+    """Most tokens of prompt and reply; longer prompts lose turns, longer replies their end."""
+
+    chat_format: str = "hh"
+    """How conversations are rendered for the reward models."""
+
+    seed: int = 0
+    """Decides folds, heads and order."""
+
+    def __post_init__(self) -> None:
+        if self.num_folds < 2:
+            raise UserError(f"--num_folds {self.num_folds}: must be 2 or more")
+        names = [Path(trunk).name for trunk in self.trunks]
+        if len(set(names)) < len(names):
+            raise UserError(f"--trunks {' '.join(names)}: two folders have the same name")
+
+
+def run(config: HHRewardConfig) -> Path:
+    """Do the folds that are missing and write the table; returns the results' path.
+
+    Raises:
+        UserError: data or a trunk is missing, or the folder was begun with other settings.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_same_settings(folder / "config.json", asdict(config))
+    counts = SourceCounts()
+    found = pairs(load_sets(config.data_path, counts=counts), counts)
+    share = 1 / config.num_folds
+    folds = split_by_first_turn(
+        found, {str(number): share for number in range(config.num_folds)}, config.seed
+    )
+    methods = [SHORTER, NGRAMS, *(Path(trunk).name for trunk in config.trunks)]
+    bar = tqdm(total=config.num_folds * len(methods), desc="folds", unit="run", disable=None)
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    with bar:
+        for number in range(config.num_folds):
+            place = folder / f"fold-{number}"
+            place.mkdir(exist_ok=True)
+            test = list(folds[str(number)])
+            rest = [s for other, part in folds.items() if other != str(number) for s in part]
+            for method in methods:
+                results[method].append(_one_fold(config, method, place, rest, test))
+                bar.update()
+    summary = summarise(results, folds)
+    summary["data"] = counts.as_dict()
+    summary["config"] = asdict(config)
+    write_json(folder / "results.json", summary)
+    (folder / "table.md").write_text(table(summary), encoding="utf-8")
+    return folder / "results.json"
+
+
+def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    """More trunks may be added later; what a fold depends on may not change."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in settings.items():
+            if name != "trunks" and before.get(name) != value:
+                raise UserError(
+                    f"{path.parent}: was begun with {name} {before.get(name)!r}, now it is "
+                    f"{value!r}; choose another --output_dir"
+                )
+    write_json(path, settings)
+
+
+def _one_fold(
+    config: HHRewardConfig,
+    method: str,
+    place: Path,
+    rest: Sequence[CandidateSet],
+    test: Sequence[CandidateSet],
+) -> dict[str, Any]:
+    """What one method makes of one fold: {"correct": {pair id: 0, 0.5 or 1}, ...}."""
+    done = place / f"{_file_name(method)}.json"
+    if done.exists():
+        result: dict[str, Any] = json.loads(done.read_text())
+        return result
+    if method == SHORTER:
+        result = {"correct": {s.id: shorter_is_chosen(s) for s in test}}
+    elif method == NGRAMS:
+        l2 = choose_l2(rest, config.seed)
+        weights = fit_bradley_terry(differences(rest), l2)
+        leads = (differences(test) @ weights).tolist()
+        result = {"correct": _by_id(test, leads), "l2": l2}
+    else:
+        trunk = next(trunk for trunk in config.trunks if Path(trunk).name == method)
+        result = _reward_model(config, trunk, place / method, rest, test)
+    write_json(done, result)
+    logger.info("%s, %s: accuracy %.3f", place.name, method, _mean(result["correct"]))
+    return result
+
+
+def _reward_model(
+    config: HHRewardConfig,
+    trunk: str,
+    place: Path,
+    rest: Sequence[CandidateSet],
+    test: Sequence[CandidateSet],
+) -> dict[str, Any]:
+    """Train one reward model, or go on training it, and test it."""
+    place.mkdir(exist_ok=True)
+    run_folder = place / "run"
+    manifest = read_manifest(run_folder)
+    if manifest is None or manifest.get("status") != COMPLETE:
+        write_candidate_sets(place / "train.jsonl", rest)
+        train(
+            RewardConfig(
+                trunk,
+                str(run_folder),
+                data_path=str(place / "train.jsonl"),
+                validation_fraction=0.0,
+                num_train_epochs=config.num_train_epochs,
+                per_device_train_batch_size=config.per_device_train_batch_size,
+                learning_rate=config.learning_rate,
+                model_max_length=config.model_max_length,
+                chat_format=config.chat_format,  # type: ignore[arg-type]
+                long_responses="cut",
+                regularization=0.001,
+                weight_decay=0.01,
+                group_by_length=True,
+                seed=config.seed,
+                logging_steps=10,
+                save_steps=100,
+                save_total_limit=1,
+                resume_from_checkpoint=manifest is not None,
+            )
+        )
+    folder = run_folder / "reward_model"
+    codec = ChatCodec(load_tokenizer(folder), config.chat_format)
+    encode = PreferenceEncoder(RowFitter(codec, config.model_max_length, None, "cut"))
+    model = RewardModel(load_reward_model(folder)).to(resolve_device())
+    leads = pair_leads(model, codec.pad_id, [encode(s) for s in test])
+    manifest = read_manifest(run_folder) or {}
+    return {
+        "correct": _by_id(test, leads),
+        "test_counts": dict(sorted(encode.counts.items())),
+        "train_counts": manifest["data"]["examples"],
+        "steps": manifest["steps"],
+        "seconds": manifest["seconds"],
+    }
+
+
+@torch.inference_mode()
+def pair_leads(
+    model: RewardModel, pad_id: int, examples: Sequence[EncodedSet | None], batch_size: int = 32
+) -> list[float]:
+    """By how much each chosen reply's score leads; 0, a tie, where a pair does not fit."""
+    leads = [0.0] * len(examples)
+    device = next(model.parameters()).device
+    places = [place for place, example in enumerate(examples) if example is not None]
+    places.sort(key=lambda place: -examples[place].num_tokens)  # type: ignore[union-attr]
+    for start in range(0, len(places), batch_size):
+        mine = places[start : start + batch_size]
+        batch = collate([e for place in mine if (e := examples[place])], pad_id).to(device)
+        chosen, rejected = model(batch).view(-1, 2).unbind(1)
+        for place, lead in zip(mine, (chosen - rejected).tolist(), strict=True):
+            leads[place] = lead
+    return leads
+
+
+# The plain baselines. They see the replies, not what was asked.
+
+
+def shorter_is_chosen(pair: CandidateSet) -> float:
+    """1 where the chosen reply has fewer characters, 0.5 where both have as many."""
+    chosen, rejected = (len(candidate.response) for candidate in pair.candidates)
+    return _verdict(rejected - chosen)
+
+
+def features(text: str) -> Tensor:
+    """[NUM_BUCKETS] square roots of the counts of hashed words and neighbouring pairs of words."""
+    words = _WORD.findall(text.lower())
+    grams = [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
+    counts = Counter(zlib.crc32(gram.encode("utf-8", "replace")) % NUM_BUCKETS for gram in grams)
+    found = torch.zeros(NUM_BUCKETS)
+    for bucket, count in counts.items():
+        found[bucket] = count**0.5
+    return found
+
+
+def differences(sets: Sequence[CandidateSet]) -> Tensor:
+    """[pairs, NUM_BUCKETS] features of the chosen reply minus those of the rejected one."""
+    rows = [features(s.candidates[0].response) - features(s.candidates[1].response) for s in sets]
+    return torch.stack(rows)
+
+
+def fit_bradley_terry(rows: Tensor, l2: float) -> Tensor:
+    """Weights w that minimise the mean of -log sigmoid(w x) plus l2 * |w|^2 / 2 (L-BFGS).
+
+    Args:
+        rows: [pairs, features] chosen minus rejected.
+        l2: strength of the penalty.
+
+    Returns:
+        [features].
+    """
+    weights = torch.zeros(rows.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=200, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -logsigmoid(rows @ weights).mean() + 0.5 * l2 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return weights.detach()
+
+
+def choose_l2(sets: Sequence[CandidateSet], seed: int) -> float:
+    """The penalty that does best on a fifth of the training pairs, cut by first turn; the test fold
+    has no part in it."""
+    parts = split_by_first_turn(sets, {"inner": 0.8, "choice": 0.2}, seed + 1)
+    inner, choice = differences(list(parts["inner"])), differences(list(parts["choice"]))
+    right = {
+        l2: float((choice @ fit_bradley_terry(inner, l2) > 0).float().mean()) for l2 in L2_GRID
+    }
+    return max(right, key=lambda l2: (right[l2], l2))
+
+
+# What came out.
+
+
+def _verdict(lead: float) -> float:
+    return 0.5 if lead == 0 else float(lead > 0)
+
+
+def _by_id(test: Sequence[CandidateSet], leads: Sequence[float]) -> dict[str, float]:
+    return {s.id: _verdict(lead) for s, lead in zip(test, leads, strict=True)}
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / max(len(values), 1)
+
+
+def _file_name(method: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", method)
+
+
+def summarise(
+    results: dict[str, list[dict[str, Any]]], folds: dict[str, Sequence[CandidateSet]]
+) -> dict[str, Any]:
+    """Accuracy of each method over all folds with its interval, and its lead over the baselines."""
+    turn_of = {
+        s.id: hashlib.sha256(first_turn(s).encode("utf-8", "surrogatepass")).hexdigest()
+        for part in folds.values()
+        for s in part
+    }
+    measures: dict[str, Measure] = {}
+    for method, found in results.items():
+        correct: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        for fold in found:
+            for pair_id, value in fold["correct"].items():
+                correct[turn_of[pair_id]] += value
+                weights[turn_of[pair_id]] += 1
+        measures[method] = Measure(correct, weights)
+    rows: dict[str, Any] = {}
+    for method, measure in measures.items():
+        extra = [{k: v for k, v in fold.items() if k != "correct"} for fold in results[method]]
+        rows[method] = {
+            "accuracy": estimate(measure).as_dict(),
+            "folds": [round(_mean(fold["correct"]), 4) for fold in results[method]],
+            "ties": sum(v == 0.5 for fold in results[method] for v in fold["correct"].values()),
+            "details": extra,
+            "minus": {
+                other: paired_difference(measure, measures[other]).as_dict()
+                for other in (SHORTER, NGRAMS)
+                if other != method
+            },
+        }
+    return {"pairs": len(turn_of), "first_turns": len(set(turn_of.values())), "methods": rows}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"{summary['pairs']} pairs, {summary['first_turns']} first human turns, "
+        f"{summary['config']['num_folds']} folds; intervals: 95 %, bootstrap over first turns.",
+        "",
+        f"| method | accuracy | per fold | minus {SHORTER} | minus {NGRAMS} | ties |",
+        "|-|-|-|-|-|-|",
+    ]
+    for method, row in summary["methods"].items():
+        cells = [method, _with_interval(row["accuracy"])]
+        cells.append(" ".join(f"{accuracy:.3f}" for accuracy in row["folds"]))
+        cells += [
+            _with_interval(row["minus"][other], "+.3f") if other in row["minus"] else ""
+            for other in (SHORTER, NGRAMS)
+        ]
+        lines.append(f"| {' | '.join([*cells, str(row['ties'])])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(found: dict[str, Any], form: str = ".3f") -> str:
+    if found["mean"] is None or found["low"] is None:
+        return "-"
+    low, high = (format(found[end], form) for end in ("low", "high"))
+    return f"{found['mean']:{form}} [{low}, {high}]"
