@@ -72,8 +72,8 @@ class FunctionScorer:
             return
         except TypeError as error:
             raise UserError(
-                f"function:{target}: cannot be called with (prompts, responses, messages): {error}; "
-                "give it these three parameters"
+                f"function:{target}: cannot be called with (prompts, responses, messages): "
+                f"{error}; give it these three parameters"
             ) from None
 
     def _validated(self, results: Any, wanted: int) -> list[float | None]:

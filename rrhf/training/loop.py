@@ -117,7 +117,7 @@ def run_training(
     """
     model.train()
     optimizer: torch.optim.Optimizer = build_optimizer(model, config)
-    model, optimizer = parallel.prepare(model, optimizer)
+    model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
     scheduler = build_scheduler(optimizer, config, stream.total_steps)
     checkpointer = Checkpointer(
         run.checkpoints, parallel, model, optimizer, config.save_total_limit

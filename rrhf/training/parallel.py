@@ -65,12 +65,13 @@ class Parallel:
         return self.kind in ("FSDP", "DEEPSPEED")
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The trainable root and its optimiser, spread as the launcher asked."""
-        if self.kind == "DEEPSPEED":
+        if self.kind == "DEEPSPEED":  # it clips by itself, so it must be told here
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+            plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
         # FSDP2 cuts at the layers that the root names; ours stand inside it.
         model._no_split_modules = sorted(layer_classes(model))  # type: ignore[assignment]
         prepared = self.accelerator.prepare(model, optimizer)
