@@ -15,12 +15,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from rrhf.algorithms import rank_losses
 from rrhf.data.collate import TokenBatch, padded_groups
+from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window
@@ -186,13 +187,17 @@ def train(config: RankConfig) -> Path:
         UserError: the file, the model or a setting is not usable; the text says which and why.
     """
     with opened_workbench(config) as bench:
-        sets = load_sets(config.data_path, config.seed)
+        read = SourceCounts()
+        sets = load_sets(config.data_path, config.seed, counts=read)
         held_out = load_sets(config.eval_data_path, config.seed) if config.eval_data_path else None
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window)
         examples = EncodedExamples(sets, encode)
-        counts = dict(sorted(encode.counts.items()))
+        counts: dict[str, Any] = {
+            **dict(sorted(encode.counts.items())),
+            "read": read.as_dict(),
+        }
         logger.info("%s: %s", config.data_path, counts)
         objective = RankObjective(config)
         stream = OfflineStream(
