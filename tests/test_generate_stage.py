@@ -16,6 +16,7 @@ from kills import Zygote
 from tiny import byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import rrhf.generation.plan as plan_module
 import rrhf.generation.stage as stage_module
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
@@ -307,11 +308,19 @@ def test_another_model_in_the_same_folder_is_noticed(model_folder, prompts, tmp_
     assert fingerprint(str(folder)) == fingerprint(model_folder)
     run_until(config_of(str(folder), prompts, output), 1, monkeypatch)
     weights = folder / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-100] ^= 1
-    weights.write_bytes(data)
+    whole = weights.read_bytes()
+    changed = bytearray(whole)
+    changed[-100] ^= 1
+    weights.write_bytes(changed)
     with pytest.raises(UserError, match="model: "):
         generate_file(config_of(str(folder), prompts, output))
+    # a large file is sampled: at its beginning, its middle and its end
+    monkeypatch.setattr(plan_module, "_FINGERPRINT_BYTES", 128)
+    for place in (8, len(whole) // 2 + 8, len(whole) - 8):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        weights.write_bytes(changed)
+        assert fingerprint(str(folder)) != fingerprint(model_folder)
 
 
 def test_another_batch_size_goes_on_and_says_so(
@@ -364,14 +373,28 @@ def test_two_at_once_are_refused(model_folder, prompts, tmp_path):
 # ---- several processes -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def rows_in_parts(monkeypatch) -> list[int]:
+    """How many rows the parts held when they were removed."""
+    counted: list[int] = []
+    true_remove = Parts.remove
+
+    def remove(self) -> None:
+        counted.append(sum(path.read_bytes().count(b"\n") for path in self.paths()))
+        true_remove(self)
+
+    monkeypatch.setattr(Parts, "remove", remove)
+    return counted
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_make_the_same_file(
-    model_folder, prompts, tmp_path, straight, world_size
+    model_folder, prompts, tmp_path, straight, world_size, rows_in_parts
 ):
     output = tmp_path / "out.jsonl"
     config = config_of(model_folder, prompts, output)
     threads = [
-        threading.Thread(target=generate_file, args=(config, rank, world_size, rank))
+        threading.Thread(target=generate_file, args=(config, rank, world_size, rank), daemon=True)
         for rank in range(world_size)
     ]
     for thread in threads:
@@ -380,10 +403,13 @@ def test_several_processes_make_the_same_file(
         thread.join(60)
         assert not thread.is_alive()
     assert output.read_bytes() == straight.read_bytes()
+    assert rows_in_parts == [NUM_PROMPTS], "nothing was made twice"
     assert leftovers(output) == []
 
 
-def test_one_process_goes_on_for_two(model_folder, prompts, tmp_path, straight, monkeypatch):
+def test_one_process_goes_on_for_two(
+    model_folder, prompts, tmp_path, straight, monkeypatch, rows_in_parts
+):
     """Two were killed, process 1 in the middle of a line; one takes everything up."""
     output = tmp_path / "out.jsonl"
     config = config_of(model_folder, prompts, output)
@@ -403,6 +429,7 @@ def test_one_process_goes_on_for_two(model_folder, prompts, tmp_path, straight, 
     assert output.read_bytes() == straight.read_bytes()
     # 6 + 9 were there, less the torn one, whose batch is made again as a whole
     assert len(made) == NUM_PROMPTS - 15 + 3
+    assert rows_in_parts == [NUM_PROMPTS]
     assert leftovers(output) == []
 
 
