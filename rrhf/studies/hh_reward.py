@@ -35,7 +35,7 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
-from rrhf.data.views import first_turn, pairs, split_by_first_turn
+from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
 from rrhf.models.loading import load_tokenizer, resolve_device
@@ -71,7 +71,7 @@ class HHRewardConfig:
     num_folds: int = 5
     """Parts, each tested once by what was trained on the others."""
 
-    num_train_epochs: float = 2.0
+    num_train_epochs: float = 1.0
     """Passes of reward training."""
 
     per_device_train_batch_size: int = 16
@@ -211,7 +211,8 @@ def _reward_model(
     codec = ChatCodec(load_tokenizer(folder), config.chat_format)
     encode = PreferenceEncoder(RowFitter(codec, config.model_max_length, None, "cut"))
     model = RewardModel(load_reward_model(folder)).to(resolve_device())
-    leads = pair_leads(model, codec.pad_id, [encode(s) for s in test])
+    # Every test pair is a pair of marked replies, so its group is there, in the same place.
+    leads = pair_leads(model, codec.pad_id, [encode(s) for s in ranked_groups(test)])
     manifest = read_manifest(run_folder) or {}
     return {
         "correct": _by_id(test, leads),
