@@ -24,7 +24,7 @@ mkdir -p -- "$out/steps"
 
 # step NAME COMMAND...: run once; command and seconds are kept for the report.
 step() {
-    local name=$1 started
+    local name=$1 started code=0 before=0
     shift
     if [[ -e $out/steps/$name.seconds ]]; then
         echo "== $name: done before"
@@ -32,11 +32,14 @@ step() {
     fi
     echo "== $name: $*"
     printf '%q ' "$@" >"$out/steps/$name.command"
-    started=$SECONDS
-    "$@"
-    # A step that was stopped and went on counts all its parts.
-    local before=0
+    # A step that was stopped and goes on counts all its parts.
     [[ ! -e $out/steps/$name.partial ]] || before=$(<"$out/steps/$name.partial")
+    started=$SECONDS
+    "$@" || code=$?
+    if ((code)); then
+        echo $((before + SECONDS - started)) >"$out/steps/$name.partial"
+        exit "$code"
+    fi
     echo $((before + SECONDS - started)) >"$out/steps/$name.seconds"
 }
 
