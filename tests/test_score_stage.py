@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from kills import TESTS, Zygote
-from reward_cases import conversation, reward_model_folder
+from reward_cases import conversation, language_model_folder, reward_model_folder
 
+from rrhf.cli.main import run_command
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
 from rrhf.records import Candidate, CandidateSet
@@ -238,6 +239,38 @@ def test_inputs_that_are_unfinished_or_the_output_are_refused(
     with pytest.raises(UserError, match="unfinished"):
         score_file(config_of(str(raw), tmp_path / "out.jsonl", scorer))
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_mistakes_leave_no_file_behind(candidates: str, tmp_path: Path) -> None:
+    base = language_model_folder(tmp_path / "lm")
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text('{"query": "q", "responses": ["a"], "scores": [NaN]}\n')
+    gold = "gold:help_desk"
+    cases = [
+        (str(tmp_path / "none.jsonl"), gold, {}, r"none\.jsonl"),
+        (str(raw), gold, {}, r"raw\.jsonl:1: scores\[0\]"),
+        (candidates, str(base), {}, "no reward model"),
+        (candidates, str(tmp_path / "none"), {}, "no such model folder"),
+        (candidates, str(base), {"reward_format": "trlx"}, "v_head|transformer"),
+        (candidates, str(tmp_path), {"reward_format": "trlx"}, "no weights here"),
+        (candidates, "function:nothing_here:score", {}, "cannot be imported"),
+        (candidates, "gold:moon", {}, "gold:help_desk"),
+    ]
+    for source, scorer, changes, message in cases:
+        output = tmp_path / "out" / "out.jsonl"
+        with pytest.raises(UserError, match=message):
+            score_file(config_of(source, output, scorer, **changes))
+        assert list(output.parent.iterdir()) == []
+
+
+def test_the_command_takes_both_files_as_words(
+    candidates: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out.jsonl")
+    scorer = "function:test_score_stage:length_of"
+    assert run_command(["score", candidates, output, "--scorer", scorer]) == 0
+    assert output in capsys.readouterr().out
+    assert len(list(read_candidate_sets(output))) == NUM_PROMPTS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,19 @@ class StagedFile:
         self._is_first = rank == 0
         self._stop = stop
 
-    def begin(self, settings: Mapping[str, Any], adjustable: Mapping[str, Any]) -> bool:
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        adjustable: Mapping[str, Any],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> bool:
         """Say that the file is being made, unless it is; True where it is complete already.
 
         Args:
             settings: what the rows depend on.
             adjustable: what they depend on through the rounding of sums alone.
+            prepare: what process 0 does before it writes anything: mistakes that are found there
+                leave nothing behind.
 
         Raises:
             UserError: another file stands there, or other settings made what is there.
@@ -89,6 +96,7 @@ class StagedFile:
                         now,
                         before,
                     )
+        prepare()
         write_manifest(
             self.output,
             {"status": UNFINISHED, "stage": self._stage, "settings": settings, **adjustable},

@@ -114,6 +114,19 @@ def load_reward_model(
     Raises:
         UserError: no folder, a language model, several labels, a head or other weight is missing.
     """
+    config = require_reward_model(name_or_path, trust_remote_code)
+    model = _load(name_or_path, config, dtype, attn_implementation, trust_remote_code, is_new=False)
+    return model.eval()
+
+
+def require_reward_model(
+    name_or_path: str | Path, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a reward model, without looking at its weights.
+
+    Raises:
+        UserError: no folder, a language model, several labels.
+    """
     config = _read_config(name_or_path, trust_remote_code)
     if not is_classifier(config):
         named = ", ".join(config.architectures or ["a model of no stated architecture"])
@@ -122,8 +135,7 @@ def load_reward_model(
             "train one from it with `rrhf train reward`, or give a reward model's folder"
         )
     _require_one_label(name_or_path, config)
-    model = _load(name_or_path, config, dtype, attn_implementation, trust_remote_code, is_new=False)
-    return model.eval()
+    return config
 
 
 def init_reward_model(

@@ -80,6 +80,27 @@ def build_scorer(
     return _reward_model(spec, options, device)
 
 
+def check_scorer(spec: str, options: RewardModelOptions | None = None) -> None:
+    """Find mistakes in a scorer's name before any weights are loaded.
+
+    Raises:
+        UserError: no such world, function, folder, or the folder holds no reward model.
+    """
+    options = options or RewardModelOptions()
+    prefix, _, rest = spec.partition(":")
+    if rest and prefix in SCORERS:
+        SCORERS[prefix](rest)
+    elif options.reward_format == "trlx":
+        from rrhf.models.trlx_reward_model import config_folder, weight_files
+
+        weight_files(spec)
+        config_folder(spec, options.reward_base)
+    else:
+        from rrhf.models.reward_model import require_reward_model
+
+        require_reward_model(spec, options.trust_remote_code)
+
+
 def _gold(rest: str) -> Scorer:
     from rrhf.worlds.help_desk import GoldScorer
 

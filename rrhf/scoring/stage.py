@@ -34,7 +34,7 @@ from rrhf.generation.staged_file import StagedFile
 from rrhf.models.loading import resolve_device
 from rrhf.records import CandidateSet
 from rrhf.runs import COMPLETE, explained_os_errors, read_manifest, sha256_file, write_manifest
-from rrhf.scoring.build import RewardModelOptions, build_scorer
+from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.scoring.scorer import Scorer
 from rrhf.signals import StopRequest, caught_signals
 
@@ -153,12 +153,24 @@ class _Stage:
         self._built: Scorer | None = None
 
     def run(self) -> Path:
+        check_scorer(self.config.scorer, self.config)
+        try:
+            return self._run()
+        except UserError:
+            # A mistake that was found before the first row leaves nothing behind.
+            own = self.parts.path_of(self.rank)
+            if own.exists() and not own.stat().st_size:
+                own.unlink()
+            raise
+
+    def _run(self) -> Path:
         # The part is this process' lock, so it is held until everything is done.
         with self.parts.open_own(self.rank) as part:
             found = self.stop.run(self._read_input, "nothing was written")
             settings = self._settings(found)
             adjustable = {name: getattr(self.config, name) for name in _ADJUSTABLE}
-            if self.staged.begin(settings, adjustable):
+            prepare = partial(self._scorer, "nothing was written")
+            if self.staged.begin(settings, adjustable, prepare):
                 logger.info("%s: is complete already; nothing to do", self.output)
             else:
                 self.parts.read_on()
