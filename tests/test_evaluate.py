@@ -82,6 +82,7 @@ def test_a_policy_folder_becomes_two_rows_with_everything_in_them(folder):
             assert not name.startswith("win") or 0 <= value["low"] <= value["high"] <= 1
     sampled, greedy = result.rows
     assert sampled["metrics"]["ppl_human"] == greedy["metrics"]["ppl_human"]
+    assert "policy_likelihood" not in greedy["cost"]["passes"]  # read once for both rows
     assert sampled["training"] == {"steps": 7, "seconds": 1.5, "tokens": 99, "world_size": 1}
     assert sampled["weight_distance"] > 0.1
     assert sampled["config"]["seed"] == 1
@@ -110,8 +111,13 @@ def test_a_policy_is_no_better_than_itself(folder):
     assert metrics["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)
     # Over other seeds this win rate has mean .497 and deviation .067: three of them.
     assert metrics["win_reward"]["mean"] == pytest.approx(0.5, abs=0.2)
-    assert metrics["tie_reward"]["mean"] < 0.5  # other random numbers than the baseline's
     assert result.rows[0]["weight_distance"] == 0.0
+
+
+def test_a_baseline_is_sampled_from_other_random_numbers(folder):
+    policy = str(folder / "rrhf" / "policy")
+    row = evaluate(config(folder, baseline=policy, scorer=SCORER, decoding="sample")).rows[0]
+    assert row["metrics"]["tie_reward"]["mean"] < 1.0
 
 
 def test_the_same_command_gives_the_same_rows(folder):
@@ -173,6 +179,15 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(folder):
     assert row["made_with"]["num_prompts"] == 5
     with pytest.raises(UserError, match="not one of 6 prompts fits"):
         evaluate(config(folder, max_prompt_tokens=2))
+
+
+def test_greedy_rows_take_no_settings_of_sampling(folder):
+    chosen = config(folder, temperature=0.5, top_k=3, top_p=0.9, samples_per_prompt=4)
+    greedy, sampled = chosen.params(greedy=True), chosen.params(greedy=False)
+    assert (greedy.temperature, greedy.top_k, greedy.top_p) == (1.0, 0, 1.0)
+    assert (greedy.do_sample, greedy.num_return_sequences) == (False, 1)
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.5, 3, 0.9)
+    assert (sampled.do_sample, sampled.num_return_sequences) == (True, 4)
 
 
 @pytest.mark.parametrize(

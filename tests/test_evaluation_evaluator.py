@@ -11,6 +11,7 @@ from test_evaluation_measures import ByLength
 from tiny import byte_level_tokenizer, tiny_llama
 
 from rrhf.data.chat_format import ChatCodec
+from rrhf.data.views import pairs as pairs_view
 from rrhf.evaluation.divergence import best_of_n_bound
 from rrhf.evaluation.draft import fingerprint
 from rrhf.evaluation.evaluator import Evaluator
@@ -165,6 +166,20 @@ def test_likelihoods_of_the_policy_stand_in_its_row():
     assert row["metrics"]["pi_accuracy"]["n"] == 4
     assert row["metrics"]["ppl_paper"]["mean"] < row["metrics"]["ppl_paper_e"]["mean"]
     assert row["cost"]["passes"]["policy_likelihood"] == 4 + 2 * 4
+
+
+def test_pairs_and_references_of_one_prompt_are_one_prompt():
+    texts = ("dog", "lazy fox", "You could ask a friend.")
+    scored = tuple(replace(reply(text), score=float(i)) for i, text in enumerate(texts))
+    ranked = [replace(s, candidates=scored) for s in PROMPTS[:2]]
+    human = [
+        replace(s, id=f"{s.id}-{i}", candidates=(reply(texts[i]),)) for s in PROMPTS for i in (0, 1)
+    ]
+    evaluator = Evaluator(PROMPTS, human=human, pairs=pairs_view(ranked))
+    assert len(evaluator.pairs) == 6
+    row = evaluator.row("p", engine(0), GREEDY)
+    assert row["metrics"]["pi_accuracy"]["n"] == 2
+    assert row["metrics"]["ppl_human"]["n"] == 4
 
 
 def test_an_engine_that_tells_nothing_of_its_tokens_is_measured_by_its_texts():

@@ -42,7 +42,7 @@ from rrhf.evaluation.responses import (
 from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION, keep_best, reward_measure, score_sets
 from rrhf.evaluation.win_rate import win_rate
 from rrhf.generation.engine import GenerationEngine, SamplingParams
-from rrhf.records import CandidateSet
+from rrhf.records import CandidateSet, set_id
 from rrhf.scoring.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ class Evaluator:
         self.scorer = scorer
         self.gold = gold
         self.reference = reference
-        self.human = list(human)
-        self.pairs = list(pairs)
+        self.human = [_under_its_prompt(s) for s in human]
+        self.pairs = [_under_its_prompt(s) for s in pairs]
         self.paper = paper
         self.confidence = confidence
         self.resamples = resamples
@@ -312,3 +312,8 @@ class Evaluator:
             "pairs": fingerprint(self.pairs) if self.pairs else None,
             "confidence": self.confidence,
         }
+
+
+def _under_its_prompt(s: CandidateSet) -> CandidateSet:
+    """The set under an id that all rows of its prompt share: prompts are resampled, not rows."""
+    return replace(s, id=set_id(s.query, s.messages))

@@ -59,13 +59,11 @@ def load_evaluation_data(
     sets = choose(unique_prompts(load_sets(prompts, split=split)), num_prompts)
     human = own_references(sets)
     if human_responses:
-        human = list(demonstrations(load_sets(human_responses, split=split)))
-        human = choose(_apart(human), num_human_responses)
+        human = choose(demonstrations(load_sets(human_responses, split=split)), num_human_responses)
     marked = [s for s in sets if any(c.source == REJECTED_SOURCE for c in s.candidates)]
     found = list(pairs(marked)) if marked else []
     if preference_pairs:
-        found = list(pairs(load_sets(preference_pairs, split=split)))
-        found = choose(_apart(found), num_human_responses)
+        found = choose(pairs(load_sets(preference_pairs, split=split)), num_human_responses)
     return EvaluationData(sets, human, found)
 
 
@@ -103,17 +101,6 @@ def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
         )
         if human:
             kept.append(replace(s, candidates=human))
-    return kept
-
-
-def _apart(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """Sets with ids of their own where a prompt stands several times."""
-    times: dict[str, int] = {}
-    kept = []
-    for s in sets:
-        seen = times.get(s.id, 0)
-        times[s.id] = seen + 1
-        kept.append(replace(s, id=f"{s.id}+{seen}") if seen else s)
     return kept
 
 
