@@ -164,7 +164,7 @@ class _Loop:
             return
         self.step = self.saved_step = int(state["step"])
         # A run that was killed behind its last step has nothing left to measure.
-        self.metrics, self.evaluation = state.get("metrics", {}), state.get("evaluation", {})
+        self.metrics, self.evaluation = state["metrics"], state["evaluation"]
         self.evaluated_step = int(state["evaluated_step"])
         stream.load_state_dict(state["stream"])
         self.scheduler.load_state_dict(state["scheduler"])
