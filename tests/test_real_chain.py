@@ -16,8 +16,9 @@ from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.views import first_turn
 from rrhf.evaluation.results import load_row
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.runs import read_manifest
-from rrhf.studies.real_run_report import weights_moved
+from rrhf.studies.real_run_report import shorter_reply_accuracy, weights_moved, write_report
 
 torch.set_num_threads(1)
 
@@ -57,6 +58,12 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared += ["--baseline", model]
     do("evaluate", "--model_name_or_path", model, "--name", "base", *shared)
     do("evaluate", "--model_name_or_path", out / "rrhf" / "policy", "--name", "RRHF", *shared)
+    best = ["--best_of_n", 4, "--decoding", "sample"]
+    name = "base best of 4"
+    do("evaluate", "--model_name_or_path", model, "--name", name, *best, *shared)
+    for source in ("chosen", "rejected"):
+        given = ["--responses", "dataset", "--response_source", f"human:{source}"]
+        do("evaluate", *given, "--name", f"data: {source}", *shared)
     rows = [out / "rows" / f"{name}.json" for name in ("base", "RRHF")]
     do("compare", *rows, "--output", out / "table.md")
     return out
@@ -103,3 +110,32 @@ def test_the_table_compares_base_and_rrhf(chain: Path) -> None:
     assert rrhf["metrics"]["kl"]["mean"] != base["metrics"]["kl"]["mean"]
     page = (chain / "table.md").read_text()
     assert "| base |" in page and "| RRHF |" in page and "reward" in page
+
+
+def test_the_report_is_made_of_what_the_steps_left(chain: Path, shared_data: Path) -> None:
+    steps = chain / "steps"
+    steps.mkdir()
+    model = shared_data / "stories260K"
+    command = f"rrhf train reward --model_name_or_path {model} --output_dir {chain}/reward "
+    (steps / "2-reward.command").write_text(command)
+    (steps / "2-reward.seconds").write_text("12\n")
+    page = write_report(chain).read_text()
+    assert "| 2-reward | 12 | `rrhf train reward --model_name_or_path MODEL" in page
+    assert str(chain) not in page and str(model) not in page
+    told = (read_manifest(chain / "reward") or {})["evaluation"]
+    assert f"{told['accuracy']:.3f} [" in page and "the shorter reply is chosen" in page
+    for name in ("data: chosen", "base best of 4", "RRHF greedy"):
+        assert f"| {name} |" in page
+    assert (chain / "real_run_curves.png").stat().st_size > 10_000
+
+
+def test_the_shorter_reply_and_its_interval() -> None:
+    def pair(chosen: str, rejected: str) -> CandidateSet:
+        written = (Candidate(chosen, CHOSEN_SOURCE), Candidate(rejected, REJECTED_SOURCE))
+        return CandidateSet("id", "q", None, written)
+
+    sets = [pair("a", "bb"), pair("a", "bb"), pair("aaa", "bb"), pair("cc", "bb")]
+    share, low, high, count = shorter_reply_accuracy(sets)
+    assert (share, count) == (2.5 / 4, 4)
+    # Wilson by hand: centre (p + z^2/2n) / (1 + z^2/n) = 0.5638, half width 0.3445.
+    assert abs(low - 0.2194) < 2e-3 and abs(high - 0.9083) < 2e-3
