@@ -17,10 +17,11 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -90,9 +91,12 @@ class RewardModel(nn.Module):
         return hidden
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
+        head = self._head()
+        # Engines of sharded training hand out weights in bfloat16, whatever they are kept in.
+        weight = cast(Tensor, head.weight).float()
+        bias = None if head.bias is None else cast(Tensor, head.bias).float()
         with torch.autocast(hidden.device.type, enabled=False):
-            scores: Tensor = self._head()(hidden.float()).squeeze(-1)
-        return scores
+            return functional.linear(hidden.float(), weight, bias).squeeze(-1)
 
     def _inner(self) -> Any:
         """The model for sequence classification, adapters or not."""

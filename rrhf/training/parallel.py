@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from rrhf.errors import UserError
 
@@ -54,6 +55,8 @@ class Parallel:
             )
         if deepspeed and self.kind != "DEEPSPEED":
             raise UserError(f"launch: DeepSpeed was asked for, but accelerate runs {self.kind}")
+        if bf16 and self.accelerator.is_fsdp2:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_bf16()
 
     @property
     def is_main(self) -> bool:
@@ -127,6 +130,15 @@ class Parallel:
         if not self.is_sharded:
             return dict(self.unwrap(model).state_dict())
         return dict(self.accelerator.get_state_dict(model))
+
+
+def sharded_bf16() -> MixedPrecisionPolicy:
+    """What bf16 means under FSDP2: layers compute in it; sums over ranks and outputs stay float32.
+
+    accelerate's own policy also rounds whatever the root returns, so log-probs and scores, and adds
+    gradients up in bfloat16.
+    """
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def layer_classes(model: nn.Module) -> set[str]:

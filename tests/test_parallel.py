@@ -1,0 +1,76 @@
+"""How the model is spread: what FSDP2 makes of our roots, tried on one CPU process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import tiny_llama
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaForSequenceClassification
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.models.logprobs import Policy
+from rrhf.models.reward_model import RewardModel
+from rrhf.training.parallel import sharded_bf16
+
+BATCH = collate(
+    [EncodedSet([5, 6, 7], [[8, 9, 1], [4, 1]]), EncodedSet([9], [[3, 3, 3, 1]])], pad_id=2
+)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(root: nn.Module, layers: nn.ModuleList, mesh: Any) -> nn.Module:
+    for module in (*layers, root):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=sharded_bf16())
+    return root
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    return values.bfloat16().float()
+
+
+def test_log_probs_stay_float32_where_layers_are_bfloat16(one_rank: Any) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        plain = Policy(model)(BATCH).logprobs
+    logprobs = forward(sharded(Policy(model), model.model.layers, one_rank)).logprobs
+    assert logprobs.dtype == torch.float32
+    assert not torch.equal(logprobs, rounded(logprobs)), "log-probs were rounded to bfloat16"
+    torch.testing.assert_close(logprobs, plain, atol=0.1, rtol=0.05)
+    logprobs.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_scores_stay_float32_where_layers_are_bfloat16(one_rank: Any) -> None:
+    config = tiny_llama().config
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        plain = RewardModel(model)(BATCH)
+    scores = forward(sharded(RewardModel(model), model.model.layers, one_rank))
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, rounded(scores)), "scores were rounded to bfloat16"
+    torch.testing.assert_close(scores, plain, atol=0.1, rtol=0.05)
+    scores.sum().backward()
+
+
+def forward(root: nn.Module, batch: TokenBatch = BATCH) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return root(batch)
