@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kills import Zygote
-from reward_cases import language_model_folder
+from kills import TESTS, Zygote
+from reward_cases import conversation, language_model_folder
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
@@ -546,6 +549,77 @@ def timeless(run_folder: Path) -> list[dict[str, float]]:
     ]
 
 
+def test_two_processes_train_like_one(model: str, tmp_path: Path) -> None:
+    """14 prompts, 6 a step: a rank falls short, in training and on the held-out part."""
+    data = str(write_lines(tmp_path / "ranked.jsonl", ranked_rows(18)))
+    shared(model, data, str(tmp_path / "one"), 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", __file__, model, data, str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, theirs in zip(timeless(tmp_path / "two"), timeless(tmp_path / "one"), strict=True):
+        # Sums over two ranks round differently, and Adam makes a little more of it each step.
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    states = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["normalizer"]
+        for name in ("two", "one")
+    ]
+    assert states[0].pop("type") == states[1].pop("type") == "RunningMeanStd"
+    assert states[0] == pytest.approx(states[1], rel=1e-4)
+
+
+def shared(model: str, data: str, output: str, accumulation: int) -> None:
+    """The same global batch for one process with accumulation 2 and for two with 1."""
+    reward.train(
+        RewardConfig(
+            model,
+            output,
+            data_path=data,
+            model_max_length=120,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=1e-2,
+            num_train_epochs=2,
+            validation_fraction=0.3,
+            regularization=0.1,
+            normalize_score_during_training=True,
+            eval_steps=2,
+        )
+    )
+
+
+def test_a_real_trunk_and_real_pairs(shared_data: Path, tmp_path: Path) -> None:
+    """A SentencePiece-style tokenizer with BOS: loads, learns a step, scores, in its own window."""
+    pairs = f"{shared_data / 'hh_harmless_base_test.jsonl.gz'}:40/-1"
+    manifest = run(
+        str(shared_data / "stories260K"),
+        pairs,
+        tmp_path / "run",
+        chat_format="hh",
+        max_steps=2,
+        model_max_length=256,
+    )
+    used = manifest["data"]["examples"]["prompts_used"]
+    assert used + manifest["held_out_data"]["examples"]["prompts_used"] <= 40
+    assert manifest["evaluation"]["pairs"] > 0
+    folder = tmp_path / "run" / "reward_model"
+    s = conversation("how do I keep plants alive", "ask a friend", "")
+    scores = RewardModelScorer(folder).score([s])[0]
+    codec = ChatCodec(load_tokenizer(folder), "hh")
+    prompt = codec.encode_prompt(s)
+    assert prompt is not None and prompt.count(codec.bos_id) == 1
+    classifier = load_reward_model(folder)
+    normalizer = score_normalizer(classifier.config)
+    assert normalizer is not None
+    for candidate, score in zip(s.candidates, scores, strict=True):
+        row = [*prompt, *codec.encode_response(s, candidate.response)]
+        with torch.no_grad():
+            raw = float(classifier(input_ids=torch.tensor([row])).logits[0, 0])
+        right = (raw - normalizer.mean) / (normalizer.std + 1e-8)
+        assert score == pytest.approx(right, abs=1e-4)
+
+
 def test_going_on_with_another_normaliser_is_refused(
     model: str, pairs: str, tmp_path: Path
 ) -> None:
@@ -584,3 +658,8 @@ def test_both_spellings_of_the_data_flags_are_taken() -> None:
 def test_impossible_settings_are_told(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings(**changes)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    shared(*sys.argv[1:4], 1)

@@ -93,13 +93,13 @@ def held_out_metrics(
     for places, is_repeat in _shares(examples, per_device_batch_size, parallel):
         batch = collate([examples[place] for place in places], pad_id).to(parallel.device)
         outputs = model(batch)
-        if is_repeat:
-            continue
-        rows = torch.cat([torch.arange(starts[p], starts[p + 1]) for p in places])
-        scores[rows] = objective.end_scores(outputs, batch).double().cpu()
+        if not is_repeat:
+            rows = torch.cat([torch.arange(starts[p], starts[p + 1]) for p in places])
+            scores[rows] = objective.end_scores(outputs, batch).double().cpu()
         denominators = objective.denominators(batch)
         for name, term in objective(outputs, batch).items():
             pair = torch.stack([term.weight * term.total, denominators[name]]).double().cpu()
+            pair = pair * (not is_repeat)
             losses[name] = losses[name] + pair if name in losses else pair
     summed = parallel.sum(torch.stack([losses[name] for name in sorted(losses)]))
     loss = sum(float(total / count) for total, count in summed if count)
