@@ -77,6 +77,18 @@ def test_equal_rows_are_computed_once(monkeypatch):
     )
 
 
+def test_what_is_known_is_not_read_again():
+    found = reader()
+    known = {}
+    first = found.read(ROWS[:2], known=known)
+    assert len(known) == 2
+    known[next(iter(known))] = torch.tensor([-9.0])
+    again = found.read(ROWS, known=known)
+    assert again[0].tolist() == [-9.0]
+    assert torch.equal(again[1], first[1])
+    assert len(known) == len(ROWS)
+
+
 def test_a_response_is_read_with_its_end_unless_it_was_cut():
     found = reader()
     s = prompt("say it now")

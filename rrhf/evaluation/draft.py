@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from rrhf.evaluation.bootstrap import Measure, estimate
 from rrhf.evaluation.cost import CostMeter
+from rrhf.evaluation.likelihoods import RowKey
 from rrhf.evaluation.results import SCHEMA_VERSION, measure_to_json
 from rrhf.generation.engine import SamplingParams
 from rrhf.records import CandidateSet
@@ -28,6 +31,7 @@ class Draft:
         counts: what was left out, and why.
         notes: what a reader of the numbers must know.
         cost: seconds, passes, tokens.
+        reference_logprobs: what the reference has read at temperature 1.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Draft:
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cost: CostMeter = field(default_factory=CostMeter)
+    reference_logprobs: dict[RowKey, Tensor] = field(default_factory=dict)
 
     def as_row(
         self, made_with: Mapping[str, Any], confidence: float, resamples: int

@@ -290,10 +290,12 @@ class Evaluator:
             draft.measures["length"] = candidate_mean(
                 sets, lambda s, c: float(len(codec.encode_response(s, c.response, "length")))
             )
-            measure, dropped = response_perplexity(self.reference, sets)
+            known = draft.reference_logprobs
+            before = len(known)
+            measure, dropped = response_perplexity(self.reference, sets, known)
             draft.measures["ppl_reference"] = measure
             draft.counts["responses_that_do_not_fit"] = dropped
-            draft.cost.count_passes("reference", draft.cost.responses - dropped)
+            draft.cost.count_passes("reference", len(known) - before)
         if self.paper is not None:
             draft.measures |= self.paper.measures(sets)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
@@ -22,6 +23,7 @@ MAX_LOGITS = 1 << 26  # 256 MiB in float32, a few copies of it at the peak
 MAX_BATCH_TOKENS = 1 << 14
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+RowKey = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def read_logprobs(
@@ -50,12 +52,14 @@ def read_logprobs(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        bar = tqdm(total=len(rows), desc="likelihoods", unit="response", disable=None, leave=False)
+        with torch.inference_mode(), bar:
             for places in _batches(rows, vocabulary, max_logits):
                 encoded = [EncodedSet(rows[place][0], [rows[place][1]]) for place in places]
                 logprobs = policy(collate(encoded, pad_id).to(device)).logprobs.cpu()
                 for place, values in zip(places, logprobs, strict=True):
                     read[place] = values[: len(rows[place][1])].clone()
+                bar.update(len(places))
     finally:
         model.train(was_training)
     return read
@@ -82,6 +86,11 @@ def _batches(rows: Sequence[Row], vocabulary: int, max_logits: int) -> list[list
         batch.append(place)
         widest_prompt, widest_response = prompt, response
     return [*batches, batch] if batch else batches
+
+
+def row_key(row: Row) -> RowKey:
+    """The row as a key of a dict."""
+    return tuple(row[0]), tuple(row[1])
 
 
 class LikelihoodReader:
@@ -119,14 +128,26 @@ class LikelihoodReader:
         """Whether prompt and response fit into the model's window as they are."""
         return self._window is None or len(row[0]) + len(row[1]) <= self._window
 
-    def read(self, rows: Sequence[Row], temperature: float = 1.0) -> list[Tensor]:
-        """As `read_logprobs`; equal rows are computed once."""
-        keys = [(tuple(prompt), tuple(response)) for prompt, response in rows]
-        place_of = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        read = read_logprobs(
-            self.model, list(place_of), self.codec.pad_id, temperature, self.max_logits
-        )
-        return [read[place_of[key]] for key in keys]
+    def read(
+        self,
+        rows: Sequence[Row],
+        temperature: float = 1.0,
+        known: dict[RowKey, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """As `read_logprobs`; equal rows are computed once.
+
+        Args:
+            rows: prompts and responses.
+            temperature: divides the logits.
+            known: what was read before from the same weights at the same temperature: not computed
+                again; gets what is read now.
+        """
+        known = {} if known is None else known
+        keys = [row_key(row) for row in rows]
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        read = read_logprobs(self.model, new, self.codec.pad_id, temperature, self.max_logits)
+        known.update(zip(new, read, strict=True))
+        return [known[key] for key in keys]
 
     def has_vocabulary_of(self, codec: ChatCodec) -> bool:
         """Whether ids mean the same tokens in both, so that log-probs can be compared."""

@@ -22,10 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
-from rrhf.evaluation.likelihoods import LikelihoodReader, Row, read_logprobs
+from rrhf.evaluation.likelihoods import LikelihoodReader, Row, RowKey, read_logprobs
 from rrhf.records import Candidate, CandidateSet
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,16 @@ def perplexity_measure(
 
 
 def response_perplexity(
-    reader: LikelihoodReader, sets: Sequence[CandidateSet]
+    reader: LikelihoodReader,
+    sets: Sequence[CandidateSet],
+    known: dict[RowKey, Tensor] | None = None,
 ) -> tuple[Measure, int]:
     """Perplexity of every candidate under a model, given its prompt.
+
+    Args:
+        reader: the model.
+        sets: prompts with candidates.
+        known: what was read from these weights before, as `LikelihoodReader.read` keeps it.
 
     Returns:
         The measure, and how many candidates did not fit into the model's window.
@@ -60,7 +68,7 @@ def response_perplexity(
     pairs: list[tuple[CandidateSet, Candidate]] = [(s, c) for s in sets for c in s.candidates]
     encoded = [(s.id, reader.encode(s, candidate)) for s, candidate in pairs]
     rows: list[Row] = [row for _, row in encoded if row is not None]
-    logprobs = reader.read(rows)
+    logprobs = reader.read(rows, known=known)
     measure = perplexity_measure(
         [prompt_id for prompt_id, row in encoded if row is not None],
         [-float(values.double().sum()) for values in logprobs],

@@ -85,8 +85,9 @@ def measure_divergence(
     if not all(reference.fits(row) for row in rows):
         draft.notes.append("no kl: responses do not fit into the reference's window")
         return
-    read = iter(reference.read(rows, params.temperature))
-    draft.cost.count_passes("reference", len(rows))
+    known = draft.reference_logprobs if params.temperature == 1.0 else {}
+    read = iter(reference.read(rows, params.temperature, known))
+    draft.cost.count_passes("reference", len(known))
     draft.measures |= divergence_measures(
         [s.id for s in prompts],
         [[sample.logprobs for sample in written] for written in samples],
