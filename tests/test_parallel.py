@@ -18,7 +18,7 @@ from transformers import LlamaForSequenceClassification
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.logprobs import Policy
 from rrhf.models.reward_model import RewardModel
-from rrhf.training.parallel import sharded_bf16
+from rrhf.training.parallel import Parallel, sharded_bf16
 
 BATCH = collate(
     [EncodedSet([5, 6, 7], [[8, 9, 1], [4, 1]]), EncodedSet([9], [[3, 3, 3, 1]])], pad_id=2
@@ -74,3 +74,17 @@ def test_scores_stay_float32_where_layers_are_bfloat16(one_rank: Any) -> None:
 def forward(root: nn.Module, batch: TokenBatch = BATCH) -> Any:
     with torch.autocast("cpu", torch.bfloat16):
         return root(batch)
+
+
+def test_full_weights_are_asked_of_the_root_as_it_was_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed's stage 3 gathers shards by a method of its wrapping, which `unwrap` takes off."""
+    parallel = Parallel()
+    wrapped = nn.Linear(1, 1)
+    weights = {id(wrapped): {"weight": wrapped.weight}}
+    monkeypatch.setattr(parallel.accelerator, "prepare", lambda model, optimizer: (wrapped, None))
+    monkeypatch.setattr(parallel.accelerator, "get_state_dict", lambda root: weights[id(root)])
+    bare = nn.Linear(1, 1)
+    parallel.prepare(bare, torch.optim.AdamW(bare.parameters()), 1.0)
+    assert parallel.full_state_dict() == {"weight": wrapped.weight}

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-# Where peft keeps a layer that is trained in full, such as a new head, beside its original.
-_TRAINED_COPY = ".modules_to_save.default."
+# How peft names what it wraps: the whole model, a layer with adapters, and a layer that is trained
+# in full (such as a new head) beside its original.
+_WHOLE = "base_model.model."
+_WRAPPED = ".base_layer"
+_ORIGINAL, _TRAINED = ".original_module.", ".modules_to_save.default."
 
 
 def write_model_folder(
     folder: Path,
-    model: PreTrainedModel | Any,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    state_dict: dict[str, torch.Tensor] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write weights (safetensors), config, generation config, tokenizer and chat template.
 
@@ -28,23 +32,50 @@ def write_model_folder(
         state_dict: full weights, where the model itself holds shards only.
     """
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")
-        _write_merged(folder, model)
+        full = model.state_dict() if state_dict is None else state_dict
+        model.save_pretrained(folder / "adapter", state_dict=full)
+        model.get_base_model().save_pretrained(folder, state_dict=merged_weights(model, full))
     else:
         model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
 
 
-def _write_merged(folder: Path, model: Any) -> None:
-    """Merge, write, and take the adapters out again: the model can train on."""
-    model.merge_adapter()
-    try:
-        base = model.get_base_model()
-        merged = {
-            name.replace(".base_layer", "").replace(_TRAINED_COPY, "."): value
-            for name, value in base.state_dict().items()
-            if "lora_" not in name and ".original_module." not in name
-        }
-        base.save_pretrained(folder, state_dict=merged)
-    finally:
-        model.unmerge_adapter()
+@torch.no_grad()
+def merged_weights(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the plain model: W + scale * B A where a layer has adapters.
+
+    From the weights as they are given, never from the model, which may hold shards of them; the
+    model is left as it is.
+
+    Args:
+        model: a peft model with LoRA.
+        state_dict: its weights in full.
+
+    Returns:
+        Weights on the CPU, under the plain model's names.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    }
+    merged: dict[str, Tensor] = {}
+    for name, value in state_dict.items():
+        if ".lora_" in name or _ORIGINAL in name:
+            continue
+        plain = name.removeprefix(_WHOLE).replace(_WRAPPED, "").replace(_TRAINED, ".")
+        merged[plain] = value.detach().cpu()
+        owner, found, kind = name.rpartition(f"{_WRAPPED}.")
+        if found and kind == "weight":
+            merged[plain] = merged[plain] + _change(layers[owner], owner, state_dict)
+    return merged
+
+
+def _change(layer: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
+    """scale * B A of one layer, in the shape of its weight: [out, in], or as the layer keeps it."""
+    is_embedding = f"{name}.lora_embedding_A.default" in state_dict
+    form = "lora_embedding_{}.default" if is_embedding else "lora_{}.default.weight"
+    a, b = (state_dict[f"{name}.{form.format(side)}"].detach().cpu() for side in "AB")
+    change = layer.scaling["default"] * (b @ a)
+    is_transposed = is_embedding or getattr(layer, "fan_in_fan_out", False)
+    return change.T if is_transposed else change

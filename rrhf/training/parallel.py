@@ -77,8 +77,8 @@ class Parallel:
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
         # FSDP2 cuts at the layers that the root names; ours stand inside it.
         model._no_split_modules = sorted(layer_classes(model))  # type: ignore[assignment]
-        prepared = self.accelerator.prepare(model, optimizer)
-        return prepared[0], prepared[1]
+        self._root, spread_optimizer = self.accelerator.prepare(model, optimizer)
+        return self._root, spread_optimizer
 
     @contextlib.contextmanager
     def micro_step(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -125,11 +125,12 @@ class Parallel:
         unwrapped: nn.Module = self.accelerator.unwrap_model(model)
         return unwrapped
 
-    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights in full, on the main rank; every rank must call it."""
-        if not self.is_sharded:
-            return dict(self.unwrap(model).state_dict())
-        return dict(self.accelerator.get_state_dict(model))
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights of the root in full, on the main rank; every rank must call it.
+
+        From the root as `prepare` gave it: only DeepSpeed's wrapping can gather its shards.
+        """
+        return dict(self.accelerator.get_state_dict(self._root))
 
 
 def sharded_bf16() -> MixedPrecisionPolicy:

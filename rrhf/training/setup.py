@@ -142,8 +142,7 @@ def finish_run(
         extra: what else the manifest should say (counts of dropped data and the like).
         write: fills the folder; by default `write_model_folder`.
     """
-    root = outcome.model
-    state = bench.parallel.full_state_dict(root) if bench.parallel.is_sharded else None
+    state = bench.parallel.full_state_dict() if bench.parallel.is_sharded else None
     if bench.parallel.is_main:
         inner = None
         if state is not None:
