@@ -82,6 +82,7 @@ def test_a_second_call_does_nothing_twice(
     before = (folder / "table.md").read_text()
     said: list[str] = []
     run_demo(DemoConfig(output_dir=str(folder), size="smoke"), said.append)
+    assert any("[11/11]" in text and "done before" in text for text in said)
     assert sum("done before" in text for text in said) == 11
     assert (folder / "table.md").read_text() == before
 

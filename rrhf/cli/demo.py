@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE
@@ -10,5 +12,8 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     from rrhf.studies.demo import DemoConfig, run_demo
 
-    run_demo(parse_config(DemoConfig, argv, "rrhf demo"), say=print_once)
+    config = parse_config(DemoConfig, argv, "rrhf demo")
+    # The story has its own lines; what each stage counts stands in its manifest.
+    logging.getLogger("rrhf").setLevel(logging.WARNING)
+    run_demo(config, say=print_once)
     return EXIT_DONE

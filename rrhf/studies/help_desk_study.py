@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 56
 MAX_LENGTH = 192
+NUM_STAGES = 11
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class HelpDeskStudy:
         self.world = HelpDesk(size, seed)
         self.say = say
         self.seconds: dict[str, float] = {}
+        self._num_begun = 0
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; returns the rows of the table."""
@@ -232,6 +234,8 @@ class HelpDeskStudy:
     def _stage(self, name: str, what: str, do: Callable[[], None]) -> None:
         folder = self.folder / name
         done = folder / "stage.json"
+        self._num_begun += 1
+        what = f"[{self._num_begun}/{NUM_STAGES}] {what}"
         if done.is_file():
             self.seconds[name] = float(json.loads(done.read_text())["seconds"])
             self.say(f"{what}: done before")
