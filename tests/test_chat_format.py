@@ -104,6 +104,19 @@ def test_special_tokens_in_user_text_stay_text(codec: ChatCodec) -> None:
     assert ids.count(codec.end_id) == clean.count(codec.end_id)
 
 
+@pytest.mark.parametrize("said", ["\ue000<|end|>", "<|end|>\ue000", "\ue000\ue001<|end|>\ue000"])
+def test_no_character_of_a_user_makes_special_tokens_of_their_words(said: str) -> None:
+    """A character that marks special text inside must not work as one when a user writes it."""
+    codec = ChatCodec(byte_level_tokenizer(chat=True), "chat_template")
+    tokenizer = codec.tokenizer
+    start, end = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>"])
+    ids = codec.encode_prompt(conversation(said)) or []
+    assert [i for i in ids if i in (start, end)] == [start, end, start]
+    cue = tokenizer("<|start|>assistant\n", add_special_tokens=False).input_ids
+    assert ids[-len(cue) :] == cue
+    assert said in tokenizer.decode(ids)
+
+
 def test_template_without_special_text_is_what_the_tokenizer_itself_gives() -> None:
     tokenizer = byte_level_tokenizer(chat=True)
     codec = ChatCodec(tokenizer)

@@ -44,8 +44,8 @@ _ALPACA_WITHOUT_INPUT = (
 )
 # A tokenizer that puts a blank before a text's first word does not do so after this anchor.
 _ANCHORS = ("\n", ":", ".")
-# Private-use character around a special token's text that a user wrote.
-_MARK = "\ue000"
+# Private-use characters: one that nobody wrote marks a special token's text in a user's words.
+_FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 
 
 def parse_hh_transcript(text: str) -> tuple[Message, ...]:
@@ -120,6 +120,13 @@ def conversation_of(candidate_set: CandidateSet) -> tuple[Message, ...]:
         return parse_hh_transcript(candidate_set.query)
     except ValueError:
         return (Message("user", candidate_set.query),)
+
+
+def _unused_mark(candidate_set: CandidateSet) -> str:
+    """A private-use character that the conversation does not hold."""
+    held = set().union(*(m.content for m in conversation_of(candidate_set)))
+    unused = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK + 1) if chr(code) not in held)
+    return next(unused)
 
 
 class ChatCodec:
@@ -210,14 +217,12 @@ class ChatCodec:
             The ids, or None where even the last turn does not fit.
         """
         chat_format = self.format_of(candidate_set)
+        mark = _unused_mark(candidate_set) if chat_format == "chat_template" else ""
         for drop_turns in itertools.count(0, 2):
-            text = self._render(chat_format, candidate_set, drop_turns, protect=True)
+            text = self._render(chat_format, candidate_set, drop_turns, mark)
             if text is None:
                 return None
-            has_template = chat_format == "chat_template"
-            ids = self._with_bos(
-                self._encode_template(text) if has_template else self._encode(text)
-            )
+            ids = self._with_bos(self._encode_template(text, mark) if mark else self._encode(text))
             if max_tokens is None or len(ids) <= max_tokens:
                 return ids
             if chat_format == "raw":
@@ -270,11 +275,11 @@ class ChatCodec:
         return "" if separator and text.startswith(separator) else separator
 
     def _render(
-        self, chat_format: str, candidate_set: CandidateSet, drop_turns: int, protect: bool = False
+        self, chat_format: str, candidate_set: CandidateSet, drop_turns: int, mark: str = ""
     ) -> str | None:
         """The text after dropping turns from the left; None where no turn may go any more.
 
-        With `protect`, special tokens that a template's user wrote are marked, so that
+        With a mark, special tokens that a template's user wrote stand between two of it, so that
         `_encode_template` can tell them from the template's own.
         """
         text_only = candidate_set.messages is None
@@ -283,8 +288,11 @@ class ChatCodec:
         if chat_format == "raw":
             return None
         messages = conversation_of(candidate_set)
-        if protect and chat_format == "chat_template":
-            messages = tuple(Message(m.role, self._mark_specials(m.content)) for m in messages)
+        if mark:
+            messages = tuple(
+                Message(m.role, self._special.sub(f"{mark}\\g<0>{mark}", m.content))
+                for m in messages
+            )
         system = [m for m in messages if m.role == "system"]
         turns = [m for m in messages if m.role != "system"]
         if drop_turns and drop_turns >= len(turns):
@@ -303,9 +311,9 @@ class ChatCodec:
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         )
 
-    def _encode_template(self, text: str) -> list[int]:
+    def _encode_template(self, text: str, mark: str) -> list[int]:
         ids: list[int] = []
-        for position, piece in enumerate(text.split(_MARK)):
+        for position, piece in enumerate(text.split(mark)):
             if position % 2:  # what stood between two marks: a special token as a user's words
                 ids += self._encode_in_context(piece)
             elif position == 0 or not self._anchor_ids:
@@ -314,9 +322,6 @@ class ChatCodec:
                 anchored = self.tokenizer(self._anchor_text + piece, add_special_tokens=False)
                 ids += anchored.input_ids[len(self._anchor_ids) :]
         return ids
-
-    def _mark_specials(self, text: str) -> str:
-        return self._special.sub(lambda found: _MARK + found.group() + _MARK, text)
 
     def _encode_in_context(self, text: str) -> list[int]:
         ids = self._encode(self._anchor_text + text)
@@ -355,6 +360,6 @@ class ChatCodec:
             {"role": "assistant", "content": said},
         ]
         text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
-        after = self._encode_template(text.rpartition(said)[2])
+        after = self._encode_template(text.rpartition(said)[2], chr(_FIRST_MARK))
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return after[0] if after and after[0] in special else eos
