@@ -73,7 +73,9 @@ class TrainingConfig:
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
     """How conversations become text; auto: tokenizer's template or hh; raw without messages."""
 
-    model_max_length: int = 512
+    model_max_length: int = field(
+        default=512, metadata={"aliases": ["max_length", "max_seq_length"]}
+    )
     """Most tokens of prompt and response together."""
 
     group_by_length: bool = False

@@ -63,7 +63,8 @@ class RewardConfig(TrainingConfig):
     name[:proportion[:path]], several with commas."""
 
     validation_datasets: str | None = field(
-        default=None, metadata={"aliases": ["valid_file", "valid_data", "eval_data_path"]}
+        default=None,
+        metadata={"aliases": ["valid_file", "valid_data", "eval_datasets", "eval_data_path"]},
     )
     """Held-out data of the same kind; by default validation_fraction is cut off data_path."""
 
