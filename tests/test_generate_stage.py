@@ -363,11 +363,10 @@ def test_a_file_of_somebody_else_is_not_touched(model_folder, prompts, tmp_path)
 
 def test_two_at_once_are_refused(model_folder, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
-    with (
-        Parts(output).open_own(0),
-        pytest.raises(UserError, match="another process is writing it"),
-    ):
-        generate_file(config_of(model_folder, prompts, output))
+    with Parts(output).open_own(0) as part:
+        with pytest.raises(UserError, match="another process is writing it"):
+            generate_file(config_of(model_folder, prompts, output))
+        assert part.path.exists(), "the part of the other is not taken for a leftover"
 
 
 # ---- several processes -------------------------------------------------------------------------
@@ -556,9 +555,16 @@ def test_a_missing_model_or_file_leaves_nothing_behind(model_folder, prompts, tm
     with pytest.raises(UserError, match="no such model folder"):
         generate_file(config_of(str(tmp_path / "gone"), prompts, tmp_path / "a" / "out.jsonl"))
     assert list(tmp_path.iterdir()) == []
+    output = tmp_path / "out" / "out.jsonl"
     with pytest.raises(UserError, match="gone"):
-        generate_file(config_of(model_folder, str(tmp_path / "gone.jsonl"), tmp_path / "out.jsonl"))
-    assert [path for path in tmp_path.iterdir() if path.stat().st_size] == []
+        generate_file(config_of(model_folder, str(tmp_path / "gone.jsonl"), output))
+    without_weights = tmp_path / "model"
+    without_weights.mkdir()
+    for path in Path(model_folder).glob("*.json"):
+        (without_weights / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="could not be loaded"):
+        generate_file(config_of(str(without_weights), prompts, output))
+    assert list(output.parent.iterdir()) == []
 
 
 def test_the_name_of_the_policy():

@@ -40,6 +40,8 @@ __all__ = ["GenerateConfig", "generate_file"]
 
 logger = logging.getLogger(__name__)
 
+_GO_ON = "start the same command again to go on"
+
 
 def generate_file(
     config: GenerateConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
@@ -88,10 +90,10 @@ class _Stage:
         self.parts = self.staged.parts
         self.params = config.sampling_params()
         self.counts = SourceCounts()
+        self._built: GenerationEngine | None = None
 
     def run(self) -> Path:
-        # The part is this process' lock, so it is held until everything is done.
-        with self.parts.open_own(self.rank) as part:
+        with self.staged.opened_part() as part:
             codec = ChatCodec(
                 load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code),
                 self.config.chat_format,
@@ -103,7 +105,8 @@ class _Stage:
             settings = self._settings(codec, plan)
             is_first = self.rank == 0
             batch_size = {"per_device_prompt_batch_size": self.config.per_device_prompt_batch_size}
-            if self.staged.begin(settings, batch_size):
+            prepare = partial(self._prepare, plan, codec)
+            if self.staged.begin(settings, batch_size, prepare):
                 logger.info("%s: is complete already; nothing to do", self.output)
             else:
                 self.parts.read_on()
@@ -112,10 +115,6 @@ class _Stage:
                     self._finish(plan, settings)
                 else:
                     self.staged.wait_for_end(settings)
-            if is_first:
-                self.parts.remove()
-            else:
-                self.parts.path_of(self.rank).unlink(missing_ok=True)
         return self.output
 
     # Before.
@@ -141,18 +140,32 @@ class _Stage:
 
     # The work.
 
-    def _answer(self, plan: Plan, codec: ChatCodec, part: JsonlAppender) -> None:
-        """Write the rows of this process' batches that are not on disk yet."""
-        batches = [
+    def _prepare(self, plan: Plan, codec: ChatCodec) -> None:
+        """Load the model before anything says that the file was begun."""
+        self.parts.read_on()
+        if self._left(plan):
+            self._engine(codec)
+
+    def _batches(self, plan: Plan) -> list[list[int]]:
+        """This process' share."""
+        return plan.batches[self.rank :: self.world_size]
+
+    def _left(self, plan: Plan) -> list[list[int]]:
+        """Of this process' batches, those that are not on disk as a whole."""
+        return [
             batch
-            for batch in plan.batches[self.rank :: self.world_size]
+            for batch in self._batches(plan)
             if any(plan.ids[position] not in self.parts.places for position in batch)
         ]
+
+    def _answer(self, plan: Plan, codec: ChatCodec, part: JsonlAppender) -> None:
+        """Write the rows of this process' batches that are not on disk yet."""
+        batches = self._left(plan)
         if not batches:
             return
-        mine = [p for batch in plan.batches[self.rank :: self.world_size] for p in batch]
+        engine = self._engine(codec)
+        mine = [position for batch in self._batches(plan) for position in batch]
         done = sum(plan.ids[position] in self.parts.places for position in mine)
-        engine = self.stop.run(lambda: self._engine(codec), self._what_stands(done, len(mine)))
         with tqdm(
             total=len(mine), initial=done, desc="generate", unit="prompt", disable=self._quiet
         ) as bar:
@@ -171,6 +184,11 @@ class _Stage:
                         bar.update()
 
     def _engine(self, codec: ChatCodec) -> GenerationEngine:
+        if self._built is None:
+            self._built = self.stop.run(partial(self._build, codec), _GO_ON)
+        return self._built
+
+    def _build(self, codec: ChatCodec) -> GenerationEngine:
         config = self.config
         rows_each = max(config.num_return_sequences, config.num_beams)
         return build_engine(
@@ -231,10 +249,7 @@ class _Stage:
         }
 
     def _what_stands(self, done: int, total: int) -> str:
-        return (
-            f"{done} of {total} prompts are in {self.parts.path_of(self.rank).name}; start the "
-            "same command again to go on"
-        )
+        return f"{done} of {total} prompts are in {self.parts.path_of(self.rank).name}; {_GO_ON}"
 
     # After.
 
@@ -242,8 +257,7 @@ class _Stage:
         """Merge the parts of all processes and say that the file is whole."""
         if self.world_size > 1:
             logger.info("waiting for the other processes")
-        what_stands = "start the same command again to go on"
-        self.parts.wait_for(plan.ids, self.stop, what_stands)
+        self.parts.wait_for(plan.ids, self.stop, _GO_ON)
         counts: Counter[str] = Counter()
         seconds = 0.0
         for row in self.parts.merge(plan.ids):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rrhf.data.jsonl import JsonlAppender
 from rrhf.errors import UserError
 from rrhf.generation.parts import POLL_SECONDS, Parts
 from rrhf.generation.plan import differences
@@ -43,8 +45,30 @@ class StagedFile:
         self.output = output
         self.parts = Parts(output)
         self._stage = stage
+        self._rank = rank
         self._is_first = rank == 0
         self._stop = stop
+
+    @contextmanager
+    def opened_part(self) -> Iterator[JsonlAppender]:
+        """This process' part, which is its lock too: hold it until the whole file stands.
+
+        The parts go when the work is done; on the way out of an error, a part without a row goes.
+
+        Raises:
+            UserError: another process is writing it.
+        """
+        with self.parts.open_own(self._rank) as part:
+            try:
+                yield part
+            except BaseException:
+                if part.path.exists() and part.path.stat().st_size == 0:
+                    part.path.unlink()
+                raise
+            if self._is_first:
+                self.parts.remove()
+            else:
+                part.path.unlink(missing_ok=True)
 
     def begin(
         self,
@@ -83,7 +107,8 @@ class StagedFile:
                 raise UserError(
                     f"{self.output}: was begun with other settings:\n"
                     + "\n".join(f"  {line}" for line in differing)
-                    + f"\nGive the same again, choose another --output_file, or remove {place}"
+                    + "\nGive the same again, choose another --output_file, or remove this one, "
+                    f"its manifest and its parts ({place.name}, {self.parts.path_of(0).name})"
                 )
             if manifest["status"] == COMPLETE and self.output.exists():
                 return True

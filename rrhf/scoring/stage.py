@@ -154,18 +154,7 @@ class _Stage:
 
     def run(self) -> Path:
         check_scorer(self.config.scorer, self.config)
-        try:
-            return self._run()
-        except UserError:
-            # A mistake that was found before the first row leaves nothing behind.
-            own = self.parts.path_of(self.rank)
-            if own.exists() and not own.stat().st_size:
-                own.unlink()
-            raise
-
-    def _run(self) -> Path:
-        # The part is this process' lock, so it is held until everything is done.
-        with self.parts.open_own(self.rank) as part:
+        with self.staged.opened_part() as part:
             found = self.stop.run(self._read_input, "nothing was written")
             settings = self._settings(found)
             adjustable = {name: getattr(self.config, name) for name in _ADJUSTABLE}
@@ -179,10 +168,6 @@ class _Stage:
                     self._finish(found, settings, adjustable)
                 else:
                     self.staged.wait_for_end(settings)
-            if self.rank == 0:
-                self.parts.remove()
-            else:
-                self.parts.path_of(self.rank).unlink(missing_ok=True)
         return self.output
 
     # Before.
