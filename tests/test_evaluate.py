@@ -114,6 +114,18 @@ def test_a_policy_is_no_better_than_itself(folder):
     assert result.rows[0]["weight_distance"] == 0.0
 
 
+def test_bf16_measures_weights_as_they_are_stored(folder):
+    paths = {
+        "model_name_or_path": str(folder / "rrhf" / "policy"),
+        "reference_model_name_or_path": str(folder / "sft" / "policy"),
+    }
+    exact, rounded = (
+        evaluate(config(folder, **paths, decoding="greedy", bf16=bf16)).rows[0]["weight_distance"]
+        for bf16 in (False, True)
+    )
+    assert rounded == pytest.approx(exact, rel=1e-6)
+
+
 def test_a_baseline_is_sampled_from_other_random_numbers(folder):
     policy = str(folder / "rrhf" / "policy")
     row = evaluate(config(folder, baseline=policy, scorer=SCORER, decoding="sample")).rows[0]

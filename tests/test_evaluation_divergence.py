@@ -14,6 +14,7 @@ from rrhf.evaluation.divergence import (
     expectation_note,
     sequence_k3,
     sequence_log_ratio,
+    stored_weight_distance,
     weight_distance,
 )
 from rrhf.evaluation.likelihoods import read_logprobs
@@ -126,6 +127,20 @@ def test_weight_distance_is_the_relative_norm_of_what_moved():
         one.model.norm.weight[0] += 3.0
         one.lm_head.weight[2, 1] -= 4.0
     assert weight_distance(one, other) == pytest.approx(5.0 / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "1KB"])
+def test_stored_weights_are_as_far_apart_as_the_models(tmp_path, shard):
+    one, other = five_word_model(0), five_word_model(0)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter += 1e-5
+    for name, model in (("one", one), ("other", other)):
+        model.save_pretrained(tmp_path / name, max_shard_size=shard)
+    found = stored_weight_distance(tmp_path / "one", tmp_path / "other")
+    assert found == pytest.approx(weight_distance(one, other), rel=1e-6)
+    assert weight_distance(one.bfloat16(), other.bfloat16()) != pytest.approx(found, rel=0.5)
+    assert stored_weight_distance(tmp_path / "one", "some/hub-name") is None
 
 
 def test_other_weights_have_no_distance():

@@ -13,10 +13,13 @@ longer the expectation: results say so in a note.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rrhf.evaluation.bootstrap import Measure
@@ -88,19 +91,53 @@ def expectation_note(params: SamplingParams) -> str | None:
 def weight_distance(model: Any, reference: Any) -> float | None:
     """How far training moved the weights: |w - w_ref| / |w_ref|, L2 over all of them.
 
+    For models in float32: rounded to bfloat16, most of what training moves is lost or exaggerated.
+
     Returns:
         None where the two have different weights (other names or shapes).
     """
-    theirs = dict(reference.named_parameters())
-    ours = dict(model.named_parameters())
+    return _distance(dict(model.named_parameters()), dict(reference.named_parameters()))
+
+
+def stored_weight_distance(folder: str | Path, reference: str | Path) -> float | None:
+    """As `weight_distance`, of two model folders: the weights as stored, one at a time in memory.
+
+    Returns:
+        None also where one of them is no folder with safetensors.
+    """
+    with ExitStack() as opened:
+        return _distance(_StoredWeights(folder, opened), _StoredWeights(reference, opened))
+
+
+class _StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a model folder by name, read when asked for."""
+
+    def __init__(self, folder: str | Path, opened: ExitStack) -> None:
+        self._files = {}
+        for path in sorted(Path(folder).expanduser().glob("model*.safetensors")):
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = self._files[name].get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float | None:
     if ours.keys() != theirs.keys():
         return None
     moved = total = 0.0
-    for name, weight in ours.items():
-        start = theirs[name].detach()
+    for name in ours:
+        weight, start = ours[name].detach(), theirs[name].detach()
         if start.shape != weight.shape:
             return None
         start = start.to(weight.device).float()
-        moved += float((weight.detach().float() - start).square().sum(dtype=torch.float64))
+        moved += float((weight.float() - start).square().sum(dtype=torch.float64))
         total += float(start.square().sum(dtype=torch.float64))
     return math.sqrt(moved / total) if total else None

@@ -19,7 +19,7 @@ from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.evaluation.config import EvaluateConfig
-from rrhf.evaluation.divergence import weight_distance
+from rrhf.evaluation.divergence import stored_weight_distance, weight_distance
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.inputs import (
     EvaluationData,
@@ -107,8 +107,11 @@ def _policy_rows(
     shared = evaluator.policy_measures(reader, counts)
     extra = {**extra, "policy_counts": counts}
     if evaluator.reference is not None:
-        distance = weight_distance(engine.model, evaluator.reference.model)
-        extra["weight_distance"] = distance
+        extra["weight_distance"] = (
+            stored_weight_distance(config.model_name_or_path, config.reference_model_name_or_path)
+            if config.bf16
+            else weight_distance(engine.model, evaluator.reference.model)
+        )
     rows = []
     if config.decoding != "greedy":
         rows.append(evaluator.row(name, engine, sampled, policy_measures=shared, extra=extra))
