@@ -14,10 +14,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -27,8 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rrhf.data.collate import TokenBatch
-from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal
+from rrhf.errors import StoppedBySignal
 from rrhf.runs import RunFolder
+from rrhf.signals import EXIT_CODES, StopRequest, caught_signals
 from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
 from rrhf.training.optim import build_optimizer, build_scheduler
@@ -185,7 +184,7 @@ class _Loop:
             unit="step",
             disable=None if self.parallel.is_main else True,
         )
-        with _signals() as received, bar:
+        with caught_signals() as stop, bar:
             for batches in stream:
                 before = time.monotonic()
                 row, step_tokens = self._update(batches)
@@ -204,7 +203,7 @@ class _Loop:
                 bar.set_postfix_str(_brief(self.metrics))
                 if evaluate is not None and self._is_due(self.config.eval_steps):
                     self._evaluate(evaluate, tracker)
-                signalled = self._signalled(received)
+                signalled = self._signalled(stop)
                 if signalled or self._is_due(self.config.save_steps):
                     self._save(stream)
                 if signalled:
@@ -340,9 +339,9 @@ class _Loop:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _signalled(self, received: list[int]) -> int:
+    def _signalled(self, stop: StopRequest) -> int:
         """The exit code that a signal on any rank asks for, or 0."""
-        mine = max((_EXIT_CODES[number] for number in received), default=0)
+        mine = 0 if stop.received is None else EXIT_CODES[stop.received]
         if self.parallel.world_size == 1:
             return mine
         codes = torch.zeros(self.parallel.world_size, dtype=torch.float64)
@@ -351,10 +350,6 @@ class _Loop:
 
 
 _TERM = "term:"
-_EXIT_CODES = {
-    int(signal.SIGTERM): EXIT_STOPPED_BY_SIGTERM,
-    int(signal.SIGINT): EXIT_STOPPED_BY_SIGINT,
-}
 
 
 def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
@@ -387,25 +382,3 @@ def _ratio(total: float, count: float) -> float:
 def _brief(metrics: dict[str, float]) -> str:
     shown = {k: v for k, v in metrics.items() if k.endswith("loss") or k == "tokens_per_second"}
     return " ".join(f"{name} {value:.4g}" for name, value in shown.items())
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT; a second one of them ends the process at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def remember(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.getsignal(number) for number in _EXIT_CODES}
-    try:
-        for number in _EXIT_CODES:
-            signal.signal(number, remember)
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
