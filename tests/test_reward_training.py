@@ -23,8 +23,12 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rrhf.algorithms.normalizers import RunningMeanStd, build_normalizer
 from rrhf.cli.flags import parse_config
+from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.models.loading import load_tokenizer
 from rrhf.models.reward_model import RewardModel, load_reward_model, score_normalizer
@@ -352,6 +356,20 @@ def test_figures_of_hand_made_scores() -> None:
     assert found["score_mean"] == pytest.approx(15 / 7)
     assert found["score_std"] == pytest.approx(float(scores.std(correction=0)))
     assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
+
+
+def test_a_part_of_data_is_held_out_from_like_the_whole(tmp_path: Path) -> None:
+    """A file that was cut off with the same seed is not cut at the same places again."""
+    data = str(write_lines(tmp_path / "ranked.jsonl", ranked_rows(400)))
+    parts = split_by_first_turn(load_sets(data), {"one": 0.5, "other": 0.5}, seed=7)
+    for name, part in parts.items():
+        write_candidate_sets(tmp_path / f"{name}.jsonl", part)
+        path = str(tmp_path / f"{name}.jsonl")
+        given = RewardConfig("unused", "unused", data_path=path, validation_fraction=0.2, seed=7)
+        train, held_out = reward._load(given, SourceCounts(), SourceCounts())
+        # A share of .2 of 200 has a deviation of .028.
+        assert len(held_out) / len(part) == pytest.approx(0.2, abs=0.1)
+        assert len(train) + len(held_out) == len(part)
 
 
 def test_held_out_figures_do_not_depend_on_batches() -> None:

@@ -34,6 +34,12 @@ def prompts_of(batches: Sequence[TokenBatch]) -> list[int]:
     ]
 
 
+def test_no_pass_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="--num_train_epochs 0: must be above 0"):
+        stream(num_train_epochs=0)
+    assert stream(num_train_epochs=0, max_steps=3).total_steps == 3
+
+
 def test_each_epoch_sees_each_example_once_in_its_own_order() -> None:
     steps = [prompts_of(batches) for batches in stream()]
     assert len(steps) == stream().total_steps == 12

@@ -51,6 +51,9 @@ from rrhf.training.streams import EncodedExamples, OfflineStream
 
 logger = logging.getLogger(__name__)
 
+# Data that was itself cut into parts with this seed would fall on one side of the same cut again.
+SPLIT_SEED_STEP = 1_000_003
+
 
 @dataclass
 class RewardConfig(TrainingConfig):
@@ -410,7 +413,8 @@ def _load(
     if config.validation_fraction == 0:
         return groups, ()
     fraction = config.validation_fraction
-    parts = split_by_first_turn(groups, {"held_out": fraction, "train": 1 - fraction}, config.seed)
+    shares = {"held_out": fraction, "train": 1 - fraction}
+    parts = split_by_first_turn(groups, shares, config.seed + SPLIT_SEED_STEP)
     if not parts["held_out"]:
         logger.warning(
             "--validation_fraction %s of %d prompts holds out none: nothing is evaluated",

@@ -121,6 +121,10 @@ class OfflineStream:
         ):
             if value < 1:
                 raise UserError(f"--{name} {value}: must be 1 or more")
+        if max_steps <= 0 and num_train_epochs <= 0:
+            raise UserError(
+                f"--num_train_epochs {num_train_epochs}: must be above 0, or give --max_steps"
+            )
         self._examples = examples
         self._pad_id = pad_id
         self._per_device = per_device_train_batch_size
