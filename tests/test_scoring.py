@@ -177,19 +177,19 @@ def test_raw_text_is_cut_on_the_left_to_make_room(folder: Path) -> None:
     assert scorer.score([s])[0][0] == pytest.approx(direct(folder, prompt, response), abs=CLOSE)
 
 
-def test_first_eos_reads_the_first_end_of_the_row(tmp_path: Path) -> None:
+def test_first_eos_is_refused_where_the_prompt_holds_an_end(tmp_path: Path) -> None:
+    """Read there, every response to a prompt would have the same score."""
     folder = reward_model_folder(tmp_path / "rm", chat=True)
-    s = conversation("why", "ask a friend")
-    codec = ChatCodec(AutoTokenizer.from_pretrained(folder))
-    prompt, response = codec.encode_prompt(s), codec.encode_response(s, "ask a friend")
-    assert prompt is not None
-    row = [*prompt, *response]
-    first = row.index(codec.end_id)  # the template closes the user's turn with it
-    assert first < len(prompt)
-    [[at_first]] = RewardModelScorer(folder, score_at="first_eos").score([s])
-    [[at_last]] = RewardModelScorer(folder).score([s])
-    assert at_first == pytest.approx(direct(folder, row[: first + 1], []), abs=CLOSE)
-    assert at_last == pytest.approx(direct(folder, row, []), abs=CLOSE)
+    with pytest.raises(UserError, match="--score_at first_eos: the chat template"):
+        RewardModelScorer(folder, score_at="first_eos")
+
+
+def test_first_eos_reads_the_end_of_a_response_that_has_one(tmp_path: Path) -> None:
+    folder = reward_model_folder(tmp_path / "rm")
+    s = conversation("why", "ask a friend", "do not")
+    at_first = RewardModelScorer(folder, score_at="first_eos").score([s])[0]
+    assert at_first == pytest.approx(RewardModelScorer(folder).score([s])[0], abs=CLOSE)
+    assert at_first[0] != at_first[1]
 
 
 def test_the_reward_model_s_own_template_is_used(tmp_path: Path) -> None:

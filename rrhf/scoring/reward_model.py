@@ -29,13 +29,14 @@ from rrhf.models.reward_model import (
     score_normalizer,
 )
 from rrhf.models.trlx_reward_model import config_folder, load_trlx_reward_model
-from rrhf.records import Candidate, CandidateSet
+from rrhf.records import Candidate, CandidateSet, Message
 
 logger = logging.getLogger(__name__)
 
 SCORE_POSITIONS = ("last_token", "first_eos")
 DEFAULT_WINDOW = 2048
 PUBLISHED_TRLX_LENGTH = 1024
+_QUESTION = (Message("user", "a question"),)
 
 
 class RowScorer:
@@ -154,7 +155,7 @@ class RewardModelScorer:
         self.name = f"reward_model:{path}"
         self.normalized = self._normalizer is not None
         self.unscored: Counter[str] = Counter()
-        first_end_id = self.codec.end_id if score_at == "first_eos" else None
+        first_end_id = self._first_end_id(path) if score_at == "first_eos" else None
         root = RewardModel(model, first_end_id=first_end_id).to(device or resolve_device())
         self._rows = RowScorer(root, self.codec.pad_id, max_batch_tokens)
 
@@ -185,6 +186,17 @@ class RewardModelScorer:
             "max_length": self._max_length,
             "normalizer": None if normalizer is None else normalizer.state_dict(),
         }
+
+    def _first_end_id(self, path: str | Path) -> int:
+        """The end at which a row is read; refused where every prompt already holds one."""
+        asked = CandidateSet("", render_messages("hh", _QUESTION), _QUESTION)
+        if self.codec.end_id in (self.codec.encode_prompt(asked) or ()):
+            raise UserError(
+                f"--score_at first_eos: the chat template of {path} ends the user's turn by the "
+                "same token, so all responses would be read in the prompt and get one score; use "
+                "last_token"
+            )
+        return self.codec.end_id
 
     def _encode(
         self, s: CandidateSet, candidate: Candidate, prompts: dict[int, list[int] | None]
