@@ -1,0 +1,109 @@
+"""From scores to rewards: what PPO maximises at every token of a response.
+
+A *score* is what a scorer gives to a whole response; a *reward* is the score on the response's last
+token, minus the KL penalty on every token. The last token is found from the row's length, never
+from pad ids: with pad = eos the EOS itself is the token that carries the score, and one position
+further lies outside everything that is trained.
+
+A score goes through three stations, in this order: normalisation (the scorer's own, not here),
+clipping, and the penalty for a response that did not finish. So the penalty is felt by a response
+whose score is clipped already, and neither clip nor normaliser ever sees the KL.
+
+Where the KL is a term of the loss instead, the rewards are made with `kl=None`.
+
+Legend: N rows (responses), T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rrhf.algorithms.masked import length_mask
+
+
+def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """Hold scores within [-limit, limit], so that one outlier cannot rule an update.
+
+    Args:
+        scores: [N].
+        limit: above zero; None leaves the scores as they are.
+    """
+    if limit is None:
+        return scores
+    assert limit > 0, "a limit of zero or less would make every score the same"
+    return scores.clamp(-limit, limit)
+
+
+def count_clipped(scores: Tensor, limit: float | None) -> Tensor:
+    """[N] int64, 1 where `clip_scores` changes a score."""
+    return (clip_scores(scores, limit) != scores).to(torch.int64)
+
+
+def penalise_unfinished(scores: Tensor, is_finished: Tensor, penalty: float) -> Tensor:
+    """Subtract a penalty from the score of every response that was cut off before its EOS.
+
+    A reward model that never saw half an answer scores it arbitrarily, and a policy that is not
+    told will learn to ramble.
+
+    Args:
+        scores: [N].
+        is_finished: [N] bool, True where the response ended by itself.
+        penalty: at least zero, on the scale of the scores.
+    """
+    assert penalty >= 0, "a negative penalty would reward a missing EOS"
+    assert is_finished.dtype == torch.bool, "is_finished says yes or no"
+    return torch.where(is_finished, scores, scores - penalty)
+
+
+def on_last_token(scores: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Each score at the last real token of its row, zero everywhere else.
+
+    Args:
+        scores: [N].
+        lengths: [N] int64 tokens, EOS included; 1 to `width`. An empty row (0) has no place for
+            its score, which is then lost.
+        width: T, the padded width.
+
+    Returns:
+        [N, T].
+    """
+    assert not len(lengths) or int(lengths.max()) <= width, "a row is longer than the table"
+    last = length_mask(lengths, width) & ~length_mask(lengths - 1, width)  # [N, T] one True a row
+    spread = scores.unsqueeze(-1).expand(-1, width)
+    return torch.where(last, spread, torch.zeros_like(spread))
+
+
+def token_rewards(
+    scores: Tensor,
+    lengths: Tensor,
+    width: int,
+    kl: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+) -> Tensor:
+    """r_t = -beta * kl_t, plus the score where t is the response's last token.
+
+    Ziegler et al. 2019, arXiv:1909.08593, equation 2, written per token. Rewards are constants:
+    no gradient flows through them. The sum over a row is its sequence reward, score minus
+    beta times the row's KL, which the critic-free methods compare within a prompt.
+
+    Args:
+        scores: [N] normalised, clipped and penalised already.
+        lengths: [N] int64 tokens, EOS included.
+        width: T, the padded width.
+        kl: [N, T] of each token (`kl.token_kl`); what stands behind a row's length is never read.
+            None keeps the KL out of the rewards.
+        kl_coefficient: beta, at least zero.
+
+    Returns:
+        [N, T]; zero behind each row's length.
+    """
+    assert kl_coefficient >= 0, "a negative KL coefficient would pay for leaving the reference"
+    rewards = on_last_token(scores.detach(), lengths, width)
+    if kl is None or kl_coefficient == 0:
+        return rewards
+    assert kl.shape == rewards.shape, "one KL for each position of each row"
+    penalties = kl_coefficient * kl.detach()
+    return rewards - torch.where(
+        length_mask(lengths, width), penalties, torch.zeros_like(penalties)
+    )
