@@ -2,8 +2,8 @@
 # The tests: sets up what is needed, then runs pytest. Arguments are passed on:
 # bash test.sh tests/test_records.py -k score; bash test.sh -m slow.
 set -euo pipefail
-# shellcheck source-path=SCRIPTDIR source=.ci/environment.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/.ci/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=configs/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/configs/environment.sh"
 
 ensure_environment test
 cd -- "$repository_root"

@@ -2,8 +2,8 @@
 # Train a policy on ranked candidates: finds the devices, chooses the launch, hands over to
 # `rrhf train rank`.
 set -euo pipefail
-# shellcheck source-path=SCRIPTDIR source=.ci/environment.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/.ci/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=configs/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/configs/environment.sh"
 
 usage() {
     cat <<'TEXT'
@@ -67,7 +67,7 @@ fi
 # The preset that fits these GPUs: mixed precision and flash attention where both work.
 precision=()
 if ((gpus > 0)) && [[ $launch != cpu ]]; then
-    preset=$(python "$repository_root/.ci/gpu_preset.py")
+    preset=$(python "$repository_root/configs/gpu_preset.py")
     if [[ $preset == none ]]; then
         echo "note: this PyTorch cannot use the GPUs of this machine; training on the CPU" >&2
         launch=cpu

@@ -2,8 +2,8 @@
 # Sample responses to prompts and score them: `rrhf generate`, then `rrhf score`, on one GPU, on all
 # of them, or on the CPU.
 set -euo pipefail
-# shellcheck source-path=SCRIPTDIR source=../.ci/environment.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/../.ci/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=../configs/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../configs/environment.sh"
 
 usage() {
     cat <<'TEXT'

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The second half of response_gen.sh alone: score the responses of a candidate file.
 set -euo pipefail
-# shellcheck source-path=SCRIPTDIR source=../.ci/environment.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/../.ci/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=../configs/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../configs/environment.sh"
 
 usage() {
     cat <<'TEXT'

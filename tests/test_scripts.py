@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["demo.sh", "test.sh", "train.sh", ".ci/run", ".ci/environment.sh"]
+SCRIPTS = ["demo.sh", "test.sh", "train.sh", ".ci/run", "configs/environment.sh"]
 SCRIPTS += ["data_generation/response_gen.sh", "data_generation/scoring_responses.sh"]
 
 RECORD = """
@@ -86,7 +86,7 @@ class Machine:
 def machine(tmp_path: Path) -> Machine:
     """Scripts in a folder with an awkward name, no GPU, an active environment, `rrhf` on PATH."""
     root = tmp_path / "a repo; touch oops"
-    for script in [*SCRIPTS, ".ci/gpu_preset.py", "setup.cfg", "pyproject.toml"]:
+    for script in [*SCRIPTS, "configs/gpu_preset.py", "setup.cfg", "pyproject.toml"]:
         (root / script).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / script, root / script)
     made = Machine(
@@ -321,5 +321,5 @@ def test_the_scripts_are_shellcheck_clean():
 
 def test_the_scripts_are_executable():
     for script in SCRIPTS:
-        if script != ".ci/environment.sh":
+        if script != "configs/environment.sh":
             assert os.access(ROOT / script, os.X_OK), script
