@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rrhf.data.collate import EncodedSet, collate, padded_groups
@@ -42,3 +43,18 @@ def test_groups_are_a_grid_of_prompts_by_candidates() -> None:
 def test_a_batch_moves_whole() -> None:
     moved = collate(SETS, 0).to("meta")
     assert moved.prompt_ids.device.type == moved.row_weights.device.type == "meta"
+
+
+def test_token_extras_stand_beside_their_tokens() -> None:
+    sets = [
+        EncodedSet([5], [[8, 9, 7], [10]], token_extras={"advantages": [[0.5, 1.5, -1.0], [3.0]]}),
+        EncodedSet([5, 6], [[1, 2]], token_extras={"advantages": [torch.tensor([4.0, 0.25])]}),
+    ]
+    batch = collate(sets, pad_id=0).to("cpu")
+    assert batch.token_extras["advantages"].tolist() == [
+        [0.5, 1.5, -1.0],
+        [3.0, 0.0, 0.0],
+        [4.0, 0.25, 0.0],
+    ]
+    with pytest.raises(AssertionError, match="for each response token"):
+        collate([EncodedSet([5], [[8, 9]], token_extras={"advantages": [[1.0]]})], 0)

@@ -25,6 +25,8 @@ class EncodedSet:
         scores: one number for each row, or None where the task has none.
         weight: 0 makes the prompt a filler that adds nothing to any sum.
         extras: further per-row numbers, by name.
+        token_extras: further numbers of every response token, by name: for each row a tensor, or a
+            list, as long as the response.
     """
 
     prompt_ids: Sequence[int]
@@ -32,6 +34,7 @@ class EncodedSet:
     scores: Sequence[float] | None = None
     weight: float = 1.0
     extras: dict[str, Sequence[float]] = field(default_factory=dict)
+    token_extras: dict[str, Sequence[Tensor | Sequence[float]]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -53,6 +56,7 @@ class TokenBatch:
         prompt_weights: [B] float32; 0 for a filler prompt.
         scores: [N] float32, finite; None where the task has none.
         extras: [N] float32 each.
+        token_extras: [N, R] float32 each; 0 at padding.
     """
 
     prompt_ids: Tensor
@@ -63,6 +67,7 @@ class TokenBatch:
     prompt_weights: Tensor
     scores: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    token_extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_prompts(self) -> int:
@@ -106,7 +111,8 @@ class TokenBatch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         extras = {name: value.to(device) for name, value in self.extras.items()}
-        return replace(self, **moved, extras=extras)
+        token_extras = {name: value.to(device) for name, value in self.token_extras.items()}
+        return replace(self, **moved, extras=extras, token_extras=token_extras)
 
 
 def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
@@ -131,6 +137,10 @@ def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
         extras={
             name: torch.tensor([v for s in sets for v in s.extras[name]], dtype=torch.float32)
             for name in names
+        },
+        token_extras={
+            name: _pad_numbers([values for s in sets for values in s.token_extras[name]], rows)
+            for name in sets[0].token_extras
         },
     )
 
@@ -162,4 +172,15 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> Tensor:
     for row, ids in zip(padded, rows, strict=True):
         target = row[width - len(ids) :] if left else row[: len(ids)]
         target.copy_(torch.as_tensor(ids, dtype=torch.int64))
+    return padded
+
+
+def _pad_numbers(
+    values: Sequence[Tensor | Sequence[float]], rows: Sequence[Sequence[int]]
+) -> Tensor:
+    """[N, R] float32 beside the padded responses."""
+    padded = torch.zeros((len(rows), max(len(ids) for ids in rows)), dtype=torch.float32)
+    for row, numbers, ids in zip(padded, values, rows, strict=True):
+        assert len(numbers) == len(ids), "a token extra has one number for each response token"
+        row[: len(ids)] = torch.as_tensor(numbers, dtype=torch.float32)
     return padded

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,32 +67,61 @@ class Policy(nn.Module):
         logits = response_logits(
             self.model, ids[:, :-1], mask[:, :-1], position_ids[:, :-1], width
         )  # [N, R, V]
-        logits = logits.float() / self.temperature
-        response_mask = batch.response_mask
-        chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
-        normaliser = torch.logsumexp(logits, dim=-1)
-        logprobs = (chosen - normaliser).masked_fill(~response_mask, 0.0)
-        mean_logprobs = entropy = None
-        if self.with_mean_logprobs:
-            mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
-        if self.with_entropy:
-            logs = logits - normaliser[..., None]
-            entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
-        return PolicyOutputs(logprobs, mean_logprobs, entropy)
+        return logprobs_of_logits(
+            logits, batch, self.temperature, self.with_entropy, self.with_mean_logprobs
+        )
+
+
+def logprobs_of_logits(
+    logits: Tensor,
+    batch: TokenBatch,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_mean_logprobs: bool = False,
+) -> PolicyOutputs:
+    """What the door returns, from the logits [N, R, V] that predict the batch's response tokens."""
+    logits = logits.float() / temperature
+    response_mask = batch.response_mask
+    chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
+    normaliser = torch.logsumexp(logits, dim=-1)
+    logprobs = (chosen - normaliser).masked_fill(~response_mask, 0.0)
+    mean_logprobs = entropy = None
+    if with_mean_logprobs:
+        mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
+    if with_entropy:
+        logs = logits - normaliser[..., None]
+        entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
+    return PolicyOutputs(logprobs, mean_logprobs, entropy)
 
 
 def response_logits(
     model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
 ) -> Tensor:
     """Logits of the last `count` columns: [N, count, V], in the model's own type."""
+    logits: Tensor = model(**_arguments(model, ids, mask, position_ids, count)).logits
+    return logits[:, -count:]
+
+
+def response_logits_and_hidden(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Logits [N, R, V] that predict the response tokens, and the hidden states [N, R, H] they
+    come from: the last layer's, after the final norm."""
+    count = batch.response_ids.shape[1]
+    ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
+    arguments = _arguments(model, ids, mask, position_ids, count)
+    outputs = model(**arguments, output_hidden_states=True)
+    return outputs.logits[:, -count:], outputs.hidden_states[-1][:, -count:]
+
+
+def _arguments(
+    model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
+) -> dict[str, Any]:
     accepted = _accepted_arguments(model)
-    arguments: dict[str, object] = {"input_ids": ids, "attention_mask": mask}
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in accepted:
         arguments["position_ids"] = position_ids
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = count
-    logits: Tensor = model(**arguments, use_cache=False).logits
-    return logits[:, -count:]
+    return arguments
 
 
 def _accepted_arguments(model: nn.Module) -> set[str]:

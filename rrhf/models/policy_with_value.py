@@ -1,0 +1,212 @@
+"""Policy and value model as one trainable root: what PPO trains, behind the one door.
+
+A batch goes in; log-probs, values and entropies of its response tokens come out. The value of a
+token is that of the state *before* it, read at the position that predicts it, so the first value
+belongs to the prompt alone.
+
+The value model is a trunk of its own, made from a reward model, or a new head on the policy's own
+trunk, which begins at zero. Made from a reward model it keeps that model's normaliser as a fixed
+rescale, so that its first values are on the scale of the scores. Both read the same ids, so policy
+and value model must share their vocabulary. Methods without a critic leave it out of the root.
+
+On disk there are two plain folders: `policy/`, and `value/`, a sequence classifier with one label
+that loads like a reward model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from rrhf.algorithms.normalizers import Normalizer, normalize
+from rrhf.data.collate import TokenBatch
+from rrhf.errors import UserError
+from rrhf.models.logprobs import Policy, logprobs_of_logits, response_logits_and_hidden
+from rrhf.models.reward_model import HEAD, RewardModel, init_reward_model
+from rrhf.models.saving import write_model_folder
+
+VALUE_PREFIX = "value."
+"""Parameters of the value model, or of the value head, have names that begin so."""
+
+
+@dataclass(frozen=True)
+class ActorCriticOutputs:
+    """What the door returns.
+
+    Attributes:
+        logprobs: [N, R] float32, nats; 0 at padding, and everywhere where only values were asked.
+        values: [N, R] float32: V of the state before each response token; 0 at padding; None
+            without a critic.
+        entropy: [N, R] float32, nats; 0 at padding; None unless the policy gives it.
+    """
+
+    logprobs: Tensor
+    values: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class ValueModel(nn.Module):
+    """A critic with a trunk of its own.
+
+    Args:
+        model: a sequence classifier with one label, bare or with adapters.
+        normalizer: whose mean and deviation put raw values on the scale of the scores; fixed.
+    """
+
+    def __init__(self, model: Any, normalizer: Normalizer | None = None) -> None:
+        super().__init__()
+        self.scorer = RewardModel(model)
+        self._mean = 0.0 if normalizer is None else normalizer.mean
+        self._std = 1.0 if normalizer is None else normalizer.std
+        self._is_rescaled = normalizer is not None
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model."""
+        return self.scorer.model
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """[N, R] float32, padding included."""
+        first = batch.prompt_ids.shape[1] - 1
+        values = self.scorer.token_scores(batch)[:, first:-1]
+        return normalize(values, self._mean, self._std) if self._is_rescaled else values
+
+
+class ValueHead(nn.Module):
+    """A linear layer on the policy's last hidden states; it begins at zero."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, R, H] to [N, R] float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return functional.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+class ActorCritic(nn.Module):
+    """The trainable root of PPO and its cousins.
+
+    Args:
+        policy: the actor.
+        value: a `ValueModel` (two trunks), a `ValueHead` (one trunk), or None (no critic).
+    """
+
+    def __init__(self, policy: Policy, value: ValueModel | ValueHead | None = None) -> None:
+        super().__init__()
+        assert not policy.with_mean_logprobs, "label smoothing has no place in PPO"
+        self.policy = policy
+        self.value = value
+
+    @property
+    def shares_trunk(self) -> bool:
+        return isinstance(self.value, ValueHead)
+
+    def forward(self, batch: TokenBatch, values_only: bool = False) -> ActorCriticOutputs:
+        """Everything that PPO asks of a batch.
+
+        Args:
+            batch: prompts and responses.
+            values_only: leave the policy out where it has a trunk of its own; its log-probs are
+                zero then. Never in a forward that is trained on.
+        """
+        if isinstance(self.value, ValueHead):
+            return self._one_trunk(batch, self.value)
+        values = None
+        if isinstance(self.value, ValueModel):
+            values = self.value(batch).masked_fill(~batch.response_mask, 0.0)
+            if values_only:
+                return ActorCriticOutputs(torch.zeros_like(values), values)
+        outputs = self.policy(batch)
+        return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
+
+    def _one_trunk(self, batch: TokenBatch, head: ValueHead) -> ActorCriticOutputs:
+        logits, hidden = response_logits_and_hidden(self.policy.model, batch)
+        outputs = logprobs_of_logits(
+            logits, batch, self.policy.temperature, self.policy.with_entropy
+        )
+        values = head(hidden).masked_fill(~batch.response_mask, 0.0)
+        return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
+
+
+@contextlib.contextmanager
+def as_reference(policy: Policy) -> Iterator[Policy]:
+    """The policy as it was before training: its adapters switched off.
+
+    Args:
+        policy: with LoRA.
+    """
+    model: Any = policy.model
+    assert hasattr(model, "disable_adapter"), "only adapters can be switched off"
+    with model.disable_adapter():
+        yield policy
+
+
+def new_value_head(policy_model: Any) -> ValueHead:
+    """A head of zeros for the trunk of a causal language model.
+
+    Raises:
+        UserError: the model's config does not say how wide it is.
+    """
+    width = getattr(policy_model.config.get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise UserError(
+            f"--share_trunk: {type(policy_model).__name__} does not tell its hidden_size; leave it "
+            "out and give a reward model for the critic"
+        )
+    return ValueHead(width)
+
+
+def require_same_vocabulary(
+    policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase, critic_name: str | Path
+) -> None:
+    """Policy and critic read the same ids, so each id must mean the same to both.
+
+    Raises:
+        UserError: it does not.
+    """
+    mine, its = policy.get_vocab(), critic.get_vocab()
+    if mine == its:
+        return
+    differing = sorted(word for word in mine.keys() | its.keys() if mine.get(word) != its.get(word))
+    raise UserError(
+        f"{critic_name}: as a critic it must share the policy's vocabulary, and {len(differing)} "
+        f"tokens differ (first: {differing[0]!r}); give --reward_critic_model_name_or_path a "
+        "reward model that was trained from the policy's own model, or use --share_trunk"
+    )
+
+
+def write_value_folder(
+    folder: Path,
+    root: ActorCritic,
+    policy_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    pad_id: int | None,
+) -> None:
+    """Write the critic as a plain folder of a sequence classifier with one label.
+
+    Args:
+        folder: exists and is empty.
+        root: on whose critic it is.
+        policy_folder: the policy as it was saved; with one trunk its weights are the critic's too.
+        tokenizer: of both.
+        pad_id: as in `init_reward_model`.
+    """
+    value = root.value
+    assert value is not None, "there is no critic to write"
+    if isinstance(value, ValueModel):
+        write_model_folder(folder, value.model, tokenizer)
+        return
+    model = init_reward_model(policy_folder, seed=0, pad_id=pad_id)
+    with torch.no_grad():
+        getattr(model, HEAD).weight.copy_(value.weight.detach().cpu())
+    write_model_folder(folder, model, tokenizer)
