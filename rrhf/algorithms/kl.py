@@ -136,7 +136,7 @@ class AdaptiveKLController:
         e = clip(kl / target - 1, -0.2, 0.2)
         coefficient = coefficient * (1 + e * num_responses / horizon)
 
-    Ziegler et al. 2019, arXiv:1909.08593, section 2.2, whose K_beta of 0.1 is written here as
+    Ziegler et al. 2019, arXiv:1909.08593, whose K_beta of 0.1 is written here as
     responses over a horizon, so that the size of a rollout does not change how fast it steers.
 
     **The unit is nats per response**: `target` and the observed KL are sums over a response's

@@ -1,0 +1,291 @@
+"""PPO's losses and what one watches of them.
+
+Every loss is given token by token, then added up in one of three ways (`reduce_rows`) into totals
+and counts per row, so that the loop can divide by a count over all ranks and micro-batches; the
+counts follow from the mask alone, and are known before the forward. Metrics are totals and counts
+as well, except the largest ratio, which is a maximum.
+
+Schulman et al. 2017, arXiv:1707.06347. Old log-probs, old values, advantages and returns are
+constants of the rollout. The penalty for leaving the reference is in `kl`, and goes through
+`reduce_rows` as these losses do.
+
+Legend: N rows (responses), T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rrhf.algorithms.advantages import mean_and_variance, moment_sums
+from rrhf.algorithms.kl import LOG_RATIO_LIMIT, token_kl
+from rrhf.algorithms.masked import masked_mean, masked_sum
+
+REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum")
+
+
+def reduction_counts(mask: Tensor, reduction: str = "token-mean") -> Tensor:
+    """What the totals of `reduce_rows` are to be divided by, summed over everything.
+
+    Args:
+        mask: [N, T] True at response tokens; all False for a filler row.
+        reduction: one of `REDUCTIONS`.
+
+    Returns:
+        [N] int64.
+
+    Raises:
+        ValueError: the reduction is not known.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; take one of {', '.join(REDUCTIONS)}")
+    if reduction == "token-mean":
+        return mask.sum(-1)
+    return mask.any(-1).to(torch.int64)
+
+
+def reduce_rows(
+    token_losses: Tensor, mask: Tensor, reduction: str = "token-mean"
+) -> tuple[Tensor, Tensor]:
+    """Token losses as totals and counts per row.
+
+    token-mean weighs every token of the global batch alike, so long responses weigh more;
+    sequence-mean weighs every response alike, so the tokens of long ones weigh less; sequence-sum
+    is the sum over a response's tokens, averaged over responses: with a constant weight of one over
+    the response budget it is the reduction of Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
+
+    Args:
+        token_losses: [N, T]; what stands outside the mask is never read.
+        mask: [N, T] True at response tokens.
+        reduction: one of `REDUCTIONS`.
+
+    Returns:
+        totals [N] and counts [N] int64; both zero for an empty row.
+    """
+    counts = reduction_counts(mask, reduction)
+    if reduction == "sequence-mean":
+        return masked_mean(token_losses, mask), counts
+    return masked_sum(token_losses, mask), counts
+
+
+def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log of (probability now / probability when sampled), held within [-20, 20].
+
+    Args:
+        logprobs: [N, T] under the policy being trained, at the sampling temperature, nats.
+        old_logprobs: [N, T] under the policy that sampled, likewise.
+        mask: [N, T] True at response tokens.
+
+    Returns:
+        [N, T]; zero (a ratio of one) outside the mask. Beyond the limit there is no gradient.
+    """
+    assert mask.dtype == torch.bool, "a mask is boolean; build it from lengths"
+    difference = logprobs - old_logprobs.detach()
+    # Before exp: what padding holds would reach the gradient as zero times NaN.
+    difference = torch.where(mask, difference, torch.zeros_like(difference))
+    return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _surrogates(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range_low: float,
+    clip_range_high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses without and with the clip, and the advantages, zero outside the mask."""
+    assert 0 <= clip_range_low <= 1 and clip_range_high >= 0, "a clip range is a distance from 1"
+    ratio = log_ratios(logprobs, old_logprobs, mask).exp()
+    advantages = torch.where(mask, advantages.detach(), torch.zeros_like(ratio))
+    clipped = ratio.clamp(1 - clip_range_low, 1 + clip_range_high)
+    return -ratio * advantages, -clipped * advantages, advantages
+
+
+def policy_losses(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range_low: float = 0.2,
+    clip_range_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) for every token.
+
+    Schulman et al. 2017, equation 7. Two ranges make it asymmetric: a wider `clip_range_high` lets
+    unlikely tokens grow (Yu et al. 2025, DAPO, arXiv:2503.14476). The minimum bounds what a token
+    can gain, never what it can lose: where A < 0 and the ratio is huge, so is the loss, unless
+    `dual_clip` c holds it at -c * A (Ye et al. 2020, arXiv:1912.09729), without a gradient there.
+
+    Args:
+        logprobs: [N, T] under the policy being trained, at the sampling temperature, nats.
+        old_logprobs: [N, T] under the policy that sampled, likewise.
+        advantages: [N, T].
+        mask: [N, T] True at response tokens.
+        clip_range_low: 0 to 1.
+        clip_range_high: at least 0.
+        dual_clip: c, above 1; None leaves the loss unbounded.
+
+    Returns:
+        [N, T]; zero outside the mask.
+    """
+    free, clipped, advantages = _surrogates(
+        logprobs, old_logprobs, advantages, mask, clip_range_low, clip_range_high
+    )
+    losses = torch.maximum(free, clipped)
+    if dual_clip is None:
+        return losses
+    assert dual_clip > 1, "a dual clip of one or less would clip ratios that have not moved"
+    return torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+
+
+def value_losses(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range_value: float | None = 0.2,
+) -> Tensor:
+    """1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) for every token.
+
+    The clip of Schulman et al.'s own program, which keeps the critic near what it said during the
+    rollout; Engstrom et al. 2020 (arXiv:2005.12729) describe it.
+
+    Args:
+        values: [N, T] under the critic being trained.
+        old_values: [N, T] during the rollout.
+        returns: [N, T] (`advantages.gae`), not whitened.
+        mask: [N, T] True at response tokens.
+        clip_range_value: c, on the scale of the rewards; None for no clip.
+
+    Returns:
+        [N, T]; zero outside the mask.
+    """
+    free, clipped = _squared_errors(values, old_values, returns, mask, clip_range_value)
+    return 0.5 * torch.maximum(free, clipped)
+
+
+def _squared_errors(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    assert mask.dtype == torch.bool, "a mask is boolean; build it from lengths"
+    zeros = torch.zeros_like(values)
+    values, old_values, returns = (
+        torch.where(mask, x, zeros) for x in (values, old_values.detach(), returns.detach())
+    )
+    free = (values - returns).square()
+    if clip is None:
+        return free, free
+    assert clip > 0, "a value clip of zero would freeze the critic"
+    held = torch.clamp(values, old_values - clip, old_values + clip)
+    return free, (held - returns).square()
+
+
+def entropy_losses(entropy: Tensor, mask: Tensor) -> Tensor:
+    """-H for every token: weighed with a small coefficient it rewards a policy that stays open.
+
+    Args:
+        entropy: [N, T] of the distribution at each position, at the sampling temperature, nats.
+        mask: [N, T] True at response tokens.
+
+    Returns:
+        [N, T]; zero outside the mask.
+    """
+    return torch.where(mask, -entropy, torch.zeros_like(entropy))
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def policy_metrics(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range_low: float = 0.2,
+    clip_range_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> dict[str, Pair]:
+    """How far an update has gone, as (total, count of tokens) scalars.
+
+    ratio: mean of the ratio. clip_share: tokens where the clip decides the loss, so that they have
+    no gradient. dual_clip_share: tokens that the dual clip holds. approximate_kl_k1 and
+    approximate_kl_k3: KL(policy that sampled || policy now), from the tokens that the first one
+    sampled. The arguments are those of `policy_losses`.
+    """
+    free, clipped, advantages = _surrogates(
+        logprobs, old_logprobs, advantages, mask, clip_range_low, clip_range_high
+    )
+    ratio = log_ratios(logprobs, old_logprobs, mask).exp()
+    metrics = {
+        "ratio": ratio,
+        "clip_share": (clipped > free).to(ratio.dtype),
+        "approximate_kl_k1": token_kl(old_logprobs, logprobs, mask, "k1"),
+        "approximate_kl_k3": token_kl(old_logprobs, logprobs, mask, "k3"),
+    }
+    if dual_clip is not None:
+        is_held = (advantages < 0) & (torch.maximum(free, clipped) > -dual_clip * advantages)
+        metrics["dual_clip_share"] = is_held.to(ratio.dtype)
+    count = mask.sum()
+    return {name: (masked_sum(value, mask).sum(), count) for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def largest_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The ratio that moved furthest up: a scalar, to be joined by maximum; zero without a token."""
+    ratio = log_ratios(logprobs, old_logprobs, mask).exp()
+    held = torch.where(mask, ratio, torch.zeros_like(ratio)).flatten()
+    return held.max() if held.numel() else ratio.new_zeros(())
+
+
+@torch.no_grad()
+def value_metrics(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range_value: float | None = 0.2,
+) -> dict[str, Pair]:
+    """What the critic says and how often its clip decides the loss, as (total, count) scalars.
+
+    The arguments are those of `value_losses`.
+    """
+    free, clipped = _squared_errors(values, old_values, returns, mask, clip_range_value)
+    metrics = {
+        "value": values,
+        "return": returns,
+        "value_clip_share": (clipped > free).to(values.dtype),
+    }
+    count = mask.sum()
+    return {name: (masked_sum(value, mask).sum(), count) for name, value in metrics.items()}
+
+
+def explained_variance_sums(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """What `explained_variance` needs of a batch, to be added up over ranks and micro-batches.
+
+    Args:
+        values: [N, T] what the critic predicted.
+        returns: [N, T] what came.
+        mask: [N, T] True at response tokens.
+
+    Returns:
+        [2, 3] float64: `moment_sums` of the errors and of the returns.
+    """
+    return torch.stack([moment_sums(returns - values, mask), moment_sums(returns, mask)])
+
+
+def explained_variance(sums: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, below for worse.
+
+    Args:
+        sums: [2, 3] of everything, from `explained_variance_sums`.
+
+    Returns:
+        the share; 0 where all returns are equal and there is nothing to explain.
+    """
+    _, errors = mean_and_variance(sums[0], unbiased=False)
+    mean, spread = mean_and_variance(sums[1], unbiased=False)
+    is_noise = bool(spread <= 1e-12 * mean.square())  # what rounding leaves of equal returns
+    return 0.0 if is_noise else float(1 - errors / spread)
