@@ -18,8 +18,8 @@ from rrhf.data.candidate_files import (
     write_candidate_sets,
 )
 from rrhf.errors import UserError
+from rrhf.files import manifest_path, read_manifest, write_manifest
 from rrhf.records import Candidate, CandidateSet, Message, set_id
-from rrhf.runs import manifest_path, read_manifest, write_manifest
 
 
 def sample_sets(number: int = 20) -> list[CandidateSet]:

@@ -12,8 +12,8 @@ from rrhf.data.candidate_files import CandidateFile, read_candidate_sets
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.stats import measure_sets
+from rrhf.files import read_manifest
 from rrhf.records import Candidate, CandidateSet, set_id
-from rrhf.runs import read_manifest
 
 HH = "\n\nHuman: %s\n\nAssistant:"
 

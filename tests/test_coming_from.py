@@ -33,9 +33,9 @@ from rrhf.data.mixing import parse_mixture
 from rrhf.errors import UserError
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.results import load_row
+from rrhf.files import read_manifest
 from rrhf.generation.config import GenerateConfig
 from rrhf.report.compare import CompareConfig
-from rrhf.runs import read_manifest
 from rrhf.scoring.stage import ScoreConfig
 
 ROOT = Path(__file__).resolve().parents[1]

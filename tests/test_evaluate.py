@@ -13,8 +13,8 @@ from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.evaluate import EvaluateConfig, evaluate, policy_name
 from rrhf.evaluation.results import load_row
+from rrhf.files import write_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
-from rrhf.runs import write_manifest
 from rrhf.worlds.help_desk import HelpDesk
 
 SCORER = "function:evaluate_scorer:by_length"

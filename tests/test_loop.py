@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rrhf.data.collate import TokenBatch, collate
 from rrhf.errors import StoppedBySignal, UserError
+from rrhf.files import read_manifest
 from rrhf.models.logprobs import Policy
-from rrhf.runs import read_manifest
 from rrhf.training.checkpoint import checkpoints_by_step, damage_of, is_complete
 from rrhf.training.loop import NonFiniteError, Term
 from rrhf.training.streams import OfflineStream

@@ -32,8 +32,7 @@ from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candi
 from rrhf.data.json_scan import Fault, Faults, Row, open_bytes, scan_rows
 from rrhf.data.jsonl import encode_row
 from rrhf.errors import UserError
-from rrhf.records import CandidateSet
-from rrhf.runs import (
+from rrhf.files import (
     COMPLETE,
     PathLike,
     explained_os_errors,
@@ -42,6 +41,7 @@ from rrhf.runs import (
     replaced_file,
     write_manifest,
 )
+from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,7 @@ from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets, parse_mixture
 from rrhf.data.views import pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
-from rrhf.records import CandidateSet
-from rrhf.runs import (
+from rrhf.files import (
     COMPLETE,
     explained_os_errors,
     manifest_path,
@@ -31,6 +30,7 @@ from rrhf.runs import (
     sha256_file,
     write_manifest,
 )
+from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from json.decoder import JSONDecoder
 from typing import Any, BinaryIO, cast
 
 from rrhf.errors import UserError
-from rrhf.runs import PathLike
+from rrhf.files import PathLike
 
 MAX_FAULTS = 20
 MAX_ROW_BYTES = 256 << 20

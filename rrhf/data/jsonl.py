@@ -18,7 +18,7 @@ from typing import Any
 
 from rrhf.data.json_scan import Fault, Faults, scan_rows
 from rrhf.errors import UserError
-from rrhf.runs import PathLike, cut_torn_tail, explained_os_errors
+from rrhf.files import PathLike, cut_torn_tail, explained_os_errors
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from rrhf.evaluation.inputs import (
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.evaluation.results import save_row
+from rrhf.files import explained_os_errors, read_manifest
 from rrhf.generation.local import LocalEngine
 from rrhf.models.loading import (
     check_model_path,
@@ -39,7 +40,6 @@ from rrhf.models.loading import (
     resolve_device,
 )
 from rrhf.records import CandidateSet
-from rrhf.runs import explained_os_errors, read_manifest
 from rrhf.scoring.build import RewardModelOptions, build_scorer
 
 logger = logging.getLogger(__name__)

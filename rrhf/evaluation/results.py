@@ -16,8 +16,8 @@ from typing import Any
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
+from rrhf.files import PathLike, explained_os_errors, write_json
 from rrhf.records import CandidateSet
-from rrhf.runs import PathLike, explained_os_errors, write_json
 
 SCHEMA_VERSION = 1
 SAMPLES_SUFFIX = ".samples.jsonl"

@@ -21,7 +21,7 @@ from typing import Any
 
 from rrhf.data.jsonl import JsonlAppender, encode_row
 from rrhf.errors import UserError
-from rrhf.runs import explained_os_errors, manifest_path, replaced_file
+from rrhf.files import explained_os_errors, manifest_path, replaced_file
 from rrhf.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Parts:
             path.unlink(missing_ok=True)
 
     def remove_half_written(self) -> None:
-        """Remove what killed processes left of output and manifest (`rrhf.runs.replaced_file`)."""
+        """Remove what killed processes left of output and manifest (`rrhf.files.replaced_file`)."""
         for name in (self.output.name, manifest_path(self.output).name):
             for path in self.output.parent.glob(f".{escape(name)}.*.tmp"):
                 path.unlink(missing_ok=True)

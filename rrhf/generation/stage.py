@@ -26,6 +26,7 @@ from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.jsonl import JsonlAppender
 from rrhf.data.layouts import SourceCounts
+from rrhf.files import COMPLETE, explained_os_errors, write_manifest
 from rrhf.generation.build import EngineSettings, build_engine
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
@@ -33,7 +34,6 @@ from rrhf.generation.plan import Plan, fingerprint, plan_prompts
 from rrhf.generation.staged_file import StagedFile
 from rrhf.models.loading import check_model_path, load_tokenizer
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
-from rrhf.runs import COMPLETE, explained_os_errors, write_manifest
 from rrhf.signals import StopRequest, caught_signals
 
 __all__ = ["GenerateConfig", "generate_file"]

@@ -17,9 +17,9 @@ from typing import Any
 
 from rrhf.data.jsonl import JsonlAppender
 from rrhf.errors import UserError
+from rrhf.files import COMPLETE, UNFINISHED, manifest_path, read_manifest, write_manifest
 from rrhf.generation.parts import POLL_SECONDS, Parts
 from rrhf.generation.plan import differences
-from rrhf.runs import COMPLETE, UNFINISHED, manifest_path, read_manifest, write_manifest
 from rrhf.signals import StopRequest
 
 logger = logging.getLogger(__name__)

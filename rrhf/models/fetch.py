@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf.errors import UserError
-from rrhf.runs import sha256_file, write_json
+from rrhf.files import sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import Any
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES, paired_difference
 from rrhf.evaluation.results import is_row, load_row, measure_from_json, try_json
+from rrhf.files import replaced_file
 from rrhf.report.agreement import mixed, on_common_prompts
 from rrhf.report.table import (
     COLUMNS,
@@ -31,7 +32,6 @@ from rrhf.report.table import (
     terminal_lines,
     terminal_table,
 )
-from rrhf.runs import replaced_file
 
 logger = logging.getLogger(__name__)
 

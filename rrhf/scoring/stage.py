@@ -29,11 +29,11 @@ from rrhf.data.jsonl import JsonlAppender, encode_row
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
+from rrhf.files import COMPLETE, explained_os_errors, read_manifest, sha256_file, write_manifest
 from rrhf.generation.plan import fingerprint
 from rrhf.generation.staged_file import StagedFile
 from rrhf.models.loading import resolve_device
 from rrhf.records import CandidateSet
-from rrhf.runs import COMPLETE, explained_os_errors, read_manifest, sha256_file, write_manifest
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.scoring.scorer import Scorer
 from rrhf.signals import StopRequest, caught_signals

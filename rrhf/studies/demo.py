@@ -24,8 +24,8 @@ import torch
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.results import measure_from_json
+from rrhf.files import replaced_file
 from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
-from rrhf.runs import replaced_file
 from rrhf.studies.help_desk_study import HelpDeskStudy, finish
 
 logger = logging.getLogger(__name__)

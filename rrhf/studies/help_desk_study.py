@@ -24,12 +24,12 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.results import load_row, save_row
+from rrhf.files import COMPLETE, read_manifest, write_json, write_manifest
 from rrhf.generation.engine import SamplingParams
 from rrhf.generation.local import LocalEngine
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.saving import write_model_folder
-from rrhf.runs import COMPLETE, read_manifest, write_json, write_manifest
 from rrhf.scoring.build import build_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.training import rank, reward, sft

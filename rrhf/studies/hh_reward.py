@@ -38,10 +38,10 @@ from rrhf.data.mixing import load_sets
 from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
+from rrhf.files import COMPLETE, read_manifest, write_json
 from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.records import CandidateSet
-from rrhf.runs import COMPLETE, read_manifest, write_json
 from rrhf.training.fitting import RowFitter
 from rrhf.training.reward import RewardConfig, train
 from rrhf.training.reward_examples import PreferenceEncoder

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.results import load_row
+from rrhf.files import read_manifest, replaced_file
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 from rrhf.report.compare import CompareConfig, compare
 from rrhf.report.curves import draw_curves, read_curve
 from rrhf.report.table import format_number, markdown_lines
-from rrhf.runs import read_manifest, replaced_file
 
 COLUMNS = [
     "reward",

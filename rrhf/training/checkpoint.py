@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rrhf.errors import UserError
-from rrhf.runs import (
+from rrhf.files import (
     COMPLETE,
     UNFINISHED,
     explained_os_errors,

@@ -1,0 +1,321 @@
+"""Files that are whole or not there, and the manifests that vouch for them.
+
+The idea is one rule: the manifest is written last. A data file `X.json` has `X.manifest.json`
+beside it, a folder has `manifest.json` inside; "status" says "complete" or "unfinished", and
+whoever reads a hand-over looks there first. Every small file is written beside its place, synced
+and moved over, so that a kill at any moment leaves the old file or the new one, never half of one.
+A file that is written as it goes has one writer (`FileLock`), and what a killed one left of a line
+is cut (`cut_torn_tail`).
+
+Left out on purpose: the format of data files (`rrhf.data`) and run folders (`rrhf.runs`). Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rrhf.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+COMPLETE = "complete"
+UNFINISHED = "unfinished"
+
+PathLike = str | os.PathLike[str]
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_LOCK_IS_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn a full disk, a read-only place or a missing folder into a `UserError` with the mend.
+
+    Args:
+        path: the file that is being written.
+        needed_bytes: how much is about to be written, where it is known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str):
+            path = error.filename
+        if error.errno in _NO_SPACE:
+            free = _free_bytes(path)
+            needed = "an unknown number of" if needed_bytes is None else f"{needed_bytes:,}"
+            raise UserError(
+                f"{path}: no space left: {needed} bytes needed, {free} bytes free there; "
+                "make room, or choose an output on another disk"
+            ) from error
+        if error.errno in _NOT_WRITABLE:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); "
+                "choose an output that you may write to"
+            ) from error
+        if error.errno == errno.ENOENT and not Path(path).absolute().parent.exists():
+            raise UserError(f"{path}: its folder does not exist; make the folder first") from error
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{path}: {error.strerror}: a file stands where a folder is needed, or a folder "
+                "where a file is; choose another path"
+            ) from error
+        raise
+
+
+def _free_bytes(path: PathLike) -> str:
+    """The free bytes of the disk that holds `path`, as text; "unknown" where it cannot be asked."""
+    place = Path(path).absolute()
+    for folder in (place, *place.parents):
+        try:
+            return f"{shutil.disk_usage(folder).free:,}"
+        except OSError:
+            continue
+    return "unknown"
+
+
+def sync_folder(path: PathLike) -> None:
+    """Make the names in a folder (a file that was just moved in or removed) outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replaced_file(path: PathLike) -> Iterator[BinaryIO]:
+    """Write a whole file atomically: yields a binary file that takes `path`'s place at the end.
+
+    If the body raises, `path` stays as it was and the temporary file is removed. A symbolic link
+    stays a link; what it points to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with explained_os_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as None, because JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON; NaN and infinities become null, paths text, sets sorted lists."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, default=_as_json)
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write a value as indented JSON (`json_text`), atomically."""
+    data = (json_text(value, indent=2) + "\n").encode("utf-8", "backslashreplace")
+    with explained_os_errors(path, len(data)), replaced_file(path) as file:
+        file.write(data)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def sha256_file(path: PathLike) -> str:
+    """The SHA-256 of a file's bytes as 64 hex digits, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def manifest_path(data_path: PathLike) -> Path:
+    """Where the manifest of a data file or a folder stands.
+
+    `X.json`, `X.jsonl`, `X.jsonl.gz` -> `X.manifest.json`; a folder -> `folder/manifest.json`.
+    """
+    path = Path(data_path)
+    if path.is_dir():
+        return path / "manifest.json"
+    name = path.name.removesuffix(".gz")
+    for suffix in (".jsonl", ".json"):
+        if name.endswith(suffix) and name != suffix:
+            name = name.removesuffix(suffix)
+            break
+    return path.with_name(f"{name}.manifest.json")
+
+
+def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
+    """Write the manifest of a data file or folder, after everything that it vouches for.
+
+    Args:
+        path: the data file or the folder (not the manifest's own path).
+        value: what is to be known; "status" must be given, "schema_version" and, for a data file,
+            its name are added.
+    """
+    assert value.get("status") in (COMPLETE, UNFINISHED), (
+        f"a manifest says complete or unfinished, not {value.get('status')!r}"
+    )
+    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "status": value["status"]}
+    if not Path(path).is_dir():
+        manifest["file"] = Path(path).name
+    manifest.update(value)
+    write_json(manifest_path(path), manifest)
+
+
+def read_manifest(path: PathLike) -> dict[str, Any] | None:
+    """The manifest of a data file or folder; None where there is none.
+
+    `X.json` and `X.jsonl` share the place of their manifest, so one that names the other file,
+    which still stands there, is not this file's.
+
+    Raises:
+        UserError: the manifest is there but cannot be read, or is of a newer schema.
+    """
+    place = manifest_path(path)
+    try:
+        value = json.loads(place.read_bytes())
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{place}: is not a readable manifest ({error}); make the data again, or remove the "
+            "manifest if you know that the data is whole"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: a manifest is a JSON object, this is a {type(value).__name__}")
+    version = value.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise UserError(
+            f"{place}: schema_version {version!r} is newer than {SCHEMA_VERSION}, which this "
+            "version reads; update rrhf"
+        )
+    named = value.get("file")
+    if isinstance(named, str) and named != Path(path).name and (place.parent / named).exists():
+        return None
+    return value
+
+
+class FileLock:
+    """Holds a file for one process at a time (flock), until the process ends, however it ends."""
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+        self._handle: int | None = None
+
+    def acquire(self, what: str) -> None:
+        """Take the lock at once, or raise a `UserError` naming the process and host that hold it.
+
+        Args:
+            what: what is locked, as the message names it, such as "the run folder runs/a".
+        """
+        assert self._handle is None, f"{self.path} is locked by this object already"
+        with explained_os_errors(self.path):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _describe_holder(os.pread(handle, 4096, 0))
+            os.close(handle)
+            if error.errno in _LOCK_IS_HELD:
+                raise UserError(
+                    f"{what} is in use by {holder}; wait for it, stop it, or choose another output"
+                ) from error
+            logger.warning("%s: this disk cannot lock files (%s); going on unlocked", what, error)
+            return
+        holder_row = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
+        os.ftruncate(handle, 0)
+        with explained_os_errors(self.path):
+            os.pwrite(handle, json.dumps(holder_row).encode("ascii"), 0)
+        self._handle = handle
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.ftruncate(self._handle, 0)
+            # Unlocked by name, because a forked worker may hold the same open file.
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            os.close(self._handle)
+            self._handle = None
+
+
+def _describe_holder(data: bytes) -> str:
+    try:
+        row = json.loads(data)
+        return f"process {row['pid']} on host {row['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def cut_torn_tail(path: PathLike) -> int:
+    """Cut the bytes after the last newline of a file that a killed writer left; returns how many.
+
+    A last line that lacks only its newline (a whole JSON object) is kept and gets its newline.
+    """
+    with explained_os_errors(path), open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        tail = b""
+        while end > 0:
+            start = max(0, end - _CHUNK_BYTES)
+            file.seek(start)
+            chunk = file.read(end - start)
+            newline = chunk.rfind(b"\n")
+            tail = chunk[newline + 1 :] + tail
+            if newline >= 0:
+                break
+            end = start
+        if not tail:
+            return 0
+        if _is_whole_object(tail):
+            file.seek(size)
+            file.write(b"\n")
+            return 0
+        file.truncate(size - len(tail))
+        file.flush()
+        os.fsync(file.fileno())
+    logger.warning("%s: cut %d bytes of a line that was never finished", path, len(tail))
+    return len(tail)
+
+
+def _is_whole_object(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), dict)
+    except (ValueError, RecursionError):
+        return False

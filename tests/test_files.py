@@ -1,0 +1,151 @@
+"""Files and manifests: whole or not there, one writer, explained where the system refuses."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from rrhf.errors import UserError
+from rrhf.files import (
+    cut_torn_tail,
+    explained_os_errors,
+    manifest_path,
+    read_manifest,
+    replaced_file,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
+
+# Files that are whole or not there.
+
+
+def test_write_json_writes_what_can_be_read_back(tmp_path: Path):
+    value = {"a": [1, 2.5, None], "path": Path("x/y"), "é\u2028": "ü", "set": {"b", "a"}}
+    write_json(tmp_path / "v.json", value)
+    found = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
+    assert found == {"a": [1, 2.5, None], "path": "x/y", "é\u2028": "ü", "set": ["a", "b"]}
+    assert [p.name for p in tmp_path.iterdir()] == ["v.json"]
+
+
+def test_write_json_knows_no_nan(tmp_path: Path):
+    write_json(tmp_path / "v.json", {"a": math.nan, "b": [math.inf, 1.0]})
+    assert json.loads((tmp_path / "v.json").read_text()) == {"a": None, "b": [None, 1.0]}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
+    target = tmp_path / "v.json"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replaced_file(target) as file:
+        file.write(b"half")
+        raise RuntimeError("the writer dies")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["v.json"]
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text()) == 1
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="folder does not exist"):
+        write_json(tmp_path / "nowhere" / "v.json", 1)
+
+
+def test_a_full_disk_names_path_needed_and_free(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match=r"v\.json: no space left: 1,234 bytes needed, [\d,]+ bytes"),
+        explained_os_errors(tmp_path / "v.json", 1234),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_device_that_is_full_is_a_users_error():
+    with (
+        pytest.raises(UserError, match="no space left"),
+        explained_os_errors("/dev/full", 1),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"x")
+
+
+def test_the_file_that_the_system_names_is_the_one_named(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match=r"/elsewhere: cannot be written"),
+        explained_os_errors(tmp_path / "v.json"),
+    ):
+        raise OSError(errno.EACCES, "Permission denied", "/elsewhere")
+
+
+def test_a_programs_own_os_error_passes_through(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), explained_os_errors(tmp_path / "v.json"):
+        (tmp_path / "missing").read_bytes()
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path):
+    data = os.urandom(3_000_000)  # more than two chunks
+    (tmp_path / "f").write_bytes(data)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+# Manifests.
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x.json", "x.manifest.json"),
+        ("x.jsonl", "x.manifest.json"),
+        ("x.jsonl.gz", "x.manifest.json"),
+        ("x.y.json", "x.y.manifest.json"),
+        ("x.txt", "x.txt.manifest.json"),
+    ],
+)
+def test_where_a_files_manifest_stands(tmp_path: Path, name: str, expected: str):
+    assert manifest_path(tmp_path / name) == tmp_path / expected
+
+
+def test_a_folders_manifest_stands_inside(tmp_path: Path):
+    write_manifest(tmp_path, {"status": "complete", "rows": 3})
+    assert manifest_path(tmp_path) == tmp_path / "manifest.json"
+    assert read_manifest(tmp_path) == {"schema_version": 1, "status": "complete", "rows": 3}
+
+
+def test_no_manifest_is_none(tmp_path: Path):
+    assert read_manifest(tmp_path / "x.json") is None
+
+
+def test_a_manifest_that_names_another_file_is_that_files(tmp_path: Path):
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_text("{}")
+    write_manifest(tmp_path / "x.json", {"status": "unfinished"})
+    assert read_manifest(tmp_path / "x.jsonl") is None
+    (tmp_path / "x.json").unlink()  # renamed with its manifest: now it can only be x.jsonl's
+    assert read_manifest(tmp_path / "x.jsonl") is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"schema_version": 2}', '{"schema_version": "x"}']
+)
+def test_a_manifest_that_cannot_be_read_is_a_users_error(tmp_path: Path, text: str):
+    (tmp_path / "x.manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.manifest\.json"):
+        read_manifest(tmp_path / "x.json")
+
+
+def test_a_torn_line_longer_than_a_chunk_is_found(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 2_500_000)
+    assert cut_torn_tail(path) == 2_500_007
+    assert path.read_bytes() == b'{"a": 1}\n'
