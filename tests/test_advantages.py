@@ -263,6 +263,14 @@ def test_groups_without_a_difference_give_exactly_nothing(dtype: torch.dtype) ->
         assert (function(rewards, valid & (torch.arange(7) == 3)) == 0).all()
 
 
+def test_a_nan_among_real_rewards_is_not_hidden() -> None:
+    rewards = torch.tensor([[1.0, math.nan, 2.0], [1.0, 2.0, 3.0]])
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    for function in (rloo_advantages, grpo_advantages, group_centred_rewards):
+        got = function(rewards, valid)
+        assert got[0].isnan().all() and got[1].isfinite().all()
+
+
 def test_reinforce_plus_plus_is_reward_to_go_whitened_over_the_batch() -> None:
     rewards, _, mask = rollout()
     to_go = reward_to_go(rewards, mask)

@@ -335,6 +335,13 @@ def test_value_metrics_equal_counts_by_hand() -> None:
     assert float(unclipped["value_clip_share"][0]) == 0
 
 
+def test_a_value_within_its_clip_is_not_touched_by_rounding() -> None:
+    values, old, returns = (table.float() for table in critic(0.0))
+    clipped = value_losses(values, old, returns, mask(), 100.0)
+    assert torch.equal(clipped, value_losses(values, old, returns, mask(), None))
+    assert float(value_metrics(values, old, returns, mask(), 100.0)["value_clip_share"][0]) == 0
+
+
 def test_explained_variance_over_ranks_equals_the_whole() -> None:
     values, _, returns = critic()
     real = [
