@@ -38,11 +38,12 @@ from rrhf.training.parallel import Parallel
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, RANDOM, STATE = (
+WEIGHTS, OPTIMIZER, RANDOM, STATE, STREAM = (
     "trained.safetensors",
     "optimizer.pt",
     "random.pt",
     "trainer_state.json",
+    "stream.safetensors",
 )
 _NAME = re.compile(r"step-(\d+)")
 
@@ -74,8 +75,16 @@ class Checkpointer:
         self._optimizer = optimizer
         self._keep = keep
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write checkpoint `step`; `state` holds plain values: stream, scheduler, metrics."""
+    def save(
+        self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None
+    ) -> Path:
+        """Write checkpoint `step`.
+
+        Args:
+            step: its number.
+            state: plain values: stream, scheduler, metrics.
+            tensors: what the stream holds beside them, the same on every rank.
+        """
         target = self.folder / f"step-{step}"
         staged = self.folder / f".staged-{step}"
         if self._parallel.is_main:
@@ -90,6 +99,8 @@ class Checkpointer:
                 _save_torch(self._optimizer.state_dict(), staged / OPTIMIZER)
             if self._parallel.is_main:
                 _save_torch(_random_state(), staged / RANDOM)
+                if tensors:
+                    save_file(tensors, staged / STREAM)
                 write_json(staged / STATE, {"step": step, **state})
         self._parallel.barrier()
         if self._parallel.is_main:
@@ -103,7 +114,11 @@ class Checkpointer:
         return target
 
     def restore(self) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint; returns its state, or None where there is none."""
+        """Load the newest complete checkpoint.
+
+        Returns:
+            its state, with the stream's tensors as "tensors"; None where there is none.
+        """
         newest = newest_complete(self.folder)
         if newest is None:
             return None
@@ -116,6 +131,8 @@ class Checkpointer:
             )
         _set_random_state(torch.load(newest / RANDOM, weights_only=True))
         state: dict[str, Any] = json.loads((newest / STATE).read_text())
+        tensors = newest / STREAM
+        state["tensors"] = load_file(tensors) if tensors.exists() else {}
         logger.info("resuming from %s", newest)
         return state
 

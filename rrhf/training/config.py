@@ -6,6 +6,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
+@dataclass(frozen=True)
+class GroupSettings:
+    """How one part of the weights is trained.
+
+    Attributes:
+        prefix: of the names of its parameters; "" = all that no other group claims.
+        learning_rate, weight_decay, lr_scheduler_type, warmup_ratio: as `TrainingConfig` has them.
+        frozen_steps: optimiser steps at the start during which its learning rate is zero.
+    """
+
+    prefix: str
+    learning_rate: float
+    weight_decay: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    frozen_steps: int = 0
+
+
 @dataclass
 class TrainingConfig:
     """Shared by SFT, reward, rank and PPO; each trainer adds its own fields."""
@@ -113,6 +131,14 @@ class TrainingConfig:
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also send metrics to this tracker; metrics.jsonl is always written."""
+
+    def groups(self) -> list[GroupSettings]:
+        """The parts of the weights that are trained apart, the main one first."""
+        return [
+            GroupSettings(
+                "", self.learning_rate, self.weight_decay, self.lr_scheduler_type, self.warmup_ratio
+            )
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are saved in the run folder."""

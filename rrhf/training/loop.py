@@ -32,7 +32,7 @@ from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
 from rrhf.training.optim import build_optimizer, build_scheduler
 from rrhf.training.parallel import Parallel
-from rrhf.training.streams import UpdateStream
+from rrhf.training.streams import LiveStream, UpdateStream
 from rrhf.training.tracking import Tracker, build_tracker
 
 logger = logging.getLogger(__name__)
@@ -166,6 +166,8 @@ class _Loop:
         self.metrics, self.evaluation = state["metrics"], state["evaluation"]
         self.evaluated_step = int(state["evaluated_step"])
         stream.load_state_dict(state["stream"])
+        if isinstance(stream, LiveStream):
+            stream.load_tensors(state["tensors"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.parallel.is_main:
             self.folder.metrics.truncate_to(int(state["metrics_offset"]))
@@ -197,6 +199,8 @@ class _Loop:
                 }
                 self.scheduler.step()
                 stream.observe(self.metrics)
+                if isinstance(stream, LiveStream):
+                    self.metrics |= stream.metrics()
                 if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
                     self._log({"step": self.step, **self.metrics}, tracker)
                 bar.update()
@@ -276,6 +280,8 @@ class _Loop:
             for f in fields(batch)
             if isinstance(value := getattr(batch, f.name), Tensor)
         }
+        for extras in (batch.extras, batch.token_extras):
+            tensors |= {f"extra.{name}": value.cpu() for name, value in extras.items()}
         save_file(tensors, path)
         raise NonFiniteError(
             f"step {self.step + 1}: {what}; stopped before the weights changed. The batch is in "
@@ -333,6 +339,7 @@ class _Loop:
                 "evaluated_step": self.evaluated_step,
                 "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
             },
+            stream.tensors() if isinstance(stream, LiveStream) else None,
         )
         self.saved_step = self.step
 

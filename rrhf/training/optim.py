@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from rrhf.errors import UserError
-from rrhf.training.config import TrainingConfig
+from rrhf.training.config import GroupSettings, TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -23,32 +26,68 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         raise UserError("the model has no trainable weight; check the LoRA target modules")
     wrong = [n for n, p in trainable if p.dtype != torch.float32]
     assert not wrong, f"trained weights must be float32, {wrong[0]} is not"
-    matrices = [p for _, p in trainable if p.ndim >= 2]
-    vectors = [p for _, p in trainable if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for place, settings in enumerate(config.groups()):
+        mine = [p for name, p in trainable if _group_of(name, config.groups()) == place]
+        matrices = [p for p in mine if p.ndim >= 2]
+        vectors = [p for p in mine if p.ndim < 2]
+        for params, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+            if params:
+                groups.append(
+                    {
+                        "params": params,
+                        "weight_decay": weight_decay,
+                        "lr": settings.learning_rate,
+                        "settings": place,
+                    }
+                )
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
 
 
+def _group_of(name: str, groups: list[GroupSettings]) -> int:
+    """The place of the group with the longest prefix of the name."""
+    claims = [place for place, group in enumerate(groups) if name.startswith(group.prefix)]
+    return max(claims, key=lambda place: len(groups[place].prefix))
+
+
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over `total_steps` optimiser steps, warm-up included."""
-    name, extra = config.lr_scheduler_type, {}
+    groups = config.groups()
+    if len(groups) == 1:
+        return _schedule(optimizer, groups[0], config, total_steps)
+    scratch = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
+    factors = [_schedule(scratch, group, config, total_steps).lr_lambdas[0] for group in groups]
+    return LambdaLR(
+        optimizer,
+        [
+            _delayed(factors[group["settings"]], groups[group["settings"]].frozen_steps)
+            for group in optimizer.param_groups
+        ],
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, group: GroupSettings, config: TrainingConfig, total_steps: int
+) -> LambdaLR:
+    name, extra = group.lr_scheduler_type, {}
     if config.min_learning_rate_ratio > 0:
         if name != "cosine":
             raise UserError(
                 f"min_learning_rate_ratio {config.min_learning_rate_ratio}: only the cosine "
                 f"schedule ends above zero, not {name}"
             )
-        name = "cosine_with_min_lr"  # type: ignore[assignment]
+        name = "cosine_with_min_lr"
         extra = {"min_lr_rate": config.min_learning_rate_ratio}
-    warmup = math.ceil(config.warmup_ratio * total_steps)
+    warmup = math.ceil(group.warmup_ratio * total_steps)
     return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
+
+
+def _delayed(factor: Callable[[int], float], frozen_steps: int) -> Callable[[int], float]:
+    return lambda step: 0.0 if step < frozen_steps else factor(step)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -109,6 +110,15 @@ class Parallel:
             return values
         summed: Any = self.accelerator.reduce(values.to(self.device), reduction="sum")
         return summed.to(values.device)
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """The rows of every rank, in the order of the ranks, on every rank; they are pickled."""
+        return rows if self.world_size == 1 else list(gather_object(rows))
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The precision of training, for a forward that does not pass the prepared root."""
+        context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
+        return context
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is True on one."""

@@ -12,9 +12,10 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
@@ -39,6 +40,23 @@ class UpdateStream(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class LiveStream(UpdateStream, Protocol):
+    """A stream that makes its data while it is trained on."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds beside `state_dict`, the same on every rank."""
+        ...
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take it up again; called after `load_state_dict`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What else belongs into the row of the step that was just observed."""
+        ...
 
 
 class EncodedExamples(Sequence[EncodedSet]):
