@@ -1,0 +1,302 @@
+"""From a rollout to what is trained on: scores become rewards, rewards become advantages.
+
+A rollout's rows come together from all ranks first, so every mean, deviation and coefficient here
+is over the whole rollout, and the same on each rank. What a method makes of the rewards is one
+entry of `METHODS`.
+
+An experience is a list of `EncodedSet`: one for each response, or, for online ranking, one for each
+prompt with its responses and their rewards as scores. It goes into a checkpoint as flat tensors.
+
+Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rrhf.algorithms import advantages as estimators
+from rrhf.algorithms.kl import token_kl
+from rrhf.algorithms.masked import length_mask, masked_sum
+from rrhf.algorithms.normalizers import Normalizer, normalize
+from rrhf.algorithms.ppo_losses import explained_variance, explained_variance_sums
+from rrhf.algorithms.rewards import (
+    clip_scores,
+    count_clipped,
+    penalise_unfinished,
+    token_rewards,
+)
+from rrhf.data.collate import EncodedSet, padded_groups
+from rrhf.training.ppo_config import PPOConfig
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """One scored response of the live policy, on the CPU.
+
+    Attributes:
+        prompt: place of its prompt in the rollout.
+        sample: which of the prompt's responses.
+        prompt_ids, token_ids: as the policy read and wrote them.
+        old_logprobs: [T] float32 under the policy that sampled.
+        reference_logprobs: [T] float32.
+        values: [T] float32; None without a critic.
+        score: raw, as the scorer gave it.
+        is_finished: it ends in EOS.
+    """
+
+    prompt: int
+    sample: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    old_logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor | None
+    score: float
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a rollout teaches.
+
+    Attributes:
+        sets: to train on.
+        metrics: of the whole rollout.
+        kl: nats per response, for the controller of the coefficient.
+        num_responses: behind it.
+    """
+
+    sets: list[EncodedSet]
+    metrics: dict[str, float]
+    kl: float
+    num_responses: int
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A rollout's rewards as tables.
+
+    Attributes:
+        rewards: [N, T] with the score on the last token.
+        values: [N, T] or None.
+        mask: [N, T] True at response tokens.
+        prompt_index: [N] ascending.
+        num_prompts: B.
+    """
+
+    rewards: Tensor
+    values: Tensor | None
+    mask: Tensor
+    prompt_index: Tensor
+    num_prompts: int
+
+    @property
+    def sequence_rewards(self) -> Tensor:
+        """[N] score minus what the KL cost, of each response."""
+        return masked_sum(self.rewards, self.mask)
+
+    def by_group(self, advantages_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """[N, T] from a function of the prompts' rewards [B, K] and which of them exist."""
+        grid, valid = padded_groups(self.sequence_rewards, self.prompt_index, self.num_prompts)
+        return estimators.spread_over_tokens(advantages_of(grid, valid)[valid], self.mask)
+
+
+def _ppo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+    assert found.values is not None, "PPO has a critic"
+    advantages, returns = estimators.gae(
+        found.rewards, found.values, found.mask, config.gamma, config.gae_lambda
+    )
+    return _whitened(advantages, found.mask, config), returns
+
+
+def _reinforce_pp(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+    to_go = estimators.reward_to_go(found.rewards, found.mask, config.gamma)
+    return _whitened(to_go, found.mask, config), None
+
+
+def _rloo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+    return found.by_group(estimators.rloo_advantages), None
+
+
+def _grpo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+    return found.by_group(estimators.grpo_advantages), None
+
+
+def _dr_grpo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+    return found.by_group(estimators.group_centred_rewards), None
+
+
+METHODS: dict[str, Callable[[Rewarded, PPOConfig], tuple[Tensor, Tensor | None]]] = {
+    "ppo": _ppo,
+    "reinforce_pp": _reinforce_pp,
+    "rloo": _rloo,
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+}
+"""Advantages [N, T], and returns [N, T] for a critic or None."""
+
+
+def _whitened(advantages: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    if not config.normalize_advantage:
+        return advantages
+    return estimators.whiten(advantages, mask, estimators.moment_sums(advantages, mask))
+
+
+def build_experience(
+    rows: Sequence[RolloutRow],
+    config: PPOConfig,
+    kl_coefficient: float,
+    normalizer: Normalizer | None = None,
+) -> Experience:
+    """What a rollout teaches.
+
+    Args:
+        rows: of all ranks, by prompt and sample; at least one.
+        config: method, clips, penalties.
+        kl_coefficient: of this rollout.
+        normalizer: learns the scores, then is applied to them; None leaves them as they are.
+    """
+    assert rows, "a rollout has at least one response"
+    lengths = torch.tensor([len(row.token_ids) for row in rows])
+    width = int(lengths.max())
+    mask = length_mask(lengths, width)
+    old = _table([row.old_logprobs for row in rows], width)
+    reference = _table([row.reference_logprobs for row in rows], width)
+    raw = torch.tensor([row.score for row in rows], dtype=torch.float64)
+    if normalizer is not None:
+        normalizer.update(raw)
+    scores = raw if normalizer is None else normalize(raw, normalizer.mean, normalizer.std)
+    limit = config.clip_range_score or None
+    is_finished = torch.tensor([row.is_finished for row in rows])
+    clipped = clip_scores(scores.float(), limit)
+    rewards = token_rewards(
+        penalise_unfinished(clipped, is_finished, config.missing_eos_penalty),
+        lengths,
+        width,
+        token_kl(old, reference, mask, config.token_kl_estimator)
+        if config.kl_in == "reward"
+        else None,
+        kl_coefficient,
+    )
+    values = None
+    if config.has_critic:
+        values = _table([_known(row.values) for row in rows], width)
+    places = {prompt: place for place, prompt in enumerate(sorted({row.prompt for row in rows}))}
+    prompt_index = torch.tensor([places[row.prompt] for row in rows])
+    found = Rewarded(rewards, values, mask, prompt_index, len(places))
+    k1 = masked_sum(token_kl(old, reference, mask, "k1"), mask).double()
+    metrics = {
+        "score": float(raw.mean()),
+        "score_deviation": float(raw.std(correction=0)),
+        "reward": float(found.sequence_rewards.double().mean()),
+        "kl": float(k1.mean()),
+        "kl_k3": float(masked_sum(token_kl(old, reference, mask, "k3"), mask).double().mean()),
+        "kl_coefficient": kl_coefficient,
+        "clipped_score_fraction": float(count_clipped(scores.float(), limit).double().mean()),
+        "finished_fraction": float(is_finished.double().mean()),
+        "response_length": float(lengths.double().mean()),
+        "response_length_min": float(lengths.min()),
+        "response_length_max": float(lengths.max()),
+    }
+    if config.method == "rrhf":
+        sets = _ranked_sets(rows, found.sequence_rewards.tolist())
+    else:
+        advantages, returns = METHODS[config.method](found, config)
+        tables = {"old_logprobs": old, "advantages": advantages}
+        if values is not None and returns is not None:
+            tables |= {"old_values": values, "returns": returns}
+            sums = explained_variance_sums(values, returns, mask)
+            metrics["explained_variance"] = explained_variance(sums)
+        if config.kl_in == "loss":
+            tables["reference_logprobs"] = reference
+        sets = [
+            EncodedSet(
+                row.prompt_ids,
+                [row.token_ids],
+                token_extras={
+                    name: [table[place, : len(row.token_ids)]] for name, table in tables.items()
+                },
+            )
+            for place, row in enumerate(rows)
+        ]
+    return Experience(sets, metrics, metrics["kl"], len(rows))
+
+
+def _ranked_sets(rows: Sequence[RolloutRow], rewards: Sequence[float]) -> list[EncodedSet]:
+    groups: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(place)
+    return [
+        EncodedSet(
+            rows[places[0]].prompt_ids,
+            [rows[place].token_ids for place in places],
+            [rewards[place] for place in places],
+        )
+        for places in groups.values()
+    ]
+
+
+def _table(rows: Sequence[Tensor], width: int) -> Tensor:
+    """[N, T] float32, padded with zeros."""
+    table = torch.zeros((len(rows), width))
+    for target, row in zip(table, rows, strict=True):
+        target[: len(row)] = row
+    return table
+
+
+def _known(values: Tensor | None) -> Tensor:
+    assert values is not None, "with a critic every row has its values"
+    return values
+
+
+# To a checkpoint and back.
+
+
+def pack(sets: Sequence[EncodedSet]) -> dict[str, Tensor]:
+    """An experience as flat tensors, nothing rounded."""
+    responses = [ids for s in sets for ids in s.response_ids]
+    packed = {
+        "prompt_ids": torch.tensor([token for s in sets for token in s.prompt_ids]),
+        "prompt_lengths": torch.tensor([len(s.prompt_ids) for s in sets]),
+        "response_ids": torch.tensor([token for ids in responses for token in ids]),
+        "response_lengths": torch.tensor([len(ids) for ids in responses]),
+        "group_sizes": torch.tensor([len(s.response_ids) for s in sets]),
+    }
+    if all(s.scores is not None for s in sets):
+        scores = [score for s in sets for score in s.scores or ()]
+        packed["scores"] = torch.tensor(scores, dtype=torch.float64)
+    for name in sets[0].token_extras:
+        rows = [torch.as_tensor(row) for s in sets for row in s.token_extras[name]]
+        packed[f"token.{name}"] = torch.cat(rows)
+    return packed
+
+
+def unpack(packed: dict[str, Tensor]) -> list[EncodedSet]:
+    """What `pack` was given."""
+    sizes = packed["group_sizes"].tolist()
+    lengths = packed["response_lengths"].tolist()
+    prompts = packed["prompt_ids"].split(packed["prompt_lengths"].tolist())
+    responses = packed["response_ids"].split(lengths)
+    extras = {
+        name.removeprefix("token."): value.split(lengths)
+        for name, value in packed.items()
+        if name.startswith("token.")
+    }
+    scores = packed["scores"].split(sizes) if "scores" in packed else None
+    sets, first = [], 0
+    for place, size in enumerate(sizes):
+        rows = slice(first, first + size)
+        sets.append(
+            EncodedSet(
+                prompts[place].tolist(),
+                [ids.tolist() for ids in responses[rows]],
+                None if scores is None else scores[place].tolist(),
+                token_extras={name: list(values[rows]) for name, values in extras.items()},
+            )
+        )
+        first += size
+    return sets

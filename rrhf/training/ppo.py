@@ -1,0 +1,270 @@
+"""PPO with human feedback, and what runs on the same stream: its critic-free cousins, online RRHF.
+
+The policy answers prompts, a scorer scores the answers, the score minus a penalty for leaving the
+reference becomes a reward (`rrhf.training.rollout`, `experience`), and a few passes of the common
+loop move policy and critic (`ppo_stream`, `ppo_objective`). Ouyang et al. 2022, arXiv:2203.02155,
+with the details that Huang et al. 2024, arXiv:2403.17031, found to matter.
+
+`--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
+the policy is refreshed every `rollout_size / batch` steps.
+
+Left out on purpose: policies whose weights are spread over devices, for nothing here samples from
+those.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rrhf.algorithms.kl import KLController, build_kl_controller
+from rrhf.algorithms.normalizers import Normalizer, RunningMeanStd
+from rrhf.data.layouts import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.errors import UserError
+from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.models.logprobs import Policy
+from rrhf.models.policy_with_value import (
+    ActorCritic,
+    ValueHead,
+    ValueModel,
+    new_value_head,
+    require_same_vocabulary,
+    write_value_folder,
+)
+from rrhf.models.reward_model import (
+    HEAD,
+    init_reward_model,
+    require_reward_model,
+    score_normalizer,
+)
+from rrhf.models.saving import write_model_folder
+from rrhf.records import CandidateSet
+from rrhf.scoring.build import SCORERS, build_scorer, check_scorer
+from rrhf.training.checkpoint import saved_folder
+from rrhf.training.experience import build_experience
+from rrhf.training.loop import Objective, run_training
+from rrhf.training.parallel import Parallel
+from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.ppo_objective import PPOObjective
+from rrhf.training.ppo_stream import PPOStream
+from rrhf.training.rank import RankConfig, RankObjective
+from rrhf.training.rollout import RolloutWriter
+from rrhf.training.setup import (
+    Workbench,
+    finish_run,
+    load_trainable_causal_lm,
+    opened_workbench,
+    prepare_trainable,
+)
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_ROUND = 1_000_000_000
+"""Its draws must not be those of a rollout."""
+
+
+def train(config: PPOConfig) -> Path:
+    """Train on what the policy itself writes; returns the policy folder.
+
+    Raises:
+        UserError: the prompts, a model or a setting is not usable; the text says which and why.
+    """
+    check_scorer(config.reward_model_name_or_path)
+    with opened_workbench(config) as bench:
+        _require_whole_weights(bench.parallel)
+        read = SourceCounts()
+        prompts = load_sets(config.train_datasets, config.seed, counts=read)
+        held_out = load_sets(config.eval_datasets, config.seed) if config.eval_datasets else ()
+        root = _build_root(config, bench)
+        reference = None
+        if not config.use_lora:
+            frozen = load_causal_lm(
+                config.model_name_or_path,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+            frozen.requires_grad_(False)
+            reference = Policy(frozen, config.temperature).to(bench.parallel.device).eval()
+        scorer = build_scorer(config.reward_model_name_or_path, device=bench.parallel.device)
+        writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel)
+        fitting = _fitting(prompts, writer, config.train_datasets)
+        controller = build_kl_controller(
+            config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
+        )
+        ppo_objective = None if config.method == "rrhf" else PPOObjective(config, controller)
+        normalizer: Normalizer | None = RunningMeanStd() if config.normalize_reward else None
+        stream = PPOStream(
+            fitting,
+            writer,
+            config,
+            controller,
+            normalizer,
+            ppo_objective,
+            bench.codec.pad_id,
+            bench.parallel,
+        )
+        evaluate = None
+        if held_out:
+            asked = _fitting(held_out, writer, str(config.eval_datasets))
+            evaluate = _evaluation(asked, writer, config, controller)
+        outcome = run_training(
+            root,
+            ppo_objective or _rank_objective(config),
+            stream,
+            config,
+            bench.run,
+            bench.parallel,
+            evaluate,
+        )
+        assert isinstance(outcome.model, ActorCritic), "the loop returns the root it was given"
+        return _finish(
+            bench,
+            outcome,
+            {
+                "stage": "ppo",
+                "method": config.method,
+                "train_datasets": config.train_datasets,
+                "scorer": scorer.name,
+                "scores_are_normalized": scorer.normalized,
+                "data": {
+                    "read": read.as_dict(),
+                    "prompts": len(fitting),
+                    "prompts_left_out": len(prompts) - len(fitting),
+                    "responses": dict(sorted(stream.counts.items())),
+                },
+                "kl_coefficient": controller.coefficient,
+                "score_normalizer": (
+                    None if stream.normalizer is None else stream.normalizer.state_dict()
+                ),
+            },
+        )
+
+
+def _require_whole_weights(parallel: Parallel) -> None:
+    if parallel.is_sharded:
+        raise UserError(
+            f"launch: train ppo samples from weights that each process holds in full, and "
+            f"{parallel.kind} spreads them; start it on one process, or on several without "
+            "sharding (accelerate launch --multi_gpu, or torchrun)"
+        )
+
+
+def _build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
+    """The actor, with the critic where the method has one."""
+    model = load_trainable_causal_lm(config)
+    policy = Policy(model, config.temperature, with_entropy=config.method != "rrhf")
+    if not config.has_critic:
+        return ActorCritic(policy)
+    value: ValueHead | ValueModel
+    value = new_value_head(model) if config.share_trunk else _critic(config, bench)
+    return ActorCritic(policy, value)
+
+
+def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
+    """A value model from a reward model's weights, head and normaliser included."""
+    path = config.reward_critic_model_name_or_path or config.reward_model_name_or_path
+    if path.partition(":")[0] in SCORERS:
+        raise UserError(
+            f"--reward_model_name_or_path {path}: no model that a critic could start from; give "
+            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
+        )
+    require_reward_model(path, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    require_same_vocabulary(bench.tokenizer, tokenizer, path)
+    bare = init_reward_model(
+        path,
+        config.seed,
+        _classifier_pad_id(bench),
+        config.attn_implementation,
+        config.trust_remote_code,
+    )
+    window = context_window(bare)
+    if window is not None and config.model_max_length > window:
+        raise UserError(
+            f"{path}: as a critic it knows {window} positions, fewer than --model_max_length "
+            f"{config.model_max_length}; lower that"
+        )
+    return ValueModel(
+        prepare_trainable(bare, config, [HEAD], "SEQ_CLS"), score_normalizer(bare.config)
+    )
+
+
+def _classifier_pad_id(bench: Workbench) -> int | None:
+    """As a reward model's folder names it: none where it would be an end token too."""
+    pad_id = bench.tokenizer.pad_token_id
+    return None if pad_id == bench.codec.end_id else pad_id
+
+
+def _fitting(
+    prompts: Sequence[CandidateSet], writer: RolloutWriter, name: str
+) -> list[CandidateSet]:
+    """Prompts that leave room for a response, without the candidates they may bring."""
+    kept, left_out = [], 0
+    for prompt in prompts:
+        if writer.fits(prompt):
+            kept.append(CandidateSet(prompt.id, prompt.query, prompt.messages, (), prompt.origin))
+        elif not left_out:
+            left_out = 1
+            logger.info("first prompt left out: %s %.60r", prompt.id, prompt.query)
+        else:
+            left_out += 1
+    if not kept:
+        raise UserError(
+            f"{name}: none of its {len(prompts)} prompts leaves room for --max_new_tokens within "
+            "--model_max_length; raise the second, or lower the first"
+        )
+    if left_out:
+        logger.warning("%s: %d of %d prompts do not fit", name, left_out, len(prompts))
+    return kept
+
+
+def _evaluation(
+    prompts: Sequence[CandidateSet],
+    writer: RolloutWriter,
+    config: PPOConfig,
+    controller: KLController,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Answers held-out prompts once each, always by the same draws."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        rollout = writer.write(prompts, EVALUATION_ROUND, samples_per_prompt=1)
+        found = build_experience(rollout.rows, config, controller.coefficient).metrics
+        names = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
+        return {name: found[name] for name in names}
+
+    return evaluate
+
+
+def _rank_objective(config: PPOConfig) -> Objective:
+    return RankObjective(
+        RankConfig(
+            config.model_name_or_path,
+            config.output_dir,
+            data_path=config.train_datasets,
+            rrhf_weight=config.rrhf_weight,
+            length_penalty=config.length_penalty,
+            sft_reduction=config.sft_reduction,
+        )
+    )
+
+
+def _finish(bench: Workbench, outcome: Any, manifest: dict[str, Any]) -> Path:
+    """`policy/`, `value/` where there is a critic, and the manifest, last."""
+    root: ActorCritic = outcome.model
+
+    def write(staged: Path) -> None:
+        write_model_folder(staged, root.policy.model, bench.tokenizer)
+        if root.value is not None:
+            saved_folder(
+                bench.run.path / "value",
+                lambda folder: write_value_folder(
+                    folder, root, staged, bench.tokenizer, _classifier_pad_id(bench)
+                ),
+            )
+
+    return finish_run(bench, outcome, bench.run.policy, root.policy.model, manifest, write)

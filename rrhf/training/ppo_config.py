@@ -1,0 +1,330 @@
+"""The settings of `rrhf train ppo`: PPO, its critic-free cousins and online ranking."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rrhf.algorithms.kl import KL_LOSS_ESTIMATORS
+from rrhf.errors import UserError
+from rrhf.generation.engine import SamplingParams
+from rrhf.generation.sampling import check_params
+from rrhf.models.policy_with_value import VALUE_PREFIX
+from rrhf.training.config import GroupSettings, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
+"""Methods that compare the responses of one prompt with each other."""
+
+
+@dataclass
+class PPOConfig(TrainingConfig):
+    """Settings of `rrhf train ppo`."""
+
+    train_datasets: str = field(
+        kw_only=True, metadata={"aliases": ["prompts", "data_path", "prompt_file"]}
+    )
+    """Prompts: a file, a registered name, name[:proportion[:path]], several with commas."""
+
+    reward_model_name_or_path: str = field(kw_only=True, metadata={"aliases": ["scorer"]})
+    """What scores responses: a reward model's folder (its tokenizer may differ from the policy's),
+    function:module:name, or gold:help_desk."""
+
+    method: Literal["ppo", "rloo", "grpo", "dr_grpo", "reinforce_pp", "rrhf"] = field(
+        default="ppo", metadata={"aliases": ["rl_algorithm"]}
+    )
+    """ppo has a critic; rloo, grpo, dr_grpo and reinforce_pp have none; rrhf ranks the responses of
+    the live policy (OP-k)."""
+
+    reward_critic_model_name_or_path: str | None = None
+    """Reward model that the critic starts from; by default reward_model_name_or_path."""
+
+    share_trunk: bool = False
+    """Put a value head, zero at first, on the policy's own trunk: less memory than a second one."""
+
+    learning_rate: float = field(default=1e-6, metadata={"aliases": ["actor_learning_rate"]})
+    """Peak learning rate of the policy."""
+
+    critic_learning_rate: float = 5e-6
+    """Peak learning rate of the critic."""
+
+    critic_weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of the critic."""
+
+    critic_lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = (
+        "cosine"
+    )
+    """How the critic's learning rate falls after warm-up."""
+
+    critic_warmup_ratio: float = 0.03
+    """Share of the steps over which the critic's learning rate rises from 0."""
+
+    critic_warmup_steps: int = 0
+    """Optimiser steps at the start in which the critic learns alone."""
+
+    per_device_prompt_batch_size: int = 16
+    """Prompts that one device samples for at a time; only memory and speed depend on it."""
+
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"aliases": ["rollout_mini_batch_size"]}
+    )
+    """Responses in one forward on one device (rrhf: prompts with all their responses)."""
+
+    num_return_sequences: int = 1
+    """Responses to each prompt, all of them trained on; rloo, grpo, dr_grpo and rrhf need 2."""
+
+    rollout_size: int = 128
+    """Responses in one rollout, on all devices together."""
+
+    num_rollouts: int = -1
+    """Stop after this many rollouts; -1 = as many as num_train_epochs or max_steps ask for."""
+
+    ppo_epochs: int = field(default=1, metadata={"aliases": ["update_iters"]})
+    """Passes over each rollout."""
+
+    max_new_tokens: int = field(default=128, metadata={"aliases": ["max_dec_len"]})
+    """Most tokens of a response, EOS included."""
+
+    min_new_tokens: int = field(default=0, metadata={"aliases": ["min_dec_len"]})
+    """EOS is not allowed before so many tokens. Above 0 the KL is biased, like under a filter."""
+
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in every log-prob."""
+
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this mass; below 1 the KL is biased."""
+
+    top_k: int = 0
+    """Sample from so many likeliest tokens; 0 = all. Otherwise the KL is biased."""
+
+    repetition_penalty: float = 1.0
+    """Penalty on tokens that were used before; other than 1 the KL is biased."""
+
+    kl_coeff: float = field(default=0.05, metadata={"aliases": ["init_kl_coeff"]})
+    """Weight of the KL from the reference, the policy as it was at the start."""
+
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Take the KL off the rewards token by token, or add it to the loss."""
+
+    kl_estimator: Literal["auto", "k1", "k2", "k3", "k3_with_k2_gradient"] = "auto"
+    """Estimator of a token's KL; auto: k1 in the reward, k3_with_k2_gradient in the loss."""
+
+    adaptive_kl: bool = field(default=False, metadata={"aliases": ["adaptive_kl_coeff"]})
+    """Let the coefficient follow kl_target."""
+
+    kl_target: float = 6.0
+    """KL that adaptive_kl steers to: nats per response (the sum over its tokens)."""
+
+    kl_horizon: float = 10000.0
+    """Responses over which adaptive_kl acts; smaller is faster."""
+
+    clip_range_score: float = 10.0
+    """Scores are held within +- this; 0 = no limit."""
+
+    normalize_reward: bool = field(default=False, metadata={"aliases": ["normalize_rewards"]})
+    """Subtract the running mean of all scores so far and divide by their deviation."""
+
+    missing_eos_penalty: float = 0.0
+    """Taken off the score of a response that does not end in EOS."""
+
+    max_unscored_fraction: float = 0.01
+    """Stop where more than this share of a rollout could not be scored."""
+
+    gamma: float = 1.0
+    """Discount for each token."""
+
+    gae_lambda: float = 0.95
+    """1 trusts the rewards alone, 0 the critic's next value alone."""
+
+    normalize_advantage: bool = field(default=True, metadata={"aliases": ["normalize_advantages"]})
+    """ppo, reinforce_pp: bring the advantages of a rollout to mean 0 and deviation 1."""
+
+    clip_range_ratio: float = field(default=0.2, metadata={"aliases": ["clip_coeff"]})
+    """How far the probability ratio may move down, and up, before the clip holds it."""
+
+    clip_range_ratio_high: float | None = None
+    """How far up, where that should differ from clip_range_ratio."""
+
+    dual_clip: float = 0.0
+    """Hold the loss of a bad token at this times its advantage (usual: 3); 0 = not held."""
+
+    clip_range_value: float = 0.2
+    """How far a value may move from what it was in the rollout; 0 = no clip."""
+
+    vf_coeff: float = 0.1
+    """Weight of the value loss."""
+
+    entropy_coeff: float = 0.0
+    """Weight of an entropy bonus."""
+
+    loss_reduction: Literal["auto", "token-mean", "sequence-mean", "sequence-sum"] = "auto"
+    """Mean over all tokens, over responses' means, or over responses' sums divided by
+    max_new_tokens; auto: sequence-mean for grpo, sequence-sum for dr_grpo, else token-mean."""
+
+    target_kl: float = 0.0
+    """Go on to the next rollout once an update moved the policy this far from the one that sampled
+    (k3, nats per token); 0 = never."""
+
+    rrhf_weight: float = 1.0
+    """rrhf: weight of the rank term beside cross-entropy on the best response."""
+
+    length_penalty: float = 1.0
+    """rrhf: responses are ranked by log-prob / tokens ** this."""
+
+    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
+    """rrhf: token sum, or token mean, of each best response; or the mean of all tokens."""
+
+    eval_datasets: str | None = None
+    """Prompts that are answered and scored at eval_steps and at the end."""
+
+    def __post_init__(self) -> None:
+        check_params(self.sampling(0))
+        self._check_ranges()
+        self._check_combinations()
+        for name, off in (
+            ("top_p", 1.0),
+            ("top_k", 0),
+            ("repetition_penalty", 1.0),
+            ("min_new_tokens", 0),
+        ):
+            if getattr(self, name) != off:
+                logger.warning(
+                    "--%s %s: shapes what is sampled but no log-prob, so the KL will be biased and "
+                    "may turn negative; leave it at %s unless you mean it",
+                    name,
+                    getattr(self, name),
+                    off,
+                )
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "per_device_prompt_batch_size": 1,
+            "rollout_size": 1,
+            "ppo_epochs": 1,
+            "critic_warmup_steps": 0,
+            "kl_coeff": 0,
+            "clip_range_score": 0,
+            "missing_eos_penalty": 0,
+            "gamma": 0,
+            "gae_lambda": 0,
+            "clip_range_value": 0,
+            "vf_coeff": 0,
+            "entropy_coeff": 0,
+            "target_kl": 0,
+            "rrhf_weight": 0,
+            "max_unscored_fraction": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not value >= least:
+                raise UserError(f"--{name} {value}: must be {least} or more")
+        for name in ("gamma", "gae_lambda", "clip_range_ratio"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at most 1")
+        if self.clip_range_ratio_high is not None and self.clip_range_ratio_high < 0:
+            raise UserError(f"--clip_range_ratio_high {self.clip_range_ratio_high}: must be >= 0")
+        if self.dual_clip and not self.dual_clip > 1:
+            raise UserError(f"--dual_clip {self.dual_clip}: must be above 1, or 0 for none")
+        if self.max_new_tokens >= self.model_max_length:
+            raise UserError(
+                f"--max_new_tokens {self.max_new_tokens}: must be below --model_max_length "
+                f"{self.model_max_length}, so that a prompt fits too"
+            )
+
+    def _check_combinations(self) -> None:
+        if self.rollout_size % self.num_return_sequences:
+            raise UserError(
+                f"--rollout_size {self.rollout_size}: must be a multiple of --num_return_sequences "
+                f"{self.num_return_sequences}, so that each prompt has all its responses"
+            )
+        if self.method in GROUP_METHODS and self.num_return_sequences < 2:
+            raise UserError(
+                f"--method {self.method} compares the responses of a prompt; give "
+                "--num_return_sequences 2 or more (4 is usual)"
+            )
+        if self.kl_in == "loss":
+            if self.method == "rrhf":
+                raise UserError("--kl_in loss: with --method rrhf the KL enters the scores only")
+            if self.kl_estimator not in ("auto", *KL_LOSS_ESTIMATORS):
+                raise UserError(
+                    f"--kl_estimator {self.kl_estimator}: its gradient is useless as a loss; take "
+                    f"one of {', '.join(KL_LOSS_ESTIMATORS)}"
+                )
+        if self.share_trunk and self.reward_critic_model_name_or_path:
+            raise UserError(
+                "--share_trunk puts the critic on the policy; leave out "
+                "--reward_critic_model_name_or_path"
+            )
+        if not self.has_critic:
+            for name in ("share_trunk", "reward_critic_model_name_or_path", "critic_warmup_steps"):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: --method {self.method} has no critic; leave it out")
+        if self.adaptive_kl and not (
+            self.kl_coeff > 0 and self.kl_target > 0 and self.kl_horizon > 0.2 * self.rollout_size
+        ):
+            raise UserError(
+                "--adaptive_kl: needs --kl_coeff and --kl_target above 0, and --kl_horizon above a "
+                f"fifth of the rollout ({0.2 * self.rollout_size:g})"
+            )
+
+    @property
+    def has_critic(self) -> bool:
+        return self.method == "ppo"
+
+    @property
+    def token_kl_estimator(self) -> str:
+        """The estimator, `auto` resolved."""
+        if self.kl_estimator != "auto":
+            return self.kl_estimator
+        return "k1" if self.kl_in == "reward" else "k3_with_k2_gradient"
+
+    @property
+    def reduction(self) -> str:
+        """Of the losses over tokens, `auto` resolved."""
+        if self.loss_reduction != "auto":
+            return self.loss_reduction
+        return {"grpo": "sequence-mean", "dr_grpo": "sequence-sum"}.get(self.method, "token-mean")
+
+    @property
+    def clip_high(self) -> float:
+        high = self.clip_range_ratio_high
+        return self.clip_range_ratio if high is None else high
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        return self.rollout_size // self.num_return_sequences
+
+    def sampling(self, rollout: int) -> SamplingParams:
+        """How the responses of a rollout are drawn."""
+        return SamplingParams(
+            num_return_sequences=self.num_return_sequences,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            round=rollout,
+        )
+
+    def groups(self) -> list[GroupSettings]:
+        """The policy's weights, and the critic's where there is one."""
+        policy = GroupSettings(
+            "",
+            self.learning_rate,
+            self.weight_decay,
+            self.lr_scheduler_type,
+            self.warmup_ratio,
+            self.critic_warmup_steps,
+        )
+        critic = GroupSettings(
+            VALUE_PREFIX,
+            self.critic_learning_rate,
+            self.critic_weight_decay,
+            self.critic_lr_scheduler_type,
+            self.critic_warmup_ratio,
+        )
+        return [policy, critic] if self.has_critic else [policy]

@@ -1,0 +1,114 @@
+"""The terms of PPO's loss over one micro-batch of experience.
+
+`policy` (clipped ratio) for every method; `value`, `entropy` and `kl` where the settings give them
+a weight. All are sums over tokens or responses with counts that are known before the forward. What
+stands behind a row's length, and every token of a filler row, is never read.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rrhf.algorithms import ppo_losses
+from rrhf.algorithms.kl import KLController, token_kl
+from rrhf.algorithms.masked import masked_sum
+from rrhf.data.collate import TokenBatch
+from rrhf.models.policy_with_value import ActorCriticOutputs
+from rrhf.training.loop import Term
+from rrhf.training.ppo_config import PPOConfig
+
+
+class PPOObjective:
+    """PPO and its critic-free cousins, which differ in their advantages alone.
+
+    Args:
+        config: clips and weights.
+        controller: whose coefficient weighs the KL where it is in the loss.
+
+    Attributes:
+        policy_is_frozen: the critic learns alone; the policy's terms weigh nothing.
+    """
+
+    def __init__(self, config: PPOConfig, controller: KLController) -> None:
+        self.config = config
+        self.policy_is_frozen = False
+        self._controller = controller
+        self._largest_ratio = 0.0
+
+    def take_largest_ratio(self) -> float:
+        """Of this rank, since it was last asked."""
+        largest, self._largest_ratio = self._largest_ratio, 0.0
+        return largest
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Tokens or responses, as the reduction asks; the same for all terms."""
+        count = ppo_losses.reduction_counts(_mask(batch), self.config.reduction).sum()
+        return dict.fromkeys(self._names(), count)
+
+    def __call__(self, outputs: ActorCriticOutputs, batch: TokenBatch) -> dict[str, Term]:
+        """The terms of one micro-batch, with what one watches of them."""
+        config, mask, stored = self.config, _mask(batch), batch.token_extras
+        old, advantages = stored["old_logprobs"], stored["advantages"]
+        clips = (config.clip_range_ratio, config.clip_high, config.dual_clip or None)
+        metrics = ppo_losses.policy_metrics(outputs.logprobs, old, advantages, mask, *clips)
+        if outputs.entropy is not None:
+            metrics["entropy"] = (masked_sum(outputs.entropy.detach(), mask).sum(), mask.sum())
+        largest = float(ppo_losses.largest_ratio(outputs.logprobs, old, mask))
+        self._largest_ratio = max(self._largest_ratio, largest)
+        losses = ppo_losses.policy_losses(outputs.logprobs, old, advantages, mask, *clips)
+        terms = {"policy": self._term(losses, mask, 1.0, metrics)}
+        if "value" in self._names():
+            assert outputs.values is not None, "a value term needs a critic"
+            stored_values = (stored["old_values"], stored["returns"])
+            limit = config.clip_range_value or None
+            terms["value"] = Term(
+                self._total(
+                    ppo_losses.value_losses(outputs.values, *stored_values, mask, limit), mask
+                ),
+                config.vf_coeff * self._scale,
+                ppo_losses.value_metrics(outputs.values, *stored_values, mask, limit),
+            )
+        if "entropy" in self._names():
+            assert outputs.entropy is not None, "an entropy term needs the policy's entropy"
+            entropy = ppo_losses.entropy_losses(outputs.entropy, mask)
+            terms["entropy"] = self._term(entropy, mask, config.entropy_coeff)
+        if "kl" in self._names():
+            kl = token_kl(
+                outputs.logprobs, stored["reference_logprobs"], mask, config.token_kl_estimator
+            )
+            terms["kl"] = self._term(kl, mask, self._controller.coefficient)
+        return terms
+
+    @property
+    def _scale(self) -> float:
+        """Sums over a response are measured by the longest that there may be."""
+        return 1 / self.config.max_new_tokens if self.config.reduction == "sequence-sum" else 1.0
+
+    def _names(self) -> list[str]:
+        config = self.config
+        wanted = {
+            "policy": True,
+            "value": config.has_critic,
+            "entropy": config.entropy_coeff > 0,
+            "kl": config.kl_in == "loss",
+        }
+        return [name for name, is_wanted in wanted.items() if is_wanted]
+
+    def _term(
+        self,
+        token_losses: Tensor,
+        mask: Tensor,
+        weight: float,
+        metrics: dict[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> Term:
+        """A term of the policy's."""
+        weight = 0.0 if self.policy_is_frozen else weight * self._scale
+        return Term(self._total(token_losses, mask), weight, metrics or {})
+
+    def _total(self, token_losses: Tensor, mask: Tensor) -> Tensor:
+        return ppo_losses.reduce_rows(token_losses, mask, self.config.reduction)[0].sum()
+
+
+def _mask(batch: TokenBatch) -> Tensor:
+    """[N, R] True at response tokens of rows that count."""
+    return batch.response_mask & (batch.row_weights > 0)[:, None]

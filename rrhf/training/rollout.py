@@ -1,0 +1,309 @@
+"""A rollout: the live policy answers prompts, and everything that is to be known of the answers.
+
+Each rank answers its share of the prompts; then the rows come together, so that all ranks hold the
+whole rollout. The ids that were sampled are the ids that are trained on. In float32 the engine's
+own log-probs are the old log-probs; one batch of every rollout is read by the trainer's forward as
+well, and where the two differ (as under bf16 always) that forward's are taken for all rows.
+
+Responses without a token (a stop string at once) and those that could not be scored are left out
+and counted. Left out on purpose: engines behind a network, policies whose weights are spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.collate import EncodedSet, collate
+from rrhf.errors import UserError
+from rrhf.generation.engine import Sample
+from rrhf.generation.local import LocalEngine
+from rrhf.models.logprobs import Policy
+from rrhf.models.policy_with_value import ActorCritic, as_reference
+from rrhf.records import Candidate, CandidateSet
+from rrhf.scoring.scorer import Scorer
+from rrhf.training.experience import RolloutRow
+from rrhf.training.parallel import Parallel
+from rrhf.training.ppo_config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+LOGPROB_TOLERANCE = 1e-4
+"""Engine and trainer agree where no token's log-prob differs by more."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What all ranks have sampled together.
+
+    Attributes:
+        rows: by prompt and sample.
+        counts: responses sampled, left out and why.
+        seconds: of the slowest rank, by phase.
+    """
+
+    rows: list[RolloutRow]
+    counts: Counter[str]
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Draft:
+    """A response of this rank while it is being read."""
+
+    prompt: int
+    sample: int
+    prompt_ids: list[int]
+    written: Sample
+    score: float | None = None
+    old_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    reference_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    values: Tensor | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        ids: list[int] = self.written.token_ids.tolist()
+        return ids
+
+
+class RolloutWriter:
+    """Samples, scores and reads responses of the policy as it is at that moment.
+
+    Args:
+        root: the trained root itself, which stays live under any wrapping but sharding.
+        reference: a frozen copy of the first policy; None = the root's own, adapters off.
+        codec: the token boundary.
+        scorer: any.
+        config: sampling and batch sizes.
+        parallel: ranks.
+    """
+
+    def __init__(
+        self,
+        root: ActorCritic,
+        reference: Policy | None,
+        codec: ChatCodec,
+        scorer: Scorer,
+        config: PPOConfig,
+        parallel: Parallel,
+    ) -> None:
+        self._root, self._reference = root, reference
+        self._codec, self._scorer = codec, scorer
+        self._config, self._parallel = config, parallel
+        self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
+        self._said = False
+        self._engine = LocalEngine(
+            root.policy.model,
+            codec,
+            max_batch_rows=self._rows_at_a_time,
+            max_prompt_tokens=config.model_max_length - config.max_new_tokens,
+        )
+
+    def fits(self, prompt: CandidateSet) -> bool:
+        """Whether the prompt, cut by whole turns, leaves room for a response."""
+        return self._engine.encode_prompt(prompt, self._config.sampling(0)) is not None
+
+    def write(
+        self, prompts: Sequence[CandidateSet], number: int, samples_per_prompt: int | None = None
+    ) -> Rollout:
+        """Answer the prompts of a rollout; every rank must call it, with the same prompts.
+
+        Args:
+            prompts: that fit; one may occur several times, and is then answered differently.
+            number: of the rollout, part of the randomness.
+            samples_per_prompt: by default as the settings have it.
+
+        Raises:
+            UserError: too many responses could not be scored, or all were left out.
+        """
+        parallel = self._parallel
+        places = range(parallel.rank, len(prompts), parallel.world_size)
+        renamed = _with_own_ids(prompts)
+        mine = [renamed[place] for place in places]
+        clock = _Clock()
+        with _evaluating(self._root), torch.no_grad():
+            with parallel.autocast():
+                drafts = self._sample(mine, list(places), number, samples_per_prompt)
+            counts = Counter(sampled=len(drafts))
+            drafts = [draft for draft in drafts if len(draft.written.token_ids)]
+            counts["empty"] = counts["sampled"] - len(drafts)
+            clock.mark("generate")
+            self._score(drafts, renamed)
+            counts["unscored"] = sum(draft.score is None for draft in drafts)
+            drafts = [draft for draft in drafts if draft.score is not None]
+            clock.mark("score")
+            with parallel.autocast():
+                self._read(drafts)
+            clock.mark("read")
+        gathered = parallel.gather([(self._rows(drafts), counts, clock.seconds)])
+        rows = [row for part, _, _ in gathered for row in part]
+        rows.sort(key=lambda row: (row.prompt, row.sample))
+        total: Counter[str] = Counter()
+        for _, part, _ in gathered:
+            total.update(part)
+        self._check(rows, total)
+        seconds = {name: max(part[name] for _, _, part in gathered) for name in clock.seconds}
+        return Rollout(rows, total, seconds)
+
+    def _sample(
+        self,
+        prompts: Sequence[CandidateSet],
+        places: Sequence[int],
+        number: int,
+        samples_per_prompt: int | None,
+    ) -> list[_Draft]:
+        params = self._config.sampling(number)
+        if samples_per_prompt is not None:
+            params = replace(params, num_return_sequences=samples_per_prompt)
+        written = self._engine.generate(prompts, params) if prompts else []
+        drafts = []
+        for place, prompt, samples in zip(places, prompts, written, strict=True):
+            prompt_ids = self._engine.encode_prompt(prompt, params)
+            assert prompt_ids is not None, "prompts that do not fit were to be left out"
+            drafts += [_Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
+        return drafts
+
+    def _score(self, drafts: Sequence[_Draft], prompts: Sequence[CandidateSet]) -> None:
+        groups: dict[int, list[_Draft]] = {}
+        for draft in drafts:
+            groups.setdefault(draft.prompt, []).append(draft)
+        sets = [
+            replace(
+                prompts[place],
+                candidates=tuple(
+                    Candidate(d.written.text, "policy:live", None, d.written.finish_reason)
+                    for d in group
+                ),
+            )
+            for place, group in groups.items()
+        ]
+        scores = self._scorer.score(sets) if sets else []
+        for group, found in zip(groups.values(), scores, strict=True):
+            for draft, score in zip(group, found, strict=True):
+                draft.score = score
+
+    def _read(self, drafts: Sequence[_Draft]) -> None:
+        """Old and reference log-probs, and values, in batches of similar lengths."""
+        order = sorted(drafts, key=lambda d: len(d.prompt_ids) + len(d.written.token_ids))
+        batches = [
+            order[first : first + self._rows_at_a_time]
+            for first in range(0, len(order), self._rows_at_a_time)
+        ]
+        recompute = self._config.bf16
+        for place, batch in enumerate(batches):
+            recompute = self._read_batch(batch, is_first=place == 0, recompute=recompute)
+
+    def _read_batch(self, drafts: Sequence[_Draft], is_first: bool, recompute: bool) -> bool:
+        """Fill the drafts in; returns whether the trainer's log-probs are to be taken."""
+        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts]
+        batch = collate(sets, self._codec.pad_id).to(self._parallel.device)
+        needs_policy = is_first or recompute
+        has_critic = self._root.value is not None
+        outputs = None
+        if needs_policy or has_critic:
+            outputs = self._root(batch, values_only=not needs_policy)
+        if self._reference is not None:
+            reference = self._reference(batch).logprobs.cpu()
+        else:
+            with as_reference(self._root.policy) as policy:
+                reference = policy(batch).logprobs.cpu()
+        if is_first and outputs is not None:
+            recompute = self._must_recompute(drafts, outputs.logprobs.cpu(), recompute)
+        for place, draft in enumerate(drafts):
+            count = len(draft.written.token_ids)
+            draft.reference_logprobs = reference[place, :count].clone()
+            draft.old_logprobs = draft.written.logprobs.float()
+            if outputs is not None and recompute:
+                draft.old_logprobs = outputs.logprobs[place, :count].cpu().clone()
+            if outputs is not None and outputs.values is not None:
+                draft.values = outputs.values[place, :count].cpu().clone()
+        return recompute
+
+    def _must_recompute(self, drafts: Sequence[_Draft], read: Tensor, recompute: bool) -> bool:
+        gap = max(
+            float((read[place, : len(d.written.logprobs)] - d.written.logprobs).abs().max())
+            for place, d in enumerate(drafts)
+        )
+        recompute = recompute or gap > LOGPROB_TOLERANCE
+        if recompute and not self._said:
+            self._said = True
+            logger.info(
+                "log-probs of sampling and of training differ by up to %.2g: old log-probs are "
+                "computed again by the trainer's own forward",
+                gap,
+            )
+        return recompute
+
+    def _rows(self, drafts: Sequence[_Draft]) -> list[RolloutRow]:
+        rows = []
+        for d in drafts:
+            assert d.score is not None, "responses without a score were left out"
+            rows.append(
+                RolloutRow(
+                    d.prompt,
+                    d.sample,
+                    d.prompt_ids,
+                    d.token_ids,
+                    d.old_logprobs,
+                    d.reference_logprobs,
+                    d.values,
+                    d.score,
+                    d.token_ids[-1] in self._codec.end_ids,
+                )
+            )
+        return rows
+
+    def _check(self, rows: Sequence[RolloutRow], counts: Counter[str]) -> None:
+        limit = self._config.max_unscored_fraction
+        if counts["unscored"] > limit * counts["sampled"]:
+            raise UserError(
+                f"{self._scorer.name}: {counts['unscored']} of {counts['sampled']} responses could "
+                f"not be scored, more than --max_unscored_fraction {limit}; mend the scorer, or "
+                "raise the limit"
+            )
+        if not rows:
+            raise UserError(
+                f"all {counts['sampled']} responses of a rollout are empty: the policy ends before "
+                "its first word; check --chat_format, or start from a fine-tuned policy"
+            )
+
+
+class _Clock:
+    """Seconds since the last mark, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def mark(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """A prompt that occurs again gets an id of its own: equal ids would draw equal responses."""
+    seen: Counter[str] = Counter()
+    renamed = []
+    for prompt in prompts:
+        times = seen[prompt.id]
+        renamed.append(replace(prompt, id=f"{prompt.id}#{times}") if times else prompt)
+        seen[prompt.id] += 1
+    return renamed
+
+
+@contextlib.contextmanager
+def _evaluating(root: ActorCritic) -> Iterator[None]:
+    was_training = root.training
+    root.eval()
+    try:
+        yield
+    finally:
+        root.train(was_training)

@@ -1,0 +1,86 @@
+"""Scorers, prompts and settings for runs of PPO on a tiny model; one rank of two, as a script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import byte_level_tokenizer, save_tiny, tiny_llama
+from trainer_cases import ranked_rows, write_lines
+from transformers import LlamaForSequenceClassification
+
+from rrhf.algorithms.normalizers import RunningMeanStd
+from rrhf.models.reward_model import set_score_normalizer
+from rrhf.training import ppo
+
+
+def has_e(prompts: Sequence[str], responses: Sequence[str], messages: Any) -> list[float]:
+    """A bandit: a response with the letter e is worth 1."""
+    return [float("e" in response) for response in responses]
+
+
+def nothing(prompts: Sequence[str], responses: Sequence[str], messages: Any) -> list[float]:
+    return [0.0 for _ in responses]
+
+
+def some_none(prompts: Sequence[str], responses: Sequence[str], messages: Any) -> list[Any]:
+    return [None if place % 4 == 1 else 1.0 for place, _ in enumerate(responses)]
+
+
+def save_reward_model(folder: Path, vocab_size: int = 400) -> Path:
+    """A reward model on the tiny trunk, with a normaliser and a head that is far from zero."""
+    tokenizer = byte_level_tokenizer(vocab_size)
+    config = tiny_llama(len(tokenizer)).config
+    config.num_labels = 1
+    torch.manual_seed(3)
+    model = LlamaForSequenceClassification(config)
+    normalizer = RunningMeanStd()
+    normalizer.update(torch.tensor([-1.0, 2.0, 3.0]))
+    set_score_normalizer(model.config, normalizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_prompts(path: Path, count: int = 6) -> Path:
+    return write_lines(
+        path, [{"query": row["query"], "responses": []} for row in ranked_rows(count)]
+    )
+
+
+def build_world(folder: Path) -> Path:
+    """model/, reward/ and prompts.jsonl; returns the folder."""
+    save_tiny(folder / "model")
+    save_reward_model(folder / "reward")
+    save_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+def settings(world: Path, output_dir: Path | str, **changes: Any) -> ppo.PPOConfig:
+    values: dict[str, Any] = {
+        "train_datasets": str(world / "prompts.jsonl"),
+        "reward_model_name_or_path": str(world / "reward"),
+        "rollout_size": 12,
+        "num_rollouts": 2,
+        "ppo_epochs": 2,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "per_device_prompt_batch_size": 4,
+        "max_new_tokens": 6,
+        "learning_rate": 3e-3,
+        "critic_learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "model_max_length": 100,
+        "chat_format": "raw",
+        "save_steps": 0,
+        **changes,
+    }
+    return ppo.PPOConfig(str(world / "model"), str(output_dir), **values)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ppo.train(settings(Path(sys.argv[1]), sys.argv[2], gradient_accumulation_steps=1))

@@ -1,0 +1,274 @@
+"""The PPO trainer: whole runs of a tiny model, what they must reach and what must not move."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_cases import build_world, save_prompts, save_reward_model, settings
+from safetensors.torch import load_file
+from trainer_cases import metrics_of, same_weights
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rrhf.data.collate import EncodedSet, collate
+from rrhf.errors import StoppedBySignal, UserError
+from rrhf.models.logprobs import Policy
+from rrhf.training import ppo
+from rrhf.training.ppo_stream import PPOStream
+
+BANDIT: dict[str, Any] = {
+    "reward_model_name_or_path": "function:ppo_cases:has_e",
+    "rollout_size": 64,
+    "num_rollouts": 20,
+    "ppo_epochs": 1,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "per_device_prompt_batch_size": 64,
+    "max_new_tokens": 3,
+    "learning_rate": 1e-2,
+    "kl_coeff": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    """Metrics without what a clock says."""
+    return [
+        {k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"}
+        for row in metrics_of(run)
+    ]
+
+
+def test_at_the_first_step_the_ratio_is_one_and_the_kl_zero(world: Path, tmp_path: Path) -> None:
+    ppo.train(settings(world, tmp_path / "run", temperature=0.7))
+    first, *_, last = rows_of(tmp_path / "run")
+    assert first["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert first["largest_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(last["largest_ratio"] - 1) > 1e-3  # and only there
+    assert last["kl"] > 1e-3
+    assert [row["rollout"] for row in rows_of(tmp_path / "run")] == [0, 0, 0, 0, 1, 1, 1, 1]
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    value = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "value")
+    for model, start in ((policy, "model"), (value, "reward")):
+        saved = load_file(world / start / "model.safetensors")
+        moved = {n: p for n, p in model.state_dict().items() if n in saved}
+        assert any(not torch.equal(p, saved[n]) for n, p in moved.items())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["data"]["responses"]["sampled"] == 24
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "ppo", "share_trunk": True},
+        {"method": "rloo", "num_return_sequences": 4},
+        {
+            "method": "rrhf",
+            "num_return_sequences": 4,
+            "per_device_train_batch_size": 8,
+            "sft_reduction": "response",
+        },
+    ],
+    ids=lambda changes: changes["method"],
+)
+def test_a_bandit_is_solved(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The best mean score is 1; chance is below a half."""
+    ppo.train(settings(world, tmp_path / "run", **BANDIT | changes))
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["score"] < 0.5
+    assert rows[-1]["score"] > 0.9
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_a_very_large_kl_coefficient_holds_the_policy(
+    world: Path, tmp_path: Path, kl_in: str
+) -> None:
+    """The same run with a coefficient of zero goes on and on; what is left is the steps' noise."""
+    shared = BANDIT | {"method": "rloo", "num_return_sequences": 4, "num_rollouts": 15}
+    last = {}
+    for name, coefficient in (("free", 0.0), ("held", 100.0)):
+        changes = {"kl_coeff": coefficient, "kl_in": kl_in, "learning_rate": 1e-3}
+        ppo.train(settings(world, tmp_path / name, **shared | changes))
+        last[name] = [row["kl_k3"] for row in rows_of(tmp_path / name)[-8:]]
+    assert min(last["free"]) > 1.0
+    assert max(last["held"]) < 0.25
+
+
+def test_without_any_score_nothing_moves(world: Path, tmp_path: Path) -> None:
+    """Rewards and values are zero, so are all advantages: not a bit of the policy may change."""
+    changes = {"reward_model_name_or_path": "function:ppo_cases:nothing", "share_trunk": True}
+    ppo.train(settings(world, tmp_path / "run", **BANDIT | changes | {"num_rollouts": 2}))
+    assert same_weights(world / "model", tmp_path / "run" / "policy")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalize_reward": True, "adaptive_kl": True, "kl_horizon": 50.0, "kl_target": 0.1},
+        {"method": "rrhf", "num_return_sequences": 2, "per_device_train_batch_size": 2},
+    ],
+    ids=["ppo", "rrhf"],
+)
+def test_resumed_equals_straight(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Stopped by SIGTERM within the passes over the second rollout; every bit is the same."""
+    ppo.train(settings(world, tmp_path / "straight", **changes))
+    steps = len(metrics_of(tmp_path / "straight"))
+    stop_at = steps // 2 + 1
+    observe = PPOStream.observe
+
+    def observe_and_stop(self: PPOStream, metrics: dict[str, float]) -> None:
+        observe(self, metrics)
+        if self._step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PPOStream, "observe", observe_and_stop)
+    with pytest.raises(StoppedBySignal):
+        ppo.train(settings(world, tmp_path / "resumed", **changes))
+    monkeypatch.setattr(PPOStream, "observe", observe)
+    assert (
+        tmp_path / "resumed" / "checkpoints" / f"step-{stop_at}" / "stream.safetensors"
+    ).exists()
+    ppo.train(settings(world, tmp_path / "resumed", resume_from_checkpoint=True, **changes))
+    assert same_weights(tmp_path / "straight" / "policy", tmp_path / "resumed" / "policy")
+    if "method" not in changes:
+        assert same_weights(tmp_path / "straight" / "value", tmp_path / "resumed" / "value")
+    assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "resumed")
+    one, two = (
+        json.loads((tmp_path / name / "manifest.json").read_text())
+        for name in ("straight", "resumed")
+    )
+    for key in ("kl_coefficient", "score_normalizer", "data"):
+        assert one[key] == two[key]
+    if "method" not in changes:
+        assert one["kl_coefficient"] != 0.05 and one["score_normalizer"]["count"] == 24
+
+
+def test_the_critic_can_learn_alone_first(world: Path, tmp_path: Path) -> None:
+    ppo.train(settings(world, tmp_path / "run", critic_warmup_steps=8))
+    assert same_weights(world / "model", tmp_path / "run" / "policy")
+    saved = load_file(world / "reward" / "model.safetensors")
+    value = load_file(tmp_path / "run" / "value" / "model.safetensors")
+    assert any(not torch.equal(value[name], saved[name]) for name in saved)
+
+
+def test_an_update_that_goes_far_ends_its_rollout(world: Path, tmp_path: Path) -> None:
+    changes = {"target_kl": 1e-4, "learning_rate": 1e-2, "ppo_epochs": 4}
+    ppo.train(settings(world, tmp_path / "run", **changes))
+    rollouts = [row["rollout"] for row in rows_of(tmp_path / "run")]
+    assert set(rollouts) == {0, 1} and len(rollouts) < 16
+
+
+def test_adapters_train_with_themselves_off_as_reference(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    ppo.train(
+        settings(
+            world,
+            tmp_path / "run",
+            use_lora=True,
+            lora_r=2,
+            eval_steps=4,
+            eval_datasets=str(world / "prompts.jsonl"),
+        )
+    )
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert rows[-2]["kl"] > 1e-5 or rows[-1]["eval_kl"] > 1e-5
+    assert {"eval_score", "eval_kl", "eval_response_length"} <= rows[-1].keys()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    batch = collate([EncodedSet([5, 6], [[7, 8]])], 2)
+    start = AutoModelForCausalLM.from_pretrained(world / "model")
+    assert not torch.equal(Policy(model)(batch).logprobs, Policy(start)(batch).logprobs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward_model_name_or_path": "function:ppo_cases:has_e"}, "a critic could start from"),
+        ({"method": "rloo"}, "num_return_sequences 2 or more"),
+        ({"rollout_size": 13, "num_return_sequences": 2}, "must be a multiple"),
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"max_new_tokens": 100}, "so that a prompt fits too"),
+        ({"kl_in": "loss", "kl_estimator": "k1"}, "useless as a loss"),
+        ({"method": "grpo", "num_return_sequences": 2, "share_trunk": True}, "has no critic"),
+        ({"adaptive_kl": True, "kl_target": 0.0}, "kl_target above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    world: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ppo.train(settings(world, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "policy").exists()
+
+
+def test_a_critic_with_another_vocabulary_is_refused(world: Path, tmp_path: Path) -> None:
+    other = save_reward_model(tmp_path / "other", vocab_size=300)
+    with pytest.raises(UserError, match="share the policy's vocabulary"):
+        ppo.train(settings(world, tmp_path / "run", reward_critic_model_name_or_path=str(other)))
+    ppo.train(  # as a mere scorer it may have any tokenizer
+        settings(
+            world,
+            tmp_path / "run",
+            reward_model_name_or_path=str(other),
+            share_trunk=True,
+            num_rollouts=1,
+        )
+    )
+
+
+def test_a_language_model_is_no_reward_model(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no reward model"):
+        ppo.train(settings(world, tmp_path / "run", reward_model_name_or_path=str(world / "model")))
+
+
+def test_prompts_that_leave_no_room_are_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError):
+        ppo.train(settings(world, tmp_path / "run", train_datasets=str(tmp_path / "empty.jsonl")))
+    tight = {"chat_format": "alpaca", "model_max_length": 8}
+    prompts = save_prompts(tmp_path / "prompts.jsonl")
+    with pytest.raises(UserError, match="none of its 6 prompts"):
+        ppo.train(settings(world, tmp_path / "run", train_datasets=str(prompts), **tight))
+
+
+def test_filters_are_warned_of(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        settings(world, "unused", top_p=0.9)
+    assert "--top_p 0.9" in caplog.text and "biased" in caplog.text
+
+
+def test_two_processes_train_like_one(world: Path, tmp_path: Path) -> None:
+    """The same global batch, uneven lengths, and minibatches that do not divide evenly."""
+    ppo.train(settings(world, tmp_path / "one"))
+    job = Path(__file__).parent / "ppo_cases.py"
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *words, str(world), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for mine, its in zip(one, two, strict=True):
+        for name in ("policy_loss", "value_loss", "score", "kl", "ratio", "grad_norm"):
+            # Sums in another order, of float32, over up to eight steps of 3e-3.
+            assert its[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-5), name
