@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from trainer_cases import metrics_of, same_weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rrhf.cli import main as cli
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.logprobs import Policy
@@ -244,6 +245,20 @@ def test_prompts_that_leave_no_room_are_refused(world: Path, tmp_path: Path) -> 
     prompts = save_prompts(tmp_path / "prompts.jsonl")
     with pytest.raises(UserError, match="none of its 6 prompts"):
         ppo.train(settings(world, tmp_path / "run", train_datasets=str(prompts), **tight))
+
+
+def test_the_command_takes_the_flags_that_users_know(world: Path, tmp_path: Path) -> None:
+    words = "train ppo --num_return_sequences 2 --rollout_size 4 --rollout_mini_batch_size 2"
+    words += " --update_iters 1 --max_dec_len 4 --temperature 0.7 --init_kl_coeff 0.02"
+    words += " --clip_range_score 5 --normalize_rewards --normalize_advantages true"
+    words += " --clip_range_ratio 0.2 --clip_range_value 5 --actor_learning_rate 1e-4"
+    words += " --critic_learning_rate 1e-4 --critic_weight_decay 0.1 --max_steps 1"
+    words += " --critic_lr_scheduler_type linear --critic_warmup_ratio 0.1 --max_length 64"
+    words += f" --model_name_or_path {world / 'model'} --output_dir {tmp_path / 'run'}"
+    words += f" --reward_model_name_or_path {world / 'reward'}"
+    words += f" --train_datasets {world / 'prompts.jsonl'}"
+    assert cli.main(words.split()) == 0
+    assert (tmp_path / "run" / "policy" / "config.json").is_file()
 
 
 def test_filters_are_warned_of(world: Path, caplog: pytest.LogCaptureFixture) -> None:

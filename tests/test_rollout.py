@@ -79,7 +79,7 @@ def test_a_prompt_that_occurs_twice_is_answered_twice(world: Path) -> None:
 
 
 def test_responses_without_a_score_are_left_out_up_to_a_limit(world: Path) -> None:
-    scorer = {"reward_model_name_or_path": "function:ppo_cases:some_none"}
+    scorer: dict[str, Any] = {"reward_model_name_or_path": "function:ppo_cases:some_none"}
     rollout = writer(world, **scorer, max_unscored_fraction=0.5).write(prompts(world), number=0)
     assert (len(rollout.rows), rollout.counts["unscored"]) == (4, 2)
     with pytest.raises(UserError, match="2 of 6 responses could not be scored"):

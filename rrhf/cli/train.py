@@ -13,6 +13,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "sft": ("rrhf.training.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
     "reward": ("rrhf.training.reward", "RewardConfig", "a reward model on pairs or ranked groups"),
     "rank": ("rrhf.training.rank", "RankConfig", "a policy on ranked candidates (RRHF)"),
+    "ppo": ("rrhf.training.ppo", "PPOConfig", "a policy on its own answers: PPO, online RRHF"),
 }
 
 
