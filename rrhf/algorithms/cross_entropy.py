@@ -8,7 +8,6 @@ Legend: N rows, T positions.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rrhf.algorithms.masked import masked_sum
@@ -41,15 +40,3 @@ def cross_entropy(
         assert mean_logprobs is not None, "label smoothing needs the mean log-prob over tokens"
         losses = (1.0 - label_smoothing) * losses - label_smoothing * mean_logprobs
     return masked_sum(losses, target_mask), target_mask.sum(-1)
-
-
-def mean_logprobs_from_logits(logits: Tensor) -> Tensor:
-    """The mean over the vocabulary of the log-probs, without forming them.
-
-    Args:
-        logits: [..., V].
-
-    Returns:
-        [...] (1/V) sum_v log P(v), nats.
-    """
-    return logits.mean(-1) - torch.logsumexp(logits, dim=-1)

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rrhf.algorithms.masked import masked_mean, masked_sum
+from rrhf.algorithms.masked import length_mask, masked_mean, masked_sum
 from rrhf.algorithms.rank_losses import ordered_pairs
 
-LOSS_TYPES = ("sequence-wise", "token-wise", "per_sample", "average", "last_token")
 TOKEN_LOSS_TYPES = ("token-wise", "per_sample", "average")
 
 
@@ -85,9 +84,7 @@ def first_difference(left: Tensor, right: Tensor, lengths: tuple[Tensor, Tensor]
     Returns:
         [M] int64 position; the longer length where the two are equal, so that nothing follows.
     """
-    positions = torch.arange(left.shape[-1], device=left.device)
-    in_left = positions < lengths[0].unsqueeze(-1)
-    in_right = positions < lengths[1].unsqueeze(-1)
+    in_left, in_right = (length_mask(each, left.shape[-1]) for each in lengths)
     differ = ((left != right) & in_left & in_right) | (in_left != in_right)  # [M, R]
     first = differ.to(torch.int64).argmax(-1)
     return torch.where(differ.any(-1), first, torch.maximum(*lengths))
@@ -165,21 +162,3 @@ def mean_over_pairs(totals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         [B] means, and [B] int64 ones where a prompt has any pair, else zero.
     """
     return totals / counts.clamp_min(1).to(totals.dtype), (counts > 0).to(torch.int64)
-
-
-def squared_scores(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """L2 regularisation: squares of the scores, so that they stay near zero.
-
-    Averaged (total over count, times the factor) it is factor * mean of r ** 2 over all responses.
-    For pairs some programs add the two means over chosen and over rejected instead, which is twice
-    this: their factor 0.001 is 0.002 here.
-
-    Args:
-        scores: [B, K] or [B, K, R].
-        valid: the same shape, True where a score exists.
-
-    Returns:
-        totals [B] and counts [B] int64.
-    """
-    inner = tuple(range(1, scores.dim()))
-    return masked_sum(scores.square(), valid, dim=inner), valid.sum(dim=inner)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from rrhf.algorithms.masked import length_mask
+
 
 @dataclass(frozen=True)
 class EncodedSet:
@@ -80,8 +82,7 @@ class TokenBatch:
     @property
     def response_mask(self) -> Tensor:
         """[N, R] True at response tokens."""
-        columns = torch.arange(self.response_ids.shape[1], device=self.response_ids.device)
-        return columns < self.response_lengths[:, None]
+        return length_mask(self.response_lengths, self.response_ids.shape[1])
 
     @property
     def row_weights(self) -> Tensor:
@@ -162,8 +163,7 @@ def padded_groups(values: Tensor, prompt_index: Tensor, num_prompts: int) -> tup
     place = torch.arange(len(prompt_index), device=values.device) - first[prompt_index]
     grid = values.new_zeros((num_prompts, width, *values.shape[1:]))
     grid = grid.index_put((prompt_index, place), values)
-    valid = torch.arange(width, device=values.device) < counts[:, None]
-    return grid, valid
+    return grid, length_mask(counts, width)
 
 
 def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> Tensor:

@@ -197,10 +197,6 @@ class OfflineStream:
                 )
         self._step = int(state["step"])
 
-    def epoch_of(self, step: int) -> float:
-        """Passes over the data after `step` steps."""
-        return step / self.steps_per_epoch
-
     def _epoch_order(self, epoch: int) -> list[list[int]]:
         """Examples of each step of the epoch."""
         shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
