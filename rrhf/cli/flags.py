@@ -122,6 +122,8 @@ def read_words(
         if normalise(name) not in names:
             raise unknown(name, [*names, "config"], prog, mark="--")
         flag = names[normalise(name)]
+        if flag.name in values:
+            raise UserError(f"{prog}: {flag.name} is given twice, the second time by {name}.")
         if flag in positionals:
             positionals.remove(flag)
         given = joined if is_joined else following(words, flag, name, prog)
