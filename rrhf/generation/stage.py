@@ -31,7 +31,7 @@ from rrhf.generation.build import EngineSettings, build_engine
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
 from rrhf.generation.plan import Plan, fingerprint, plan_prompts
-from rrhf.generation.staged_file import StagedFile
+from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.models.loading import check_model_path, load_tokenizer
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
@@ -39,8 +39,6 @@ from rrhf.signals import StopRequest, caught_signals
 __all__ = ["GenerateConfig", "generate_file"]
 
 logger = logging.getLogger(__name__)
-
-_GO_ON = "start the same command again to go on"
 
 
 def generate_file(
@@ -81,7 +79,7 @@ class _Stage:
         stop: StopRequest,
     ) -> None:
         self.config = config
-        self.rank = rank
+        self.share = slice(rank, None, world_size)
         self.world_size = world_size
         self.local_rank = local_rank
         self.stop = stop
@@ -99,22 +97,17 @@ class _Stage:
                 self.config.chat_format,
             )
             plan = self.stop.run(
-                lambda: plan_prompts(self.config, codec, self.counts, self._quiet),
+                lambda: plan_prompts(self.config, codec, self.counts, self.staged.quiet),
                 "nothing was written",
             )
             settings = self._settings(codec, plan)
-            is_first = self.rank == 0
-            batch_size = {"per_device_prompt_batch_size": self.config.per_device_prompt_batch_size}
-            prepare = partial(self._prepare, plan, codec)
-            if self.staged.begin(settings, batch_size, prepare):
-                logger.info("%s: is complete already; nothing to do", self.output)
-            else:
-                self.parts.read_on()
-                self._answer(plan, codec, part)
-                if is_first:
-                    self._finish(plan, settings)
-                else:
-                    self.staged.wait_for_end(settings)
+            self.staged.make(
+                settings,
+                {"per_device_prompt_batch_size": self.config.per_device_prompt_batch_size},
+                prepare=partial(self._prepare, plan, codec),
+                work=partial(self._answer, plan, codec, part),
+                finish=partial(self._finish, plan, settings),
+            )
         return self.output
 
     # Before.
@@ -148,7 +141,7 @@ class _Stage:
 
     def _batches(self, plan: Plan) -> list[list[int]]:
         """This process' share."""
-        return plan.batches[self.rank :: self.world_size]
+        return plan.batches[self.share]
 
     def _left(self, plan: Plan) -> list[list[int]]:
         """Of this process' batches, those that are not on disk as a whole."""
@@ -167,14 +160,14 @@ class _Stage:
         mine = [position for batch in self._batches(plan) for position in batch]
         done = sum(plan.ids[position] in self.parts.places for position in mine)
         with tqdm(
-            total=len(mine), initial=done, desc="generate", unit="prompt", disable=self._quiet
+            total=len(mine), initial=done, desc="generate", unit="prompt", disable=self.staged.quiet
         ) as bar:
             for batch in batches:
                 prompts = plan.prompts_of(batch)
                 started = time.monotonic()
                 samples = self.stop.run(
                     partial(engine.generate, prompts, self.params),
-                    self._what_stands(done, len(mine)),
+                    self.staged.what_stands(done, len(mine)),
                 )
                 seconds = (time.monotonic() - started) / len(batch)
                 for prompt, written in zip(prompts, samples, strict=True):
@@ -185,7 +178,7 @@ class _Stage:
 
     def _engine(self, codec: ChatCodec) -> GenerationEngine:
         if self._built is None:
-            self._built = self.stop.run(partial(self._build, codec), _GO_ON)
+            self._built = self.stop.run(partial(self._build, codec), GO_ON)
         return self._built
 
     def _build(self, codec: ChatCodec) -> GenerationEngine:
@@ -248,16 +241,13 @@ class _Stage:
             "seconds": seconds,
         }
 
-    def _what_stands(self, done: int, total: int) -> str:
-        return f"{done} of {total} prompts are in {self.parts.path_of(self.rank).name}; {_GO_ON}"
-
     # After.
 
     def _finish(self, plan: Plan, settings: dict[str, Any]) -> None:
         """Merge the parts of all processes and say that the file is whole."""
         if self.world_size > 1:
             logger.info("waiting for the other processes")
-        self.parts.wait_for(plan.ids, self.stop, _GO_ON)
+        self.parts.wait_for(plan.ids, self.stop, GO_ON)
         counts: Counter[str] = Counter()
         seconds = 0.0
         for row in self.parts.merge(plan.ids):
@@ -291,8 +281,3 @@ class _Stage:
             "tokens_per_engine_second": round(counts["tokens"] / seconds, 1) if seconds else None,
             "scorer": None,
         }
-
-    @property
-    def _quiet(self) -> bool | None:
-        """tqdm's `disable`: process 0 alone shows a bar, and only on a terminal."""
-        return None if self.rank == 0 else True

@@ -24,6 +24,8 @@ from rrhf.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
+GO_ON = "start the same command again to go on"
+
 # How long a process waits for the first one to begin.
 _BEGINNING_SECONDS = 600.0
 
@@ -48,6 +50,44 @@ class StagedFile:
         self._rank = rank
         self._is_first = rank == 0
         self._stop = stop
+
+    @property
+    def quiet(self) -> bool | None:
+        """tqdm's `disable`: process 0 alone shows a bar, and only on a terminal."""
+        return None if self._is_first else True
+
+    def what_stands(self, done: int, total: int) -> str:
+        """What a message says is on disk when a signal stops this process."""
+        return f"{done} of {total} prompts are in {self.parts.path_of(self._rank).name}; {GO_ON}"
+
+    def make(
+        self,
+        settings: Mapping[str, Any],
+        adjustable: Mapping[str, Any],
+        prepare: Callable[[], object],
+        work: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
+        """Make the file, this process' share of it, unless it is complete already.
+
+        Args:
+            settings, adjustable, prepare: as in `begin`.
+            work: appends what is not on disk yet to this process' part, which is open.
+            finish: merges the parts of all processes; process 0 calls it.
+
+        Raises:
+            UserError: as in `begin`, or another process was lost.
+            StoppedBySignal: a signal came.
+        """
+        if self.begin(settings, adjustable, prepare):
+            logger.info("%s: is complete already; nothing to do", self.output)
+            return
+        self.parts.read_on()
+        work()
+        if self._is_first:
+            finish()
+        else:
+            self.wait_for_end(settings)
 
     @contextmanager
     def opened_part(self) -> Iterator[JsonlAppender]:

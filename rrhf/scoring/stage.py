@@ -31,7 +31,7 @@ from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE, explained_os_errors, read_manifest, sha256_file, write_manifest
 from rrhf.generation.plan import fingerprint
-from rrhf.generation.staged_file import StagedFile
+from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.models.loading import resolve_device
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
@@ -142,8 +142,7 @@ class _Stage:
         stop: StopRequest,
     ) -> None:
         self.config = config
-        self.rank = rank
-        self.world_size = world_size
+        self.share = slice(rank, None, world_size)
         self.local_rank = local_rank
         self.stop = stop
         self.output = Path(config.output_file)
@@ -158,16 +157,13 @@ class _Stage:
             found = self.stop.run(self._read_input, "nothing was written")
             settings = self._settings(found)
             adjustable = {name: getattr(self.config, name) for name in _ADJUSTABLE}
-            prepare = partial(self._scorer, "nothing was written")
-            if self.staged.begin(settings, adjustable, prepare):
-                logger.info("%s: is complete already; nothing to do", self.output)
-            else:
-                self.parts.read_on()
-                self._score(found, part)
-                if self.rank == 0:
-                    self._finish(found, settings, adjustable)
-                else:
-                    self.staged.wait_for_end(settings)
+            self.staged.make(
+                settings,
+                adjustable,
+                prepare=partial(self._scorer, "nothing was written"),
+                work=partial(self._score, found, part),
+                finish=partial(self._finish, found, settings, adjustable),
+            )
         return self.output
 
     # Before.
@@ -176,7 +172,9 @@ class _Stage:
         sets = load_sets(self.config.input_file, counts=self.counts)
         digest = hashlib.sha256()
         ids, to_score = [], 0
-        for s in tqdm(sets, desc="candidates", unit="prompt", disable=self._quiet, leave=False):
+        for s in tqdm(
+            sets, desc="candidates", unit="prompt", disable=self.staged.quiet, leave=False
+        ):
             digest.update(encode_row([s.id, candidate_set_to_row(s)]))
             ids.append(s.id)
             to_score += sum(self._is_wanted(score) for score in s.scores)
@@ -205,7 +203,7 @@ class _Stage:
     def _score(self, found: Input, part: JsonlAppender) -> None:
         """Write the rows of this process' chunks that are not on disk yet."""
         size = self.config.prompts_per_chunk
-        starts = range(0, len(found.ids), size)[self.rank :: self.world_size]
+        starts = range(0, len(found.ids), size)[self.share]
         mine = [range(start, min(start + size, len(found.ids))) for start in starts]
         total = sum(len(chunk) for chunk in mine)
         done = [found.ids[place] for chunk in mine for place in chunk]
@@ -214,16 +212,17 @@ class _Stage:
         self._require_few_unscored(unscored, found)
         num_done = len(done)
         with tqdm(
-            total=total, initial=num_done, desc="score", unit="prompt", disable=self._quiet
+            total=total, initial=num_done, desc="score", unit="prompt", disable=self.staged.quiet
         ) as bar:
             for chunk in mine:
                 if all(found.ids[place] in self.parts.places for place in chunk):
                     continue
                 sets = [found.sets[place] for place in chunk]
-                scorer = self._scorer(self._what_stands(num_done, total))
+                scorer = self._scorer(self.staged.what_stands(num_done, total))
                 started = time.monotonic()
                 scored = self.stop.run(
-                    partial(self._score_chunk, scorer, sets), self._what_stands(num_done, total)
+                    partial(self._score_chunk, scorer, sets),
+                    self.staged.what_stands(num_done, total),
                 )
                 seconds = (time.monotonic() - started) / len(sets)
                 for before, after in zip(sets, scored, strict=True):
@@ -302,19 +301,12 @@ class _Stage:
             device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return build_scorer(self.config.scorer, self.config, device)
 
-    def _what_stands(self, done: int, total: int) -> str:
-        return (
-            f"{done} of {total} prompts are in {self.parts.path_of(self.rank).name}; start the "
-            "same command again to go on"
-        )
-
     # After.
 
     def _finish(self, found: Input, settings: dict[str, Any], adjustable: dict[str, Any]) -> None:
         """Merge the parts of all processes and say that the file is whole."""
-        what_stands = "start the same command again to go on"
-        scorer = self._scorer(what_stands)
-        self.parts.wait_for(found.ids, self.stop, what_stands)
+        scorer = self._scorer(GO_ON)
+        self.parts.wait_for(found.ids, self.stop, GO_ON)
         unscored = sum(row["counts"]["unscored"] for row in self.parts.rows(found.ids))
         self._require_few_unscored(unscored, found)
         counts: Counter[str] = Counter()
@@ -354,11 +346,6 @@ class _Stage:
             counts["scored_candidates"],
             counts["candidates"],
         )
-
-    @property
-    def _quiet(self) -> bool | None:
-        """tqdm's `disable`: process 0 alone shows a bar, and only on a terminal."""
-        return None if self.rank == 0 else True
 
 
 def scorer_fingerprint(spec: str) -> str:
