@@ -81,6 +81,12 @@ def settings(world: Path, output_dir: Path | str, **changes: Any) -> ppo.PPOConf
     return ppo.PPOConfig(str(world / "model"), str(output_dir), **values)
 
 
+def train_again(world: str, output_dir: str, **changes: Any) -> None:
+    """A run, or its continuation where it was begun: what a restart script does."""
+    begun = (Path(output_dir) / "config.json").exists()
+    ppo.train(settings(Path(world), output_dir, resume_from_checkpoint=begun, **changes))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ppo.train(settings(Path(sys.argv[1]), sys.argv[2], gradient_accumulation_steps=1))

@@ -159,12 +159,27 @@ def test_resumed_equals_straight(
         assert one["kl_coefficient"] != 0.05 and one["score_normalizer"]["count"] == 24
 
 
+def test_under_bf16_old_log_probs_are_the_trainers_and_it_is_said_once(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        ppo.train(settings(world, tmp_path / "run", bf16=True))
+    assert caplog.text.count("computed again by the trainer's own forward") == 1
+    first = rows_of(tmp_path / "run")[0]
+    # The batches differ in their padding, which moves a bfloat16 logit of 4 by up to 2^-7.
+    assert first["ratio"] == pytest.approx(1.0, abs=0.01)
+    assert first["largest_ratio"] == pytest.approx(1.0, abs=0.1)
+
+
 def test_the_critic_can_learn_alone_first(world: Path, tmp_path: Path) -> None:
     ppo.train(settings(world, tmp_path / "run", critic_warmup_steps=8))
     assert same_weights(world / "model", tmp_path / "run" / "policy")
     saved = load_file(world / "reward" / "model.safetensors")
     value = load_file(tmp_path / "run" / "value" / "model.safetensors")
     assert any(not torch.equal(value[name], saved[name]) for name in saved)
+    # Nor may the policy's gradient enter the common norm, or the optimiser's memory of it.
+    for row in rows_of(tmp_path / "run"):
+        assert row["loss"] == pytest.approx(0.1 * row["value_loss"], rel=1e-6)
 
 
 def test_an_update_that_goes_far_ends_its_rollout(world: Path, tmp_path: Path) -> None:
@@ -206,6 +221,8 @@ def test_adapters_train_with_themselves_off_as_reference(world: Path, tmp_path: 
         ({"max_new_tokens": 100}, "so that a prompt fits too"),
         ({"kl_in": "loss", "kl_estimator": "k1"}, "useless as a loss"),
         ({"method": "grpo", "num_return_sequences": 2, "share_trunk": True}, "has no critic"),
+        ({"lora_dropout": 0.1}, "without dropout"),
+        ({"max_steps": 3}, "both say when to end"),
         ({"adaptive_kl": True, "kl_target": 0.0}, "kl_target above 0"),
     ],
 )

@@ -252,6 +252,15 @@ class PPOConfig(TrainingConfig):
                     f"--kl_estimator {self.kl_estimator}: its gradient is useless as a loss; take "
                     f"one of {', '.join(KL_LOSS_ESTIMATORS)}"
                 )
+        if self.max_steps > 0 and self.num_rollouts > 0:
+            raise UserError("--max_steps and --num_rollouts both say when to end; give one")
+        if self.lora_dropout:
+            raise UserError(
+                f"--lora_dropout {self.lora_dropout}: the update would not see the policy that "
+                "sampled; PPO trains without dropout"
+            )
+        if self.group_by_length:
+            raise UserError("--group_by_length: a rollout is shuffled as a whole; leave it out")
         if self.share_trunk and self.reward_critic_model_name_or_path:
             raise UserError(
                 "--share_trunk puts the critic on the policy; leave out "
