@@ -15,7 +15,7 @@ import pytest
 import torch
 from ppo_cases import build_world, save_prompts, save_reward_model, settings
 from safetensors.torch import load_file
-from trainer_cases import metrics_of, same_weights
+from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rrhf.cli import main as cli
@@ -120,13 +120,16 @@ def test_without_any_score_nothing_moves(world: Path, tmp_path: Path) -> None:
     [
         {"normalize_reward": True, "adaptive_kl": True, "kl_horizon": 50.0, "kl_target": 0.1},
         {"method": "rrhf", "num_return_sequences": 2, "per_device_train_batch_size": 2},
+        {"ptx": True, "share_trunk": True},
     ],
-    ids=["ppo", "rrhf"],
+    ids=["ppo", "rrhf", "ptx"],
 )
 def test_resumed_equals_straight(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Stopped by SIGTERM within the passes over the second rollout; every bit is the same."""
+    if changes.pop("ptx", None):
+        changes |= with_demonstrations(tmp_path)
     ppo.train(settings(world, tmp_path / "straight", **changes))
     steps = len(metrics_of(tmp_path / "straight"))
     stop_at = steps // 2 + 1
@@ -155,7 +158,7 @@ def test_resumed_equals_straight(
     )
     for key in ("kl_coefficient", "score_normalizer", "data"):
         assert one[key] == two[key]
-    if "method" not in changes:
+    if "adaptive_kl" in changes:
         assert one["kl_coefficient"] != 0.05 and one["score_normalizer"]["count"] == 24
 
 
@@ -169,6 +172,23 @@ def test_under_bf16_old_log_probs_are_the_trainers_and_it_is_said_once(
     # The batches differ in their padding, which moves a bfloat16 logit of 4 by up to 2^-7.
     assert first["ratio"] == pytest.approx(1.0, abs=0.01)
     assert first["largest_ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+def with_demonstrations(folder: Path) -> dict[str, Any]:
+    file = write_lines(folder / "demonstrations.jsonl", ranked_rows(7))
+    return {"ptx_datasets": str(file), "ptx_coeff": 0.5}
+
+
+def test_demonstrations_keep_the_policy_a_language_model(world: Path, tmp_path: Path) -> None:
+    """Without any score they are all that moves it; their loss enters with its weight."""
+    changes = BANDIT | with_demonstrations(tmp_path)
+    changes |= {"reward_model_name_or_path": "function:ppo_cases:nothing", "share_trunk": True}
+    ppo.train(settings(world, tmp_path / "run", **changes))
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(
+        rows[0]["policy_loss"] + 0.1 * rows[0]["value_loss"] + 0.5 * rows[0]["ptx_loss"], rel=1e-5
+    )
+    assert rows[-1]["ptx_loss"] < rows[0]["ptx_loss"] - 1.0
 
 
 def test_the_critic_can_learn_alone_first(world: Path, tmp_path: Path) -> None:
@@ -221,6 +241,7 @@ def test_adapters_train_with_themselves_off_as_reference(world: Path, tmp_path: 
         ({"max_new_tokens": 100}, "so that a prompt fits too"),
         ({"kl_in": "loss", "kl_estimator": "k1"}, "useless as a loss"),
         ({"method": "grpo", "num_return_sequences": 2, "share_trunk": True}, "has no critic"),
+        ({"ptx_coeff": 1.0}, "nothing without the other"),
         ({"lora_dropout": 0.1}, "without dropout"),
         ({"max_steps": 3}, "both say when to end"),
         ({"adaptive_kl": True, "kl_target": 0.0}, "kl_target above 0"),

@@ -23,8 +23,10 @@ from torch import nn
 
 from rrhf.algorithms.kl import KLController, build_kl_controller
 from rrhf.algorithms.normalizers import Normalizer, RunningMeanStd
+from rrhf.data.collate import EncodedSet
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
+from rrhf.data.views import demonstrations
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
 from rrhf.models.logprobs import Policy
@@ -47,10 +49,12 @@ from rrhf.records import CandidateSet
 from rrhf.scoring.build import SCORERS, build_scorer, check_scorer
 from rrhf.training.checkpoint import saved_folder
 from rrhf.training.experience import build_experience
+from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.ppo_objective import PPOObjective
+from rrhf.training.ppo_ptx import PtxObjective, PtxStream, marked
 from rrhf.training.ppo_stream import PPOStream
 from rrhf.training.rank import RankConfig, RankObjective
 from rrhf.training.rollout import RolloutWriter
@@ -61,6 +65,8 @@ from rrhf.training.setup import (
     opened_workbench,
     prepare_trainable,
 )
+from rrhf.training.sft import SFTEncoder
+from rrhf.training.streams import EncodedExamples, OfflineStream, UpdateStream
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +118,15 @@ def train(config: PPOConfig) -> Path:
         if held_out:
             asked = _fitting(held_out, writer, str(config.eval_datasets))
             evaluate = _evaluation(asked, writer, config, controller)
+        objective: Objective = ppo_objective or _rank_objective(config)
+        feed: UpdateStream = stream
+        if config.ptx_datasets and ppo_objective is not None:
+            objective = PtxObjective(ppo_objective, config.ptx_coeff)
+            feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps))
         outcome = run_training(
             root,
-            ppo_objective or _rank_objective(config),
-            stream,
+            objective,
+            feed,
             config,
             bench.run,
             bench.parallel,
@@ -238,6 +249,28 @@ def _evaluation(
         return {name: found[name] for name in names}
 
     return evaluate
+
+
+def _demonstrations(config: PPOConfig, bench: Workbench, total_steps: int) -> OfflineStream:
+    """Batches of `--ptx_datasets`, as large as those of experience."""
+    assert config.ptx_datasets is not None, "there are no demonstrations"
+    sets = demonstrations(load_sets(config.ptx_datasets, config.seed))
+    encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
+
+    def encode_marked(demonstration: CandidateSet) -> EncodedSet | None:
+        example = encode(demonstration)
+        return None if example is None else marked(example)
+
+    return OfflineStream(
+        EncodedExamples(sets, encode_marked),
+        bench.codec.pad_id,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        max_steps=total_steps,
+        seed=config.seed,
+        rank=bench.parallel.rank,
+        world_size=bench.parallel.world_size,
+    )
 
 
 def _rank_objective(config: PPOConfig) -> Objective:

@@ -176,6 +176,12 @@ class PPOConfig(TrainingConfig):
     sft_reduction: Literal["prompt", "response", "token"] = "prompt"
     """rrhf: token sum, or token mean, of each best response; or the mean of all tokens."""
 
+    ptx_datasets: str | None = None
+    """Demonstrations: each step adds a batch of them, so that the policy stays a language model."""
+
+    ptx_coeff: float = 0.0
+    """Weight of their cross-entropy, the mean over tokens, at the temperature of the sampling."""
+
     eval_datasets: str | None = None
     """Prompts that are answered and scored at eval_steps and at the end."""
 
@@ -214,6 +220,7 @@ class PPOConfig(TrainingConfig):
             "entropy_coeff": 0,
             "target_kl": 0,
             "rrhf_weight": 0,
+            "ptx_coeff": 0,
             "max_unscored_fraction": 0,
         }
         for name, least in at_least.items():
@@ -254,6 +261,13 @@ class PPOConfig(TrainingConfig):
                 )
         if self.max_steps > 0 and self.num_rollouts > 0:
             raise UserError("--max_steps and --num_rollouts both say when to end; give one")
+        if (self.ptx_coeff > 0) != (self.ptx_datasets is not None):
+            raise UserError(
+                f"--ptx_coeff {self.ptx_coeff} and --ptx_datasets {self.ptx_datasets}: one is "
+                "nothing without the other; give both or none"
+            )
+        if self.ptx_datasets and self.method == "rrhf":
+            raise UserError("--ptx_datasets: --method rrhf has a likelihood term of its own")
         if self.lora_dropout:
             raise UserError(
                 f"--lora_dropout {self.lora_dropout}: the update would not see the policy that "

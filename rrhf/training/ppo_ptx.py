@@ -1,0 +1,105 @@
+"""Demonstrations beside experience: PPO-ptx, which keeps the policy a language model.
+
+Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
+demonstrations, whose cross-entropy is one more term. It wraps an objective and a stream and knows
+nothing else of them. A demonstration says so in its batch's `extras`; for it the wrapped terms are
+zero times what the root returned, so that every weight takes part in every backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrhf.algorithms.cross_entropy import cross_entropy
+from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.models.policy_with_value import ActorCriticOutputs
+from rrhf.training.loop import Term
+from rrhf.training.ppo_objective import PPOObjective
+from rrhf.training.ppo_stream import PPOStream
+from rrhf.training.streams import OfflineStream
+
+_MARK = "is_demonstration"
+
+
+def marked(example: EncodedSet) -> EncodedSet:
+    """The demonstration as this room's objective knows it."""
+    return replace(example, extras={_MARK: [1.0] * len(example.response_ids)})
+
+
+class PtxObjective:
+    """The terms of PPO, and `ptx`: cross-entropy per token of demonstrations.
+
+    Args:
+        inner: the terms of experience.
+        coefficient: weight of the new one.
+    """
+
+    def __init__(self, inner: PPOObjective, coefficient: float) -> None:
+        self._inner, self._coefficient = inner, coefficient
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """As the inner objective's, and the demonstrations' tokens."""
+        found = self._inner.denominators(batch)
+        tokens = (batch.response_lengths * batch.row_weights).sum()
+        none = torch.zeros_like(tokens)
+        if _MARK in batch.extras:
+            return {**dict.fromkeys(found, none), "ptx": tokens}
+        return {**found, "ptx": none}
+
+    def __call__(self, outputs: ActorCriticOutputs, batch: TokenBatch) -> dict[str, Term]:
+        """The terms of one micro-batch, of either kind."""
+        nothing = 0.0 * outputs.logprobs.sum()
+        if outputs.values is not None:
+            nothing = nothing + 0.0 * outputs.values.sum()
+        weight = 0.0 if self._inner.policy_is_frozen else self._coefficient
+        if _MARK not in batch.extras:
+            return {**self._inner(outputs, batch), "ptx": Term(nothing, weight)}
+        totals, _ = cross_entropy(outputs.logprobs, batch.response_mask)
+        total = (totals * batch.row_weights).sum() + nothing
+        names = self._inner.denominators(batch)
+        return {**{name: Term(nothing) for name in names}, "ptx": Term(total, weight)}
+
+
+class PtxStream:
+    """Steps of experience, each with a batch of demonstrations before it.
+
+    Args:
+        inner: the experience.
+        demonstrations: as many steps, or more.
+    """
+
+    def __init__(self, inner: PPOStream, demonstrations: OfflineStream) -> None:
+        assert demonstrations.total_steps >= inner.total_steps, "each step has demonstrations"
+        self._inner, self._demonstrations = inner, demonstrations
+        self.total_steps = inner.total_steps
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]:
+        # The experience comes last in a step: its terms' weights are the ones that are logged.
+        for experience, demonstrations in zip(self._inner, self._demonstrations, strict=False):
+            yield [*demonstrations, *experience]
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        self._inner.observe(metrics)
+        self.total_steps = self._inner.total_steps
+
+    def metrics(self) -> dict[str, float]:
+        return self._inner.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._inner.state_dict(), "demonstrations": self._demonstrations.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+        self._demonstrations.load_state_dict(state["demonstrations"])
+        self.total_steps = self._inner.total_steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._inner.tensors()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._inner.load_tensors(tensors)
