@@ -109,14 +109,21 @@ def test_convert_texts_to_preferences(tmp_path: Path):
     ]
 
 
-def test_convert_into_parts(hh_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_convert_into_parts(
+    hh_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level("INFO", logger="rrhf")
     out = tmp_path / "parts"
     shares = "{reward: 0.5, policy: 0.5}"
     assert main(["data", "convert", str(hh_file), str(out), "--parts", shares]) == 0
     found = {name: CandidateFile(out / f"{name}.jsonl") for name in ("reward", "policy")}
     queries = [{s.query for s in part} for part in found.values()]
     assert not queries[0] & queries[1] and len(queries[0] | queries[1]) == 30
-    assert f"{out / 'reward.jsonl'}: {len(queries[0])} rows" in capsys.readouterr().out
+    said = capsys.readouterr().out + caplog.text
+    assert said.count(f"{out / 'reward.jsonl'}: {len(queries[0])} rows") == 1
 
 
 def test_convert_makes_new_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

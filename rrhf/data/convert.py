@@ -7,7 +7,6 @@ the hashes of the local files that it was made from.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ from rrhf.files import (
     write_manifest,
 )
 from rrhf.records import CandidateSet
-
-logger = logging.getLogger(__name__)
 
 Form = Literal["candidates", "preference", "prompts"]
 
@@ -86,7 +83,6 @@ def convert(config: ConvertConfig) -> dict[str, int]:
     written = {}
     for path, chosen in outputs.items():
         written[path] = _write(config, path, chosen, manifest)
-        logger.info("%s: %d rows", path, written[path])
     return written
 
 
