@@ -277,6 +277,13 @@ def test_bf16_trains_float32_weights(model: str, straight: Path, tmp_path: Path)
     assert abs(rows(tmp_path / "run")[0]["loss"] - rows(straight)[0]["loss"]) < 0.05
 
 
+@pytest.mark.parametrize("max_steps", [0, -2])
+def test_a_number_of_steps_that_is_none_is_refused(max_steps: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--max_steps {max_steps}: must be 1 or more, or -1"):
+        training_job.train("no model is looked for", str(tmp_path / "run"), max_steps=max_steps)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_window_that_is_too_small_is_said(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the model knows 32 positions"):
         from tiny import byte_level_tokenizer, tiny_llama

@@ -61,6 +61,10 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
     started = time.monotonic()
     if config.model_max_length < 2:
         raise UserError(f"--model_max_length {config.model_max_length}: must be 2 or more")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise UserError(
+            f"--max_steps {config.max_steps}: must be 1 or more, or -1 for whole epochs"
+        )
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     codec = ChatCodec(tokenizer, config.chat_format)
     parallel = Parallel(config.bf16)
