@@ -100,6 +100,16 @@ def test_what_must_not_change_on_resume_is_refused() -> None:
             stream(**changes).load_state_dict(state)
 
 
+def test_as_many_other_examples_are_refused_on_resume() -> None:
+    state = stream().state_dict()
+    others = [*EXAMPLES[1:], EXAMPLES[0]]
+    again = OfflineStream(others, 0, 2, 2, 2, seed=3)
+    with pytest.raises(UserError, match="23 training examples are not those of the checkpoint"):
+        again.load_state_dict(state)
+    del state["lengths_sha256"]  # as runs that began before it was kept have it
+    again.load_state_dict(state)
+
+
 def test_max_steps_and_fractions_of_an_epoch() -> None:
     assert len(list(stream(max_steps=5))) == 5
     assert stream(num_train_epochs=0.5).total_steps == 3

@@ -7,6 +7,8 @@ equally many, a short one repeating a prompt with weight zero.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import math
 from array import array
@@ -152,9 +154,8 @@ class OfflineStream:
         self.global_batch_size = (
             per_device_train_batch_size * gradient_accumulation_steps * world_size
         )
-        if group_by_length and lengths is None:
-            lengths = getattr(examples, "lengths", None) or [e.num_tokens for e in examples]
-        self._lengths = lengths if group_by_length else None
+        self._known_lengths = getattr(examples, "lengths", None) if lengths is None else lengths
+        self._group_by_length = group_by_length
         self.steps_per_epoch = math.ceil(len(examples) / self.global_batch_size)
         by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch)
         self.total_steps = max_steps if max_steps > 0 else max(by_epochs, 1)
@@ -169,6 +170,16 @@ class OfflineStream:
             self._step += 1
             yield self._micro_batches(order[place])
 
+    @functools.cached_property
+    def _lengths(self) -> Sequence[int]:
+        """Tokens of each example."""
+        return self._known_lengths or [example.num_tokens for example in self._examples]
+
+    @functools.cached_property
+    def _lengths_digest(self) -> str:
+        """Tells other data apart that has as many examples."""
+        return hashlib.sha256(" ".join(map(str, self._lengths)).encode()).hexdigest()
+
     def observe(self, metrics: dict[str, float]) -> None:
         """Offline data does not change with the metrics."""
 
@@ -177,6 +188,7 @@ class OfflineStream:
         return {
             "step": self._step,
             "examples": len(self._examples),
+            "lengths_sha256": self._lengths_digest,
             "global_batch_size": self.global_batch_size,
             "world_size": self._world_size,
             "seed": self._seed,
@@ -195,6 +207,13 @@ class OfflineStream:
                     f"resume: {name} was {state[name]} in the checkpoint and is {mine[name]} now; "
                     "start with what the checkpoint had"
                 )
+        # Earlier checkpoints know only how many examples there were.
+        if state.get("lengths_sha256", mine["lengths_sha256"]) != mine["lengths_sha256"]:
+            raise UserError(
+                f"resume: the {mine['examples']} training examples are not those of the "
+                "checkpoint (their lengths differ); start with the data, the tokenizer and the "
+                "length limits that it had"
+            )
         self._step = int(state["step"])
 
     def _epoch_order(self, epoch: int) -> list[list[int]]:
@@ -202,7 +221,7 @@ class OfflineStream:
         shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._examples), generator=shuffle).tolist()
         size = self.global_batch_size
-        if self._lengths is None:
+        if not self._group_by_length:
             return [order[i : i + size] for i in range(0, len(order), size)]
         steps: list[list[int]] = []
         for start in range(0, len(order), size * GROUPING_STEPS):
