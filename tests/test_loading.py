@@ -27,6 +27,8 @@ def test_a_folder_loads_in_float32_and_eval_mode(tmp_path: Path) -> None:
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such model folder"):
         load_causal_lm(tmp_path / "nothing")
+    with pytest.raises(UserError, match="owner/name, such as openai-community/gpt2-medium"):
+        load_tokenizer("gpt2")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
         load_tokenizer(tmp_path / "empty")

@@ -98,7 +98,7 @@ class EvaluateConfig(RewardModelOptions):
     """So many rows of human_responses and of pairs, where they are named; 0 = all."""
 
     ppl_model_name_or_path: str = ""
-    """The model of ppl_paper, such as gpt2-medium; empty = no ppl_paper."""
+    """The model of ppl_paper, such as openai-community/gpt2-medium; empty = no ppl_paper."""
 
     ppl_max_tokens: int = 0
     """ppl_paper reads so many tokens of a text; 0 = all. The RRHF paper's script likely had 19."""

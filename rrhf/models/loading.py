@@ -85,7 +85,8 @@ def check_model_path(name_or_path: str | Path) -> None:
         return
     if not path.is_dir():
         raise UserError(
-            f"{text}: no such model folder; give a folder with config.json, or a hub name"
+            f"{text}: no such model folder; give a folder with config.json, or a hub name in the "
+            "form owner/name, such as openai-community/gpt2-medium"
         )
     if not (path / "config.json").is_file():
         inner = path / "policy"
