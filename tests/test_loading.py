@@ -61,6 +61,16 @@ def test_flash_attention_without_its_package_is_said(tmp_path: Path) -> None:
         load_causal_lm(tmp_path / "m", dtype="float8")
 
 
+def test_a_model_without_sdpa_is_told_to_take_eager(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"give --attn_implementation eager$"):
+        load_causal_lm(tmp_path)
+    assert load_causal_lm(tmp_path, attn_implementation="eager").config.model_type == "bloom"
+
+
 def test_dropout_goes_everywhere() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -129,6 +129,11 @@ def load_model(
             **kwargs,
         )
     except (OSError, ValueError, ImportError) as error:
+        if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise UserError(
+                f"{name_or_path}: this kind of model has no sdpa attention; give "
+                "--attn_implementation eager"
+            ) from error
         raise UserError(f"{name_or_path}: the model could not be loaded: {error}") from error
 
 
