@@ -168,6 +168,25 @@ def test_too_many_unscored_candidates_stop_the_stage_and_more_may_be_allowed(
     assert all("friend 2" in response for _, response in missing)
 
 
+def test_the_advice_on_unscored_candidates_works(candidates: str, tmp_path: Path) -> None:
+    failing, mended = (f"function:test_score_stage:{f}" for f in ("none_of_friend_2", "length_of"))
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="could not be scored") as told:
+        score_file(config_of(candidates, output, failing))
+    beside = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert len(beside) == 2 and all(path.name in str(told.value) for path in beside)
+    for path in beside:
+        path.unlink()
+    expected = read_candidate_sets(score_file(config_of(candidates, output, mended)))
+
+    allowed = config_of(candidates, tmp_path / "few.jsonl", failing, max_unscored_fraction=0.5)
+    rest = config_of(str(score_file(allowed)), tmp_path / "all.jsonl", mended, only_missing=True)
+    found = read_candidate_sets(score_file(rest))
+    for mine, whole in zip(found, expected, strict=True):
+        for one, other in zip(mine.candidates, whole.candidates, strict=True):
+            assert one.score == (other.score if "friend 2" in one.response else 1.0)
+
+
 def test_a_few_unscored_candidates_are_written_as_null(tmp_path: Path) -> None:
     sets = [conversation(f"why {i}", "a", "ask a friend 2" if i == 3 else "b") for i in range(60)]
     write_candidate_sets(tmp_path / "raw.jsonl", sets, {})

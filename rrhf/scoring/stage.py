@@ -29,7 +29,14 @@ from rrhf.data.jsonl import JsonlAppender, encode_row
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, explained_os_errors, read_manifest, sha256_file, write_manifest
+from rrhf.files import (
+    COMPLETE,
+    explained_os_errors,
+    manifest_path,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
 from rrhf.generation.plan import fingerprint
 from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.models.loading import resolve_device
@@ -286,8 +293,10 @@ class _Stage:
         if unscored > allowed * found.to_score:
             raise UserError(
                 f"{self.output}: {unscored} of {found.to_score} candidates could not be scored, "
-                f"more than --max_unscored_fraction {allowed}; mend what the log says of them, or "
-                "allow more (what is done is kept)"
+                f"more than --max_unscored_fraction {allowed}. Mend what the log says of them and "
+                f"begin anew, without {manifest_path(self.output).name} and "
+                f"{', '.join(path.name for path in self.parts.paths())}; or allow more (what is "
+                "done is kept), and score the others later from the output with --only_missing"
             )
 
     def _scorer(self, what_stands: str) -> Scorer:
