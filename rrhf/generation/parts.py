@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -114,6 +114,14 @@ class Parts:
             time.sleep(POLL_SECONDS)
             if (now_known := self.read_on()) > known:
                 known, grown_at = now_known, time.monotonic()
+
+    def num_bytes(self) -> int:
+        """The size of all parts; one that is removed meanwhile counts as nothing."""
+        total = 0
+        for path in self.paths():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
 
     def rows(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The rows of these prompts, in this order, one in memory at a time."""

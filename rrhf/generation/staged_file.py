@@ -18,7 +18,7 @@ from typing import Any
 from rrhf.data.jsonl import JsonlAppender
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE, UNFINISHED, manifest_path, read_manifest, write_manifest
-from rrhf.generation.parts import POLL_SECONDS, Parts
+from rrhf.generation.parts import POLL_SECONDS, STALLED_SECONDS, Parts
 from rrhf.generation.plan import differences
 from rrhf.signals import StopRequest
 
@@ -174,7 +174,13 @@ class StagedFile:
         return manifest["status"] == UNFINISHED and not has_rows and not self.output.exists()
 
     def wait_for_end(self, settings: Mapping[str, Any]) -> None:
-        """Return once process 0 has merged; it gives up by itself when another process is lost."""
+        """Return once process 0 has merged.
+
+        Raises:
+            StoppedBySignal: a signal came first.
+            UserError: no part has grown for an hour, and process 0 has not ended the file.
+        """
+        known, grown_at = self.parts.num_bytes(), time.monotonic()
         while True:
             manifest = read_manifest(self.output)
             if (
@@ -184,7 +190,14 @@ class StagedFile:
             ):
                 return
             self._stop.raise_if_received("the other processes' parts stand as they are")
+            if time.monotonic() - grown_at > STALLED_SECONDS:
+                raise UserError(
+                    f"{self.output}: process 0 has not ended it, and no process has written for "
+                    f"an hour; {GO_ON}"
+                )
             time.sleep(POLL_SECONDS)
+            if (now_known := self.parts.num_bytes()) > known:
+                known, grown_at = now_known, time.monotonic()
 
     def _wait_for_beginning(self, settings: Mapping[str, Any]) -> bool:
         """Wait until process 0 has accepted the same settings; True where all is done already."""
