@@ -5,6 +5,8 @@ command prints it without a traceback and exits with `EXIT_USER_ERROR`. Everythi
 is a fault of the program and keeps its traceback.
 """
 
+from pathlib import Path
+
 EXIT_DONE = 0
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
@@ -14,6 +16,18 @@ EXIT_STOPPED_BY_SIGINT = 130
 
 class UserError(ValueError):
     """Input, a flag or a setting that the user can mend; the text says where, what and how."""
+
+
+class AlreadyFinished(Exception):
+    """Raised where a run is to be resumed that is complete; nothing was changed.
+
+    Attributes:
+        folder: of the model that it left.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"the run is complete already; its model is in {folder}")
+        self.folder = folder
 
 
 class StoppedBySignal(Exception):

@@ -35,6 +35,10 @@ from rrhf.files import (
 
 logger = logging.getLogger(__name__)
 
+FINISHED = "a finished"
+# What may differ between the calls of one run: how it is called, and where its folder stands now.
+_NOT_SETTINGS = ("resume_from_checkpoint", "output_dir")
+
 
 class MetricsLog:
     """metrics.jsonl: one JSON object a row, handed to the system at once, cut back on resume.
@@ -154,6 +158,29 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock")
         self._config_path = self.path / "config.json"
 
+    def finished_model(self, config: Mapping[str, Any]) -> Path | None:
+        """The model's folder where a run with these settings is complete here, else None.
+
+        Only reads, so that every process of a run may ask before one of them opens the folder.
+
+        Raises:
+            UserError: a complete run is here that had other settings; the text says which.
+        """
+        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        if manifest is None or manifest.get("status") != COMPLETE:
+            return None
+        model = self.path / str(manifest.get("model_folder", self.policy.name))
+        if not model.is_dir():  # it can be made again from the last checkpoint
+            return None
+        changed = self._changed_settings(config)
+        if changed:
+            raise UserError(
+                f"{self.path}: holds a finished run with other settings:\n"
+                + "\n".join(f"  {key} was {was!r} and is {now!r}" for key, was, now in changed)
+                + "\nGive the same, or choose another --output_dir"
+            )
+        return model
+
     def open(self, config: Mapping[str, Any], resume: bool) -> None:
         """Make the folder ours, before anything slow is loaded.
 
@@ -171,12 +198,17 @@ class RunFolder:
         try:
             earlier = self._earlier_run()
             if earlier is not None and not resume:
+                way = (
+                    "which --resume_from_checkpoint would leave as it is;"
+                    if earlier == FINISHED
+                    else "continue it with --resume_from_checkpoint, or"
+                )
                 raise UserError(
-                    f"{self.path}: holds {earlier} run; continue it with --resume_from_checkpoint, "
-                    "or choose another --output_dir"
+                    f"{self.path}: holds {earlier} run; {way} choose another --output_dir"
                 )
             if resume:
-                self._log_changed_settings(config)
+                for key, was, now in self._changed_settings(config):
+                    logger.warning("resuming with %s = %r, which was %r", key, now, was)
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self._config_path, config)
             write_manifest(self.path, {"status": UNFINISHED})
@@ -196,7 +228,7 @@ class RunFolder:
         """ "a finished" or "an unfinished" where the folder holds a run, else None."""
         manifest = read_manifest(self.path)
         if manifest is not None and manifest.get("status") == COMPLETE:
-            return "a finished"
+            return FINISHED
         # Without a manifest of ours, a config.json may be a model's: such a folder is not touched.
         is_free = self.is_bare and (manifest is not None or not self._config_path.exists())
         return None if is_free else "an unfinished"
@@ -220,17 +252,18 @@ class RunFolder:
             with suppress(OSError):  # something else of the user's is in it
                 folder.rmdir()
 
-    def _log_changed_settings(self, config: Mapping[str, Any]) -> None:
+    def _changed_settings(self, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(name, value before, value now) of each setting that is not what config.json says."""
         try:
             before = json.loads(self._config_path.read_bytes())
         except (OSError, ValueError):
-            return
+            return []
         now = json.loads(json_text(config))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                logger.warning(
-                    "resuming with %s = %r, which was %r", key, now.get(key), before.get(key)
-                )
+        return [
+            (key, before.get(key), now.get(key))
+            for key in sorted(before.keys() | now.keys())
+            if key not in _NOT_SETTINGS and before.get(key) != now.get(key)
+        ]
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Say that the run is whole: the manifest, written after everything else."""

@@ -6,13 +6,15 @@ import importlib.util
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 import rrhf
 from rrhf.cli import main as cli
 from rrhf.cli import train
-from rrhf.errors import StoppedBySignal, UserError
+from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
+from rrhf.training import sft
 
 
 def command_that(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
@@ -99,6 +101,20 @@ def test_train_lists_its_stages(capsys: pytest.CaptureFixture[str]):
     for stage, (_, _, summary) in train.STAGES.items():
         assert f"{stage} " in page and summary in page
     assert set(train.STAGES) == {"sft", "reward", "rank", "ppo"}
+
+
+def test_resuming_a_finished_training_ends_as_training_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def finished(config: sft.SFTConfig) -> Path:
+        raise AlreadyFinished(Path("out/policy"))
+
+    monkeypatch.setattr(sft, "train", finished)
+    words = ["--model_name_or_path", "m", "--output_dir", "out", "--data_path", "d"]
+    assert cli.main(["train", "sft", *words, "--resume_from_checkpoint"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("The run is complete already")
+    assert shown.endswith("Trained model: out/policy\n")
 
 
 def test_the_console_command_runs():

@@ -20,7 +20,7 @@ from tiny import save_tiny
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch, collate
-from rrhf.errors import StoppedBySignal, UserError
+from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import read_manifest
 from rrhf.models.logprobs import Policy
 from rrhf.training.checkpoint import checkpoints_by_step, damage_of, is_complete
@@ -231,8 +231,25 @@ def test_a_zero_denominator_makes_its_term_zero(
     assert outcome.metrics["loss"] == outcome.metrics["sft_loss"]
 
 
+def test_resuming_a_finished_run_changes_nothing(model: str, straight: Path) -> None:
+    def contents() -> dict[str, tuple[bytes, int]]:
+        files = [path for path in straight.rglob("*") if path.is_file()]
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = contents()
+    with pytest.raises(AlreadyFinished) as finished:
+        training_job.train(model, str(straight), resume=True)
+    assert finished.value.folder == straight / "policy"
+    with pytest.raises(
+        UserError, match=r"finished run with other settings:\n  seed was 42 and is 1"
+    ):
+        training_job.train(model, str(straight), resume=True, seed=1)
+    assert contents() == before
+
+
 def test_resuming_with_other_data_or_weights_is_refused(model: str, tmp_path: Path) -> None:
     training_job.train(model, str(tmp_path / "run"))
+    training_job.unfinish(tmp_path / "run")
     with pytest.raises(UserError, match="examples was 19"):
         training_job.train(model, str(tmp_path / "run"), resume=True, examples_count=12)
     with pytest.raises(UserError, match="LoRA settings"):
@@ -249,6 +266,7 @@ def test_one_flipped_byte_is_found_and_the_older_checkpoint_taken(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+    training_job.unfinish(run)
     training_job.train(model, str(run), resume=True)
     assert "step-10 is passed over" in caplog.text and name in caplog.text
     assert distance(run, straight) < 2e-5

@@ -160,6 +160,28 @@ def test_a_resumed_run_counts_as_unfinished(tmp_path: Path):
     run.close()
 
 
+def test_a_finished_run_is_known_by_its_settings(tmp_path: Path):
+    settings = {
+        "output_dir": "here",
+        "resume_from_checkpoint": False,
+        "seed": 1,
+        "model": Path("m"),
+    }
+    run = RunFolder(tmp_path)
+    assert RunFolder(tmp_path / "nothing").finished_model(settings) is None
+    run.open(settings, resume=False)
+    assert run.finished_model(settings) is None
+    run.policy.mkdir()
+    run.finish({"model_folder": "policy"})
+    run.close()
+    again = {**settings, "output_dir": "./here", "resume_from_checkpoint": True}
+    assert run.finished_model(again) == tmp_path / "policy"
+    with pytest.raises(UserError, match=r"other settings:\n  seed was 1 and is 2\n.*--output_dir"):
+        run.finished_model({**again, "seed": 2})
+    run.policy.rmdir()  # the last checkpoint can make it again
+    assert run.finished_model(again) is None
+
+
 def test_resume_of_nothing_begins(tmp_path: Path):
     run = RunFolder(tmp_path / "new")
     run.open({}, resume=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from rrhf.errors import AlreadyFinished
 from rrhf.training import rank, sft  # here, so that forked jobs need not import them
 
 WORDS = ("plants", "alive", "ask", "friend", "help", "again", "now", "quick", "fox", "lazy dog")
@@ -67,10 +69,11 @@ def train(stage: str, model: str, data: str, output_dir: str, **changes: Any) ->
         "resume_from_checkpoint": (Path(output_dir) / "config.json").exists(),
         **changes,
     }
-    if stage == "rank":
-        rank.train(rank.RankConfig(model, output_dir, data_path=data, **values))
-    else:
-        sft.train(sft.SFTConfig(model, output_dir, data_path=data, **values))
+    with suppress(AlreadyFinished):
+        if stage == "rank":
+            rank.train(rank.RankConfig(model, output_dir, data_path=data, **values))
+        else:
+            sft.train(sft.SFTConfig(model, output_dir, data_path=data, **values))
 
 
 def train_two_processes(stage: str, model: str, data: str, output_dir: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.errors import AlreadyFinished
+from rrhf.files import UNFINISHED, write_manifest
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import Term, TrainingOutcome, run_training
@@ -78,7 +81,13 @@ def train(
 def train_with_resume(model: str, output_dir: str) -> None:
     """What a user's restart script does: start, or go on."""
     started = (Path(output_dir) / "config.json").exists()
-    train(model, output_dir, resume=started)
+    with suppress(AlreadyFinished):
+        train(model, output_dir, resume=started)
+
+
+def unfinish(run: Path) -> None:
+    """Make a finished run look like one that was killed before its manifest was written."""
+    write_manifest(run, {"status": UNFINISHED})
 
 
 def train_two_processes(model: str, output_dir: str) -> None:

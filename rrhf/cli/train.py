@@ -7,7 +7,7 @@ import importlib
 from rrhf.cli.fields import nearest
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import print_once
-from rrhf.errors import EXIT_DONE, UserError
+from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
 
 STAGES: dict[str, tuple[str, str, str]] = {
     "sft": ("rrhf.training.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
@@ -45,5 +45,10 @@ def main(argv: list[str]) -> int:
     module_name, config_name, _ = STAGES[stage]
     module = importlib.import_module(module_name)
     config = parse_config(getattr(module, config_name), rest, f"rrhf train {stage}")
-    print_once(f"Trained model: {module.train(config)}")
+    try:
+        model = module.train(config)
+    except AlreadyFinished as finished:
+        print_once("The run is complete already; nothing was changed.")
+        model = finished.folder
+    print_once(f"Trained model: {model}")
     return EXIT_DONE

@@ -15,12 +15,14 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
+from rrhf.errors import AlreadyFinished
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.results import load_row, save_row
@@ -243,7 +245,9 @@ class HelpDeskStudy:
         self.say(f"{what} ...")
         started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        do()
+        # A kill between the end of a training and the note below leaves the training finished.
+        with suppress(AlreadyFinished):
+            do()
         self.seconds[name] = round(time.monotonic() - started, 1)
         write_json(done, {"stage": name, "seconds": self.seconds[name]})
         self.say(f"{what}: {self.seconds[name]:.0f} s")

@@ -127,7 +127,7 @@ class TrainingConfig:
     """Checkpoints to keep; an old one goes only after the new one is complete."""
 
     resume_from_checkpoint: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
+    """Go on from the newest complete checkpoint in output_dir; a finished run is left as it is."""
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also send metrics to this tracker; metrics.jsonl is always written."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import rrhf
 from rrhf.data.chat_format import ChatCodec
-from rrhf.errors import UserError
+from rrhf.errors import AlreadyFinished, UserError
 from rrhf.models.loading import (
     context_window,
     enable_checkpointing,
@@ -57,6 +57,7 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
 
     Raises:
         UserError: the folder holds another run, the tokenizer is missing, a length is impossible.
+        AlreadyFinished: the run that is to be resumed is complete; every rank is told so.
     """
     started = time.monotonic()
     if config.model_max_length < 2:
@@ -65,10 +66,12 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         raise UserError(
             f"--max_steps {config.max_steps}: must be 1 or more, or -1 for whole epochs"
         )
+    run = RunFolder(config.output_dir)
+    if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
+        raise AlreadyFinished(model)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     codec = ChatCodec(tokenizer, config.chat_format)
     parallel = Parallel(config.bf16)
-    run = RunFolder(config.output_dir)
     if parallel.is_main:
         run.open(config.as_dict(), resume=config.resume_from_checkpoint)
     try:
