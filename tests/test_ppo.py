@@ -120,9 +120,9 @@ def test_without_any_score_nothing_moves(world: Path, tmp_path: Path) -> None:
     [
         {"normalize_reward": True, "adaptive_kl": True, "kl_horizon": 50.0, "kl_target": 0.1},
         {"method": "rrhf", "num_return_sequences": 2, "per_device_train_batch_size": 2},
-        {"ptx": True, "share_trunk": True},
+        {"ptx": True, "share_trunk": True, "use_ema": True, "ema_beta": 0.9},
     ],
-    ids=["ppo", "rrhf", "ptx"],
+    ids=["ppo", "rrhf", "ptx_ema"],
 )
 def test_resumed_equals_straight(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -151,6 +151,9 @@ def test_resumed_equals_straight(
     assert same_weights(tmp_path / "straight" / "policy", tmp_path / "resumed" / "policy")
     if "method" not in changes:
         assert same_weights(tmp_path / "straight" / "value", tmp_path / "resumed" / "value")
+    if "use_ema" in changes:
+        averages = (tmp_path / name / "policy_ema" for name in ("straight", "resumed"))
+        assert same_weights(*averages)
     assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "resumed")
     one, two = (
         json.loads((tmp_path / name / "manifest.json").read_text())
@@ -191,8 +194,23 @@ def test_demonstrations_keep_the_policy_a_language_model(world: Path, tmp_path: 
     assert rows[-1]["ptx_loss"] < rows[0]["ptx_loss"] - 1.0
 
 
+def test_the_average_follows_the_policy(world: Path, tmp_path: Path) -> None:
+    """After one step half of either; and the policy itself is what it is without an average."""
+    one_step = {"num_rollouts": -1, "max_steps": 1, "warmup_ratio": 0.0}
+    ppo.train(settings(world, tmp_path / "plain", **one_step))
+    ppo.train(settings(world, tmp_path / "run", use_ema=True, ema_beta=0.5, **one_step))
+    assert same_weights(tmp_path / "plain" / "policy", tmp_path / "run" / "policy")
+    start, end, average = (
+        load_file(folder / "model.safetensors")
+        for folder in (world / "model", tmp_path / "run" / "policy", tmp_path / "run/policy_ema")
+    )
+    for name, value in average.items():
+        torch.testing.assert_close(value, (start[name] + end[name]) / 2)
+    assert any(not torch.equal(start[name], end[name]) for name in end)
+
+
 def test_the_critic_can_learn_alone_first(world: Path, tmp_path: Path) -> None:
-    ppo.train(settings(world, tmp_path / "run", critic_warmup_steps=8))
+    ppo.train(settings(world, tmp_path / "run", critic_warmup_steps=8, weight_decay=0.1))
     assert same_weights(world / "model", tmp_path / "run" / "policy")
     saved = load_file(world / "reward" / "model.safetensors")
     value = load_file(tmp_path / "run" / "value" / "model.safetensors")

@@ -53,6 +53,7 @@ from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.ppo_ema import AveragedStream
 from rrhf.training.ppo_objective import PPOObjective
 from rrhf.training.ppo_ptx import PtxObjective, PtxStream, marked
 from rrhf.training.ppo_stream import PPOStream
@@ -66,7 +67,7 @@ from rrhf.training.setup import (
     prepare_trainable,
 )
 from rrhf.training.sft import SFTEncoder
-from rrhf.training.streams import EncodedExamples, OfflineStream, UpdateStream
+from rrhf.training.streams import EncodedExamples, LiveStream, OfflineStream
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +120,13 @@ def train(config: PPOConfig) -> Path:
             asked = _fitting(held_out, writer, str(config.eval_datasets))
             evaluate = _evaluation(asked, writer, config, controller)
         objective: Objective = ppo_objective or _rank_objective(config)
-        feed: UpdateStream = stream
+        feed: LiveStream = stream
         if config.ptx_datasets and ppo_objective is not None:
             objective = PtxObjective(ppo_objective, config.ptx_coeff)
             feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps))
+        average = None
+        if config.use_ema:
+            feed = average = AveragedStream(feed, root.policy, config.ema_beta)
         outcome = run_training(
             root,
             objective,
@@ -153,6 +157,7 @@ def train(config: PPOConfig) -> Path:
                     None if stream.normalizer is None else stream.normalizer.state_dict()
                 ),
             },
+            average,
         )
 
 
@@ -286,8 +291,10 @@ def _rank_objective(config: PPOConfig) -> Objective:
     )
 
 
-def _finish(bench: Workbench, outcome: Any, manifest: dict[str, Any]) -> Path:
-    """`policy/`, `value/` where there is a critic, and the manifest, last."""
+def _finish(
+    bench: Workbench, outcome: Any, manifest: dict[str, Any], average: AveragedStream | None
+) -> Path:
+    """`policy/`, `value/` where there is a critic, `policy_ema/`, and the manifest, last."""
     root: ActorCritic = outcome.model
 
     def write(staged: Path) -> None:
@@ -299,5 +306,11 @@ def _finish(bench: Workbench, outcome: Any, manifest: dict[str, Any]) -> Path:
                     folder, root, staged, bench.tokenizer, _classifier_pad_id(bench)
                 ),
             )
+        if average is not None:
+            with average.in_place():
+                saved_folder(
+                    bench.run.path / "policy_ema",
+                    lambda folder: write_model_folder(folder, root.policy.model, bench.tokenizer),
+                )
 
     return finish_run(bench, outcome, bench.run.policy, root.policy.model, manifest, write)

@@ -182,6 +182,12 @@ class PPOConfig(TrainingConfig):
     ptx_coeff: float = 0.0
     """Weight of their cross-entropy, the mean over tokens, at the temperature of the sampling."""
 
+    use_ema: bool = False
+    """Also keep a moving average of the policy's weights, saved as policy_ema/."""
+
+    ema_beta: float = 0.992
+    """average = beta * average + (1 - beta) * weights, after every optimiser step."""
+
     eval_datasets: str | None = None
     """Prompts that are answered and scored at eval_steps and at the end."""
 
@@ -230,6 +236,8 @@ class PPOConfig(TrainingConfig):
         for name in ("gamma", "gae_lambda", "clip_range_ratio"):
             if getattr(self, name) > 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at most 1")
+        if not 0 <= self.ema_beta < 1:
+            raise UserError(f"--ema_beta {self.ema_beta}: must be 0 or more and below 1")
         if self.clip_range_ratio_high is not None and self.clip_range_ratio_high < 0:
             raise UserError(f"--clip_range_ratio_high {self.clip_range_ratio_high}: must be >= 0")
         if self.dual_clip and not self.dual_clip > 1:
