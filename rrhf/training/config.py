@@ -56,7 +56,7 @@ class TrainingConfig:
     """Where cosine ends, as a share of the peak."""
 
     warmup_ratio: float = 0.03
-    """Share of the steps over which the learning rate rises to its peak."""
+    """Share of the steps over which the learning rate rises from 0."""
 
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay; biases and norms are left out."""

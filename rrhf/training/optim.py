@@ -60,9 +60,10 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over `total_steps` optimiser steps, warm-up included."""
     groups = config.groups()
-    factors = [_factor(group, config, total_steps) for group in groups]
     if len(groups) == 1:
-        return LambdaLR(optimizer, factors[0])
+        return _schedule(optimizer, groups[0], config, total_steps)
+    scratch = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
+    factors = [_schedule(scratch, group, config, total_steps).lr_lambdas[0] for group in groups]
     return LambdaLR(
         optimizer,
         [
@@ -72,14 +73,9 @@ def build_scheduler(
     )
 
 
-def _factor(
-    group: GroupSettings, config: TrainingConfig, total_steps: int
-) -> Callable[[int], float]:
-    """The share of the peak by the number of steps done.
-
-    After warm-up it is Hugging Face's. Theirs warms up from 0, so that the first step moves
-    nothing; ours rises in as many steps from 1 / (steps + 1).
-    """
+def _schedule(
+    optimizer: torch.optim.Optimizer, group: GroupSettings, config: TrainingConfig, total_steps: int
+) -> LambdaLR:
     name, extra = group.lr_scheduler_type, {}
     if config.min_learning_rate_ratio > 0:
         if name != "cosine":
@@ -89,12 +85,8 @@ def _factor(
             )
         name = "cosine_with_min_lr"
         extra = {"min_lr_rate": config.min_learning_rate_ratio}
-    warmup = 0 if name == "constant" else math.ceil(group.warmup_ratio * total_steps)
-    scratch = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
-    after: Callable[[int], float] = get_scheduler(
-        name, scratch, warmup, total_steps, scheduler_specific_kwargs=extra
-    ).lr_lambdas[0]
-    return lambda done: (done + 1) / (warmup + 1) if done < warmup else after(done)
+    warmup = math.ceil(group.warmup_ratio * total_steps)
+    return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
 
 
 def _delayed(factor: Callable[[int], float], frozen_steps: int) -> Callable[[int], float]:
