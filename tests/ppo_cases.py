@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer_cases import ranked_rows, write_lines
 from transformers import LlamaForSequenceClassification
 
 from rrhf.algorithms.normalizers import RunningMeanStd
+from rrhf.errors import AlreadyFinished
 from rrhf.models.reward_model import set_score_normalizer
 from rrhf.training import ppo
 
@@ -84,7 +86,8 @@ def settings(world: Path, output_dir: Path | str, **changes: Any) -> ppo.PPOConf
 def train_again(world: str, output_dir: str, **changes: Any) -> None:
     """A run, or its continuation where it was begun: what a restart script does."""
     begun = (Path(output_dir) / "config.json").exists()
-    ppo.train(settings(Path(world), output_dir, resume_from_checkpoint=begun, **changes))
+    with suppress(AlreadyFinished):  # killed after its last word
+        ppo.train(settings(Path(world), output_dir, resume_from_checkpoint=begun, **changes))
 
 
 if __name__ == "__main__":
