@@ -90,5 +90,11 @@ evaluate 9-chosen --responses dataset --response_source human:chosen --name "dat
 evaluate 9-rejected --responses dataset --response_source human:rejected --name "data: rejected" \
     "${reference[@]}" "${against[@]}"
 
+# One sample a prompt says little of a reward that varies so much from sample to sample.
+evaluate 10-base-of-4-samples --model_name_or_path "$model" --name "base, 4 samples" \
+    --decoding sample --samples_per_prompt 4 --seed 11 "${against[@]}"
+evaluate 11-rrhf-of-4-samples --model_name_or_path "$out/rrhf/policy" --name "RRHF, 4 samples" \
+    --decoding sample --samples_per_prompt 4 --seed 11 "${against[@]}"
+
 python -m rrhf.studies.real_run_report "$out"
 echo "Report: $out/real_run.md"

@@ -64,6 +64,11 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source in ("chosen", "rejected"):
         given = ["--responses", "dataset", "--response_source", f"human:{source}"]
         do("evaluate", *given, "--name", f"data: {source}", *shared)
+    do("evaluate", "--model_name_or_path", model, "--name", "opponent", "--seed", 7, *shared)
+    for policy, name in ((model, "base"), (out / "rrhf" / "policy", "RRHF")):
+        several = ["--decoding", "sample", "--samples_per_prompt", 4]
+        name = f"{name}, 4 samples"
+        do("evaluate", "--model_name_or_path", policy, "--name", name, *several, *shared)
     rows = [out / "rows" / f"{name}.json" for name in ("base", "RRHF")]
     do("compare", *rows, "--output", out / "table.md")
     return out
@@ -124,7 +129,7 @@ def test_the_report_is_made_of_what_the_steps_left(chain: Path, shared_data: Pat
     assert str(chain) not in page and str(model) not in page
     told = (read_manifest(chain / "reward") or {})["evaluation"]
     assert f"{told['accuracy']:.3f} [" in page and "the shorter reply is chosen" in page
-    for name in ("data: chosen", "base best of 4", "RRHF greedy"):
+    for name in ("data: chosen", "base best of 4", "RRHF greedy", "RRHF, 4 samples"):
         assert f"| {name} |" in page
     assert (chain / "real_run_curves.png").stat().st_size > 10_000
 

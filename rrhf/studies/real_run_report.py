@@ -38,10 +38,13 @@ COLUMNS = [
 ROW_FILES = (
     "data_rejected",
     "data_chosen",
+    "opponent",
     "base",
+    "base_4_samples",
     "base_greedy",
     "base_best_of_4",
     "RRHF",
+    "RRHF_4_samples",
     "RRHF_greedy",
 )
 LIMITS = """\
@@ -136,10 +139,11 @@ def write_report(out: Path) -> Path:
 def _evaluation_words(out: Path) -> str:
     num_prompts = load_row(out / "rows" / "RRHF.json")["made_with"]["num_prompts"]
     return (
-        f"{num_prompts} held-out prompts, one response each; mean [95 % bootstrap interval over "
-        "prompts]. Reward is in deviations of the reward model's scores on its training data; wins "
-        "are by reward against samples of the base with their own seed, ties counting half; `base "
-        "best of 4` is chosen by the reward model itself."
+        f"{num_prompts} held-out prompts, one response each unless a row says 4 samples; mean "
+        "[95 % bootstrap interval over prompts]. `opponent` is the base once more with another "
+        "seed: how far it lies from `base` shows what one sample a prompt can say. Reward is in "
+        "deviations of the reward model's scores on its training data; wins are by reward against "
+        "`opponent`, ties counting half; `base best of 4` is chosen by the reward model itself."
     )
 
 
@@ -150,7 +154,8 @@ def _machine() -> str:
 
 def _steps(out: Path) -> str:
     lines = []
-    for path in sorted((out / "steps").glob("*.seconds")):
+    done = (out / "steps").glob("*.seconds")
+    for path in sorted(done, key=lambda path: (int(path.stem.partition("-")[0]), path.stem)):
         command = (out / "steps" / f"{path.stem}.command").read_text().strip()
         lines.append([path.stem, path.read_text().strip(), f"`{_shortened(command, out)}`"])
     total = sum(int(seconds) for _, seconds, _ in lines)
