@@ -12,12 +12,11 @@ checkpoints are every trainer's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rrhf.algorithms import rank_losses
 from rrhf.data.collate import TokenBatch, padded_groups
@@ -29,10 +28,10 @@ from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
-from rrhf.training.measure import measure
+from rrhf.training.offline import held_out_evaluation, offline_stream
 from rrhf.training.rank_examples import RankEncoder
 from rrhf.training.setup import Workbench, finish_run, load_trainable_causal_lm, opened_workbench
-from rrhf.training.streams import EncodedExamples, OfflineStream
+from rrhf.training.streams import EncodedExamples
 
 logger = logging.getLogger(__name__)
 
@@ -200,34 +199,17 @@ def train(config: RankConfig) -> Path:
         }
         logger.info("%s: %s", config.data_path, counts)
         objective = RankObjective(config)
-        stream = OfflineStream(
-            examples,
-            bench.codec.pad_id,
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            config.num_train_epochs,
-            config.max_steps,
-            config.seed,
-            bench.parallel.rank,
-            bench.parallel.world_size,
-            config.group_by_length,
-        )
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+        held_out_examples = None
         if held_out is not None:
             held_out_examples = EncodedExamples(held_out, _encoder(config, bench, window))
-
-            def evaluate(model: nn.Module) -> dict[str, float]:
-                return measure(
-                    model,
-                    objective,
-                    held_out_examples,
-                    bench.codec.pad_id,
-                    config.per_device_train_batch_size,
-                    bench.parallel,
-                )
-
         outcome = run_training(
-            Policy(model), objective, stream, config, bench.run, bench.parallel, evaluate
+            Policy(model),
+            objective,
+            offline_stream(bench, examples),
+            config,
+            bench.run,
+            bench.parallel,
+            held_out_evaluation(bench, objective, held_out_examples),
         )
         policy = outcome.model
         assert isinstance(policy, Policy), "the loop returns the root that it was given"

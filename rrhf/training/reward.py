@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rrhf.algorithms import rank_losses, reward_losses
 from rrhf.algorithms.normalizers import (
@@ -44,6 +44,7 @@ from rrhf.records import CandidateSet
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
+from rrhf.training.offline import held_out_evaluation, offline_stream
 from rrhf.training.parallel import Parallel
 from rrhf.training.reward_examples import PreferenceEncoder, held_out_metrics
 from rrhf.training.setup import Workbench, finish_run, opened_workbench, prepare_trainable
@@ -347,38 +348,14 @@ def train(config: RewardConfig) -> Path:
         )
         watch = ScoreWatch(normalizer)
         objective = RewardObjective(config, watch)
-        stream = OfflineStream(
-            examples,
-            bench.codec.pad_id,
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            config.num_train_epochs,
-            config.max_steps,
-            config.seed,
-            bench.parallel.rank,
-            bench.parallel.world_size,
-            config.group_by_length,
-        )
-
-        def evaluate(prepared: nn.Module) -> dict[str, float]:
-            assert held_out_examples is not None, "there is nothing to evaluate on"
-            return held_out_metrics(
-                prepared,
-                objective,
-                held_out_examples,
-                bench.codec.pad_id,
-                config.per_device_train_batch_size,
-                bench.parallel,
-            )
-
         outcome = run_training(
             model,
             objective,
-            WatchedStream(stream, watch, bench.parallel),
+            WatchedStream(offline_stream(bench, examples), watch, bench.parallel),
             config,
             bench.run,
             bench.parallel,
-            evaluate if held_out_examples is not None else None,
+            held_out_evaluation(bench, objective, held_out_examples, held_out_metrics),
         )
         setattr(bare.config, CHAT_FORMAT_KEY, config.chat_format)
         set_score_normalizer(bare.config, watch.normalizer)

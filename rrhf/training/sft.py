@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rrhf.algorithms.cross_entropy import cross_entropy
 from rrhf.data.collate import EncodedSet, TokenBatch
@@ -30,8 +29,9 @@ from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
 from rrhf.training.measure import measure
+from rrhf.training.offline import held_out_evaluation, offline_stream
 from rrhf.training.setup import Workbench, finish_run, load_trainable_causal_lm, opened_workbench
-from rrhf.training.streams import EncodedExamples, OfflineStream
+from rrhf.training.streams import EncodedExamples
 
 logger = logging.getLogger(__name__)
 
@@ -159,35 +159,17 @@ def train(config: SFTConfig) -> Path:
         }
         logger.info("%s: %s", config.data_path, counts)
         objective = SFTObjective(config.label_smoothing, config.sft_reduction)
-        stream = OfflineStream(
-            examples,
-            bench.codec.pad_id,
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            config.num_train_epochs,
-            config.max_steps,
-            config.seed,
-            bench.parallel.rank,
-            bench.parallel.world_size,
-            config.group_by_length,
-        )
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+        held_out_examples = None
         if held_out is not None:
             held_out_examples = EncodedExamples(held_out, _encoder(config, bench))
-
-            def evaluate(model: nn.Module) -> dict[str, float]:
-                found = measure(
-                    model,
-                    objective,
-                    held_out_examples,
-                    bench.codec.pad_id,
-                    config.per_device_train_batch_size,
-                    bench.parallel,
-                )
-                return {**found, "perplexity": math.exp(min(found["nll"], 700.0))}
-
         outcome = run_training(
-            policy, objective, stream, config, bench.run, bench.parallel, evaluate
+            policy,
+            objective,
+            offline_stream(bench, examples),
+            config,
+            bench.run,
+            bench.parallel,
+            held_out_evaluation(bench, objective, held_out_examples, _measured),
         )
         trained = outcome.model
         assert isinstance(trained, Policy), "the loop returns the root that it was given"
@@ -198,6 +180,12 @@ def train(config: SFTConfig) -> Path:
             trained.model,
             {"stage": "sft", "data_path": config.data_path, "data": counts},
         )
+
+
+def _measured(*arguments: Any) -> dict[str, float]:
+    """`measure`, and the perplexity of its likelihoods."""
+    found = measure(*arguments)
+    return {**found, "perplexity": math.exp(min(found["nll"], 700.0))}
 
 
 def _encoder(config: SFTConfig, bench: Workbench) -> SFTEncoder:
