@@ -39,8 +39,9 @@ from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training import reward
 from rrhf.training.fitting import RowFitter
 from rrhf.training.parallel import Parallel
-from rrhf.training.reward import RewardConfig, RewardObjective, ScoreWatch
+from rrhf.training.reward import RewardConfig, RewardObjective
 from rrhf.training.reward_examples import PreferenceEncoder, figures, held_out_metrics
+from rrhf.training.score_watch import ScoreWatch
 
 PAD, EOS = 2, 1
 LOSS_TYPES = ("sequence-wise", "token-wise", "per_sample", "average", "last_token")

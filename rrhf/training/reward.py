@@ -12,22 +12,16 @@ whoever scores with it; it takes part in the loss only where that is asked for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rrhf.algorithms import rank_losses, reward_losses
-from rrhf.algorithms.normalizers import (
-    Moments,
-    Normalizer,
-    build_normalizer,
-    normalize,
-    normalizer_from_state,
-)
+from rrhf.algorithms.normalizers import build_normalizer, normalize
 from rrhf.data.collate import TokenBatch, padded_groups
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
@@ -45,10 +39,10 @@ from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
 from rrhf.training.offline import held_out_evaluation, offline_stream
-from rrhf.training.parallel import Parallel
 from rrhf.training.reward_examples import PreferenceEncoder, held_out_metrics
+from rrhf.training.score_watch import ScoreWatch, WatchedStream
 from rrhf.training.setup import Workbench, finish_run, opened_workbench, prepare_trainable
-from rrhf.training.streams import EncodedExamples, OfflineStream
+from rrhf.training.streams import EncodedExamples
 
 logger = logging.getLogger(__name__)
 
@@ -133,36 +127,6 @@ class RewardConfig(TrainingConfig):
     def reads_tokens(self) -> bool:
         """True where the loss looks at more than each response's last score."""
         return self.loss_type in reward_losses.TOKEN_LOSS_TYPES
-
-
-class ScoreWatch:
-    """Shows a normaliser the end scores of each optimiser step, once, over all ranks.
-
-    Args:
-        normalizer: what learns, or None.
-    """
-
-    def __init__(self, normalizer: Normalizer | None) -> None:
-        self.normalizer = normalizer
-        self._pending = Moments()
-
-    def see(self, scores: Tensor) -> None:
-        """Remember the scores of one micro-batch."""
-        if self.normalizer is not None:
-            self._pending = self._pending.merge(Moments.of(scores))
-
-    def end_step(self, parallel: Parallel) -> None:
-        """Hand what was seen since the last step, on every rank, to the normaliser."""
-        if self.normalizer is None:
-            return
-        mine, self._pending = self._pending, Moments()
-        total, count = parallel.sum(
-            torch.tensor([mine.mean * mine.count, float(mine.count)], dtype=torch.float64)
-        ).tolist()
-        mean = mine.mean if parallel.world_size == 1 else total / max(count, 1.0)
-        spread = mine.squared_deviations + mine.count * (mine.mean - mean) ** 2
-        squared = parallel.sum(torch.tensor([spread], dtype=torch.float64))
-        self.normalizer.update(Moments(int(count), mean, float(squared)))
 
 
 class RewardObjective:
@@ -280,36 +244,6 @@ def _metrics(
         "score_mean_square": ((end_scores.square() * batch.row_weights).sum(), rows),
         "response_length": ((batch.response_lengths * batch.row_weights).sum(), rows),
     }
-
-
-class WatchedStream:
-    """A stream that ends each step for a `ScoreWatch`, and keeps its normaliser for resuming."""
-
-    def __init__(self, stream: OfflineStream, watch: ScoreWatch, parallel: Parallel) -> None:
-        self._stream, self._watch, self._parallel = stream, watch, parallel
-        self.total_steps = stream.total_steps
-
-    def __iter__(self) -> Iterator[list[TokenBatch]]:
-        return iter(self._stream)
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        self._watch.end_step(self._parallel)
-        self._stream.observe(metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        normalizer = self._watch.normalizer
-        state = None if normalizer is None else normalizer.state_dict()
-        return {**self._stream.state_dict(), "normalizer": state}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stream.load_state_dict(state)
-        saved, mine = state["normalizer"], self._watch.normalizer
-        if (saved or {}).get("type") != (mine.state_dict()["type"] if mine else None):
-            raise UserError(
-                "resume: --normalizer_type is not what the checkpoint had; start with the same"
-            )
-        if saved is not None:
-            self._watch.normalizer = normalizer_from_state(saved)
 
 
 def train(config: RewardConfig) -> Path:
