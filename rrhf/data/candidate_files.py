@@ -23,12 +23,13 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast, overload
+from typing import Any, BinaryIO, cast
 
 from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
+from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, Faults, Row, open_bytes, scan_rows
 from rrhf.data.jsonl import encode_row
 from rrhf.errors import UserError
@@ -141,7 +142,7 @@ def read_candidate_sets(path: PathLike) -> Iterator[CandidateSet]:
         yield candidate_set
 
 
-class CandidateFile(Sequence[CandidateSet]):
+class CandidateFile(IndexedSets):
     """A candidate file by index: the places of its rows are in memory, the rows are not.
 
     A gzip file is unpacked to a temporary file. Reading does not move a file position, so that
@@ -199,14 +200,7 @@ class CandidateFile(Sequence[CandidateSet]):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    @overload
-    def __getitem__(self, index: int) -> CandidateSet: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CandidateSet]: ...
-    def __getitem__(self, index: int | slice) -> CandidateSet | Sequence[CandidateSet]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _at(self, number: int) -> CandidateSet:
         data = os.pread(self._file.fileno(), self._lengths[number], self._offsets[number])
         try:
             parsed = parse_candidate_set(json.loads(data), f"{self.path}, row {number + 1}")
@@ -216,10 +210,6 @@ class CandidateFile(Sequence[CandidateSet]):
                 f"({error}); do not change a file while it is used"
             ) from error
         return replace(parsed, id=self._repeats.get(number, parsed.id))
-
-    def __iter__(self) -> Iterator[CandidateSet]:
-        for number in range(len(self)):
-            yield self[number]
 
     def close(self) -> None:
         self._file.close()

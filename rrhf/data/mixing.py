@@ -21,12 +21,12 @@ import os
 import random
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import overload
 
 from rrhf.data.candidate_files import CandidateFile, SeenIds
+from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, scan_rows
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.sources import JSON_SUFFIXES, read_sets
@@ -126,7 +126,7 @@ def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
     return list(range(size)) * copies + drawn
 
 
-class Mixture(Sequence[CandidateSet]):
+class Mixture(IndexedSets):
     """Chosen rows of several sequences as one; a row that repeats gets an id of its own."""
 
     def __init__(
@@ -158,21 +158,10 @@ class Mixture(Sequence[CandidateSet]):
     def __len__(self) -> int:
         return len(self._row)
 
-    @overload
-    def __getitem__(self, index: int) -> CandidateSet: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CandidateSet]: ...
-    def __getitem__(self, index: int | slice) -> CandidateSet | Sequence[CandidateSet]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _at(self, number: int) -> CandidateSet:
         found = self._parts[self._part[number]][self._row[number]]
         own_id = self._own_ids.get(number)
         return found if own_id is None else replace(found, id=own_id)
-
-    def __iter__(self) -> Iterator[CandidateSet]:
-        for number in range(len(self)):
-            yield self[number]
 
 
 def load_sets(

@@ -22,9 +22,9 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import overload
 
 from rrhf.data.chat_format import conversation_of
+from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.layouts import SourceCounts
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
@@ -32,7 +32,7 @@ from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 _ALL = -1
 
 
-class View(Sequence[CandidateSet]):
+class View(IndexedSets):
     """Some rows of a sequence, with all, one or two of their candidates.
 
     Attributes:
@@ -59,14 +59,7 @@ class View(Sequence[CandidateSet]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> CandidateSet: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CandidateSet]: ...
-    def __getitem__(self, index: int | slice) -> CandidateSet | Sequence[CandidateSet]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _at(self, number: int) -> CandidateSet:
         found = self._sets[self.rows[number]]
         first, second = self._first[number], self._second[number]
         if first == _ALL:
@@ -79,10 +72,6 @@ class View(Sequence[CandidateSet]):
 
     def _show_all(self, found: CandidateSet) -> CandidateSet:
         return found
-
-    def __iter__(self) -> Iterator[CandidateSet]:
-        for number in range(len(self)):
-            yield self[number]
 
 
 class _Groups(View):
