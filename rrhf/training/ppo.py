@@ -46,7 +46,7 @@ from rrhf.models.reward_model import (
 )
 from rrhf.models.saving import write_model_folder
 from rrhf.records import CandidateSet
-from rrhf.scoring.build import SCORERS, build_scorer, check_scorer
+from rrhf.scoring.build import SCORERS, RewardModelOptions, build_scorer, check_scorer
 from rrhf.training.checkpoint import saved_folder
 from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
@@ -81,7 +81,8 @@ def train(config: PPOConfig) -> Path:
     Raises:
         UserError: the prompts, a model or a setting is not usable; the text says which and why.
     """
-    check_scorer(config.reward_model_name_or_path)
+    scoring = RewardModelOptions(bf16=config.bf16, trust_remote_code=config.trust_remote_code)
+    check_scorer(config.reward_model_name_or_path, scoring)
     with opened_workbench(config) as bench:
         _require_whole_weights(bench.parallel)
         read = SourceCounts()
@@ -97,7 +98,7 @@ def train(config: PPOConfig) -> Path:
             )
             frozen.requires_grad_(False)
             reference = Policy(frozen, config.temperature).to(bench.parallel.device).eval()
-        scorer = build_scorer(config.reward_model_name_or_path, device=bench.parallel.device)
+        scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
         writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel)
         fitting = _fitting(prompts, writer, config.train_datasets)
         controller = build_kl_controller(
