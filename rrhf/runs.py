@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 FINISHED = "a finished"
 # What may differ between the calls of one run: how it is called, and where its folder stands now.
 _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir")
+# Folders of models that a run keeps on its way.
+_KEPT = ("policies", "reward_models", "best")
 
 
 class MetricsLog:
@@ -238,7 +240,8 @@ class RunFolder:
         """True where no step has left anything: no metrics, no checkpoint, no model."""
         holds_states = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         has_rows = self.metrics.path.exists() and self.metrics.path.stat().st_size > 0
-        return not (holds_states or has_rows or self.policy.exists() or self.reward_model.exists())
+        left = (self.policy, self.reward_model, *(self.path / name for name in _KEPT))
+        return not (holds_states or has_rows or any(path.exists() for path in left))
 
     def discard(self) -> None:
         """Take back what `open` wrote, after a mistake that was found before the first step."""

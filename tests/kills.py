@@ -31,7 +31,8 @@ class Zygote:
     """
 
     def __init__(self, job: str, arguments: dict[str, Any]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        places = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), job, json.dumps(arguments)],
             stdin=subprocess.PIPE,

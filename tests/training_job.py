@@ -15,7 +15,13 @@ from rrhf.files import UNFINISHED, write_manifest
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import Term, TrainingOutcome, run_training
-from rrhf.training.setup import finish_run, load_trainable_causal_lm, opened_workbench
+from rrhf.training.model_folders import ModelFolders
+from rrhf.training.setup import (
+    finish_run,
+    load_trainable_causal_lm,
+    model_writer,
+    opened_workbench,
+)
 from rrhf.training.streams import OfflineStream
 
 
@@ -71,10 +77,17 @@ def train(
             rank=bench.parallel.rank,
             world_size=bench.parallel.world_size,
         )
+        models = ModelFolders({"policy": model_writer(bench, inner)})
         outcome = run_training(
-            Policy(inner), TokenLikelihood(), stream, config, bench.run, bench.parallel
+            Policy(inner),
+            TokenLikelihood(),
+            stream,
+            config,
+            bench.run,
+            bench.parallel,
+            models=models,
         )
-        finish_run(bench, outcome, bench.run.policy, inner, {})
+        finish_run(bench, outcome, models, {})
     return outcome
 
 

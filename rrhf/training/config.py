@@ -126,6 +126,10 @@ class TrainingConfig:
     save_total_limit: int = 2
     """Checkpoints to keep; an old one goes only after the new one is complete."""
 
+    save_policy_steps: int = 0
+    """Also keep the model of every so many optimiser steps, as a plain folder
+    policies/step-<number> (reward_models/ where it is one); 0 = none."""
+
     resume_from_checkpoint: bool = False
     """Go on from the newest complete checkpoint in output_dir; a finished run is left as it is."""
 

@@ -30,6 +30,7 @@ from rrhf.runs import RunFolder
 from rrhf.signals import EXIT_CODES, StopRequest, caught_signals
 from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
+from rrhf.training.model_folders import ModelFolders, PolicyHistory
 from rrhf.training.optim import build_optimizer, build_scheduler
 from rrhf.training.parallel import Parallel
 from rrhf.training.streams import LiveStream, UpdateStream
@@ -98,6 +99,7 @@ def run_training(
     run: RunFolder,
     parallel: Parallel,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    models: ModelFolders | None = None,
 ) -> TrainingOutcome:
     """Train until the stream ends.
 
@@ -109,6 +111,7 @@ def run_training(
         run: an opened run folder (on the main rank).
         parallel: ranks and engine.
         evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
+        models: how what is trained is written, where models are to be kept on the way.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite.
@@ -121,11 +124,16 @@ def run_training(
     checkpointer = Checkpointer(
         run.checkpoints, parallel, model, optimizer, config.save_total_limit
     )
-    loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer)
+    history = None
+    if models is not None:
+        history = PolicyHistory(run.path, models, parallel)
+    loop = _Loop(
+        model, optimizer, scheduler, objective, config, run, parallel, checkpointer, history
+    )
     if config.resume_from_checkpoint:
         loop.resume(stream)
-    elif parallel.is_main:
-        run.metrics.truncate_to(0)
+    else:
+        loop.cut_back(0, 0)
     with contextlib.closing(build_tracker(config, run.path, parallel.is_main)) as tracker:
         return loop.run(stream, evaluate, tracker)
 
@@ -143,10 +151,11 @@ class _Loop:
         run: RunFolder,
         parallel: Parallel,
         checkpointer: Checkpointer,
+        history: PolicyHistory | None = None,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.objective, self.config, self.folder = objective, config, run
-        self.parallel, self.checkpointer = parallel, checkpointer
+        self.parallel, self.checkpointer, self.history = parallel, checkpointer, history
         self.step = 0
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
@@ -154,12 +163,11 @@ class _Loop:
         self.evaluated_step = -1
 
     def resume(self, stream: UpdateStream) -> None:
-        """Take up the newest checkpoint and cut the metrics back to it."""
+        """Take up the newest checkpoint and cut back to it what was written later."""
         state = self.checkpointer.restore()
         if state is None:
             logger.info("no complete checkpoint in %s: starting anew", self.folder.checkpoints)
-            if self.parallel.is_main:
-                self.folder.metrics.truncate_to(0)
+            self.cut_back(0, 0)
             return
         self.step = self.saved_step = int(state["step"])
         # A run that was killed behind its last step has nothing left to measure.
@@ -169,8 +177,14 @@ class _Loop:
         if isinstance(stream, LiveStream):
             stream.load_tensors(state["tensors"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.cut_back(self.step, int(state["metrics_offset"]))
+
+    def cut_back(self, step: int, metrics_offset: int) -> None:
+        """Forget what the run folder holds of steps after `step`."""
         if self.parallel.is_main:
-            self.folder.metrics.truncate_to(int(state["metrics_offset"]))
+            self.folder.metrics.truncate_to(metrics_offset)
+        if self.history is not None:
+            self.history.cut_back(step)
 
     def run(
         self,
@@ -207,6 +221,8 @@ class _Loop:
                 bar.set_postfix_str(_brief(self.metrics))
                 if evaluate is not None and self._is_due(self.config.eval_steps):
                     self._evaluate(evaluate, tracker)
+                if self.history is not None and self._is_due(self.config.save_policy_steps):
+                    self.history.save(self.step)
                 signalled = self._signalled(stop)
                 if signalled or self._is_due(self.config.save_steps):
                     self._save(stream)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -44,13 +43,12 @@ from rrhf.models.reward_model import (
     require_reward_model,
     score_normalizer,
 )
-from rrhf.models.saving import write_model_folder
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import SCORERS, RewardModelOptions, build_scorer, check_scorer
-from rrhf.training.checkpoint import saved_folder
 from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
+from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.ppo_ema import AveragedStream
@@ -63,6 +61,7 @@ from rrhf.training.setup import (
     Workbench,
     finish_run,
     load_trainable_causal_lm,
+    model_writer,
     opened_workbench,
     prepare_trainable,
 )
@@ -128,19 +127,14 @@ def train(config: PPOConfig) -> Path:
         average = None
         if config.use_ema:
             feed = average = AveragedStream(feed, root.policy, config.ema_beta)
+        models = _models(bench, root, average)
         outcome = run_training(
-            root,
-            objective,
-            feed,
-            config,
-            bench.run,
-            bench.parallel,
-            evaluate,
+            root, objective, feed, config, bench.run, bench.parallel, evaluate, models
         )
-        assert isinstance(outcome.model, ActorCritic), "the loop returns the root it was given"
-        return _finish(
+        return finish_run(
             bench,
             outcome,
+            models,
             {
                 "stage": "ppo",
                 "method": config.method,
@@ -158,7 +152,6 @@ def train(config: PPOConfig) -> Path:
                     None if stream.normalizer is None else stream.normalizer.state_dict()
                 ),
             },
-            average,
         )
 
 
@@ -292,26 +285,23 @@ def _rank_objective(config: PPOConfig) -> Objective:
     )
 
 
-def _finish(
-    bench: Workbench, outcome: Any, manifest: dict[str, Any], average: AveragedStream | None
-) -> Path:
-    """`policy/`, `value/` where there is a critic, `policy_ema/`, and the manifest, last."""
-    root: ActorCritic = outcome.model
+def _models(bench: Workbench, root: ActorCritic, average: AveragedStream | None) -> ModelFolders:
+    """`policy`, `value` where there is a critic, `policy_ema` where there is an average."""
+    write_policy = model_writer(bench, root.policy.model, "policy.model.")
+    writers: dict[str, WriteModel] = {"policy": write_policy}
+    if root.value is not None:
 
-    def write(staged: Path) -> None:
-        write_model_folder(staged, root.policy.model, bench.tokenizer)
-        if root.value is not None:
-            saved_folder(
-                bench.run.path / "value",
-                lambda folder: write_value_folder(
-                    folder, root, staged, bench.tokenizer, _classifier_pad_id(bench)
-                ),
-            )
-        if average is not None:
-            with average.in_place():
-                saved_folder(
-                    bench.run.path / "policy_ema",
-                    lambda folder: write_model_folder(folder, root.policy.model, bench.tokenizer),
-                )
+        def write_value(folder: Path, beside: Path, weights: Weights) -> None:
+            pad_id = _classifier_pad_id(bench)
+            write_value_folder(folder, root, beside / "policy", bench.tokenizer, pad_id)
 
-    return finish_run(bench, outcome, bench.run.policy, root.policy.model, manifest, write)
+        writers["value"] = write_value
+    if average is not None:
+        averaged = average
+
+        def write_average(folder: Path, beside: Path, weights: Weights) -> None:
+            with averaged.in_place():
+                write_policy(folder, beside, weights)
+
+        writers["policy_ema"] = write_average
+    return ModelFolders(writers)

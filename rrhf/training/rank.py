@@ -28,9 +28,16 @@ from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
+from rrhf.training.model_folders import ModelFolders
 from rrhf.training.offline import held_out_evaluation, offline_stream
 from rrhf.training.rank_examples import RankEncoder
-from rrhf.training.setup import Workbench, finish_run, load_trainable_causal_lm, opened_workbench
+from rrhf.training.setup import (
+    Workbench,
+    finish_run,
+    load_trainable_causal_lm,
+    model_writer,
+    opened_workbench,
+)
 from rrhf.training.streams import EncodedExamples
 
 logger = logging.getLogger(__name__)
@@ -202,6 +209,7 @@ def train(config: RankConfig) -> Path:
         held_out_examples = None
         if held_out is not None:
             held_out_examples = EncodedExamples(held_out, _encoder(config, bench, window))
+        models = ModelFolders({"policy": model_writer(bench, model)})
         outcome = run_training(
             Policy(model),
             objective,
@@ -210,14 +218,12 @@ def train(config: RankConfig) -> Path:
             bench.run,
             bench.parallel,
             held_out_evaluation(bench, objective, held_out_examples),
+            models,
         )
-        policy = outcome.model
-        assert isinstance(policy, Policy), "the loop returns the root that it was given"
         return finish_run(
             bench,
             outcome,
-            bench.run.policy,
-            policy.model,
+            models,
             {"stage": "rank", "data_path": config.data_path, "data": counts},
         )
 

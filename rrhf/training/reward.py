@@ -38,10 +38,17 @@ from rrhf.records import CandidateSet
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
+from rrhf.training.model_folders import ModelFolders, Weights
 from rrhf.training.offline import held_out_evaluation, offline_stream
 from rrhf.training.reward_examples import PreferenceEncoder, held_out_metrics
 from rrhf.training.score_watch import ScoreWatch, WatchedStream
-from rrhf.training.setup import Workbench, finish_run, opened_workbench, prepare_trainable
+from rrhf.training.setup import (
+    Workbench,
+    finish_run,
+    model_writer,
+    opened_workbench,
+    prepare_trainable,
+)
 from rrhf.training.streams import EncodedExamples
 
 logger = logging.getLogger(__name__)
@@ -282,6 +289,14 @@ def train(config: RewardConfig) -> Path:
         )
         watch = ScoreWatch(normalizer)
         objective = RewardObjective(config, watch)
+        write = model_writer(bench, model.model)
+
+        def write_scorer(folder: Path, beside: Path, weights: Weights) -> None:
+            setattr(bare.config, CHAT_FORMAT_KEY, config.chat_format)
+            set_score_normalizer(bare.config, watch.normalizer)
+            write(folder, beside, weights)
+
+        models = ModelFolders({"reward_model": write_scorer})
         outcome = run_training(
             model,
             objective,
@@ -290,16 +305,12 @@ def train(config: RewardConfig) -> Path:
             bench.run,
             bench.parallel,
             held_out_evaluation(bench, objective, held_out_examples, held_out_metrics),
+            models,
         )
-        setattr(bare.config, CHAT_FORMAT_KEY, config.chat_format)
-        set_score_normalizer(bare.config, watch.normalizer)
-        root = outcome.model
-        assert isinstance(root, RewardModel), "the loop returns the root that it was given"
         return finish_run(
             bench,
             outcome,
-            bench.run.reward_model,
-            root.model,
+            models,
             {
                 "stage": "reward",
                 "data_path": config.data_path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from rrhf.models.loading import (
 from rrhf.models.lora import add_lora
 from rrhf.models.saving import write_model_folder
 from rrhf.runs import RunFolder
-from rrhf.training.checkpoint import saved_folder
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome
+from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
 from rrhf.training.parallel import Parallel
 
 
@@ -131,33 +131,41 @@ def prepare_trainable(
     return model
 
 
+def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:
+    """Writes a Hugging Face model that stands inside the trained root.
+
+    Args:
+        bench: of the run.
+        model: with the trained weights, or with shards of them.
+        prefix: of its parameters' names within the root.
+    """
+
+    def write(folder: Path, beside: Path, weights: Weights) -> None:
+        inner = None
+        if weights is not None:
+            inner = {
+                name.removeprefix(prefix): value
+                for name, value in weights.items()
+                if name.startswith(prefix)
+            }
+        write_model_folder(folder, model, bench.tokenizer, inner)
+
+    return write
+
+
 def finish_run(
-    bench: Workbench,
-    outcome: TrainingOutcome,
-    folder: Path,
-    model: Any,
-    extra: dict[str, Any],
-    write: Callable[[Path], None] | None = None,
+    bench: Workbench, outcome: TrainingOutcome, models: ModelFolders, extra: dict[str, Any]
 ) -> Path:
-    """Save the trained model, then the run's manifest, last.
+    """Save the trained models, then the run's manifest, last; returns the main model's folder.
 
     Args:
         bench: of the run.
         outcome: of the loop.
-        folder: where the model goes, such as `run.policy`.
-        model: the Hugging Face model inside the trained root.
+        models: of the trainer.
         extra: what else the manifest should say (counts of dropped data and the like).
-        write: fills the folder; by default `write_model_folder`.
     """
-    state = bench.parallel.full_state_dict() if bench.parallel.is_sharded else None
+    models.write(bench.parallel, bench.run.path)
     if bench.parallel.is_main:
-        inner = None
-        if state is not None:
-            inner = {name.removeprefix("model."): value for name, value in state.items()}
-        saved_folder(
-            folder,
-            write or (lambda staged: write_model_folder(staged, model, bench.tokenizer, inner)),
-        )
         bench.run.finish(
             {
                 "rrhf_version": rrhf.__version__,
@@ -168,9 +176,9 @@ def finish_run(
                 "codec": bench.codec.describe(),
                 "last_metrics": outcome.metrics,
                 "evaluation": outcome.evaluation,
-                "model_folder": folder.name,
+                "model_folder": models.main,
                 **extra,
             }
         )
     bench.parallel.barrier()
-    return folder
+    return bench.run.path / models.main

@@ -29,8 +29,15 @@ from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
 from rrhf.training.measure import measure
+from rrhf.training.model_folders import ModelFolders
 from rrhf.training.offline import held_out_evaluation, offline_stream
-from rrhf.training.setup import Workbench, finish_run, load_trainable_causal_lm, opened_workbench
+from rrhf.training.setup import (
+    Workbench,
+    finish_run,
+    load_trainable_causal_lm,
+    model_writer,
+    opened_workbench,
+)
 from rrhf.training.streams import EncodedExamples
 
 logger = logging.getLogger(__name__)
@@ -162,6 +169,7 @@ def train(config: SFTConfig) -> Path:
         held_out_examples = None
         if held_out is not None:
             held_out_examples = EncodedExamples(held_out, _encoder(config, bench))
+        models = ModelFolders({"policy": model_writer(bench, policy.model)})
         outcome = run_training(
             policy,
             objective,
@@ -170,14 +178,12 @@ def train(config: SFTConfig) -> Path:
             bench.run,
             bench.parallel,
             held_out_evaluation(bench, objective, held_out_examples, _measured),
+            models,
         )
-        trained = outcome.model
-        assert isinstance(trained, Policy), "the loop returns the root that it was given"
         return finish_run(
             bench,
             outcome,
-            bench.run.policy,
-            trained.model,
+            models,
             {"stage": "sft", "data_path": config.data_path, "data": counts},
         )
 

@@ -1,0 +1,98 @@
+"""The models of a run as plain folders: the last ones, and those that stay beside them.
+
+A trainer says once how its models are written (`ModelFolders`); the end of the run and the loop
+call it. A folder is staged and moved into place whole, so what stands under its own name is whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from rrhf.training.checkpoint import remove_unfinished, saved_folder
+from rrhf.training.parallel import Parallel
+
+Weights = dict[str, Tensor] | None
+"""The trained root's weights in full, on the main rank, where each rank holds shards of them; else
+None: then the root itself has them."""
+
+WriteModel = Callable[[Path, Path, Weights], None]
+"""Fills an empty folder. Given: the folder, the one that holds the models written before it, and
+the weights."""
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """What a training leaves.
+
+    Attributes:
+        writers: by the folder's name, in the order of writing; the first is the run's main model.
+    """
+
+    writers: Mapping[str, WriteModel]
+
+    @property
+    def main(self) -> str:
+        """The name of the main model's folder."""
+        return next(iter(self.writers))
+
+    def write(self, parallel: Parallel, into: Path) -> None:
+        """Put every model into a folder, each whole or not at all; every rank must call it."""
+        weights = full_weights(parallel)
+        if parallel.is_main:
+            for name, write in self.writers.items():
+                saved_folder(into / name, _bound(write, into, weights))
+        parallel.barrier()
+
+
+def full_weights(parallel: Parallel) -> Weights:
+    """The root's weights in full where they are spread, else None; every rank must call it."""
+    return parallel.full_state_dict() if parallel.is_sharded else None
+
+
+class PolicyHistory:
+    """The main model as it was every so many steps, as folders `policies/step-000010`.
+
+    Args:
+        folder: of the run.
+        models: of the trainer.
+        parallel: ranks.
+    """
+
+    def __init__(self, folder: Path, models: ModelFolders, parallel: Parallel) -> None:
+        plural = "policies" if models.main == "policy" else f"{models.main}s"
+        self.folder = folder / plural
+        self._models, self._parallel = models, parallel
+
+    def save(self, step: int) -> None:
+        """Write the model of this step; every rank must call it."""
+        weights = full_weights(self._parallel)
+        if self._parallel.is_main:
+            write = self._models.writers[self._models.main]
+            self.folder.mkdir(exist_ok=True)
+            saved_folder(
+                self.folder / f"step-{step:06d}",
+                _bound(write, self.folder, weights),
+            )
+        self._parallel.barrier()
+
+    def cut_back(self, step: int) -> None:
+        """Forget the models of later steps, as the metrics are cut back on resuming."""
+        if not (self._parallel.is_main and self.folder.is_dir()):
+            return
+        remove_unfinished(self.folder)
+        for path in self.folder.iterdir():
+            found = _STEP.fullmatch(path.name)
+            if found and int(found.group(1)) > step:
+                shutil.rmtree(path)
+
+
+def _bound(write: WriteModel, beside: Path, weights: Weights) -> Callable[[Path], None]:
+    return lambda staged: write(staged, beside, weights)
