@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A whole study on a real model and real preferences, on a CPU: split, reward model, candidates,
-# RRHF, evaluation, report. Every step is a command that a user has; steps that are done are passed
+# RRHF offline and online, PPO, evaluation, report. Every step is a command that a user has; steps that are done are passed
 # over, and one that was stopped goes on, so the same call may be repeated.
 set -euo pipefail
 
@@ -95,6 +95,41 @@ evaluate 10-base-of-4-samples --model_name_or_path "$model" --name "base, 4 samp
     --decoding sample --samples_per_prompt 4 --seed 11 "${against[@]}"
 evaluate 11-rrhf-of-4-samples --model_name_or_path "$out/rrhf/policy" --name "RRHF, 4 samples" \
     --decoding sample --samples_per_prompt 4 --seed 11 "${against[@]}"
+
+# Online methods: the prompts, the number of sampled responses, their length and the reward model
+# of the offline study; one pass over what the policy itself has just written.
+online() {
+    local name=$1 folder=$2
+    shift 2
+    # shellcheck disable=SC2046
+    step "$name" rrhf train ppo --model_name_or_path "$model" --output_dir "$out/$folder" \
+        --reward_model_name_or_path "$out/reward/reward_model" \
+        --train_datasets "$out/candidates/train_data.json" \
+        --model_max_length 256 --max_new_tokens 96 --num_return_sequences 4 \
+        --rollout_size 160 --num_rollouts 5 --bf16 --save_steps 10 "$@" $(resume "$out/$folder")
+}
+online 12-online-rrhf online_rrhf --method rrhf --per_device_prompt_batch_size 10 \
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 2e-5 \
+    --sft_reduction response
+online 13-ppo-lora ppo_lora --use_lora --share_trunk --per_device_prompt_batch_size 4 \
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 2e-4 \
+    --critic_learning_rate 1e-3
+online 14-ppo ppo --per_device_prompt_batch_size 4 \
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 2e-5 \
+    --critic_learning_rate 2e-5
+
+number=15
+evaluate_online() {
+    local folder=$1 name=$2
+    evaluate $((number++))-"$folder"-rows --model_name_or_path "$out/$folder/policy" \
+        --name "$name" "${reference[@]}" "${against[@]}"
+    evaluate $((number++))-"$folder"-of-4-samples --model_name_or_path "$out/$folder/policy" \
+        --name "$name, 4 samples" --decoding sample --samples_per_prompt 4 --seed 11 \
+        "${against[@]}"
+}
+evaluate_online online_rrhf "online RRHF"
+evaluate_online ppo_lora "PPO LoRA"
+evaluate_online ppo "PPO"
 
 python -m rrhf.studies.real_run_report "$out"
 echo "Report: $out/real_run.md"

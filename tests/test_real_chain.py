@@ -21,6 +21,7 @@ from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.studies.real_run_report import shorter_reply_accuracy, weights_moved, write_report
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.timeout(600)
 
 
 def do(*words: object) -> None:
@@ -51,6 +52,16 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *["--data_path", out / "candidates" / "train_data.json", "--learning_rate", 1e-4],
         *["--per_device_train_batch_size", 2, "--num_train_epochs", 2, *short],
     )
+    online = ["--reward_model_name_or_path", out / "reward" / "reward_model"]
+    online += ["--train_datasets", out / "candidates" / "train_data.json", "--max_new_tokens", 24]
+    online += ["--num_return_sequences", 2, "--rollout_size", 16, "--num_rollouts", 2]
+    online += ["--max_unscored_fraction", 0.2, "--learning_rate", 1e-3, *short]
+    for folder, kind in (
+        ("online_rrhf", ["--method", "rrhf", "--per_device_train_batch_size", 4]),
+        ("ppo_lora", ["--use_lora", "--share_trunk", "--per_device_train_batch_size", 8]),
+    ):
+        run = ["--model_name_or_path", model, "--output_dir", out / folder]
+        do("train", "ppo", *run, *online, *kind)
     shared = ["--prompts", out / "data" / "heldout.jsonl", "--num_prompts", 8]
     shared += ["--scorer", out / "reward" / "reward_model", "--output_dir", out / "rows"]
     shared += ["--max_unscored_fraction", 0.2, "--max_new_tokens", 24]
@@ -65,7 +76,12 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         given = ["--responses", "dataset", "--response_source", f"human:{source}"]
         do("evaluate", *given, "--name", f"data: {source}", *shared)
     do("evaluate", "--model_name_or_path", model, "--name", "opponent", "--seed", 7, *shared)
-    for policy, name in ((model, "base"), (out / "rrhf" / "policy", "RRHF")):
+    trained = {"RRHF": "rrhf", "online RRHF": "online_rrhf", "PPO LoRA": "ppo_lora"}
+    for name in ("online RRHF", "PPO LoRA"):
+        policy = out / trained[name] / "policy"
+        do("evaluate", "--model_name_or_path", policy, "--name", name, *shared)
+    policies = {name: out / folder / "policy" for name, folder in trained.items()}
+    for name, policy in {"base": model, **policies}.items():
         several = ["--decoding", "sample", "--samples_per_prompt", 4]
         name = f"{name}, 4 samples"
         do("evaluate", "--model_name_or_path", policy, "--name", name, *several, *shared)
@@ -123,7 +139,9 @@ def test_the_report_is_made_of_what_the_steps_left(chain: Path, shared_data: Pat
     model = shared_data / "stories260K"
     command = f"rrhf train reward --model_name_or_path {model} --output_dir {chain}/reward "
     (steps / "2-reward.command").write_text(command)
-    (steps / "2-reward.seconds").write_text("12\n")
+    for step in ("2-reward", "3-candidates", "12-online-rrhf", "13-ppo-lora"):
+        (steps / f"{step}.seconds").write_text("12\n")
+        (steps / f"{step}.command").touch(exist_ok=True)
     page = write_report(chain).read_text()
     assert "| 2-reward | 12 | `rrhf train reward --model_name_or_path MODEL" in page
     assert str(chain) not in page and str(model) not in page
@@ -132,6 +150,11 @@ def test_the_report_is_made_of_what_the_steps_left(chain: Path, shared_data: Pat
     for name in ("data: chosen", "base best of 4", "RRHF greedy", "RRHF, 4 samples"):
         assert f"| {name} |" in page
     assert (chain / "real_run_curves.png").stat().st_size > 10_000
+    told = json.loads((chain / "rows" / "PPO_LoRA_4_samples.json").read_text())["metrics"]["reward"]
+    assert f"| PPO, LoRA | {told['mean']:.2f} [" in page and "| RRHF online |" in page
+    assert "| 32 | " in page and "2 (policy, reward model)" in page
+    assert page.count("offline RRHF's (") == 2 and "PPO, all weights" not in page
+    assert (chain / "real_run_online.png").stat().st_size > 10_000
 
 
 def test_the_shorter_reply_and_its_interval() -> None:

@@ -22,6 +22,7 @@ from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 from rrhf.report.compare import CompareConfig, compare
 from rrhf.report.curves import draw_curves, read_curve
 from rrhf.report.table import format_number, markdown_lines
+from rrhf.studies.real_run_online import finished, online_section, row_files
 
 COLUMNS = [
     "reward",
@@ -47,6 +48,7 @@ ROW_FILES = (
     "RRHF_4_samples",
     "RRHF_greedy",
 )
+LIMITS_WITHOUT_PPO = "- PPO is not part of this study.\n"
 LIMITS = """\
 - One seed of everything: intervals cover held-out prompts, not the luck of training and sampling.
 - The reward is that of the small reward model above, which agrees with people only as often as its
@@ -54,7 +56,6 @@ LIMITS = """\
   judge has read these responses, and no gold preference exists here as it does in the embedded
   world (`rrhf demo`).
 - The base is an instruction-tuned model of 135 M parameters; nothing is said about larger ones.
-- PPO is not part of this study.
 - Responses were cut after 96 tokens and prompts with more than 160 tokens lost their oldest turns;
   many responses of the base do not end within 96 tokens (column "no EOS").
 - Sampling, scoring and evaluation ran in bfloat16: the KL of the base to itself, which is zero,
@@ -87,7 +88,7 @@ def write_report(out: Path) -> Path:
     )
     comparison = compare(
         CompareConfig(
-            rows=[str(out / "rows" / f"{name}.json") for name in ROW_FILES],
+            rows=[str(out / "rows" / f"{name}.json") for name in (*ROW_FILES, *row_files(out))],
             baseline="base",
             columns=COLUMNS,
             # Given responses have no decoding, greedy another than sampling: that is the point.
@@ -97,7 +98,7 @@ def write_report(out: Path) -> Path:
     model = (out / "steps" / "2-reward.command").read_text().split("--model_name_or_path ")[1]
     page = "\n".join(
         [
-            "# RRHF on a real model and real preferences",
+            "# RRHF and PPO on a real model and real preferences",
             "",
             f"Made by `bash paper/real_run.sh MODEL PAIRS OUT` on {_machine()}.",
             "",
@@ -125,9 +126,10 @@ def write_report(out: Path) -> Path:
             "",
             comparison.markdown.strip(),
             "",
+            *online_section(out),
             "## What this does not show",
             "",
-            LIMITS,
+            LIMITS if finished(out) else LIMITS_WITHOUT_PPO + LIMITS,
         ]
     )
     target = out / "real_run.md"
