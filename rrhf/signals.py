@@ -40,6 +40,11 @@ class StopRequest:
         self.received: int | None = None
         self._may_interrupt = False
 
+    @property
+    def exit_code(self) -> int:
+        """What the signal that came asks for; 0 where none did."""
+        return 0 if self.received is None else EXIT_CODES[self.received]
+
     def run(self, work: Callable[[], T], what_stands: str) -> T:
         """Do work that may be dropped: a signal during it, or before it, stops it at once.
 
@@ -82,9 +87,13 @@ class StopRequest:
 
 
 @contextmanager
-def caught_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT for a while; the handlers from before are put back."""
-    request = StopRequest()
+def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT for a while; the handlers from before are put back.
+
+    Args:
+        request: what notes them, where someone else is to know too; by default a new one.
+    """
+    request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +18,7 @@ from trainer_cases import ranked_rows, write_lines
 from transformers import LlamaForSequenceClassification
 
 from rrhf.algorithms.normalizers import RunningMeanStd
-from rrhf.errors import AlreadyFinished
+from rrhf.errors import AlreadyFinished, StoppedBySignal
 from rrhf.models.reward_model import set_score_normalizer
 from rrhf.training import ppo
 
@@ -83,6 +87,12 @@ def settings(world: Path, output_dir: Path | str, **changes: Any) -> ppo.PPOConf
     return ppo.PPOConfig(str(world / "model"), str(output_dir), **values)
 
 
+def without_clock(row: dict[str, float]) -> dict[str, float]:
+    """A row of metrics without what a clock or the memory says."""
+    kinds = ("seconds_", "tokens_per_second", "peak_mib_")
+    return {name: value for name, value in row.items() if not name.startswith(kinds)}
+
+
 def train_again(world: str, output_dir: str, **changes: Any) -> None:
     """A run, or its continuation where it was begun: what a restart script does."""
     begun = (Path(output_dir) / "config.json").exists()
@@ -90,6 +100,25 @@ def train_again(world: str, output_dir: str, **changes: Any) -> None:
         ppo.train(settings(Path(world), output_dir, resume_from_checkpoint=begun, **changes))
 
 
+def slow(prompts: Sequence[str], responses: Sequence[str], messages: Any) -> list[float]:
+    """Gets a signal while it scores, on the first rank or on both, and takes two seconds."""
+    if os.environ["RANK"] == "0" or sys.argv[4] == "both":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    time.sleep(2)
+    return [0.0 for _ in responses]
+
+
+def stop_and_tell(world: Path, output_dir: str) -> None:
+    changes = {"reward_model_name_or_path": "function:ppo_cases:slow", "share_trunk": True}
+    try:
+        ppo.train(settings(world, output_dir, gradient_accumulation_steps=1, **changes))
+    except StoppedBySignal as stopped:
+        print(f"stopped with {stopped.exit_code}", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ppo.train(settings(Path(sys.argv[1]), sys.argv[2], gradient_accumulation_steps=1))
+    if sys.argv[3:4] == ["slow"]:
+        stop_and_tell(Path(sys.argv[1]), sys.argv[2])
+    else:
+        ppo.train(settings(Path(sys.argv[1]), sys.argv[2], gradient_accumulation_steps=1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kills import Zygote
-from ppo_cases import build_world
+from ppo_cases import build_world, without_clock
 from trainer_cases import metrics_of, same_weights
 
 JOB = "ppo_cases:train_again"
@@ -49,10 +49,6 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert states[0] == states[1]
     rows = [[without_clock(row) for row in metrics_of(run)] for run in (one, two)]
     assert rows[0] == rows[1]
-
-
-def without_clock(row: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if "seconds" not in k and k != "tokens_per_second"}
 
 
 @pytest.mark.timeout(300)

@@ -6,7 +6,8 @@ ranks and padding cannot change a loss, and a zero denominator makes its term ze
 an `UpdateStream`; SFT, reward, rank and PPO differ in these two alone.
 
 A loss or gradient that is not finite stops the run before the step, with the batch written out; a
-checkpoint may follow any step; SIGTERM and SIGINT end the run after one.
+checkpoint may follow any step; SIGTERM and SIGINT end the run after one, and work between two steps
+that watches for them, as a rollout does, is dropped, to be done again on resume.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal
 from rrhf.runs import RunFolder
-from rrhf.signals import EXIT_CODES, StopRequest, caught_signals
+from rrhf.signals import StopRequest, caught_signals
 from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
 from rrhf.training.model_folders import ModelFolders, PolicyHistory
@@ -100,6 +101,7 @@ def run_training(
     parallel: Parallel,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     models: ModelFolders | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainingOutcome:
     """Train until the stream ends.
 
@@ -112,6 +114,8 @@ def run_training(
         parallel: ranks and engine.
         evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
         models: how what is trained is written, where models are to be kept on the way.
+        stop: notes the signals that come, for a stream or an evaluation that watches for them. It
+            may raise `StoppedBySignal`, on all ranks, where it has changed nothing.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite.
@@ -134,8 +138,9 @@ def run_training(
         loop.resume(stream)
     else:
         loop.cut_back(0, 0)
-    with contextlib.closing(build_tracker(config, run.path, parallel.is_main)) as tracker:
-        return loop.run(stream, evaluate, tracker)
+    open_tracker = contextlib.closing(build_tracker(config, run.path, parallel.is_main))
+    with open_tracker as tracker, caught_signals(stop) as stop:
+        return loop.run(stream, evaluate, tracker, stop)
 
 
 class _Loop:
@@ -191,8 +196,38 @@ class _Loop:
         stream: UpdateStream,
         evaluate: Callable[[nn.Module], dict[str, float]] | None,
         tracker: Tracker,
+        stop: StopRequest,
     ) -> TrainingOutcome:
-        started, tokens = time.monotonic(), 0
+        started = time.monotonic()
+        try:
+            tokens = self._train(stream, evaluate, tracker, stop)
+        except StoppedBySignal as stopped:
+            self._save(stream)
+            raise StoppedBySignal(
+                stopped.exit_code,
+                f"stopped at step {self.step} of {stream.total_steps}; go on with "
+                "--resume_from_checkpoint",
+            ) from stopped
+        if self.step != stream.total_steps:
+            raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
+        return TrainingOutcome(
+            model=self.parallel.unwrap(self.model),
+            steps=self.step,
+            seconds=time.monotonic() - started,
+            tokens=tokens,
+            metrics=self.metrics,
+            evaluation=self.evaluation,
+        )
+
+    def _train(
+        self,
+        stream: UpdateStream,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        tracker: Tracker,
+        stop: StopRequest,
+    ) -> int:
+        """All steps and evaluations that are left; returns the tokens of the steps."""
+        tokens = 0
         bar = tqdm(
             total=stream.total_steps,
             initial=self.step,
@@ -200,8 +235,12 @@ class _Loop:
             unit="step",
             disable=None if self.parallel.is_main else True,
         )
-        with caught_signals() as stop, bar:
+        with bar:
+            if evaluate is not None and self.step and self._is_due(self.config.eval_steps):
+                self._evaluate(evaluate, tracker)  # left undone where a signal came during it
             for batches in stream:
+                if isinstance(stream, LiveStream) and (news := stream.take_news()):
+                    self._log({"step": self.step, **news}, tracker)
                 before = time.monotonic()
                 row, step_tokens = self._update(batches)
                 tokens += step_tokens
@@ -219,31 +258,17 @@ class _Loop:
                     self._log({"step": self.step, **self.metrics}, tracker)
                 bar.update()
                 bar.set_postfix_str(_brief(self.metrics))
-                if evaluate is not None and self._is_due(self.config.eval_steps):
-                    self._evaluate(evaluate, tracker)
                 if self.history is not None and self._is_due(self.config.save_policy_steps):
                     self.history.save(self.step)
-                signalled = self._signalled(stop)
-                if signalled or self._is_due(self.config.save_steps):
+                if evaluate is not None and self._is_due(self.config.eval_steps):
+                    self._evaluate(evaluate, tracker)
+                if signalled := self._signalled(stop):
+                    raise StoppedBySignal(signalled, "a signal came during the step")
+                if self._is_due(self.config.save_steps):
                     self._save(stream)
-                if signalled:
-                    raise StoppedBySignal(
-                        signalled,
-                        f"stopped at step {self.step} of {stream.total_steps}; go on with "
-                        "--resume_from_checkpoint",
-                    )
-            if evaluate is not None and self.evaluated_step != self.step:
+            if evaluate is not None:
                 self._evaluate(evaluate, tracker)
-        if self.step != stream.total_steps:
-            raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
-        return TrainingOutcome(
-            model=self.parallel.unwrap(self.model),
-            steps=self.step,
-            seconds=time.monotonic() - started,
-            tokens=tokens,
-            metrics=self.metrics,
-            evaluation=self.evaluation,
-        )
+        return tokens
 
     @property
     def learning_rate(self) -> float:
@@ -328,6 +353,9 @@ class _Loop:
     def _evaluate(
         self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker
     ) -> None:
+        """Once for each step, however often it is asked for."""
+        if self.evaluated_step == self.step:
+            return
         self.model.eval()
         with torch.no_grad():
             self.evaluation, self.evaluated_step = evaluate(self.model), self.step
@@ -364,12 +392,7 @@ class _Loop:
 
     def _signalled(self, stop: StopRequest) -> int:
         """The exit code that a signal on any rank asks for, or 0."""
-        mine = 0 if stop.received is None else EXIT_CODES[stop.received]
-        if self.parallel.world_size == 1:
-            return mine
-        codes = torch.zeros(self.parallel.world_size, dtype=torch.float64)
-        codes[self.parallel.rank] = mine
-        return int(self.parallel.sum(codes).max())
+        return int(self.parallel.max(stop.exit_code))
 
 
 _TERM = "term:"

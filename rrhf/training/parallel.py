@@ -120,6 +120,14 @@ class Parallel:
         context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.zeros(self.world_size, dtype=torch.float64)
+        values[self.rank] = value
+        return float(self.sum(values).max())
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is True on one."""
         if self.world_size == 1:

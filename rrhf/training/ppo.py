@@ -45,6 +45,7 @@ from rrhf.models.reward_model import (
 )
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import SCORERS, RewardModelOptions, build_scorer, check_scorer
+from rrhf.signals import StopRequest
 from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
@@ -98,7 +99,8 @@ def train(config: PPOConfig) -> Path:
             frozen.requires_grad_(False)
             reference = Policy(frozen, config.temperature).to(bench.parallel.device).eval()
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
-        writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel)
+        stop = StopRequest()
+        writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel, stop)
         fitting = _fitting(prompts, writer, config.train_datasets)
         controller = build_kl_controller(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
@@ -129,7 +131,7 @@ def train(config: PPOConfig) -> Path:
             feed = average = AveragedStream(feed, root.policy, config.ema_beta)
         models = _models(bench, root, average)
         outcome = run_training(
-            root, objective, feed, config, bench.run, bench.parallel, evaluate, models
+            root, objective, feed, config, bench.run, bench.parallel, evaluate, models, stop
         )
         return finish_run(
             bench,
@@ -148,6 +150,7 @@ def train(config: PPOConfig) -> Path:
                     "responses": dict(sorted(stream.counts.items())),
                 },
                 "kl_coefficient": controller.coefficient,
+                "last_rollout": stream.rollout_metrics,
                 "score_normalizer": (
                     None if stream.normalizer is None else stream.normalizer.state_dict()
                 ),

@@ -51,6 +51,9 @@ class AveragedStream:
     def metrics(self) -> dict[str, float]:
         return self._inner.metrics()
 
+    def take_news(self) -> dict[str, float]:
+        return self._inner.take_news()
+
     def state_dict(self) -> dict[str, Any]:
         return self._inner.state_dict()
 

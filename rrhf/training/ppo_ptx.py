@@ -90,6 +90,9 @@ class PtxStream:
     def metrics(self) -> dict[str, float]:
         return self._inner.metrics()
 
+    def take_news(self) -> dict[str, float]:
+        return self._inner.take_news()
+
     def state_dict(self) -> dict[str, Any]:
         return {**self._inner.state_dict(), "demonstrations": self._demonstrations.state_dict()}
 

@@ -2,7 +2,8 @@
 
 Nothing is prefetched past a step: a rollout begins when the loop asks for the step after the last
 one of the rollout before. So a checkpoint may follow any step, and holds the current experience,
-the place in it, the KL coefficient and the normaliser.
+the place in it, the KL coefficient and the normaliser. A rollout that a signal cuts short has
+changed none of that: what is saved then is the state before it, and resuming makes it again.
 
 The prompts of a rollout follow from (seed, its number), the order of a pass from (seed, its number,
 the pass). A rollout is cut into equally many minibatches, whether or not responses were left out;
@@ -55,6 +56,7 @@ class PPOStream:
         total_steps: optimiser steps; falls where --target_kl cuts rollouts short and their number
             is what ends the run.
         counts: responses sampled and left out since the beginning.
+        rollout_metrics: of the current rollout.
     """
 
     def __init__(
@@ -93,7 +95,8 @@ class PPOStream:
         self._number = -1  # of the current rollout
         self._place = self.steps_per_rollout  # steps done in it
         self._experience: list[EncodedSet] = []
-        self._rollout_metrics: dict[str, float] = {}
+        self.rollout_metrics: dict[str, float] = {}
+        self._has_news = False
         self._largest_ratio = 0.0
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
@@ -110,7 +113,7 @@ class PPOStream:
     def observe(self, metrics: dict[str, float]) -> None:
         """Go on to the next rollout where the policy has moved far enough on this one."""
         if self._objective is not None:
-            self._largest_ratio = self._largest(self._objective.take_largest_ratio())
+            self._largest_ratio = self._parallel.max(self._objective.take_largest_ratio())
         target = self._config.target_kl
         rest = self.steps_per_rollout - self._place
         if target and rest and metrics.get(UPDATE_KL, 0.0) > target:
@@ -126,11 +129,18 @@ class PPOStream:
                 self.total_steps -= rest
 
     def metrics(self) -> dict[str, float]:
-        """The rollout that the step belongs to, the same for all its steps."""
-        row = {"rollout": float(self._number), **self._rollout_metrics}
+        """Which rollout the step was trained on, and its largest ratio."""
+        row = {"rollout": float(self._number)}
         if self._objective is not None:
             row["largest_ratio"] = self._largest_ratio
         return row
+
+    def take_news(self) -> dict[str, float]:
+        """The row of a rollout, once, before the first step that is trained on it."""
+        if not self._has_news:
+            return {}
+        self._has_news = False
+        return {"rollout": float(self._number), **self.rollout_metrics}
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, what was learnt, and what must not differ for them to mean the same."""
@@ -141,7 +151,7 @@ class PPOStream:
             "total_steps": self.total_steps,
             "rollout": self._number,
             "place": self._place,
-            "rollout_metrics": self._rollout_metrics,
+            "rollout_metrics": self.rollout_metrics,
             "counts": dict(self.counts),
             "kl_controller": self._controller.state_dict(),
             "normalizer": None if normalizer is None else normalizer.state_dict(),
@@ -161,7 +171,7 @@ class PPOStream:
                 )
         self._step, self.total_steps = int(state["step"]), int(state["total_steps"])
         self._number, self._place = int(state["rollout"]), int(state["place"])
-        self._rollout_metrics = dict(state["rollout_metrics"])
+        self.rollout_metrics = dict(state["rollout_metrics"])
         self.counts = Counter(state["counts"])
         self._controller.load_state_dict(state["kl_controller"])
         if state["normalizer"] is not None:
@@ -203,9 +213,9 @@ class PPOStream:
         }
 
     def _begin_rollout(self) -> None:
-        self._number += 1
-        self._place = 0
-        rollout = self._writer.write(self.prompts_of(self._number), self._number)
+        number = self._number + 1
+        rollout = self._writer.write(self.prompts_of(number), number)
+        self._number, self._place = number, 0  # from here on nothing can stop it half way
         experience = build_experience(
             rollout.rows, self._config, self._controller.coefficient, self.normalizer
         )
@@ -213,7 +223,8 @@ class PPOStream:
         self._experience = experience.sets
         self.counts.update(rollout.counts)
         sampled = max(rollout.counts["sampled"], 1)
-        self._rollout_metrics = {
+        self._has_news = True
+        self.rollout_metrics = {
             **experience.metrics,
             "empty_fraction": rollout.counts["empty"] / sampled,
             "unscored_fraction": rollout.counts["unscored"] / sampled,
@@ -253,9 +264,3 @@ class PPOStream:
             count, generator=torch.Generator().manual_seed(seed)
         ).tolist()
         return order
-
-    def _largest(self, mine: float) -> float:
-        """The maximum over ranks."""
-        values = torch.zeros(self._parallel.world_size, dtype=torch.float64)
-        values[self._parallel.rank] = mine
-        return float(self._parallel.sum(values).max())

@@ -6,7 +6,12 @@ own log-probs are the old log-probs; one batch of every rollout is read by the t
 well, and where the two differ (as under bf16 always) that forward's are taken for all rows.
 
 Responses without a token (a stop string at once) and those that could not be scored are left out
-and counted. Left out on purpose: engines behind a network, policies whose weights are spread.
+and counted.
+
+A signal drops a rollout: at once, or, where weights are spread so that ranks must go on together,
+between two of its parts; on all ranks, also where one alone got it.
+
+Left out on purpose: engines behind a network, policies whose weights are spread.
 """
 
 from __future__ import annotations
@@ -15,26 +20,30 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
-from rrhf.errors import UserError
+from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
 from rrhf.generation.local import LocalEngine
 from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.scorer import Scorer
+from rrhf.signals import StopRequest
 from rrhf.training.experience import RolloutRow
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOGPROB_TOLERANCE = 1e-4
 """Engine and trainer agree where no token's log-prob differs by more."""
@@ -84,6 +93,7 @@ class RolloutWriter:
         scorer: any.
         config: sampling and batch sizes.
         parallel: ranks.
+        stop: what signals asked for; by default none ever comes.
     """
 
     def __init__(
@@ -94,8 +104,10 @@ class RolloutWriter:
         scorer: Scorer,
         config: PPOConfig,
         parallel: Parallel,
+        stop: StopRequest | None = None,
     ) -> None:
         self._root, self._reference = root, reference
+        self._stop = stop or StopRequest()
         self._codec, self._scorer = codec, scorer
         self._config, self._parallel = config, parallel
         self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
@@ -123,35 +135,58 @@ class RolloutWriter:
 
         Raises:
             UserError: too many responses could not be scored, or all were left out.
+            StoppedBySignal: a signal came on some rank; on all of them.
         """
-        parallel = self._parallel
-        places = range(parallel.rank, len(prompts), parallel.world_size)
+        part = None
+        with contextlib.suppress(StoppedBySignal), _evaluating(self._root), torch.no_grad():
+            part = self._write_mine(prompts, number, samples_per_prompt)
+        gathered = self._parallel.gather([(part, self._stop.exit_code)])
+        if code := max(code for _, code in gathered):
+            raise StoppedBySignal(code, f"rollout {number} was dropped")
+        parts = [found for found, _ in gathered]
+        rows = [row for found in parts for row in found.rows]
+        rows.sort(key=lambda row: (row.prompt, row.sample))
+        counts: Counter[str] = Counter()
+        for found in parts:
+            counts.update(found.counts)
+        self._check(rows, counts)
+        names = parts[0].seconds
+        return Rollout(rows, counts, {n: max(found.seconds[n] for found in parts) for n in names})
+
+    def _write_mine(
+        self, prompts: Sequence[CandidateSet], number: int, samples_per_prompt: int | None
+    ) -> Rollout:
+        """This rank's part of a rollout."""
+        parallel, clock = self._parallel, _Clock()
+        places = list(range(parallel.rank, len(prompts), parallel.world_size))
         renamed = _with_own_ids(prompts)
         mine = [renamed[place] for place in places]
-        clock = _Clock()
-        with _evaluating(self._root), torch.no_grad():
-            with parallel.autocast():
-                drafts = self._sample(mine, list(places), number, samples_per_prompt)
-            counts = Counter(sampled=len(drafts))
-            drafts = [draft for draft in drafts if len(draft.written.token_ids)]
-            counts["empty"] = counts["sampled"] - len(drafts)
-            clock.mark("generate")
-            self._score(drafts, renamed)
-            counts["unscored"] = sum(draft.score is None for draft in drafts)
-            drafts = [draft for draft in drafts if draft.score is not None]
-            clock.mark("score")
-            with parallel.autocast():
-                self._read(drafts)
-            clock.mark("read")
-        gathered = parallel.gather([(self._rows(drafts), counts, clock.seconds)])
-        rows = [row for part, _, _ in gathered for row in part]
-        rows.sort(key=lambda row: (row.prompt, row.sample))
-        total: Counter[str] = Counter()
-        for _, part, _ in gathered:
-            total.update(part)
-        self._check(rows, total)
-        seconds = {name: max(part[name] for _, _, part in gathered) for name in clock.seconds}
-        return Rollout(rows, total, seconds)
+        with parallel.autocast():
+            drafts = self._do(lambda: self._sample(mine, places, number, samples_per_prompt))
+        counts = Counter(sampled=len(drafts))
+        drafts = [draft for draft in drafts if len(draft.written.token_ids)]
+        counts["empty"] = counts["sampled"] - len(drafts)
+        clock.mark("generate")
+        self._do(lambda: self._score(drafts, renamed), needs_all_ranks=False)
+        counts["unscored"] = sum(draft.score is None for draft in drafts)
+        scored = [draft for draft in drafts if draft.score is not None]
+        clock.mark("score")
+        with parallel.autocast():
+            self._do(lambda: self._read(scored))
+        clock.mark("read")
+        return Rollout(self._rows(scored), counts, clock.seconds)
+
+    def _do(self, work: Callable[[], T], needs_all_ranks: bool = True) -> T:
+        """Work that a signal cuts off: at once, or behind it where ranks must do it together."""
+        dropped = "the rollout is dropped"
+        if not self._parallel.is_sharded:
+            return self._stop.run(work, dropped)
+        done: list[T] = []
+        with contextlib.suppress(StoppedBySignal):
+            done.append(work() if needs_all_ranks else self._stop.run(work, dropped))
+        if code := int(self._parallel.max(self._stop.exit_code)):
+            raise StoppedBySignal(code, dropped)
+        return done[0]
 
     def _sample(
         self,

@@ -60,6 +60,10 @@ class LiveStream(UpdateStream, Protocol):
         """What else belongs into the row of the step that was just observed."""
         ...
 
+    def take_news(self) -> dict[str, float]:
+        """A row of its own, of what was made before the step that comes; each is given once."""
+        ...
+
 
 class EncodedExamples(Sequence[EncodedSet]):
     """Candidate sets encoded when they are asked for, so that a large file need not fit in memory.
