@@ -22,6 +22,12 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 
 
+def child_environment() -> dict[str, str]:
+    """For a process that imports from tests/, and the package from where this one has it."""
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class Zygote:
     """A parent of killable jobs.
 
@@ -31,14 +37,12 @@ class Zygote:
     """
 
     def __init__(self, job: str, arguments: dict[str, Any]) -> None:
-        places = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), job, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=child_environment(),
         )
         assert self._answer()["ready"]
 

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("rrhf.cli.generate", "sample responses to prompts with a policy"),
     "score": ("rrhf.cli.score", "score the responses of a candidate file"),
     "response-gen": ("rrhf.cli.response_gen", "generate, then score: writes train_data.json"),
-    "train": ("rrhf.cli.train", "train a policy or a reward model: sft, reward, rank, ppo"),
+    "train": ("rrhf.cli.train", "train a model: sft, reward, rank, iterative, ppo"),
     "evaluate": ("rrhf.cli.evaluate", "measure a policy on held-out prompts"),
     "compare": ("rrhf.cli.compare", "put evaluated runs into one table"),
     "study": ("rrhf.cli.study", "run a study that the documentation reports"),

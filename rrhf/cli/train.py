@@ -13,12 +13,17 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "sft": ("rrhf.training.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
     "reward": ("rrhf.training.reward", "RewardConfig", "a reward model on pairs or ranked groups"),
     "rank": ("rrhf.training.rank", "RankConfig", "a policy on ranked candidates (RRHF)"),
+    "iterative": (
+        "rrhf.training.iterative",
+        "IterativeConfig",
+        "a policy by RRHF in rounds: sample, score, rank, and again (IP-n)",
+    ),
     "ppo": ("rrhf.training.ppo", "PPOConfig", "a policy on its own answers: PPO, online RRHF"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<8}{summary}" for name, (_, _, summary) in STAGES.items()]
+    lines = [f"  {name:<11}{summary}" for name, (_, _, summary) in STAGES.items()]
     return "\n".join(
         [
             "usage: rrhf train STAGE [--flag value ...]",

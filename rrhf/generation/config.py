@@ -11,17 +11,10 @@ from rrhf.generation.engine import SamplingParams
 from rrhf.generation.sampling import check_params
 
 
-@dataclass
-class GenerateConfig:
-    """Sample responses to prompts with a policy and write a candidate file."""
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How responses are drawn, and which prompts and candidates there are."""
 
-    model_name_or_path: str
-    """The policy: a folder with config.json, or a hub name."""
-    prompts: str
-    """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
-    several with commas."""
-    output_file: str
-    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
     num_return_sequences: int = 4
     """Responses for each prompt."""
     max_new_tokens: int = 128
@@ -44,16 +37,8 @@ class GenerateConfig:
     """Groups of diverse beam search; 1 = plain beams. RRHF's paper uses 4."""
     diversity_penalty: float = 0.0
     """What a token costs for each beam of an earlier group that took it at the same step."""
-    length_penalty: float = 1.0
-    """Ended beams are ranked by score / length ** length_penalty."""
     stop_strings: tuple[str, ...] = ()
     """Further strings before which a response ends; a chat format brings its own."""
-    seed: int = 0
-    """Base of all randomness."""
-    round: int = 0
-    """Number of the sampling round: another round draws other responses from the same seed."""
-    chat_format: str = "auto"
-    """How messages become text: auto, hh, alpaca, chat_template or raw."""
     max_prompt_tokens: int = 256
     """Longer prompts lose whole turns on the left; where even the last does not fit, the prompt is
     left out and counted."""
@@ -61,12 +46,33 @@ class GenerateConfig:
     """Prompts whose responses are written at the same time."""
     num_prompts: int = 0
     """Only the first so many prompts; 0 = all."""
-    split: str | None = None
-    """Split of a named dataset."""
     add_dataset_responses: bool = True
     """Add the source's own human:chosen and human:rejected after the samples."""
     deduplicate: bool = False
     """Keep one of equal responses to a prompt (equal but for white space); counted either way."""
+
+
+@dataclass
+class GenerateConfig(SamplingOptions):
+    """Sample responses to prompts with a policy and write a candidate file."""
+
+    model_name_or_path: str
+    """The policy: a folder with config.json, or a hub name."""
+    prompts: str
+    """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
+    several with commas."""
+    output_file: str
+    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
+    length_penalty: float = 1.0
+    """Ended beams are ranked by score / length ** length_penalty."""
+    seed: int = 0
+    """Base of all randomness."""
+    round: int = 0
+    """Number of the sampling round: another round draws other responses from the same seed."""
+    chat_format: str = "auto"
+    """How messages become text: auto, hh, alpaca, chat_template or raw."""
+    split: str | None = None
+    """Split of a named dataset."""
     policy: str = ""
     """Name of the policy in the sources of its responses; empty = from its folder's name."""
     engine: str = "local"

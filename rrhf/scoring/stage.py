@@ -15,7 +15,7 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,11 @@ class ScoreConfig(RewardModelOptions):
 
 
 def score_file(
-    config: ScoreConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
+    config: ScoreConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    local_rank: int = 0,
+    make_scorer: Callable[[torch.device], Scorer] | None = None,
 ) -> Path:
     """Write the scored candidate file, or go on writing it.
 
@@ -106,6 +110,8 @@ def score_file(
         rank: which of the processes this is.
         world_size: how many processes share the prompts.
         local_rank: which of this machine's processes this is.
+        make_scorer: makes a scorer that no name stands for; `config.scorer` must then say all that
+            its scores depend on.
 
     Raises:
         UserError: something is missing or does not fit; the file was begun with other settings;
@@ -117,7 +123,7 @@ def score_file(
     with explained_os_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     with caught_signals() as stop:
-        return _Stage(config, rank, world_size, local_rank, stop).run()
+        return _Stage(config, rank, world_size, local_rank, stop, make_scorer).run()
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,10 @@ class _Stage:
         world_size: int,
         local_rank: int,
         stop: StopRequest,
+        make_scorer: Callable[[torch.device], Scorer] | None,
     ) -> None:
         self.config = config
+        self.make_scorer = make_scorer
         self.share = slice(rank, None, world_size)
         self.local_rank = local_rank
         self.stop = stop
@@ -159,7 +167,8 @@ class _Stage:
         self._built: Scorer | None = None
 
     def run(self) -> Path:
-        check_scorer(self.config.scorer, self.config)
+        if self.make_scorer is None:
+            check_scorer(self.config.scorer, self.config)
         with self.staged.opened_part() as part:
             found = self.stop.run(self._read_input, "nothing was written")
             settings = self._settings(found)
@@ -308,6 +317,8 @@ class _Stage:
         device = resolve_device()
         if device.type == "cuda":
             device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        if self.make_scorer is not None:
+            return self.make_scorer(device)
         return build_scorer(self.config.scorer, self.config, device)
 
     # After.

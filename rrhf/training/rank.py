@@ -44,14 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class RankConfig(TrainingConfig):
-    """Settings of `rrhf train rank`; the defaults are the paper's loss."""
-
-    data_path: str = field(kw_only=True)
-    """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""
-
-    eval_data_path: str | None = None
-    """Held-out data of the same kind: its losses and ranking accuracy are logged at eval_steps."""
+class RankSettings(TrainingConfig):
+    """RRHF's loss and what it reads of the candidates; the defaults are the paper's."""
 
     rrhf_mode: Literal["paper", "released"] = "paper"
     """paper = the published equations; released = the published program, fault for fault."""
@@ -97,6 +91,17 @@ class RankConfig(TrainingConfig):
                 "--rrhf_mode released has reductions of its own; leave out --rank_reduction and "
                 "--sft_reduction, or use --rrhf_mode paper"
             )
+
+
+@dataclass
+class RankConfig(RankSettings):
+    """Settings of `rrhf train rank`."""
+
+    data_path: str = field(kw_only=True)
+    """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""
+
+    eval_data_path: str | None = None
+    """Held-out data of the same kind: its losses and ranking accuracy are logged at eval_steps."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,19 @@ def load_trainable_causal_lm(config: TrainingConfig) -> Any:
     return prepare_trainable(model, config)
 
 
+def require_window(model_max_length: int, window: int | None) -> None:
+    """Refuse rows that are longer than the model's window.
+
+    Raises:
+        UserError: they are.
+    """
+    if window is not None and model_max_length > window:
+        raise UserError(
+            f"--model_max_length {model_max_length}: the model knows {window} positions; "
+            f"give at most {window}"
+        )
+
+
 def prepare_trainable(
     model: Any,
     config: TrainingConfig,
@@ -108,12 +121,7 @@ def prepare_trainable(
     task_type: str = "CAUSAL_LM",
 ) -> Any:
     """Checks the window, adds LoRA and gradient checkpointing as the settings ask for."""
-    window = context_window(model)
-    if window is not None and config.model_max_length > window:
-        raise UserError(
-            f"--model_max_length {config.model_max_length}: the model knows {window} positions; "
-            f"give at most {window}"
-        )
+    require_window(config.model_max_length, context_window(model))
     if config.use_lora:
         model = add_lora(
             model,
