@@ -113,11 +113,14 @@ def test_what_a_round_leaves(plain: Path) -> None:
 
 
 def log_prob(folder: Path, query: str, response: str, ended: bool, temperature: float) -> float:
-    """log p(response | query) from transformers alone: a full row, a loop over its tokens."""
+    """log p(response | query) from transformers alone: a full row, a loop over its tokens.
+
+    HH's transcripts have a blank between `Assistant:` and the response.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     prompt = tokenizer(query).input_ids
-    answer = tokenizer(response, add_special_tokens=False).input_ids
+    answer = tokenizer(f" {response}", add_special_tokens=False).input_ids
     answer += [tokenizer.eos_token_id] * ended
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer])).logits[0] / temperature
