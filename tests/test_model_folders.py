@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 def test_policies_on_the_way_are_plain_folders(model: str, tmp_path: Path) -> None:
     """Each is what a run that ends there leaves: the order of the data does not depend on it."""
-    fixed = {"lr_scheduler_type": "constant", "num_train_epochs": 1}
+    fixed: dict[str, Any] = {"lr_scheduler_type": "constant", "num_train_epochs": 1}
     training_job.train(model, str(tmp_path / "run"), save_policy_steps=2, **fixed)
     policies = tmp_path / "run" / "policies"
     assert names(policies) == ["step-000002", "step-000004"]

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +168,20 @@ class Checkpointer:
             shutil.rmtree(doomed)
 
 
-def seal(folder: Path) -> None:
-    """Sync every file of a folder and write its manifest with sizes and hashes, last."""
+def seal(folder: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Sync every file of a folder and write its manifest with sizes and hashes, last.
+
+    Args:
+        folder: filled.
+        known: what else the manifest should say.
+    """
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_manifest(folder, {"status": COMPLETE, "files": files})
+    write_manifest(folder, {"status": COMPLETE, **(known or {}), "files": files})
 
 
 def is_complete(folder: Path) -> bool:

@@ -120,6 +120,24 @@ class TrainingConfig:
     eval_steps: int = 0
     """Evaluate every so many optimiser steps; 0 = at the end only."""
 
+    save_best_model: bool = True
+    """With eval_steps and held-out data: keep the models of the best evaluation in best/."""
+
+    metric_for_best_model: str | None = None
+    """Which measure of an evaluation is compared; default: loss (ppo: score)."""
+
+    greater_is_better: bool | None = None
+    """Whether a larger measure is the better one; by default not for losses, perplexity and KL."""
+
+    load_best_model_at_end: bool = False
+    """Let the trained model be the best one (a copy of best/) instead of the last."""
+
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without gain; 0 = never."""
+
+    early_stopping_threshold: float = 0.0
+    """Smallest difference from the best value that counts as a gain for the patience."""
+
     save_steps: int = 100
     """Write a checkpoint every so many optimiser steps; 0 = none but on a signal."""
 
@@ -135,6 +153,17 @@ class TrainingConfig:
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also send metrics to this tracker; metrics.jsonl is always written."""
+
+    @property
+    def judges_evaluations(self) -> bool:
+        """Whether a best one among them is looked for."""
+        asked = self.load_best_model_at_end or self.early_stopping_patience > 0
+        return self.save_best_model or asked
+
+    @property
+    def best_metric(self) -> str:
+        """The measure that the best model is chosen by."""
+        return self.metric_for_best_model or "loss"
 
     def groups(self) -> list[GroupSettings]:
         """The parts of the weights that are trained apart, the main one first."""

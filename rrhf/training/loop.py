@@ -29,9 +29,11 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal
 from rrhf.runs import RunFolder
 from rrhf.signals import StopRequest, caught_signals
+from rrhf.training.best import BestModel
 from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
-from rrhf.training.model_folders import ModelFolders, PolicyHistory
+from rrhf.training.kept_models import KeptModels
+from rrhf.training.model_folders import ModelFolders
 from rrhf.training.optim import build_optimizer, build_scheduler
 from rrhf.training.parallel import Parallel
 from rrhf.training.streams import LiveStream, UpdateStream
@@ -82,6 +84,8 @@ class TrainingOutcome:
         tokens: response and prompt tokens that went through the model in this process.
         metrics: the last logged row.
         evaluation: the last evaluation, or empty.
+        best: the best of them, where one was looked for.
+        stopped_early: the evaluations did not get better, and steps are left out.
     """
 
     model: nn.Module
@@ -90,6 +94,8 @@ class TrainingOutcome:
     tokens: int
     metrics: dict[str, float]
     evaluation: dict[str, float]
+    best: BestModel | None = None
+    stopped_early: bool = False
 
 
 def run_training(
@@ -118,9 +124,11 @@ def run_training(
             may raise `StoppedBySignal`, on all ranks, where it has changed nothing.
 
     Raises:
+        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation.
         NonFiniteError: loss or gradient is NaN or infinite.
         StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
     """
+    kept = KeptModels(run.path, models, config, parallel, evaluate is not None)
     model.train()
     optimizer: torch.optim.Optimizer = build_optimizer(model, config)
     model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
@@ -128,16 +136,11 @@ def run_training(
     checkpointer = Checkpointer(
         run.checkpoints, parallel, model, optimizer, config.save_total_limit
     )
-    history = None
-    if models is not None:
-        history = PolicyHistory(run.path, models, parallel)
-    loop = _Loop(
-        model, optimizer, scheduler, objective, config, run, parallel, checkpointer, history
-    )
+    loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
     if config.resume_from_checkpoint:
         loop.resume(stream)
     else:
-        loop.cut_back(0, 0)
+        loop.cut_back(0, {})
     open_tracker = contextlib.closing(build_tracker(config, run.path, parallel.is_main))
     with open_tracker as tracker, caught_signals(stop) as stop:
         return loop.run(stream, evaluate, tracker, stop)
@@ -156,11 +159,11 @@ class _Loop:
         run: RunFolder,
         parallel: Parallel,
         checkpointer: Checkpointer,
-        history: PolicyHistory | None = None,
+        kept: KeptModels,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.objective, self.config, self.folder = objective, config, run
-        self.parallel, self.checkpointer, self.history = parallel, checkpointer, history
+        self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
         self.step = 0
         self.saved_step = -1
         self.metrics: dict[str, float] = {}
@@ -172,7 +175,7 @@ class _Loop:
         state = self.checkpointer.restore()
         if state is None:
             logger.info("no complete checkpoint in %s: starting anew", self.folder.checkpoints)
-            self.cut_back(0, 0)
+            self.cut_back(0, {})
             return
         self.step = self.saved_step = int(state["step"])
         # A run that was killed behind its last step has nothing left to measure.
@@ -182,14 +185,13 @@ class _Loop:
         if isinstance(stream, LiveStream):
             stream.load_tensors(state["tensors"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.cut_back(self.step, int(state["metrics_offset"]))
+        self.cut_back(self.step, state)
 
-    def cut_back(self, step: int, metrics_offset: int) -> None:
-        """Forget what the run folder holds of steps after `step`."""
+    def cut_back(self, step: int, state: dict[str, Any]) -> None:
+        """Forget what the run folder holds of steps after `step`; no state = of all."""
         if self.parallel.is_main:
-            self.folder.metrics.truncate_to(metrics_offset)
-        if self.history is not None:
-            self.history.cut_back(step)
+            self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
+        self.kept.cut_back(step, state.get("best", {}))
 
     def run(
         self,
@@ -208,7 +210,7 @@ class _Loop:
                 f"stopped at step {self.step} of {stream.total_steps}; go on with "
                 "--resume_from_checkpoint",
             ) from stopped
-        if self.step != stream.total_steps:
+        if self.step != stream.total_steps and not self.kept.is_over:
             raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
         return TrainingOutcome(
             model=self.parallel.unwrap(self.model),
@@ -217,6 +219,8 @@ class _Loop:
             tokens=tokens,
             metrics=self.metrics,
             evaluation=self.evaluation,
+            best=self.kept.best,
+            stopped_early=self.step != stream.total_steps,
         )
 
     def _train(
@@ -238,7 +242,7 @@ class _Loop:
         with bar:
             if evaluate is not None and self.step and self._is_due(self.config.eval_steps):
                 self._evaluate(evaluate, tracker)  # left undone where a signal came during it
-            for batches in stream:
+            for batches in () if self.kept.is_over else stream:
                 if isinstance(stream, LiveStream) and (news := stream.take_news()):
                     self._log({"step": self.step, **news}, tracker)
                 before = time.monotonic()
@@ -258,14 +262,15 @@ class _Loop:
                     self._log({"step": self.step, **self.metrics}, tracker)
                 bar.update()
                 bar.set_postfix_str(_brief(self.metrics))
-                if self.history is not None and self._is_due(self.config.save_policy_steps):
-                    self.history.save(self.step)
+                self.kept.after_step(self.step)
                 if evaluate is not None and self._is_due(self.config.eval_steps):
                     self._evaluate(evaluate, tracker)
                 if signalled := self._signalled(stop):
                     raise StoppedBySignal(signalled, "a signal came during the step")
                 if self._is_due(self.config.save_steps):
                     self._save(stream)
+                if self.kept.is_over:
+                    break
             if evaluate is not None:
                 self._evaluate(evaluate, tracker)
         return tokens
@@ -362,6 +367,7 @@ class _Loop:
         self.model.train()
         row = {f"eval_{name}": value for name, value in self.evaluation.items()}
         self._log({"step": self.step, **row}, tracker)
+        self.kept.after_evaluation(self.step, self.evaluation)
 
     def _log(self, row: dict[str, float], tracker: Tracker) -> None:
         if self.parallel.is_main:
@@ -382,10 +388,12 @@ class _Loop:
                 "evaluation": self.evaluation,
                 "evaluated_step": self.evaluated_step,
                 "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
+                "best": self.kept.state_dict(),
             },
             stream.tensors() if isinstance(stream, LiveStream) else None,
         )
         self.saved_step = self.step
+        self.kept.after_checkpoint()
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -34,14 +34,21 @@ class ModelFolders:
 
     Attributes:
         writers: by the folder's name, in the order of writing; the first is the run's main model.
+        unmeasured: those of them that an evaluation does not look at, such as an average.
     """
 
     writers: Mapping[str, WriteModel]
+    unmeasured: tuple[str, ...] = ()
 
     @property
     def main(self) -> str:
         """The name of the main model's folder."""
         return next(iter(self.writers))
+
+    @property
+    def measured(self) -> list[str]:
+        """The models that an evaluation measures, in the order of writing."""
+        return [name for name in self.writers if name not in self.unmeasured]
 
     def write(self, parallel: Parallel, into: Path) -> None:
         """Put every model into a folder, each whole or not at all; every rank must call it."""

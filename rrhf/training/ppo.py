@@ -307,4 +307,4 @@ def _models(bench: Workbench, root: ActorCritic, average: AveragedStream | None)
                 write_policy(folder, beside, weights)
 
         writers["policy_ema"] = write_average
-    return ModelFolders(writers)
+    return ModelFolders(writers, unmeasured=("policy_ema",))

@@ -301,6 +301,10 @@ class PPOConfig(TrainingConfig):
             )
 
     @property
+    def best_metric(self) -> str:
+        return self.metric_for_best_model or "score"
+
+    @property
     def has_critic(self) -> bool:
         return self.method == "ppo"
 

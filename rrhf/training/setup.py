@@ -173,6 +173,10 @@ def finish_run(
         extra: what else the manifest should say (counts of dropped data and the like).
     """
     models.write(bench.parallel, bench.run.path)
+    best = outcome.best
+    is_best = False
+    if best is not None and bench.config.load_best_model_at_end:
+        is_best = best.copy_to(bench.run.path)
     if bench.parallel.is_main:
         bench.run.finish(
             {
@@ -185,8 +189,13 @@ def finish_run(
                 "last_metrics": outcome.metrics,
                 "evaluation": outcome.evaluation,
                 "model_folder": models.main,
+                "model_is": "best" if is_best else "last",
+                "best": None if best is None else best.describe(),
+                "stopped_early": outcome.stopped_early,
                 **extra,
             }
         )
+    if best is not None:
+        best.settle()
     bench.parallel.barrier()
     return bench.run.path / models.main
