@@ -3,7 +3,7 @@
 Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
 `Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
 silently leaves gradients unsynchronised. The engine here is the reference: one padded row for each
-response, the head applied at response positions only.
+response, the head applied at response positions only; `rrhf.models.engines` has faster ones.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ class Policy(nn.Module):
         return logprobs_of_logits(
             logits, batch, self.temperature, self.with_entropy, self.with_mean_logprobs
         )
+
+    def with_hidden(self, batch: TokenBatch) -> tuple[PolicyOutputs, Tensor]:
+        """What `forward` gives, and the hidden states [N, R, H] that predict the response tokens:
+        the last layer's, after the final norm. What stands at padding means nothing."""
+        logits, hidden = response_logits_and_hidden(self.model, batch)
+        asked = (self.temperature, self.with_entropy, self.with_mean_logprobs)
+        return logprobs_of_logits(logits, batch, *asked), hidden
 
 
 def logprobs_of_logits(

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from rrhf.algorithms.normalizers import Normalizer, normalize
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
-from rrhf.models.logprobs import Policy, logprobs_of_logits, response_logits_and_hidden
+from rrhf.models.logprobs import Policy
 from rrhf.models.reward_model import HEAD, RewardModel, init_reward_model
 from rrhf.models.saving import write_model_folder
 
@@ -130,10 +130,7 @@ class ActorCritic(nn.Module):
         return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
 
     def _one_trunk(self, batch: TokenBatch, head: ValueHead) -> ActorCriticOutputs:
-        logits, hidden = response_logits_and_hidden(self.policy.model, batch)
-        outputs = logprobs_of_logits(
-            logits, batch, self.policy.temperature, self.policy.with_entropy
-        )
+        outputs, hidden = self.policy.with_hidden(batch)
         values = head(hidden).masked_fill(~batch.response_mask, 0.0)
         return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
 

@@ -1,0 +1,253 @@
+"""Attention over shared prompts, as an implementation registered with transformers.
+
+Two calls of scaled_dot_product_attention for each bucket of a layout: its prompts causally, then
+each response with its prompt's keys before its own. Where no layout is handed to it, it is the
+ordinary implementation, so generation and padded rows of the same model stay as they were. It must
+stay set through the backward pass: with activation checkpointing attention is run again there.
+
+On CUDA the same two calls are made; flash attention's varlen calls and FlexAttention are left out,
+since nothing of theirs has been measured here.
+
+Legend: T tokens of the sequence, D head width, P prompt tokens, L response tokens that are fed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from rrhf.models.shared_prefix import Bucket, SharedPrefix, Slots
+
+OVER = {"sdpa": "rrhf_shared_prefix", "eager": "rrhf_shared_prefix_eager"}
+"""The registered name for each implementation that it takes the place of."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a model hands through to its layers' attention, as `shared_prefix`.
+
+    Attributes:
+        layout: of the sequence.
+        windows: what each layer said of its sliding window; filled on the way.
+    """
+
+    layout: SharedPrefix
+    windows: list[int | None] = field(default_factory=list)
+
+
+def spread(tokens: Tensor, slots: Slots) -> Tensor:
+    """[tokens, heads, D] to [rows, heads, width, D]."""
+    if slots.source is not None:
+        tokens = _Spread.apply(tokens, slots.source, slots.slot)
+    return tokens.unflatten(0, (slots.rows, slots.width)).transpose(1, 2)
+
+
+def gather(grid: Tensor, slots: Slots) -> Tensor:
+    """[rows, heads, width, D] to [tokens, heads, D]."""
+    tokens = grid.transpose(1, 2).flatten(0, 1)
+    return tokens if slots.slot is None else _Gather.apply(tokens, slots.slot, slots.source)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SharedPrefix,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of the whole sequence.
+
+    Args:
+        query: [1, heads, T, D].
+        key, value: [1, key heads, T, D].
+        layout: of the sequence.
+        scaling: of the scores; None = 1 / sqrt(D).
+        dropout: of the attention weights.
+        window: how many positions back a token sees, itself included; None = all.
+        softcap: bound of the scores, or None.
+
+    Returns:
+        [1, T, heads, D].
+    """
+    kernel = _Kernel(scaling, dropout, softcap, query.shape[1] != key.shape[1])
+    # [parts][query, key, value], each [tokens, heads, D]
+    parts = list(
+        zip(*(x[0].transpose(0, 1).split(layout.sizes) for x in (query, key, value)), strict=True)
+    )
+    outputs: list[Tensor] = []
+    taken = 0
+    for bucket in layout.buckets:
+        narrow = window if window is not None and bucket.longest > window else None
+        prompts = bucket.prompts
+        q, k, v = (spread(x, prompts) for x in parts[taken])
+        taken += 1
+        mask = None if narrow is None else _causal(prompts.width, prompts.width, narrow, q.device)
+        outputs.append(gather(kernel(q, k, v, mask, is_causal=mask is None), prompts))
+        responses = bucket.responses
+        if responses is None:
+            continue
+        own_q, own_k, own_v = (spread(x, responses) for x in parts[taken])
+        taken += 1
+        whole_k = torch.cat([_of_owner(k, bucket.owner, responses.rows), own_k], 2)
+        whole_v = torch.cat([_of_owner(v, bucket.owner, responses.rows), own_v], 2)
+        mask = _response_mask(bucket, responses, narrow, query.device)
+        outputs.append(gather(kernel(own_q, whole_k, whole_v, mask, is_causal=False), responses))
+    return torch.cat(outputs)[None]
+
+
+def _of_owner(prompts: Tensor, owner: Tensor | None, count: int) -> Tensor:
+    return prompts.expand(count, -1, -1, -1) if owner is None else prompts[owner]
+
+
+def _causal(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """[rows, columns] True where a query sees a key; the last query stands at the last key."""
+    distance = torch.arange(rows, device=device)[:, None] + (columns - rows)
+    distance = distance - torch.arange(columns, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _response_mask(
+    bucket: Bucket, responses: Slots, window: int | None, device: torch.device
+) -> Tensor:
+    """[L, P + L], or [rows, 1, L, P + L] where prompts differ in length."""
+    width = bucket.prompts.width
+    if bucket.prompt_lengths is None:
+        return _causal(responses.width, width + responses.width, window, device)
+    lengths = bucket.prompt_lengths if bucket.owner is None else bucket.prompt_lengths[bucket.owner]
+    before = torch.arange(width, device=device)
+    sees = (before < lengths[:, None])[:, None, :].expand(-1, responses.width, -1)
+    if window is not None:
+        steps = torch.arange(responses.width, device=device)
+        distance = lengths[:, None, None] + steps[:, None] - before
+        sees = sees & (distance < window)
+    own = _causal(responses.width, responses.width, window, device)
+    return torch.cat([sees, own.expand(len(lengths), -1, -1)], -1)[:, None]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    scaling: float | None
+    dropout: float
+    softcap: float | None
+    is_grouped: bool
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """[rows, heads, queries, D] each; the mask is True where a query sees a key."""
+        if self.softcap is not None:
+            return self._capped(q, k, v, mask)
+        grouped = self.is_grouped
+        if grouped and mask is not None and q.device.type != "cpu":
+            # There no fast kernel takes a mask and grouped heads together.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            grouped = False
+        return scaled_dot_product_attention(
+            q, k, v, mask, self.dropout, is_causal, scale=self.scaling, enable_gqa=grouped
+        )
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.softcap is not None
+        if self.is_grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * (self.scaling or q.shape[-1] ** -0.5)
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            mask = _causal(q.shape[2], k.shape[2], None, q.device)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        return drop(weights, self.dropout) @ v
+
+
+def _attention_over(base: str) -> Any:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        shared_prefix: Prefix | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if shared_prefix is None:
+            plain = sdpa_attention_forward if base == "sdpa" else _eager_of(module)
+            found: tuple[Tensor, Tensor | None] = plain(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                **kwargs,
+            )
+            return found
+        for name in ("position_bias", "s_aux"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"its attention has a {name}")
+        window = kwargs.get("sliding_window")
+        shared_prefix.windows.append(window)
+        softcap = kwargs.get("softcap")
+        layout = shared_prefix.layout
+        return attend(query, key, value, layout, scaling, dropout, window, softcap), None
+
+    return forward
+
+
+def _eager_of(module: nn.Module) -> Any:
+    """The attention that a model's own file brings."""
+    return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+
+
+def register() -> None:
+    """Make the implementations known to transformers; once is enough, twice does no harm."""
+    for base, name in OVER.items():
+        AttentionInterface.register(name, _attention_over(base))
+        AttentionMaskInterface.register(name, sdpa_mask if base == "sdpa" else eager_mask)
+
+
+register()
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens into slots. Padding repeats a token, and what comes back to it is dropped: no real
+    query sees it, so its gradient is zero. Much cheaper than adding up over an index."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return gradient.index_select(0, slot), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Slots back to tokens; in the backward pass, padding gets zero."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, slot: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(slot, source)
+        return grid.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        slot, source = ctx.saved_tensors
+        whole = gradient.new_zeros((len(source), *gradient.shape[1:]))
+        return whole.index_copy_(0, slot, gradient), None, None

@@ -1,0 +1,271 @@
+"""Every prompt once: `[prompt | r1 | ... | rN]` as one sequence through the network.
+
+Positions restart behind the prompt for each response, and attention (`prefix_attention`) lets a
+prompt see itself causally and a response its prompt and itself. So each token has the context that
+it has in a padded row, and everything but attention (most of the work) is done for a prompt's
+tokens once instead of once for each of its N responses. Prompts that stand in a batch several times
+are computed once as well, and nothing is padded outside attention.
+
+This file says where each token lies and who sees whom; `dense_mask` says it as a mask of all tokens
+by all tokens, for models whose attention cannot be exchanged.
+
+Legend: B prompts, N rows, T tokens of the sequence, M response tokens; a group is one distinct
+prompt with its responses, a bucket some groups that share calls of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import TokenBatch
+
+PADDING_ALLOWED = 1.25
+"""A bucket may compute so many times the attention scores that its groups need."""
+
+SCORES_OF_A_CALL = {"cpu": 1 << 13, "cuda": 1 << 20}
+"""Attention scores that take about as long as the calls which a bucket of its own costs."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Pieces of the sequence as a grid of rows, padded on the right.
+
+    Attributes:
+        rows, width: of the grid.
+        source: [rows * width] the token of each slot, counted from the first piece; any at padding.
+            None where the pieces are equally long and the grid is a view.
+        slot: [tokens] the slot of each token; None likewise.
+    """
+
+    rows: int
+    width: int
+    source: Tensor | None
+    slot: Tensor | None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Groups whose attention is computed together.
+
+    Attributes:
+        prompts: a row for each group. Where a group has one response alone, its row holds prompt
+            and response: plain causal attention is all that it needs.
+        responses: a row for each response that has a token to feed, or None.
+        owner: [rows of responses] its group's row among the prompts; None = all of the first.
+        prompt_lengths: [rows of prompts]; None where all are equally long.
+        longest: positions of the longest row, prompt and response together.
+    """
+
+    prompts: Slots
+    responses: Slots | None
+    owner: Tensor | None
+    prompt_lengths: Tensor | None
+    longest: int
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """A batch as one sequence.
+
+    Attributes:
+        ids: [1, T].
+        position_ids: [1, T].
+        predicted_from: [M] token whose hidden state predicts a response token.
+        row: [M] the batch row of that response token.
+        column: [M] its column among the row's response tokens.
+        buckets: in the order of the sequence.
+        sizes: tokens of each part (a bucket's prompts, a bucket's responses, the next bucket's).
+        group, response: [T] the group of a token, and its response, -1 in prompts.
+        longest: positions of the longest row.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    predicted_from: Tensor
+    row: Tensor
+    column: Tensor
+    buckets: list[Bucket]
+    sizes: list[int]
+    group: Tensor
+    response: Tensor
+    longest: int
+
+
+@dataclass
+class _Group:
+    prompt: list[int]
+    rows: list[int]  # of the batch
+    tails: list[int]  # response tokens fed: all but the last
+
+    @property
+    def has_one_response(self) -> bool:
+        return len(self.rows) == 1 or not any(self.tails)
+
+    @property
+    def causal(self) -> int:
+        """Tokens of its row among the prompts."""
+        return len(self.prompt) + (self.tails[0] if len(self.rows) == 1 else 0)
+
+    @property
+    def fed(self) -> list[int]:
+        """Lengths of its rows among the responses."""
+        return [] if self.has_one_response else [tail for tail in self.tails if tail]
+
+
+def lay_out(batch: TokenBatch) -> SharedPrefix:
+    """Lay a batch out with every distinct prompt once.
+
+    A response's last token is left away (nothing is predicted from it), and its first is predicted
+    from the prompt's last.
+    """
+    device = batch.response_ids.device
+    groups = _groups(batch)
+    responses = batch.response_ids.tolist()
+    ids: list[int] = []
+    positions: list[int] = []
+    group_of: list[int] = []
+    response_of: list[int] = []
+    predicted_from: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * batch.num_rows
+    buckets, sizes = [], []
+    number = 0
+    for members in _bucketed(groups, SCORES_OF_A_CALL.get(device.type, 1 << 13)):
+        begin = len(ids)
+        last_of: list[int] = []  # the last prompt token of each member
+        for place, group in enumerate(members):
+            start, length = len(ids), len(group.prompt)
+            last_of.append(start + length - 1)
+            ids += group.prompt
+            response_of += [-1] * length
+            if len(group.rows) == 1:
+                ids += responses[group.rows[0]][: group.tails[0]]
+                response_of += [group.rows[0]] * group.tails[0]
+                predicted_from[group.rows[0]] = torch.arange(
+                    start + length - 1, start + length + group.tails[0]
+                )
+            positions += range(group.causal)
+            group_of += [number + place] * group.causal
+        sizes.append(len(ids) - begin)
+        begin = len(ids)
+        for place, group in enumerate(members):
+            if len(group.rows) == 1:
+                continue
+            for row, tail in zip(group.rows, group.tails, strict=True):
+                start = len(ids)
+                ids += responses[row][:tail]
+                positions += range(len(group.prompt), len(group.prompt) + tail)
+                group_of += [number + place] * tail
+                response_of += [row] * tail
+                predicted_from[row] = torch.tensor([last_of[place], *range(start, start + tail)])
+        number += len(members)
+        if len(ids) > begin:
+            sizes.append(len(ids) - begin)
+        buckets.append(_bucket(members, device))
+
+    lengths = batch.response_lengths.cpu()
+    rows = torch.repeat_interleave(torch.arange(batch.num_rows), lengths)
+    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    column = torch.arange(len(rows)) - first
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    return SharedPrefix(
+        ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        predicted_from=torch.cat(predicted_from).to(device),
+        row=rows.to(device),
+        column=column.to(device),
+        buckets=buckets,
+        sizes=sizes,
+        group=tensor(group_of),
+        response=tensor(response_of),
+        longest=max(bucket.longest for bucket in buckets),
+    )
+
+
+def _groups(batch: TokenBatch) -> list[_Group]:
+    """Distinct prompts with the rows that follow them."""
+    prompts = batch.prompt_ids.tolist()
+    lengths = batch.prompt_lengths.tolist()
+    groups: dict[tuple[int, ...], _Group] = {}
+    counts = batch.response_lengths.tolist()
+    for row, place in enumerate(batch.prompt_index.tolist()):
+        prompt = prompts[place][len(prompts[place]) - lengths[place] :]
+        group = groups.setdefault(tuple(prompt), _Group(prompt, [], []))
+        group.rows.append(row)
+        group.tails.append(counts[row] - 1)
+    return list(groups.values())
+
+
+def _bucketed(groups: Sequence[_Group], scores_of_a_call: int) -> list[list[_Group]]:
+    """Groups of similar lengths together, as far as padding costs less than further calls do."""
+    ordered = sorted(groups, key=lambda group: (group.causal, max(group.fed, default=0)))
+    buckets: list[list[_Group]] = []
+    needed = 0
+    for group in ordered:
+        alone = _scores([group])
+        if buckets:
+            together = _scores([*buckets[-1], group])
+            if together <= PADDING_ALLOWED * (needed + alone) + scores_of_a_call:
+                buckets[-1].append(group)
+                needed += alone
+                continue
+        buckets.append([group])
+        needed = alone
+    return buckets
+
+
+def _scores(groups: Sequence[_Group]) -> int:
+    """Attention scores of one bucket."""
+    prompt = max(group.causal for group in groups)
+    fed = [tail for group in groups for tail in group.fed]
+    longest = max(fed, default=0)
+    return len(groups) * prompt * prompt // 2 + len(fed) * longest * (prompt + longest)
+
+
+def _bucket(groups: Sequence[_Group], device: torch.device) -> Bucket:
+    lengths = [group.causal for group in groups]
+    fed = [tail for group in groups for tail in group.fed]
+    owner = [place for place, group in enumerate(groups) for _ in group.fed]
+    return Bucket(
+        prompts=_slots(lengths, device),
+        responses=_slots(fed, device) if fed else None,
+        owner=torch.tensor(owner, device=device) if len(groups) > 1 else None,
+        prompt_lengths=None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device),
+        longest=max(
+            group.causal if group.has_one_response else len(group.prompt) + max(group.tails)
+            for group in groups
+        ),
+    )
+
+
+def _slots(lengths: Sequence[int], device: torch.device) -> Slots:
+    count, width = len(lengths), max(lengths)
+    if all(length == width for length in lengths):
+        return Slots(count, width, None, None)
+    ends = torch.tensor(lengths)
+    columns = torch.arange(width).expand(count, width)
+    is_token = columns < ends[:, None]
+    source = (ends.cumsum(0) - ends)[:, None] + columns.minimum(ends[:, None] - 1)
+    slot = is_token.flatten().nonzero().squeeze(-1)
+    return Slots(count, width, source.flatten().to(device), slot.to(device))
+
+
+def dense_mask(layout: SharedPrefix, is_additive: bool, dtype: torch.dtype) -> Tensor:
+    """[1, 1, T, T] who sees whom: True where it does; or added to scores, 0 where it does.
+
+    For attention that takes a mask as it is. In the additive form eager attention needs it: there
+    True and False would be added as 1 and 0, in silence.
+    """
+    same_group = layout.group[:, None] == layout.group
+    is_shared = (layout.response < 0) | (layout.response[:, None] == layout.response)
+    position = layout.position_ids[0]
+    sees = (same_group & is_shared & (position[:, None] >= position))[None, None]
+    if not is_additive:
+        return sees
+    blocked = torch.finfo(dtype).min
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, blocked)

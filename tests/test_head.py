@@ -1,0 +1,191 @@
+"""The head in chunks says what a full table of logits says, and sends back the same gradients."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+
+from rrhf.models import head as head_module
+from rrhf.models.head import LogitShape, logit_shape, token_statistics
+
+M, H, V = 150, 16, 70
+FORMS: dict[str, dict[str, int]] = {
+    "stored": {},
+    "recomputed": {"stored_bytes": 0, "chunk_bytes": 4 * V * 40},
+}
+SHAPES = [LogitShape(), LogitShape(0.7, None, 1.3), LogitShape(1.5, 2.0, 0.8)]
+
+
+def case(
+    dtype: torch.dtype = torch.float32, bias: bool = False
+) -> tuple[Tensor, nn.Linear, Tensor]:
+    torch.manual_seed(0)
+    head = nn.Linear(H, V, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        head.weight.normal_()
+    hidden = torch.randn(M, H, dtype=dtype, requires_grad=True)
+    return hidden, head, torch.randint(V, (M,))
+
+
+def plain(hidden: Tensor, head: nn.Linear, targets: Tensor, shape: LogitShape) -> list[Tensor]:
+    """The slow truth in float64: log-probs, entropies, mean log-probs."""
+    z = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        z = z + head.bias.double()
+    z = z * shape.scale
+    if shape.softcap is not None:
+        z = shape.softcap * torch.tanh(z / shape.softcap)
+    logs = (z / shape.temperature).log_softmax(-1)
+    return [
+        logs.gather(-1, targets[:, None]).squeeze(-1),
+        -(logs.exp() * logs).sum(-1),
+        logs.mean(-1),
+    ]
+
+
+def weighted(parts: list[Tensor | None]) -> Tensor:
+    """A different weight for each number; a third of the rows have none at all."""
+    total = torch.zeros((), dtype=torch.float64)
+    for number, part in enumerate(parts):
+        if part is not None:
+            weights = torch.cos(torch.arange(M, dtype=torch.float64) * (1 + number))
+            total = total + (part.double() * weights * (torch.arange(M) % 3 > 0)).sum()
+    return total
+
+
+def relative(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None and expected is not None
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "scaled", "capped"])
+@pytest.mark.parametrize(
+    ("entropy", "mean", "bias"), [(False, False, False), (True, True, True), (True, False, False)]
+)
+def test_equals_a_full_table(
+    form: str, shape: LogitShape, entropy: bool, mean: bool, bias: bool
+) -> None:
+    hidden, head, targets = case(bias=bias)
+    truth: list[Any] = plain(hidden, head, targets, shape)
+    truth = [part for part, asked in zip(truth, (True, entropy, mean), strict=True) if asked]
+    parameters = [hidden, *head.parameters()]
+    expected = torch.autograd.grad(weighted(truth), parameters)
+    found = token_statistics(hidden, head, targets, shape, entropy, mean, **FORMS[form])
+    parts = [found.logprobs, found.entropy, found.mean_logprobs]
+    given = [part for part in parts if part is not None]
+    for part, whole in zip(given, truth, strict=True):
+        assert torch.allclose(part.double(), whole, atol=1e-5)
+    weighted(given).backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert relative(parameter.grad, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["plain", "scaled", "capped"])
+def test_a_frozen_head_multiplies_nothing_again(
+    shape: LogitShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, head, targets = case()
+    head.requires_grad_(False)
+    expected = torch.autograd.grad(weighted([plain(hidden, head, targets, shape)[0]]), hidden)[0]
+    found = token_statistics(hidden, head, targets, shape, **FORMS["recomputed"])
+    monkeypatch.setattr(head_module, "_linear", None)
+    weighted([found.logprobs]).backward()
+    assert relative(hidden.grad, expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_without_gradient_are_skipped_exactly(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as a call that never saw them, and no work for them."""
+    hidden, head, targets = case()
+    rows = torch.arange(0, M, 5)
+    alone = hidden.detach()[rows].requires_grad_()
+    token_statistics(
+        alone, head, targets[rows], LogitShape(), **FORMS[form]
+    ).logprobs.sum().backward()
+    expected, head.weight.grad = head.weight.grad, None
+
+    seen = 0
+    inner = head_module._slope
+
+    def counted(plan: Any, logits: Tensor, *others: Any) -> Tensor:
+        nonlocal seen
+        seen += len(logits)
+        return inner(plan, logits, *others)
+
+    monkeypatch.setattr(head_module, "_slope", counted)
+    outputs = token_statistics(hidden, head, targets, LogitShape(), **FORMS[form])
+    outputs.logprobs[rows].sum().backward()
+    assert seen == len(rows)
+    assert hidden.grad is not None and alone.grad is not None and expected is not None
+    assert int((hidden.grad != 0).any(1).sum()) == len(rows)
+    assert torch.allclose(hidden.grad[rows], alone.grad, atol=1e-6)
+    assert torch.allclose(head.weight.grad, expected, atol=1e-6)
+
+
+def test_nothing_active_gives_zeros() -> None:
+    hidden, head, targets = case()
+    (token_statistics(hidden, head, targets, LogitShape()).logprobs * 0).sum().backward()
+    assert not hidden.grad.any() and not head.weight.grad.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(form: str, autocast: bool) -> None:
+    """As near to the truth as the plain form in the same precision is (2^-8 relative)."""
+    hidden, head, targets = case(torch.float32 if autocast else torch.bfloat16)
+    truth = plain(hidden, head, targets, LogitShape())[0]
+    expected = torch.autograd.grad(truth.sum(), [hidden, head.weight])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = token_statistics(hidden, head, targets, LogitShape(), **FORMS[form]).logprobs
+    assert found.dtype == torch.float32
+    assert float((found - truth).abs().max()) < 0.1  # logits reach 15, steps of bf16 there 1/16
+    found.sum().backward()
+    for parameter, gradient in zip([hidden, head.weight], expected, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype
+        assert relative(parameter.grad, gradient) < 0.03
+
+
+def test_a_weight_gradient_over_many_chunks_stays_in_float32() -> None:
+    """Sums in bfloat16 would lose what one chunk adds to many: the error would grow with M."""
+    torch.manual_seed(0)
+    head = nn.Linear(H, V, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(32 * 200, H, dtype=torch.bfloat16)
+    targets = torch.randint(V, (len(hidden),))
+    truth = plain(hidden, head, targets, LogitShape())[0]
+    expected = torch.autograd.grad(truth.sum(), head.weight)[0]
+    outputs = token_statistics(hidden, head, targets, LogitShape(), stored_bytes=0, chunk_bytes=1)
+    outputs.logprobs.sum().backward()
+    assert relative(head.weight.grad, expected) < 0.004
+
+
+def test_no_gradient_keeps_nothing() -> None:
+    hidden, head, targets = case()
+    with torch.no_grad():
+        found = token_statistics(hidden, head, targets, LogitShape())
+    assert not found.logprobs.requires_grad
+    assert torch.allclose(found.logprobs.double(), plain(hidden, head, targets, LogitShape())[0])
+
+
+def test_shapes_of_known_families() -> None:
+    assert logit_shape(LlamaConfig()) == LogitShape()
+    assert logit_shape(Gemma2Config(), 0.5) == LogitShape(1.0, 30.0, 0.5)
+    assert logit_shape(CohereConfig(logit_scale=0.25)) == LogitShape(0.25)
+    assert logit_shape(GraniteConfig(logits_scaling=8.0)) == LogitShape(0.125)
+
+
+def test_every_form_gives_the_same() -> None:
+    hidden, head, targets = case()
+    found = [
+        token_statistics(hidden, head, targets, SHAPES[2], **form).logprobs
+        for form in FORMS.values()
+    ]
+    for one, other in itertools.pairwise(found):
+        assert torch.allclose(one, other, atol=1e-5)

@@ -1,0 +1,404 @@
+"""Every prompt once gives the log-probs and the gradients of padded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.errors import UserError
+from rrhf.models import engines, prefix_attention
+from rrhf.models.engines import FastPolicy, build_policy, misfit
+from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.models.shared_prefix import dense_mask, lay_out
+from rrhf.training.rank import RankConfig, RankObjective
+
+V = 80
+SMALL: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def gemma2(**more: Any) -> PreTrainedModel:
+    """Soft-capped attention and logits: such models run with eager attention alone."""
+    config = Gemma2Config(
+        **GROUPED, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **more
+    )
+    return Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: tiny_llama(V),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    "gemma2": lambda: gemma2(sliding_window=64),
+    "gemma2_window": lambda: gemma2(sliding_window=7),
+    "gemma3_window": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **GROUPED,
+            sliding_window=7,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "mistral_window": lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=7)),
+}
+
+
+def model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def batch(shapes: list[tuple[int, list[int]]]) -> TokenBatch:
+    """Prompts and responses of these lengths, and scores that violate about half of the pairs."""
+    generator = torch.Generator().manual_seed(len(shapes))
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, V, (length,), generator=generator).tolist()
+
+    sets = [
+        EncodedSet(
+            ids(prompt),
+            [ids(length) for length in lengths],
+            torch.randn(len(lengths), generator=generator).tolist(),
+        )
+        for prompt, lengths in shapes
+    ]
+    return collate(sets, pad_id=2)
+
+
+RAGGED = batch([(9, [4, 1, 7, 12]), (3, [5, 5]), (6, [8]), (1, [1, 1, 2]), (9, [1, 1])])
+SHAPES = {
+    "one_prompt": batch([(8, [6, 6, 6, 6])]),
+    "ragged": RAGGED,
+    "alone": batch([(5, [4]), (7, [9]), (7, [1])]),
+}
+
+
+def step(policy: Policy, b: TokenBatch) -> tuple[float, Tensor, Tensor]:
+    """RRHF's loss, its log-probs and the whole gradient."""
+    config = RankConfig(model_name_or_path="", output_dir="", data_path="")
+    outputs: PolicyOutputs = policy(b)
+    terms = RankObjective(config)(outputs, b)
+    loss = torch.stack([term.total * term.weight for term in terms.values()]).sum() / b.num_prompts
+    policy.zero_grad()
+    loss.backward()
+    gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+    return float(loss.detach()), outputs.logprobs.detach(), torch.cat(gradients).double()
+
+
+def require_equal(
+    found: tuple[float, Tensor, Tensor], expected: tuple[float, Tensor, Tensor]
+) -> None:
+    assert abs(found[0] - expected[0]) <= 1e-5 * max(1.0, abs(expected[0]))
+    assert torch.allclose(found[1], expected[1], atol=2e-5)
+    assert float((found[2] - expected[2]).norm() / expected[2].norm()) < 1e-5
+
+
+def fast(name: str, layout: str) -> Policy:
+    return (
+        FastPolicy(model(name), layout) if layout == "rows" else build_policy(model(name), layout)
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["shared_prefix", "dense_mask", "rows"])
+def test_equals_padded_rows(name: str, layout: str) -> None:
+    for b in SHAPES.values():
+        policy = fast(name, layout)
+        require_equal(step(policy, b), step(Policy(model(name)), b))
+        assert bool((policy(b).logprobs[~b.response_mask] == 0).all())
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_any_number_of_candidates(count: int) -> None:
+    for lengths in ([5] * count, [1 + 3 * k % 7 for k in range(count)]):
+        b = batch([(6, lengths), (4, lengths[::-1])])
+        expected = step(Policy(model("llama")), b)
+        require_equal(step(fast("llama", "shared_prefix"), b), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_window"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("layout", ["shared_prefix", "dense_mask"])
+def test_with_checkpointing(name: str, reentrant: bool, layout: str) -> None:
+    disabled = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    plain, checkpointed = model(name), model(name)
+    for one in (plain, checkpointed):
+        for module in one.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        vars(one.config).update({k: v for k, v in disabled.items() if hasattr(one.config, k)})
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    policy = build_policy(checkpointed.train(), layout).train()
+    assert isinstance(policy, FastPolicy)
+    calls = 0
+    inner = prefix_attention.attend if layout == "shared_prefix" else engines.dense_mask
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return inner(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        where = prefix_attention if layout == "shared_prefix" else engines
+        patch.setattr(where, inner.__name__, counted)
+        require_equal(step(policy, RAGGED), step(Policy(plain), RAGGED))
+    # Two layers, forward and again in the backward pass: so recomputation really took place.
+    assert calls == (4 if layout == "shared_prefix" else int(policy.window is None))
+
+
+def test_entropy_mean_and_hidden_states() -> None:
+    asked = {"temperature": 0.7, "with_entropy": True, "with_mean_logprobs": True}
+    expected, expected_hidden = Policy(model("llama"), **asked).with_hidden(RAGGED)
+    policy = build_policy(model("llama"), "shared_prefix", **asked)
+    found, hidden = policy.with_hidden(RAGGED)
+    for name in ("logprobs", "mean_logprobs", "entropy"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=2e-5)
+    mask = RAGGED.response_mask
+    assert torch.allclose(hidden[mask], expected_hidden[mask], atol=2e-5)
+
+
+def test_adapters_with_a_frozen_head() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(model("qwen3"), config)
+
+    found, expected = (
+        step(build_policy(adapted(), e), RAGGED) for e in ("shared_prefix", "padded")
+    )
+    require_equal(found, expected)
+    assert len(expected[2]) < 2000  # adapters alone
+
+
+def test_a_head_with_adapters_is_run_as_it_is() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(1)
+        targets = ["q_proj", "lm_head"]
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(model("qwen3"), config)
+
+    found, expected = (
+        step(build_policy(adapted(), e), RAGGED) for e in ("shared_prefix", "padded")
+    )
+    require_equal(found, expected)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16(autocast: bool) -> None:
+    """No farther from float32 than padded rows in bfloat16 are, to within their own rounding."""
+    exact = step(Policy(model("llama")), RAGGED)
+
+    def half(engine: str) -> tuple[float, Tensor, Tensor]:
+        inner = model("llama") if autocast else model("llama").bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return step(build_policy(inner, engine), RAGGED)
+
+    def off(found: tuple[float, Tensor, Tensor]) -> tuple[float, float]:
+        gradient = float((found[2] - exact[2]).norm() / exact[2].norm())
+        return float((found[1] - exact[1]).abs().max()), gradient
+
+    (logprob, gradient), (padded_logprob, padded_gradient) = (
+        off(half("shared_prefix")),
+        off(half("padded")),
+    )
+    assert logprob < 2 * padded_logprob + 0.01
+    assert gradient < 2 * padded_gradient + 0.01
+
+
+def test_each_token_sees_its_own_row_and_no_more() -> None:
+    """The layout against the batch, token by token."""
+    packed = lay_out(RAGGED)
+    sees = dense_mask(packed, False, torch.float32)[0, 0]
+    ids, positions = packed.ids[0], packed.position_ids[0]
+    seen = set()
+    for place, row, column in zip(
+        packed.predicted_from.tolist(), packed.row.tolist(), packed.column.tolist(), strict=True
+    ):
+        prompt = int(RAGGED.prompt_index[row])
+        whole = RAGGED.prompt_ids[prompt, -int(RAGGED.prompt_lengths[prompt]) :].tolist()
+        whole += RAGGED.response_ids[row, :column].tolist()
+        visible = sees[place].nonzero().squeeze(-1)
+        ordered = visible[positions[visible].argsort()]
+        assert ids[ordered].tolist() == whole
+        assert positions[ordered].tolist() == list(range(len(whole)))
+        seen.add((row, column))
+    lengths = RAGGED.response_lengths.tolist()
+    assert seen == {(row, column) for row, r in enumerate(lengths) for column in range(r)}
+    additive = dense_mask(packed, True, torch.float32)[0, 0]
+    assert torch.equal(additive == 0, sees) and float(additive.min()) < -1e30
+
+
+def test_prompt_tokens_pass_once_even_where_a_batch_repeats_them() -> None:
+    b = batch([(7, [3, 4])])
+    twice = TokenBatch(
+        b.prompt_ids.repeat(2, 1),
+        b.prompt_lengths.repeat(2),
+        b.response_ids,
+        b.response_lengths,
+        torch.tensor([0, 1]),
+        torch.ones(2),
+    )
+    for one in (b, twice):
+        assert lay_out(one).ids.shape == (1, 7 + 2 + 3)
+    found = build_policy(model("llama"), "shared_prefix")(twice).logprobs
+    assert torch.allclose(found, Policy(model("llama"))(twice).logprobs, atol=2e-5)
+
+
+def test_buckets_waste_little_and_lose_nothing() -> None:
+    """Prompts of very different lengths are not padded to the longest; short ones share a call."""
+    b = batch([(400, [60, 50]), (20, [5, 6]), (22, [5]), (390, [55, 60]), (21, [6, 6])])
+    packed = lay_out(b)
+    assert [bucket.prompts.rows for bucket in packed.buckets] == [3, 2]
+    assert sum(packed.sizes) == packed.ids.shape[1] == len(packed.group)
+    assert [bucket.longest for bucket in packed.buckets] == [26, 459]
+
+
+def test_generation_and_padded_rows_of_the_model_stay_as_they_were() -> None:
+    before, after = model("llama"), model("llama")
+    build_policy(after, "shared_prefix")
+    assert after.config._attn_implementation == "rrhf_shared_prefix"
+    assert torch.equal(Policy(before)(RAGGED).logprobs, Policy(after)(RAGGED).logprobs)
+    prompt = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    outputs = [
+        one.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        for one in (before, after)
+    ]
+    assert torch.equal(*outputs)
+    assert before.config.to_dict() == after.config.to_dict()
+    assert "attn" not in after.config.to_json_string()
+
+
+class TestTrial:
+    """What cannot be served is noticed before it is used."""
+
+    def test_responses_that_see_each_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Even in new weights, where log-probs hardly depend on the context."""
+        fresh = model("llama")
+        for parameter in fresh.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        monkeypatch.setattr(
+            prefix_attention,
+            "attend",
+            lambda q, k, v, *_: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            ).transpose(1, 2),
+        )
+        for one in (fresh, model("llama")):
+            with pytest.raises(UserError, match=r"--engine shared_prefix: .* differ from"):
+                build_policy(one, "shared_prefix")
+            assert one.config._attn_implementation == "sdpa"
+
+    def test_auto_falls_back_and_says_so_once(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(prefix_attention, "attend", None)
+        policy = build_policy(model("llama"), "auto")
+        assert isinstance(policy, FastPolicy) and policy.layout == "dense_mask"
+        assert [r.levelname for r in caplog.records if r.name.startswith("rrhf")] == ["WARNING"]
+        assert "shared_prefix: TypeError" in caplog.text
+
+    def test_layers_with_a_state(self) -> None:
+        torch.manual_seed(0)
+        config = MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4)
+        policy = build_policy(MambaForCausalLM(config).eval(), "auto")
+        assert type(policy) is Policy or (
+            isinstance(policy, FastPolicy) and policy.layout == "rows" and misfit(policy) is None
+        )
+
+    def test_logits_shaped_in_an_unknown_way(self) -> None:
+        odd = model("llama")
+        inner = odd.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs = inner(*args, **kwargs)
+            outputs.logits = outputs.logits * 1.01
+            return outputs
+
+        odd.forward = forward  # type: ignore[method-assign]
+        assert type(build_policy(odd, "auto")) is Policy
+        assert odd.config._attn_implementation == "sdpa"
+
+    def test_additive_masks_for_eager_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mask of True and False would be added as 1 and 0."""
+        inner = engines.dense_mask
+        monkeypatch.setattr(engines, "dense_mask", lambda p, _, dtype: inner(p, False, dtype))
+        with pytest.raises(UserError, match="log-probs differ"):
+            build_policy(model("gemma2"), "dense_mask")
+
+    def test_windows_that_layers_do_not_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Then rows beyond the window go as padded rows; the short ones of the trial would not
+        have shown it."""
+        short, long = batch([(4, [3, 3])]), batch([(9, [6, 8, 2])])
+        monkeypatch.setattr(MistralForCausalLM, "_rrhf_silent", True, raising=False)
+        silent = model("mistral_window")
+        inner = prefix_attention.attend
+        monkeypatch.setattr(
+            prefix_attention,
+            "attend",
+            lambda q, k, v, layout, scaling, dropout, window, softcap: inner(
+                q, k, v, layout, scaling, dropout, None, softcap
+            ),
+        )
+        # As if no layer had said anything.
+        monkeypatch.setattr(
+            engines, "Prefix", lambda layout: prefix_attention.Prefix(layout, Deaf())
+        )
+        silent.config.sliding_window = 16
+        policy = build_policy(silent, "shared_prefix")
+        assert isinstance(policy, FastPolicy) and policy.window == 16
+        policy.window = silent.config.sliding_window = 7
+        for b in (short, long):
+            assert torch.allclose(policy(b).logprobs, Policy(silent)(b).logprobs, atol=2e-5)
+
+
+class Deaf(list[Any]):
+    def append(self, _: Any) -> None: ...
+
+
+def test_flash_attention_is_left_as_it_is() -> None:
+    one = model("llama")
+    one.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UserError, match="not over flash_attention_2"):
+        build_policy(one, "shared_prefix")
