@@ -195,9 +195,9 @@ def build_policy(
     used = "padded" if policy is None else policy.layout
     used = "padded rows, head in chunks" if used == "rows" else used
     if failures:
-        logger.warning("engine: %s is served by %s, since %s", name, used, said)
+        logger.warning("engine: %s goes by %s, since %s", name, used, said)
     else:
-        logger.info("engine: %s", used)
+        logger.info("engine: %s goes by %s", name, used)
     return Policy(model, *asked) if policy is None else policy
 
 

@@ -85,6 +85,9 @@ class TrainingConfig:
     attn_implementation: str = "sdpa"
     """Attention of the model: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
 
+    engine: Literal["auto", "shared_prefix", "dense_mask", "padded"] = "padded"
+    """How rows pass the model: shared_prefix = each prompt once, auto = fastest that serves it."""
+
     trust_remote_code: bool = False
     """Run Python code that the model folder brings. Off unless you trust its author."""
 

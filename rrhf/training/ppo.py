@@ -28,7 +28,6 @@ from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
-from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import (
     ActorCritic,
     ValueHead,
@@ -64,6 +63,7 @@ from rrhf.training.setup import (
     load_trainable_causal_lm,
     model_writer,
     opened_workbench,
+    policy_on_engine,
     prepare_trainable,
 )
 from rrhf.training.sft import SFTEncoder
@@ -97,7 +97,8 @@ def train(config: PPOConfig) -> Path:
                 trust_remote_code=config.trust_remote_code,
             )
             frozen.requires_grad_(False)
-            reference = Policy(frozen, config.temperature).to(bench.parallel.device).eval()
+            reference = policy_on_engine(bench, frozen, config.temperature)
+            reference.to(bench.parallel.device).eval()
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
         stop = StopRequest()
         writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel, stop)
@@ -170,7 +171,9 @@ def _require_whole_weights(parallel: Parallel) -> None:
 def _build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
     """The actor, with the critic where the method has one."""
     model = load_trainable_causal_lm(config)
-    policy = Policy(model, config.temperature, with_entropy=config.method != "rrhf")
+    policy = policy_on_engine(
+        bench, model, config.temperature, with_entropy=config.method != "rrhf"
+    )
     if not config.has_critic:
         return ActorCritic(policy)
     value: ValueHead | ValueModel

@@ -24,7 +24,7 @@ from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window
-from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.models.logprobs import PolicyOutputs
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
 from rrhf.training.loop import Term, run_training
@@ -37,6 +37,7 @@ from rrhf.training.setup import (
     load_trainable_causal_lm,
     model_writer,
     opened_workbench,
+    policy_on_engine,
 )
 from rrhf.training.streams import EncodedExamples
 
@@ -216,7 +217,7 @@ def train(config: RankConfig) -> Path:
             held_out_examples = EncodedExamples(held_out, _encoder(config, bench, window))
         models = ModelFolders({"policy": model_writer(bench, model)})
         outcome = run_training(
-            Policy(model),
+            policy_on_engine(bench, model),
             objective,
             offline_stream(bench, examples),
             config,

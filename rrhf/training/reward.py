@@ -112,6 +112,10 @@ class RewardConfig(TrainingConfig):
     """Responses that do not fit: leave out with their pairs, or cut, which takes their end off."""
 
     def __post_init__(self) -> None:
+        if self.engine != "padded":
+            raise UserError(
+                f"--engine {self.engine}: reward models are trained on padded rows; leave it out"
+            )
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
                 f"--validation_fraction {self.validation_fraction}: must be 0 or more and below 1"

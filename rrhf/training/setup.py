@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerBase
 import rrhf
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, UserError
+from rrhf.models.engines import build_policy
 from rrhf.models.loading import (
     context_window,
     enable_checkpointing,
     load_causal_lm,
     load_tokenizer,
 )
+from rrhf.models.logprobs import Policy
 from rrhf.models.lora import add_lora
 from rrhf.models.saving import write_model_folder
 from rrhf.runs import RunFolder
@@ -137,6 +139,29 @@ def prepare_trainable(
         if config.use_lora:
             model.enable_input_require_grads()
     return model
+
+
+def policy_on_engine(
+    bench: Workbench,
+    model: Any,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_mean_logprobs: bool = False,
+) -> Policy:
+    """A causal language model behind the one door, on the engine that `--engine` names.
+
+    Args:
+        bench: of the run.
+        model: trainable or frozen, not yet spread over processes.
+        temperature, with_entropy, with_mean_logprobs: as in `Policy`.
+
+    Raises:
+        UserError: the engine does not serve the model.
+    """
+    engine = bench.config.engine
+    if engine != "padded" and not bench.parallel.is_sharded:
+        model.to(bench.parallel.device)  # it is tried where it will compute
+    return build_policy(model, engine, temperature, with_entropy, with_mean_logprobs)
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:

@@ -37,6 +37,7 @@ from rrhf.training.setup import (
     load_trainable_causal_lm,
     model_writer,
     opened_workbench,
+    policy_on_engine,
 )
 from rrhf.training.streams import EncodedExamples
 
@@ -75,6 +76,10 @@ class SFTConfig(TrainingConfig):
         if not 0.0 <= self.label_smoothing < 1.0:
             raise UserError(
                 f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 1"
+            )
+        if self.packing and self.engine != "padded":
+            raise UserError(
+                f"--packing and --engine {self.engine} both say how rows are laid; give one"
             )
         check_response_limit(self.max_response_tokens, self.model_max_length)
 
@@ -157,7 +162,7 @@ def train(config: SFTConfig) -> Path:
         held_out = None
         if config.eval_data_path:
             held_out = demonstrations(load_sets(config.eval_data_path, config.seed))
-        policy = _policy(config)
+        policy = _policy(config, bench)
         encode = _encoder(config, bench)
         examples = EncodedExamples(sets, encode)
         counts: dict[str, Any] = {
@@ -201,11 +206,11 @@ def _encoder(config: SFTConfig, bench: Workbench) -> SFTEncoder:
     return SFTEncoder(fitter, config.use_targets)
 
 
-def _policy(config: SFTConfig) -> Policy:
+def _policy(config: SFTConfig, bench: Workbench) -> Policy:
     model = load_trainable_causal_lm(config)
     smoothed = config.label_smoothing > 0
     if not config.packing:
-        return Policy(model, with_mean_logprobs=smoothed)
+        return policy_on_engine(bench, model, with_mean_logprobs=smoothed)
     flash = config.attn_implementation.startswith("flash_attention")
     policy = PackedPolicy(model, config.model_max_length, flash, smoothed)
     if not flash:

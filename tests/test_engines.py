@@ -1,0 +1,81 @@
+"""Engines in training: the same run as with padded rows, on one process and spread over two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_ranks
+from tiny import save_tiny, tiny_llama
+from trainer_cases import metrics_of, ranked_rows, train, write_lines
+
+from rrhf.errors import UserError
+from rrhf.models.logprobs import Policy
+from rrhf.training.reward import RewardConfig
+from rrhf.training.sft import SFTConfig
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("data") / "ranked.jsonl", ranked_rows())
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "use_lora": True}])
+def test_a_run_is_the_run_of_padded_rows(
+    changes: dict[str, Any], model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """Step by step, as far as float32 lets two orders of the same sums go together."""
+    runs = {}
+    for engine in ("padded", "auto"):
+        out = tmp_path / engine
+        settings = {"num_train_epochs": 1, "learning_rate": 1e-3, "engine": engine, **changes}
+        train("rank", str(model_folder), str(data), str(out), **settings)
+        runs[engine] = [row for row in metrics_of(out) if "loss" in row]
+    assert len(runs["auto"]) == len(runs["padded"]) > 1
+    for found, expected in zip(runs["auto"], runs["padded"], strict=True):
+        for name in ("loss", "rank_loss", "sft_loss", "grad_norm", "score_margin"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
+    saved = (
+        [json.loads((tmp_path / e / "policy" / "config.json").read_text()) for e in runs]
+        if not changes
+        else [1, 1]
+    )
+    assert saved[0] == saved[1]
+
+
+def test_engines_that_would_be_ignored_are_refused() -> None:
+    with pytest.raises(UserError, match="--packing and --engine auto"):
+        SFTConfig("", "", data_path="", packing=True, engine="auto")
+    with pytest.raises(UserError, match="--engine auto: reward models"):
+        RewardConfig("", "", data_path="", engine="auto")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The gradient of every case on two ranks, from one fresh process that forks."""
+    out = tmp_path_factory.mktemp("ranks")
+    subprocess.run([sys.executable, two_ranks.__file__, str(out)], check=True, timeout=120)
+    return dict(torch.load(out / "gradients.pt"))
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["shared_prefix", "dense_mask"])
+def test_two_processes_have_the_mean_gradient_of_padded_rows(
+    spread: str, engine: str, gradients: dict[str, torch.Tensor]
+) -> None:
+    model = tiny_llama(80)
+    for rank in range(2):
+        (Policy(model)(two_ranks.batch(rank)).logprobs.square().sum() / 2).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    found = gradients[f"{spread} {engine}"]
+    assert float((found - expected).norm() / expected.norm()) < 1e-5

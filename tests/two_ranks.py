@@ -1,0 +1,77 @@
+"""Two ranks on one machine, spread by DDP and by FSDP2: started as a program of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import tiny_llama
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.models.engines import build_policy
+from rrhf.models.logprobs import Policy
+
+
+def batch(rank: int) -> TokenBatch:
+    """What a rank reads: one prompt with three responses."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, 80, (length,), generator=generator).tolist()
+
+    return collate([EncodedSet(ids(5 + rank), [ids(3), ids(6), ids(4)])], pad_id=2)
+
+
+def ddp(policy: Policy) -> nn.Module:
+    return DistributedDataParallel(policy)
+
+
+def fsdp(policy: Policy) -> nn.Module:
+    inner: Any = policy.model
+    for module in (*inner.model.layers, policy):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    return policy
+
+
+def gradient(rank: int, spread: Callable[[Policy], nn.Module], engine: str) -> Tensor:
+    """The mean of the two ranks' gradients, as the engine of training gives it."""
+    root = spread(build_policy(tiny_llama(80), engine))
+    root(batch(rank)).logprobs.square().sum().backward()
+    parts = []
+    for parameter in root.parameters():
+        found: Any = parameter.grad
+        whole = found.full_tensor() if hasattr(found, "full_tensor") else found
+        parts.append(whole.flatten())
+    return torch.cat(parts)
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    child = os.fork()  # before anything has started a thread
+    rank = 0 if child else 1
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(out / "store"), 2), rank=rank, world_size=2
+    )
+    found = {
+        f"{spread.__name__} {engine}": gradient(rank, spread, engine)
+        for spread in (ddp, fsdp)
+        for engine in ("shared_prefix", "dense_mask")
+    }
+    if rank == 0:
+        torch.save(found, out / "gradients.pt")
+    dist.destroy_process_group()
+    if child and os.waitpid(child, 0)[1]:
+        sys.exit("the other rank failed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
