@@ -149,6 +149,7 @@ class RunFolder:
         policy: where the trained policy goes, as a plain Hugging Face folder.
         reward_model: where a trained reward model goes.
         metrics: the log of the run.
+        samples: responses of the policy on its way.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -157,6 +158,7 @@ class RunFolder:
         self.policy = self.path / "policy"
         self.reward_model = self.path / "reward_model"
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self.samples = MetricsLog(self.path / "samples.jsonl")
         self._lock = FileLock(self.path / ".lock")
         self._config_path = self.path / "config.json"
 
@@ -239,7 +241,10 @@ class RunFolder:
     def is_bare(self) -> bool:
         """True where no step has left anything: no metrics, no checkpoint, no model."""
         holds_states = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        has_rows = self.metrics.path.exists() and self.metrics.path.stat().st_size > 0
+        has_rows = any(
+            log.path.exists() and log.path.stat().st_size > 0
+            for log in (self.metrics, self.samples)
+        )
         left = (self.policy, self.reward_model, *(self.path / name for name in _KEPT))
         return not (holds_states or has_rows or any(path.exists() for path in left))
 
@@ -247,7 +252,9 @@ class RunFolder:
         """Take back what `open` wrote, after a mistake that was found before the first step."""
         assert self.is_bare, f"{self.path} holds work that must not be thrown away"
         self.metrics.close()
-        for path in (self._config_path, manifest_path(self.path), self.metrics.path):
+        self.samples.close()
+        logs = (self.metrics.path, self.samples.path)
+        for path in (self._config_path, manifest_path(self.path), *logs):
             path.unlink(missing_ok=True)
         self._lock.release()
         (self.path / ".lock").unlink(missing_ok=True)
@@ -271,9 +278,11 @@ class RunFolder:
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Say that the run is whole: the manifest, written after everything else."""
         self.metrics.sync()
+        self.samples.sync()
         write_manifest(self.path, {"status": COMPLETE, **manifest})
 
     def close(self) -> None:
         """Let go of the folder; without `finish` before, its manifest goes on saying unfinished."""
         self.metrics.close()
+        self.samples.close()
         self._lock.release()

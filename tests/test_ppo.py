@@ -164,6 +164,8 @@ def test_resumed_equals_straight(
         averages = (tmp_path / name / "policy_ema" for name in ("straight", "resumed"))
         assert same_weights(*averages)
     assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "resumed")
+    tables = (tmp_path / name / "samples.jsonl" for name in ("straight", "resumed"))
+    assert len({table.read_bytes() for table in tables}) == 1
     one, two = (
         json.loads((tmp_path / name / "manifest.json").read_text())
         for name in ("straight", "resumed")

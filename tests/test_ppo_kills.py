@@ -49,6 +49,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert states[0] == states[1]
     rows = [[without_clock(row) for row in metrics_of(run)] for run in (one, two)]
     assert rows[0] == rows[1]
+    assert len({(run / "samples.jsonl").read_bytes() for run in (one, two)}) == 1
 
 
 @pytest.mark.timeout(300)

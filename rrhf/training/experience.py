@@ -45,7 +45,9 @@ class RolloutRow:
         reference_logprobs: [T] float32.
         values: [T] float32; None without a critic.
         score: raw, as the scorer gave it.
-        is_finished: it ends in EOS.
+        is_finished: it ends in EOS, or was cut at a stop token.
+        text: of the response.
+        finish: "stop" or "length", as the scorer saw it.
     """
 
     prompt: int
@@ -57,6 +59,8 @@ class RolloutRow:
     values: Tensor | None
     score: float
     is_finished: bool
+    text: str = ""
+    finish: str = "unknown"
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,15 @@ class Experience:
         metrics: of the whole rollout.
         kl: nats per response, for the controller of the coefficient.
         num_responses: behind it.
+        rewards, row_kl: of each response: score minus what the KL cost; nats (k1).
     """
 
     sets: list[EncodedSet]
     metrics: dict[str, float]
     kl: float
     num_responses: int
+    rewards: list[float]
+    row_kl: list[float]
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,9 @@ def build_experience(
             )
             for place, row in enumerate(rows)
         ]
-    return Experience(sets, metrics, metrics["kl"], len(rows))
+    return Experience(
+        sets, metrics, metrics["kl"], len(rows), found.sequence_rewards.tolist(), k1.tolist()
+    )
 
 
 def _ranked_sets(rows: Sequence[RolloutRow], rewards: Sequence[float]) -> list[EncodedSet]:

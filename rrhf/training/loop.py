@@ -36,6 +36,7 @@ from rrhf.training.kept_models import KeptModels
 from rrhf.training.model_folders import ModelFolders
 from rrhf.training.optim import build_optimizer, build_scheduler
 from rrhf.training.parallel import Parallel
+from rrhf.training.sample_table import SampleTable
 from rrhf.training.streams import LiveStream, UpdateStream
 from rrhf.training.tracking import Tracker, build_tracker
 
@@ -108,6 +109,7 @@ def run_training(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     models: ModelFolders | None = None,
     stop: StopRequest | None = None,
+    samples: SampleTable | None = None,
 ) -> TrainingOutcome:
     """Train until the stream ends.
 
@@ -122,6 +124,7 @@ def run_training(
         models: how what is trained is written, where models are to be kept on the way.
         stop: notes the signals that come, for a stream or an evaluation that watches for them. It
             may raise `StoppedBySignal`, on all ranks, where it has changed nothing.
+        samples: that the stream and the evaluation fill.
 
     Raises:
         UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation.
@@ -137,12 +140,15 @@ def run_training(
         run.checkpoints, parallel, model, optimizer, config.save_total_limit
     )
     loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
+    loop.samples = samples
     if config.resume_from_checkpoint:
         loop.resume(stream)
     else:
         loop.cut_back(0, {})
     open_tracker = contextlib.closing(build_tracker(config, run.path, parallel.is_main))
     with open_tracker as tracker, caught_signals(stop) as stop:
+        if samples is not None:
+            samples.send_to(tracker)
         return loop.run(stream, evaluate, tracker, stop)
 
 
@@ -166,6 +172,7 @@ class _Loop:
         self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
         self.step = 0
         self.saved_step = -1
+        self.samples: SampleTable | None = None
         self.metrics: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_step = -1
@@ -192,6 +199,8 @@ class _Loop:
         if self.parallel.is_main:
             self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
         self.kept.cut_back(step, state.get("best", {}))
+        if self.samples is not None:
+            self.samples.load_state_dict(state.get("samples", {}))
 
     def run(
         self,
@@ -389,6 +398,7 @@ class _Loop:
                 "evaluated_step": self.evaluated_step,
                 "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
                 "best": self.kept.state_dict(),
+                "samples": {} if self.samples is None else self.samples.state_dict(),
             },
             stream.tensors() if isinstance(stream, LiveStream) else None,
         )

@@ -57,6 +57,7 @@ from rrhf.training.ppo_ptx import PtxObjective, PtxStream, marked
 from rrhf.training.ppo_stream import PPOStream
 from rrhf.training.rank import RankConfig, RankObjective
 from rrhf.training.rollout import RolloutWriter
+from rrhf.training.sample_table import SampleTable
 from rrhf.training.setup import (
     Workbench,
     finish_run,
@@ -108,6 +109,11 @@ def train(config: PPOConfig) -> Path:
         )
         ppo_objective = None if config.method == "rrhf" else PPOObjective(config, controller)
         normalizer: Normalizer | None = RunningMeanStd() if config.normalize_reward else None
+        samples = SampleTable(
+            bench.run.samples if bench.parallel.is_main else None,
+            config.sample_table_steps,
+            config.sample_table_rows,
+        )
         stream = PPOStream(
             fitting,
             writer,
@@ -117,11 +123,12 @@ def train(config: PPOConfig) -> Path:
             ppo_objective,
             bench.codec.pad_id,
             bench.parallel,
+            samples,
         )
         evaluate = None
         if held_out:
             asked = _fitting(held_out, writer, str(config.eval_datasets))
-            evaluate = _evaluation(asked, writer, config, controller)
+            evaluate = _evaluation(asked, writer, config, controller, stream, samples)
         objective: Objective = ppo_objective or _rank_objective(config)
         feed: LiveStream = stream
         if config.ptx_datasets and ppo_objective is not None:
@@ -132,7 +139,16 @@ def train(config: PPOConfig) -> Path:
             feed = average = AveragedStream(feed, root.policy, config.ema_beta)
         models = _models(bench, root, average)
         outcome = run_training(
-            root, objective, feed, config, bench.run, bench.parallel, evaluate, models, stop
+            root,
+            objective,
+            feed,
+            config,
+            bench.run,
+            bench.parallel,
+            evaluate,
+            models,
+            stop,
+            samples,
         )
         return finish_run(
             bench,
@@ -244,12 +260,16 @@ def _evaluation(
     writer: RolloutWriter,
     config: PPOConfig,
     controller: KLController,
+    stream: PPOStream,
+    samples: SampleTable,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Answers held-out prompts once each, always by the same draws."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         rollout = writer.write(prompts, EVALUATION_ROUND, samples_per_prompt=1)
-        found = build_experience(rollout.rows, config, controller.coefficient).metrics
+        experience = build_experience(rollout.rows, config, controller.coefficient)
+        samples.show_evaluation(stream.steps_done, prompts, rollout.rows, experience)
+        found = experience.metrics
         names = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
         return {name: found[name] for name in names}
 

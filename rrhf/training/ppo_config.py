@@ -127,7 +127,14 @@ class PPOConfig(TrainingConfig):
     """Subtract the running mean of all scores so far and divide by their deviation."""
 
     missing_eos_penalty: float = 0.0
-    """Taken off the score of a response that does not end in EOS."""
+    """Taken off the score of a response that ends neither in EOS nor at truncate_token."""
+
+    truncate_token: str | None = field(default=None, metadata={"aliases": ["stop_token"]})
+    """Cut each response behind the first token that is this text, such as "."; it then counts as
+    ended, without an EOS being put there."""
+
+    truncate_after: int = 0
+    """Tokens of a response that truncate_token leaves alone."""
 
     max_unscored_fraction: float = 0.01
     """Stop where more than this share of a rollout could not be scored."""
@@ -191,6 +198,13 @@ class PPOConfig(TrainingConfig):
     eval_datasets: str | None = None
     """Prompts that are answered and scored at eval_steps and at the end."""
 
+    sample_table_steps: int = 1
+    """Write a few responses to samples.jsonl, and show them on a terminal: of the first rollout in
+    every so many optimiser steps, and of evaluations; 0 = none."""
+
+    sample_table_rows: int = 4
+    """How many."""
+
     def __post_init__(self) -> None:
         check_params(self.sampling(0))
         self._check_ranges()
@@ -228,6 +242,9 @@ class PPOConfig(TrainingConfig):
             "rrhf_weight": 0,
             "ptx_coeff": 0,
             "max_unscored_fraction": 0,
+            "truncate_after": 0,
+            "sample_table_steps": 0,
+            "sample_table_rows": 1,
         }
         for name, least in at_least.items():
             value = getattr(self, name)

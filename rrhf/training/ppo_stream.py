@@ -32,6 +32,7 @@ from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.ppo_objective import PPOObjective
 from rrhf.training.rollout import RolloutWriter
+from rrhf.training.sample_table import SampleTable
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class PPOStream:
         objective: is told which steps are the critic's alone, and asked for the largest ratio.
         pad_id: filler of the batches.
         parallel: ranks.
+        samples: to show rollouts in.
 
     Attributes:
         total_steps: optimiser steps; falls where --target_kl cuts rollouts short and their number
@@ -69,7 +71,9 @@ class PPOStream:
         objective: PPOObjective | None,
         pad_id: int,
         parallel: Parallel,
+        samples: SampleTable | None = None,
     ) -> None:
+        self._samples = samples
         self._prompts, self._writer, self._config = prompts, writer, config
         self._controller, self.normalizer = controller, normalizer
         self._objective, self._pad_id, self._parallel = objective, pad_id, parallel
@@ -186,6 +190,11 @@ class PPOStream:
         """Take the experience up again."""
         self._experience = unpack(tensors) if tensors else []
 
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps that have been given out."""
+        return self._step
+
     def prompts_of(self, number: int) -> list[CandidateSet]:
         """The prompts of a rollout: passes over all of them, each in an order of its own."""
         count = self._config.prompts_per_rollout
@@ -214,20 +223,25 @@ class PPOStream:
 
     def _begin_rollout(self) -> None:
         number = self._number + 1
-        rollout = self._writer.write(self.prompts_of(number), number)
+        prompts = self.prompts_of(number)
+        rollout = self._writer.write(prompts, number)
         self._number, self._place = number, 0  # from here on nothing can stop it half way
         experience = build_experience(
             rollout.rows, self._config, self._controller.coefficient, self.normalizer
         )
         self._controller.update(experience.kl, experience.num_responses)
         self._experience = experience.sets
+        if self._samples is not None:
+            self._samples.show_rollout(self._step, number, prompts, rollout.rows, experience)
         self.counts.update(rollout.counts)
         sampled = max(rollout.counts["sampled"], 1)
         self._has_news = True
         self.rollout_metrics = {
             **experience.metrics,
-            "empty_fraction": rollout.counts["empty"] / sampled,
-            "unscored_fraction": rollout.counts["unscored"] / sampled,
+            **{
+                f"{name}_fraction": rollout.counts[name] / sampled
+                for name in ("empty", "unscored", "unfinished", "looped", "cut")
+            },
             **{f"seconds_{name}": value for name, value in rollout.seconds.items()},
         }
         logger.info(

@@ -40,6 +40,7 @@ from rrhf.signals import StopRequest
 from rrhf.training.experience import RolloutRow
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.response_ends import StopToken, is_loop
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class _Draft:
     old_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
     reference_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
     values: Tensor | None = None
+    is_cut: bool = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -112,6 +114,11 @@ class RolloutWriter:
         self._config, self._parallel = config, parallel
         self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
         self._said = False
+        self._stop_token: StopToken | None = None
+        if config.truncate_token is not None:
+            self._stop_token = StopToken(
+                codec.tokenizer, config.truncate_token, config.truncate_after
+            )
         self._engine = LocalEngine(
             root.policy.model,
             codec,
@@ -163,7 +170,8 @@ class RolloutWriter:
         mine = [renamed[place] for place in places]
         with parallel.autocast():
             drafts = self._do(lambda: self._sample(mine, places, number, samples_per_prompt))
-        counts = Counter(sampled=len(drafts))
+        drafts = [self._cut(draft, renamed) for draft in drafts]
+        counts = Counter(sampled=len(drafts), **self._degenerate(drafts))
         drafts = [draft for draft in drafts if len(draft.written.token_ids)]
         counts["empty"] = counts["sampled"] - len(drafts)
         clock.mark("generate")
@@ -205,6 +213,28 @@ class RolloutWriter:
             assert prompt_ids is not None, "prompts that do not fit were to be left out"
             drafts += [_Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
         return drafts
+
+    def _cut(self, draft: _Draft, prompts: Sequence[CandidateSet]) -> _Draft:
+        """The response up to its stop token, where it has one."""
+        ids = draft.token_ids
+        kept = None if self._stop_token is None else self._stop_token.kept(ids)
+        if kept is None:
+            return draft
+        text = self._codec.decode_response(prompts[draft.prompt], draft.prompt_ids, ids[:kept])
+        written = draft.written
+        cut = Sample(written.token_ids[:kept], written.logprobs[:kept], "stop", text)
+        return replace(draft, written=cut, is_cut=True)
+
+    def _degenerate(self, drafts: Sequence[_Draft]) -> dict[str, int]:
+        """How many responses were cut, and how many have little worth, by what they lack."""
+        end_ids = self._codec.end_ids
+        found = Counter(cut=0, unfinished=0, looped=0)
+        for draft in drafts:
+            words = [token for token in draft.token_ids if token not in end_ids]
+            found["cut"] += draft.is_cut
+            found["unfinished"] += draft.written.finish_reason == "length"
+            found["looped"] += is_loop(words)
+        return dict(found)
 
     def _score(self, drafts: Sequence[_Draft], prompts: Sequence[CandidateSet]) -> None:
         groups: dict[int, list[_Draft]] = {}
@@ -291,7 +321,9 @@ class RolloutWriter:
                     d.reference_logprobs,
                     d.values,
                     d.score,
-                    d.token_ids[-1] in self._codec.end_ids,
+                    d.is_cut or d.token_ids[-1] in self._codec.end_ids,
+                    d.written.text,
+                    d.written.finish_reason,
                 )
             )
         return rows

@@ -1,0 +1,71 @@
+"""How sampled responses end: cut at a stop token, and those without worth counted.
+
+Cut at a token: a response ends behind the first token with a given text (a full stop, a newline)
+at or after a given place; what the policy wrote behind it is forgotten (Ziegler et al. 2019,
+arXiv:1909.08593, section 2.4). The place depends on nothing that comes later, so what is kept was
+sampled by the policy as it stands. Nothing is put in place of an EOS that was not sampled.
+
+A loop is an answer that ends in the same few tokens again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rrhf.errors import UserError
+
+LONGEST_PERIOD, LEAST_REPEATS, LEAST_TOKENS = 16, 4, 12
+
+
+class StopToken:
+    """Where a response is cut.
+
+    Args:
+        tokenizer: of the policy.
+        text: of the token; blanks around it do not count, so "." is also the token " .".
+        after: how many tokens of a response are never asked.
+
+    Raises:
+        UserError: no token of the vocabulary is that text.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, after: int = 0) -> None:
+        wanted = text.strip(" ")
+        special = set(tokenizer.all_special_ids)
+        vocabulary = sorted(set(tokenizer.get_vocab().values()) - special)
+        texts = tokenizer.batch_decode([[token] for token in vocabulary])
+        self.ids = frozenset(
+            token
+            for token, found in zip(vocabulary, texts, strict=True)
+            if wanted and found.strip(" ") == wanted
+        )
+        if not self.ids:
+            raise UserError(
+                f"--truncate_token {text!r}: no token of the vocabulary is this text; give one "
+                "such as '.' or a newline"
+            )
+        self._after = after
+
+    def kept(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens stay, the stop token included; None where there is no such token."""
+        for place in range(self._after, len(token_ids)):
+            if token_ids[place] in self.ids:
+                return place + 1
+        return None
+
+
+def is_loop(token_ids: Sequence[int]) -> bool:
+    """Whether the end is one stretch of at most 16 tokens, four times or more, 12 tokens at least.
+
+    Args:
+        token_ids: of a response, without its EOS.
+    """
+    for period in range(1, LONGEST_PERIOD + 1):
+        needed = max(LEAST_REPEATS * period, LEAST_TOKENS)
+        if needed > len(token_ids):
+            continue
+        tail = token_ids[-needed:]
+        if all(a == b for a, b in zip(tail, tail[period:], strict=False)):
+            return True
+    return False
