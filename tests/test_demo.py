@@ -13,7 +13,8 @@ from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.evaluation.bootstrap import paired_difference
 from rrhf.evaluation.results import load_row, measure_from_json
 from rrhf.models.loading import load_causal_lm
-from rrhf.studies.demo import DemoConfig, pooled_rows, run_demo
+from rrhf.report.pooling import pooled_rows
+from rrhf.studies.demo import DemoConfig, run_demo
 
 
 @pytest.fixture(scope="module")

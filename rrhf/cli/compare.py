@@ -1,6 +1,12 @@
-"""`rrhf compare`: parse, call, print; what it does stands in `rrhf.report.compare`."""
+"""`rrhf compare`: parse, call, print.
+
+Given rows it puts them into one table (`rrhf.report.compare`); given `--world` it makes the rows
+first, by training every method (`rrhf.studies.methods`).
+"""
 
 from __future__ import annotations
+
+import logging
 
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import print_once
@@ -8,7 +14,20 @@ from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
+    if any(word.partition("=")[0] == "--world" for word in argv):
+        return compare_methods(argv, "rrhf compare")
     from rrhf.report.compare import CompareConfig, compare
 
     print_once(compare(parse_config(CompareConfig, argv, "rrhf compare")).text)
+    return EXIT_DONE
+
+
+def compare_methods(argv: list[str], prog: str) -> int:
+    """Train and compare the methods themselves."""
+    from rrhf.studies.methods import MethodsConfig, run
+
+    config = parse_config(MethodsConfig, argv, prog)
+    # As in the demonstration, the study has its own lines.
+    logging.getLogger("rrhf").setLevel(logging.WARNING)
+    print_once(run(config, say=print_once).read_text())
     return EXIT_DONE

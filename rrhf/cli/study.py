@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from rrhf.cli.compare import compare_methods
 from rrhf.cli.fields import nearest
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import print_once
@@ -14,6 +15,11 @@ STUDIES: dict[str, tuple[str, str, str]] = {
         "rrhf.studies.hh_reward",
         "HHRewardConfig",
         "reward models against plain baselines on real preference pairs, in folds",
+    ),
+    "methods": (
+        "rrhf.studies.methods",
+        "MethodsConfig",
+        "RRHF offline, in rounds and online, best-of-N, PPO, RLOO and GRPO on the embedded world",
     ),
 }
 
@@ -44,6 +50,8 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {close!r}? " if close else ""
         raise UserError(f"rrhf study: unknown study {name!r}; {hint}Studies: {', '.join(STUDIES)}.")
     module_name, config_name, _ = STUDIES[name]
+    if name == "methods":
+        return compare_methods(rest, "rrhf study methods")
     module = importlib.import_module(module_name)
     results = module.run(parse_config(getattr(module, config_name), rest, f"rrhf study {name}"))
     print_once(f"Results: {results}")

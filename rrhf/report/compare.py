@@ -42,7 +42,8 @@ _GAIN_METRICS = ("reward", "gold", "win_reward", "win_gold", "kl", "ppl_referenc
 
 @dataclass
 class CompareConfig:
-    """Put evaluated rows into one table."""
+    """Put evaluated rows into one table. With --world help_desk it trains and compares the methods
+    themselves: see `rrhf study methods --help`."""
 
     rows: list[str] = field(metadata={"positional": True})
     """Files that `rrhf evaluate` wrote, or folders with such files, in the order of the table."""

@@ -9,24 +9,21 @@ over seeds stands beside them in `table.md`).
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rrhf.errors import UserError
-from rrhf.evaluation.bootstrap import estimate
-from rrhf.evaluation.results import measure_from_json
 from rrhf.files import replaced_file
+from rrhf.report.pooling import pooled_rows
 from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
-from rrhf.studies.help_desk_study import HelpDeskStudy, finish
+from rrhf.studies.help_desk_stages import finish
+from rrhf.studies.help_desk_study import HelpDeskStudy
+from rrhf.studies.seeds import run_seeds, seed_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +71,8 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Pa
     """Do every seed and write the table; returns the table's path."""
     started = time.monotonic()
     folder = Path(config.output_dir)
-    seeds = range(config.seeds)
-    jobs = min(config.jobs or _num_cores(), config.seeds)
-    if jobs == 1:
-        by_seed = [run_seed(folder, config.size, seed, config.seeds, say) for seed in seeds]
-    else:
-        by_seed = _side_by_side(folder, config, jobs, say)
+    run = partial(run_seed, folder, config.size)
+    by_seed = run_seeds(run, range(config.seeds), config.jobs, say)
     rows = pooled_rows(by_seed)
     table = folder / "table.md"
     with replaced_file(table) as file:
@@ -90,80 +83,13 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Pa
 
 
 def run_seed(
-    folder: Path, size: str, seed: int, num_seeds: int, say: Callable[[str], None]
+    folder: Path, size: str, seed: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One seed on one thread: at this size a second thread only gets in the way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    prefix = f"seed {seed}: " if num_seeds > 1 else ""
-    try:
-        study = HelpDeskStudy(
-            seed_folder(folder, seed), size, seed, say=lambda text: say(prefix + text)
-        )
-        rows = study.run()
-        finish(study)
-        return rows
-    finally:
-        torch.set_num_threads(threads)
-
-
-def seed_folder(folder: Path, seed: int) -> Path:
-    """Where a seed's stages lie."""
-    return folder / f"seed-{seed}"
-
-
-def pooled_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several seeds as one: each prompt of each seed counts, intervals anew over all."""
-    if len(by_seed) == 1:
-        return list(by_seed[0])
-    pooled = []
-    for rows in zip(*by_seed, strict=True):
-        metrics: dict[str, Any] = {}
-        for name in rows[0]["per_prompt"]:
-            merged: dict[str, Any] = {"values": {}, "weights": {}}
-            for seed, row in enumerate(rows):
-                told = row["per_prompt"][name]
-                values = {f"{seed}/{key}": value for key, value in told["values"].items()}
-                merged["values"] |= values
-                weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)
-                merged["weights"] |= {f"{seed}/{key}": w for key, w in weights.items()}
-                merged["scale"] = told.get("scale", "mean")
-            metrics[name] = estimate(measure_from_json(merged)).as_dict()
-        for name, value in rows[0]["metrics"].items():
-            metrics.setdefault(name, value)
-        pooled.append({**rows[0], "metrics": metrics})
-    return pooled
-
-
-def _side_by_side(
-    folder: Path, config: DemoConfig, jobs: int, say: Callable[[str], None]
-) -> list[list[dict[str, Any]]]:
-    context = multiprocessing.get_context("spawn")
-    done: dict[int, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet_worker) as pool:
-        waiting = {
-            pool.submit(run_seed, folder, config.size, seed, config.seeds, _say_line): seed
-            for seed in range(config.seeds)
-        }
-        for future in as_completed(waiting):
-            done[waiting[future]] = future.result()
-            say(f"seed {waiting[future]} is done ({len(done)} of {config.seeds})")
-    return [done[seed] for seed in range(config.seeds)]
-
-
-def _quiet_worker() -> None:
-    """Bars of several processes would write over each other; their lines do not."""
-    os.environ["TQDM_DISABLE"] = "1"
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
-
-
-def _say_line(text: str) -> None:
-    logger.info(text)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """All stages of one seed; returns its rows."""
+    study = HelpDeskStudy(seed_folder(folder, seed), size, seed, say=say)
+    rows = study.run()
+    finish(study)
+    return rows
 
 
 def _as_page(

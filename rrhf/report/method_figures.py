@@ -1,0 +1,141 @@
+"""What each method gained and paid on its way, as two pictures (needs the extra `report`).
+
+One colour a method in both; each curve is named at its end, so no legend has to be looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+
+INK, FAINT = "#222222", "#d9d9d9"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#a07800", "#555555")
+"""After Okabe and Ito, darkened where they were too light for text on white."""
+
+SIZE = (7.2, 4.8)
+LABEL_GAP = 0.052
+"""Least distance of two labels, as a share of the height."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Attributes:
+    kl: nats a response from the start policy; a bound for best-of-N.
+    reward, gold: means.
+    reward_range, gold_range: their intervals, or None.
+    """
+
+    kl: float
+    reward: float
+    gold: float
+    reward_range: tuple[float, float] | None = None
+    gold_range: tuple[float, float] | None = None
+
+
+Curves = Mapping[str, Sequence[Point]]
+
+
+def draw_reward_against_kl(curves: Curves, target: Path) -> Path:
+    """The learned reward that each nat of KL bought: a curve a method, a point a checkpoint."""
+    lines = {
+        name: [(p.kl, p.reward, p.reward_range) for p in points] for name, points in curves.items()
+    }
+    return _draw(
+        lines, "KL from SFT (nats a response)", "reward-model score", "Reward against KL", target
+    )
+
+
+def draw_gold_against_reward(curves: Curves, target: Path) -> Path:
+    """Whether the true preference follows the learned one: over-optimisation bends a curve down."""
+    lines = {
+        name: [(p.reward, p.gold, p.gold_range) for p in points] for name, points in curves.items()
+    }
+    return _draw(
+        lines, "reward-model score", "gold (true preference)", "Gold against reward", target
+    )
+
+
+def _draw(
+    lines: Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None]]],
+    x_label: str,
+    y_label: str,
+    title: str,
+    target: Path,
+) -> Path:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "pictures: the package matplotlib is not installed; install rrhf[report]"
+        ) from error
+    figure = Figure(figsize=SIZE, dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for place, points in enumerate(lines.values()):
+        colour = COLOURS[place % len(COLOURS)]
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        for x, _, ends in points:
+            if ends is not None:
+                axis.plot([x, x], ends, color=colour, alpha=0.35, linewidth=1.2, zorder=2)
+        style = "--" if len(points) > 1 and place == len(lines) - 1 else "-"
+        axis.plot(xs, ys, style, color=colour, marker="o", markersize=4.5, linewidth=1.8, zorder=3)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.set_title(title, loc="left", fontsize=12, color=INK)
+    axis.grid(color=FAINT, linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    _name_the_ends(axis, {name: points[-1][:2] for name, points in lines.items()})
+    figure.savefig(target)
+    return target
+
+
+def _name_the_ends(axis: Any, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Names right of the picture, at the heights of the ends but moved apart, with a thin lead."""
+    low, high = axis.get_ylim()
+    left, right = axis.get_xlim()
+    gap = LABEL_GAP * (high - low)
+    order = sorted(ends, key=lambda name: ends[name][1])
+    heights = apart([ends[name][1] for name in order], gap, low, high)
+    colours = dict(zip(ends, COLOURS * (1 + len(ends) // len(COLOURS)), strict=False))
+    edge = right + 0.03 * (right - left)
+    for name, height in zip(order, heights, strict=True):
+        x, y = ends[name]
+        axis.plot(
+            [x, edge], [y, height], color=colours[name], linewidth=0.6, alpha=0.5, clip_on=False
+        )
+        axis.text(
+            edge + 0.01 * (right - left), height, name, color=colours[name], va="center", fontsize=9
+        )
+    axis.set_xlim(left, right)
+    axis.set_ylim(low, high)
+
+
+def apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The heights, ascending, moved so that neighbours are `gap` apart, and as little as needed.
+
+    Groups that touch are laid out evenly about their own middle; the whole stays within
+    [low, high] where it fits.
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _ends(groups[-2], gap)[1] + gap > _ends(groups[-1], gap)[0]:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    placed = []
+    for group in groups:
+        first, last = _ends(group, gap)
+        shift = max(low - first, 0.0) - max(last - high, 0.0)
+        placed += [first + shift + gap * i for i in range(len(group))]
+    return placed
+
+
+def _ends(group: Sequence[float], gap: float) -> tuple[float, float]:
+    middle, half = sum(group) / len(group), gap * (len(group) - 1) / 2
+    return middle - half, middle + half

@@ -1,0 +1,79 @@
+"""Methods side by side, as a page: what each gained, what it cost, and where it went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rrhf.report.table import NOTHING, Column, cell, column_of, format_number, markdown_lines
+from rrhf.report.training_cost import TrainingCost
+
+Row = Mapping[str, Any]
+
+COLUMNS = ("gold", "win_gold", "reward", "kl", "ppl_reference", "length")
+COST_COLUMNS: dict[str, Column] = {
+    "responses": Column("responses drawn and scored", 0),
+    "drawn_tokens": Column("tokens drawn (k)", 1),
+    "trained_tokens": Column("tokens trained on (k)", 1),
+    "cpu_seconds": Column("CPU seconds", 0),
+    "networks": Column("networks in memory", 0),
+}
+
+
+def gains_table(rows: Mapping[str, Row], greedy: Mapping[str, Row]) -> str:
+    """Metrics of sampled responses, with intervals, and gold of greedy ones.
+
+    Args:
+        rows: method -> row, in order.
+        greedy: method -> row; a method may lack one.
+    """
+    headings = ["", *(column_of(metric).heading for metric in COLUMNS), "gold, greedy ↑"]
+    lines = []
+    for key, row in rows.items():
+        last = cell(greedy[key], "gold") if key in greedy else NOTHING
+        lines.append([str(row["name"]), *(cell(row, metric) for metric in COLUMNS), last])
+    return markdown_lines(headings, lines)
+
+
+def cost_table(titles: Mapping[str, str], costs: Mapping[str, TrainingCost]) -> str:
+    """What each method took after SFT and reward model."""
+    headings = ["", *(column.title for column in COST_COLUMNS.values())]
+    lines = []
+    for key, cost in costs.items():
+        values = cost.as_dict()
+        thousands = {"drawn_tokens", "trained_tokens"}
+        lines.append(
+            [
+                titles[key],
+                *(
+                    format_number(values[name] / (1000 if name in thousands else 1), column.digits)
+                    for name, column in COST_COLUMNS.items()
+                ),
+            ]
+        )
+    return markdown_lines(headings, lines)
+
+
+def by_seed_table(seeds: Sequence[int], rows: Mapping[str, Sequence[Row]]) -> str:
+    """Gold of each seed, their mean and deviation, and of how many seeds it is above SFT's."""
+    headings = ["", *(f"seed {seed}" for seed in seeds), "mean", "sd"]
+    lines = []
+    for of_seeds in rows.values():
+        values = [float(row["metrics"]["gold"]["mean"]) for row in of_seeds]
+        mean = sum(values) / len(values)
+        spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
+        told = [format_number(value, 2) for value in [*values, mean, spread]]
+        lines.append([str(of_seeds[0]["name"]), *told])
+    return markdown_lines(headings, lines)
+
+
+def apart_from(baseline: Row, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Names of the rows whose gold interval lies above the baseline's, and of the others."""
+    high = baseline["metrics"]["gold"]["high"]
+    above: list[str] = []
+    others: list[str] = []
+    for row in rows:
+        low = row["metrics"]["gold"]["low"]
+        is_above = low is not None and high is not None and low > high
+        (above if is_above else others).append(str(row["name"]))
+    return above, others

@@ -1,0 +1,94 @@
+"""What a method cost after SFT and reward model, read from its run folders.
+
+Counted are responses drawn (each is scored once), their tokens, the tokens that went forward and
+backward (once for each network that learns), processor seconds, and the networks that are in
+memory together while it trains. What evaluating it cost is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rrhf.files import read_manifest
+from rrhf.report.curves import read_curve
+
+FROZEN_ONLINE = 2
+"""Beside what they train, online methods hold the reference policy and the reward model."""
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Attributes:
+    responses: drawn from policies, and scored.
+    drawn_tokens: in these responses.
+    trained_tokens: prompts included; a critic's count as well as the policy's.
+    cpu_seconds: of one thread.
+    networks: most in memory at a time while training; 0 = nothing was trained.
+    """
+
+    responses: float = 0.0
+    drawn_tokens: float = 0.0
+    trained_tokens: float = 0.0
+    cpu_seconds: float = 0.0
+    networks: float = 0.0
+
+    def __add__(self, other: TrainingCost) -> TrainingCost:
+        return TrainingCost(
+            self.responses + other.responses,
+            self.drawn_tokens + other.drawn_tokens,
+            self.trained_tokens + other.trained_tokens,
+            self.cpu_seconds + other.cpu_seconds,
+            max(self.networks, other.networks),
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def cost_of(folders: Sequence[Path], stage_file: str) -> TrainingCost:
+    """The sum over stages.
+
+    Args:
+        folders: candidates, offline rankings or online trainings, finished.
+        stage_file: where a stage's folder notes its `cpu_seconds`.
+    """
+    return sum((_cost_of_stage(folder, stage_file) for folder in folders), TrainingCost())
+
+
+def mean_cost(costs: Sequence[TrainingCost]) -> TrainingCost:
+    """Of several seeds."""
+    count = len(costs)
+    values = [cost.as_dict() for cost in costs]
+    return TrainingCost(**{name: sum(v[name] for v in values) / count for name in values[0]})
+
+
+def _cost_of_stage(folder: Path, stage_file: str) -> TrainingCost:
+    seconds = float(json.loads((folder / stage_file).read_text())["cpu_seconds"])
+    candidates = read_manifest(folder / "candidates.jsonl")
+    if candidates is not None:
+        return TrainingCost(candidates["samples"], candidates["tokens"], 0, seconds)
+    manifest: dict[str, Any] | None = read_manifest(folder)
+    assert manifest is not None, f"{folder} holds no finished stage"
+    if manifest["stage"] != "ppo":
+        return TrainingCost(0, 0, manifest["tokens"], seconds, 1)
+    trained = 1 + (manifest["method"] == "ppo")
+    drawn = manifest["data"]["responses"]["sampled"]
+    return TrainingCost(
+        drawn,
+        drawn * _mean_length(folder),
+        manifest["tokens"] * trained,
+        seconds,
+        trained + FROZEN_ONLINE,
+    )
+
+
+def _mean_length(run: Path) -> float:
+    """Tokens a response, over all rollouts."""
+    rollouts = dict(read_curve(run, "rollout"))
+    lengths = dict(read_curve(run, "response_length"))
+    by_rollout = {rollouts[step]: length for step, length in lengths.items() if step in rollouts}
+    return sum(by_rollout.values()) / len(by_rollout)

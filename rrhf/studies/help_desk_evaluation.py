@@ -1,0 +1,94 @@
+"""Rows of a study on the embedded world: all on the same prompts, judges, reference and opponent.
+
+Each row is saved as it is measured, so an evaluation that was killed goes on with the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rrhf.evaluation.evaluator import Evaluator
+from rrhf.evaluation.likelihoods import LikelihoodReader
+from rrhf.evaluation.results import file_stem, is_row, load_row, save_row, try_json
+from rrhf.generation.engine import SamplingParams
+from rrhf.scoring.build import build_scorer
+from rrhf.studies.help_desk_stages import MAX_NEW_TOKENS, HelpDeskStages
+
+OPPONENT_SEED = 1
+ROW_SEED = 2
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row to measure.
+
+    Attributes:
+        name: in the table.
+        policy: the stage, or the folder below the seed's, whose policy answers.
+        is_greedy: one greedy response instead of samples.
+        best_of: each response is the best of so many.
+    """
+
+    name: str
+    policy: str
+    is_greedy: bool = False
+    best_of: int = 1
+
+
+def evaluate_rows(
+    study: HelpDeskStages,
+    plan: Sequence[RowPlan],
+    folder: Path,
+    num_prompts: int | None = None,
+    samples: int = 2,
+    has_likelihoods: bool = True,
+    extra: Callable[[RowPlan], dict[str, Any]] = lambda _: {},
+) -> list[Path]:
+    """Measure and save the rows that are not there yet; returns their files in the plan's order.
+
+    Args:
+        study: whose SFT policy is reference and opponent, and whose reward model scores.
+        plan: the rows.
+        folder: where they go.
+        num_prompts: the first so many test prompts; None = all.
+        samples: responses a prompt, where they are sampled.
+        has_likelihoods: also measure what policies make of good replies and of pairs.
+        extra: keys to add to a row.
+    """
+    world = study.world
+    missing = [row for row in plan if not is_row(try_json(_row_file(folder, row)))]
+    if missing:
+        reference = study.engine("sft")
+        evaluator = Evaluator(
+            world.test_prompts()[:num_prompts],
+            scorer=build_scorer(str(study.folder / "reward" / "reward_model")),
+            gold=world,
+            reference=LikelihoodReader(reference.model, reference.codec, "sft"),
+            human=world.references("GOOD") if has_likelihoods else (),
+            pairs=world.held_out_pairs() if has_likelihoods else (),
+        )
+        sampled = SamplingParams(
+            num_return_sequences=samples, max_new_tokens=MAX_NEW_TOKENS, seed=ROW_SEED
+        )
+        greedy = replace(sampled, do_sample=False, num_return_sequences=1)
+        opponent = evaluator.sample("SFT", reference, replace(sampled, seed=OPPONENT_SEED))
+        evaluator.set_baseline("SFT", opponent)
+        engines = {"sft": reference}
+        for row in missing:
+            if row.policy not in engines:
+                engines = {"sft": reference, row.policy: study.engine(row.policy)}
+            params = greedy if row.is_greedy else sampled
+            measured = evaluator.row(row.name, engines[row.policy], params, best_of=row.best_of)
+            save_row({**measured, **extra(row)}, evaluator.samples.pop(row.name), folder)
+    return [_row_file(folder, row) for row in plan]
+
+
+def load_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
+    return [load_row(path) for path in files]
+
+
+def _row_file(folder: Path, row: RowPlan) -> Path:
+    return folder / f"{file_stem(row.name)}.json"

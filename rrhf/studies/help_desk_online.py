@@ -1,0 +1,72 @@
+"""Settings of the online methods on the embedded world: PPO, its critic-free cousins, online RRHF.
+
+All draw as many responses as one round of offline ranking (four for each alignment prompt), in
+rollouts of a hundred, and make two passes over each rollout, as offline ranking makes over its
+candidates. The scores are brought to deviation 1 as they come, so that one KL coefficient means the
+same for every reward model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.training.ppo_config import GROUP_METHODS, PPOConfig
+
+SAMPLES_PER_PROMPT = 4
+ROLLOUT_SIZE = 100
+NUM_ROLLOUTS = {"full": 20, "smoke": 8}
+MINIBATCH = {"responses": 25, "prompts": 5}
+POINTS = 5
+"""Policies kept along an online training, for its curve."""
+
+EVERY_METHOD: dict[str, Any] = {
+    "ppo_epochs": 2,
+    "learning_rate": 5e-4,
+    "warmup_ratio": 0.1,
+    "min_learning_rate_ratio": 0.1,
+    "kl_coeff": 0.2,
+    "normalize_reward": True,
+    "clip_range_score": 5.0,
+    "missing_eos_penalty": 1.0,
+}
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "ppo": {"critic_learning_rate": 1e-3, "critic_warmup_ratio": 0.1, "vf_coeff": 0.1},
+    "rloo": {},
+    "grpo": {},
+    "rrhf": {"rrhf_weight": 0.1, "sft_reduction": "response"},
+}
+
+
+def online_config(
+    method: str, size: str, shared: dict[str, Any], files: dict[str, str], points: int = 0
+) -> PPOConfig:
+    """The settings of one method.
+
+    Args:
+        method: a key of `OF_METHOD`.
+        size: of the world.
+        shared: what every training of the study has in common, the run folder included.
+        files: the policy to start from, prompts and reward model, under their settings' names.
+        points: keep so many policies along the way, evenly spread; 0 = none.
+    """
+    if method not in OF_METHOD:
+        raise UserError(f"method {method!r}: choose from {', '.join(OF_METHOD)}")
+    is_grouped = method in GROUP_METHODS
+    samples = SAMPLES_PER_PROMPT if is_grouped else 1
+    minibatch = MINIBATCH["prompts" if method == "rrhf" else "responses"]
+    steps = NUM_ROLLOUTS[size] * EVERY_METHOD["ppo_epochs"] * ROLLOUT_SIZE // minibatch
+    if method == "rrhf":
+        steps //= samples
+    settings = {**shared, **files, **EVERY_METHOD, **OF_METHOD[method]}
+    if points:
+        settings["save_policy_steps"] = steps // points
+    return PPOConfig(
+        method=method,  # type: ignore[arg-type]
+        num_return_sequences=samples,
+        rollout_size=ROLLOUT_SIZE,
+        num_rollouts=NUM_ROLLOUTS[size],
+        per_device_prompt_batch_size=ROLLOUT_SIZE // samples,
+        per_device_train_batch_size=minibatch,
+        **settings,
+    )

@@ -1,0 +1,256 @@
+"""Which method should one use, at what cost: all of them, on one world, under one budget.
+
+From one SFT policy and one reward model a seed: best-of-N, fine-tuning on the best of N, RRHF
+offline, in rounds (IP) and online (OP), PPO, RLOO and GRPO. Each method of one round, and each
+online one, draws and scores the same number of responses. The page, its two pictures and the
+numbers behind them are written from the run folders alone, so a second call writes them again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rrhf.errors import UserError
+from rrhf.files import replaced_file, write_json
+from rrhf.report.method_figures import (
+    Point,
+    draw_gold_against_reward,
+    draw_reward_against_kl,
+)
+from rrhf.report.methods_page import apart_from, by_seed_table, cost_table, gains_table
+from rrhf.report.over_optimization import kl_of, parting, sentence
+from rrhf.report.pooling import pooled_rows
+from rrhf.report.training_cost import TrainingCost, mean_cost
+from rrhf.studies.help_desk_stages import finish
+from rrhf.studies.methods_study import METHODS, MethodsStudy, SeedResult
+from rrhf.studies.seeds import run_seeds, seed_folder
+
+logger = logging.getLogger(__name__)
+
+PAGE, NUMBERS = "methods.md", "methods.json"
+REWARD_KL, GOLD_REWARD = "methods_reward_kl.png", "methods_gold_reward.png"
+
+
+@dataclass
+class MethodsConfig:
+    """Settings of `rrhf compare --world` and `rrhf study methods`."""
+
+    world: Literal["help_desk"] = "help_desk"
+    """The world to compare the methods on."""
+
+    seeds: int = 3
+    """How many times to do everything, each with other data and weights."""
+
+    first_seed: int = 0
+    """Number of the first; settings were chosen on 10 and 11."""
+
+    methods: list[str] = field(default_factory=list)
+    """Which methods; empty = all: best-of-n, best-of-n-sft, rrhf, rrhf-2, rrhf-4, online-rrhf, ppo,
+    rloo, grpo. SFT is always there."""
+
+    output_dir: str = "runs/compare"
+    """Run folders go here; what was stopped goes on from there."""
+
+    into: str = ""
+    """Write page, pictures and numbers to this folder; empty = output_dir."""
+
+    size: Literal["full", "smoke"] = "full"
+    """full, or smoke: a third of the work, for tests."""
+
+    jobs: int = 0
+    """Seeds at the same time; 0 = one for each core."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: give {least} or more")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
+
+
+def run(config: MethodsConfig, say: Callable[[str], None] = logger.info) -> Path:
+    """Do every seed, then write the page; returns its path."""
+    started = time.monotonic()
+    folder = Path(config.output_dir)
+    methods = ["sft", *(config.methods or METHODS)]
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    by_seed = run_seeds(partial(_run_seed, folder, config.size, methods), seeds, config.jobs, say)
+    page = write_report(by_seed, seeds, Path(config.into or folder), _command(config))
+    say(f"{page} is written, after {time.monotonic() - started:.0f} s")
+    return page
+
+
+def _run_seed(
+    folder: Path, size: str, methods: Sequence[str], seed: int, say: Callable[[str], None]
+) -> SeedResult:
+    study = MethodsStudy(methods, seed_folder(folder, seed), size, seed, say=say)
+    result = study.run()
+    finish(study)
+    return result
+
+
+def write_report(
+    by_seed: Sequence[SeedResult], seeds: Sequence[int], target: Path, command: str
+) -> Path:
+    """Page, pictures and numbers from what the seeds gave; returns the page's path.
+
+    Args:
+        by_seed: of every seed, with the same methods.
+        seeds: their numbers.
+        target: the folder to write to.
+        command: that made them.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    rows = _pooled([result.rows for result in by_seed])
+    greedy = _pooled([result.greedy for result in by_seed])
+    costs = {key: mean_cost([result.costs[key] for result in by_seed]) for key in rows}
+    titles = list(by_seed[0].curves)
+    curves = {title: pooled_rows([result.curves[title] for result in by_seed]) for title in titles}
+    partings = {title: parting(points) for title, points in curves.items()}
+    points = {title: [_point(row) for row in rows] for title, rows in curves.items()}
+    if points:
+        draw_reward_against_kl(points, target / REWARD_KL)
+        draw_gold_against_reward(points, target / GOLD_REWARD)
+    write_json(
+        target / NUMBERS,
+        {
+            "command": command,
+            "seeds": list(seeds),
+            "rows": {
+                key: {
+                    "name": row["name"],
+                    "metrics": row["metrics"],
+                    "greedy": greedy[key]["metrics"] if key in greedy else None,
+                    "gold_by_seed": [r.rows[key]["metrics"]["gold"]["mean"] for r in by_seed],
+                    "cost": costs[key].as_dict(),
+                }
+                for key, row in rows.items()
+            },
+            "curves": {
+                title: [
+                    {
+                        "name": row["name"],
+                        "kl": kl_of(row),
+                        **{metric: row["metrics"][metric] for metric in ("reward", "gold")},
+                    }
+                    for row in points
+                ]
+                for title, points in curves.items()
+            },
+            "over_optimization": {title: found.as_dict() for title, found in partings.items()},
+        },
+    )
+    sentences = [sentence(title, found) for title, found in partings.items()]
+    page = target / PAGE
+    with replaced_file(page) as file:
+        file.write(_page(by_seed, seeds, command, rows, greedy, costs, sentences).encode())
+    return page
+
+
+def _pooled(by_seed: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    keys = list(by_seed[0])
+    return dict(
+        zip(keys, pooled_rows([[rows[key] for key in keys] for rows in by_seed]), strict=True)
+    )
+
+
+def _point(row: Mapping[str, Any]) -> Point:
+    reward, gold = row["metrics"]["reward"], row["metrics"]["gold"]
+    return Point(
+        kl_of(row) or 0.0,
+        reward["mean"],
+        gold["mean"],
+        (reward["low"], reward["high"]),
+        (gold["low"], gold["high"]),
+    )
+
+
+def _page(
+    by_seed: Sequence[SeedResult],
+    seeds: Sequence[int],
+    command: str,
+    rows: Mapping[str, dict[str, Any]],
+    greedy: Mapping[str, dict[str, Any]],
+    costs: Mapping[str, TrainingCost],
+    sentences: Sequence[str],
+) -> str:
+    num_prompts = by_seed[0].rows["sft"]["made_with"]["num_prompts"]
+    titles = {key: str(row["name"]) for key, row in rows.items()}
+    others = [row for key, row in rows.items() if key != "sft"]
+    above, rest = apart_from(rows["sft"], others)
+    told = f"Gold above SFT's, 95 % intervals apart: {', '.join(above) or 'none'}."
+    if rest:
+        told += f" Not apart from SFT's: {', '.join(rest)}."
+    by_key = {key: [result.rows[key] for result in by_seed] for key in rows}
+    parts = [
+        "# Methods compared on the embedded world",
+        f"Made by `{command}`, which writes this page, its pictures and `{NUMBERS}` from the run "
+        "folders.",
+        _setting(seeds, num_prompts),
+        "## What each gained",
+        gains_table(rows, greedy).rstrip(),
+        told,
+        "Gold by seed (sampled):",
+        by_seed_table(seeds, by_key).rstrip(),
+        "## What each cost",
+        cost_table(titles, costs).rstrip(),
+        _COSTS,
+    ]
+    if sentences:
+        parts += [
+            "## Reward against KL",
+            f"![Reward-model score against KL from SFT, one curve a method]({REWARD_KL})",
+            "## Where gold stops following the reward model",
+            f"![Gold against reward-model score, one curve a method]({GOLD_REWARD})",
+            "\n".join(f"- {text}" for text in sentences),
+            _CURVES,
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _setting(seeds: Sequence[int], num_prompts: int) -> str:
+    numbers = ", ".join(str(seed) for seed in seeds)
+    return (
+        f"Seeds {numbers}: other data, tokenizer, SFT policy and reward model each; the methods "
+        f"of a seed share them. {num_prompts} held-out prompts a seed, two samples each at "
+        "temperature 1, and one greedy response. Mean [95 % bootstrap interval over the prompts of all "
+        "seeds]; gold is the world's true preference, reward what the reward model learnt of it (in its "
+        "own normalised unit), win against independent samples of SFT, ties counting half, KL in "
+        "nats a response to SFT, ppl_reference the perplexity of a method's own responses under "
+        "SFT. Intervals cover prompts; of what another seed would give, the table by seed says a "
+        "little."
+    )
+
+
+_COSTS = (
+    "After SFT and reward model, mean of the seeds; evaluation is not counted. Best-of-N trains "
+    "nothing and pays at every answer: N responses and N scores. Tokens trained on went forward "
+    "and backward, once for each network that learns (a critic's count as well). Networks in "
+    "memory: policy; online, reference and reward model as well; PPO, a critic too. CPU seconds "
+    "are of one thread, saving included."
+)
+
+_CURVES = (
+    "Points of a curve: SFT, the policies kept on the way (one sample a prompt), and what the "
+    "method ends with; of RRHF in rounds, each round; of best-of-N, N = 1, 2, 4, 8, 16, with the "
+    "bound log N - (N - 1)/N for its KL. A method is said to part from the reward model only where "
+    "paired intervals say so: the reward rises, and gold falls, or is not seen to rise."
+)
+
+
+def _command(config: MethodsConfig) -> str:
+    words = f"rrhf compare --world {config.world} --seeds {config.seeds}"
+    if config.first_seed:
+        words += f" --first_seed {config.first_seed}"
+    if config.methods:
+        words += f" --methods {' '.join(config.methods)}"
+    if config.size != "full":
+        words += f" --size {config.size}"
+    return f"{words} --output_dir RUNS"

@@ -1,0 +1,225 @@
+"""One seed of the comparison of methods, stage by stage, from one SFT policy and one reward model.
+
+What a method is here stands in one line of `METHODS`: the stages that it needs, the policy that it
+ends with, and where the policies along its way lie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rrhf.report.training_cost import TrainingCost, cost_of
+from rrhf.studies.help_desk_evaluation import RowPlan, evaluate_rows, load_rows
+from rrhf.studies.help_desk_online import POINTS
+from rrhf.studies.help_desk_stages import STAGE_FILE, HelpDeskStages
+
+ROUNDS = 4
+BEST_OF_ON_CURVE = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: its name there.
+        stages: after SFT and reward model, in order.
+        online: `--method` of `rrhf train ppo`; "" for what trains offline or not at all.
+        best_of: its answers are the best of so many of SFT.
+        curve: the title of the curve on which it lies; "" = it has none.
+    """
+
+    title: str
+    stages: tuple[str, ...] = ()
+    online: str = ""
+    best_of: int = 1
+    curve: str = ""
+
+    @property
+    def policy(self) -> str:
+        """The stage that holds what it ends with."""
+        return self.stages[-1] if self.stages else "sft"
+
+
+def _rounds(count: int) -> tuple[str, ...]:
+    names: list[str] = []
+    for number in range(1, count + 1):
+        names += [f"round-{number}", rounds_policy(number)]
+    return tuple(names)
+
+
+def rounds_policy(number: int) -> str:
+    """The stage of RRHF's round, counted from 1; round 0 is SFT."""
+    return ("sft", "rrhf")[number] if number < 2 else f"rrhf-{number}"
+
+
+_IP = "RRHF in rounds (IP)"
+
+METHODS: dict[str, Method] = {
+    "sft": Method("SFT"),
+    "best-of-n": Method("best of 4", best_of=4, curve="best of N"),
+    "best-of-n-sft": Method("best-of-4 fine-tuning", ("round-1", "best-of-n")),
+    "rrhf": Method("RRHF offline", _rounds(1), curve=_IP),
+    "rrhf-2": Method("RRHF IP-2", _rounds(2), curve=_IP),
+    "rrhf-4": Method(f"RRHF IP-{ROUNDS}", _rounds(ROUNDS), curve=_IP),
+    "online-rrhf": Method("online RRHF (OP)", ("online-rrhf",), "rrhf", curve="online RRHF (OP)"),
+    "ppo": Method("PPO", ("ppo",), "ppo", curve="PPO"),
+    "rloo": Method("RLOO", ("rloo",), "rloo", curve="RLOO"),
+    "grpo": Method("GRPO", ("grpo",), "grpo", curve="GRPO"),
+}
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """Attributes:
+    rows: method -> its row, sampled.
+    greedy: method -> its row under greedy decoding, where a policy has one.
+    curves: title -> rows from SFT on, in the order of the training.
+    costs: method -> what it took.
+    """
+
+    rows: dict[str, dict[str, Any]]
+    greedy: dict[str, dict[str, Any]]
+    curves: dict[str, list[dict[str, Any]]]
+    costs: dict[str, TrainingCost]
+
+
+class MethodsStudy(HelpDeskStages):
+    """The comparison's stages.
+
+    Args:
+        methods: keys of `METHODS`, SFT among them.
+        others: as `HelpDeskStages` has them.
+    """
+
+    def __init__(self, methods: Sequence[str], *others: Any, **named: Any) -> None:
+        super().__init__(*others, **named)
+        self.methods = {key: METHODS[key] for key in METHODS if key in methods}
+        self._stages = list(dict.fromkeys(s for m in self.methods.values() for s in m.stages))
+        self.num_stages = 5 + len(self._stages) + 2
+
+    def run(self) -> SeedResult:
+        """All stages."""
+        self.prepare()
+        for name in self._stages:
+            self._method_stage(name)
+        rows, curves = self.folder / "evaluation", self.folder / "curves"
+        self.stage("evaluation", "evaluate on held-out prompts", lambda: self._measure_rows(rows))
+        self.stage("curves", "evaluate the policies between", lambda: self._measure_curves(curves))
+        return self._result(rows, curves)
+
+    def _method_stage(self, name: str) -> None:
+        weight = self.recipe.rrhf_weight
+        if name == "best-of-n":
+            self.stage(
+                name,
+                "train on the best alone (rank weight 0)",
+                lambda: self.train_rank(name, "round-1", "sft", weight=0.0),
+            )
+            return
+        online = next((m.online for m in self.methods.values() if m.stages == (name,)), "")
+        if online:
+            what = f"train online by {name}"
+            self.stage(name, what, lambda: self.train_online(name, online, POINTS))
+            return
+        number = int(name.rpartition("-")[2]) if "-" in name else 1
+        before = rounds_policy(number - 1)
+        if name.startswith("round-"):
+            self.stage(
+                name,
+                f"sample and score candidates (round {number})",
+                lambda: self.candidates(number, before),
+            )
+            return
+        self.stage(
+            name,
+            f"train by RRHF (round {number})",
+            lambda: self.train_rank(
+                name, f"round-{number}", before, weight, epochs=1.0 if number > 1 else None
+            ),
+        )
+
+    # Rows.
+
+    def _row_plans(self) -> dict[str, RowPlan]:
+        return {
+            key: RowPlan(m.title, m.policy, best_of=m.best_of) for key, m in self.methods.items()
+        }
+
+    def _greedy_plans(self) -> dict[str, RowPlan]:
+        return {
+            key: RowPlan(f"{m.title} greedy", m.policy, is_greedy=True)
+            for key, m in self.methods.items()
+            if m.best_of == 1
+        }
+
+    def _measure_rows(self, folder: Path) -> list[Path]:
+        plan = [*self._row_plans().values(), *self._greedy_plans().values()]
+        return evaluate_rows(self, plan, folder, samples=self.recipe.test_samples)
+
+    def _curve_plans(self) -> dict[str, list[RowPlan]]:
+        """The points between SFT and what a method ends with, by curve.
+
+        A point that is a row of the table already bears that row's name.
+        """
+        known = {(plan.policy, plan.best_of): plan for plan in self._row_plans().values()}
+        curves: dict[str, list[RowPlan]] = {}
+        for method in self.methods.values():
+            if not method.curve:
+                continue
+            points = [RowPlan("SFT", "sft")]
+            if method.best_of > 1:
+                points += [RowPlan(f"best of {n}", "sft", best_of=n) for n in BEST_OF_ON_CURVE]
+            elif method.online:
+                points += [
+                    RowPlan(f"{method.title} step {step}", folder)
+                    for step, folder in self._policies_of(method.policy)
+                ]
+                points.append(RowPlan(method.title, method.policy))
+            else:
+                rounds = [s for s in method.stages if s.startswith("rrhf")]
+                points += [RowPlan(f"RRHF round {i}", s) for i, s in enumerate(rounds, 1)]
+            curves[method.curve] = [known.get((p.policy, p.best_of), p) for p in points]
+        return curves
+
+    def _policies_of(self, stage: str) -> list[tuple[int, str]]:
+        """Steps and folders of the policies that were kept on the way, without the last one."""
+        found = []
+        for path in (self.folder / stage / "policies").glob("step-*"):
+            number = re.fullmatch(r"step-(\d+)", path.name)
+            if number:
+                found.append((int(number[1]), f"{stage}/policies/{path.name}"))
+        return sorted(found)[: POINTS - 1]
+
+    def _measure_curves(self, folder: Path) -> list[Path]:
+        return evaluate_rows(self, self._between(), folder, samples=1, has_likelihoods=False)
+
+    def _between(self) -> list[RowPlan]:
+        """Points of curves that are no rows of the table, each once."""
+        rows = set(self._row_plans().values())
+        points = [point for curve in self._curve_plans().values() for point in curve]
+        return [point for point in dict.fromkeys(points) if point not in rows]
+
+    def _result(self, rows: Path, curves: Path) -> SeedResult:
+        """What the folders hold; the calls find everything measured."""
+        plans, greedy = self._row_plans(), self._greedy_plans()
+        loaded = load_rows(self._measure_rows(rows))
+        by_plan = dict(zip([*plans.values(), *greedy.values()], loaded, strict=True))
+        between = load_rows(self._measure_curves(curves))
+        by_plan |= dict(zip(self._between(), between, strict=True))
+        return SeedResult(
+            {key: by_plan[plan] for key, plan in plans.items()},
+            {key: by_plan[plan] for key, plan in greedy.items()},
+            {
+                title: [by_plan[point] for point in points]
+                for title, points in self._curve_plans().items()
+            },
+            {
+                key: cost_of([self.folder / stage for stage in method.stages], STAGE_FILE)
+                for key, method in self.methods.items()
+            },
+        )

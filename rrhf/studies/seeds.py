@@ -1,0 +1,82 @@
+"""The seeds of a study: one after the other, or side by side on several cores.
+
+Each runs on one thread: at the size of the embedded world a second thread only gets in the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+RunSeed = Callable[[int, Callable[[str], None]], Any]
+"""Does everything of one seed, given the seed and what to tell of it."""
+
+
+def seed_folder(folder: Path, seed: int) -> Path:
+    """Where a seed's stages lie."""
+    return folder / f"seed-{seed}"
+
+
+def run_seeds(
+    run: RunSeed, seeds: Sequence[int], jobs: int, say: Callable[[str], None]
+) -> list[Any]:
+    """What each seed gave, in the seeds' order.
+
+    Args:
+        run: must be picklable where several run side by side: a function, or a `partial` of one.
+        seeds: at least one.
+        jobs: seeds at the same time; 0 = one for each core.
+        say: is told of progress.
+    """
+    num_jobs = min(jobs or _num_cores(), len(seeds))
+    if num_jobs == 1:
+        return [_on_one_thread(run, seed, len(seeds), say) for seed in seeds]
+    context = multiprocessing.get_context("spawn")
+    done: dict[int, Any] = {}
+    with ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_quiet_worker) as pool:
+        waiting = {
+            pool.submit(_on_one_thread, run, seed, len(seeds), _say_line): seed for seed in seeds
+        }
+        for future in as_completed(waiting):
+            done[waiting[future]] = future.result()
+            say(f"seed {waiting[future]} is done ({len(done)} of {len(seeds)})")
+    return [done[seed] for seed in seeds]
+
+
+def _on_one_thread(run: RunSeed, seed: int, num_seeds: int, say: Callable[[str], None]) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    prefix = f"seed {seed}: " if num_seeds > 1 else ""
+    try:
+        return run(seed, partial(_say_with, prefix, say))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _say_with(prefix: str, say: Callable[[str], None], text: str) -> None:
+    say(prefix + text)
+
+
+def _quiet_worker() -> None:
+    """Bars of several processes would write over each other; their lines do not."""
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+
+
+def _say_line(text: str) -> None:
+    logger.info(text)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
