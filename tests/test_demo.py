@@ -33,7 +33,15 @@ def row(folder: Path, name: str) -> dict:
 def test_the_table_has_every_row_with_intervals(demo: tuple[Path, list[str]]) -> None:
     folder, said = demo
     page = (folder / "table.md").read_text()
-    for name in ("SFT", "SFT greedy", "best of 4", "best-of-4 fine-tuning", "RRHF", "RRHF round 2"):
+    for name in (
+        "SFT",
+        "SFT greedy",
+        "best of 4",
+        "best-of-4 fine-tuning",
+        "RRHF",
+        "RRHF round 2",
+        "PPO",
+    ):
         assert f"| {name} |" in page
     assert row(folder, "RRHF")["metrics"]["gold"]["low"] is not None
     ending = said[-1]
@@ -55,6 +63,8 @@ def test_rrhf_raises_the_true_preference(demo: tuple[Path, list[str]]) -> None:
     assert rrhf["metrics"]["kl"]["mean"] > 0.1
     evaluation = json.loads((folder / "seed-0" / "reward" / "manifest.json").read_text())
     assert evaluation["evaluation"]["accuracy"] > 0.65
+    ppo = row(folder, "PPO")
+    assert ppo["metrics"]["gold"]["mean"] > sft["metrics"]["gold"]["mean"] + 0.05
 
 
 def test_candidates_feed_the_trainer_unchanged(demo: tuple[Path, list[str]]) -> None:
@@ -68,11 +78,11 @@ def test_weights_moved_and_the_ablation_is_another_policy(demo: tuple[Path, list
     folder, _ = demo
     policies = {
         name: load_file(folder / "seed-0" / name / "policy" / "model.safetensors")
-        for name in ("sft", "best-of-n", "rrhf", "rrhf-2")
+        for name in ("sft", "best-of-n", "rrhf", "rrhf-2", "ppo")
     }
     key = "model.layers.0.mlp.up_proj.weight"
     weights = [policy[key] for policy in policies.values()]
-    assert len({float(w.sum()) for w in weights}) == 4
+    assert len({float(w.sum()) for w in weights}) == 5
     load_causal_lm(folder / "seed-0" / "rrhf-2" / "policy")
 
 
@@ -83,8 +93,8 @@ def test_a_second_call_does_nothing_twice(
     before = (folder / "table.md").read_text()
     said: list[str] = []
     run_demo(DemoConfig(output_dir=str(folder), size="smoke"), said.append)
-    assert any("[11/11]" in text and "done before" in text for text in said)
-    assert sum("done before" in text for text in said) == 11
+    assert any("[12/12]" in text and "done before" in text for text in said)
+    assert sum("done before" in text for text in said) == 12
     assert (folder / "table.md").read_text() == before
 
 

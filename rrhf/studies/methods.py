@@ -218,14 +218,14 @@ def _page(
 def _setting(seeds: Sequence[int], num_prompts: int) -> str:
     numbers = ", ".join(str(seed) for seed in seeds)
     return (
-        f"Seeds {numbers}: other data, tokenizer, SFT policy and reward model each; the methods "
-        f"of a seed share them. {num_prompts} held-out prompts a seed, two samples each at "
-        "temperature 1, and one greedy response. Mean [95 % bootstrap interval over the prompts of all "
-        "seeds]; gold is the world's true preference, reward what the reward model learnt of it (in its "
-        "own normalised unit), win against independent samples of SFT, ties counting half, KL in "
-        "nats a response to SFT, ppl_reference the perplexity of a method's own responses under "
-        "SFT. Intervals cover prompts; of what another seed would give, the table by seed says a "
-        "little."
+        f"Seeds {numbers}: other data, tokenizer, SFT policy and reward model each; the methods of "
+        f"one seed share them. {num_prompts} held-out prompts a seed, two samples each at "
+        "temperature 1, and one greedy response. Mean [95 % bootstrap interval over the prompts of "
+        "all seeds]; gold is the world's true preference, reward what the reward model learnt of "
+        "it (in its own normalised unit), win against independent samples of SFT, ties counting "
+        "half, KL in nats a response to SFT, ppl_reference the perplexity of a method's own "
+        "responses under SFT. Intervals cover prompts; of what another seed would give, the table "
+        "by seed says a little."
     )
 
 

@@ -1,0 +1,63 @@
+"""A sentence on over-optimisation must say what the curve shows, and not more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from method_rows import around, row
+
+from rrhf.report.over_optimization import parting, sentence
+
+
+def curve(*points: tuple[float, float]) -> list[dict[str, Any]]:
+    """(gold, reward) of each point; a point's KL is its place."""
+    return [
+        row(f"point {i}", around(gold), around(reward), kl=float(i))
+        for i, (gold, reward) in enumerate(points)
+    ]
+
+
+def test_gold_that_falls_while_reward_rises_is_told_with_its_peak() -> None:
+    found = parting(curve((0.0, 0.0), (0.5, 0.5), (0.8, 1.0), (0.4, 1.5), (0.2, 2.0)))
+    assert (found.kind, found.kl) == ("falls", 2.0)
+    assert abs(found.gold - 0.8) < 1e-9 and abs(found.reward - 1.0) < 1e-9
+    assert abs(found.gold_gain["mean"] + 0.6) < 1e-9
+    told = sentence("PPO", found)
+    assert told.startswith("PPO: gold peaks at 0.80, at reward 1.00 (KL 2.0 nats), and falls by")
+
+
+def test_gold_that_stands_still_is_told_from_where_it_does() -> None:
+    found = parting(curve((0.0, 0.0), (0.6, 0.5), (0.6, 1.0), (0.6, 1.5)))
+    assert (found.kind, found.reward, found.kl) == ("stalls", 0.5, 1.0)
+    assert abs(found.reward_gain["mean"] - 1.0) < 1e-9
+    assert "stops following at reward 0.50" in sentence("RLOO", found)
+
+
+def test_nothing_is_claimed_where_gold_follows_to_the_end() -> None:
+    found = parting(curve((0.0, 0.0), (0.4, 0.5), (0.8, 1.0)))
+    assert found.kind == "follows"
+    assert abs(found.gold_gain["mean"] - 0.8) < 1e-9
+    assert "not seen in this range" in sentence("GRPO", found)
+
+
+def test_a_fall_within_the_noise_is_no_fall() -> None:
+    """The last step of gold is -.02, prompts differ by 1: paired noise hides it, reward's too."""
+    noise = [1.0 if i % 3 else -1.0 for i in range(40)]
+    before = row("a", [0.0] * 40, [0.0] * 40)
+    peak = row("b", [0.5 + x for x in noise], [1.0] * 40)
+    last = row("c", [0.48 - x for x in noise], [1.0 + x for x in noise])
+    assert parting([before, peak, last]).kind != "falls"
+
+
+def test_a_reward_that_does_not_rise_says_nothing() -> None:
+    found = parting(curve((0.0, 0.5), (0.1, 0.5)))
+    assert found.kind == "flat"
+    assert "not seen to rise" in sentence("RRHF", found)
+
+
+def test_the_bound_stands_in_for_the_kl_of_best_of_n() -> None:
+    points = curve((0.0, 0.0), (0.5, 0.5))
+    last = points[-1]
+    del last["metrics"]["kl"]
+    last["metrics"]["kl_bound"] = {"mean": 0.64, "low": None, "high": None, "n": 40}
+    assert parting(points).kl == 0.64

@@ -1,0 +1,61 @@
+"""Costs are read from what stages leave behind; the folders here are written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rrhf.files import write_json, write_manifest
+from rrhf.report.training_cost import TrainingCost, cost_of, mean_cost
+
+
+def stage(folder: Path, seconds: float) -> Path:
+    folder.mkdir()
+    write_json(folder / "stage.json", {"cpu_seconds": seconds})
+    return folder
+
+
+def trained(folder: Path, seconds: float, **manifest: Any) -> Path:
+    write_manifest(stage(folder, seconds), {"status": "complete", **manifest})
+    return folder
+
+
+def test_a_round_of_offline_ranking(tmp_path: Path) -> None:
+    drawn = stage(tmp_path / "round-1", 5.0)
+    (drawn / "candidates.jsonl").touch()
+    write_manifest(
+        drawn / "candidates.jsonl", {"status": "complete", "samples": 2000, "tokens": 50_000}
+    )
+    ranked = trained(tmp_path / "rrhf", 10.0, stage="rank", tokens=200_000)
+    found = cost_of([drawn, ranked], "stage.json")
+    assert found == TrainingCost(2000, 50_000, 200_000, 15.0, 1)
+
+
+def test_an_online_method_counts_each_rollout_once_and_the_critic_too(tmp_path: Path) -> None:
+    """Two rollouts of 10 responses with 4 and 6 tokens on average, two steps each."""
+    costs = {}
+    for method in ("ppo", "rloo"):
+        run = trained(
+            tmp_path / method,
+            7.0,
+            stage="ppo",
+            method=method,
+            tokens=1000,
+            data={"responses": {"sampled": 20}},
+        )
+        rows = [(1, 0, 4.0), (2, 0, 4.0), (3, 1, 6.0), (4, 1, 6.0)]
+        lines = [
+            json.dumps({"step": step, "rollout": rollout, "response_length": length})
+            for step, rollout, length in rows
+        ]
+        (run / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
+        costs[method] = cost_of([run], "stage.json")
+    assert costs["ppo"] == TrainingCost(20, 100.0, 2000, 7.0, 4)
+    assert costs["rloo"] == TrainingCost(20, 100.0, 1000, 7.0, 3)
+
+
+def test_nothing_costs_nothing_and_seeds_are_averaged() -> None:
+    assert cost_of([], "stage.json") == TrainingCost()
+    mean = mean_cost([TrainingCost(2, 4, 6, 8, 1), TrainingCost(4, 8, 10, 12, 1)])
+    assert mean == TrainingCost(3, 6, 8, 10, 1)
