@@ -33,7 +33,7 @@ def test_a_round_of_offline_ranking(tmp_path: Path) -> None:
 
 
 def test_an_online_method_counts_each_rollout_once_and_the_critic_too(tmp_path: Path) -> None:
-    """Two rollouts of 10 responses with 4 and 6 tokens on average, two steps each."""
+    """Two rollouts of 10 responses, 4 and 6 tokens long on average; steps have their own means."""
     costs = {}
     for method in ("ppo", "rloo"):
         run = trained(
@@ -44,12 +44,13 @@ def test_an_online_method_counts_each_rollout_once_and_the_critic_too(tmp_path: 
             tokens=1000,
             data={"responses": {"sampled": 20}},
         )
-        rows = [(1, 0, 4.0), (2, 0, 4.0), (3, 1, 6.0), (4, 1, 6.0)]
-        lines = [
-            json.dumps({"step": step, "rollout": rollout, "response_length": length})
-            for step, rollout, length in rows
+        rows = [
+            {"step": 0, "rollout": 0, "score": 0.1, "response_length": 4.0},
+            {"step": 1, "rollout": 0, "response_length": 9.0},
+            {"step": 2, "rollout": 1, "score": 0.2, "response_length": 6.0},
+            {"step": 3, "rollout": 1, "response_length": 9.0},
         ]
-        (run / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         costs[method] = cost_of([run], "stage.json")
     assert costs["ppo"] == TrainingCost(20, 100.0, 2000, 7.0, 4)
     assert costs["rloo"] == TrainingCost(20, 100.0, 1000, 7.0, 3)

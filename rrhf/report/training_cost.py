@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.files import read_manifest
-from rrhf.report.curves import read_curve
 
 FROZEN_ONLINE = 2
 """Beside what they train, online methods hold the reference policy and the reward model."""
@@ -87,8 +86,7 @@ def _cost_of_stage(folder: Path, stage_file: str) -> TrainingCost:
 
 
 def _mean_length(run: Path) -> float:
-    """Tokens a response, over all rollouts."""
-    rollouts = dict(read_curve(run, "rollout"))
-    lengths = dict(read_curve(run, "response_length"))
-    by_rollout = {rollouts[step]: length for step, length in lengths.items() if step in rollouts}
-    return sum(by_rollout.values()) / len(by_rollout)
+    """Tokens a response, over all rollouts: their rows in metrics.jsonl tell what they scored."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lengths = {row["rollout"]: row["response_length"] for row in rows if "score" in row}
+    return sum(lengths.values()) / len(lengths)
