@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["demo.sh", "test.sh", "train.sh", ".ci/run", "configs/environment.sh"]
+SCRIPTS = ["demo.sh", "test.sh", "train.sh", "ppo.sh", ".ci/run"]
+SCRIPTS += ["configs/environment.sh", "configs/launch.sh"]
 SCRIPTS += ["data_generation/response_gen.sh", "data_generation/scoring_responses.sh"]
 
 RECORD = """
 {
     printf '%s\\n' "CALL ${0##*/}" "$@" "CUDA=${CUDA_VISIBLE_DEVICES-unset}"
+    [[ -z ${ACCELERATE_USE_DEEPSPEED-} ]] || echo "DEEPSPEED=$ACCELERATE_DEEPSPEED_CONFIG_FILE"
 } >>"$CALLS"
 """
 RECORDER = f"#!/bin/bash\n{RECORD}"
@@ -116,7 +118,10 @@ def with_gpus(machine: Machine, count: int) -> None:
 
 
 MODEL, OUT, DATA = "my model; rm -rf x", "$HOME/out 'put'", 'da"ta*.json'
+REWARD = "function:my module:it's"
 TASK = ["train", "rank", "--model_name_or_path", MODEL, "--output_dir", OUT, "--data_path", DATA]
+PPO_TASK = ["train", "ppo", "--model_name_or_path", MODEL, "--reward_model_name_or_path", REWARD]
+PPO_TASK += ["--output_dir", OUT, "--train_datasets", DATA]
 EXTRA = ["--chat_format", "raw", "--note", "a  b;c"]
 
 
@@ -189,6 +194,45 @@ def test_ddp_without_gpus_runs_on_two_cpu_processes(machine: Machine):
     assert launched(machine, "--launch", "ddp", "--num_processes", "3") == [*start, "3", *end]
 
 
+@pytest.mark.parametrize("launch", ["zero2", "zero3"])
+def test_deepspeed_without_gpus_runs_on_two_cpu_processes(machine: Machine, launch: str):
+    """`accelerate launch` would start DDP, or two processes that know nothing of each other."""
+    start = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    settings = f"DEEPSPEED={machine.root / 'configs' / f'deepspeed_{launch}.json'}"
+    assert launched(machine, "--launch", launch, *EXTRA) == [
+        *[*start, "-m", "rrhf.cli.main", *TASK, *EXTRA, "CUDA=unset", settings]
+    ]
+
+
+def test_ppo_is_launched_as_ranking_is(machine: Machine):
+    words = [MODEL, REWARD, OUT, DATA]
+    assert machine.run("ppo.sh", *words, *EXTRA).returncode == 0
+    assert machine.calls() == [["rrhf", *PPO_TASK, *EXTRA, "CUDA="]]
+    with_gpus(machine, 2)
+    done = machine.run("ppo.sh", *words, "--launch", "zero2", *EXTRA, PRESET="bf16-flash")
+    assert done.returncode == 0 and "Training on 2 GPU(s), launch: zero2" in done.stderr
+    configs = machine.root / "configs"
+    start = ["accelerate", "launch", "--config_file", str(configs / "zero2.yaml")]
+    start += ["--deepspeed_config_file", str(configs / "deepspeed_zero2.json")]
+    start += ["--num_processes", "2", "-m", "rrhf.cli.main"]
+    end = ["--config", "bf16-flash", *EXTRA, "CUDA=unset"]
+    assert machine.calls() == [[*start, *PPO_TASK, *end]]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["m", "r", "o"], "MODEL, REWARD, OUT and PROMPTS are needed"),
+        (["m", "r", "o", "--launch"], "MODEL, REWARD, OUT and PROMPTS are needed"),
+        (["m", "r", "o", "p", "--num_processes"], "--num_processes needs a value"),
+    ],
+)
+def test_ppo_refuses_what_it_cannot_launch(machine: Machine, words: list[str], part: str):
+    done = machine.run("ppo.sh", *words)
+    assert (done.returncode, done.stdout) == (2, "") and part in done.stderr
+    assert machine.calls() == []
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -240,9 +284,10 @@ def test_generation_and_scoring_hand_over(
 
 
 def test_each_script_that_takes_arguments_explains_itself(machine: Machine):
-    for script in ("train.sh", "data_generation/response_gen.sh"):
+    usages = {"train.sh": "MODEL OUT DATA", "ppo.sh": "MODEL REWARD OUT PROMPTS"}
+    for script, words in (usages | {"data_generation/response_gen.sh": "MODEL OUT"}).items():
         done = machine.run(script, "--help")
-        assert done.returncode == 0 and done.stdout.startswith(f"usage: bash {script} MODEL OUT")
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: bash {script} {words}")
     assert machine.calls() == []
 
 

@@ -31,7 +31,7 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.models.logprobs import Policy
 from rrhf.models.reward_model import HEAD, RewardModel, init_reward_model
-from rrhf.models.saving import write_model_folder
+from rrhf.models.saving import weights_below, write_model_folder
 
 VALUE_PREFIX = "value."
 """Parameters of the value model, or of the value head, have names that begin so."""
@@ -188,6 +188,7 @@ def write_value_folder(
     policy_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     pad_id: int | None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the critic as a plain folder of a sequence classifier with one label.
 
@@ -197,13 +198,20 @@ def write_value_folder(
         policy_folder: the policy as it was saved; with one trunk its weights are the critic's too.
         tokenizer: of both.
         pad_id: as in `init_reward_model`.
+        state_dict: the root's weights in full, where the root itself holds shards only.
     """
     value = root.value
     assert value is not None, "there is no critic to write"
     if isinstance(value, ValueModel):
-        write_model_folder(folder, value.model, tokenizer)
+        mine = (
+            None
+            if state_dict is None
+            else weights_below(f"{VALUE_PREFIX}scorer.model.", state_dict)
+        )
+        write_model_folder(folder, value.model, tokenizer, mine)
         return
+    weight = value.weight if state_dict is None else state_dict[f"{VALUE_PREFIX}weight"]
     model = init_reward_model(policy_folder, seed=0, pad_id=pad_id)
     with torch.no_grad():
-        getattr(model, HEAD).weight.copy_(value.weight.detach().cpu())
+        getattr(model, HEAD).weight.copy_(weight.detach().cpu())
     write_model_folder(folder, model, tokenizer)

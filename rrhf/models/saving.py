@@ -40,6 +40,15 @@ def write_model_folder(
     tokenizer.save_pretrained(folder)
 
 
+def weights_below(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, under the rest of their names."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state_dict.items()
+        if name.startswith(prefix)
+    }
+
+
 @torch.no_grad()
 def merged_weights(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the plain model: W + scale * B A where a layer has adapters.

@@ -97,11 +97,11 @@ class Checkpointer:
             elif self._parallel.is_main:
                 save_file(self._trained_weights(), staged / WEIGHTS)
                 _save_torch(self._optimizer.state_dict(), staged / OPTIMIZER)
+            _save_torch(_random_state(), staged / self._random_file(self._parallel.rank))
             if self._parallel.is_main:
-                _save_torch(_random_state(), staged / RANDOM)
                 if tensors:
                     save_file(tensors, staged / STREAM)
-                write_json(staged / STATE, {"step": step, **state})
+                write_json(staged / STATE, {"step": step, "engine": self._parallel.kind, **state})
         self._parallel.barrier()
         if self._parallel.is_main:
             seal(staged)
@@ -122,6 +122,8 @@ class Checkpointer:
         newest = newest_complete(self.folder)
         if newest is None:
             return None
+        state: dict[str, Any] = json.loads((newest / STATE).read_text())
+        self._require_same_engine(newest, state)
         if self._parallel.is_sharded:
             self._parallel.accelerator.load_state(str(newest / "engine"))
         else:
@@ -129,12 +131,32 @@ class Checkpointer:
             self._optimizer.load_state_dict(
                 torch.load(newest / OPTIMIZER, map_location="cpu", weights_only=True)
             )
-        _set_random_state(torch.load(newest / RANDOM, weights_only=True))
-        state: dict[str, Any] = json.loads((newest / STATE).read_text())
+        random = newest / self._random_file(self._parallel.rank)
+        if not random.exists():  # earlier checkpoints, and those of fewer ranks
+            random = newest / RANDOM
+        _set_random_state(torch.load(random, weights_only=True))
         tensors = newest / STREAM
         state["tensors"] = load_file(tensors) if tensors.exists() else {}
         logger.info("resuming from %s", newest)
         return state
+
+    def _require_same_engine(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Sharded weights are kept in their engine's own form.
+
+        Raises:
+            UserError: another engine wrote the checkpoint.
+        """
+        mine, its = self._parallel.kind, state.get("engine", self._parallel.kind)
+        was_sharded = (checkpoint / "engine").is_dir()
+        if was_sharded != self._parallel.is_sharded or (was_sharded and mine != its):
+            raise UserError(
+                f"resume: {checkpoint} was written under {its if was_sharded else 'no sharding'}, "
+                f"and this launch runs {mine}; start with the launch that the checkpoint had"
+            )
+
+    @staticmethod
+    def _random_file(rank: int) -> str:
+        return RANDOM if rank == 0 else f"random-{rank}.pt"
 
     def _root(self) -> nn.Module:
         return self._parallel.unwrap(self._model)

@@ -303,11 +303,9 @@ class _Loop:
                 self.parallel.backward(loss)
             _add(totals, terms)
             weights = {name: term.weight for name, term in terms.items()}
-        norm = self.parallel.clip_gradients(self.model, self.config.max_grad_norm)
+        norm = self.parallel.take_step(self.model, self.optimizer, self.config.max_grad_norm)
         if math.isinf(norm) or (math.isnan(norm) and self.parallel.kind != "DEEPSPEED"):
             self._stop(f"the gradient norm is {norm}", batches[-1])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         row, num_tokens = self._metrics(totals, weights, denominators, batches)
         return {**row, "grad_norm": norm}, num_tokens
 

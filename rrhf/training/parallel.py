@@ -4,6 +4,9 @@ All of it is accelerate's work, started by `accelerate launch` or `torchrun`. Th
 step boundaries itself (accumulation is 1 for the engine) and multiplies each loss by the number of
 ranks, because every engine averages gradients over them while our losses are already divided by
 global counts.
+
+accelerate has ways of doing less than it was asked for without a word, so what was asked for is
+asserted: of its state before anything is prepared, of the model afterwards.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rrhf.errors import UserError
 
@@ -37,6 +43,8 @@ class Parallel:
     def __init__(self, bf16: bool = False) -> None:
         deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
         on_cpu = not torch.cuda.is_available()
+        if deepspeed and on_cpu:
+            _start_deepspeed_on_cpu()
         # One process may train several models in turn, each with its own precision.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -56,6 +64,15 @@ class Parallel:
             )
         if deepspeed and self.kind != "DEEPSPEED":
             raise UserError(f"launch: DeepSpeed was asked for, but accelerate runs {self.kind}")
+        if self.world_size != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+            raise UserError(
+                f"launch: {started} processes were started, but accelerate sees {self.world_size}, "
+                "so that each would train alone: choose another launch file"
+            )
+        if self.kind == "DEEPSPEED":
+            # Weights are cut when the training begins. Left alone, transformers would cut those of
+            # every model that it reads under stage 3, frozen ones and copies too.
+            unset_hf_deepspeed_config()
         if bf16 and self.accelerator.is_fsdp2:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_bf16()
 
@@ -65,8 +82,17 @@ class Parallel:
 
     @property
     def is_sharded(self) -> bool:
-        """True where no rank holds the whole model."""
+        """True where no rank holds all of weights and optimiser."""
         return self.kind in ("FSDP", "DEEPSPEED")
+
+    @property
+    def weights_are_whole(self) -> bool:
+        """True where each rank holds all weights, and may use the root's parts by itself."""
+        return not self.is_sharded or (self.kind == "DEEPSPEED" and self._zero_stage < 3)
+
+    @property
+    def _zero_stage(self) -> int:
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage)
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -79,7 +105,23 @@ class Parallel:
         # FSDP2 cuts at the layers that the root names; ours stand inside it.
         model._no_split_modules = sorted(layer_classes(model))  # type: ignore[assignment]
         self._root, spread_optimizer = self.accelerator.prepare(model, optimizer)
+        self._require_spread(self._root)
         return self._root, spread_optimizer
+
+    def _require_spread(self, root: nn.Module) -> None:
+        """What accelerate made of the root must be what the launch is called."""
+        if self.kind == "FSDP":
+            whole = [n for n, p in root.named_parameters() if not isinstance(p, DTensor)]
+            assert not whole, f"FSDP left {whole[0]} and {len(whole) - 1} other weights whole"
+        elif self.kind == "DEEPSPEED":
+            from deepspeed import DeepSpeedEngine
+
+            assert isinstance(root, DeepSpeedEngine), f"{type(root).__name__} is not DeepSpeed's"
+            stage = root.zero_optimization_stage()
+            assert stage == self._zero_stage, f"ZeRO stage {stage} instead of {self._zero_stage}"
+        elif self.world_size > 1:
+            found = type(root).__name__
+            assert isinstance(root, DistributedDataParallel), f"{found} averages no gradients"
 
     @contextlib.contextmanager
     def micro_step(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -90,19 +132,44 @@ class Parallel:
 
     def backward(self, loss: Tensor) -> None:
         """Add gradients of a loss that is already divided by global counts."""
-        self.accelerator.backward(loss * self.world_size)
-
-    def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
-        """Scale gradients to the norm; returns the norm before (nan where the engine hides it)."""
-        if self.kind == "DEEPSPEED":
-            norm = getattr(model, "get_global_grad_norm", lambda: None)()
+        loss = loss * self.world_size
+        if self.kind == "DEEPSPEED":  # accelerate's would take the optimiser's step as well
+            self._root.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
+            self._root.backward(loss)
         else:
-            limit = max_norm if max_norm > 0 else math.inf
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
-        if norm is None:
-            return math.nan
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(full)
+            self.accelerator.backward(loss)
+
+    def take_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
+    ) -> float:
+        """Scale gradients to the norm, move the weights, forget the gradients.
+
+        Where gradients are not finite, the weights stay as they are.
+
+        Returns:
+            the norm before scaling, inf or nan where it is not finite; nan too where DeepSpeed was
+            told not to compute it.
+        """
+        if self.kind == "DEEPSPEED":
+            return self._take_deepspeed_step(optimizer)
+        limit = max_norm if max_norm > 0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(norm):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _take_deepspeed_step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Some stages would go on with gradients that are not finite: they are looked at before."""
+        pieces = getattr(self._root.optimizer, "averaged_gradients", {}).values()
+        gradients = [tensor for piece in pieces if piece is not None for tensor in piece]
+        if self.any(not all(bool(g.isfinite().all()) for g in gradients)):
+            return math.inf
+        self._root.step()
+        optimizer.step()  # accelerate's wrapping, which does nothing; schedules look out for it
+        norm = self._root.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""
@@ -143,12 +210,71 @@ class Parallel:
         unwrapped: nn.Module = self.accelerator.unwrap_model(model)
         return unwrapped
 
+    def whole_weights(
+        self, module: nn.Module, trained_only: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Weights of a part of the root, in full, trained ones in float32, one after the other.
+
+        Every rank must go through all of them, for they are gathered. Where weights are whole they
+        are the model's own, not copies.
+        """
+        self._reshard()
+        for name, weight in module.named_parameters():
+            if weight.requires_grad or not trained_only:
+                yield name, self._whole(weight)
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights of the root in full, on the main rank; every rank must call it.
 
-        From the root as `prepare` gave it: only DeepSpeed's wrapping can gather its shards.
+        From the root as `prepare` gave it; trained weights are float32 even where an engine
+        computes with 16 bits.
         """
-        return dict(self.accelerator.get_state_dict(self._root))
+        if self.kind == "DEEPSPEED":
+            return self._gathered_by_weight()
+        state = dict(self.accelerator.get_state_dict(self._root))
+        if self.kind == "FSDP" and state:  # it makes copies of tied weights
+            first = {id(w): n for n, w in self._root.named_parameters()}
+            tied = self._root.named_parameters(remove_duplicate=False)
+            state |= {name: state[first[id(weight)]] for name, weight in tied}
+        return state
+
+    def _gathered_by_weight(self) -> dict[str, Tensor]:
+        root = self.unwrap(self._root)
+        whole: dict[int, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, weight in root.named_parameters(remove_duplicate=False):
+            if id(weight) not in whole:
+                full = self._whole(weight)
+                whole[id(weight)] = full.detach().cpu() if self.is_main else full.new_empty(0)
+            state[name] = whole[id(weight)]
+        return {**root.state_dict(), **state} if self.is_main else {}
+
+    @torch.no_grad()
+    def _whole(self, weight: nn.Parameter) -> Tensor:
+        if isinstance(weight, DTensor):
+            full: Tensor = weight.full_tensor()
+            return full
+        if self.kind != "DEEPSPEED":
+            return weight.detach()
+        is_cut = hasattr(weight, "ds_id")
+        if weight.requires_grad and (is_cut or weight.dtype != torch.float32):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            found: Tensor = safe_get_full_fp32_param(weight)
+            return found
+        if is_cut:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([weight]):
+                return weight.detach().clone()
+        return weight.detach()
+
+    def _reshard(self) -> None:
+        """FSDP's root keeps its weights whole after a forward without a backward."""
+        if self.kind == "FSDP":
+            for module in self._root.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def sharded_bf16() -> MixedPrecisionPolicy:
@@ -174,6 +300,19 @@ def launched_place() -> tuple[int, int, int]:
     names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
     return rank, world_size, local_rank
+
+
+def _start_deepspeed_on_cpu() -> None:
+    """Make the process group DeepSpeed's: by itself accelerate starts another one on CPUs."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            "launch: DeepSpeed was asked for, and its package is not installed; install "
+            "rrhf[deepspeed]"
+        ) from error
+    PartialState(cpu=True)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 def _is_set(name: str) -> bool:

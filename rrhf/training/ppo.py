@@ -8,8 +8,8 @@ with the details that Huang et al. 2024, arXiv:2403.17031, found to matter.
 `--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
 the policy is refreshed every `rollout_size / batch` steps.
 
-Left out on purpose: policies whose weights are spread over devices, for nothing here samples from
-those.
+Under FSDP2 and DeepSpeed the trained root is spread over the ranks; the frozen reference and reward
+model, and a copy of the policy to sample from where weights are spread, are whole on each.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
-from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.ppo_ema import AveragedStream
 from rrhf.training.ppo_objective import PPOObjective
@@ -85,7 +84,6 @@ def train(config: PPOConfig) -> Path:
     scoring = RewardModelOptions(bf16=config.bf16, trust_remote_code=config.trust_remote_code)
     check_scorer(config.reward_model_name_or_path, scoring)
     with opened_workbench(config) as bench:
-        _require_whole_weights(bench.parallel)
         read = SourceCounts()
         prompts = load_sets(config.train_datasets, config.seed, counts=read)
         held_out = load_sets(config.eval_datasets, config.seed) if config.eval_datasets else ()
@@ -136,7 +134,7 @@ def train(config: PPOConfig) -> Path:
             feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps))
         average = None
         if config.use_ema:
-            feed = average = AveragedStream(feed, root.policy, config.ema_beta)
+            feed = average = AveragedStream(feed, root.policy, config.ema_beta, bench.parallel)
         models = _models(bench, root, average)
         outcome = run_training(
             root,
@@ -172,15 +170,6 @@ def train(config: PPOConfig) -> Path:
                     None if stream.normalizer is None else stream.normalizer.state_dict()
                 ),
             },
-        )
-
-
-def _require_whole_weights(parallel: Parallel) -> None:
-    if parallel.is_sharded:
-        raise UserError(
-            f"launch: train ppo samples from weights that each process holds in full, and "
-            f"{parallel.kind} spreads them; start it on one process, or on several without "
-            "sharding (accelerate launch --multi_gpu, or torchrun)"
         )
 
 
@@ -319,15 +308,15 @@ def _models(bench: Workbench, root: ActorCritic, average: AveragedStream | None)
 
         def write_value(folder: Path, beside: Path, weights: Weights) -> None:
             pad_id = _classifier_pad_id(bench)
-            write_value_folder(folder, root, beside / "policy", bench.tokenizer, pad_id)
+            write_value_folder(folder, root, beside / "policy", bench.tokenizer, pad_id, weights)
 
         writers["value"] = write_value
     if average is not None:
         averaged = average
 
         def write_average(folder: Path, beside: Path, weights: Weights) -> None:
-            with averaged.in_place():
-                write_policy(folder, beside, weights)
+            found = root.state_dict() if weights is None else weights
+            write_policy(folder, beside, averaged.averaged(found, "policy."))
 
         writers["policy_ema"] = write_average
     return ModelFolders(writers, unmeasured=("policy_ema",))

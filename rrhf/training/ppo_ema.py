@@ -1,13 +1,12 @@
 """A moving average of the policy's weights, kept beside a run: often steadier than the last ones.
 
-average = beta * average + (1 - beta) * weights, after every optimiser step, in float32. It wraps a
-stream, because a stream is what hears of every step and what a checkpoint keeps; it changes nothing
-of the training.
+average = beta * average + (1 - beta) * weights, after every optimiser step, in float32, whole on
+every rank. It wraps a stream, because a stream is what hears of every step and what a checkpoint
+keeps; it changes nothing of the training.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
+from rrhf.training.parallel import Parallel
 from rrhf.training.streams import LiveStream
 
 _PREFIX = "average."
@@ -25,19 +25,23 @@ class AveragedStream:
 
     Args:
         inner: any live stream.
-        module: the policy inside the root; its weights must lie whole on each rank.
+        module: the policy inside the root.
         beta: 0 = the last weights, towards 1 = ever longer memory.
+        parallel: knows where the weights are.
     """
 
-    def __init__(self, inner: LiveStream, module: nn.Module, beta: float) -> None:
+    def __init__(
+        self, inner: LiveStream, module: nn.Module, beta: float, parallel: Parallel
+    ) -> None:
         assert 0 <= beta < 1, "the share of the old average lies in [0, 1)"
         self._inner, self._module, self._beta = inner, module, beta
+        self._parallel = parallel
         self._average: dict[str, Tensor] = {}
         self.total_steps = inner.total_steps
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         if not self._average:
-            self._average = {n: p.detach().clone() for n, p in self._weights()}
+            self._average = {n: w.clone() for n, w in self._weights()}
         yield from self._inner
 
     @torch.no_grad()
@@ -72,20 +76,18 @@ class AveragedStream:
             name: mine[_PREFIX + name].to(weight.device) for name, weight in self._weights()
         }
 
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The module with the averaged weights, for as long as the context lasts."""
-        last = {name: weight.detach().clone() for name, weight in self._weights()}
-        self._set(self._average)
-        try:
-            yield
-        finally:
-            self._set(last)
+    def averaged(self, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """The root's weights in full with the averages in the place of the policy's trained ones.
 
-    @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, weight in self._weights():
-            weight.copy_(values[name])
+        Args:
+            weights: of the root.
+            prefix: of the policy's names among them.
+        """
+        # A tied weight has several names, and its average the first of them.
+        first = {id(weight): name for name, weight in self._module.named_parameters()}
+        named = self._module.named_parameters(remove_duplicate=False)
+        known = {prefix + name: self._average.get(first[id(weight)]) for name, weight in named}
+        return weights | {name: value for name, value in known.items() if value is not None}
 
-    def _weights(self) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self._module.named_parameters() if p.requires_grad]
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._parallel.whole_weights(self._module, trained_only=True)

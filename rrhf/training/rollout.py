@@ -1,17 +1,19 @@
 """A rollout: the live policy answers prompts, and everything that is to be known of the answers.
 
 Each rank answers its share of the prompts; then the rows come together, so that all ranks hold the
-whole rollout. The ids that were sampled are the ids that are trained on. In float32 the engine's
-own log-probs are the old log-probs; one batch of every rollout is read by the trainer's forward as
-well, and where the two differ (as under bf16 always) that forward's are taken for all rows.
+whole rollout. Where weights are spread, a rank writes with a whole copy (`whole_copy`), so nobody
+waits for another's longest response; what is then read passes the root itself, and ranks with less
+to read join in with fillers.
+
+The ids that were sampled are the ids that are trained on. In float32 the engine's own log-probs are
+the old log-probs; one batch of every rollout is read by the trainer's forward as well, and where
+the two differ on any rank (as under bf16 always) that forward's are taken for all rows.
 
 Responses without a token (a stop string at once) and those that could not be scored are left out
-and counted.
+and counted. A signal drops a rollout, on all ranks, also where one alone got it: at once, or, where
+ranks read together, behind that.
 
-A signal drops a rollout: at once, or, where weights are spread so that ranks must go on together,
-between two of its parts; on all ranks, also where one alone got it.
-
-Left out on purpose: engines behind a network, policies whose weights are spread.
+Left out on purpose: engines behind a network.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from rrhf.training.experience import RolloutRow
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.response_ends import StopToken, is_loop
+from rrhf.training.whole_copy import WholeCopy
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +92,9 @@ class RolloutWriter:
     """Samples, scores and reads responses of the policy as it is at that moment.
 
     Args:
-        root: the trained root itself, which stays live under any wrapping but sharding.
-        reference: a frozen copy of the first policy; None = the root's own, adapters off.
+        root: the trained root itself, which stays live under any wrapping; not spread yet.
+        reference: a frozen copy of the first policy, whole on each rank; None = the policy's own
+            weights, adapters off.
         codec: the token boundary.
         scorer: any.
         config: sampling and batch sizes.
@@ -119,8 +123,10 @@ class RolloutWriter:
             self._stop_token = StopToken(
                 codec.tokenizer, config.truncate_token, config.truncate_after
             )
+        self._copy = None if parallel.weights_are_whole else WholeCopy(root.policy, parallel)
+        self._policy = root.policy if self._copy is None else self._copy.policy
         self._engine = LocalEngine(
-            root.policy.model,
+            self._policy.model,
             codec,
             max_batch_rows=self._rows_at_a_time,
             max_prompt_tokens=config.model_max_length - config.max_new_tokens,
@@ -168,6 +174,8 @@ class RolloutWriter:
         places = list(range(parallel.rank, len(prompts), parallel.world_size))
         renamed = _with_own_ids(prompts)
         mine = [renamed[place] for place in places]
+        if self._copy is not None:
+            self._copy.refresh()
         with parallel.autocast():
             drafts = self._do(lambda: self._sample(mine, places, number, samples_per_prompt))
         drafts = [self._cut(draft, renamed) for draft in drafts]
@@ -175,23 +183,22 @@ class RolloutWriter:
         drafts = [draft for draft in drafts if len(draft.written.token_ids)]
         counts["empty"] = counts["sampled"] - len(drafts)
         clock.mark("generate")
-        self._do(lambda: self._score(drafts, renamed), needs_all_ranks=False)
+        self._do(lambda: self._score(drafts, renamed))
         counts["unscored"] = sum(draft.score is None for draft in drafts)
         scored = [draft for draft in drafts if draft.score is not None]
         clock.mark("score")
         with parallel.autocast():
-            self._do(lambda: self._read(scored))
+            self._do(lambda: self._read(scored), needs_all_ranks=True)
         clock.mark("read")
         return Rollout(self._rows(scored), counts, clock.seconds)
 
-    def _do(self, work: Callable[[], T], needs_all_ranks: bool = True) -> T:
+    def _do(self, work: Callable[[], T], needs_all_ranks: bool = False) -> T:
         """Work that a signal cuts off: at once, or behind it where ranks must do it together."""
         dropped = "the rollout is dropped"
-        if not self._parallel.is_sharded:
-            return self._stop.run(work, dropped)
+        runs_on = needs_all_ranks and self._parallel.world_size > 1
         done: list[T] = []
         with contextlib.suppress(StoppedBySignal):
-            done.append(work() if needs_all_ranks else self._stop.run(work, dropped))
+            done.append(work() if runs_on else self._stop.run(work, dropped))
         if code := int(self._parallel.max(self._stop.exit_code)):
             raise StoppedBySignal(code, dropped)
         return done[0]
@@ -263,12 +270,18 @@ class RolloutWriter:
             for first in range(0, len(order), self._rows_at_a_time)
         ]
         recompute = self._config.bf16
-        for place, batch in enumerate(batches):
+        # Equally many on all ranks: where weights are spread, each is a call that all must join.
+        for place in range(int(self._parallel.max(len(batches)))):
+            batch = batches[place] if place < len(batches) else []
             recompute = self._read_batch(batch, is_first=place == 0, recompute=recompute)
 
     def _read_batch(self, drafts: Sequence[_Draft], is_first: bool, recompute: bool) -> bool:
-        """Fill the drafts in; returns whether the trainer's log-probs are to be taken."""
-        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts]
+        """Fill the drafts in; returns whether the trainer's log-probs are to be taken.
+
+        Without a draft a filler is read, and forgotten.
+        """
+        filler = EncodedSet([self._codec.end_id], [[self._codec.end_id]])
+        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts] or [filler]
         batch = collate(sets, self._codec.pad_id).to(self._parallel.device)
         needs_policy = is_first or recompute
         has_critic = self._root.value is not None
@@ -278,7 +291,7 @@ class RolloutWriter:
         if self._reference is not None:
             reference = self._reference(batch).logprobs.cpu()
         else:
-            with as_reference(self._root.policy) as policy:
+            with as_reference(self._policy) as policy:
                 reference = policy(batch).logprobs.cpu()
         if is_first and outputs is not None:
             recompute = self._must_recompute(drafts, outputs.logprobs.cpu(), recompute)
@@ -293,10 +306,11 @@ class RolloutWriter:
         return recompute
 
     def _must_recompute(self, drafts: Sequence[_Draft], read: Tensor, recompute: bool) -> bool:
-        gap = max(
+        gaps = [
             float((read[place, : len(d.written.logprobs)] - d.written.logprobs).abs().max())
             for place, d in enumerate(drafts)
-        )
+        ]
+        gap = self._parallel.max(max(gaps, default=0.0))
         recompute = recompute or gap > LOGPROB_TOLERANCE
         if recompute and not self._said:
             self._said = True

@@ -24,7 +24,7 @@ from rrhf.models.loading import (
 )
 from rrhf.models.logprobs import Policy
 from rrhf.models.lora import add_lora
-from rrhf.models.saving import write_model_folder
+from rrhf.models.saving import weights_below, write_model_folder
 from rrhf.runs import RunFolder
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome
@@ -174,13 +174,7 @@ def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteM
     """
 
     def write(folder: Path, beside: Path, weights: Weights) -> None:
-        inner = None
-        if weights is not None:
-            inner = {
-                name.removeprefix(prefix): value
-                for name, value in weights.items()
-                if name.startswith(prefix)
-            }
+        inner = None if weights is None else weights_below(prefix, weights)
         write_model_folder(folder, model, bench.tokenizer, inner)
 
     return write

@@ -1,0 +1,182 @@
+"""What each rank does under each engine: trainings whose outcome the tests compare."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ppo_cases import settings
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from rrhf.errors import StoppedBySignal
+from rrhf.generation.local import LocalEngine
+from rrhf.training import ppo, rank
+from rrhf.training.parallel import Parallel
+from rrhf.training.ppo_stream import PPOStream
+from rrhf.training.streams import OfflineStream
+
+prepared: list[dict[str, Any]] = []
+"""What became of each trainable root."""
+
+
+def do(place: int, engine: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every case that is asked for; returns what became of the roots."""
+    torch.set_num_threads(1)
+    watch_preparation()
+    accumulation = 2 if engine == "one" else 1  # the same global batch
+    for case in arguments["cases"]:
+        globals()[case](place, Path(arguments["world"]), Path(arguments["out"]), accumulation)
+    return prepared
+
+
+def watch_preparation() -> None:
+    plain = Parallel.prepare
+
+    def prepare(self: Parallel, model: nn.Module, *rest: Any) -> Any:
+        root, optimizer = plain(self, model, *rest)
+        weights = list(root.parameters())
+        prepared.append(
+            {
+                "kind": self.kind,
+                "class": type(root).__name__,
+                "cut": sum(isinstance(w, DTensor) for w in weights) / len(weights),
+                "stage": getattr(root, "zero_optimization_stage", lambda: None)(),
+                "mine": sum(
+                    (w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights
+                ),
+            }
+        )
+        return root, optimizer
+
+    Parallel.prepare = prepare  # type: ignore[method-assign]
+
+
+def stop_at(stream: type[Any], step: int) -> None:
+    """SIGTERM for rank 0 after a step; the others hear of it from the loop."""
+    observe = stream.observe
+
+    def observe_and_stop(self: Any, metrics: dict[str, float]) -> None:
+        observe(self, metrics)
+        if self._step == step and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stream.observe = observe_and_stop
+    stream.plain_observe = observe
+
+
+def rank_config(world: Path, out: Path, accumulation: int, **changes: Any) -> rank.RankConfig:
+    values: dict[str, Any] = {
+        "data_path": str(world / "ranked.jsonl"),
+        "eval_data_path": str(world / "ranked.jsonl"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-3,
+        "model_max_length": 100,
+        "save_steps": 0,
+        **changes,
+    }
+    return rank.RankConfig(str(world / "model"), str(out), **values)
+
+
+def ranking(place: int, world: Path, out: Path, accumulation: int) -> None:
+    rank.train(rank_config(world, out / "ranking", accumulation))
+
+
+def ranking_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:
+    folder = out / "ranking_resumed"
+    stop_at(OfflineStream, 2)
+    with suppress(StoppedBySignal):
+        rank.train(rank_config(world, folder, accumulation))
+    OfflineStream.observe = OfflineStream.plain_observe  # type: ignore[attr-defined]
+    rank.train(rank_config(world, folder, accumulation, resume_from_checkpoint=True))
+
+
+def ppo_config(world: Path, out: Path, accumulation: int, **changes: Any) -> ppo.PPOConfig:
+    values: dict[str, Any] = {
+        "gradient_accumulation_steps": accumulation,
+        "rollout_size": 11,
+        "ppo_epochs": 1,
+        "adam_epsilon": 1e-3,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        **changes,
+    }
+    return settings(world, out, **values)
+
+
+def with_critic(place: int, world: Path, out: Path, accumulation: int) -> None:
+    ppo.train(ppo_config(world, out / "with_critic", accumulation))
+
+
+def with_critic_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:
+    folder = out / "with_critic_resumed"
+    stop_at(PPOStream, 3)
+    with suppress(StoppedBySignal):
+        ppo.train(ppo_config(world, folder, accumulation))
+    PPOStream.observe = PPOStream.plain_observe  # type: ignore[attr-defined]
+    ppo.train(ppo_config(world, folder, accumulation, resume_from_checkpoint=True))
+
+
+def everything(place: int, world: Path, out: Path, accumulation: int) -> None:
+    """One trunk, demonstrations, a moving average, an evaluation."""
+    ppo.train(
+        ppo_config(
+            world,
+            out / "everything",
+            accumulation,
+            share_trunk=True,
+            use_ema=True,
+            ema_beta=0.5,
+            ptx_datasets=str(world / "ranked.jsonl"),
+            ptx_coeff=0.5,
+            eval_datasets=str(world / "prompts.jsonl"),
+            num_rollouts=1,
+        )
+    )
+
+
+def adapters(place: int, world: Path, out: Path, accumulation: int) -> None:
+    ppo.train(ppo_config(world, out / "adapters", accumulation, use_lora=True, lora_r=2))
+
+
+def online_ranking(place: int, world: Path, out: Path, accumulation: int) -> None:
+    ppo.train(
+        ppo_config(
+            world,
+            out / "online_ranking",
+            accumulation,
+            method="rrhf",
+            num_return_sequences=3,
+            rollout_size=15,
+            per_device_train_batch_size=2,
+            num_rollouts=1,
+        )
+    )
+
+
+def early_end(place: int, world: Path, out: Path, accumulation: int) -> None:
+    """The second rank writes one token where the first writes six, and then nothing at all."""
+    generate = LocalEngine.generate
+    rollouts = iter(range(2))
+
+    def short(self: LocalEngine, prompts: Any, params: Any) -> Any:
+        written = generate(self, prompts[: 1 if place else None], params)
+        if not place:
+            return written
+        count = 1 - next(rollouts)
+        sample = written[0][0]
+        ids, logprobs = sample.token_ids[:count], sample.logprobs[:count]
+        return [[replace(sample, token_ids=ids, logprobs=logprobs)] for _ in prompts]
+
+    LocalEngine.generate = short  # type: ignore[method-assign]
+    try:
+        ppo.train(ppo_config(world, out / "early_end", accumulation))
+    finally:
+        LocalEngine.generate = generate  # type: ignore[method-assign]

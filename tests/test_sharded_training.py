@@ -1,0 +1,150 @@
+"""RRHF and PPO on two processes: DDP, FSDP2 and DeepSpeed train what one process trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_cases import build_world
+from safetensors.torch import load_file
+from sharded_job import Launcher
+from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+pytestmark = pytest.mark.timeout(450)  # the first test of an engine does all its trainings
+
+CASES = ["ranking", "ranking_resumed", "with_critic", "with_critic_resumed"]
+CASES += ["everything", "adapters", "online_ranking", "early_end"]
+
+NAMES_OF_LOSSES = ("loss", "rank_loss", "sft_loss", "policy_loss", "value_loss", "ptx_loss")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world; and below it the runs, by engine and case."""
+    world = build_world(tmp_path_factory.mktemp("world"))
+    write_lines(world / "ranked.jsonl", ranked_rows(11))
+    return world
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with Launcher("sharded_cases:do") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, launcher: Launcher) -> Path:
+    """All cases on one process."""
+    return run(launcher, folder, "one")[0]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero2"])
+def two(
+    folder: Path, launcher: Launcher, request: pytest.FixtureRequest
+) -> tuple[str, Path, list[dict[str, Any]]]:
+    """All cases on two: the engine, the runs, and what became of their roots."""
+    engine: str = request.param
+    if engine == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; it comes with rrhf[deepspeed]")
+    return engine, *run(launcher, folder, engine)
+
+
+def run(launcher: Launcher, folder: Path, engine: str) -> tuple[Path, list[dict[str, Any]]]:
+    out = folder / engine
+    arguments = {"world": str(folder), "out": str(out), "cases": CASES}
+    return out, launcher.run(engine, arguments, timeout_seconds=400)[0]
+
+
+Two = tuple[str, Path, list[dict[str, Any]]]
+
+
+def test_the_engine_is_the_one_that_was_asked_for(two: Two, one: Path) -> None:
+    engine, _, roots = two
+    assert len(roots) == len(CASES) + 2  # those that are resumed are prepared twice
+    for root in roots:
+        if engine == "ddp":
+            assert root["class"] == "DistributedDataParallel" and root["cut"] == 0
+        elif engine == "fsdp2":
+            assert root["class"].startswith("FSDP") and root["cut"] == 1
+        else:
+            assert root["class"] == "DeepSpeedEngine" and root["stage"] == 2
+    sizes = [root["mine"] for root in roots[:4]]
+    whole = sum(
+        tensor.numel() for tensor in load_file(one / "ranking/policy/model.safetensors").values()
+    )
+    assert sizes[0] == (whole / 2 if engine == "fsdp2" else whole)
+
+
+@pytest.mark.parametrize(
+    "case", ["ranking", "with_critic", "everything", "adapters", "online_ranking"]
+)
+def test_losses_are_those_of_one_process(two: Two, one: Path, case: str) -> None:
+    """The same global batch in pieces: sums of float32 in another order, over up to four steps.
+
+    Lengths are uneven, and neither the rows of a rollout nor the prompts divide evenly. The steps
+    are small and Adam's epsilon large, or it would blow up gradients that are all rounding.
+    """
+    mine, its = metrics_of(two[1] / case), metrics_of(one / case)
+    assert [row.keys() for row in mine] == [row.keys() for row in its]
+    for row, other in zip(mine, its, strict=True):
+        for name in NAMES_OF_LOSSES:
+            if name in other:
+                assert row[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name
+        for name in ("score", "kl", "grad_norm", "response_length", "eval_score", "eval_loss"):
+            if name in other:
+                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("ranking", ["policy"]),
+        ("with_critic", ["policy", "value"]),
+        ("everything", ["policy", "value", "policy_ema"]),
+        ("adapters", ["policy", "value"]),
+        ("online_ranking", ["policy"]),
+    ],
+)
+def test_what_is_saved_is_whole_and_plain(
+    two: Two, one: Path, folder: Path, case: str, parts: list[str]
+) -> None:
+    for part in parts:
+        mine = load_file(two[1] / case / part / "model.safetensors")
+        its = load_file(one / case / part / "model.safetensors")
+        assert mine.keys() == its.keys()
+        for name, value in mine.items():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, its[name], rtol=1e-5, atol=1e-6)
+        kind = AutoModelForSequenceClassification if part == "value" else AutoModelForCausalLM
+        model = kind.from_pretrained(two[1] / case / part)
+        start = load_file(folder / ("reward" if part == "value" else "model") / "model.safetensors")
+        loaded = model.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in mine.items())
+        assert any(not torch.equal(value, start[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("case", ["ranking", "with_critic"])
+def test_resumed_equals_straight(two: Two, case: str) -> None:
+    """Stopped by a signal to one rank, in the second rollout; every bit is the same."""
+    straight, resumed = two[1] / case, two[1] / f"{case}_resumed"
+    assert list((resumed / "checkpoints").glob("step-*"))
+    assert same_weights(straight / "policy", resumed / "policy")
+    if case == "with_critic":
+        assert same_weights(straight / "value", resumed / "value")
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(run)]
+        for run in (straight, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_rank_that_has_nothing_to_write_waits_for_the_others(two: Two) -> None:
+    manifest = json.loads((two[1] / "early_end" / "manifest.json").read_text())
+    responses = manifest["data"]["responses"]
+    assert responses["sampled"] == 22 and responses["empty"] == 5
