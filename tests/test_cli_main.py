@@ -100,7 +100,7 @@ def test_train_lists_its_stages(capsys: pytest.CaptureFixture[str]):
     page = capsys.readouterr().out
     for stage, (_, _, summary) in train.STAGES.items():
         assert f"{stage} " in page and summary in page
-    assert set(train.STAGES) == {"sft", "reward", "rank", "ppo"}
+    assert set(train.STAGES) == {"sft", "reward", "rank", "iterative", "ppo"}
 
 
 def test_resuming_a_finished_training_ends_as_training_does(

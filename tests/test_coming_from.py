@@ -54,10 +54,16 @@ SMALLER: dict[str, dict[str, str]] = {
     "response-gen": SAMPLING,
     "evaluate": {**SAMPLING, "bootstrap_resamples": "20"},
     "compare": {"bootstrap_resamples": "20"},
+    "train iterative": {**SAMPLING, "max_steps": str(STEPS), "num_rounds": "2"},
+    "train ppo": {"max_steps": str(STEPS), "max_new_tokens": "6", "rollout_size": "8"},
 }
 # A script's words are those of the command that it starts.
 SCRIPTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train.sh": ("train rank", ("--model_name_or_path", "--output_dir", "--data_path")),
+    "ppo.sh": (
+        "train ppo",
+        ("--model_name_or_path", "--reward_model_name_or_path", "--output_dir", "--train_datasets"),
+    ),
     "response_gen.sh": ("response-gen", ("--model_name_or_path", "--output_dir")),
     "scoring_responses.sh": ("score", ("--input_file", "--output_file")),
 }
@@ -249,7 +255,7 @@ def made_smaller(words: Sequence[str]) -> list[str]:
     command, arguments = command_of(words)
     bounds = SMALLER.get(command, {})
     if command.startswith("train ") and "--max_steps" not in arguments:
-        bounds = {"max_steps": str(STEPS)}
+        bounds = {"max_steps": str(STEPS), **bounds}
     smaller = list(words)
     for name, value in bounds.items():
         if f"--{name}" in smaller:
@@ -323,7 +329,9 @@ def look_at(command: str, arguments: list[str]) -> None:
         look_at_response_gen(arguments)
         return
     config: Any = parse_config(CONFIGS[command], arguments, command)
-    if command.startswith("train "):
+    if command == "train iterative":
+        look_at_rounds(config)
+    elif command.startswith("train "):
         look_at_training(command, config)
     elif command == "generate":
         look_at_candidates(Path(config.output_file), scored=False)
@@ -351,7 +359,7 @@ def look_at_training(command: str, config: Any) -> None:
     assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(config.as_dict()))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert all(math.isfinite(value) for row in metrics for value in row.values())
-    assert "loss" in metrics[0]
+    assert any("loss" in row for row in metrics)
     model = run / ("reward_model" if command == "train reward" else "policy")
     shape = json.loads((model / "config.json").read_text())
     if command == "train reward":
@@ -363,7 +371,38 @@ def look_at_training(command: str, config: Any) -> None:
         assert held_out["eval_score_std"] >= 0 and "eval_score_mean" in held_out
     else:
         assert shape["architectures"] == ["LlamaForCausalLM"]
+    if command == "train ppo":
+        look_at_ppo(run, config, metrics)
     assert moved(model, Path(config.model_name_or_path)) == (config.learning_rate > 0)
+
+
+def look_at_ppo(run: Path, config: Any, metrics: list[dict[str, float]]) -> None:
+    """What the page says that its users find there."""
+    (rollout, *_) = [row for row in metrics if "score" in row]
+    assert {"reward", "kl", "kl_k3", "response_length", "response_length_max"} <= rollout.keys()
+    (step, *_) = [row for row in metrics if "loss" in row]
+    if config.method == "rrhf":
+        assert {"rank_loss", "sft_loss"} <= step.keys()
+    else:
+        assert {"policy_loss", "value_loss", "value", "return", "ratio"} <= step.keys()
+        assert ("ptx_loss" in step) == (config.ptx_datasets is not None)
+    assert any("eval_score" in row for row in metrics) == (config.eval_datasets is not None)
+    assert (run / "value").is_dir() == config.has_critic
+
+
+def look_at_rounds(config: Any) -> None:
+    """Every round went through its stages, and moved the policy of the round before."""
+    run = Path(config.output_dir)
+    manifest = read_manifest(run)
+    assert manifest is not None and manifest["status"] == "complete"
+    assert len(manifest["rounds"]) == config.num_rounds == 2
+    before = Path(config.model_name_or_path)
+    for number in (1, 2):
+        look_at_candidates(run / f"round-{number}" / "train_data.json", scored=True)
+        policy = run / f"round-{number}" / "rank" / "policy"
+        assert moved(policy, before)
+        before = policy
+    assert not moved(run / "policy", before)
 
 
 def moved(model: Path, start: Path) -> bool:
@@ -485,7 +524,8 @@ def check_span(span: str) -> bool:
 def check_script(span: str, script: str, words: list[str]) -> bool:
     command, names = SCRIPTS[script]
     if "--launch" in words:
-        assert script == "train.sh" and "--launch NAME" in (ROOT / script).read_text(), span
+        assert script in ("train.sh", "ppo.sh"), span
+        assert "configs/launch.sh" in (ROOT / script).read_text(), span
         where = words.index("--launch")
         launch = words[where + 1]
         assert launch == "FILE" or (ROOT / "configs" / f"{launch}.yaml").is_file(), span
@@ -516,8 +556,11 @@ def test_where_the_page_says_that_a_flag_is_the_same_it_is() -> None:
                 assert takes("train reward", [f"--{normalise(name)}", value]), (known, value)
                 counted += 1
         elif here.startswith("the same flag"):
+            named = re.match(r"the same flags? in `rrhf (train \w+)`", here)
             for word in words:
-                assert somebody_takes([f"--{normalise(word)}"]), (known, word)
+                flag = f"--{normalise(word)}"
+                where = [FLAGS[named.group(1)]] if named else FLAGS.values()
+                assert any(normalise(flag) in spellings(flags) for flags in where), (known, word)
                 counted += 1
     assert counted > 20
 

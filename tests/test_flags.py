@@ -121,10 +121,21 @@ def test_defaults_stand_where_nothing_is_given():
         (["--bf16", "false"], False),
         (["--bf16=False"], False),
         (["--bf16", "--steps", "3"], True),
+        (["--bf16", "1"], True),
+        (["--bf16=0"], False),
     ],
 )
 def test_booleans(words: list[str], value: bool):
     assert parse("m", *words).bf16 is value
+
+
+@pytest.mark.parametrize(("written", "value"), [("1", True), ("0", False), ("true", True)])
+def test_booleans_of_a_file(written: str, value: bool, tmp_path: Path):
+    (tmp_path / "toy.json").write_text(f'{{"bf16": {written}}}')
+    assert parse("m", "--config", str(tmp_path / "toy.json")).bf16 is value
+    (tmp_path / "toy.json").write_text('{"bf16": 2}')
+    with pytest.raises(UserError, match="true or false"):
+        parse("m", "--config", str(tmp_path / "toy.json"))
 
 
 def test_a_bare_boolean_leaves_the_next_word_to_the_positionals():
@@ -276,11 +287,12 @@ def test_help_shows_each_flag_with_its_text_and_default(capsys: pytest.CaptureFi
     for item in fields(Toy):
         assert f"--{item.name} " in page
     assert "usage: rrhf toy MODEL [DATA] [--flag value ...]" in page
-    assert page.index("--data ") < page.index("Settings of every toy:") < page.index("--model ")
+    assert page.index("--data ") < page.index("Settings of every toy:") < page.index("--bf16 ")
     assert "Train a toy." in page
     assert "Settings of every toy:" in page and "second paragraph" not in page
     assert "Peak, as a toy wants it. [default: 2e-05]" in page
-    assert "The policy folder. [must be given]" in page
+    needed, _, others = page.partition("must be given:\n")[2].partition("\n\n")
+    assert "The policy folder." in needed and "The policy folder." not in others
     assert "--mode {paper,released}" in page
     assert "Layers. [default: q v]" in page
     assert "(also --train_data)" in page
@@ -300,6 +312,8 @@ CONFIGS = [
     ("rrhf.training.sft", "SFTConfig"),
     ("rrhf.training.reward", "RewardConfig"),
     ("rrhf.training.rank", "RankConfig"),
+    ("rrhf.training.iterative", "IterativeConfig"),
+    ("rrhf.training.ppo", "PPOConfig"),
     ("rrhf.generation.stage", "GenerateConfig"),
     ("rrhf.scoring.stage", "ScoreConfig"),
     ("rrhf.evaluation.evaluate", "EvaluateConfig"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf.cli.main import main
 from rrhf.errors import AlreadyFinished, UserError
-from rrhf.files import read_manifest
+from rrhf.files import read_manifest, write_manifest
 from rrhf.training import iterative, rank
 from rrhf.training.iterative import best_round
 
@@ -109,7 +110,13 @@ def test_what_a_round_leaves(plain: Path) -> None:
         assert not (folder / "rank" / "checkpoints").exists()
     kl = [report["kl"]["mean"] for report in manifest["rounds"]]
     assert kl[0] == 0 and kl[1] != 0
-    assert manifest["best_round"] is None and not (plain / "policy_best").exists()
+    assert manifest["best_round"] is None and not (plain / "best").exists()
+
+
+@functools.cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(folder).double()
 
 
 def log_prob(folder: Path, query: str, response: str, ended: bool, temperature: float) -> float:
@@ -117,8 +124,7 @@ def log_prob(folder: Path, query: str, response: str, ended: bool, temperature: 
 
     HH's transcripts have a blank between `Assistant:` and the response.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    tokenizer, model = loaded(folder)
     prompt = tokenizer(query).input_ids
     answer = tokenizer(f" {response}", add_special_tokens=False).input_ids
     answer += [tokenizer.eos_token_id] * ended
@@ -190,8 +196,22 @@ def test_held_out_prompts_choose_the_best_round(full: Path) -> None:
     assert reports[0]["kl"]["mean"] == 0 and reports[2]["kl"]["mean"] != 0
     best = max((1, 2), key=lambda number: found[number])
     assert manifest["best_round"] == best
-    assert same_weights(full / "policy_best", full / f"round-{best}/rank/policy")
+    assert same_weights(full / "best" / "policy", full / f"round-{best}/rank/policy")
     assert same_weights(full / "policy", full / "round-2/rank/policy")
+
+
+def test_the_outcome_may_be_the_best_round(
+    world: Path, everything: dict[str, Any], full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that the fixture made, ended again: all of its rounds are there."""
+    monkeypatch.setattr(iterative, "best_round", lambda reports: 1)
+    copy = full.with_name("copy")
+    shutil.copytree(full, copy)
+    write_manifest(copy, {"status": "unfinished"})
+    best = {**everything, "load_best_model_at_end": True}
+    (copy / "config.json").write_text(json.dumps(settings(world, full, **best).as_dict()))
+    train_again(str(world), str(copy), **best)
+    assert same_weights(copy / "policy", full / "round-1/rank/policy")
 
 
 def test_the_best_round_is_the_first_of_equals() -> None:
@@ -228,7 +248,7 @@ def test_random_kills_change_no_bit(
                 assert answer["signal"] == signal.SIGKILL or answer["exit"] == 75, answer
         assert zygote.run()["exit"] == 0
     assert kills and terms
-    for name in ("policy", "policy_best"):
+    for name in ("policy", "best/policy"):
         assert same_weights(run / name, full / name)
     figures = [read_manifest(folder) for folder in (run, full)]
     assert without_clock(figures[0]) == without_clock(figures[1])
@@ -291,6 +311,8 @@ def test_an_unfinished_run_is_not_begun_again_by_accident(
         ({"only_use_provide": True}, "leaves nothing of a round's samples"),
         ({"num_return_sequences": 1, "add_dataset_responses": False}, "give 2 or more"),
         ({"eval_steps": 5}, "--eval_steps: every round is evaluated at its end"),
+        ({"early_stopping_patience": 2}, "every round is evaluated at its end"),
+        ({"load_best_model_at_end": True}, "needs --eval_datasets"),
         ({"temperature": 0.0}, "temperature"),
         ({"max_unscored_fraction": 2.0}, "max_unscored_fraction = 2.0: must be between 0 and 1"),
         ({"model_name_or_path": "/no/such/model"}, "/no/such/model"),

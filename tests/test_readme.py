@@ -18,6 +18,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 SMALLER = {
     "train": ["--max_steps", "2", "--model_max_length", "100"],
     "train ppo": ["--max_steps", "2", "--model_max_length", "100", "--max_new_tokens", "6"],
+    "train iterative": ["--max_steps", "2", "--model_max_length", "100", "--max_new_tokens", "6"],
     "generate": ["--max_new_tokens", "6"],
     "evaluate": ["--max_new_tokens", "6", "--bootstrap_resamples", "20"],
 }
@@ -71,7 +72,14 @@ def test_the_stages_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch)
         smaller = SMALLER.get(" ".join(words[:2])) or SMALLER.get(words[0], [])
         command = [here.get(word, word) for word in words] + smaller
         assert main(command) == 0, command
-    for made in ("sft/policy", "rank/policy", "ppo/policy", "ppo/value", "reward/reward_model"):
+    for made in (
+        "iterative/policy",
+        "sft/policy",
+        "rank/policy",
+        "ppo/policy",
+        "ppo/value",
+        "reward/reward_model",
+    ):
         assert (place / f"train-{made}" / "model.safetensors").is_file()
     scored = list(read_candidate_sets(place / "scored.jsonl"))
     assert len(scored) == 24 and all(None not in s.scores for s in scored)

@@ -24,7 +24,7 @@ def preset_names() -> list[str]:
 
 
 def help_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
-    """The help page: what the command is for, then the flags, grouped by the class they come from.
+    """The help page: what the command is for, the flags that it needs, the others by their class.
 
     Args:
         prog: how the command is called.
@@ -35,13 +35,17 @@ def help_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
     bare = [shown_word(flag) for flag in flags.values() if flag.positional]
     lines = [" ".join([f"usage: {prog}", *bare, "[--flag value ...]"]), ""]
     lines += [textwrap.fill(about, HELP_WIDTH), ""] if about else []
+    required = [flag for flag in flags.values() if flag.default is MISSING]
+    if required:
+        lines += ["must be given:", *(line for flag in required for line in flag_lines(flag)), ""]
     family = config_class.__mro__
-    owners = list(dict.fromkeys(flag.owner for flag in flags.values()))
+    others = [flag for flag in flags.values() if flag.default is not MISSING]
+    owners = list(dict.fromkeys(flag.owner for flag in others))
     owners.sort(key=lambda owner: family.index(owner) if owner in family else len(family))
     for owner in owners:
         title = "" if owner is config_class else first_paragraph(owner).rstrip(".")
         lines += [f"{title or 'flags'}:"]
-        for flag in flags.values():
+        for flag in others:
             if flag.owner is owner:
                 lines += flag_lines(flag)
         lines.append("")
@@ -74,11 +78,8 @@ def flag_lines(flag: Flag) -> list[str]:
         head += f"   (or the bare word {flag.name.upper()})"
     if flag.aliases:
         head += "   (also " + ", ".join(f"--{alias}" for alias in flag.aliases) + ")"
-    default = (
-        "must be given" if flag.default is MISSING else f"default: {shown_value(flag.default)}"
-    )
-    text = f"{flag.help} [{default}]".strip()
-    return [head, indented(text)]
+    default = "" if flag.default is MISSING else f" [default: {shown_value(flag.default)}]"
+    return [head, indented(f"{flag.help}{default}".strip())]
 
 
 def shown_value(value: Any) -> str:

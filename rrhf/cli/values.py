@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-TRUE_WORDS = ("true", "True")
-FALSE_WORDS = ("false", "False")
+TRUE_WORDS = ("true", "True", "1")
+FALSE_WORDS = ("false", "False", "0")
 NONE_WORDS = ("none", "None", "null")
 SEQUENCES = (list, tuple, collections.abc.Sequence)
 PREFERENCE = {type(None): 0, bool: 1, int: 2, float: 3, str: 5, Path: 5}
@@ -107,8 +107,8 @@ def convert_member(value: Any, member: Any, from_words: bool) -> tuple[bool, Any
     if origin is Literal:
         return convert_choice(value, typing.get_args(member), from_words)
     if member is bool:
-        if isinstance(value, bool):
-            return True, value
+        if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+            return True, bool(value)
         return from_words and value in TRUE_WORDS + FALSE_WORDS, value in TRUE_WORDS
     if member in (int, float):
         return convert_number(value, member)

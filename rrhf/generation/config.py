@@ -13,7 +13,7 @@ from rrhf.generation.sampling import check_params
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """How responses are drawn, and which prompts and candidates there are."""
+    """How responses are drawn, for how many prompts, and what is kept beside them."""
 
     num_return_sequences: int = 4
     """Responses for each prompt."""

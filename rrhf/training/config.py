@@ -26,7 +26,7 @@ class GroupSettings:
 
 @dataclass
 class TrainingConfig:
-    """Shared by SFT, reward, rank and PPO; each trainer adds its own fields."""
+    """Training, as in every stage of `rrhf train`."""
 
     model_name_or_path: str = field(metadata={"aliases": ["model_name"]})
     """Folder or hub name of the model to start from."""
@@ -79,7 +79,7 @@ class TrainingConfig:
     bf16: bool = False
     """Mixed precision: forward and backward in bfloat16, weights and optimiser in float32."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata={"aliases": ["recompute"]})
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     attn_implementation: str = "sdpa"

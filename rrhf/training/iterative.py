@@ -2,7 +2,7 @@
 
     OUT/round-1/candidates.jsonl -> train_data.json -> rank/policy/
         round-2/candidates.jsonl (of round 1's policy) -> train_data.json -> rank/policy/ -> ...
-        policy/ (the last round's), policy_best/ (by the score on held-out prompts), manifest.json
+        policy/ (the last round's), best/policy/ (by the score on held-out prompts), manifest.json
 
 Every stage is the call that `rrhf generate`, `rrhf score` and `rrhf train rank` make, so each takes
 up where a kill left it, and rounds that are made by hand with those commands give the same bits
@@ -288,11 +288,12 @@ class _Rounds:
     # After.
 
     def _keep_policies(self) -> int | None:
-        """`policy/`, and `policy_best/` where there are figures to choose by; returns its round."""
-        _copy_policy(self.folder.policy_after(self.config.num_rounds), self.folder.policy)
-        best = best_round(self.reports)
+        """`policy/`, and `best/` where there are figures to choose by; returns its round."""
+        best, last = best_round(self.reports), self.config.num_rounds
+        outcome = best if best is not None and self.config.load_best_model_at_end else last
+        _copy_policy(self.folder.policy_after(outcome), self.folder.policy)
         if best is not None:
-            _copy_policy(self.folder.policy_after(best), self.folder.path / "policy_best")
+            _copy_policy(self.folder.policy_after(best), self.folder.path / "best" / "policy")
         return best
 
     def _manifest(self, start: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -336,7 +337,7 @@ def best_round(reports: Sequence[Mapping[str, Any]]) -> int | None:
     means = {
         int(report["round"]): report["evaluation"]["score"]["mean"]
         for report in reports
-        if report["evaluation"] is not None
+        if report["evaluation"] is not None and report["evaluation"]["score"]["mean"] is not None
     }
     return max(means, key=lambda number: means[number]) if means else None
 

@@ -50,7 +50,8 @@ class IterativeConfig(SamplingOptions, RankSettings):
 
     eval_datasets: str | None = None
     """Held-out prompts: every round's policy answers each once, drawn at the temperature; the
-    answers are scored, and the best round's policy is kept in policy_best/."""
+    answers are scored, and the best round's policy is kept in best/policy.
+    load_best_model_at_end makes it the outcome."""
 
     reward_format: Literal["standard", "trlx"] = "standard"
     """Layout of the reward model, as in `rrhf score`."""
@@ -71,8 +72,14 @@ class IterativeConfig(SamplingOptions, RankSettings):
             raise UserError(f"--kl_coeff {self.kl_coeff} needs --measure_kl true")
         if self.only_use_provide:
             raise UserError("--only_use_provide: leaves nothing of a round's samples; leave it out")
-        if self.eval_steps:
-            raise UserError("--eval_steps: every round is evaluated at its end; leave it out")
+        for name in ("eval_steps", "metric_for_best_model", "early_stopping_patience"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name}: every round is evaluated at its end, by its mean score; leave it "
+                    "out"
+                )
+        if self.load_best_model_at_end and self.eval_datasets is None:
+            raise UserError("--load_best_model_at_end: needs --eval_datasets, to choose by")
         if self.num_return_sequences < 2 and not self.add_dataset_responses:
             raise UserError(
                 f"--num_return_sequences {self.num_return_sequences}: ranking compares the "
@@ -155,6 +162,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             "model_name_or_path": policy,
             "output_dir": str(output_dir),
             "resume_from_checkpoint": resume,
+            "load_best_model_at_end": False,  # of a round's steps; here rounds are compared
         }
         return RankConfig(**settings, data_path=str(data))
 

@@ -21,7 +21,13 @@ GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
 
 @dataclass
 class PPOConfig(TrainingConfig):
-    """Settings of `rrhf train ppo`."""
+    """Train a policy on its own responses to prompts: PPO with a critic, its cousins without one
+    (RLOO, GRPO, ...), or RRHF on the samples of the live policy. Leaves OUTPUT_DIR/policy."""
+
+    model_name_or_path: str = field(
+        metadata={"aliases": ["model_name", "actor_model_name_or_path"]}
+    )
+    """Folder or hub name of the policy to start from; it is the reference too."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"aliases": ["prompts", "data_path", "prompt_file"]}
@@ -64,15 +70,15 @@ class PPOConfig(TrainingConfig):
     critic_warmup_steps: int = 0
     """Optimiser steps at the start in which the critic learns alone."""
 
-    per_device_prompt_batch_size: int = 16
+    per_device_prompt_batch_size: int = field(
+        default=16, metadata={"aliases": ["rollout_mini_batch_size"]}
+    )
     """Prompts that one device samples for at a time; only memory and speed depend on it."""
 
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"aliases": ["rollout_mini_batch_size"]}
-    )
+    per_device_train_batch_size: int = 8
     """Responses in one forward on one device (rrhf: prompts with all their responses)."""
 
-    num_return_sequences: int = 1
+    num_return_sequences: int = field(default=1, metadata={"aliases": ["rollout_n"]})
     """Responses to each prompt, all of them trained on; rloo, grpo, dr_grpo and rrhf need 2."""
 
     rollout_size: int = 128
@@ -172,7 +178,7 @@ class PPOConfig(TrainingConfig):
 
     target_kl: float = 0.0
     """Go on to the next rollout once an update moved the policy this far from the one that sampled
-    (k3, nats per token); 0 = never."""
+    (k3, nats per token); 0 = never. Not kl_target, which is adaptive_kl's."""
 
     rrhf_weight: float = 1.0
     """rrhf: weight of the rank term beside cross-entropy on the best response."""

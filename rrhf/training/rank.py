@@ -96,7 +96,7 @@ class RankSettings(TrainingConfig):
 
 @dataclass
 class RankConfig(RankSettings):
-    """Settings of `rrhf train rank`."""
+    """Train a policy so that its likelihoods rank scored candidates as their scores do (RRHF)."""
 
     data_path: str = field(kw_only=True)
     """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""

@@ -59,7 +59,7 @@ SPLIT_SEED_STEP = 1_000_003
 
 @dataclass
 class RewardConfig(TrainingConfig):
-    """Settings of `rrhf train reward`."""
+    """Train a reward model on preference pairs or ranked groups."""
 
     data_path: str = field(
         kw_only=True, metadata={"aliases": ["train_file", "train_data", "train_datasets"]}

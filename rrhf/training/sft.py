@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SFTConfig(TrainingConfig):
-    """Settings of `rrhf train sft`."""
+    """Fine-tune a policy on demonstrations."""
 
     data_path: str = field(kw_only=True)
     """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
