@@ -144,3 +144,18 @@ def test_another_vocabulary_is_refused() -> None:
     require_same_vocabulary(one, byte_level_tokenizer(), "critic")
     with pytest.raises(UserError, match="share the policy's vocabulary"):
         require_same_vocabulary(one, byte_level_tokenizer(vocab_size=300), "critic")
+
+
+@pytest.mark.parametrize("is_detached", [True, False])
+def test_a_detached_value_loss_reaches_its_head_alone(is_detached: bool) -> None:
+    root = ActorCritic(Policy(tiny_llama()), ValueHead(32), detach_value_trunk=is_detached)
+    assert isinstance(root.value, ValueHead)
+    with torch.no_grad():
+        root.value.weight.fill_(0.1)
+    values = root(batch()).values
+    plain = ActorCritic(Policy(tiny_llama()), root.value)(batch()).values
+    assert torch.equal(values, plain)
+    values.square().sum().backward()
+    moved = {name for name, p in root.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "value.weight" in moved
+    assert (moved == {"value.weight"}) is is_detached

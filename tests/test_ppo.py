@@ -59,8 +59,13 @@ def rollouts_of(run: Path) -> list[dict[str, float]]:
     return [row for row in rows_of(run) if "score" in row]
 
 
-def test_at_the_first_step_the_ratio_is_one_and_the_kl_zero(world: Path, tmp_path: Path) -> None:
-    ppo.train(settings(world, tmp_path / "run", temperature=0.7))
+def test_at_the_first_step_the_ratio_is_one_and_the_kl_zero(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        ppo.train(settings(world, tmp_path / "run", temperature=0.7))
+    # With the temperature dropped on one side the two would differ, and that would be said.
+    assert "computed again" not in caplog.text
     rollouts = rollouts_of(tmp_path / "run")
     first, *_, last = steps_of(tmp_path / "run")
     assert first["ratio"] == pytest.approx(1.0, abs=1e-4)
@@ -355,3 +360,16 @@ def test_two_processes_train_like_one(world: Path, tmp_path: Path) -> None:
         for name in mine.keys() & {"policy_loss", "value_loss", "score", "kl", "grad_norm"}:
             # Sums in another order, of float32, over up to eight steps of 3e-3.
             assert its[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-5), name
+
+
+def test_with_two_trunks_a_very_large_kl_coefficient_holds_the_policy(
+    world: Path, tmp_path: Path
+) -> None:
+    """The critic has a trunk of its own, so nothing but the policy's own loss moves the policy."""
+    shared = BANDIT | {"reward_critic_model_name_or_path": str(world / "reward")}
+    shared |= {"learning_rate": 1e-3, "num_rollouts": 15}
+    last = {}
+    for name, coefficient in (("free", 0.0), ("held", 100.0)):
+        ppo.train(settings(world, tmp_path / name, **shared | {"kl_coeff": coefficient}))
+        last[name] = [row["kl_k3"] for row in rollouts_of(tmp_path / name)[-6:]]
+    assert min(last["free"]) > 4 * max(last["held"])

@@ -72,7 +72,7 @@ def test_a_loop_is_the_same_few_tokens_again_and_again(ids: list[int], expected:
 def word_within(world: Path, responses: list[list[int]]) -> str:
     """The text of a token that stands neither first nor last in some response."""
     tokenizer = load_tokenizer(world / "model")
-    texts = (tokenizer.decode([i]) for ids in responses for i in ids[1:-1])
+    texts = (str(tokenizer.decode([i])) for ids in responses for i in ids[1:-1])
     return next(text for text in texts if text.strip() and text.isascii())
 
 

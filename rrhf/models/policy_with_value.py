@@ -99,13 +99,20 @@ class ActorCritic(nn.Module):
     Args:
         policy: the actor.
         value: a `ValueModel` (two trunks), a `ValueHead` (one trunk), or None (no critic).
+        detach_value_trunk: with one trunk, no gradient of the values reaches it.
     """
 
-    def __init__(self, policy: Policy, value: ValueModel | ValueHead | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        value: ValueModel | ValueHead | None = None,
+        detach_value_trunk: bool = False,
+    ) -> None:
         super().__init__()
         assert not policy.with_mean_logprobs, "label smoothing has no place in PPO"
         self.policy = policy
         self.value = value
+        self._detach_value_trunk = detach_value_trunk
 
     @property
     def shares_trunk(self) -> bool:
@@ -131,6 +138,8 @@ class ActorCritic(nn.Module):
 
     def _one_trunk(self, batch: TokenBatch, head: ValueHead) -> ActorCriticOutputs:
         outputs, hidden = self.policy.with_hidden(batch)
+        if self._detach_value_trunk:
+            hidden = hidden.detach()
         values = head(hidden).masked_fill(~batch.response_mask, 0.0)
         return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
 

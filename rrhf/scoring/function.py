@@ -14,6 +14,7 @@ import inspect
 import logging
 import math
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ class FunctionScorer:
         """Scores in order; None where the function gave None, NaN or an infinity.
 
         Raises:
-            UserError: the function gave another number of results, or a result that is no number.
+            UserError: the function raised, or gave another number of results, or a result that is
+                no number.
         """
         prompts, responses, messages = [], [], []
         for s in sets:
@@ -62,7 +64,8 @@ class FunctionScorer:
                 prompts.append(s.query)
                 responses.append(candidate.response)
                 messages.append(turns)
-        results = iter(self._validated(self._function(prompts, responses, messages), len(prompts)))
+        found = self._called(prompts, responses, messages)
+        results = iter(self._validated(found, len(prompts)))
         return [[next(results) for _ in s.candidates] for s in sets]
 
     def _require_three_arguments(self, target: str) -> None:
@@ -75,6 +78,18 @@ class FunctionScorer:
                 f"function:{target}: cannot be called with (prompts, responses, messages): "
                 f"{error}; give it these three parameters"
             ) from None
+
+    def _called(self, *arguments: Any) -> Any:
+        try:
+            return self._function(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{self.name}: raised {type(error).__name__}: {error} ({where.filename}, line "
+                f"{where.lineno}); mend it, or let it return None where a response cannot be scored"
+            ) from error
 
     def _validated(self, results: Any, wanted: int) -> list[float | None]:
         try:

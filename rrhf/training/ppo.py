@@ -49,7 +49,7 @@ from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
-from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.ppo_config import EVALUATION_MEASURES, PPOConfig
 from rrhf.training.ppo_ema import AveragedStream
 from rrhf.training.ppo_objective import PPOObjective
 from rrhf.training.ppo_ptx import PtxObjective, PtxStream, marked
@@ -101,7 +101,7 @@ def train(config: PPOConfig) -> Path:
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
         stop = StopRequest()
         writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel, stop)
-        fitting = _fitting(prompts, writer, config.train_datasets)
+        fitting, num_cut = _fitting(prompts, writer, config.train_datasets)
         controller = build_kl_controller(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
         )
@@ -125,7 +125,7 @@ def train(config: PPOConfig) -> Path:
         )
         evaluate = None
         if held_out:
-            asked = _fitting(held_out, writer, str(config.eval_datasets))
+            asked, _ = _fitting(held_out, writer, str(config.eval_datasets))
             evaluate = _evaluation(asked, writer, config, controller, stream, samples)
         objective: Objective = ppo_objective or _rank_objective(config)
         feed: LiveStream = stream
@@ -162,6 +162,7 @@ def train(config: PPOConfig) -> Path:
                     "read": read.as_dict(),
                     "prompts": len(fitting),
                     "prompts_left_out": len(prompts) - len(fitting),
+                    "prompts_cut": num_cut,
                     "responses": dict(sorted(stream.counts.items())),
                 },
                 "kl_coefficient": controller.coefficient,
@@ -183,7 +184,7 @@ def _build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
         return ActorCritic(policy)
     value: ValueHead | ValueModel
     value = new_value_head(model) if config.share_trunk else _critic(config, bench)
-    return ActorCritic(policy, value)
+    return ActorCritic(policy, value, config.detach_value_trunk)
 
 
 def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
@@ -223,12 +224,18 @@ def _classifier_pad_id(bench: Workbench) -> int | None:
 
 def _fitting(
     prompts: Sequence[CandidateSet], writer: RolloutWriter, name: str
-) -> list[CandidateSet]:
-    """Prompts that leave room for a response, without the candidates they may bring."""
-    kept, left_out = [], 0
+) -> tuple[list[CandidateSet], int]:
+    """Prompts that leave room for a response, without the candidates they may bring; and how many
+    of them lose their beginning.
+    """
+    kept, left_out, cut = [], 0, 0
     for prompt in prompts:
         if writer.fits(prompt):
             kept.append(CandidateSet(prompt.id, prompt.query, prompt.messages, (), prompt.origin))
+            is_cut = writer.is_cut(prompt)
+            if is_cut and not cut:
+                logger.info("first prompt cut: %s %.60r", prompt.id, prompt.query)
+            cut += is_cut
         elif not left_out:
             left_out = 1
             logger.info("first prompt left out: %s %.60r", prompt.id, prompt.query)
@@ -241,7 +248,11 @@ def _fitting(
         )
     if left_out:
         logger.warning("%s: %d of %d prompts do not fit", name, left_out, len(prompts))
-    return kept
+    if cut:
+        logger.warning(
+            "%s: %d of %d prompts are too long and lose their beginning", name, cut, len(prompts)
+        )
+    return kept, cut
 
 
 def _evaluation(
@@ -259,8 +270,7 @@ def _evaluation(
         experience = build_experience(rollout.rows, config, controller.coefficient)
         samples.show_evaluation(stream.steps_done, prompts, rollout.rows, experience)
         found = experience.metrics
-        names = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
-        return {name: found[name] for name in names}
+        return {name: found[name] for name in EVALUATION_MEASURES}
 
     return evaluate
 

@@ -15,6 +15,9 @@ from rrhf.training.config import GroupSettings, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
+EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
+"""What an evaluation on the way gives; logged as eval_<name>."""
+
 GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
 """Methods that compare the responses of one prompt with each other."""
 
@@ -49,6 +52,9 @@ class PPOConfig(TrainingConfig):
 
     share_trunk: bool = False
     """Put a value head, zero at first, on the policy's own trunk: less memory than a second one."""
+
+    detach_value_trunk: bool = False
+    """With share_trunk: the value loss trains its head alone, and moves nothing of the policy."""
 
     learning_rate: float = field(default=1e-6, metadata={"aliases": ["actor_learning_rate"]})
     """Peak learning rate of the policy."""
@@ -290,6 +296,11 @@ class PPOConfig(TrainingConfig):
                     f"--kl_estimator {self.kl_estimator}: its gradient is useless as a loss; take "
                     f"one of {', '.join(KL_LOSS_ESTIMATORS)}"
                 )
+        if self.best_metric.removeprefix("eval_") not in EVALUATION_MEASURES:
+            raise UserError(
+                f"--metric_for_best_model {self.best_metric}: no measure of the evaluations; "
+                f"choose one of {', '.join(EVALUATION_MEASURES)}"
+            )
         if self.max_steps > 0 and self.num_rollouts > 0:
             raise UserError("--max_steps and --num_rollouts both say when to end; give one")
         if (self.ptx_coeff > 0) != (self.ptx_datasets is not None):
@@ -311,6 +322,8 @@ class PPOConfig(TrainingConfig):
                 "--share_trunk puts the critic on the policy; leave out "
                 "--reward_critic_model_name_or_path"
             )
+        if self.detach_value_trunk and not self.share_trunk:
+            raise UserError("--detach_value_trunk: only with --share_trunk; leave it out")
         if not self.has_critic:
             for name in ("share_trunk", "reward_critic_model_name_or_path", "critic_warmup_steps"):
                 if getattr(self, name):

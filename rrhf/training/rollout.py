@@ -136,6 +136,12 @@ class RolloutWriter:
         """Whether the prompt, cut by whole turns, leaves room for a response."""
         return self._engine.encode_prompt(prompt, self._config.sampling(0)) is not None
 
+    def is_cut(self, prompt: CandidateSet) -> bool:
+        """Whether a prompt that fits loses its beginning."""
+        whole = self._codec.encode_prompt(prompt)
+        room = self._config.model_max_length - self._config.max_new_tokens
+        return whole is not None and len(whole) > room
+
     def write(
         self, prompts: Sequence[CandidateSet], number: int, samples_per_prompt: int | None = None
     ) -> Rollout:
