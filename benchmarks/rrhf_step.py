@@ -1,0 +1,137 @@
+"""One training step of RRHF (forward and backward) against the original-style step.
+
+Scores are set against the policy's own ranking, so that every pair is violated and every candidate
+has a gradient: the worst case for an engine that leaves the others out. Losses and gradients are
+compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import timed
+from benchmarks.original_step import OriginalStyle
+from benchmarks.shapes import SHAPES, Shape
+from rrhf.data.collate import TokenBatch
+from rrhf.models.engines import FastPolicy, build_policy
+from rrhf.models.loading import enable_checkpointing
+from rrhf.models.logprobs import Policy
+from rrhf.training.rank import RankConfig, RankObjective
+
+BASELINE = "original"
+EXACT, HALF = 1e-5, 0.05
+"""By how much a loss and a gradient may differ, relatively, in float32 and in bfloat16."""
+
+
+def _checkpointed(shape: Shape) -> nn.Module:
+    model = shape.model()
+    enable_checkpointing(model.train())
+    return build_policy(model, "shared_prefix")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a step; `tolerance` is relative to the baseline's."""
+
+    build: Callable[[Shape], nn.Module]
+    tolerance: float = EXACT
+
+
+VARIANTS = {
+    BASELINE: Variant(lambda shape: OriginalStyle(shape.model())),
+    "padded": Variant(lambda shape: Policy(shape.model())),
+    "padded_chunked_head": Variant(lambda shape: FastPolicy(shape.model(), "rows")),
+    "dense_mask": Variant(lambda shape: build_policy(shape.model(), "dense_mask")),
+    "shared_prefix": Variant(lambda shape: build_policy(shape.model(), "shared_prefix")),
+    "shared_prefix_checkpointed": Variant(_checkpointed),
+    "shared_prefix_bf16": Variant(
+        lambda shape: build_policy(shape.model().bfloat16(), "shared_prefix"), HALF
+    ),
+}
+
+
+class Step:
+    """Forward and backward of one model on one batch."""
+
+    def __init__(self, policy: nn.Module, batch: TokenBatch) -> None:
+        self.policy, self.batch = policy.train(), batch
+        self.objective = RankObjective(RankConfig("", "", data_path=""))
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        terms = self.objective(self.policy(self.batch), self.batch)
+        return torch.stack([term.weight * term.total for term in terms.values()]).sum()
+
+    def __call__(self) -> Tensor:
+        self.policy.zero_grad(set_to_none=True)
+        loss = self.forward()
+        loss.backward()
+        return loss.detach()
+
+    def gradient(self) -> Tensor:
+        """In float32, as it was left."""
+        parts = [p.grad.float().flatten() for p in self.policy.parameters() if p.grad is not None]
+        return torch.cat(parts)
+
+
+def run(shape_name: str, names: list[str], rounds: int) -> dict[str, Any]:
+    """Compare, then time.
+
+    Raises:
+        AssertionError: a variant computes something else than the baseline.
+    """
+    shape = SHAPES[shape_name]
+    batch = every_pair_violated(shape)
+    names = [BASELINE, *(name for name in names if name != BASELINE)]
+    steps = {name: Step(VARIANTS[name].build(shape), batch) for name in names}
+    differences: dict[str, dict[str, float]] = {}
+    expected_loss = steps[BASELINE]()
+    expected = steps[BASELINE].gradient()
+    for name in names[1:]:
+        loss = float((steps[name]() - expected_loss).abs() / expected_loss.abs())
+        gradient = float((steps[name].gradient() - expected).norm() / expected.norm())
+        differences[name] = {"loss": loss, "gradient": gradient}
+        tolerance = VARIANTS[name].tolerance
+        assert max(loss, gradient) <= tolerance, f"{name} differs: {differences[name]}"
+    del expected
+    timings = timed(steps, rounds)
+    return {
+        "benchmark": "rrhf_step",
+        "shape_name": shape_name,
+        "shape": shape,
+        "theory": shape.theory(),
+        "relative_differences": differences,
+        "timings": timings,
+    }
+
+
+def every_pair_violated(shape: Shape) -> TokenBatch:
+    """The shape's batch, the likeliest response scored lowest."""
+    plain = shape.batch()
+    with torch.no_grad():
+        logprobs = Policy(shape.model().eval())(plain).logprobs
+    means = logprobs.sum(1) / plain.response_lengths
+    return shape.batch((-means).tolist())
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people."""
+    shape: Shape = result["shape"]
+    first, last = shape.responses[0], shape.responses[-1]
+    length = str(first) if first == last else f"{first}..{last}"
+    lines = [
+        f"{result['shape_name']}: H{shape.hidden} L{shape.layers} V{shape.vocabulary} "
+        f"P{shape.prompt} R{length} N{len(shape.responses)}; "
+        f"FLOP ratio {result['theory']:.2f}, to reach {shape.goal}"
+    ]
+    for name, timing in result["timings"].items():
+        milliseconds = 1000 * sorted(timing.seconds)[len(timing.seconds) // 2]
+        off = result["relative_differences"].get(name)
+        equal = f"   gradient off by {off['gradient']:.0e}" if off else ""
+        lines.append(f"  {name:27} {milliseconds:8.0f} ms   x {timing.speed_up}{equal}")
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""The shapes that steps are measured at: a small Llama of random weights, one prompt, N responses.
+
+Legend: H hidden, L layers, V vocabulary, P prompt tokens, R response tokens, N responses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+
+HEADS, KEY_HEADS = 8, 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape.
+
+    Attributes:
+        hidden, layers, vocabulary: of the model; its MLP is 2.5 times as wide as H.
+        prompt: tokens.
+        responses: tokens of each.
+        goal: speed-up over the original-style step that is to be reached at least.
+    """
+
+    hidden: int
+    layers: int
+    vocabulary: int
+    prompt: int
+    responses: tuple[int, ...]
+    goal: float
+
+    @property
+    def intermediate(self) -> int:
+        return 5 * self.hidden // 2
+
+    @property
+    def body_parameters(self) -> int:
+        """Weights that each token is multiplied by, the head left out."""
+        grouped = self.hidden * KEY_HEADS // HEADS
+        attention = 2 * self.hidden * (self.hidden + grouped)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    def model(self) -> LlamaForCausalLM:
+        """The same weights each time."""
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KEY_HEADS,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=2048,
+            attn_implementation="sdpa",
+        )
+        return LlamaForCausalLM(config)
+
+    def batch(self, scores: list[float] | None = None) -> TokenBatch:
+        """The same random tokens each time."""
+        generator = torch.Generator().manual_seed(1)
+
+        def ids(length: int) -> list[int]:
+            return torch.randint(3, self.vocabulary, (length,), generator=generator).tolist()
+
+        prompt = ids(self.prompt)
+        responses = [ids(length) for length in self.responses]
+        return collate([EncodedSet(prompt, responses, scores)], pad_id=0)
+
+    def theory(self) -> float:
+        """The ratio of floating-point operations, original-style over shared prefix.
+
+        Original: every row with its prompt, padded, dense attention, the head at every position.
+        Shared: every prompt once, exact causal attention, the head at response positions with
+        logits kept (three multiplications, as in the original).
+        """
+        count, longest = len(self.responses), max(self.responses)
+        head = self.hidden * self.vocabulary
+        width = self.prompt + longest
+        pair = 2 * self.hidden * self.layers  # scores and weighted values of one query and key
+        original = count * width * (self.body_parameters + head) + count * width**2 * pair
+        tokens = sum(self.responses)
+        seen = self.prompt**2 / 2 + sum(r * self.prompt + r**2 / 2 for r in self.responses)
+        shared = (self.prompt + tokens) * self.body_parameters + tokens * head + seen * pair
+        return original / shared
+
+
+SHAPES = {
+    "S1": Shape(256, 4, 8192, 256, (64,) * 4, 3.0),
+    "S3": Shape(512, 6, 32768, 512, (96,) * 6, 4.0),
+    "S4": Shape(256, 4, 131072, 256, (64,) * 4, 3.8),
+    "S5": Shape(256, 4, 32768, 256, (32, 51, 70, 90, 109, 128), 4.2),
+    "S6": Shape(512, 4, 32768, 128, (128,) * 4, 1.8),
+}
+"""S6 is the unfavourable one: a prompt no longer than its responses leaves little to share."""
