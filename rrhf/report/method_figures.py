@@ -5,15 +5,15 @@ One colour a method in both; each curve is named at its end, so no legend has to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
 
-INK, FAINT = "#222222", "#d9d9d9"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#a07800", "#555555")
+INK, FAINT, UNTRAINED = "#222222", "#d9d9d9", "#777777"
+COLOURS = ("#d55e00", "#009e73", "#0072b2", "#b5539c", "#a07800", "#7a4a2b", "#5b4bb5")
 """After Okabe and Ito, darkened where they were too light for text on white."""
 
 SIZE = (7.2, 4.8)
@@ -37,34 +37,50 @@ class Point:
 
 
 Curves = Mapping[str, Sequence[Point]]
+Lines = Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None]]]
 
 
-def draw_reward_against_kl(curves: Curves, target: Path) -> Path:
-    """The learned reward that each nat of KL bought: a curve a method, a point a checkpoint."""
+def draw_reward_against_kl(
+    curves: Curves, target: Path, start: str = "SFT", untrained: Collection[str] = ()
+) -> Path:
+    """The learned reward that each nat of KL bought: a curve a method, a point a checkpoint.
+
+    Args:
+        curves: name -> points from the common start on.
+        target: the picture's file.
+        start: what the first points are called.
+        untrained: names of curves that are drawn dashed and grey.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     lines = {
         name: [(p.kl, p.reward, p.reward_range) for p in points] for name, points in curves.items()
     }
-    return _draw(
-        lines, "KL from SFT (nats a response)", "reward-model score", "Reward against KL", target
-    )
+    words = (f"KL from {start} (nats a response)", "reward-model score", "Reward against KL")
+    return _draw(lines, words, target, start, untrained)
 
 
-def draw_gold_against_reward(curves: Curves, target: Path) -> Path:
-    """Whether the true preference follows the learned one: over-optimisation bends a curve down."""
+def draw_gold_against_reward(
+    curves: Curves, target: Path, start: str = "SFT", untrained: Collection[str] = ()
+) -> Path:
+    """Whether the true preference follows the learned one: over-optimisation bends a curve down.
+
+    Arguments and errors as of `draw_reward_against_kl`.
+    """
     lines = {
         name: [(p.reward, p.gold, p.gold_range) for p in points] for name, points in curves.items()
     }
-    return _draw(
-        lines, "reward-model score", "gold (true preference)", "Gold against reward", target
-    )
+    words = ("reward-model score", "gold (true preference)", "Gold against reward")
+    return _draw(lines, words, target, start, untrained)
 
 
 def _draw(
-    lines: Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None]]],
-    x_label: str,
-    y_label: str,
-    title: str,
+    lines: Lines,
+    words: tuple[str, str, str],
     target: Path,
+    start: str,
+    untrained: Collection[str],
 ) -> Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,43 +92,52 @@ def _draw(
     figure = Figure(figsize=SIZE, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for place, points in enumerate(lines.values()):
-        colour = COLOURS[place % len(COLOURS)]
-        xs, ys = [p[0] for p in points], [p[1] for p in points]
+    free = iter(COLOURS * (1 + len(lines) // len(COLOURS)))
+    colours = {name: UNTRAINED if name in untrained else next(free) for name in lines}
+    for name, points in lines.items():
         for x, _, ends in points:
             if ends is not None:
-                axis.plot([x, x], ends, color=colour, alpha=0.35, linewidth=1.2, zorder=2)
-        style = "--" if len(points) > 1 and place == len(lines) - 1 else "-"
-        axis.plot(xs, ys, style, color=colour, marker="o", markersize=4.5, linewidth=1.8, zorder=3)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    axis.set_title(title, loc="left", fontsize=12, color=INK)
+                axis.plot([x, x], ends, color=colours[name], alpha=0.35, linewidth=1.2, zorder=2)
+        axis.plot(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            "--" if name in untrained else "-",
+            color=colours[name],
+            marker="o",
+            markersize=4.5,
+            linewidth=1.8,
+            zorder=3,
+        )
+    x, y, _ = next(iter(lines.values()))[0]
+    axis.plot([x], [y], "o", color=INK, markersize=6, zorder=4)
+    axis.annotate(start, (x, y), (9, -4), textcoords="offset points", color=INK, fontsize=9)
+    axis.set_xlabel(words[0])
+    axis.set_ylabel(words[1])
+    axis.set_title(words[2], loc="left", fontsize=12, color=INK)
     axis.grid(color=FAINT, linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    _name_the_ends(axis, {name: points[-1][:2] for name, points in lines.items()})
+    _name_the_ends(axis, {name: points[-1][:2] for name, points in lines.items()}, colours)
     figure.savefig(target)
     return target
 
 
-def _name_the_ends(axis: Any, ends: Mapping[str, tuple[float, float]]) -> None:
+def _name_the_ends(
+    axis: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]
+) -> None:
     """Names right of the picture, at the heights of the ends but moved apart, with a thin lead."""
     low, high = axis.get_ylim()
     left, right = axis.get_xlim()
-    gap = LABEL_GAP * (high - low)
     order = sorted(ends, key=lambda name: ends[name][1])
-    heights = apart([ends[name][1] for name in order], gap, low, high)
-    colours = dict(zip(ends, COLOURS * (1 + len(ends) // len(COLOURS)), strict=False))
+    heights = apart([ends[name][1] for name in order], LABEL_GAP * (high - low), low, high)
     edge = right + 0.03 * (right - left)
     for name, height in zip(order, heights, strict=True):
         x, y = ends[name]
-        axis.plot(
-            [x, edge], [y, height], color=colours[name], linewidth=0.6, alpha=0.5, clip_on=False
-        )
-        axis.text(
-            edge + 0.01 * (right - left), height, name, color=colours[name], va="center", fontsize=9
-        )
+        style = {"color": colours[name], "linewidth": 0.7, "alpha": 0.6, "clip_on": False}
+        axis.plot([x, edge], [y, height], linestyle=(0, (1, 2)), zorder=1, **style)
+        middle = edge + 0.01 * (right - left)
+        axis.text(middle, height, name, color=colours[name], va="center", fontsize=9.5)
     axis.set_xlim(left, right)
     axis.set_ylim(low, high)
 

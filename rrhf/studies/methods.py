@@ -116,8 +116,9 @@ def write_report(
     partings = {title: parting(points) for title, points in curves.items()}
     points = {title: [_point(row) for row in rows] for title, rows in curves.items()}
     if points:
-        draw_reward_against_kl(points, target / REWARD_KL)
-        draw_gold_against_reward(points, target / GOLD_REWARD)
+        untrained = {m.curve for m in METHODS.values() if m.best_of > 1}
+        draw_reward_against_kl(points, target / REWARD_KL, untrained=untrained)
+        draw_gold_against_reward(points, target / GOLD_REWARD, untrained=untrained)
     write_json(
         target / NUMBERS,
         {
