@@ -48,7 +48,7 @@ def test_page_pictures_and_numbers_say_what_the_rows_say(tmp_path: Path) -> None
     gains = re.search(r"^\| PPO \| 0\.60 \[.*\| 0\.80 \[.*$", page, re.MULTILINE)
     assert gains, page
     assert "| PPO | 0.50 | 0.70 | 0.60 | 0.14 |" in page
-    assert "| PPO | 2000 | 50.0 | 400.0 | 40 | 4 |" in page
+    assert "| PPO | 2000 | 50.0 | 400.0 | 40 | 4 | 1 |" in page
     assert "- PPO: gold peaks at 0.70, at reward 0.50 (KL 1.0 nats), and falls by" in page
     numbers = json.loads((tmp_path / "methods.json").read_text())
     assert numbers["rows"]["ppo"]["gold_by_seed"] == pytest.approx([0.5, 0.7])

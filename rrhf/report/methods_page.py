@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,18 @@ def gains_table(rows: Mapping[str, Row], greedy: Mapping[str, Row]) -> str:
     return markdown_lines(headings, lines)
 
 
-def cost_table(titles: Mapping[str, str], costs: Mapping[str, TrainingCost]) -> str:
-    """What each method took after SFT and reward model."""
-    headings = ["", *(column.title for column in COST_COLUMNS.values())]
+def cost_table(
+    titles: Mapping[str, str], costs: Mapping[str, TrainingCost], per_answer: Mapping[str, int]
+) -> str:
+    """What each method took after SFT and reward model.
+
+    Args:
+        titles: method -> its name.
+        costs: method -> what its training took.
+        per_answer: method -> responses that are drawn, and scored if there are several, each time
+            someone asks.
+    """
+    headings = ["", *(column.title for column in COST_COLUMNS.values()), "responses an answer"]
     lines = []
     for key, cost in costs.items():
         values = cost.as_dict()
@@ -49,20 +59,20 @@ def cost_table(titles: Mapping[str, str], costs: Mapping[str, TrainingCost]) -> 
                     format_number(values[name] / (1000 if name in thousands else 1), column.digits)
                     for name, column in COST_COLUMNS.items()
                 ),
+                str(per_answer[key]),
             ]
         )
     return markdown_lines(headings, lines)
 
 
 def by_seed_table(seeds: Sequence[int], rows: Mapping[str, Sequence[Row]]) -> str:
-    """Gold of each seed, their mean and deviation, and of how many seeds it is above SFT's."""
+    """Gold of each of several seeds, their mean and deviation."""
     headings = ["", *(f"seed {seed}" for seed in seeds), "mean", "sd"]
     lines = []
     for of_seeds in rows.values():
         values = [float(row["metrics"]["gold"]["mean"]) for row in of_seeds]
         mean = sum(values) / len(values)
-        spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
-        told = [format_number(value, 2) for value in [*values, mean, spread]]
+        told = [format_number(value, 2) for value in [*values, mean, statistics.stdev(values)]]
         lines.append([str(of_seeds[0]["name"]), *told])
     return markdown_lines(headings, lines)
 

@@ -138,8 +138,8 @@ def _closing_words(
     return "\n".join(
         [
             f"Gold {gold['SFT']:.2f} (SFT) -> {gold['RRHF']:.2f} (RRHF) -> "
-            f"{gold['RRHF round 2']:.2f} (round 2) on prompts that no training saw, "
-            f"in {seconds:.0f} s.",
+            f"{gold['RRHF round 2']:.2f} (round 2), {gold['PPO']:.2f} (PPO), on prompts that no "
+            f"training saw, in {seconds:.0f} s.",
             "",
             f"policy   {first / 'rrhf-2' / 'policy'}",
             f"samples  {first / 'evaluation'}/*.samples.jsonl",
