@@ -235,12 +235,11 @@ def _setting(seeds: Sequence[int], num_prompts: int) -> str:
 
 _COSTS = (
     "After SFT and reward model, mean of the seeds; evaluation is not counted. A round of offline "
-    "ranking and each online method draw and score equally many responses, and make two passes over "
-    "them (a later round: one). Best-of-N trains nothing and pays at every answer: N responses and "
-    "N scores. Tokens trained on went forward "
-    "and backward, once for each network that learns (a critic's count as well). Networks in "
-    "memory: policy; online, reference and reward model as well; PPO, a critic too. CPU seconds "
-    "are of one thread, saving included.\n\n"
+    "ranking and each online method draw and score equally many responses, and make two passes "
+    "over them (a later round: one). Best-of-N trains nothing and pays at every answer: N "
+    "responses and N scores. Tokens trained on went forward and backward, once for each network "
+    "that learns (a critic's count as well). Networks in memory: policy; online, reference and "
+    "reward model as well; PPO, a critic too. CPU seconds are of one thread, saving included.\n\n"
     "Settings of the online methods were chosen on seeds 10 and 11, in about ten trainings, PPO's "
     "in more of them than the others'; those of offline RRHF are the demonstration's."
 )
