@@ -14,7 +14,7 @@ from test_rollout import hand_made_rows
 
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.runs import MetricsLog
-from rrhf.training import ppo
+from rrhf.training import ppo, tracking
 from rrhf.training.experience import build_experience
 from rrhf.training.sample_table import SampleTable, as_text
 from rrhf.training.tracking import Tracker, as_markdown
@@ -132,9 +132,46 @@ def test_a_tracker_gets_texts_until_it_fails(
     assert text.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y<br>z | 0.1235 |"]
 
 
-def test_tensorboard_shows_the_table(world: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    run = tmp_path / "run"
-    ppo.train(settings(world, run, num_rollouts=1, report_to="tensorboard"))
-    content = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
-    assert b"samples_rollout" in content and b"| prompt | response |" in content
+class Recorder:
+    """In the place of a tracker's package: notes what is called, with what."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, (args, kwargs)))
+            return self if name in ("SummaryWriter", "Table") else None
+
+        return called
+
+    def of(self, name: str) -> list[Any]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+def rows_to(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report_to: Any
+) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(tracking, "_import", lambda module, package: recorder)
+    config = settings(world, tmp_path, report_to=report_to)
+    table = SampleTable(MetricsLog(tmp_path / "samples.jsonl"), 1, 2, is_terminal=False)
+    table.send_to(tracking.build_tracker(config, tmp_path, is_main=True))
+    show(world, table, 3)
+    return recorder
+
+
+def test_tensorboard_gets_a_text_and_wandb_a_table(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((name, text, step), _), *others = rows_to(world, tmp_path, monkeypatch, "tensorboard").of(
+        "add_text"
+    )
+    assert (name, step, others) == ("samples_rollout", 3, [])
+    assert text.startswith("| prompt | response | score |") and len(text.splitlines()) == 4
+    recorder = rows_to(world, tmp_path, monkeypatch, "wandb")
+    ((_, table),) = recorder.of("Table")
+    assert table["columns"][0] == "prompt" and len(table["data"]) == 2
+    ((_, place),) = recorder.of("log")
+    assert place == {"step": 3}
+    assert not rows_to(world, tmp_path, monkeypatch, "trackio").of("log")
