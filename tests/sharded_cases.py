@@ -11,18 +11,23 @@ from typing import Any
 
 import torch
 from ppo_cases import settings
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rrhf.errors import StoppedBySignal
 from rrhf.generation.local import LocalEngine
 from rrhf.training import ppo, rank
+from rrhf.training.loop import NonFiniteError, Term
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_stream import PPOStream
 from rrhf.training.streams import OfflineStream
 
 prepared: list[dict[str, Any]] = []
 """What became of each trainable root."""
+
+roots: list[Parallel] = []
+"""Who has prepared them."""
 
 
 def do(place: int, engine: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,6 +46,7 @@ def watch_preparation() -> None:
     def prepare(self: Parallel, model: nn.Module, *rest: Any) -> Any:
         root, optimizer = plain(self, model, *rest)
         weights = list(root.parameters())
+        roots.append(self)
         prepared.append(
             {
                 "kind": self.kind,
@@ -96,6 +102,36 @@ def ranking_resumed(place: int, world: Path, out: Path, accumulation: int) -> No
         rank.train(rank_config(world, folder, accumulation))
     OfflineStream.observe = OfflineStream.plain_observe  # type: ignore[attr-defined]
     rank.train(rank_config(world, folder, accumulation, resume_from_checkpoint=True))
+
+
+def ranking_in_bfloat16(place: int, world: Path, out: Path, accumulation: int) -> None:
+    rank.train(rank_config(world, out / "ranking_in_bfloat16", accumulation, bf16=True))
+
+
+def infinite_gradient(place: int, world: Path, out: Path, accumulation: int) -> None:
+    """A finite loss whose gradient is not, on one rank; notes whether the weights have moved."""
+    plain = rank.RankObjective.__call__
+
+    def broken(self: rank.RankObjective, outputs: Any, batch: Any) -> dict[str, Term]:
+        terms = plain(self, outputs, batch)
+        if place == 1:
+            nothing = (0 * outputs.logprobs).sum().sqrt()  # its slope at zero is infinite
+            terms["rank"] = replace(terms["rank"], total=terms["rank"].total + nothing)
+        return terms
+
+    rank.RankObjective.__call__ = broken  # type: ignore[method-assign]
+    try:
+        rank.train(rank_config(world, out / "infinite_gradient", accumulation))
+    except NonFiniteError:
+        parallel = roots[-1]
+        start = load_file(world / "model" / "model.safetensors")
+        weights = parallel.whole_weights(parallel.unwrap(parallel._root))
+        moved = [
+            name for name, w in weights if not torch.equal(w, start[name.removeprefix("model.")])
+        ]
+        prepared[-1]["moved"] = moved
+    finally:
+        rank.RankObjective.__call__ = plain  # type: ignore[method-assign]
 
 
 def ppo_config(world: Path, out: Path, accumulation: int, **changes: Any) -> ppo.PPOConfig:

@@ -13,13 +13,19 @@ import torch
 from ppo_cases import build_world
 from safetensors.torch import load_file
 from sharded_job import Launcher
+from torch import nn
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-pytestmark = pytest.mark.timeout(450)  # the first test of an engine does all its trainings
+from rrhf.errors import UserError
+from rrhf.training.checkpoint import Checkpointer
+from rrhf.training.parallel import Parallel
 
-CASES = ["ranking", "ranking_resumed", "with_critic", "with_critic_resumed"]
-CASES += ["everything", "adapters", "online_ranking", "early_end"]
+pytestmark = pytest.mark.timeout(600)  # the first test of an engine does all its trainings
+
+COMPARED = ["ranking", "with_critic", "everything", "adapters", "online_ranking"]
+CASES = [*COMPARED, "ranking_resumed", "with_critic_resumed", "early_end"]
+CASES += ["ranking_in_bfloat16", "infinite_gradient"]
 
 NAMES_OF_LOSSES = ("loss", "rank_loss", "sft_loss", "policy_loss", "value_loss", "ptx_loss")
 
@@ -40,8 +46,8 @@ def launcher() -> Iterator[Launcher]:
 
 @pytest.fixture(scope="module")
 def one(folder: Path, launcher: Launcher) -> Path:
-    """All cases on one process."""
-    return run(launcher, folder, "one")[0]
+    """What one process makes of the cases that are compared."""
+    return run(launcher, folder, "one", COMPARED)[0]
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero2"])
@@ -52,13 +58,15 @@ def two(
     engine: str = request.param
     if engine == "zero2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed; it comes with rrhf[deepspeed]")
-    return engine, *run(launcher, folder, engine)
+    return engine, *run(launcher, folder, engine, CASES)
 
 
-def run(launcher: Launcher, folder: Path, engine: str) -> tuple[Path, list[dict[str, Any]]]:
+def run(
+    launcher: Launcher, folder: Path, engine: str, cases: list[str]
+) -> tuple[Path, list[dict[str, Any]]]:
     out = folder / engine
-    arguments = {"world": str(folder), "out": str(out), "cases": CASES}
-    return out, launcher.run(engine, arguments, timeout_seconds=400)[0]
+    arguments = {"world": str(folder), "out": str(out), "cases": cases}
+    return out, launcher.run(engine, arguments, timeout_seconds=560)[0]
 
 
 Two = tuple[str, Path, list[dict[str, Any]]]
@@ -74,16 +82,13 @@ def test_the_engine_is_the_one_that_was_asked_for(two: Two, one: Path) -> None:
             assert root["class"].startswith("FSDP") and root["cut"] == 1
         else:
             assert root["class"] == "DeepSpeedEngine" and root["stage"] == 2
-    sizes = [root["mine"] for root in roots[:4]]
     whole = sum(
         tensor.numel() for tensor in load_file(one / "ranking/policy/model.safetensors").values()
     )
-    assert sizes[0] == (whole / 2 if engine == "fsdp2" else whole)
+    assert roots[0]["mine"] == (whole / 2 if engine == "fsdp2" else whole)
 
 
-@pytest.mark.parametrize(
-    "case", ["ranking", "with_critic", "everything", "adapters", "online_ranking"]
-)
+@pytest.mark.parametrize("case", COMPARED)
 def test_losses_are_those_of_one_process(two: Two, one: Path, case: str) -> None:
     """The same global batch in pieces: sums of float32 in another order, over up to four steps.
 
@@ -142,6 +147,34 @@ def test_resumed_equals_straight(two: Two, case: str) -> None:
         for run in (straight, resumed)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_every_rank_keeps_its_own_random_state(two: Two) -> None:
+    (checkpoint,) = (two[1] / "ranking_resumed" / "checkpoints").glob("step-*")
+    assert {path.name for path in checkpoint.glob("random*")} == {"random.pt", "random-1.pt"}
+
+
+def test_a_checkpoint_of_another_engine_is_refused_by_name(two: Two) -> None:
+    engine, runs, _ = two
+    model = nn.Linear(1, 1)
+    folder = runs / "ranking_resumed" / "checkpoints"
+    here = Checkpointer(folder, Parallel(), model, torch.optim.AdamW(model.parameters()))
+    names = {"ddp": "holds other weights", "fsdp2": "under FSDP, and this launch runs NO"}
+    with pytest.raises(UserError, match=names.get(engine, "under DEEPSPEED, and this launch")):
+        here.restore()
+
+
+def test_16_bits_are_for_computing_not_for_keeping(two: Two, folder: Path) -> None:
+    policy = two[1] / "ranking_in_bfloat16" / "policy"
+    weights = load_file(policy / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+    assert json.loads((policy / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(two: Two) -> None:
+    assert two[2][-1]["moved"] == []
+    assert (two[1] / "infinite_gradient" / "non_finite_step_1_rank_0.safetensors").exists()
 
 
 def test_a_rank_that_has_nothing_to_write_waits_for_the_others(two: Two) -> None:

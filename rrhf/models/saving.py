@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,19 @@ def write_model_folder(
         model.get_base_model().save_pretrained(folder, state_dict=merged_weights(model, full))
     else:
         model.save_pretrained(folder, state_dict=state_dict)
+    if state_dict is not None:
+        _name_precision(folder, state_dict)
     tokenizer.save_pretrained(folder)
+
+
+def _name_precision(folder: Path, state_dict: dict[str, Tensor]) -> None:
+    """The weights may be finer than the model that computes; the config speaks of the model."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    finest = max((t.dtype for t in state_dict.values()), key=lambda dtype: dtype.itemsize)
+    if "dtype" in config and finest.is_floating_point:
+        config["dtype"] = str(finest).removeprefix("torch.")
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def weights_below(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
