@@ -1,14 +1,15 @@
 """Kill a job at a chosen moment, many times, at the price of one import.
 
 `Zygote` starts one Python process that imports torch and the job's module once; each `run` forks a
-child from it that does the job and may be killed after some seconds, or at its n-th file operation
-below a folder. Fresh processes matter: torch forbids a backward pass in a child of a process that
-has already done one.
+child from it that does the job and may be killed after some seconds, at its n-th file operation
+below a folder, or before the n-th call of a function. Fresh processes matter: torch forbids a
+backward pass in a child of a process that has already done one.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -52,8 +53,15 @@ class Zygote:
         kill_at_operation: int | None = None,
         folder: Path | str | None = None,
         number: int = signal.SIGKILL,
+        kill_at_call: tuple[str, int] | None = None,
     ) -> dict[str, Any]:
         """Do the job once.
+
+        Args:
+            kill_after_seconds, kill_at_operation: when to kill it; by default not at all.
+            folder: whose file operations count.
+            number: of the signal that comes after some seconds.
+            kill_at_call: "module:function" or "module:Class.method", and which call of it.
 
         Returns:
             {"signal": n or 0, "exit": code or None, "seconds": s, "operations": operations seen
@@ -64,6 +72,7 @@ class Zygote:
             "operation": kill_at_operation,
             "folder": str(folder) if folder else None,
             "number": int(number),
+            "call": kill_at_call,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -180,6 +189,8 @@ def _do(job: Any, arguments: dict[str, Any], order: dict[str, Any], write_end: i
     if order["folder"]:
         counter = OperationCounter(order["folder"], order["operation"])
         counter.install()
+    if order["call"]:
+        _die_before_call(*order["call"])
     code = 0
     try:
         job(**arguments)
@@ -193,6 +204,22 @@ def _do(job: Any, arguments: dict[str, Any], order: dict[str, Any], write_end: i
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _die_before_call(target: str, number: int) -> None:
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for step in classes:
+        owner = getattr(owner, step)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
 
 
 def _kill_later(child: int, seconds: float, number: int) -> None:

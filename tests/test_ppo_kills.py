@@ -1,4 +1,4 @@
-"""PPO killed at random moments and at every file operation of a save: no bit may change."""
+"""PPO killed in each phase, at random moments, at each file operation of a save: no bit changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,28 @@ from ppo_cases import build_world, without_clock
 from trainer_cases import metrics_of, same_weights
 
 JOB = "ppo_cases:train_again"
-NUM_KILLS = 20
+NUM_RANDOM_KILLS = 20
+
+SAMPLE = "rrhf.generation.local:pick_tokens"
+SCORE = "rrhf.scoring.reward_model:RowScorer.score_rows"
+READ = "rrhf.training.rollout:RolloutWriter._read_batch"
+BACKWARD = "rrhf.training.parallel:Parallel.backward"
+BEFORE_STEP = "rrhf.training.parallel:Parallel.clip_gradients"
+AFTER_STEP = "rrhf.training.loop:_Loop._metrics"
+SAVE_TORCH = "rrhf.training.checkpoint:_save_torch"
+SEAL = "rrhf.training.checkpoint:seal"
+SYNC = "rrhf.training.checkpoint:sync_folder"
+DELETE = "rrhf.training.checkpoint:Checkpointer._delete_old"
+# Three rollouts of four steps, each step saved. Calls are counted from the resumption.
+KILLS = [
+    # Rollout 0, and the steps 1 to 4.
+    *((SAMPLE, 1), (SAMPLE, 17), (SCORE, 1), (READ, 2), (BACKWARD, 2), (AFTER_STEP, 1), (SEAL, 1)),
+    *((DELETE, 1), (SAVE_TORCH, 2), (BEFORE_STEP, 2), (SYNC, 1)),
+    # Rollout 1, and the steps 5 to 8.
+    *((SAMPLE, 9), (SCORE, 1), (READ, 3), (AFTER_STEP, 2), (SAVE_TORCH, 1), (BACKWARD, 6)),
+    # Rollout 2.
+    *((SAMPLE, 12), (SCORE, 1), (SEAL, 2)),
+]
 SETTINGS: dict[str, Any] = {
     "num_rollouts": 3,
     "save_steps": 1,
@@ -41,9 +62,13 @@ def assert_same_run(one: Path, two: Path) -> None:
     ]
     assert newest[0].name == newest[1].name
     mine, its = (torch.load(path / "optimizer.pt", weights_only=True) for path in newest)
+    assert mine["param_groups"] == its["param_groups"]
+    assert mine["state"].keys() == its["state"].keys() and mine["state"]
     for place, state in mine["state"].items():
         assert all(torch.equal(value, its["state"][place][name]) for name, value in state.items())
     states = [json.loads((path / "trainer_state.json").read_text())["stream"] for path in newest]
+    assert states[0]["kl_controller"]["coefficient"] != 0.05, "it has moved from where it began"
+    assert states[0]["normalizer"]["count"] > 12, "it has seen more than one rollout"
     for state in states:
         state["rollout_metrics"] = without_clock(state["rollout_metrics"])
     assert states[0] == states[1]
@@ -53,6 +78,22 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_twenty_kills_change_no_bit(world: Path, tmp_path: Path) -> None:
+    """While a rollout is sampled, scored and read, within an update, behind it, within a save."""
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    settings = {"world": str(world), **SETTINGS}
+    with Zygote(JOB, {**settings, "output_dir": str(straight)}) as zygote:
+        assert zygote.run()["exit"] == 0
+    assert len(KILLS) == 20
+    with Zygote(JOB, {**settings, "output_dir": str(run)}) as zygote:
+        for call in KILLS:
+            assert zygote.run(kill_at_call=call)["signal"] == 9, call
+        assert zygote.run()["exit"] == 0
+    assert_same_run(run, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_twenty_random_kills_change_no_bit(world: Path, tmp_path: Path) -> None:
     """Over rollout, scoring, update and save, wherever the clock strikes."""
     straight, run = tmp_path / "straight", tmp_path / "run"
@@ -62,7 +103,7 @@ def test_twenty_random_kills_change_no_bit(world: Path, tmp_path: Path) -> None:
         assert first["exit"] == 0
     moments, kills = random.Random(5), 0
     with Zygote(JOB, {**settings, "output_dir": str(run)}) as zygote:
-        while kills < NUM_KILLS:
+        while kills < NUM_RANDOM_KILLS:
             answer = zygote.run(kill_after_seconds=moments.uniform(0.0, 0.9) * first["seconds"])
             if answer["signal"]:
                 kills += 1
