@@ -57,6 +57,10 @@ def save_prompts(path: Path, count: int = 6) -> Path:
     )
 
 
+def save_demonstrations(folder: Path) -> Path:
+    return write_lines(folder / "demonstrations.jsonl", ranked_rows(7))
+
+
 def build_world(folder: Path) -> Path:
     """model/, reward/ and prompts.jsonl; returns the folder."""
     save_tiny(folder / "model")

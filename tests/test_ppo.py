@@ -13,9 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_cases import build_world, save_prompts, save_reward_model, settings, without_clock
+from ppo_cases import (
+    build_world,
+    save_demonstrations,
+    save_prompts,
+    save_reward_model,
+    settings,
+    without_clock,
+)
 from safetensors.torch import load_file
-from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
+from trainer_cases import metrics_of, same_weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rrhf.cli import main as cli
@@ -194,8 +201,7 @@ def test_under_bf16_old_log_probs_are_the_trainers_and_it_is_said_once(
 
 
 def with_demonstrations(folder: Path) -> dict[str, Any]:
-    file = write_lines(folder / "demonstrations.jsonl", ranked_rows(7))
-    return {"ptx_datasets": str(file), "ptx_coeff": 0.5}
+    return {"ptx_datasets": str(save_demonstrations(folder)), "ptx_coeff": 0.5}
 
 
 def test_demonstrations_keep_the_policy_a_language_model(world: Path, tmp_path: Path) -> None:

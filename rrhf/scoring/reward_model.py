@@ -116,7 +116,7 @@ class RewardModelScorer:
         device: where; by default the first GPU or the CPU.
 
     Attributes:
-        name, normalized: as `rrhf.scoring.scorer.Scorer`.
+        name, normalized, model: as `rrhf.scoring.scorer.LocalScorer`.
         unscored: why candidates got None, counted.
 
     Raises:
@@ -157,6 +157,7 @@ class RewardModelScorer:
         self.unscored: Counter[str] = Counter()
         first_end_id = self._first_end_id(path) if score_at == "first_eos" else None
         root = RewardModel(model, first_end_id=first_end_id).to(device or resolve_device())
+        self.model = root
         self._rows = RowScorer(root, self.codec.pad_id, max_batch_tokens)
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
@@ -279,6 +280,7 @@ class TrlxScorer:
         self.name = f"reward_model:{path} (trlx)"
         self.unscored: Counter[str] = Counter()
         root = RewardModel(model, first_end_id=self._end_id).to(device or resolve_device())
+        self.model = root
         self._rows = RowScorer(root, self._end_id, max_batch_tokens)
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rrhf.records import CandidateSet
 
@@ -25,3 +25,14 @@ class Scorer(Protocol):
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
         """A list for each set, a score for each candidate, in order; None = could not be scored."""
         ...
+
+
+@runtime_checkable
+class LocalScorer(Scorer, Protocol):
+    """One whose model runs in this process.
+
+    Attributes:
+        model: the frozen module; its weights may be elsewhere between two calls of `score`.
+    """
+
+    model: Any

@@ -97,7 +97,8 @@ def online_section(out: Path) -> list[str]:
 def rollout_curve(out: Path, method: Method, metric: str) -> list[tuple[float, float]]:
     """(optimiser steps before it, value) of each rollout."""
     rollouts = _rollouts(out / method.folder)
-    return [(float(row["step"] - 1), float(row[metric])) for row in rollouts]
+    # Earlier runs have a rollout's metrics on the row of its first step, behind that step.
+    return [(float(row["step"] - ("loss" in row)), float(row[metric])) for row in rollouts]
 
 
 def _rollouts(run: Path) -> list[dict[str, Any]]:
@@ -213,6 +214,7 @@ def _online_cost(out: Path, method: Method) -> list[str]:
         phase: sum(row[f"seconds_{phase}"] for row in rollouts)
         for phase in ("generate", "score", "read")
     }
+    spent["read"] += sum(row.get("seconds_reference", 0.0) for row in rollouts)
     total = float((out / "steps" / f"{method.step}.seconds").read_text())
     responses = run["data"]["responses"]["sampled"]
     length = statistics.fmean(row["response_length"] for row in rollouts)

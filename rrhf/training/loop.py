@@ -34,8 +34,10 @@ from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
 from rrhf.training.kept_models import KeptModels
 from rrhf.training.model_folders import ModelFolders
+from rrhf.training.offload import TRAIN
 from rrhf.training.optim import build_optimizer, build_scheduler
 from rrhf.training.parallel import Parallel
+from rrhf.training.phases import Phases, as_metrics
 from rrhf.training.sample_table import SampleTable
 from rrhf.training.streams import LiveStream, UpdateStream
 from rrhf.training.tracking import Tracker, build_tracker
@@ -110,6 +112,8 @@ def run_training(
     models: ModelFolders | None = None,
     stop: StopRequest | None = None,
     samples: SampleTable | None = None,
+    phases: Phases | None = None,
+    on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> TrainingOutcome:
     """Train until the stream ends.
 
@@ -125,6 +129,8 @@ def run_training(
         stop: notes the signals that come, for a stream or an evaluation that watches for them. It
             may raise `StoppedBySignal`, on all ranks, where it has changed nothing.
         samples: that the stream and the evaluation fill.
+        phases: measures each step as the phase "train"; what it finds enters the step's row.
+        on_optimizer: is given the prepared optimiser.
 
     Raises:
         UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation.
@@ -136,11 +142,13 @@ def run_training(
     optimizer: torch.optim.Optimizer = build_optimizer(model, config)
     model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
     scheduler = build_scheduler(optimizer, config, stream.total_steps)
+    if on_optimizer is not None:
+        on_optimizer(optimizer)
     checkpointer = Checkpointer(
         run.checkpoints, parallel, model, optimizer, config.save_total_limit
     )
     loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
-    loop.samples = samples
+    loop.samples, loop.phases = samples, phases
     if config.resume_from_checkpoint:
         loop.resume(stream)
     else:
@@ -170,6 +178,7 @@ class _Loop:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.objective, self.config, self.folder = objective, config, run
         self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
+        self.phases: Phases | None = None
         self.step = 0
         self.saved_step = -1
         self.samples: SampleTable | None = None
@@ -255,7 +264,7 @@ class _Loop:
                 if isinstance(stream, LiveStream) and (news := stream.take_news()):
                     self._log({"step": self.step, **news}, tracker)
                 before = time.monotonic()
-                row, step_tokens = self._update(batches)
+                row, step_tokens = self._measured_update(batches)
                 tokens += step_tokens
                 self.step += 1
                 self.metrics = {
@@ -287,6 +296,14 @@ class _Loop:
     @property
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
+
+    def _measured_update(self, batches: list[TokenBatch]) -> tuple[dict[str, float], int]:
+        if self.phases is None:
+            return self._update(batches)
+        with self.phases(TRAIN) as spent:
+            row, num_tokens = self._update(batches)
+            spent.tokens = num_tokens // self.parallel.world_size
+        return row | as_metrics(self.phases.take()), num_tokens
 
     def _update(self, batches: list[TokenBatch]) -> tuple[dict[str, float], int]:
         """One optimiser step over its micro-batches; returns metrics and tokens over all ranks."""

@@ -14,8 +14,10 @@ model, and a copy of the policy to sample from where weights are spread, are who
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -44,11 +46,14 @@ from rrhf.models.reward_model import (
 )
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import SCORERS, RewardModelOptions, build_scorer, check_scorer
+from rrhf.scoring.scorer import LocalScorer
 from rrhf.signals import StopRequest
 from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import Objective, run_training
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
+from rrhf.training.offload import TRAIN, Offload, build_store, parse_levels
+from rrhf.training.phases import Phases, as_table, over_ranks, peak_meter
 from rrhf.training.ppo_config import EVALUATION_MEASURES, PPOConfig
 from rrhf.training.ppo_ema import AveragedStream
 from rrhf.training.ppo_objective import PPOObjective
@@ -83,7 +88,11 @@ def train(config: PPOConfig) -> Path:
     """
     scoring = RewardModelOptions(bf16=config.bf16, trust_remote_code=config.trust_remote_code)
     check_scorer(config.reward_model_name_or_path, scoring)
-    with opened_workbench(config) as bench:
+    with opened_workbench(config) as bench, _offload(config, bench) as offload:
+        stop = StopRequest()
+        phases = Phases(
+            peak_meter(bench.parallel.device), offload.enter if offload.levels else None
+        )
         read = SourceCounts()
         prompts = load_sets(config.train_datasets, config.seed, counts=read)
         held_out = load_sets(config.eval_datasets, config.seed) if config.eval_datasets else ()
@@ -98,9 +107,17 @@ def train(config: PPOConfig) -> Path:
             frozen.requires_grad_(False)
             reference = policy_on_engine(bench, frozen, config.temperature)
             reference.to(bench.parallel.device).eval()
+            offload.add_frozen(reference, {"reference"})
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
-        stop = StopRequest()
-        writer = RolloutWriter(root, reference, bench.codec, scorer, config, bench.parallel, stop)
+        if isinstance(scorer, LocalScorer):
+            offload.add_frozen(scorer.model, {"score"})
+        reading = {"read", TRAIN} if reference is not None else {"read", "reference", TRAIN}
+        offload.add_trained(root.policy, {"generate", *reading})
+        if root.value is not None:
+            offload.add_trained(root.value, {"read", TRAIN})
+        writer = RolloutWriter(
+            root, reference, bench.codec, scorer, config, bench.parallel, stop, phases
+        )
         fitting, num_cut = _fitting(prompts, writer, config.train_datasets)
         controller = build_kl_controller(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
@@ -147,6 +164,13 @@ def train(config: PPOConfig) -> Path:
             models,
             stop,
             samples,
+            phases,
+            offload.add_optimizer,
+        )
+        spent = over_ranks(bench.parallel.gather([phases.total]))
+        logger.info(
+            "where the time and the memory went:\n%s",
+            as_table(spent, phases.seconds, phases.meter.what),
         )
         return finish_run(
             bench,
@@ -167,11 +191,33 @@ def train(config: PPOConfig) -> Path:
                 },
                 "kl_coefficient": controller.coefficient,
                 "last_rollout": stream.rollout_metrics,
+                "phases": {name: asdict(one) for name, one in spent.items()},
+                "peak_memory": phases.meter.what,
                 "score_normalizer": (
                     None if stream.normalizer is None else stream.normalizer.state_dict()
                 ),
             },
         )
+
+
+@contextlib.contextmanager
+def _offload(config: PPOConfig, bench: Workbench) -> Iterator[Offload]:
+    parallel, levels = bench.parallel, parse_levels(config.offload_level)
+    spread = levels - {"freeze_model"}
+    if parallel.is_sharded and spread:
+        raise UserError(
+            f"--offload_level {' '.join(sorted(spread))}: {parallel.kind} spreads what is trained "
+            "over the ranks and moves it itself: ask for it in the launch file "
+            "(fsdp_offload_params: true, or offload_optimizer_device: cpu); freeze_model goes "
+            "with every launch"
+        )
+    store = build_store(parallel.device, bench.run.path / f".offload-{parallel.rank}")
+    with contextlib.closing(Offload(levels, store)) as offload:
+        if levels:
+            logger.info(
+                "offload_level: %s: in %s while not needed", ", ".join(sorted(levels)), store.where
+            )
+        yield offload
 
 
 def _build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:

@@ -12,6 +12,7 @@ from rrhf.generation.engine import SamplingParams
 from rrhf.generation.sampling import check_params
 from rrhf.models.policy_with_value import VALUE_PREFIX
 from rrhf.training.config import GroupSettings, TrainingConfig
+from rrhf.training.offload import parse_levels
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,14 @@ class PPOConfig(TrainingConfig):
     sample_table_rows: int = 4
     """How many."""
 
+    offload_level: list[str] = field(default_factory=list)
+    """What leaves the device while nobody needs it, any of freeze_model (reference, reward model),
+    optimizer (its moments, while responses are made and scored) and train_model (policy and critic,
+    while frozen models work). Off a GPU means the host's memory; without a GPU, mapped files in the
+    run folder. Costs time, changes no bit."""
+
     def __post_init__(self) -> None:
+        parse_levels(self.offload_level)
         check_params(self.sampling(0))
         self._check_ranges()
         self._check_combinations()

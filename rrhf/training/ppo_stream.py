@@ -29,6 +29,7 @@ from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.training.experience import build_experience, pack, unpack
 from rrhf.training.parallel import Parallel
+from rrhf.training.phases import as_metrics
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.ppo_objective import PPOObjective
 from rrhf.training.rollout import RolloutWriter
@@ -242,7 +243,7 @@ class PPOStream:
                 f"{name}_fraction": rollout.counts[name] / sampled
                 for name in ("empty", "unscored", "unfinished", "looped", "cut")
             },
-            **{f"seconds_{name}": value for name, value in rollout.seconds.items()},
+            **as_metrics(rollout.spent),
         }
         logger.info(
             "rollout %d: score %.3f, KL %.3f, %.1f tokens a response",

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.collate import EncodedSet, collate
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
 from rrhf.generation.local import LocalEngine
@@ -41,6 +40,7 @@ from rrhf.scoring.scorer import Scorer
 from rrhf.signals import StopRequest
 from rrhf.training.experience import RolloutRow
 from rrhf.training.parallel import Parallel
+from rrhf.training.phases import Phases, Spent, over_ranks, peak_meter
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.response_ends import StopToken, is_loop
 from rrhf.training.whole_copy import WholeCopy
@@ -60,12 +60,12 @@ class Rollout:
     Attributes:
         rows: by prompt and sample.
         counts: responses sampled, left out and why.
-        seconds: of the slowest rank, by phase.
+        spent: by phase, since the rollout or the training step before it.
     """
 
     rows: list[RolloutRow]
     counts: Counter[str]
-    seconds: dict[str, float]
+    spent: dict[str, Spent]
 
 
 @dataclass
@@ -100,6 +100,7 @@ class RolloutWriter:
         config: sampling and batch sizes.
         parallel: ranks.
         stop: what signals asked for; by default none ever comes.
+        phases: what measures time and memory.
     """
 
     def __init__(
@@ -111,9 +112,11 @@ class RolloutWriter:
         config: PPOConfig,
         parallel: Parallel,
         stop: StopRequest | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self._root, self._reference = root, reference
         self._stop = stop or StopRequest()
+        self._phases = phases or Phases(peak_meter(parallel.device))
         self._codec, self._scorer = codec, scorer
         self._config, self._parallel = config, parallel
         self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
@@ -156,58 +159,38 @@ class RolloutWriter:
             UserError: too many responses could not be scored, or all were left out.
             StoppedBySignal: a signal came on some rank; on all of them.
         """
-        part = None
-        with contextlib.suppress(StoppedBySignal), _evaluating(self._root), torch.no_grad():
-            part = self._write_mine(prompts, number, samples_per_prompt)
-        gathered = self._parallel.gather([(part, self._stop.exit_code)])
-        if code := max(code for _, code in gathered):
-            raise StoppedBySignal(code, f"rollout {number} was dropped")
-        parts = [found for found, _ in gathered]
-        rows = [row for found in parts for row in found.rows]
-        rows.sort(key=lambda row: (row.prompt, row.sample))
-        counts: Counter[str] = Counter()
-        for found in parts:
-            counts.update(found.counts)
-        self._check(rows, counts)
-        names = parts[0].seconds
-        return Rollout(rows, counts, {n: max(found.seconds[n] for found in parts) for n in names})
-
-    def _write_mine(
-        self, prompts: Sequence[CandidateSet], number: int, samples_per_prompt: int | None
-    ) -> Rollout:
-        """This rank's part of a rollout."""
-        parallel, clock = self._parallel, _Clock()
-        places = list(range(parallel.rank, len(prompts), parallel.world_size))
+        places = list(range(self._parallel.rank, len(prompts), self._parallel.world_size))
         renamed = _with_own_ids(prompts)
-        mine = [renamed[place] for place in places]
-        if self._copy is not None:
-            self._copy.refresh()
-        with parallel.autocast():
-            drafts = self._do(lambda: self._sample(mine, places, number, samples_per_prompt))
-        drafts = [self._cut(draft, renamed) for draft in drafts]
-        counts = Counter(sampled=len(drafts), **self._degenerate(drafts))
-        drafts = [draft for draft in drafts if len(draft.written.token_ids)]
-        counts["empty"] = counts["sampled"] - len(drafts)
-        clock.mark("generate")
-        self._do(lambda: self._score(drafts, renamed))
-        counts["unscored"] = sum(draft.score is None for draft in drafts)
-        scored = [draft for draft in drafts if draft.score is not None]
-        clock.mark("score")
-        with parallel.autocast():
-            self._do(lambda: self._read(scored), needs_all_ranks=True)
-        clock.mark("read")
-        return Rollout(self._rows(scored), counts, clock.seconds)
+        part = Rollout([], Counter(), {})
+        with _evaluating(self._root), torch.no_grad():
+            if self._copy is not None:
+                with self._phases("gather"):
+                    self._copy.refresh()
+            drafts: list[_Draft] = []
+            with contextlib.suppress(StoppedBySignal):
+                drafts = self._sample(renamed, places, number, samples_per_prompt, part.counts)
+                drafts = self._score(drafts, renamed, part.counts)
+            self._stop_together(number)
+            with contextlib.suppress(StoppedBySignal):
+                self._read(drafts)
+                part.rows.extend(self._rows(drafts))
+        self._stop_together(number)
+        part.spent.update(self._phases.take())
+        parts = self._parallel.gather([part])
+        rows = sorted((row for p in parts for row in p.rows), key=lambda r: (r.prompt, r.sample))
+        counts: Counter[str] = Counter()
+        for one in parts:
+            counts.update(one.counts)
+        self._check(rows, counts)
+        return Rollout(rows, counts, over_ranks(one.spent for one in parts))
 
-    def _do(self, work: Callable[[], T], needs_all_ranks: bool = False) -> T:
-        """Work that a signal cuts off: at once, or behind it where ranks must do it together."""
-        dropped = "the rollout is dropped"
-        runs_on = needs_all_ranks and self._parallel.world_size > 1
-        done: list[T] = []
-        with contextlib.suppress(StoppedBySignal):
-            done.append(work() if runs_on else self._stop.run(work, dropped))
+    def _stop_together(self, number: int) -> None:
         if code := int(self._parallel.max(self._stop.exit_code)):
-            raise StoppedBySignal(code, dropped)
-        return done[0]
+            raise StoppedBySignal(code, f"rollout {number} was dropped")
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        """Work without a word to other ranks: a signal cuts it off at once."""
+        return self._stop.run(work, "the rollout is dropped")
 
     def _sample(
         self,
@@ -215,17 +198,27 @@ class RolloutWriter:
         places: Sequence[int],
         number: int,
         samples_per_prompt: int | None,
+        counts: Counter[str],
     ) -> list[_Draft]:
+        """Responses to the prompts at these places, those without a token left out."""
         params = self._config.sampling(number)
         if samples_per_prompt is not None:
             params = replace(params, num_return_sequences=samples_per_prompt)
-        written = self._engine.generate(prompts, params) if prompts else []
-        drafts = []
-        for place, prompt, samples in zip(places, prompts, written, strict=True):
-            prompt_ids = self._engine.encode_prompt(prompt, params)
-            assert prompt_ids is not None, "prompts that do not fit were to be left out"
-            drafts += [_Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
-        return drafts
+        mine = [prompts[place] for place in places]
+        with self._phases("generate") as spent, self._parallel.autocast():
+            written = self._alone(lambda: self._engine.generate(mine, params) if mine else [])
+            drafts = []
+            for place, prompt, samples in zip(places, mine, written, strict=True):
+                prompt_ids = self._engine.encode_prompt(prompt, params)
+                assert prompt_ids is not None, "prompts that do not fit were to be left out"
+                drafts += [_Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
+            spent.tokens = sum(len(draft.written.token_ids) for draft in drafts)
+        drafts = [self._cut(draft, prompts) for draft in drafts]
+        kept = [draft for draft in drafts if len(draft.written.token_ids)]
+        counts.update(
+            sampled=len(drafts), empty=len(drafts) - len(kept), **self._degenerate(drafts)
+        )
+        return kept
 
     def _cut(self, draft: _Draft, prompts: Sequence[CandidateSet]) -> _Draft:
         """The response up to its stop token, where it has one."""
@@ -249,7 +242,10 @@ class RolloutWriter:
             found["looped"] += is_loop(words)
         return dict(found)
 
-    def _score(self, drafts: Sequence[_Draft], prompts: Sequence[CandidateSet]) -> None:
+    def _score(
+        self, drafts: Sequence[_Draft], prompts: Sequence[CandidateSet], counts: Counter[str]
+    ) -> list[_Draft]:
+        """The drafts with a score; those that could not be scored are left out."""
         groups: dict[int, list[_Draft]] = {}
         for draft in drafts:
             groups.setdefault(draft.prompt, []).append(draft)
@@ -263,47 +259,70 @@ class RolloutWriter:
             )
             for place, group in groups.items()
         ]
-        scores = self._scorer.score(sets) if sets else []
+        with self._phases("score") as spent:
+            scores = self._alone(lambda: self._scorer.score(sets) if sets else [])
+            spent.tokens = _num_tokens(drafts)
         for group, found in zip(groups.values(), scores, strict=True):
             for draft, score in zip(group, found, strict=True):
                 draft.score = score
+        kept = [draft for draft in drafts if draft.score is not None]
+        counts.update(unscored=len(drafts) - len(kept))
+        return kept
 
     def _read(self, drafts: Sequence[_Draft]) -> None:
-        """Old and reference log-probs, and values, in batches of similar lengths."""
+        """Old log-probs and values, then reference log-probs, in batches of similar lengths."""
         order = sorted(drafts, key=lambda d: len(d.prompt_ids) + len(d.written.token_ids))
         batches = [
             order[first : first + self._rows_at_a_time]
             for first in range(0, len(order), self._rows_at_a_time)
         ]
+        # The root's forward may be one that all ranks must do together.
+        run = self._alone if self._parallel.world_size == 1 else _do
+        with self._phases("read") as spent, self._parallel.autocast():
+            run(lambda: self._read_root(batches))
+            spent.tokens = _num_tokens(drafts)
+        with self._phases("reference") as spent, self._parallel.autocast():
+            self._alone(lambda: self._read_reference(batches))
+            spent.tokens = _num_tokens(drafts)
+
+    def _read_root(self, batches: Sequence[Sequence[_Draft]]) -> None:
         recompute = self._config.bf16
         # Equally many on all ranks: where weights are spread, each is a call that all must join.
         for place in range(int(self._parallel.max(len(batches)))):
             batch = batches[place] if place < len(batches) else []
             recompute = self._read_batch(batch, is_first=place == 0, recompute=recompute)
 
+    def _read_reference(self, batches: Sequence[Sequence[_Draft]]) -> None:
+        for drafts in batches:
+            batch = self._collated(drafts)
+            if self._reference is not None:
+                found = self._reference(batch).logprobs.cpu()
+            else:
+                with as_reference(self._policy) as policy:
+                    found = policy(batch).logprobs.cpu()
+            for place, draft in enumerate(drafts):
+                draft.reference_logprobs = found[place, : len(draft.written.token_ids)].clone()
+
+    def _collated(self, drafts: Sequence[_Draft]) -> TokenBatch:
+        filler = EncodedSet([self._codec.end_id], [[self._codec.end_id]])
+        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts] or [filler]
+        return collate(sets, self._codec.pad_id).to(self._parallel.device)
+
     def _read_batch(self, drafts: Sequence[_Draft], is_first: bool, recompute: bool) -> bool:
         """Fill the drafts in; returns whether the trainer's log-probs are to be taken.
 
         Without a draft a filler is read, and forgotten.
         """
-        filler = EncodedSet([self._codec.end_id], [[self._codec.end_id]])
-        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts] or [filler]
-        batch = collate(sets, self._codec.pad_id).to(self._parallel.device)
+        batch = self._collated(drafts)
         needs_policy = is_first or recompute
         has_critic = self._root.value is not None
         outputs = None
         if needs_policy or has_critic:
             outputs = self._root(batch, values_only=not needs_policy)
-        if self._reference is not None:
-            reference = self._reference(batch).logprobs.cpu()
-        else:
-            with as_reference(self._policy) as policy:
-                reference = policy(batch).logprobs.cpu()
         if is_first and outputs is not None:
             recompute = self._must_recompute(drafts, outputs.logprobs.cpu(), recompute)
         for place, draft in enumerate(drafts):
             count = len(draft.written.token_ids)
-            draft.reference_logprobs = reference[place, :count].clone()
             draft.old_logprobs = draft.written.logprobs.float()
             if outputs is not None and recompute:
                 draft.old_logprobs = outputs.logprobs[place, :count].cpu().clone()
@@ -363,16 +382,13 @@ class RolloutWriter:
             )
 
 
-class _Clock:
-    """Seconds since the last mark, by name."""
+def _do(work: Callable[[], T]) -> T:
+    return work()
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
 
-    def mark(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name], self._last = now - self._last, now
+def _num_tokens(drafts: Sequence[_Draft]) -> int:
+    """Prompts and responses."""
+    return sum(len(d.prompt_ids) + len(d.written.token_ids) for d in drafts)
 
 
 def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:

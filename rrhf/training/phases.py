@@ -1,0 +1,248 @@
+"""Where the time and the memory of a run go, by phase: sampling, scoring, reading, training.
+
+The peak of a phase is found by forgetting the earlier one when it begins. On a GPU that is the
+memory which tensors took; on Linux without one the resident set of the process, which holds the
+interpreter and its libraries too. A system that cannot forget an earlier peak gives the largest so
+far, and the table says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_KIB, _MIB = 1 << 10, 1 << 20
+
+OFFLOAD = "offload"
+"""The phase in which weights move."""
+
+
+class PeakMeter(Protocol):
+    """Measures the most memory since it was told to forget.
+
+    Attributes:
+        what: it measures, in words.
+    """
+
+    what: str
+
+    def give_back(self) -> None:
+        """Hand memory that is free, but kept for the next to ask, to the system."""
+        ...
+
+    def forget(self) -> None: ...
+
+    def peak_mib(self) -> float: ...
+
+
+class GPUMeter:
+    """What tensors took of a GPU's memory."""
+
+    what = "GPU memory allocated by tensors"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def give_back(self) -> None:
+        pass  # what tensors take does not depend on it
+
+    def forget(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_mib(self) -> float:
+        return torch.cuda.max_memory_allocated(self._device) / _MIB
+
+
+class ResidentMeter:
+    """The resident set of this process (Linux)."""
+
+    what = "resident set of the process"
+
+    def __init__(self) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda room: 0)  # glibc alone has it
+
+    @staticmethod
+    def is_supported() -> bool:
+        """Whether the system lets us forget an earlier peak."""
+        try:
+            _FORGET.write_text("5")
+            return _high_water_kib() > 0
+        except OSError:
+            return False
+
+    def give_back(self) -> None:
+        self._trim(0)
+
+    def forget(self) -> None:
+        _FORGET.write_text("5")
+
+    def peak_mib(self) -> float:
+        return _high_water_kib() * _KIB / _MIB
+
+
+class MonotoneMeter:
+    """The largest resident set since the process began."""
+
+    what = "largest resident set since the start: this system cannot forget an earlier peak"
+
+    def give_back(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+    def peak_mib(self) -> float:
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return 0.0
+        unit = 1 if sys.platform == "darwin" else _KIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+
+
+def _high_water_kib() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
+
+
+def peak_meter(device: torch.device) -> PeakMeter:
+    """The best that the device and the system allow."""
+    if device.type == "cuda":
+        return GPUMeter(device)
+    return ResidentMeter() if ResidentMeter.is_supported() else MonotoneMeter()
+
+
+@dataclass
+class Spent:
+    """What a phase took.
+
+    Attributes:
+        seconds: of the slowest rank.
+        peak_mib: of the rank with the most.
+        tokens: of all ranks.
+    """
+
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    tokens: int = 0
+
+    def add(self, later: Spent) -> None:
+        """Take in what came after, on the same rank."""
+        self.seconds += later.seconds
+        self.peak_mib = max(self.peak_mib, later.peak_mib)
+        self.tokens += later.tokens
+
+
+class Phases:
+    """A clock and a meter for named phases, one at a time.
+
+    Args:
+        meter: of the memory.
+        prepare: called with the name where a phase follows another one; measured as "offload".
+    """
+
+    def __init__(self, meter: PeakMeter, prepare: Callable[[str], None] | None = None) -> None:
+        self.meter = meter
+        self._prepare = prepare
+        self._started = time.monotonic()
+        self._last: str | None = None
+        self._recent: dict[str, Spent] = {}
+        self._total: dict[str, Spent] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[Spent]:
+        """Measure what is done within; what it yields takes the tokens, and is filled at the end.
+
+        A phase that is left by an exception counts too.
+        """
+        if name != self._last:
+            if self._prepare is not None:
+                with self._measured(OFFLOAD):
+                    self._prepare(name)
+            self.meter.give_back()
+            self._last = name
+        with self._measured(name) as spent:
+            yield spent
+
+    @contextlib.contextmanager
+    def _measured(self, name: str) -> Iterator[Spent]:
+        spent = Spent()
+        self.meter.forget()
+        started = time.monotonic()
+        try:
+            yield spent
+        finally:
+            spent.seconds = time.monotonic() - started
+            spent.peak_mib = self.meter.peak_mib()
+            for kept in (self._recent, self._total):
+                kept.setdefault(name, Spent()).add(spent)
+
+    def take(self) -> dict[str, Spent]:
+        """What was spent since the last call, by phase."""
+        taken, self._recent = self._recent, {}
+        return taken
+
+    @property
+    def total(self) -> dict[str, Spent]:
+        """What was spent since the beginning of this process, by phase."""
+        return self._total
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning, phases or not."""
+        return time.monotonic() - self._started
+
+
+def over_ranks(parts: Iterable[Mapping[str, Spent]]) -> dict[str, Spent]:
+    """The slowest rank's seconds, the largest peak, all tokens."""
+    merged: dict[str, Spent] = {}
+    for part in parts:
+        for name, spent in part.items():
+            all_ranks = merged.setdefault(name, Spent())
+            all_ranks.seconds = max(all_ranks.seconds, spent.seconds)
+            all_ranks.peak_mib = max(all_ranks.peak_mib, spent.peak_mib)
+            all_ranks.tokens += spent.tokens
+    return merged
+
+
+def as_metrics(spent: Mapping[str, Spent]) -> dict[str, float]:
+    """A row's entries: seconds_<phase>, peak_mib_<phase>, tokens_per_second_<phase>."""
+    row: dict[str, float] = {}
+    for name, one in spent.items():
+        row[f"seconds_{name}"] = one.seconds
+        row[f"peak_mib_{name}"] = one.peak_mib
+        if one.tokens and name != "train":  # whose rate the loop knows over all ranks
+            row[f"tokens_per_second_{name}"] = one.tokens / max(one.seconds, 1e-9)
+    return row
+
+
+def as_table(spent: Mapping[str, Spent], seconds: float, what: str) -> str:
+    """Phase, seconds, share of all, peak MiB and tokens per second, a line each.
+
+    Args:
+        spent: by phase, in the order of the lines.
+        seconds: of everything; what no phase took is a line of its own.
+        what: the peaks are peaks of.
+    """
+    lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}{'peak MiB':>11}{'tokens/s':>11}"]
+    for name, one in spent.items():
+        rate = f"{one.tokens / max(one.seconds, 1e-9):.0f}" if one.tokens else "-"
+        lines.append(
+            f"{name:<12}{one.seconds:>10.1f}{one.seconds / seconds:>8.1%}{one.peak_mib:>11.0f}"
+            f"{rate:>11}"
+        )
+    rest = max(seconds - sum(one.seconds for one in spent.values()), 0.0)
+    lines.append(f"{'the rest':<12}{rest:>10.1f}{rest / seconds:>8.1%}{'-':>11}{'-':>11}")
+    lines.append(f"(peak: {what})")
+    return "\n".join(lines)
