@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 FINISHED = "a finished"
 # What may differ between the calls of one run: how it is called, and where its folder stands now.
 _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir")
+_MOST_CHANGES = 10
 # Folders of models that a run keeps on its way.
 _KEPT = ("policies", "reward_models", "best")
 
@@ -140,6 +141,14 @@ def _step_of(line: bytes) -> float:
     return step if isinstance(step, (int, float)) else -math.inf
 
 
+def told_changes(changed: Sequence[tuple[str, Any, Any]]) -> str:
+    """Lines of (name, value before, value now); of many, as from another command, the first."""
+    lines = [f"  {name} was {was!r} and is {now!r}" for name, was, now in changed[:_MOST_CHANGES]]
+    if (left_out := len(changed) - len(lines)) > 0:
+        lines.append(f"  and {left_out} more: is it the run of another command?")
+    return "\n".join(lines)
+
+
 class RunFolder:
     """A run on disk: `config.json`, `metrics.jsonl`, `checkpoints/`, `policy/`, `manifest.json`.
 
@@ -180,7 +189,7 @@ class RunFolder:
         if changed:
             raise UserError(
                 f"{self.path}: holds a finished run with other settings:\n"
-                + "\n".join(f"  {key} was {was!r} and is {now!r}" for key, was, now in changed)
+                + told_changes(changed)
                 + "\nGive the same, or choose another --output_dir"
             )
         return model
@@ -203,7 +212,7 @@ class RunFolder:
             earlier = self._earlier_run()
             if earlier is not None and not resume:
                 way = (
-                    "which --resume_from_checkpoint would leave as it is;"
+                    "--resume_from_checkpoint would leave it as it is;"
                     if earlier == FINISHED
                     else "continue it with --resume_from_checkpoint, or"
                 )

@@ -294,6 +294,7 @@ def test_an_unfinished_run_is_not_begun_again_by_accident(
     run = tmp_path / "run"
     (run / "round-1").mkdir(parents=True)
     shutil.copy(plain / "config.json", run)
+    write_manifest(run, {"status": "unfinished"})
     shutil.copy(plain / "round-1" / "candidates.jsonl", run / "round-1" / "candidates.rank0.jsonl")
     with pytest.raises(UserError, match="holds an unfinished run"):
         iterative.train(settings(world, run))

@@ -18,7 +18,7 @@ from rrhf.errors import UserError
 from rrhf.files import (
     read_manifest,
 )
-from rrhf.runs import MetricsLog, RunFolder
+from rrhf.runs import MetricsLog, RunFolder, told_changes
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -249,3 +249,11 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path):
     run = RunFolder(tmp_path)  # the lock ended with its process
     run.open({}, resume=True)
     run.close()
+
+
+def test_of_many_changed_settings_the_first_are_told() -> None:
+    changed = [(f"setting_{number}", number, None) for number in range(12)]
+    lines = told_changes(changed).splitlines()
+    assert lines[0] == "  setting_0 was 0 and is None" and len(lines) == 11
+    assert "and 2 more" in lines[-1]
+    assert told_changes(changed[:1]) == "  setting_0 was 0 and is None"

@@ -33,7 +33,7 @@ from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
 from rrhf.models.loading import check_model_path, context_window
 from rrhf.records import CandidateSet
-from rrhf.runs import RunFolder
+from rrhf.runs import RunFolder, told_changes
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
@@ -110,7 +110,7 @@ class RoundsFolder(RunFolder):
         if changed and not self.is_bare:
             raise UserError(
                 f"{self.path}: its rounds were begun with other settings:\n"
-                + "\n".join(f"  {name} was {was!r} and is {now!r}" for name, was, now in changed)
+                + told_changes(changed)
                 + "\nGive the same, or choose another --output_dir"
             )
         if self.round(config.num_rounds + 1).exists():
