@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME")
     step = commands.add_parser("rrhf_step", help="a training step against the original-style one")
-    step.add_argument("--rounds", type=int, default=5, help="that count; the first comes on top")
+    step.add_argument("--rounds", type=int, default=5, help="in which each variant runs once")
     step.set_defaults(run=lambda asked, shape: rrhf_step.run(shape, asked.variants, asked.rounds))
     memory = commands.add_parser("peak_memory", help="extra memory of one training step")
     memory.set_defaults(run=lambda asked, shape: peak_memory.run(shape, asked.variants))

@@ -2,8 +2,8 @@
 
 Wall time of two programs that run one after the other compares the machine's moods. Here every
 round runs each variant once, in an order that turns around from round to round, and only ratios
-within a round are kept; the first round warms up and is left out. On a quiet machine or a busy one
-the median then agrees to a few hundredths.
+within a round are kept; what a variant does the first time is left out. On a quiet machine or a
+busy one the median then agrees to a few hundredths.
 """
 
 from __future__ import annotations
@@ -46,29 +46,33 @@ class Timing:
     speed_up: Ratio
 
 
-def timed(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def timed(
+    variants: Mapping[str, Callable[[], object]], rounds: int, are_warm: bool = False
+) -> dict[str, Timing]:
     """Run the variants in interleaved rounds.
 
     Args:
         variants: what to run, the baseline first.
-        rounds: that count; one more is run before them.
+        rounds: that count.
+        are_warm: each variant has run before; otherwise one more round is run and left out.
     """
     assert rounds > 0, "a ratio needs a round"
     torch.set_num_threads(1)
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for number in range(rounds if are_warm else rounds + 1):
         for name in names if number % 2 else reversed(names):
             started = time.process_time()
             variants[name]()
             seconds[name].append(time.process_time() - started)
-    baseline = seconds[names[0]][1:]
+    counted = {name: taken[-rounds:] for name, taken in seconds.items()}
+    baseline = counted[names[0]]
     return {
         name: Timing(
-            [round(value, 4) for value in taken[1:]],
-            Ratio.of([base / mine for base, mine in zip(baseline, taken[1:], strict=True)]),
+            [round(value, 4) for value in taken],
+            Ratio.of([base / mine for base, mine in zip(baseline, taken, strict=True)]),
         )
-        for name, taken in seconds.items()
+        for name, taken in counted.items()
     }
 
 

@@ -32,15 +32,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "use_lora": True}])
 def test_a_run_is_the_run_of_padded_rows(
-    changes: dict[str, Any], model_folder: Path, data: Path, tmp_path: Path
+    changes: dict[str, Any],
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Step by step, as far as float32 lets two orders of the same sums go together."""
+    caplog.set_level("INFO", "rrhf.models.engines")
     runs = {}
     for engine in ("padded", "auto"):
         out = tmp_path / engine
         settings = {"num_train_epochs": 1, "learning_rate": 1e-3, "engine": engine, **changes}
         train("rank", str(model_folder), str(data), str(out), **settings)
         runs[engine] = [row for row in metrics_of(out) if "loss" in row]
+    said = [record.getMessage() for record in caplog.records if "engine" in record.name]
+    assert said == ["engine: LlamaForCausalLM goes by shared_prefix"]
     assert len(runs["auto"]) == len(runs["padded"]) > 1
     for found, expected in zip(runs["auto"], runs["padded"], strict=True):
         for name in ("loss", "rank_loss", "sft_loss", "grad_norm", "score_margin"):

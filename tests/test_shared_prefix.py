@@ -339,6 +339,13 @@ class TestTrial:
         assert [r.levelname for r in caplog.records if r.name.startswith("rrhf")] == ["WARNING"]
         assert "shared_prefix: TypeError" in caplog.text
 
+    def test_dropout_is_off_meanwhile(self) -> None:
+        """And the model is left training, or not, as it was."""
+        for is_training in (True, False):
+            one = model("gpt2").train(is_training)
+            build_policy(one, "shared_prefix")
+            assert one.training is is_training
+
     def test_layers_with_a_state(self) -> None:
         torch.manual_seed(0)
         config = MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4)
