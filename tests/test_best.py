@@ -46,6 +46,7 @@ def test_the_best_is_the_best(
     kept = keeper(tmp_path, **changes)
     for step, value in enumerate(values, start=1):
         kept.judge(step, {kept.metric: value, "other": -step})
+    assert not kept.metric.startswith("eval_")  # as the rows of the log spell it
     assert kept.step == best and kept.value == values[best - 1]
     assert weights_of(tmp_path) == [f"policy of step {best}", f"value of step {best}"]
     described = json.loads((tmp_path / "best" / "manifest.json").read_text())

@@ -43,10 +43,12 @@ def test_blanks_beside_the_text_do_not_count() -> None:
     assert not stop.ids & set(tokenizer.all_special_ids)
 
 
-@pytest.mark.parametrize("text", ["a long sentence.", "", "  "])
+@pytest.mark.parametrize("text", ["a long sentence.", "", "  ", "EOS"])
 def test_a_text_that_is_no_token_is_refused(text: str) -> None:
+    """Nor is the end itself one: a response that reaches it has ended."""
+    tokenizer = byte_level_tokenizer(400)
     with pytest.raises(UserError, match="--truncate_token"):
-        StopToken(byte_level_tokenizer(400), text)
+        StopToken(tokenizer, tokenizer.eos_token if text == "EOS" else text)
 
 
 @pytest.mark.parametrize(
