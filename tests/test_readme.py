@@ -18,7 +18,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 SMALLER = {
     "train": ["--max_steps", "2", "--model_max_length", "100"],
     "train ppo": ["--max_steps", "2", "--model_max_length", "100", "--max_new_tokens", "6"],
-    "train iterative": ["--max_steps", "2", "--model_max_length", "100", "--max_new_tokens", "6"],
+    "train iterative": ["--max_new_tokens", "6", "--model_max_length", "100", "--num_prompts", "4"],
     "generate": ["--max_new_tokens", "6"],
     "evaluate": ["--max_new_tokens", "6", "--bootstrap_resamples", "20"],
 }
