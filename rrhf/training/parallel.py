@@ -12,6 +12,7 @@ asserted: of its state before anything is prepared, of the model afterwards.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from rrhf.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Parallel:
@@ -312,6 +315,11 @@ def _start_deepspeed_on_cpu() -> None:
             "rrhf[deepspeed]"
         ) from error
     PartialState(cpu=True)
+    logger.info(
+        "DeepSpeed compiles a part of itself when it first runs on CPUs: minutes, once, with g++; "
+        "where it seems to wait forever, a killed run has left a file named lock in %s",
+        os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"),
+    )
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
