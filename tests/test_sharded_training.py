@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_cases import build_world
+from ppo_cases import build_world, without_clock
 from safetensors.torch import load_file
 from sharded_job import Launcher
 from torch import nn
@@ -71,6 +71,10 @@ def run(
     return out, launcher.run(engine, arguments, timeout_seconds=560)[0]
 
 
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [without_clock(row) for row in metrics_of(run)]
+
+
 Two = tuple[str, Path, list[dict[str, Any]]]
 
 
@@ -98,7 +102,7 @@ def test_losses_are_those_of_one_process(two: Two, one: Path, case: str) -> None
     Lengths are uneven, and neither the rows of a rollout nor the prompts divide evenly. The steps
     are small and Adam's epsilon large, or it would blow up gradients that are all rounding.
     """
-    mine, its = metrics_of(two[1] / case), metrics_of(one / case)
+    mine, its = rows_of(two[1] / case), rows_of(one / case)
     assert [row.keys() for row in mine] == [row.keys() for row in its]
     for row, other in zip(mine, its, strict=True):
         for name in NAMES_OF_LOSSES:
@@ -145,11 +149,7 @@ def test_resumed_equals_straight(two: Two, case: str) -> None:
     assert same_weights(straight / "policy", resumed / "policy")
     if case == "with_critic":
         assert same_weights(straight / "value", resumed / "value")
-    timeless = [
-        [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(run)]
-        for run in (straight, resumed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert rows_of(straight) == rows_of(resumed)
 
 
 def test_every_rank_keeps_its_own_random_state(two: Two) -> None:
