@@ -77,7 +77,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert len({(run / "samples.jsonl").read_bytes() for run in (one, two)}) == 1
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_twenty_kills_change_no_bit(world: Path, tmp_path: Path) -> None:
     """While a rollout is sampled, scored and read, within an update, behind it, within a save."""
     straight, run = tmp_path / "straight", tmp_path / "run"
