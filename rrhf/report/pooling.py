@@ -16,6 +16,7 @@ def pooled_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, A
     pooled = []
     for rows in zip(*by_seed, strict=True):
         metrics: dict[str, Any] = {}
+        per_prompt: dict[str, Any] = {}
         for name in rows[0]["per_prompt"]:
             merged: dict[str, Any] = {"values": {}, "weights": {}}
             for seed, row in enumerate(rows):
@@ -25,8 +26,9 @@ def pooled_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, A
                 weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)
                 merged["weights"] |= {f"{seed}/{key}": w for key, w in weights.items()}
                 merged["scale"] = told.get("scale", "mean")
+            per_prompt[name] = merged
             metrics[name] = estimate(measure_from_json(merged)).as_dict()
         for name, value in rows[0]["metrics"].items():
             metrics.setdefault(name, value)
-        pooled.append({**rows[0], "metrics": metrics})
+        pooled.append({**rows[0], "metrics": metrics, "per_prompt": per_prompt})
     return pooled
