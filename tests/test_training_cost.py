@@ -30,6 +30,8 @@ def test_a_round_of_offline_ranking(tmp_path: Path) -> None:
     ranked = trained(tmp_path / "rrhf", 10.0, stage="rank", tokens=200_000)
     found = cost_of([drawn, ranked], "stage.json")
     assert found == TrainingCost(2000, 50_000, 200_000, 15.0, 1)
+    twice = cost_of([drawn, ranked, ranked], "stage.json")
+    assert (twice.trained_tokens, twice.networks) == (400_000, 1)
 
 
 def test_an_online_method_counts_each_rollout_once_and_the_critic_too(tmp_path: Path) -> None:
