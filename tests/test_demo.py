@@ -109,6 +109,7 @@ def test_seeds_are_pooled_by_prompt(demo: tuple[Path, list[str]]) -> None:
         assert double["high"] - double["low"] < single["high"] - single["low"]
         exact = both["metrics"]["ppl_reference"]["mean"] - one["metrics"]["ppl_reference"]["mean"]
         assert abs(exact) < 1e-9
+        assert len(both["per_prompt"]["gold"]["values"]) == double["n"]
 
 
 def test_mistakes_cost_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,8 @@ def test_page_pictures_and_numbers_say_what_the_rows_say(tmp_path: Path) -> None
     numbers = json.loads((tmp_path / "methods.json").read_text())
     assert numbers["rows"]["ppo"]["gold_by_seed"] == pytest.approx([0.5, 0.7])
     assert [point["kl"] for point in numbers["curves"]["PPO"]] == [0.0, 1.0, 2.0]
-    assert numbers["over_optimization"]["PPO"]["kind"] == "falls"
+    told = numbers["over_optimization"]["PPO"]
+    assert (told["kind"], told["gold_gain"]["n"]) == ("falls", 80), "prompts of both seeds count"
     for name in re.findall(r"\]\((\w+\.png)\)", page):
         assert (tmp_path / name).stat().st_size > 10_000
 

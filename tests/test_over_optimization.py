@@ -33,6 +33,23 @@ def test_gold_that_stands_still_is_told_from_where_it_does() -> None:
     assert "stops following at reward 0.50" in sentence("RLOO", found)
 
 
+def test_gold_that_rises_at_half_its_pace_is_told_to_slow() -> None:
+    """.8 for each unit of reward up to the second point, .4 from there on."""
+    found = parting(curve((0.0, 0.0), (0.4, 0.5), (0.6, 1.0), (0.8, 1.5)))
+    assert (found.kind, found.kl) == ("slows", 1.0)
+    assert found.gold_at_pace is not None and abs(found.gold_at_pace - 0.8) < 1e-9
+    told = sentence("RRHF", found)
+    assert "from reward 0.50 (KL 1.0 nats) on gold follows more slowly: it rises by 0.40" in told
+
+
+def test_a_last_step_too_small_to_see_is_no_stall() -> None:
+    """Gold's gain of .02 is not told from zero, nor from its pace."""
+    noise = [0.3 if i % 2 else -0.3 for i in range(40)]
+    before, middle = row("a", [0.0] * 40, [0.0] * 40), row("b", [0.5] * 40, [0.5] * 40)
+    last = row("c", [0.52 + x for x in noise], [0.53] * 40)
+    assert parting([before, middle, last]).kind == "follows"
+
+
 def test_nothing_is_claimed_where_gold_follows_to_the_end() -> None:
     found = parting(curve((0.0, 0.0), (0.4, 0.5), (0.8, 1.0)))
     assert found.kind == "follows"

@@ -3,7 +3,8 @@
 A policy that is trained on a reward model raises its score for as long as one trains; what people
 want follows for a while and then may not (Gao et al. 2022, arXiv:2210.10760). A curve is the rows
 of one method in the order of its training, each with `reward` and `gold` by prompt. All differences
-are paired over prompts, and only those whose interval leaves out zero are believed.
+are paired over prompts, and only those whose interval leaves out zero are believed. The pace of
+gold, its gain for each unit of reward up to a point, is taken as known.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rrhf.evaluation.bootstrap import Estimate, paired_difference
+from rrhf.evaluation.bootstrap import Estimate, Measure, estimate, paired_difference
 from rrhf.evaluation.results import measure_from_json
 
 Row = Mapping[str, Any]
+Kind = Literal["falls", "stalls", "slows", "follows", "flat"]
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,24 @@ class Parting:
     """What became of gold while the learned reward rose.
 
     Attributes:
-        kind: falls: after its peak gold falls, while reward rises; stalls: from some point on
-            reward rises and gold is not seen to; follows: neither is seen; flat: the reward itself
-            is not seen to rise.
+        kind: falls: after its peak gold falls, while reward rises; stalls: from some point on gold
+            is not seen to rise, and goes at less than half its pace; slows: it rises, at less than
+            its pace; follows: none of these is seen; flat: the reward itself is not seen to rise.
         reward, gold, kl: at the point from which on gold no longer follows; at the last point where
             it follows to the end. kl is None where no policy of its own has one.
         reward_gain, gold_gain: from there to the last point; from the first to the last point where
             it follows.
+        gold_at_pace: what gold would have gained at the pace that it had up to there; None where it
+            follows.
     """
 
-    kind: Literal["falls", "stalls", "follows", "flat"]
+    kind: Kind
     reward: float
     gold: float
     kl: float | None
     reward_gain: dict[str, Any]
     gold_gain: dict[str, Any]
+    gold_at_pace: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,15 +55,25 @@ def parting(rows: Sequence[Row]) -> Parting:
         rows: two or more, the first one before the method did anything.
     """
     assert len(rows) >= 2, "a curve has two points"
-    last = rows[-1]
-    peak = max(rows, key=lambda row: float(row["metrics"]["gold"]["mean"]))
+    first, last = rows[0], rows[-1]
+    peak = max(rows, key=lambda row: _mean(row, "gold"))
     if peak is not last and _rises(peak, last, "reward") and _falls(peak, last, "gold"):
-        return _parting("falls", peak, peak, last)
-    for row in rows[:-1]:
-        if _rises(row, last, "reward") and not _rises(row, last, "gold"):
-            return _parting("stalls", row, row, last)
-    kind: Literal["follows", "flat"] = "follows" if _rises(rows[0], last, "reward") else "flat"
-    return _parting(kind, last, rows[0], last)
+        return _parting("falls", peak, peak, last, _pace(first, peak))
+    between = [
+        row
+        for row in rows[1:-1]
+        if _rises(first, row, "reward") and _rises(row, last, "reward") and _pace(first, row) > 0
+    ]
+    for row in between:
+        pace = _pace(first, row)
+        if not _rises(row, last, "gold") and _goes_slower(row, last, pace / 2):
+            return _parting("stalls", row, row, last, pace)
+    for row in between:
+        pace = _pace(first, row)
+        if _goes_slower(row, last, pace):
+            return _parting("slows", row, row, last, pace)
+    kind: Kind = "follows" if _rises(first, last, "reward") else "flat"
+    return _parting(kind, last, first, last)
 
 
 def sentence(name: str, found: Parting) -> str:
@@ -75,7 +90,14 @@ def sentence(name: str, found: Parting) -> str:
     if found.kind == "stalls":
         return (
             f"{name}: gold stops following at {place}, where it stands at {found.gold:.2f}: from "
-            f"there to the end the reward rises by {_range(reward)}, gold by {_range(gold)}."
+            f"there to the end the reward rises by {_range(reward)}, gold by {_range(gold)}, "
+            f"and at its pace so far by {found.gold_at_pace:.2f}."
+        )
+    if found.kind == "slows":
+        return (
+            f"{name}: from {place} on gold follows more slowly: it rises by {_range(gold)} while "
+            f"the reward rises by {_range(reward)}; at its pace so far it would have risen by "
+            f"{found.gold_at_pace:.2f}."
         )
     if found.kind == "follows":
         return (
@@ -85,17 +107,17 @@ def sentence(name: str, found: Parting) -> str:
     return f"{name}: the reward is not seen to rise, so nothing can part from it."
 
 
-def _parting(
-    kind: Literal["falls", "stalls", "follows", "flat"], place: Row, start: Row, end: Row
-) -> Parting:
-    metrics = place["metrics"]
+def _parting(kind: Kind, place: Row, start: Row, end: Row, pace: float | None = None) -> Parting:
+    reward_gain = _gain(start, end, "reward")
+    assert reward_gain.mean is not None, "rows of a curve share their prompts"
     return Parting(
         kind,
-        metrics["reward"]["mean"],
-        metrics["gold"]["mean"],
+        _mean(place, "reward"),
+        _mean(place, "gold"),
         kl_of(place),
-        _gain(start, end, "reward").as_dict(),
+        reward_gain.as_dict(),
         _gain(start, end, "gold").as_dict(),
+        None if pace is None else pace * reward_gain.mean,
     )
 
 
@@ -119,6 +141,28 @@ def _rises(start: Row, end: Row, metric: str) -> bool:
 def _falls(start: Row, end: Row, metric: str) -> bool:
     high = _gain(start, end, metric).high
     return high is not None and high < 0
+
+
+def _goes_slower(start: Row, end: Row, pace: float) -> bool:
+    """Whether gold gains less than `pace` for each unit of reward."""
+    gold, reward = (
+        [measure_from_json(row["per_prompt"][metric]).values for row in (start, end)]
+        for metric in ("gold", "reward")
+    )
+    shared = [i for i in gold[0] if all(i in values for values in (gold[1], *reward))]
+    lag = {i: (gold[1][i] - gold[0][i]) - pace * (reward[1][i] - reward[0][i]) for i in shared}
+    high = estimate(Measure(lag)).high
+    return high is not None and high < 0
+
+
+def _pace(start: Row, end: Row) -> float:
+    """Gold for each unit of reward."""
+    gold, reward = (_mean(end, metric) - _mean(start, metric) for metric in ("gold", "reward"))
+    return gold / reward if reward else 0.0
+
+
+def _mean(row: Row, metric: str) -> float:
+    return float(row["metrics"][metric]["mean"])
 
 
 def _range(gain: Mapping[str, Any]) -> str:

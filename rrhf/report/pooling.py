@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.results import measure_from_json
 
+Row = dict[str, Any]
 
-def pooled_rows(by_seed: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several seeds as one: each prompt of each seed counts, intervals anew over all."""
+
+def pooled_rows(
+    by_seed: Sequence[Sequence[Row]], metrics: Collection[str] | None = None
+) -> list[Row]:
+    """Each prompt of each seed counts, with intervals anew over all.
+
+    Metrics that are one number of a whole row (distinct-n, the KL bound of best-of-N) are averaged.
+
+    Args:
+        by_seed: the same rows of every seed.
+        metrics: which to keep; None = all.
+    """
     if len(by_seed) == 1:
         return list(by_seed[0])
-    pooled = []
-    for rows in zip(*by_seed, strict=True):
-        metrics: dict[str, Any] = {}
-        per_prompt: dict[str, Any] = {}
-        for name in rows[0]["per_prompt"]:
-            merged: dict[str, Any] = {"values": {}, "weights": {}}
-            for seed, row in enumerate(rows):
-                told = row["per_prompt"][name]
-                values = {f"{seed}/{key}": value for key, value in told["values"].items()}
-                merged["values"] |= values
-                weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)
-                merged["weights"] |= {f"{seed}/{key}": w for key, w in weights.items()}
-                merged["scale"] = told.get("scale", "mean")
-            per_prompt[name] = merged
-            metrics[name] = estimate(measure_from_json(merged)).as_dict()
-        for name, value in rows[0]["metrics"].items():
-            metrics.setdefault(name, value)
-        pooled.append({**rows[0], "metrics": metrics, "per_prompt": per_prompt})
-    return pooled
+    return [_pooled(rows, metrics) for rows in zip(*by_seed, strict=True)]
+
+
+def _pooled(rows: Sequence[Row], wanted: Collection[str] | None) -> Row:
+    metrics: dict[str, Any] = {}
+    per_prompt: dict[str, Any] = {}
+    for name, first in rows[0]["metrics"].items():
+        if wanted is not None and name not in wanted:
+            continue
+        if name in rows[0]["per_prompt"]:
+            per_prompt[name] = _merged([row["per_prompt"][name] for row in rows])
+            metrics[name] = estimate(measure_from_json(per_prompt[name])).as_dict()
+        elif first["mean"] is not None:
+            mean = sum(row["metrics"][name]["mean"] for row in rows) / len(rows)
+            metrics[name] = {**first, "mean": mean}
+        else:
+            metrics[name] = first
+    return {**rows[0], "metrics": metrics, "per_prompt": per_prompt}
+
+
+def _merged(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One measure of all seeds' prompts, each under its seed's place and its own id."""
+    merged: dict[str, Any] = {"values": {}, "weights": {}, "scale": values[0].get("scale", "mean")}
+    for seed, told in enumerate(values):
+        weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)
+        for prompt, value in told["values"].items():
+            merged["values"][f"{seed}/{prompt}"] = value
+            merged["weights"][f"{seed}/{prompt}"] = weights[prompt]
+    return merged

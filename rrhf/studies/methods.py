@@ -23,7 +23,13 @@ from rrhf.report.method_figures import (
     draw_gold_against_reward,
     draw_reward_against_kl,
 )
-from rrhf.report.methods_page import apart_from, by_seed_table, cost_table, gains_table
+from rrhf.report.methods_page import (
+    COLUMNS,
+    apart_from,
+    by_seed_table,
+    cost_table,
+    gains_table,
+)
 from rrhf.report.over_optimization import kl_of, parting, sentence
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.training_cost import TrainingCost, mean_cost
@@ -33,6 +39,8 @@ from rrhf.studies.seeds import run_seeds, seed_folder
 
 logger = logging.getLogger(__name__)
 
+KEPT = (*COLUMNS, "kl_bound", "part_myth", "part_off", "part_rude", "part_garbled")
+ON_CURVES = ("reward", "gold", "kl", "kl_bound")
 PAGE, NUMBERS = "methods.md", "methods.json"
 REWARD_KL, GOLD_REWARD = "methods_reward_kl.png", "methods_gold_reward.png"
 
@@ -112,7 +120,10 @@ def write_report(
     greedy = _pooled([result.greedy for result in by_seed])
     costs = {key: mean_cost([result.costs[key] for result in by_seed]) for key in rows}
     titles = list(by_seed[0].curves)
-    curves = {title: pooled_rows([result.curves[title] for result in by_seed]) for title in titles}
+    curves = {
+        title: pooled_rows([result.curves[title] for result in by_seed], ON_CURVES)
+        for title in titles
+    }
     partings = {title: parting(points) for title, points in curves.items()}
     points = {title: [_point(row) for row in rows] for title, rows in curves.items()}
     if points:
@@ -158,7 +169,7 @@ def write_report(
 def _pooled(by_seed: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     keys = list(by_seed[0])
     return dict(
-        zip(keys, pooled_rows([[rows[key] for key in keys] for rows in by_seed]), strict=True)
+        zip(keys, pooled_rows([[rows[key] for key in keys] for rows in by_seed], KEPT), strict=True)
     )
 
 
@@ -247,8 +258,9 @@ _COSTS = (
 _CURVES = (
     "Points of a curve: SFT, the policies kept on the way (one sample a prompt), and what the "
     "method ends with; of RRHF in rounds, each round; of best-of-N, N = 1, 2, 4, 8, 16, with the "
-    "bound log N - (N - 1)/N for its KL. A method is said to part from the reward model only where "
-    "paired intervals say so: the reward rises, and gold falls, or is not seen to rise."
+    "bound log N - (N - 1)/N for its KL. Gold is said to part from the reward model only where "
+    "paired 95 % intervals say so: while the reward rises gold falls, or gains less for each unit "
+    "of it than up to that point."
 )
 
 
