@@ -42,6 +42,12 @@ def test_gold_that_rises_at_half_its_pace_is_told_to_slow() -> None:
     assert "from reward 0.50 (KL 1.0 nats) on gold follows more slowly: it rises by 0.40" in told
 
 
+def test_gold_that_never_rises_is_not_said_to_follow() -> None:
+    found = parting(curve((0.1, 0.0), (0.1, 0.5), (0.1, 1.0)))
+    assert (found.kind, found.reward, found.gold_at_pace) == ("stalls", 0.0, None)
+    assert "not seen to follow at all" in sentence("PPO", found)
+
+
 def test_a_last_step_too_small_to_see_is_no_stall() -> None:
     """Gold's gain of .02 is not told from zero, nor from its pace."""
     noise = [0.3 if i % 2 else -0.3 for i in range(40)]

@@ -26,14 +26,15 @@ class Parting:
 
     Attributes:
         kind: falls: after its peak gold falls, while reward rises; stalls: from some point on gold
-            is not seen to rise, and goes at less than half its pace; slows: it rises, at less than
-            its pace; follows: none of these is seen; flat: the reward itself is not seen to rise.
+            is not seen to rise, and goes at less than half its pace, if it had one; slows: it
+            rises, at less than its pace; follows: none of these is seen; flat: the reward itself is
+            not seen to rise.
         reward, gold, kl: at the point from which on gold no longer follows; at the last point where
             it follows to the end. kl is None where no policy of its own has one.
         reward_gain, gold_gain: from there to the last point; from the first to the last point where
             it follows.
         gold_at_pace: what gold would have gained at the pace that it had up to there; None where it
-            follows.
+            follows, and where it never did.
     """
 
     kind: Kind
@@ -59,6 +60,8 @@ def parting(rows: Sequence[Row]) -> Parting:
     peak = max(rows, key=lambda row: _mean(row, "gold"))
     if peak is not last and _rises(peak, last, "reward") and _falls(peak, last, "gold"):
         return _parting("falls", peak, peak, last, _pace(first, peak))
+    if _rises(first, last, "reward") and not _rises(first, last, "gold"):
+        return _parting("stalls", first, first, last)
     between = [
         row
         for row in rows[1:-1]
@@ -86,6 +89,11 @@ def sentence(name: str, found: Parting) -> str:
         return (
             f"{name}: gold peaks at {found.gold:.2f}, at {place}, and falls by {_range(gold)} "
             f"while the reward rises by another {_range(reward)}."
+        )
+    if found.kind == "stalls" and found.gold_at_pace is None:
+        return (
+            f"{name}: gold is not seen to follow at all: the reward rises by {_range(reward)}, "
+            f"gold by {_range(gold)}."
         )
     if found.kind == "stalls":
         return (
