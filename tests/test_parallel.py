@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForSequenceClassification
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.errors import UserError
 from rrhf.models.logprobs import Policy
 from rrhf.models.reward_model import RewardModel
 from rrhf.training.parallel import Parallel, sharded_bf16
@@ -88,3 +89,25 @@ def test_full_weights_are_asked_of_the_root_as_it_was_prepared(
     bare = nn.Linear(1, 1)
     parallel.prepare(bare, torch.optim.AdamW(bare.parameters()), 1.0)
     assert parallel.full_state_dict() == {"weight": wrapped.weight}
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "problem"),
+    [("FSDP", 2, "FSDP left weight"), ("MULTI_GPU", 2, "averages no gradients")],
+)
+def test_a_root_that_was_not_spread_as_asked_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str, world_size: int, problem: str
+) -> None:
+    parallel = Parallel()
+    parallel.kind, parallel.world_size = kind, world_size
+    monkeypatch.setattr(parallel.accelerator, "prepare", lambda model, optimizer: (model, None))
+    model = nn.Linear(1, 1)
+    with pytest.raises(AssertionError, match=problem):
+        parallel.prepare(model, torch.optim.AdamW(model.parameters()), 1.0)
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Parallel()  # from here on this process is known to be alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, but accelerate sees 1"):
+        Parallel()

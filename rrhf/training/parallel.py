@@ -65,6 +65,8 @@ class Parallel:
                 f"launch: FSDP was asked for, but accelerate runs {self.kind} on this machine; "
                 "FSDP needs GPUs here: choose another launch file"
             )
+        if self.kind == "FSDP" and not self.accelerator.is_fsdp2:
+            raise UserError("launch: this is FSDP's first version; set fsdp_version: 2 in its file")
         if deepspeed and self.kind != "DEEPSPEED":
             raise UserError(f"launch: DeepSpeed was asked for, but accelerate runs {self.kind}")
         if self.world_size != (started := int(os.environ.get("WORLD_SIZE", "1"))):
