@@ -366,5 +366,5 @@ def test_the_scripts_are_shellcheck_clean():
 
 def test_the_scripts_are_executable():
     for script in SCRIPTS:
-        if script != "configs/environment.sh":
+        if not script.startswith("configs/"):  # those are sourced
             assert os.access(ROOT / script, os.X_OK), script
