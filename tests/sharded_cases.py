@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from rrhf.errors import StoppedBySignal
 from rrhf.generation.local import LocalEngine
 from rrhf.training import ppo, rank
-from rrhf.training.loop import NonFiniteError, Term
 from rrhf.training.parallel import Parallel
 from rrhf.training.ppo_stream import PPOStream
 from rrhf.training.streams import OfflineStream
+from rrhf.training.update import NonFiniteError, Term
 
 prepared: list[dict[str, Any]] = []
 """What became of each trainable root."""

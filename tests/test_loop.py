@@ -24,8 +24,8 @@ from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import read_manifest
 from rrhf.models.logprobs import Policy
 from rrhf.training.checkpoint import checkpoints_by_step, damage_of, is_complete
-from rrhf.training.loop import NonFiniteError, Term
 from rrhf.training.streams import OfflineStream
+from rrhf.training.update import NonFiniteError, Term
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.training.loop import Term
 from rrhf.training.measure import measure
 from rrhf.training.parallel import Parallel
+from rrhf.training.update import Term
 
 EXAMPLES = [EncodedSet([3 + i, 4], [[5 + t + i for t in range(i % 4 + 1)]]) for i in range(7)]
 

@@ -14,7 +14,7 @@ from rrhf.errors import AlreadyFinished
 from rrhf.files import UNFINISHED, write_manifest
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training.config import TrainingConfig
-from rrhf.training.loop import Term, TrainingOutcome, run_training
+from rrhf.training.loop import TrainingOutcome, run_training
 from rrhf.training.model_folders import ModelFolders
 from rrhf.training.setup import (
     finish_run,
@@ -23,6 +23,7 @@ from rrhf.training.setup import (
     opened_workbench,
 )
 from rrhf.training.streams import OfflineStream
+from rrhf.training.update import Term
 
 
 class TokenLikelihood:

@@ -1,28 +1,23 @@
-"""The only training loop: losses that are sums over global counts, one optimiser step at a time.
+"""The only training loop: a stream's updates, one after the other, and what goes on between them.
 
-A paradigm is an `Objective`: named terms, each a sum with a weight, divided by a denominator that
-is known before the forward and summed over ranks and micro-batches first. So accumulation, uneven
-ranks and padding cannot change a loss, and a zero denominator makes its term zero. Data come from
-an `UpdateStream`; SFT, reward, rank and PPO differ in these two alone.
+A paradigm is an `Objective` (`rrhf.training.update`, which does the steps); data come from an
+`UpdateStream`. SFT, reward, rank and PPO differ in these two alone.
 
-A loss or gradient that is not finite stops the run before the step, with the batch written out; a
-checkpoint may follow any step; SIGTERM and SIGINT end the run after one, and work between two steps
-that watches for them, as a rollout does, is dropped, to be done again on resume.
+A checkpoint may follow any step; SIGTERM and SIGINT end the run after one, and work between two
+steps that watches for them, as a rollout does, is dropped, to be done again on resume.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from rrhf.data.collate import TokenBatch
@@ -41,39 +36,9 @@ from rrhf.training.phases import Phases, as_metrics
 from rrhf.training.sample_table import SampleTable
 from rrhf.training.streams import LiveStream, UpdateStream
 from rrhf.training.tracking import Tracker, build_tracker
+from rrhf.training.update import Objective, Update
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Term:
-    """One named part of a loss: `weight * total / denominator` enters the gradient.
-
-    Attributes:
-        total: scalar sum over this micro-batch, filler prompts at weight zero.
-        weight: of the term in the loss.
-        metrics: (total, count) scalars without gradient, averaged over everything for the log.
-    """
-
-    total: Tensor
-    weight: float = 1.0
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-class Objective(Protocol):
-    """What one paradigm is."""
-
-    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """A scalar for each term name, from the batch alone."""
-        ...
-
-    def __call__(self, outputs: Any, batch: TokenBatch) -> dict[str, Term]:
-        """The terms, under the same names."""
-        ...
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite; the weights are still those before the step."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +141,8 @@ class _Loop:
         kept: KeptModels,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.objective, self.config, self.folder = objective, config, run
+        self.update = Update(model, optimizer, objective, parallel, config.max_grad_norm, run.path)
+        self.config, self.folder = config, run
         self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
         self.phases: Phases | None = None
         self.step = 0
@@ -299,85 +265,11 @@ class _Loop:
 
     def _measured_update(self, batches: list[TokenBatch]) -> tuple[dict[str, float], int]:
         if self.phases is None:
-            return self._update(batches)
+            return self.update(batches, self.step + 1)
         with self.phases(TRAIN) as spent:
-            row, num_tokens = self._update(batches)
+            row, num_tokens = self.update(batches, self.step + 1)
             spent.tokens = num_tokens // self.parallel.world_size
         return row | as_metrics(self.phases.take()), num_tokens
-
-    def _update(self, batches: list[TokenBatch]) -> tuple[dict[str, float], int]:
-        """One optimiser step over its micro-batches; returns metrics and tokens over all ranks."""
-        batches = [batch.to(self.parallel.device) for batch in batches]
-        denominators = self._denominators(batches)
-        totals: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
-        for position, batch in enumerate(batches):
-            is_last = position == len(batches) - 1
-            with self.parallel.micro_step(self.model, is_last):
-                terms = self.objective(self.model(batch), batch)
-                loss = _loss(terms, denominators)
-                self._require_finite(loss, batch)
-                self.parallel.backward(loss)
-            _add(totals, terms)
-            weights = {name: term.weight for name, term in terms.items()}
-        norm = self.parallel.take_step(self.model, self.optimizer, self.config.max_grad_norm)
-        if math.isinf(norm) or (math.isnan(norm) and self.parallel.kind != "DEEPSPEED"):
-            self._stop(f"the gradient norm is {norm}", batches[-1])
-        row, num_tokens = self._metrics(totals, weights, denominators, batches)
-        return {**row, "grad_norm": norm}, num_tokens
-
-    def _denominators(self, batches: list[TokenBatch]) -> dict[str, Tensor]:
-        summed: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, value in self.objective.denominators(batch).items():
-                value = value.detach().double()
-                summed[name] = summed[name] + value if name in summed else value
-        names = sorted(summed)
-        stacked = self.parallel.sum(torch.stack([summed[name].cpu() for name in names]))
-        return dict(zip(names, stacked, strict=True))
-
-    def _require_finite(self, loss: Tensor, batch: TokenBatch) -> None:
-        """Agreed over ranks, so that none goes into a backward pass alone."""
-        value = float(loss.detach())
-        if self.parallel.any(not math.isfinite(value)):
-            self._stop(f"the loss is {value} on rank {self.parallel.rank}", batch)
-
-    def _stop(self, what: str, batch: TokenBatch) -> None:
-        name = f"non_finite_step_{self.step + 1}_rank_{self.parallel.rank}.safetensors"
-        path = self.folder.path / name
-        tensors = {
-            f.name: value.cpu().contiguous()
-            for f in fields(batch)
-            if isinstance(value := getattr(batch, f.name), Tensor)
-        }
-        for extras in (batch.extras, batch.token_extras):
-            tensors |= {f"extra.{name}": value.cpu() for name, value in extras.items()}
-        save_file(tensors, path)
-        raise NonFiniteError(
-            f"step {self.step + 1}: {what}; stopped before the weights changed. The batch is in "
-            f"{path}; lower the learning rate, or look at that batch"
-        )
-
-    def _metrics(
-        self,
-        totals: dict[str, Tensor],
-        weights: dict[str, float],
-        denominators: dict[str, Tensor],
-        batches: list[TokenBatch],
-    ) -> tuple[dict[str, float], int]:
-        """Means over ranks and micro-batches; the loss as it entered the gradient."""
-        names = sorted(totals)
-        num_tokens = sum(_num_tokens(batch) for batch in batches)
-        counted = torch.tensor([[float(num_tokens), 0.0]], dtype=torch.float64)
-        summed = self.parallel.sum(torch.cat([*(totals[n][None] for n in names), counted]))
-        values = dict(zip(names, summed[:-1].tolist(), strict=True))
-        losses = {
-            name: _ratio(values.pop(_TERM + name)[0], float(denominators[name])) for name in weights
-        }
-        row = {"loss": sum(weights[name] * value for name, value in losses.items())}
-        row |= {f"{name}_loss": value for name, value in losses.items()}
-        row |= {name: _ratio(total, count) for name, (total, count) in values.items()}
-        return row, int(summed[-1, 0])
 
     def _evaluate(
         self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker
@@ -426,36 +318,6 @@ class _Loop:
     def _signalled(self, stop: StopRequest) -> int:
         """The exit code that a signal on any rank asks for, or 0."""
         return int(self.parallel.max(stop.exit_code))
-
-
-_TERM = "term:"
-
-
-def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
-    loss = torch.zeros(())
-    for name, term in terms.items():
-        denominator = float(denominators[name])
-        scale = term.weight / denominator if denominator else 0.0
-        loss = loss.to(term.total.device) + term.total * scale
-    return loss
-
-
-def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
-    """Add one micro-batch's totals: under a term's own key, and each metric's (total, count)."""
-    for name, term in terms.items():
-        pairs = {_TERM + name: (term.total, torch.zeros(())), **term.metrics}
-        for key, (total, count) in pairs.items():
-            pair = torch.stack([total.detach().double().cpu(), count.detach().double().cpu()])
-            totals[key] = totals[key] + pair if key in totals else pair
-
-
-def _num_tokens(batch: TokenBatch) -> int:
-    prompts = batch.prompt_lengths[batch.prompt_index]
-    return int(((prompts + batch.response_lengths) * (batch.row_weights > 0)).sum())
-
-
-def _ratio(total: float, count: float) -> float:
-    return total / count if count else 0.0
 
 
 def _brief(metrics: dict[str, float]) -> str:

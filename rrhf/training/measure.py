@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.training.loop import Objective
 from rrhf.training.parallel import Parallel
 from rrhf.training.streams import OfflineStream
+from rrhf.training.update import Objective
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rrhf.data.collate import EncodedSet
-from rrhf.training.loop import Objective
 from rrhf.training.measure import measure
 from rrhf.training.setup import Workbench
 from rrhf.training.streams import OfflineStream
+from rrhf.training.update import Objective
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 

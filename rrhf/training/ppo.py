@@ -50,7 +50,7 @@ from rrhf.scoring.scorer import LocalScorer
 from rrhf.signals import StopRequest
 from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
-from rrhf.training.loop import Objective, run_training
+from rrhf.training.loop import run_training
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
 from rrhf.training.offload import TRAIN, Offload, build_store, parse_levels
 from rrhf.training.phases import Phases, as_table, over_ranks, peak_meter
@@ -73,6 +73,7 @@ from rrhf.training.setup import (
 )
 from rrhf.training.sft import SFTEncoder
 from rrhf.training.streams import EncodedExamples, LiveStream, OfflineStream
+from rrhf.training.update import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from rrhf.models.reward_model import (
 from rrhf.records import CandidateSet
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
-from rrhf.training.loop import Term, run_training
+from rrhf.training.loop import run_training
 from rrhf.training.model_folders import ModelFolders, Weights
 from rrhf.training.offline import held_out_evaluation, offline_stream
 from rrhf.training.reward_examples import PreferenceEncoder, held_out_metrics
@@ -50,6 +50,7 @@ from rrhf.training.setup import (
     prepare_trainable,
 )
 from rrhf.training.streams import EncodedExamples
+from rrhf.training.update import Term
 
 logger = logging.getLogger(__name__)
 

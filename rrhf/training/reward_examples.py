@@ -20,8 +20,8 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.evaluation.bootstrap import Measure, estimate
 from rrhf.records import CandidateSet
 from rrhf.training.fitting import RowFitter, known_scores
-from rrhf.training.loop import Objective
 from rrhf.training.parallel import Parallel
+from rrhf.training.update import Objective
 
 
 @dataclass

@@ -27,7 +27,7 @@ from rrhf.models.packed_rows import PackedPolicy, require_packing
 from rrhf.records import CandidateSet
 from rrhf.training.config import TrainingConfig
 from rrhf.training.fitting import RowFitter, check_response_limit
-from rrhf.training.loop import Term, run_training
+from rrhf.training.loop import run_training
 from rrhf.training.measure import measure
 from rrhf.training.model_folders import ModelFolders
 from rrhf.training.offline import held_out_evaluation, offline_stream
@@ -40,6 +40,7 @@ from rrhf.training.setup import (
     policy_on_engine,
 )
 from rrhf.training.streams import EncodedExamples
+from rrhf.training.update import Term
 
 logger = logging.getLogger(__name__)
 
