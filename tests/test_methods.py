@@ -113,6 +113,6 @@ def test_the_whole_comparison_small(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(len(points) >= 5 for points in numbers["curves"].values())
     capsys.readouterr()
     assert main(["study", "methods", *words, "--into", str(tmp_path / "paper")]) == 0
-    assert capsys.readouterr().out.count("done before") == 5 + 11 + 2
+    assert capsys.readouterr().out.count("done before") == 5 + 13 + 2
     again = (tmp_path / "paper" / "methods.md").read_text()
     assert again == page
