@@ -115,7 +115,7 @@ online 13-ppo-lora ppo_lora --use_lora --share_trunk --per_device_prompt_batch_s
     --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 2e-4 \
     --critic_learning_rate 1e-3
 online 14-ppo ppo --per_device_prompt_batch_size 4 \
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 2e-5 \
+    --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --learning_rate 2e-5 \
     --critic_learning_rate 2e-5
 
 number=15

@@ -74,6 +74,7 @@ def online_section(out: Path) -> list[str]:
         },
         out / "real_run_online.png",
         window=1,
+        over="rollout",
     )
     return [
         "## RRHF against PPO",
@@ -102,7 +103,7 @@ def rollout_curve(out: Path, method: Method, metric: str) -> list[tuple[float, f
 
 
 def _rollouts(run: Path) -> list[dict[str, Any]]:
-    """The first logged row of each rollout."""
+    """What was logged of each rollout."""
     rows: dict[float, dict[str, Any]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -210,11 +211,11 @@ def _online_cost(out: Path, method: Method) -> list[str]:
     run = read_manifest(out / method.folder) or {}
     config = json.loads((out / method.folder / "config.json").read_text())
     rollouts = _rollouts(out / method.folder)
-    spent = {
-        phase: sum(row[f"seconds_{phase}"] for row in rollouts)
-        for phase in ("generate", "score", "read")
-    }
-    spent["read"] += sum(row.get("seconds_reference", 0.0) for row in rollouts)
+    phases = (("generate",), ("score",), ("read", "reference"))
+    spent = [
+        sum(row.get(f"seconds_{name}", 0.0) for row in rollouts for name in names)
+        for names in phases
+    ]
     total = float((out / "steps" / f"{method.step}.seconds").read_text())
     responses = run["data"]["responses"]["sampled"]
     length = statistics.fmean(row["response_length"] for row in rollouts)
@@ -225,8 +226,8 @@ def _online_cost(out: Path, method: Method) -> list[str]:
         format_number(responses * config["ppo_epochs"], 0),
         str(run["steps"]),
         _models(config),
-        *(format_number(value, 0) for value in spent.values()),
-        format_number(total - sum(spent.values()), 0),
+        *(format_number(value, 0) for value in spent),
+        format_number(total - sum(spent), 0),
     ]
 
 
