@@ -8,6 +8,8 @@ from pathlib import Path
 from benchmarks import harness, peak_memory, rrhf_step
 from benchmarks.shapes import SHAPES
 
+DEFAULT = ["shared_prefix"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -21,7 +23,7 @@ def main() -> None:
         command.set_defaults(table=table)
         command.add_argument("--shape", choices=[*SHAPES, "all"], default="S1")
         command.add_argument(
-            "--variants", nargs="+", choices=list(rrhf_step.VARIANTS), default=["shared_prefix"]
+            "--variants", nargs="+", choices=list(rrhf_step.VARIANTS), default=DEFAULT
         )
         command.add_argument("--output", type=Path, help="folder for the results as JSON")
     asked = parser.parse_args()
@@ -29,7 +31,9 @@ def main() -> None:
         result = asked.run(asked, shape)
         print(asked.table(result), flush=True)
         if asked.output:
-            harness.write(asked.output / f"{result['benchmark']}_{shape}.json", result)
+            parts = [result["benchmark"], shape]
+            parts += [] if asked.variants == DEFAULT else asked.variants
+            harness.write(asked.output / ("_".join(parts) + ".json"), result)
 
 
 if __name__ == "__main__":
