@@ -130,6 +130,14 @@ def test_rows_without_gradient_are_skipped_exactly(
     assert torch.allclose(head.weight.grad, expected, atol=1e-6)
 
 
+def test_a_second_backward_is_refused_rather_than_wrong() -> None:
+    hidden, head, targets = case()
+    total = token_statistics(hidden, head, targets, LogitShape()).logprobs.sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        total.backward()
+
+
 def test_nothing_active_gives_zeros() -> None:
     hidden, head, targets = case()
     (token_statistics(hidden, head, targets, LogitShape()).logprobs * 0).sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     child = os.fork()  # before anything has started a thread
     rank = 0 if child else 1
+    faulthandler.dump_traceback_later(140, exit=True)  # neither rank waits for the other for ever
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(out / "store"), 2), rank=rank, world_size=2
     )

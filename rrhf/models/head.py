@@ -12,7 +12,8 @@ Rows whose gradient is exactly zero are left out of the backward pass: in RRHF t
 candidate that is neither the best of its prompt nor in a violated pair.
 
 Legend: M tokens, H hidden, V vocabulary. Left out: heads that are more than one linear layer (the
-caller gives their logits to `logprobs_of_logits`) and gradients of gradients.
+caller gives their logits to `statistics_of_logits`), gradients of gradients, and a second backward
+pass over one forward (it is refused: the logits of the first have been overwritten).
 """
 
 from __future__ import annotations
@@ -213,7 +214,10 @@ class _Statistics(torch.autograd.Function):
         if plan.with_mean:
             is_active = is_active | (for_mean != 0)
         chunk = plan.rows(len(weight))
-        pieces: list[Any] = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
+        in_float32 = ctx.compute == torch.float32
+        # Logits that were kept in float32 become the slope in place, so all of them may go at once.
+        step = len(hidden) if kept is not None and in_float32 else chunk
+        pieces: list[Any] = [slice(start, start + step) for start in range(0, len(hidden), step)]
         if not is_active.all():
             pieces = list(is_active.nonzero().squeeze(-1).split(chunk))
 
@@ -225,7 +229,7 @@ class _Statistics(torch.autograd.Function):
             matrix = weight.to(ctx.compute)
             for rows in pieces:
                 states = hidden[rows].to(ctx.compute)
-                if kept is not None and ctx.compute == torch.float32:
+                if kept is not None and in_float32:
                     logits = kept[rows]
                 else:
                     raw = _linear(states, matrix, bias) if kept is None else kept[rows]
@@ -246,7 +250,7 @@ class _Statistics(torch.autograd.Function):
                     to_hidden[rows] = (slope @ matrix).to(hidden.dtype)
                 if to_weight is not None:
                     # Sums over chunks stay in float32, whatever the products are in.
-                    if ctx.compute == torch.float32:
+                    if in_float32:
                         to_weight.addmm_(slope.T, states)
                     else:
                         to_weight += slope.T @ states
@@ -268,12 +272,13 @@ def _slope(
     for_entropy: tuple[Tensor, Tensor] | None,
     for_mean: Tensor | None,
 ) -> Tensor:
-    """[m, V] the gradient towards the linear layer's output.
+    """[m, V] the gradient towards the linear layer's output; overwrites `logits` where it can.
 
     With q = softmax(logits): d logprob_y = [y] - q, d mean = 1/V - q, d entropy = -q (log q + S).
     """
     weight_of_q = -for_logprobs if for_mean is None else -for_logprobs - for_mean
-    logs = logits - normaliser[:, None]
+    is_capped = plan.shape.softcap is not None  # then the logits are needed once more
+    logs = logits - normaliser[:, None] if is_capped else logits.sub_(normaliser[:, None])
     if for_entropy is None:
         slope = logs.exp_().mul_(weight_of_q[:, None])
     else:
