@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from rrhf.errors import StoppedBySignal
 from rrhf.generation.local import LocalEngine
 from rrhf.training import ppo, rank
+from rrhf.training.online.stream import PPOStream
 from rrhf.training.parallel import Parallel
-from rrhf.training.ppo_stream import PPOStream
 from rrhf.training.streams import OfflineStream
 from rrhf.training.update import NonFiniteError, Term
 

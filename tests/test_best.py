@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.training import ppo, reward, sft
-from rrhf.training.ppo_stream import PPOStream
+from rrhf.training.online.stream import PPOStream
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 from ppo_cases import settings
 
 from rrhf.algorithms.normalizers import RunningMeanStd
-from rrhf.training.experience import RolloutRow, build_experience
+from rrhf.training.online.experience import RolloutRow, build_experience
 
 LENGTHS = (1, 4, 2, 7, 3, 5)
 BETA, GAMMA, LAMBDA, LIMIT, PENALTY = 0.3, 0.9, 0.8, 1.2, 0.4

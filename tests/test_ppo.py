@@ -28,7 +28,7 @@ from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.logprobs import Policy
 from rrhf.training import ppo
-from rrhf.training.ppo_stream import PPOStream
+from rrhf.training.online.stream import PPOStream
 
 BANDIT: dict[str, Any] = {
     "reward_model_name_or_path": "function:ppo_cases:has_e",

@@ -19,7 +19,8 @@ from trainer_cases import metrics_of, same_weights
 from rrhf.errors import StoppedBySignal
 from rrhf.generation import local
 from rrhf.scoring.reward_model import RewardModelScorer
-from rrhf.training import ppo, rollout
+from rrhf.training import ppo
+from rrhf.training.online import rollout
 
 SETTINGS: dict[str, Any] = {
     "normalize_reward": True,

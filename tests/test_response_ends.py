@@ -15,8 +15,8 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.models.loading import load_tokenizer
 from rrhf.training import ppo
-from rrhf.training.experience import build_experience
-from rrhf.training.response_ends import StopToken, is_loop
+from rrhf.training.online.experience import build_experience
+from rrhf.training.online.response_ends import StopToken, is_loop
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic, ValueHead
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer
-from rrhf.training.experience import RolloutRow, build_experience, pack, unpack
+from rrhf.training.online.experience import RolloutRow, build_experience, pack, unpack
+from rrhf.training.online.rollout import RolloutWriter
 from rrhf.training.parallel import Parallel
-from rrhf.training.rollout import RolloutWriter
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """PPO with human feedback, and what runs on the same stream: its critic-free cousins, online RRHF.
 
 The policy answers prompts, a scorer scores the answers, the score minus a penalty for leaving the
-reference becomes a reward (`rrhf.training.rollout`, `experience`), and a few passes of the common
-loop move policy and critic (`ppo_stream`, `ppo_objective`). Ouyang et al. 2022, arXiv:2203.02155,
-with the details that Huang et al. 2024, arXiv:2403.17031, found to matter.
+reference becomes a reward, and a few passes of the common loop move policy and critic; the parts
+stand in `rrhf.training.online`. Ouyang et al. 2022, arXiv:2203.02155, with the details that Huang
+et al. 2024, arXiv:2403.17031, found to matter.
 
 `--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
 the policy is refreshed every `rollout_size / batch` steps.
@@ -48,19 +48,19 @@ from rrhf.records import CandidateSet
 from rrhf.scoring.build import SCORERS, RewardModelOptions, build_scorer, check_scorer
 from rrhf.scoring.scorer import LocalScorer
 from rrhf.signals import StopRequest
-from rrhf.training.experience import build_experience
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
 from rrhf.training.offload import TRAIN, Offload, build_store, parse_levels
+from rrhf.training.online.ema import AveragedStream
+from rrhf.training.online.experience import build_experience
+from rrhf.training.online.objective import PPOObjective
+from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
+from rrhf.training.online.rollout import RolloutWriter
+from rrhf.training.online.stream import PPOStream
 from rrhf.training.phases import Phases, as_table, over_ranks, peak_meter
 from rrhf.training.ppo_config import EVALUATION_MEASURES, PPOConfig
-from rrhf.training.ppo_ema import AveragedStream
-from rrhf.training.ppo_objective import PPOObjective
-from rrhf.training.ppo_ptx import PtxObjective, PtxStream, marked
-from rrhf.training.ppo_stream import PPOStream
 from rrhf.training.rank import RankConfig, RankObjective
-from rrhf.training.rollout import RolloutWriter
 from rrhf.training.sample_table import SampleTable
 from rrhf.training.setup import (
     Workbench,

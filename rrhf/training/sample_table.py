@@ -15,7 +15,7 @@ from typing import Any
 
 from rrhf.records import CandidateSet
 from rrhf.runs import MetricsLog
-from rrhf.training.experience import Experience, RolloutRow
+from rrhf.training.online.experience import Experience, RolloutRow
 from rrhf.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)

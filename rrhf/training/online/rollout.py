@@ -38,12 +38,12 @@ from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.scorer import Scorer
 from rrhf.signals import StopRequest
-from rrhf.training.experience import RolloutRow
+from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.response_ends import StopToken, is_loop
+from rrhf.training.online.whole_copy import WholeCopy
 from rrhf.training.parallel import Parallel
 from rrhf.training.phases import Phases, Spent, over_ranks, peak_meter
 from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.response_ends import StopToken, is_loop
-from rrhf.training.whole_copy import WholeCopy
 
 logger = logging.getLogger(__name__)
 

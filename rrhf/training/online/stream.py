@@ -27,12 +27,12 @@ from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
-from rrhf.training.experience import build_experience, pack, unpack
+from rrhf.training.online.experience import build_experience, pack, unpack
+from rrhf.training.online.objective import PPOObjective
+from rrhf.training.online.rollout import RolloutWriter
 from rrhf.training.parallel import Parallel
 from rrhf.training.phases import as_metrics
 from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.ppo_objective import PPOObjective
-from rrhf.training.rollout import RolloutWriter
 from rrhf.training.sample_table import SampleTable
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from torch import Tensor
 from rrhf.algorithms.cross_entropy import cross_entropy
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.models.policy_with_value import ActorCriticOutputs
-from rrhf.training.ppo_objective import PPOObjective
-from rrhf.training.ppo_stream import PPOStream
+from rrhf.training.online.objective import PPOObjective
+from rrhf.training.online.stream import PPOStream
 from rrhf.training.streams import OfflineStream
 from rrhf.training.update import Term
 
