@@ -128,3 +128,21 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
     command = f"{sys.executable} -m rrhf.cli.main fetch --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_what_deepspeed_says_goes_to_stderr_and_results_alone_to_stdout(tmp_path: Path) -> None:
+    script = tmp_path / "speak.py"
+    script.write_text(
+        "import logging, sys\n"
+        "from rrhf.cli.terminal import configure_logging\n"
+        "configure_logging()\n"
+        "theirs = logging.getLogger('DeepSpeed')\n"
+        "theirs.propagate = False\n"
+        "theirs.addHandler(logging.StreamHandler(sys.stdout))\n"
+        "theirs.warning('Setting accelerator to CPU. If you have GPU ...')\n"
+        "theirs.warning('the bucket is too small')\n"
+        "print('result')\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout == "result\n"
+    assert done.stderr == "the bucket is too small\n"

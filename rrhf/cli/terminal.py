@@ -22,6 +22,17 @@ def configure_logging() -> None:
     """The package's own messages go to stderr, one line each; other processes only warn."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_to_stderr)
+
+
+def _to_stderr(record: logging.LogRecord) -> bool:
+    """DeepSpeed writes to stdout from its import on, which is for results; say it on stderr.
+
+    Not that it found no GPU: where it is merely installed, nobody has asked it to look for one.
+    """
+    if "Setting accelerator to CPU" not in record.getMessage():
+        logging.getLogger().handle(record)
+    return False
 
 
 def process_place() -> tuple[int, int, int]:
