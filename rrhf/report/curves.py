@@ -31,16 +31,13 @@ def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[f
     return means
 
 
-def draw_curves(
-    panels: Mapping[str, Curves], target: Path, window: int = 8, over: str = "optimiser step"
-) -> Path:
+def draw_curves(panels: Mapping[str, Curves], target: Path, window: int = 8) -> Path:
     """One panel a title: each curve's points in grey, its running mean over `window` in colour.
 
     Args:
         panels: title -> name -> points.
         target: the picture's file.
         window: points of a running mean.
-        over: what the points are counted in, under the axis.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -60,7 +57,7 @@ def draw_curves(
             axis.plot(*zip(*points, strict=True), color="0.8", linewidth=0.8)
             axis.plot(*zip(*smoothed(points, window), strict=True), label=name)
         axis.set_title(title)
-        axis.set_xlabel(over)
+        axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
         if len(curves) > 1:
             axis.legend(frameon=False)

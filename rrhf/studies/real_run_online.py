@@ -74,7 +74,6 @@ def online_section(out: Path) -> list[str]:
         },
         out / "real_run_online.png",
         window=1,
-        over="rollout",
     )
     return [
         "## RRHF against PPO",
