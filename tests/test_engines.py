@@ -61,10 +61,10 @@ def test_a_run_is_the_run_of_padded_rows(
 
 
 def test_engines_that_would_be_ignored_are_refused() -> None:
-    with pytest.raises(UserError, match="--packing and --engine auto"):
-        SFTConfig("", "", data_path="", packing=True, engine="auto")
-    with pytest.raises(UserError, match="--engine auto: reward models"):
-        RewardConfig("", "", data_path="", engine="auto")
+    with pytest.raises(UserError, match="--packing and --engine dense_mask"):
+        SFTConfig("", "", data_path="", packing=True, engine="dense_mask")
+    with pytest.raises(UserError, match="--engine dense_mask: reward models"):
+        RewardConfig("", "", data_path="", engine="dense_mask")
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ class RewardConfig(TrainingConfig):
     """Responses that do not fit: leave out with their pairs, or cut, which takes their end off."""
 
     def __post_init__(self) -> None:
-        if self.engine != "padded":
+        if self.engine not in ("auto", "padded"):
             raise UserError(
                 f"--engine {self.engine}: reward models are trained on padded rows; leave it out"
             )

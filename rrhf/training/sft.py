@@ -78,7 +78,7 @@ class SFTConfig(TrainingConfig):
             raise UserError(
                 f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 1"
             )
-        if self.packing and self.engine != "padded":
+        if self.packing and self.engine not in ("auto", "padded"):
             raise UserError(
                 f"--packing and --engine {self.engine} both say how rows are laid; give one"
             )
