@@ -86,17 +86,45 @@ def test_equals_a_full_table(
         assert relative(parameter.grad, gradient) < 1e-5
 
 
+@pytest.mark.parametrize("watches_entropy", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=["plain", "scaled", "capped"])
 def test_a_frozen_head_multiplies_nothing_again(
-    shape: LogitShape, monkeypatch: pytest.MonkeyPatch
+    shape: LogitShape, watches_entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, head, targets = case()
     head.requires_grad_(False)
-    expected = torch.autograd.grad(weighted([plain(hidden, head, targets, shape)[0]]), hidden)[0]
-    found = token_statistics(hidden, head, targets, shape, **FORMS["recomputed"])
+    logprobs, entropy, _ = plain(hidden, head, targets, shape)
+    expected = torch.autograd.grad(weighted([logprobs]), hidden)[0]
+    found = token_statistics(
+        hidden,
+        head,
+        targets,
+        shape,
+        with_entropy=watches_entropy,
+        entropy_has_gradient=False,
+        **FORMS["recomputed"],
+    )
+    if watches_entropy:
+        assert found.entropy is not None and not found.entropy.requires_grad
+        assert torch.allclose(found.entropy.double(), entropy, atol=1e-5)
     monkeypatch.setattr(head_module, "_linear", None)
     weighted([found.logprobs]).backward()
     assert relative(hidden.grad, expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_entropy_that_is_only_watched_changes_no_gradient(form: str) -> None:
+    hidden, head, targets = case()
+    truth = plain(hidden, head, targets, SHAPES[2])
+    expected = torch.autograd.grad(weighted(truth[:1]), [hidden, head.weight])
+    found = token_statistics(
+        hidden, head, targets, SHAPES[2], True, **FORMS[form], entropy_has_gradient=False
+    )
+    assert found.entropy is not None
+    assert torch.allclose(found.entropy.double(), truth[1], atol=1e-5)
+    weighted([found.logprobs]).backward()
+    for parameter, gradient in zip([hidden, head.weight], expected, strict=True):
+        assert relative(parameter.grad, gradient) < 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS)

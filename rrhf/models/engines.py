@@ -60,7 +60,7 @@ class FastPolicy(Policy):
         model: a Hugging Face causal language model, bare or with adapters. Its attention
             implementation is exchanged for good where the layout is `shared_prefix`.
         layout: `shared_prefix`, `dense_mask` or `rows`.
-        temperature, with_entropy, with_mean_logprobs: as in `Policy`.
+        temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
     """
 
     def __init__(
@@ -70,8 +70,9 @@ class FastPolicy(Policy):
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_mean_logprobs: bool = False,
+        entropy_has_gradient: bool = True,
     ) -> None:
-        super().__init__(model, temperature, with_entropy, with_mean_logprobs)
+        super().__init__(model, temperature, with_entropy, with_mean_logprobs, entropy_has_gradient)
         self.layout = layout
         self.shape = logit_shape(_inner(model).config, temperature)
         self.window: int | None = None  # rows beyond it go as padded rows
@@ -144,12 +145,16 @@ class FastPolicy(Policy):
         head = _inner(self.model).get_output_embeddings()
         asked = (self.with_entropy, self.with_mean_logprobs)
         if not _is_plain(head):
-            return statistics_of_logits(head(hidden), targets, self.shape, *asked)
+            return statistics_of_logits(
+                head(hidden), targets, self.shape, *asked, self.entropy_has_gradient
+            )
         # Who saves memory on activations does not want it back as logits.
         saves = _is_checkpointing(_inner(self.model))
         stored = 0 if saves else STORED_BYTES
         chunk = CHUNK_BYTES // 4 if saves else CHUNK_BYTES
-        return token_statistics(hidden, head, targets, self.shape, *asked, stored, chunk)
+        return token_statistics(
+            hidden, head, targets, self.shape, *asked, stored, chunk, self.entropy_has_gradient
+        )
 
 
 def build_policy(
@@ -158,18 +163,19 @@ def build_policy(
     temperature: float = 1.0,
     with_entropy: bool = False,
     with_mean_logprobs: bool = False,
+    entropy_has_gradient: bool = True,
 ) -> Policy:
     """The policy on the engine that is asked for, tried on this very model.
 
     Args:
         model: not yet spread over processes, where it will compute.
         engine: `padded`; `shared_prefix` or `dense_mask`; `auto` = the first that serves the model.
-        temperature, with_entropy, with_mean_logprobs: as in `Policy`.
+        temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
 
     Raises:
         UserError: the engine that is asked for by name does not serve this model.
     """
-    asked = (temperature, with_entropy, with_mean_logprobs)
+    asked = (temperature, with_entropy, with_mean_logprobs, entropy_has_gradient)
     if engine == "padded":
         return Policy(model, *asked)
     failures: list[str] = []

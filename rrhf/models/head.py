@@ -6,7 +6,7 @@ and mean log-prob, without a table of all logits where that would be large. Thre
 - *stored*: the logits stay for the backward pass; the fastest where they are small;
 - *recomputed*: only their normaliser stays, each chunk is multiplied again in the backward pass;
 - *frozen*: a head that is not trained leaves the gradient towards its hidden state, ready to be
-  scaled, so that nothing is multiplied again.
+  scaled, so that nothing is multiplied again (for log-probs; entropy may be watched beside them).
 
 Rows whose gradient is exactly zero are left out of the backward pass: in RRHF that is every
 candidate that is neither the best of its prompt nor in a violated pair.
@@ -98,6 +98,7 @@ def token_statistics(
     with_mean_logprobs: bool = False,
     stored_bytes: int = STORED_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
+    entropy_has_gradient: bool = True,
 ) -> TokenStatistics:
     """Log-prob of each target under the logits of its hidden state.
 
@@ -110,8 +111,11 @@ def token_statistics(
         with_mean_logprobs: also the mean log-prob of the V tokens.
         stored_bytes: logits up to this size are kept for the backward pass; 0 = never.
         chunk_bytes: bounds the logits that exist at once where they are not kept.
+        entropy_has_gradient: False where the entropy is only looked at; it costs little then.
     """
-    plan = _Plan(shape, with_entropy, with_mean_logprobs, stored_bytes, chunk_bytes)
+    plan = _Plan(
+        shape, with_entropy, with_mean_logprobs, stored_bytes, chunk_bytes, entropy_has_gradient
+    )
     logprobs, entropy, mean = _Statistics.apply(hidden, head.weight, head.bias, targets, plan)
     return TokenStatistics(
         logprobs, entropy if with_entropy else None, mean if with_mean_logprobs else None
@@ -124,15 +128,17 @@ def statistics_of_logits(
     shape: LogitShape,
     with_entropy: bool = False,
     with_mean_logprobs: bool = False,
+    entropy_has_gradient: bool = True,
 ) -> TokenStatistics:
     """As `token_statistics`, from what a head of any kind gave: [M, V], in one piece."""
     logits = raw.float() * shape.scale
     if shape.softcap is not None:
         logits = torch.tanh(logits / shape.softcap) * shape.softcap
     logs = (logits / shape.temperature).log_softmax(-1)
+    watched = logs if entropy_has_gradient else logs.detach()
     return TokenStatistics(
         logs.gather(-1, targets[:, None]).squeeze(-1),
-        -(logs.exp() * logs).sum(-1) if with_entropy else None,
+        -(watched.exp() * watched).sum(-1) if with_entropy else None,
         logs.mean(-1) if with_mean_logprobs else None,
     )
 
@@ -144,6 +150,11 @@ class _Plan:
     with_mean: bool
     stored_bytes: int
     chunk_bytes: int
+    entropy_has_gradient: bool
+
+    @property
+    def pulls_entropy(self) -> bool:
+        return self.with_entropy and self.entropy_has_gradient
 
     def rows(self, vocabulary: int) -> int:
         return max(32, self.chunk_bytes // (4 * vocabulary))
@@ -160,7 +171,7 @@ class _Statistics(torch.autograd.Function):
         count, vocabulary = len(hidden), len(weight)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_grad = needs_hidden or needs_weight or needs_bias
-        only_logprobs = not (plan.with_entropy or plan.with_mean)
+        only_logprobs = not (plan.pulls_entropy or plan.with_mean)
         frozen = needs_hidden and not needs_weight and not needs_bias and only_logprobs
         size = count * vocabulary * compute.itemsize
         stored = needs_grad and not frozen and size <= plan.stored_bytes
@@ -183,19 +194,25 @@ class _Statistics(torch.autograd.Function):
                 # Kept: products of half precision as they are, those in float32 as logits.
                 logits = plan.shape.apply_(raw.float())
                 picked = targets[rows, None]
-                normaliser[rows] = torch.logsumexp(logits, -1)
+                shares = None
+                if frozen or plan.with_entropy:
+                    shares, normaliser[rows] = _shares(logits)
+                else:
+                    normaliser[rows] = torch.logsumexp(logits, -1)
                 logprobs[rows] = logits.gather(-1, picked).squeeze(-1) - normaliser[rows]
                 if plan.with_mean:
                     mean[rows] = logits.mean(-1) - normaliser[rows]
-                if plan.with_entropy:
-                    shares = (logits - normaliser[rows, None]).exp_()
-                    entropy[rows] = normaliser[rows] - shares.mul_(logits).sum(-1)
-                if frozen and kept is not None:
-                    slope = (logits - normaliser[rows, None]).exp_().neg_()
+                if plan.with_entropy and shares is not None:
+                    expected = torch.bmm(shares[:, None], logits[:, :, None]).flatten()
+                    entropy[rows] = normaliser[rows] - expected
+                if frozen and shares is not None and kept is not None:
+                    slope = shares.neg_()
                     slope.scatter_add_(-1, picked, torch.ones_like(picked, dtype=slope.dtype))
                     slope = plan.shape.pull_back_(slope, logits).to(compute)
                     torch.mm(slope, matrix, out=kept[rows])
         ctx.plan, ctx.compute, ctx.frozen = plan, compute, frozen
+        if plan.with_entropy and not plan.entropy_has_gradient:
+            ctx.mark_non_differentiable(entropy)
         if needs_grad:
             ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, kept)
         return logprobs, entropy, mean
@@ -209,7 +226,7 @@ class _Statistics(torch.autograd.Function):
         if ctx.frozen:
             return (kept * for_logprobs[:, None]).to(hidden.dtype), None, None, None, None
         is_active = for_logprobs != 0
-        if plan.with_entropy:
+        if plan.pulls_entropy:
             is_active = is_active | (for_entropy != 0)
         if plan.with_mean:
             is_active = is_active | (for_mean != 0)
@@ -240,7 +257,7 @@ class _Statistics(torch.autograd.Function):
                     normaliser[rows],
                     targets[rows],
                     for_logprobs[rows],
-                    (for_entropy[rows], entropy[rows]) if plan.with_entropy else None,
+                    (for_entropy[rows], entropy[rows]) if plan.pulls_entropy else None,
                     for_mean[rows] if plan.with_mean else None,
                 )
                 if to_bias is not None:
@@ -261,6 +278,12 @@ class _Statistics(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _shares(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax [m, V], and the logarithm [m] of what it divides by: the largest share tells it."""
+    shares = logits.softmax(-1)
+    return shares, logits.amax(-1) - shares.amax(-1).log()
 
 
 def _slope(

@@ -43,6 +43,7 @@ class Policy(nn.Module):
         temperature: the sampling temperature; it divides the logits here too.
         with_entropy: also return the entropy of each position.
         with_mean_logprobs: also return the mean log-prob over the vocabulary.
+        entropy_has_gradient: False where the entropy is only looked at.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_mean_logprobs: bool = False,
+        entropy_has_gradient: bool = True,
     ) -> None:
         super().__init__()
         assert temperature > 0, "a temperature of zero has no log-probs"
@@ -58,6 +60,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.with_entropy = with_entropy
         self.with_mean_logprobs = with_mean_logprobs
+        self.entropy_has_gradient = entropy_has_gradient
 
     def forward(self, batch: TokenBatch) -> PolicyOutputs:
         """Log-probs of every response token of the batch."""
@@ -67,16 +70,23 @@ class Policy(nn.Module):
         logits = response_logits(
             self.model, ids[:, :-1], mask[:, :-1], position_ids[:, :-1], width
         )  # [N, R, V]
-        return logprobs_of_logits(
-            logits, batch, self.temperature, self.with_entropy, self.with_mean_logprobs
-        )
+        return self._of_logits(logits, batch)
 
     def with_hidden(self, batch: TokenBatch) -> tuple[PolicyOutputs, Tensor]:
         """What `forward` gives, and the hidden states [N, R, H] that predict the response tokens:
         the last layer's, after the final norm. What stands at padding means nothing."""
         logits, hidden = response_logits_and_hidden(self.model, batch)
-        asked = (self.temperature, self.with_entropy, self.with_mean_logprobs)
-        return logprobs_of_logits(logits, batch, *asked), hidden
+        return self._of_logits(logits, batch), hidden
+
+    def _of_logits(self, logits: Tensor, batch: TokenBatch) -> PolicyOutputs:
+        return logprobs_of_logits(
+            logits,
+            batch,
+            self.temperature,
+            self.with_entropy,
+            self.with_mean_logprobs,
+            self.entropy_has_gradient,
+        )
 
 
 def logprobs_of_logits(
@@ -85,6 +95,7 @@ def logprobs_of_logits(
     temperature: float = 1.0,
     with_entropy: bool = False,
     with_mean_logprobs: bool = False,
+    entropy_has_gradient: bool = True,
 ) -> PolicyOutputs:
     """What the door returns, from the logits [N, R, V] that predict the batch's response tokens."""
     logits = logits.float() / temperature
@@ -97,6 +108,7 @@ def logprobs_of_logits(
         mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
     if with_entropy:
         logs = logits - normaliser[..., None]
+        logs = logs if entropy_has_gradient else logs.detach()
         entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
     return PolicyOutputs(logprobs, mean_logprobs, entropy)
 

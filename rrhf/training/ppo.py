@@ -225,7 +225,11 @@ def _build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
     """The actor, with the critic where the method has one."""
     model = load_trainable_causal_lm(config)
     policy = policy_on_engine(
-        bench, model, config.temperature, with_entropy=config.method != "rrhf"
+        bench,
+        model,
+        config.temperature,
+        with_entropy=config.method != "rrhf",
+        entropy_has_gradient=config.entropy_coeff > 0,
     )
     if not config.has_critic:
         return ActorCritic(policy)

@@ -147,13 +147,14 @@ def policy_on_engine(
     temperature: float = 1.0,
     with_entropy: bool = False,
     with_mean_logprobs: bool = False,
+    entropy_has_gradient: bool = True,
 ) -> Policy:
     """A causal language model behind the one door, on the engine that `--engine` names.
 
     Args:
         bench: of the run.
         model: trainable or frozen, not yet spread over processes.
-        temperature, with_entropy, with_mean_logprobs: as in `Policy`.
+        temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
 
     Raises:
         UserError: the engine does not serve the model.
@@ -161,7 +162,9 @@ def policy_on_engine(
     engine = bench.config.engine
     if engine != "padded" and not bench.parallel.is_sharded:
         model.to(bench.parallel.device)  # it is tried where it will compute
-    return build_policy(model, engine, temperature, with_entropy, with_mean_logprobs)
+    return build_policy(
+        model, engine, temperature, with_entropy, with_mean_logprobs, entropy_has_gradient
+    )
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:
