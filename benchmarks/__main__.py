@@ -1,40 +1,62 @@
-"""`python -m benchmarks NAME --shape SHAPE ...`"""
+"""`python -m benchmarks NAME [--case CASE|all] [--rounds N] [--output DIR]`
+
+NAME is a benchmark; or `all`, for every figure of the table in one go; or `table`, which writes the
+tables of the README from the results.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from benchmarks import harness, peak_memory, rrhf_step
-from benchmarks.shapes import SHAPES
+from benchmarks import harness, registry, tables
+from benchmarks.everything import in_fresh_processes, one_case
 
-DEFAULT = ["shared_prefix"]
+README = Path(__file__).with_name("README.md")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="NAME")
-    step = commands.add_parser("rrhf_step", help="a training step against the original-style one")
-    step.add_argument("--rounds", type=int, default=5, help="in which each variant runs once")
-    step.set_defaults(run=lambda asked, shape: rrhf_step.run(shape, asked.variants, asked.rounds))
-    memory = commands.add_parser("peak_memory", help="extra memory of one training step")
-    memory.set_defaults(run=lambda asked, shape: peak_memory.run(shape, asked.variants))
-    for command, table in ((step, rrhf_step.table), (memory, peak_memory.table)):
-        command.set_defaults(table=table)
-        command.add_argument("--shape", choices=[*SHAPES, "all"], default="S1")
-        command.add_argument(
-            "--variants", nargs="+", choices=list(rrhf_step.VARIANTS), default=DEFAULT
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0; 1 where a benchmark failed; 2 where what is asked for has no place here."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    front = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    front.add_argument("name", choices=[*registry.NAMES, "all", "table"], metavar="NAME")
+    name = front.parse_args(arguments[:1]).name
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
+    if name == "table":
+        parser.add_argument("--results", type=Path, default=README.with_name("results"))
+        parser.add_argument("--readme", type=Path, default=README)
+        asked = parser.parse_args(arguments[1:])
+        tables.write(asked.readme, harness.read_all(asked.results))
+        return 0
+    parser.add_argument("--rounds", type=int, help="in which each variant runs once")
+    parser.add_argument("--output", type=Path, help="folder for the results as JSON")
+    names = registry.NAMES if name == "all" else (name,)
+    modules = {name: registry.load(name) for name in names}
+    settings = {
+        k: v for module in modules.values() for k, v in registry.settings_of(module).items()
+    }
+    for option, meaning in settings.items():
+        parser.add_argument(f"--{option}", help=meaning)
+    if name == "all":
+        parser.add_argument(
+            "--resume", action="store_true", help="keep what --output has from this very code"
         )
-        command.add_argument("--output", type=Path, help="folder for the results as JSON")
-    asked = parser.parse_args()
-    for shape in SHAPES if asked.shape == "all" else [asked.shape]:
-        result = asked.run(asked, shape)
-        print(asked.table(result), flush=True)
-        if asked.output:
-            parts = [result["benchmark"], shape]
-            parts += [] if asked.variants == DEFAULT else asked.variants
-            harness.write(asked.output / ("_".join(parts) + ".json"), result)
+        asked = parser.parse_args(arguments[1:])
+        given = {k: getattr(asked, k) for k in settings if getattr(asked, k) is not None}
+        return in_fresh_processes(modules, asked.rounds, asked.output, given, asked.resume)
+    module = modules[name]
+    parser.add_argument("--case", choices=[*module.CASES, "all"], default=next(iter(module.CASES)))
+    if hasattr(module, "VARIANTS"):
+        parser.add_argument("--variants", nargs="+", choices=list(module.VARIANTS))
+    asked = parser.parse_args(arguments[1:])
+    given = {k: getattr(asked, k) for k in settings if getattr(asked, k) is not None}
+    if asked.case == "all":
+        return in_fresh_processes(modules, asked.rounds, asked.output, given)
+    if getattr(asked, "variants", None):
+        given["variants"] = asked.variants
+    return one_case(name, module, asked.case, asked.rounds, asked.output, given)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,14 +7,14 @@ compared before anything is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import timed
+from benchmarks.harness import lines, timed
 from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import SHAPES, Shape
 from rrhf.data.collate import TokenBatch
@@ -22,6 +22,10 @@ from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import enable_checkpointing
 from rrhf.models.logprobs import Policy
 from rrhf.training.rank import RankConfig, RankObjective
+
+CASES = SHAPES
+GOALS = {"S1": 3.0, "S3": 4.0, "S5": 4.2, "S4": 3.8, "S6": 1.8, "B6": 7.0}
+ROUNDS = {"S3": 3, "S5": 3, "S4": 3}
 
 BASELINE = "original"
 EXACT, HALF = 1e-5, 0.05
@@ -52,7 +56,12 @@ VARIANTS = {
     "shared_prefix_bf16": Variant(
         lambda shape: build_policy(shape.model().bfloat16(), "shared_prefix"), HALF
     ),
+    "original_bf16": Variant(lambda shape: OriginalStyle(shape.model().bfloat16()), HALF),
 }
+
+DEFAULT = ("shared_prefix",)
+SHOWN = {"B6": ("shared_prefix_bf16", "shared_prefix", "original_bf16")}
+"""The variants of a case where none are asked for; the goal is the first one's."""
 
 
 class Step:
@@ -79,15 +88,16 @@ class Step:
         return torch.cat(parts)
 
 
-def run(shape_name: str, names: list[str], rounds: int) -> dict[str, Any]:
+def run(case: str, rounds: int, variants: Sequence[str] = ()) -> dict[str, Any]:
     """Compare, then time.
 
     Raises:
         AssertionError: a variant computes something else than the baseline.
     """
-    shape = SHAPES[shape_name]
+    shape = CASES[case]
     batch = every_pair_violated(shape)
-    names = [BASELINE, *(name for name in names if name != BASELINE)]
+    asked = variants or SHOWN.get(case, DEFAULT)
+    names = [BASELINE, *(name for name in asked if name != BASELINE)]
     steps = {name: Step(VARIANTS[name].build(shape), batch) for name in names}
     differences: dict[str, dict[str, float]] = {}
     expected_loss = steps[BASELINE]()
@@ -102,7 +112,7 @@ def run(shape_name: str, names: list[str], rounds: int) -> dict[str, Any]:
     timings = timed(steps, rounds, are_warm=True)
     return {
         "benchmark": "rrhf_step",
-        "shape_name": shape_name,
+        "case": case,
         "shape": shape,
         "theory": shape.theory(),
         "relative_differences": differences,
@@ -121,17 +131,5 @@ def every_pair_violated(shape: Shape) -> TokenBatch:
 
 def table(result: dict[str, Any]) -> str:
     """For people."""
-    shape: Shape = result["shape"]
-    first, last = shape.responses[0], shape.responses[-1]
-    length = str(first) if first == last else f"{first}..{last}"
-    lines = [
-        f"{result['shape_name']}: H{shape.hidden} L{shape.layers} V{shape.vocabulary} "
-        f"P{shape.prompt} R{length} N{len(shape.responses)}; "
-        f"FLOP ratio {result['theory']:.2f}, to reach {shape.goal}"
-    ]
-    for name, timing in result["timings"].items():
-        milliseconds = 1000 * sorted(timing.seconds)[len(timing.seconds) // 2]
-        off = result["relative_differences"].get(name)
-        equal = f"   gradient off by {off['gradient']:.0e}" if off else ""
-        lines.append(f"  {name:27} {milliseconds:8.0f} ms   x {timing.speed_up}{equal}")
-    return "\n".join(lines)
+    head = f"{result['case']}: {result['shape']}; FLOP ratio {result['theory']:.2f}"
+    return head + "\n" + lines(result["timings"], result["relative_differences"])

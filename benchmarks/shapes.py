@@ -23,7 +23,6 @@ class Shape:
         hidden, layers, vocabulary: of the model; its MLP is 2.5 times as wide as H.
         prompt: tokens.
         responses: tokens of each.
-        goal: speed-up over the original-style step that is to be reached at least.
     """
 
     hidden: int
@@ -31,7 +30,6 @@ class Shape:
     vocabulary: int
     prompt: int
     responses: tuple[int, ...]
-    goal: float
 
     @property
     def intermediate(self) -> int:
@@ -43,6 +41,15 @@ class Shape:
         grouped = self.hidden * KEY_HEADS // HEADS
         attention = 2 * self.hidden * (self.hidden + grouped)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    def __str__(self) -> str:
+        shortest, longest = min(self.responses), max(self.responses)
+        length = f"{shortest}" if shortest == longest else f"{shortest}..{longest}"
+        vocabulary = f"{self.vocabulary // 1024}k" if self.vocabulary >= 1024 else self.vocabulary
+        return (
+            f"H{self.hidden} L{self.layers} V{vocabulary} "
+            f"P{self.prompt} R{length} N{len(self.responses)}"
+        )
 
     def model(self) -> LlamaForCausalLM:
         """The same weights each time."""
@@ -89,10 +96,11 @@ class Shape:
 
 
 SHAPES = {
-    "S1": Shape(256, 4, 8192, 256, (64,) * 4, 3.0),
-    "S3": Shape(512, 6, 32768, 512, (96,) * 6, 4.0),
-    "S4": Shape(256, 4, 131072, 256, (64,) * 4, 3.8),
-    "S5": Shape(256, 4, 32768, 256, (32, 51, 70, 90, 109, 128), 4.2),
-    "S6": Shape(512, 4, 32768, 128, (128,) * 4, 1.8),
+    "S1": Shape(256, 4, 8192, 256, (64,) * 4),
+    "S3": Shape(512, 6, 32768, 512, (96,) * 6),
+    "S5": Shape(256, 4, 32768, 256, (32, 51, 70, 90, 109, 128)),
+    "S4": Shape(256, 4, 131072, 256, (64,) * 4),
+    "S6": Shape(512, 4, 32768, 128, (128,) * 4),
+    "B6": Shape(256, 4, 32768, 256, (64,) * 4),
 }
 """S6 is the unfavourable one: a prompt no longer than its responses leaves little to share."""

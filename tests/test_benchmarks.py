@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import harness, rrhf_step, shapes
+from benchmarks import harness, registry, rrhf_step, shapes
+from benchmarks.__main__ import main
+from benchmarks.everything import in_fresh_processes, one_case
 from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import Shape
+from benchmarks.tables import TABLES
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.models.logprobs import Policy
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = Shape(32, 2, 64, 9, (5, 3, 6), 1.0)
+TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +45,18 @@ def test_every_pair_is_violated() -> None:
 
 
 def test_a_step_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = rrhf_step.run("tiny", list(rrhf_step.VARIANTS), 1)
+    result = rrhf_step.run("tiny", 1, list(rrhf_step.VARIANTS))
     assert "shared_prefix_checkpointed" in rrhf_step.table(result)
     warm = rrhf_step.Variant(lambda shape: Policy(shape.model(), temperature=1.001))
     monkeypatch.setitem(rrhf_step.VARIANTS, "wrong", warm)
     monkeypatch.setattr(rrhf_step, "timed", None)
     with pytest.raises(AssertionError, match="wrong differs"):
-        rrhf_step.run("tiny", ["wrong"], 1)
+        rrhf_step.run("tiny", 1, ["wrong"])
 
 
 def test_the_flop_ratio_by_hand() -> None:
     """One layer, H 8, so G 4, MLP 20: 2*8*12 + 3*8*20 = 672 weights; head 8*10; P 3, R 2 and 1."""
-    shape = Shape(8, 1, 10, 3, (2, 1), 1.0)
+    shape = Shape(8, 1, 10, 3, (2, 1))
     assert shape.body_parameters == 672
     original = 2 * 5 * (672 + 80) + 2 * 25 * 16
     shared = (3 + 3) * 672 + 3 * 80 + (4.5 + 2 * 3 + 2 + 1 * 3 + 0.5) * 16
@@ -78,12 +79,62 @@ def test_ratios_are_within_rounds_and_of_cpu_time() -> None:
     assert len(found["fast"].seconds) == 3
 
 
+def test_an_option_per_benchmark_and_a_file_per_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["rrhf_step", "--case", "tiny", "--rounds", "2", "--variants", "dense_mask", "padded"]
+    assert main([*asked, "--output", str(tmp_path)]) == 0
+    assert "dense_mask" in capsys.readouterr().out
+    result = harness.read_all(tmp_path)["rrhf_step", "tiny"]
+    assert list(result["timings"]) == ["original", "dense_mask", "padded"]
+    assert result["goal"] is None
+    assert harness.is_current(tmp_path / "rrhf_step_tiny.json")
+
+
+def test_what_cannot_be_measured_says_so(tmp_path: Path) -> None:
+    def run(case: str, rounds: int) -> dict[str, object]:
+        raise harness.NotMeasured("no such card")
+
+    module = SimpleNamespace(CASES={"big": TINY}, GOALS={"big": 2.0}, run=run)
+    assert one_case("rrhf_step", module, "big", 1, tmp_path, {}) == 2  # type: ignore[arg-type]
+    assert harness.read_all(tmp_path)["rrhf_step", "big"]["not_measured"] == "no such card"
+
+
+def test_the_readme_tables_come_from_the_results(tmp_path: Path) -> None:
+    timing = {"seconds": [0.3, 0.2], "speed_up": {"median": 2.5, "lowest": 2.0, "highest": 3.0}}
+    base = {"seconds": [0.6, 0.6], "speed_up": {"median": 1.0, "lowest": 1.0, "highest": 1.0}}
+    step = {"benchmark": "rrhf_step", "case": "S1", "shape": TINY, "theory": 3.256, "goal": 3.0}
+    step["timings"] = {"original": base, "shared_prefix": timing, "padded": base}
+    peak = {"benchmark": "peak_memory", "case": "S3", "shape": TINY, "sizes": "H32", "goal": 5.0}
+    peak |= {"extra_mib": {"original": 60.0, "ours": 10.0}, "times_less": {"ours": 6.0}}
+    for result in (step, peak):
+        harness.write(tmp_path / f"{result['benchmark']}.json", result)
+    readme = tmp_path / "README.md"
+    marks = [
+        f"<!-- benchmarks {name} -->\nold\n<!-- end of benchmarks {name} -->\n" for name in TABLES
+    ]
+    readme.write_text("Before.\n" + "".join(marks) + "After.\n")
+    assert main(["table", "--results", str(tmp_path), "--readme", str(readme)]) == 0
+    written = readme.read_text()
+    assert "old" not in written and written.endswith("After.\n")
+    assert "shared_prefix 250 | **2.50** [2.00-3.00] | 2 | 3: missed | 3.26" in written
+    assert "original 60 | ours 10 | **6.00** | 5: met" in written
+    assert "| `rrhf_step` S3 | H512 L6 V32k P512 R96 N6 | not measured |" in written
+    main(["table", "--results", str(tmp_path), "--readme", str(readme)])
+    assert readme.read_text() == written
+
+
+def test_each_benchmark_keeps_the_contract() -> None:
+    for name in registry.NAMES:
+        module = registry.load(name)
+        assert module.CASES and set(module.GOALS) <= set(module.CASES), name
+        assert set(getattr(module, "ROUNDS", {})) <= set(module.CASES), name
+
+
 @pytest.mark.slow
-def test_from_the_command_line(tmp_path: Path) -> None:
-    for name in ("rrhf_step", "peak_memory"):
-        command = [sys.executable, "-m", "benchmarks", name, "--shape", "S1"]
-        command += ["--output", str(tmp_path)]
-        if name == "rrhf_step":
-            command += ["--rounds", "1"]
-        subprocess.run(command, cwd=ROOT, check=True)
-        assert (tmp_path / f"{name}_S1.json").exists()
+def test_every_case_has_a_process_of_its_own(tmp_path: Path) -> None:
+    module = registry.load("rrhf_step")
+    cases = SimpleNamespace(CASES={"S1": module.CASES["S1"]}, run=None)
+    for _ in range(2):
+        assert in_fresh_processes({"rrhf_step": cases}, 1, tmp_path, {}, resume=True) == 0  # type: ignore[dict-item]
+    assert (tmp_path / "rrhf_step_S1.json").exists()
