@@ -39,14 +39,16 @@ def test_a_run_is_the_run_of_padded_rows(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Step by step, as far as float32 lets two orders of the same sums go together."""
-    caplog.set_level("INFO", "rrhf.models.engines")
+    caplog.set_level("INFO", "rrhf.models.packed_trunk")
     runs = {}
     for engine in ("padded", "auto"):
         out = tmp_path / engine
         settings = {"num_train_epochs": 1, "learning_rate": 1e-3, "engine": engine, **changes}
         train("rank", str(model_folder), str(data), str(out), **settings)
         runs[engine] = [row for row in metrics_of(out) if "loss" in row]
-    said = [record.getMessage() for record in caplog.records if "engine" in record.name]
+    said = [
+        record.getMessage() for record in caplog.records if record.name.endswith("packed_trunk")
+    ]
     assert said == ["engine: LlamaForCausalLM goes by shared_prefix"]
     assert len(runs["auto"]) == len(runs["padded"]) > 1
     for found, expected in zip(runs["auto"], runs["padded"], strict=True):

@@ -29,9 +29,10 @@ from transformers import (
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models import engines, prefix_attention
-from rrhf.models.engines import FastPolicy, build_policy, misfit
+from rrhf.models import packed_trunk, prefix_attention
+from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.models.packed_trunk import misfit
 from rrhf.models.shared_prefix import dense_mask, lay_out
 from rrhf.training.rank import RankConfig, RankObjective
 
@@ -168,7 +169,7 @@ def test_with_checkpointing(name: str, reentrant: bool, layout: str) -> None:
     policy = build_policy(checkpointed.train(), layout).train()
     assert isinstance(policy, FastPolicy)
     calls = 0
-    inner = prefix_attention.attend if layout == "shared_prefix" else engines.dense_mask
+    inner = prefix_attention.attend if layout == "shared_prefix" else packed_trunk.dense_mask
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
@@ -176,7 +177,7 @@ def test_with_checkpointing(name: str, reentrant: bool, layout: str) -> None:
         return inner(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        where = prefix_attention if layout == "shared_prefix" else engines
+        where = prefix_attention if layout == "shared_prefix" else packed_trunk
         patch.setattr(where, inner.__name__, counted)
         require_equal(step(policy, RAGGED), step(Policy(plain), RAGGED))
     # Two layers, forward and again in the backward pass: so recomputation really took place.
@@ -369,8 +370,8 @@ class TestTrial:
 
     def test_additive_masks_for_eager_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A mask of True and False would be added as 1 and 0."""
-        inner = engines.dense_mask
-        monkeypatch.setattr(engines, "dense_mask", lambda p, _, dtype: inner(p, False, dtype))
+        inner = packed_trunk.dense_mask
+        monkeypatch.setattr(packed_trunk, "dense_mask", lambda p, _, dtype: inner(p, False, dtype))
         with pytest.raises(UserError, match="log-probs differ"):
             build_policy(model("gemma2"), "dense_mask")
 
@@ -390,7 +391,7 @@ class TestTrial:
         )
         # As if no layer had said anything.
         monkeypatch.setattr(
-            engines, "Prefix", lambda layout: prefix_attention.Prefix(layout, Deaf())
+            packed_trunk, "Prefix", lambda layout: prefix_attention.Prefix(layout, Deaf())
         )
         silent.config.sliding_window = 16
         policy = build_policy(silent, "shared_prefix")

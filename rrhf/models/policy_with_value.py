@@ -30,7 +30,8 @@ from rrhf.algorithms.normalizers import Normalizer, normalize
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.models.logprobs import Policy
-from rrhf.models.reward_model import HEAD, RewardModel, init_reward_model
+from rrhf.models.reward_engines import build_reward_model
+from rrhf.models.reward_model import HEAD, init_reward_model
 from rrhf.models.saving import weights_below, write_model_folder
 
 VALUE_PREFIX = "value."
@@ -59,11 +60,17 @@ class ValueModel(nn.Module):
     Args:
         model: a sequence classifier with one label, bare or with adapters.
         normalizer: whose mean and deviation put raw values on the scale of the scores; fixed.
+        engine: as in `rrhf.models.reward_engines.build_reward_model`.
+
+    Raises:
+        UserError: the engine does not serve the model.
     """
 
-    def __init__(self, model: Any, normalizer: Normalizer | None = None) -> None:
+    def __init__(
+        self, model: Any, normalizer: Normalizer | None = None, engine: str = "padded"
+    ) -> None:
         super().__init__()
-        self.scorer = RewardModel(model)
+        self.scorer = build_reward_model(model, engine)
         self._mean = 0.0 if normalizer is None else normalizer.mean
         self._std = 1.0 if normalizer is None else normalizer.std
         self._is_rescaled = normalizer is not None
@@ -75,8 +82,7 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """[N, R] float32, padding included."""
-        first = batch.prompt_ids.shape[1] - 1
-        values = self.scorer.token_scores(batch)[:, first:-1]
+        values = self.scorer.scores_before(batch)
         return normalize(values, self._mean, self._std) if self._is_rescaled else values
 
 

@@ -34,6 +34,7 @@ from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.models.loading import check_model_path, disable_dropout, load_model
+from rrhf.models.packed_trunk import inner_model
 
 HEAD = "score"
 NORMALIZER_KEY = "rrhf_score_normalizer"
@@ -48,15 +49,22 @@ class RewardModel(nn.Module):
         per_token: `forward` gives a score at every response position, for token-wise losses.
         first_end_id: read the score at the row's first token of this id (the convention of some
             published models) instead of its last token; rows without one are read at the last.
+        reads_padding: with `per_token`, scores behind a response's end are wanted too; where they
+            are not, a faster engine leaves zeros there.
     """
 
     def __init__(
-        self, model: Any, per_token: bool = False, first_end_id: int | None = None
+        self,
+        model: Any,
+        per_token: bool = False,
+        first_end_id: int | None = None,
+        reads_padding: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.per_token = per_token
         self.first_end_id = first_end_id
+        self.reads_padding = reads_padding
         # Scores in bfloat16 would be equal where they should just differ; the head is tiny.
         self._head().float()
 
@@ -73,6 +81,12 @@ class RewardModel(nn.Module):
         """[N, P + R] float32: the score at every position of the full rows, padding included."""
         return self._apply_head(self._hidden(*batch.full_rows()))
 
+    def scores_before(self, batch: TokenBatch) -> Tensor:
+        """[N, R] float32: the score of the state before each response token, padding included."""
+        ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
+        hidden = self._hidden(ids, mask, position_ids)
+        return self._apply_head(hidden[:, batch.prompt_ids.shape[1] - 1 :])
+
     def _columns(self, batch: TokenBatch, ids: Tensor, mask: Tensor) -> Tensor:
         """[N] the column of each full row at which its score is read."""
         last = batch.prompt_ids.shape[1] + batch.response_lengths - 1
@@ -82,7 +96,7 @@ class RewardModel(nn.Module):
         return torch.where(is_end.any(1), is_end.long().argmax(1), last)
 
     def _hidden(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        trunk = self._inner().base_model
+        trunk = inner_model(self.model).base_model
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         # Without them (some place tokens by the mask alone) the mask says the same.
         if "position_ids" in inspect.signature(trunk.forward).parameters:
@@ -98,12 +112,8 @@ class RewardModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(hidden.float(), weight, bias).squeeze(-1)
 
-    def _inner(self) -> Any:
-        """The model for sequence classification, adapters or not."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
     def _head(self) -> nn.Module:
-        head: nn.Module = getattr(self._inner(), HEAD)
+        head: nn.Module = getattr(inner_model(self.model), HEAD)
         return head
 
 

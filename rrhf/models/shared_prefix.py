@@ -77,6 +77,8 @@ class SharedPrefix:
         predicted_from: [M] token whose hidden state predicts a response token.
         row: [M] the batch row of that response token.
         column: [M] its column among the row's response tokens.
+        prompt_end: [N] each row's last prompt token.
+        response_start: [N] where each row's response tokens begin, as far as they are fed.
         buckets: in the order of the sequence.
         sizes: tokens of each part (a bucket's prompts, a bucket's responses, the next bucket's).
         group, response: [T] the group of a token, and its response, -1 in prompts.
@@ -88,18 +90,31 @@ class SharedPrefix:
     predicted_from: Tensor
     row: Tensor
     column: Tensor
+    prompt_end: Tensor
+    response_start: Tensor
     buckets: list[Bucket]
     sizes: list[int]
     group: Tensor
     response: Tensor
     longest: int
 
+    def token_at(self, columns: Tensor, prompt_width: int) -> Tensor:
+        """[N] the token that stands at a column of each full row (`TokenBatch.full_rows`).
+
+        Args:
+            columns: [N], at tokens that are fed.
+            prompt_width: columns of the padded prompts.
+        """
+        of_prompt = self.prompt_end + columns - (prompt_width - 1)
+        of_response = self.response_start + columns - prompt_width
+        return torch.where(columns < prompt_width, of_prompt, of_response)
+
 
 @dataclass
 class _Group:
     prompt: list[int]
     rows: list[int]  # of the batch
-    tails: list[int]  # response tokens fed: all but the last
+    tails: list[int]  # response tokens fed
 
     @property
     def has_one_response(self) -> bool:
@@ -116,36 +131,39 @@ class _Group:
         return [] if self.has_one_response else [tail for tail in self.tails if tail]
 
 
-def lay_out(batch: TokenBatch) -> SharedPrefix:
+def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
     """Lay a batch out with every distinct prompt once.
 
-    A response's last token is left away (nothing is predicted from it), and its first is predicted
-    from the prompt's last.
+    A response's first token is predicted from the prompt's last.
+
+    Args:
+        batch: prompts and responses; a response may be empty.
+        whole: feed each response's last token too, from which nothing is predicted: for scores that
+            are read there.
     """
     device = batch.response_ids.device
-    groups = _groups(batch)
+    groups = _groups(batch, 0 if whole else 1)
+    counts = batch.response_lengths.tolist()
     responses = batch.response_ids.tolist()
     ids: list[int] = []
     positions: list[int] = []
     group_of: list[int] = []
     response_of: list[int] = []
-    predicted_from: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * batch.num_rows
+    prompt_end, response_start = [0] * batch.num_rows, [0] * batch.num_rows
     buckets, sizes = [], []
     number = 0
     for members in _bucketed(groups, SCORES_OF_A_CALL.get(device.type, 1 << 13)):
         begin = len(ids)
-        last_of: list[int] = []  # the last prompt token of each member
         for place, group in enumerate(members):
             start, length = len(ids), len(group.prompt)
-            last_of.append(start + length - 1)
+            for row in group.rows:
+                prompt_end[row] = start + length - 1
             ids += group.prompt
             response_of += [-1] * length
             if len(group.rows) == 1:
                 ids += responses[group.rows[0]][: group.tails[0]]
                 response_of += [group.rows[0]] * group.tails[0]
-                predicted_from[group.rows[0]] = torch.arange(
-                    start + length - 1, start + length + group.tails[0]
-                )
+                response_start[group.rows[0]] = start + length
             positions += range(group.causal)
             group_of += [number + place] * group.causal
         sizes.append(len(ids) - begin)
@@ -154,21 +172,22 @@ def lay_out(batch: TokenBatch) -> SharedPrefix:
             if len(group.rows) == 1:
                 continue
             for row, tail in zip(group.rows, group.tails, strict=True):
-                start = len(ids)
+                response_start[row] = len(ids)
                 ids += responses[row][:tail]
                 positions += range(len(group.prompt), len(group.prompt) + tail)
                 group_of += [number + place] * tail
                 response_of += [row] * tail
-                predicted_from[row] = torch.tensor([last_of[place], *range(start, start + tail)])
         number += len(members)
         if len(ids) > begin:
             sizes.append(len(ids) - begin)
         buckets.append(_bucket(members, device))
 
-    lengths = batch.response_lengths.cpu()
-    rows = torch.repeat_interleave(torch.arange(batch.num_rows), lengths)
+    lengths = torch.tensor(counts)
+    row_of = torch.repeat_interleave(torch.arange(batch.num_rows), lengths)
     first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    column = torch.arange(len(rows)) - first
+    column = torch.arange(len(row_of)) - first
+    before = torch.tensor(response_start)[row_of] + column - 1
+    predicted_from = torch.where(column == 0, torch.tensor(prompt_end)[row_of], before)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, device=device)
@@ -176,9 +195,11 @@ def lay_out(batch: TokenBatch) -> SharedPrefix:
     return SharedPrefix(
         ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
-        predicted_from=torch.cat(predicted_from).to(device),
-        row=rows.to(device),
+        predicted_from=predicted_from.to(device),
+        row=row_of.to(device),
         column=column.to(device),
+        prompt_end=tensor(prompt_end),
+        response_start=tensor(response_start),
         buckets=buckets,
         sizes=sizes,
         group=tensor(group_of),
@@ -187,8 +208,8 @@ def lay_out(batch: TokenBatch) -> SharedPrefix:
     )
 
 
-def _groups(batch: TokenBatch) -> list[_Group]:
-    """Distinct prompts with the rows that follow them."""
+def _groups(batch: TokenBatch, left_away: int) -> list[_Group]:
+    """Distinct prompts with the rows that follow them, the last tokens of each left away."""
     prompts = batch.prompt_ids.tolist()
     lengths = batch.prompt_lengths.tolist()
     groups: dict[tuple[int, ...], _Group] = {}
@@ -197,7 +218,7 @@ def _groups(batch: TokenBatch) -> list[_Group]:
         prompt = prompts[place][len(prompts[place]) - lengths[place] :]
         group = groups.setdefault(tuple(prompt), _Group(prompt, [], []))
         group.rows.append(row)
-        group.tails.append(counts[row] - 1)
+        group.tails.append(max(counts[row] - left_away, 0))
     return list(groups.values())
 
 

@@ -1,0 +1,121 @@
+"""Faster ways through the reward models' door: every prompt once, as policies have them.
+
+Scores are read at the very tokens that padded rows would be read at. A response's last token is fed
+where scores are read there, and left away where only the states before tokens are asked for.
+
+Losses that read scores behind a response's end (`per_token`, responses of different lengths) get
+padded rows, since nothing is fed there otherwise.
+
+Legend: N rows, P prompt tokens, R response tokens, M response tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor
+
+from rrhf.data.collate import TokenBatch
+from rrhf.models.packed_trunk import Beside, PackedTrunk, first_that_fits
+from rrhf.models.prefix_attention import Prefix
+from rrhf.models.reward_model import RewardModel
+
+LAYOUTS = ("shared_prefix", "dense_mask")
+"""Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
+
+
+class FastRewardModel(PackedTrunk, RewardModel):
+    """A sequence classifier behind the reward models' door, by one of the faster layouts.
+
+    Args:
+        model: a causal model for sequence classification, bare or with adapters. Its attention
+            implementation is exchanged for good where the layout is `shared_prefix`.
+        layout: one of `LAYOUTS`.
+        per_token, first_end_id, reads_padding: as in `RewardModel`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: str,
+        per_token: bool = False,
+        first_end_id: int | None = None,
+        reads_padding: bool = True,
+    ) -> None:
+        super().__init__(model, per_token, first_end_id, reads_padding)
+        self.take_layout(layout)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """As `RewardModel.forward`; without `reads_padding`, 0 at padding."""
+        if self.per_token and self.reads_padding and not bool(batch.response_mask.all()):
+            return super().forward(batch)
+        packed = self.packed(batch, whole=True)
+        if packed is None:
+            return super().forward(batch)
+        hidden = self.run_packed(Prefix(packed))
+        if self.per_token:
+            own = packed.response_start[packed.row] + packed.column
+            return self._placed(hidden[own], packed.row, packed.column, batch)
+        width = batch.prompt_ids.shape[1]
+        if self.first_end_id is None:
+            columns = width + batch.response_lengths - 1
+        else:
+            ids, mask, _ = batch.full_rows()
+            columns = self._columns(batch, ids, mask)
+        return self._apply_head(hidden[packed.token_at(columns, width)])
+
+    def scores_before(self, batch: TokenBatch) -> Tensor:
+        """As `RewardModel.scores_before`; 0 at padding."""
+        packed = self.packed(batch)
+        if packed is None:
+            return super().scores_before(batch)
+        hidden = self.run_packed(Prefix(packed))
+        return self._placed(hidden[packed.predicted_from], packed.row, packed.column, batch)
+
+    def beside_padded_rows(self, batch: TokenBatch) -> Beside:
+        packed = self.packed(batch, whole=True)
+        assert packed is not None, "the trial is shorter than any window"
+        hidden = self.run_packed(Prefix(packed))
+        found = hidden[packed.response_start[packed.row] + packed.column]
+        whole = self._hidden(*batch.full_rows())
+        expected = whole[:, batch.prompt_ids.shape[1] :][packed.row, packed.column]
+        length = expected.float().norm(dim=-1).max() * cast(Tensor, self._head().weight).norm()
+        return Beside(
+            "scores",
+            self._apply_head(found),
+            self._apply_head(expected),
+            found,
+            expected,
+            max(1.0, float(length)),
+        )
+
+    def _placed(self, hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:
+        """[N, R] the scores of [M, H]; 0 at padding."""
+        scores = self._apply_head(hidden)
+        return scores.new_zeros(batch.response_ids.shape).index_put((row, column), scores)
+
+
+def build_reward_model(
+    model: Any,
+    engine: str = "padded",
+    per_token: bool = False,
+    first_end_id: int | None = None,
+    reads_padding: bool = True,
+) -> RewardModel:
+    """The reward model on the engine that is asked for, tried on this very model.
+
+    Args:
+        model: not yet spread over processes, where it will compute.
+        engine: `padded`; `shared_prefix` or `dense_mask`; `auto` = the first that serves the model.
+        per_token, first_end_id, reads_padding: as in `RewardModel`.
+
+    Raises:
+        UserError: the engine that is asked for by name does not serve this model.
+    """
+    asked = (per_token, first_end_id, reads_padding)
+    fast = None
+    if engine != "padded":
+        fast = first_that_fits(
+            model, engine, lambda layout: FastRewardModel(model, layout, *asked), LAYOUTS
+        )
+    return RewardModel(model, *asked) if fast is None else fast
