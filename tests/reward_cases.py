@@ -7,11 +7,57 @@ from typing import Any
 
 import torch
 from tiny import byte_level_tokenizer, tiny_llama
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rrhf.data.collate import EncodedSet
 from rrhf.models.reward_model import CHAT_FORMAT_KEY, init_reward_model, set_score_normalizer
 from rrhf.models.saving import write_model_folder
 from rrhf.records import Candidate, CandidateSet, Message, set_id
+
+PAD, EOS = 2, 1
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "gemma": {"head_dim": 8, "num_key_value_heads": 1},
+    "phi": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "bloom": {"n_layer": 2, "n_head": 4},
+}
+
+
+def classifier(family: str = "llama", **changes: Any) -> Any:
+    """A tiny reward model of random weights, the same each time."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(family)
+    values = {
+        **shape,
+        **FAMILIES[family],
+        "vocab_size": 50,
+        "num_labels": 1,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": 0,
+        "initializer_range": 0.2,
+        **changes,
+    }
+    config = type(config)(**values)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight)
+    return model.eval()
 
 
 def language_model_folder(folder: Path, pad: str | None = "<pad>", chat: bool = False) -> Path:

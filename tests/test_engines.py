@@ -16,7 +16,6 @@ from trainer_cases import metrics_of, ranked_rows, train, write_lines
 
 from rrhf.errors import UserError
 from rrhf.models.logprobs import Policy
-from rrhf.training.reward import RewardConfig
 from rrhf.training.sft import SFTConfig
 
 
@@ -65,8 +64,6 @@ def test_a_run_is_the_run_of_padded_rows(
 def test_engines_that_would_be_ignored_are_refused() -> None:
     with pytest.raises(UserError, match="--packing and --engine dense_mask"):
         SFTConfig("", "", data_path="", packing=True, engine="dense_mask")
-    with pytest.raises(UserError, match="--engine dense_mask: reward models"):
-        RewardConfig("", "", data_path="", engine="dense_mask")
 
 
 @pytest.fixture(scope="module")

@@ -73,12 +73,13 @@ class FastRewardModel(PackedTrunk, RewardModel):
         return self._placed(hidden[packed.predicted_from], packed.row, packed.column, batch)
 
     def beside_padded_rows(self, batch: TokenBatch) -> Beside:
-        packed = self.packed(batch, whole=True)
-        assert packed is not None, "the trial is shorter than any window"
-        hidden = self.run_packed(Prefix(packed))
-        found = hidden[packed.response_start[packed.row] + packed.column]
         whole = self._hidden(*batch.full_rows())
-        expected = whole[:, batch.prompt_ids.shape[1] :][packed.row, packed.column]
+        expected = whole[:, batch.prompt_ids.shape[1] :][batch.response_mask]
+        found = expected
+        packed = self.packed(batch, whole=True)
+        if packed is not None:
+            hidden = self.run_packed(Prefix(packed))
+            found = hidden[packed.response_start[packed.row] + packed.column]
         length = expected.float().norm(dim=-1).max() * cast(Tensor, self._head().weight).norm()
         return Beside(
             "scores",

@@ -67,6 +67,7 @@ from rrhf.training.setup import (
     finish_run,
     load_trainable_causal_lm,
     model_writer,
+    on_device_of_trial,
     opened_workbench,
     policy_on_engine,
     prepare_trainable,
@@ -262,9 +263,8 @@ def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
             f"{path}: as a critic it knows {window} positions, fewer than --model_max_length "
             f"{config.model_max_length}; lower that"
         )
-    return ValueModel(
-        prepare_trainable(bare, config, [HEAD], "SEQ_CLS"), score_normalizer(bare.config)
-    )
+    model = on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS"))
+    return ValueModel(model, score_normalizer(bare.config), bench.config.engine)
 
 
 def _classifier_pad_id(bench: Workbench) -> int | None:

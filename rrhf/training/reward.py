@@ -27,10 +27,10 @@ from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import ranked_groups, split_by_first_turn
 from rrhf.errors import UserError
+from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
     HEAD,
-    RewardModel,
     init_reward_model,
     set_score_normalizer,
 )
@@ -46,6 +46,7 @@ from rrhf.training.setup import (
     Workbench,
     finish_run,
     model_writer,
+    on_device_of_trial,
     opened_workbench,
     prepare_trainable,
 )
@@ -113,10 +114,6 @@ class RewardConfig(TrainingConfig):
     """Responses that do not fit: leave out with their pairs, or cut, which takes their end off."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ("auto", "padded"):
-            raise UserError(
-                f"--engine {self.engine}: reward models are trained on padded rows; leave it out"
-            )
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
                 f"--validation_fraction {self.validation_fraction}: must be 0 or more and below 1"
@@ -139,6 +136,11 @@ class RewardConfig(TrainingConfig):
     def reads_tokens(self) -> bool:
         """True where the loss looks at more than each response's last score."""
         return self.loss_type in reward_losses.TOKEN_LOSS_TYPES
+
+    @property
+    def reads_padding(self) -> bool:
+        """True where the loss reads scores behind the end of the shorter response."""
+        return self.reads_tokens and self.loss_type != "average"
 
 
 class RewardObjective:
@@ -275,8 +277,11 @@ def train(config: RewardConfig) -> Path:
             config.attn_implementation,
             config.trust_remote_code,
         )
-        model = RewardModel(
-            prepare_trainable(bare, config, [HEAD], "SEQ_CLS"), per_token=config.reads_tokens
+        model = build_reward_model(
+            on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS")),
+            config.engine,
+            per_token=config.reads_tokens,
+            reads_padding=config.reads_padding,
         )
         encode, encode_held_out = _encoder(config, bench), _encoder(config, bench)
         examples = EncodedExamples(sets, encode)

@@ -141,6 +141,13 @@ def prepare_trainable(
     return model
 
 
+def on_device_of_trial(bench: Workbench, model: Any) -> Any:
+    """The same model where its engine can be tried: where it will compute, if that can be."""
+    if bench.config.engine != "padded" and not bench.parallel.is_sharded:
+        model.to(bench.parallel.device)
+    return model
+
+
 def policy_on_engine(
     bench: Workbench,
     model: Any,
@@ -159,11 +166,13 @@ def policy_on_engine(
     Raises:
         UserError: the engine does not serve the model.
     """
-    engine = bench.config.engine
-    if engine != "padded" and not bench.parallel.is_sharded:
-        model.to(bench.parallel.device)  # it is tried where it will compute
     return build_policy(
-        model, engine, temperature, with_entropy, with_mean_logprobs, entropy_has_gradient
+        on_device_of_trial(bench, model),
+        bench.config.engine,
+        temperature,
+        with_entropy,
+        with_mean_logprobs,
+        entropy_has_gradient,
     )
 
 
