@@ -122,6 +122,8 @@ class PackedPolicy(Policy):
         UserError: the model takes no position ids.
     """
 
+    layout = "packed"
+
     def __init__(
         self,
         model: torch.nn.Module,

@@ -46,6 +46,10 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     """Forwards in one optimiser step; does not change the loss, only the memory."""
 
+    max_tokens_per_batch: int | None = None
+    """Cut each step by tokens: at most so many that a forward on one device computes. The prompts
+    of a step stay batch size x accumulation x devices, and so does the update."""
+
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.training.parallel import Parallel
-from rrhf.training.streams import OfflineStream
+from rrhf.training.streams import GROUPING_STEPS, OfflineStream
+from rrhf.training.token_batches import TokenBudget
 from rrhf.training.update import Objective
 
 
@@ -26,6 +27,7 @@ def measure(
     per_device_batch_size: int,
     parallel: Parallel,
     collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
+    budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """One pass over all examples; every rank must call it and gets the same answer.
 
@@ -37,6 +39,7 @@ def measure(
         per_device_batch_size: prompts in one forward.
         parallel: ranks.
         collate_fn: as the training stream's.
+        budget: tokens of one forward, instead of `per_device_batch_size` prompts.
 
     Returns:
         "loss", "<term>_loss" for each term, and the terms' metrics.
@@ -45,9 +48,11 @@ def measure(
         examples,
         pad_id,
         per_device_batch_size,
+        1 if budget is None else GROUPING_STEPS,  # a longer stretch is cut better
         rank=parallel.rank,
         world_size=parallel.world_size,
         collate_fn=collate_fn,
+        budget=budget,
     )
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}

@@ -7,17 +7,42 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rrhf.data.collate import EncodedSet
+from rrhf.training.config import TrainingConfig
 from rrhf.training.measure import measure
 from rrhf.training.setup import Workbench
 from rrhf.training.streams import OfflineStream
+from rrhf.training.token_batches import TokenBudget, layout_of, sizes_of, warn_of_lone
 from rrhf.training.update import Objective
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
-def offline_stream(bench: Workbench, examples: Sequence[EncodedSet]) -> OfflineStream:
-    """The examples in the order and the batches that the run's settings ask for."""
+def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None:
+    """What `--max_tokens_per_batch` means for a model, prepared or not; None where it is not given.
+
+    Args:
+        config: of the run.
+        model: on its engine, which decides what a batch costs.
+    """
+    if config.max_tokens_per_batch is None:
+        return None
+    return TokenBudget(config.max_tokens_per_batch, layout_of(model, config.model_max_length))
+
+
+def offline_stream(
+    bench: Workbench, examples: Sequence[EncodedSet], model: nn.Module
+) -> OfflineStream:
+    """The examples in the order and the batches that the run's settings ask for.
+
+    Args:
+        bench: of the run.
+        examples: to train on.
+        model: that will compute them.
+    """
     config = bench.config
+    budget = token_budget(config, model)
+    if budget is not None:
+        warn_of_lone(sizes_of(examples), budget)
     return OfflineStream(
         examples,
         bench.codec.pad_id,
@@ -29,6 +54,7 @@ def offline_stream(bench: Workbench, examples: Sequence[EncodedSet]) -> OfflineS
         bench.parallel.rank,
         bench.parallel.world_size,
         config.group_by_length,
+        budget=budget,
     )
 
 
@@ -57,6 +83,7 @@ def held_out_evaluation(
             bench.codec.pad_id,
             bench.config.per_device_train_batch_size,
             bench.parallel,
+            budget=token_budget(bench.config, model),
         )
 
     return evaluate

@@ -217,10 +217,11 @@ def train(config: RankConfig) -> Path:
         if held_out is not None:
             held_out_examples = EncodedExamples(held_out, _encoder(config, bench, window))
         models = ModelFolders({"policy": model_writer(bench, model)})
+        policy = policy_on_engine(bench, model)
         outcome = run_training(
-            policy_on_engine(bench, model),
+            policy,
             objective,
-            offline_stream(bench, examples),
+            offline_stream(bench, examples, policy),
             config,
             bench.run,
             bench.parallel,

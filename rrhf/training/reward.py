@@ -310,7 +310,7 @@ def train(config: RewardConfig) -> Path:
         outcome = run_training(
             model,
             objective,
-            WatchedStream(offline_stream(bench, examples), watch, bench.parallel),
+            WatchedStream(offline_stream(bench, examples, model), watch, bench.parallel),
             config,
             bench.run,
             bench.parallel,

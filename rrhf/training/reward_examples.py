@@ -21,6 +21,7 @@ from rrhf.evaluation.bootstrap import Measure, estimate
 from rrhf.records import CandidateSet
 from rrhf.training.fitting import RowFitter, known_scores
 from rrhf.training.parallel import Parallel
+from rrhf.training.token_batches import TokenBudget, micro_batches, sizes_of
 from rrhf.training.update import Objective
 
 
@@ -69,6 +70,7 @@ def held_out_metrics(
     pad_id: int,
     per_device_batch_size: int,
     parallel: Parallel,
+    budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """A reward model's figures; every rank must call it and gets the same answer.
 
@@ -79,6 +81,7 @@ def held_out_metrics(
         pad_id: filler of the batches.
         per_device_batch_size: prompts in one forward.
         parallel: ranks.
+        budget: tokens of one forward, instead of `per_device_batch_size` prompts.
 
     Returns:
         loss (as in training), accuracy over all ordered pairs with the ends of its 95 % bootstrap
@@ -90,7 +93,7 @@ def held_out_metrics(
         starts.append(starts[-1] + len(row))
     scores = torch.zeros(starts[-1], dtype=torch.float64)
     losses: dict[str, Tensor] = {}
-    for places, is_repeat in _shares(examples, per_device_batch_size, parallel):
+    for places, is_repeat in _shares(examples, per_device_batch_size, parallel, budget):
         batch = collate([examples[place] for place in places], pad_id).to(parallel.device)
         outputs = model(batch)
         if not is_repeat:
@@ -107,7 +110,10 @@ def held_out_metrics(
 
 
 def _shares(
-    examples: Sequence[EncodedSet], batch_size: int, parallel: Parallel
+    examples: Sequence[EncodedSet],
+    batch_size: int,
+    parallel: Parallel,
+    budget: TokenBudget | None,
 ) -> list[tuple[list[int], bool]]:
     """This rank's batches, of similar length each, as many as every rank has.
 
@@ -115,6 +121,9 @@ def _shares(
     """
     lengths = getattr(examples, "lengths", None) or [e.num_tokens for e in examples]
     order = sorted(range(len(examples)), key=lambda place: -lengths[place])
+    if budget is not None:
+        cut = micro_batches(sizes_of(examples), budget, parallel.world_size)[parallel.rank]
+        return [(places or order[-1:], not places) for places in cut]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = [(batch, False) for batch in batches[parallel.rank :: parallel.world_size]]
     longest = len(batches[:: parallel.world_size])

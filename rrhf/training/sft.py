@@ -179,7 +179,7 @@ def train(config: SFTConfig) -> Path:
         outcome = run_training(
             policy,
             objective,
-            offline_stream(bench, examples),
+            offline_stream(bench, examples, policy),
             config,
             bench.run,
             bench.parallel,
@@ -194,9 +194,9 @@ def train(config: SFTConfig) -> Path:
         )
 
 
-def _measured(*arguments: Any) -> dict[str, float]:
+def _measured(*arguments: Any, **named: Any) -> dict[str, float]:
     """`measure`, and the perplexity of its likelihoods."""
-    found = measure(*arguments)
+    found = measure(*arguments, **named)
     return {**found, "perplexity": math.exp(min(found["nll"], 700.0))}
 
 

@@ -1,8 +1,8 @@
 """Which prompts go into which optimiser step: the same for one process and for many, and resumable.
 
 A stream yields the micro-batches of one optimiser step at a time. The order of an epoch depends on
-(seed, epoch) alone; a global batch is cut over ranks and micro-batches so that all ranks run
-equally many, a short one repeating a prompt with weight zero.
+(seed, epoch) alone; a global batch is cut over ranks and micro-batches, by number or by tokens, so
+that all ranks run equally many, a short one repeating a prompt with weight zero.
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ from tqdm import tqdm
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
+from rrhf.training.token_batches import (
+    PADDED,
+    Size,
+    SizeTable,
+    TokenBudget,
+    even_batches,
+    micro_batches,
+    sizes_of,
+    tokens_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +78,8 @@ class LiveStream(UpdateStream, Protocol):
 class EncodedExamples(Sequence[EncodedSet]):
     """Candidate sets encoded when they are asked for, so that a large file need not fit in memory.
 
-    One pass at the start finds which sets yield an example and how long each is.
+    One pass at the start finds which sets yield an example and how long each is: `lengths` in
+    tokens of padded rows, `sizes` in detail.
 
     Args:
         sets: random access to candidate sets.
@@ -85,11 +96,13 @@ class EncodedExamples(Sequence[EncodedSet]):
         self._encode = encode
         self._places = array("Q")
         self.lengths = array("Q")
+        self.sizes = SizeTable()
         for place in tqdm(range(len(sets)), desc="encode", unit="prompt", disable=None):
             example = encode(sets[place])
             if example is not None:
                 self._places.append(place)
                 self.lengths.append(example.num_tokens)
+                self.sizes.append(example)
         if not self._places:
             raise UserError(f"none of the {len(sets)} prompts yields a training example")
 
@@ -115,13 +128,15 @@ class OfflineStream:
         examples: what to train on; `lengths` beside it where they are grouped by length.
         pad_id: filler of the batches.
         per_device_train_batch_size: prompts a micro-batch.
-        gradient_accumulation_steps: micro-batches a step and rank.
+        gradient_accumulation_steps: micro-batches a step and rank; the product of both is the
+            step's share of prompts where a budget cuts it otherwise.
         num_train_epochs: passes, fractions allowed.
         max_steps: -1, or the number of optimiser steps.
         seed: of the order.
         rank, world_size: this process among all.
         group_by_length: sort prompts by length within stretches of `GROUPING_STEPS` steps.
         collate_fn: makes a batch of encoded sets; `rrhf.data.collate.collate` by default.
+        budget: cut each step by tokens instead of by number.
     """
 
     def __init__(
@@ -138,6 +153,7 @@ class OfflineStream:
         group_by_length: bool = False,
         lengths: Sequence[int] | None = None,
         collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
+        budget: TokenBudget | None = None,
     ) -> None:
         for name, value in (
             ("per_device_train_batch_size", per_device_train_batch_size),
@@ -164,6 +180,7 @@ class OfflineStream:
         by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch)
         self.total_steps = max_steps if max_steps > 0 else max(by_epochs, 1)
         self._step = 0
+        self._budget = budget
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         order: list[list[int]] = []
@@ -178,6 +195,10 @@ class OfflineStream:
     def _lengths(self) -> Sequence[int]:
         """Tokens of each example."""
         return self._known_lengths or [example.num_tokens for example in self._examples]
+
+    @functools.cached_property
+    def _sizes(self) -> Sequence[Size]:
+        return sizes_of(self._examples)
 
     @functools.cached_property
     def _lengths_digest(self) -> str:
@@ -196,16 +217,21 @@ class OfflineStream:
             "global_batch_size": self.global_batch_size,
             "world_size": self._world_size,
             "seed": self._seed,
+            "group_by_length": self._group_by_length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the saved step.
 
         Raises:
-            UserError: the data, the seed, the global batch or the number of processes differ.
+            UserError: the data, the seed, the global batch, the number of processes or the
+                grouping differ. How a step is cut into micro-batches may differ: its prompts
+                are the same.
         """
         mine = self.state_dict()
-        for name in ("examples", "global_batch_size", "world_size", "seed"):
+        # Earlier checkpoints do not say how prompts were grouped.
+        state = {"group_by_length": self._group_by_length, **state}
+        for name in ("examples", "global_batch_size", "world_size", "seed", "group_by_length"):
             if state[name] != mine[name]:
                 raise UserError(
                     f"resume: {name} was {state[name]} in the checkpoint and is {mine[name]} now; "
@@ -237,12 +263,17 @@ class OfflineStream:
         return steps
 
     def _micro_batches(self, indices: Sequence[int]) -> list[TokenBatch]:
-        width = self._per_device * self._world_size
+        if self._budget is None:
+            cut = even_batches(len(indices), self._per_device, self._world_size)
+            filler = indices[0]
+        else:
+            sizes = [self._sizes[i] for i in indices]
+            cut = micro_batches(sizes, self._budget, self._world_size)
+            filler = min(indices, key=lambda i: tokens_of([self._sizes[i]], PADDED))
         batches = []
-        for start in range(0, len(indices), width):
-            first = start + self._rank * self._per_device
-            mine = [self._examples[i] for i in indices[first : first + self._per_device]]
+        for places in cut[self._rank]:
+            mine = [self._examples[indices[place]] for place in places]
             if not mine:
-                mine = [replace(self._examples[indices[0]], weight=0.0)]
+                mine = [replace(self._examples[filler], weight=0.0)]
             batches.append(self._collate(mine, self._pad_id))
         return batches

@@ -1,0 +1,342 @@
+"""Steps cut by tokens: everything once, within the budget, equally often on each rank; and the
+same update whatever the cut."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_llama
+from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
+
+from rrhf.data.collate import EncodedSet
+from rrhf.errors import StoppedBySignal, UserError
+from rrhf.models.engines import build_policy
+from rrhf.models.packed_rows import PackedPolicy
+from rrhf.training import rank, sft
+from rrhf.training.measure import measure
+from rrhf.training.parallel import Parallel
+from rrhf.training.rank import RankConfig, RankObjective
+from rrhf.training.streams import OfflineStream
+from rrhf.training.token_batches import (
+    PACKED,
+    PADDED,
+    SHARED,
+    Size,
+    SizeTable,
+    TokenBudget,
+    even_batches,
+    layout_of,
+    micro_batches,
+    tokens_of,
+    warn_of_lone,
+)
+
+LAYOUTS = (SHARED, PACKED, PADDED)
+
+
+def sizes_at_random(seed: int, count: int) -> list[Size]:
+    """Long tails, several responses, and prompts that come again."""
+    draw = random.Random(seed)
+    prompts = [min(400, int(draw.lognormvariate(4, 0.8)) + 1) for _ in range(count)]
+    found = []
+    for place in range(count):
+        same = draw.randrange(place + 1) if draw.random() < 0.5 else place
+        responses = [int(draw.lognormvariate(3, 0.9)) + 1 for _ in range(draw.choice((1, 1, 4)))]
+        prompts[place] = prompts[same]
+        found.append(Size(prompts[place], tuple(responses), f"p{same}"))
+    names = {size.same_prompt for size in found}
+    lengths = {n: next(s.prompt for s in found if s.same_prompt == n) for n in names}
+    return [Size(lengths[s.same_prompt], s.responses, s.same_prompt) for s in found]
+
+
+def faults(sizes: list[Size], budget: TokenBudget, plan: list[list[list[int]]]) -> list[str]:
+    """What a plan must not do."""
+    found = []
+    places = sorted(place for rank in plan for batch in rank for place in batch)
+    if places != list(range(len(sizes))):
+        found.append("not everything once")
+    if len({len(rank) for rank in plan}) != 1:
+        found.append("ranks differ in micro-batches")
+    for batch in (batch for batches in plan for batch in batches if len(batch) > 1):
+        if tokens_of([sizes[place] for place in batch], budget.layout) > budget.tokens:
+            found.append("over the budget")
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_everything_once_within_the_budget_equally_often(layout: str, world_size: int) -> None:
+    for seed in range(60):
+        sizes = sizes_at_random(seed, count=seed % 40)
+        for tokens in (1, 100, 700, 3000):
+            budget = TokenBudget(tokens, layout)
+            plan = micro_batches(sizes, budget, world_size)
+            assert faults(sizes, budget, plan) == []
+            assert len(plan) == world_size
+            assert plan == micro_batches(sizes, budget, world_size), "not the same twice"
+            fillers = [batch for rank in plan for batch in rank if not batch]
+            assert not fillers or max(len(b) for rank in plan for b in rank) <= 1
+
+
+def test_a_cut_by_number_would_be_found_out() -> None:
+    """The negative control of the test above."""
+    sizes = sizes_at_random(1, 24)
+    budget = TokenBudget(700, PADDED)
+    assert faults(sizes, budget, even_batches(24, 6, 2)) == ["over the budget"] * 4
+    assert faults(sizes, budget, [[[0]], [[1], [2]]]) != []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_micro_batches_and_even_ones(layout: str) -> None:
+    for seed in range(30):
+        draw = random.Random(seed)
+        sizes = [
+            Size(draw.randint(16, 128), tuple(draw.randint(4, 64) for _ in range(4)))
+            for _ in range(64)
+        ]
+        budget = TokenBudget(2048, layout)
+        plan = micro_batches(sizes, budget, 2)
+        least = math.ceil(sum(tokens_of([size], layout) for size in sizes) / budget.tokens / 2)
+        assert len(plan[0]) <= (1.7 if layout == PADDED else 1.1) * least + 1
+        loads = [
+            sum(tokens_of([sizes[place] for place in batch], layout) for batch in rank)
+            for rank in plan
+        ]
+        assert max(loads) <= 1.1 * min(loads)
+
+
+def test_sorting_pads_less_than_taking_them_as_they_come() -> None:
+    for seed in range(10):
+        sizes = sizes_at_random(seed, 48)
+        plan = micro_batches(sizes, TokenBudget(4000, PADDED))[0]
+        number = len(plan)
+        even = even_batches(48, math.ceil(48 / number))[0]
+        computed, otherwise = (
+            sum(tokens_of([sizes[place] for place in batch], PADDED) for batch in cut)
+            for cut in (plan, even)
+        )
+        assert computed < 0.9 * otherwise
+
+
+def test_rows_of_one_prompt_stay_together_where_prompts_are_shared() -> None:
+    rows = [Size(100, (10,), f"prompt {place % 4}") for place in range(16)]
+    together = micro_batches(rows, TokenBudget(140, SHARED))[0]
+    assert sorted(together) == [[p, p + 4, p + 8, p + 12] for p in range(4)]
+    # A prompt whose rows are beyond the budget is computed as often as it must be.
+    parted = micro_batches(rows, TokenBudget(120, SHARED))[0]
+    assert [len(batch) for batch in parted] == [2] * 8
+    assert all(len({place % 4 for place in batch}) == 1 for batch in parted)
+    # Two ranks part one prompt's rows rather than let one of them compute nothing.
+    assert micro_batches(rows[::4], TokenBudget(500, SHARED), 2) == [[[0, 1]], [[2, 3]]]
+    # One rank has nothing to gain: two prompts of three rows would fit evenly if one were parted.
+    odd = [Size(100, (10,), f"prompt {place // 3}") for place in range(9)]
+    assert micro_batches(odd, TokenBudget(260, SHARED))[0] == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+
+
+def test_what_is_too_long_is_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = [Size(50, (5,)), Size(900, (60,)), Size(40, (5,)), Size(700, (1,))]
+    budget = TokenBudget(100, SHARED)
+    assert micro_batches(sizes, budget)[0] == [[1], [3], [0, 2]]
+    with caplog.at_level(logging.WARNING):
+        assert warn_of_lone(sizes, budget)
+        assert not warn_of_lone(sizes[:1], budget)
+    assert [record.message for record in caplog.records] == [
+        "--max_tokens_per_batch 100: 2 of 4 prompts have more by themselves (up to 960 tokens); "
+        "each is a micro-batch of its own"
+    ]
+
+
+def test_tokens_by_hand() -> None:
+    sizes = [Size(10, (3, 1), "a"), Size(10, (2,), "a"), Size(4, (5, 1))]
+    assert tokens_of(sizes, PADDED) == 5 * (10 + 5)
+    assert tokens_of(sizes, PACKED) == 3 * 10 + 2 * 4 + 12
+    assert tokens_of(sizes, SHARED) == 10 + 4 + 12
+    assert tokens_of([], PADDED) == 0
+
+
+def test_the_table_gives_back_the_sizes() -> None:
+    examples = [EncodedSet([1] * n, [[1] * (n + k) for k in range(n)]) for n in (2, 1, 3)]
+    table = SizeTable()
+    for example in examples:
+        table.append(example)
+    assert list(table) == [Size.of(example) for example in examples] and len(table) == 3
+
+
+def test_the_layout_is_the_dearest_of_a_models_parts() -> None:
+    padded = build_policy(tiny_llama(), "padded")
+    shared, dense = (build_policy(tiny_llama(), name) for name in ("shared_prefix", "dense_mask"))
+    assert layout_of(padded, 9) == PADDED
+    assert layout_of(shared, 9) == layout_of(dense, 9) == SHARED
+    assert layout_of(PackedPolicy(tiny_llama(), 64), 9) == PACKED
+    assert layout_of(torch.nn.ModuleList([shared, padded]), 9) == PADDED
+    shared.window = 32  # type: ignore[assignment]
+    assert layout_of(shared, 32) == SHARED and layout_of(shared, 33) == PADDED
+
+
+# The stream.
+
+
+def examples(count: int = 23) -> list[EncodedSet]:
+    return [
+        EncodedSet([100 + i] * (i * 7 % 11 + 1), [[i] * (i % 4 + 1), [i]], [0.0, float(i % 3)])
+        for i in range(count)
+    ]
+
+
+def stream(tokens: int | None, **changes: Any) -> OfflineStream:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 2,
+        "budget": None if tokens is None else TokenBudget(tokens, SHARED),
+        **changes,
+    }
+    return OfflineStream(examples(), 0, **settings)
+
+
+def prompts_of(batches: Any) -> list[int]:
+    return sorted(
+        int(batch.prompt_ids[place, -1])
+        for batch in batches
+        for place in range(batch.num_prompts)
+        if batch.prompt_weights[place] > 0
+    )
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_steps_keep_their_prompts(group_by_length: bool) -> None:
+    by_number = list(stream(None, group_by_length=group_by_length))
+    by_tokens = list(stream(40, group_by_length=group_by_length))
+    assert [prompts_of(s) for s in by_tokens] == [prompts_of(s) for s in by_number]
+    assert all(
+        int(batch.prompt_lengths.sum() + batch.response_lengths.sum()) <= 40
+        for batches in by_tokens
+        for batch in batches
+    )
+    ranks = [list(stream(40, rank=r, world_size=2, gradient_accumulation_steps=2)) for r in (0, 1)]
+    for whole, *parts in zip(stream(None), *ranks, strict=True):
+        assert len(parts[0]) == len(parts[1])
+        assert sorted(prompts_of(parts[0]) + prompts_of(parts[1])) == prompts_of(whole)
+
+
+def test_a_rank_without_prompts_gets_the_shortest_as_a_filler() -> None:
+    last = list(
+        stream(500, rank=7, world_size=8, gradient_accumulation_steps=1, num_train_epochs=1)
+    )[-1]
+    assert prompts_of(last) == [] and last[0].num_prompts == 1
+
+
+def test_another_budget_may_go_on_from_a_checkpoint_but_no_other_grouping() -> None:
+    state = stream(40).state_dict()
+    stream(None).load_state_dict(state)
+    stream(77).load_state_dict(state)
+    with pytest.raises(UserError, match="group_by_length was False in the checkpoint"):
+        stream(40, group_by_length=True).load_state_dict(state)
+    del state["group_by_length"]  # as runs that began before it was kept have it
+    stream(40, group_by_length=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_held_out_figures_do_not_depend_on_the_cut(layout: str) -> None:
+    policy, objective = (
+        build_policy(tiny_llama(130)),
+        RankObjective(RankConfig("", "", data_path="")),
+    )
+    plain = measure(policy, objective, examples(), 0, 3, Parallel())
+    cut = measure(policy, objective, examples(), 0, 3, Parallel(), budget=TokenBudget(60, layout))
+    assert cut == pytest.approx(plain, rel=1e-6)
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "model")
+    write_lines(folder / "ranked.jsonl", ranked_rows(14))
+    return folder
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """Adam's epsilon is large, or it would blow up gradients that are all rounding."""
+    return {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3,
+        "num_train_epochs": 2,
+        "model_max_length": 100,
+        "save_steps": 0,
+        **changes,
+    }
+
+
+def train(stage: str, world: Path, out: Path, **changes: Any) -> Path:
+    model, data, values = str(world / "model"), str(world / "ranked.jsonl"), settings(**changes)
+    if stage == "rank":
+        values = {"eval_data_path": data, **values}
+        return rank.train(RankConfig(model, str(out), data_path=data, **values))
+    return sft.train(sft.SFTConfig(model, str(out), data_path=data, **values))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("rank", {"engine": "shared_prefix"}),
+        ("rank", {"engine": "padded"}),
+        ("sft", {"packing": True}),
+    ],
+)
+def test_a_run_cut_by_tokens_trains_the_same(
+    stage: str, changes: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    train(stage, world, tmp_path / "number", **changes)
+    train(stage, world, tmp_path / "tokens", max_tokens_per_batch=120, **changes)
+    for mine, its in zip(
+        metrics_of(tmp_path / "tokens"), metrics_of(tmp_path / "number"), strict=True
+    ):
+        for name in its.keys() - {"tokens_per_second"}:
+            assert mine[name] == pytest.approx(its[name], rel=1e-5, abs=1e-6), name
+    one, other = (
+        load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("number", "tokens")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+    assert not same_weights(tmp_path / "number" / "policy", tmp_path / "tokens" / "policy")
+
+
+def test_resumed_equals_straight(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"max_tokens_per_batch": 120, "engine": "shared_prefix"}
+    train("rank", world, tmp_path / "straight", **changes)
+    observe = OfflineStream.observe
+
+    def stop(self: OfflineStream, metrics: dict[str, float]) -> None:
+        observe(self, metrics)
+        if self._step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OfflineStream, "observe", stop)
+        with pytest.raises(StoppedBySignal):
+            train("rank", world, tmp_path / "resumed", **changes)
+    train("rank", world, tmp_path / "resumed", resume_from_checkpoint=True, **changes)
+    assert same_weights(tmp_path / "straight" / "policy", tmp_path / "resumed" / "policy")
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_a_budget_that_is_none_is_refused(tokens: int, world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--max_tokens_per_batch {tokens}: must be 1 or more"):
+        train("rank", world, tmp_path / "run", max_tokens_per_batch=tokens)
+    assert not (tmp_path / "run").exists()
