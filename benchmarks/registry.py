@@ -25,8 +25,6 @@ from typing import Any
 
 NAMES = (
     "rrhf_step",
-    "trl_head",
-    "dpo_pair",
     "peak_memory",
 )
 """In order of cost."""

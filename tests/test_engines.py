@@ -38,7 +38,7 @@ def test_a_run_is_the_run_of_padded_rows(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Step by step, as far as float32 lets two orders of the same sums go together."""
-    caplog.set_level("INFO", "rrhf.models.packed_trunk")
+    caplog.set_level("INFO", "rrhf.models.engine_trial")
     runs = {}
     for engine in ("padded", "auto"):
         out = tmp_path / engine
@@ -46,9 +46,9 @@ def test_a_run_is_the_run_of_padded_rows(
         train("rank", str(model_folder), str(data), str(out), **settings)
         runs[engine] = [row for row in metrics_of(out) if "loss" in row]
     said = [
-        record.getMessage() for record in caplog.records if record.name.endswith("packed_trunk")
+        record.getMessage() for record in caplog.records if record.name.endswith("engine_trial")
     ]
-    assert said == ["engine: LlamaForCausalLM goes by shared_prefix"]
+    assert said == ["engine: LlamaForCausalLM goes by shared_prefix over sdpa"]
     assert len(runs["auto"]) == len(runs["padded"]) > 1
     for found, expected in zip(runs["auto"], runs["padded"], strict=True):
         for name in ("loss", "rank_loss", "sft_loss", "grad_norm", "score_margin"):
@@ -85,3 +85,10 @@ def test_two_processes_have_the_mean_gradient_of_padded_rows(
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     found = gradients[f"{spread} {engine}"]
     assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_flash_attention_needs_half_precision(tmp_path: Path) -> None:
+    """Said before anything is loaded or written."""
+    with pytest.raises(UserError, match=r"--attn_implementation flash_attention_2: .* add --bf16"):
+        train("rank", "m", "d", str(tmp_path / "o"), attn_implementation="flash_attention_2")
+    assert not (tmp_path / "o").exists()

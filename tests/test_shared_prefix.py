@@ -29,10 +29,10 @@ from transformers import (
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models import packed_trunk, prefix_attention
+from rrhf.models import engine_trial, packed_trunk, prefix_attention
+from rrhf.models.engine_trial import misfit
 from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.models.packed_trunk import misfit
 from rrhf.models.shared_prefix import dense_mask, lay_out
 from rrhf.training.rank import RankConfig, RankObjective
 
@@ -391,7 +391,7 @@ class TestTrial:
         )
         # As if no layer had said anything.
         monkeypatch.setattr(
-            packed_trunk, "Prefix", lambda layout: prefix_attention.Prefix(layout, Deaf())
+            engine_trial, "Prefix", lambda layout: prefix_attention.Prefix(layout, Deaf())
         )
         silent.config.sliding_window = 16
         policy = build_policy(silent, "shared_prefix")
@@ -405,8 +405,9 @@ class Deaf(list[Any]):
     def append(self, _: Any) -> None: ...
 
 
-def test_flash_attention_is_left_as_it_is() -> None:
+def test_other_attention_is_left_as_it_is() -> None:
     one = model("llama")
-    one.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UserError, match="not over flash_attention_2"):
+    one.config._attn_implementation_internal = "flash_attention_3"
+    with pytest.raises(UserError, match="its attention is flash_attention_3"):
         build_policy(one, "shared_prefix")
+    assert one.config._attn_implementation == "flash_attention_3"

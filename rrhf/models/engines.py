@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
+from rrhf.models.engine_trial import first_that_fits
 from rrhf.models.head import (
     CHUNK_BYTES,
     STORED_BYTES,
@@ -23,7 +24,7 @@ from rrhf.models.head import (
     token_statistics,
 )
 from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.models.packed_trunk import Beside, PackedTrunk, first_that_fits, inner_model
+from rrhf.models.packed_trunk import Beside, PackedTrunk, inner_model
 from rrhf.models.prefix_attention import Prefix
 
 
@@ -32,8 +33,8 @@ class FastPolicy(PackedTrunk, Policy):
 
     Args:
         model: a Hugging Face causal language model, bare or with adapters. Its attention
-            implementation is exchanged for good where the layout is `shared_prefix`.
-        layout: `shared_prefix`, `dense_mask` or `rows`.
+            implementation is exchanged for good where the layout has attention of its own.
+        layout: as in `PackedTrunk`.
         temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
     """
 
@@ -128,7 +129,8 @@ def build_policy(
 
     Args:
         model: not yet spread over processes, where it will compute.
-        engine: `padded`; `shared_prefix` or `dense_mask`; `auto` = the first that serves the model.
+        engine: `padded`; `shared_prefix`, `flex_attention` or `dense_mask`; `auto` = the first that
+            serves the model.
         temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
 
     Raises:

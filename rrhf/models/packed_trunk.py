@@ -1,50 +1,28 @@
-"""A model's trunk on one of the faster layouts, tried on the model at hand before it is used.
+"""A model's trunk on one of the faster layouts.
 
 A layout says how a batch passes the network: `shared_prefix` computes every prompt once through
-attention of our own, `dense_mask` does the same through a mask, `rows` are padded rows. Policies
-(`engines`) and reward models (`reward_engines`) go by the same ones.
-
-`first_that_fits` tries the chosen engine on a few random tokens against padded rows: what it cannot
-serve (attention that is not exchangeable, layers that carry a state along the sequence, outputs
-that are shaped in a way not known here) shows there as a difference. `auto` then goes on to the
-next.
+attention of our own, `flex_attention` does so through FlexAttention and `dense_mask` through a mask
+of all tokens by all tokens; `rows` are padded rows. Policies (`engines`) and reward models
+(`reward_engines`) go by the same ones, each tried on the model at hand before it is used
+(`engine_trial`).
 
 Legend: N rows, M response tokens of the whole batch, T tokens of a sequence, H hidden.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.errors import UserError
-from rrhf.models.prefix_attention import OVER, Prefix
+from rrhf.data.collate import TokenBatch
+from rrhf.models.prefix_attention import FLEX_OVER, OVER, Prefix
 from rrhf.models.shared_prefix import SharedPrefix, dense_mask, lay_out
 
-logger = logging.getLogger(__name__)
-
-Engine = Literal["auto", "shared_prefix", "dense_mask", "padded"]
-ENGINES: dict[str, tuple[str, ...]] = {
-    "auto": ("shared_prefix", "dense_mask", "rows"),
-    "shared_prefix": ("shared_prefix",),
-    "dense_mask": ("dense_mask",),
-}
-"""Which layouts each engine tries, in this order; `rows` is padded rows with the head in chunks."""
-
-TOLERANCE = 1e-4
-"""By how much an engine may differ from padded rows in float32, beside 1e-5 of the number."""
-
-HIDDEN_TOLERANCE = 1e-3
-"""Share of a hidden state by which it may differ: in new weights, log-probs hardly tell."""
-
-HALF_TOLERANCE = 0.1
-"""Both, for weights of half precision."""
+ATTENTION = {"shared_prefix": OVER, "flex_attention": FLEX_OVER}
+"""Layouts with attention of their own: its registered name over each that it may replace."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +49,7 @@ class PackedTrunk:
 
     Attributes:
         model: a Hugging Face model with a head, bare or with adapters.
-        layout: `shared_prefix`, `dense_mask` or `rows`.
+        layout: `shared_prefix`, `flex_attention`, `dense_mask` or `rows`.
         window: rows beyond it go as padded rows; None = none do.
     """
 
@@ -86,10 +64,13 @@ class PackedTrunk:
     def take_layout(self, layout: str) -> None:
         """Go by a layout from now on."""
         self.layout, self.window = layout, None
-        if layout == "shared_prefix":
-            _exchange_attention(inner_model(self.model))
+        inner = inner_model(self.model)
+        if layout in ATTENTION:
+            exchange_attention(inner, ATTENTION[layout])
         if layout == "dense_mask":
-            self.window = declared_window(inner_model(self.model).config)
+            if "flash" in inner.config._attn_implementation:
+                raise NotImplementedError("flash attention takes no mask of tokens by tokens")
+            self.window = declared_window(inner.config)
 
     def packed(self, batch: TokenBatch, whole: bool = False) -> SharedPrefix | None:
         """The batch laid out (`lay_out`), or None where it goes as padded rows."""
@@ -102,7 +83,7 @@ class PackedTrunk:
         """[T, H] the hidden states of a sequence with shared prompts."""
         packed: SharedPrefix = prefix.layout
         arguments: dict[str, Any] = {}
-        if self.layout == "shared_prefix":
+        if self.layout in ATTENTION:
             # Four dimensions are handed on as they are; nothing looks at what they hold.
             arguments["attention_mask"] = packed.ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
             arguments["shared_prefix"] = prefix
@@ -119,88 +100,6 @@ class PackedTrunk:
         return hidden
 
 
-Fast = TypeVar("Fast", bound=PackedTrunk)
-
-
-def first_that_fits(
-    model: Any, engine: str, make: Callable[[str], Fast], layouts: tuple[str, ...] | None = None
-) -> Fast | None:
-    """The first layout of an engine that serves this model, and says so; None where none does.
-
-    Args:
-        model: not yet spread over processes, where it will compute.
-        engine: a key of `ENGINES`.
-        make: puts the model on a layout.
-        layouts: of the engine's, those that there are for this kind of model; None = all.
-
-    Raises:
-        UserError: the engine that is asked for by name does not serve this model.
-    """
-    failures: list[str] = []
-    fast: Fast | None = None
-    for layout in ENGINES[engine]:
-        if layouts is not None and layout not in layouts:
-            continue
-        before = inner_model(model).config._attn_implementation
-        try:
-            fast = make(layout)
-            failure = misfit(fast)
-        # Whatever the model's own code makes of it, this engine is not for it.
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        if failure is None:
-            break
-        fast = None
-        failures.append(f"{layout}: {failure}")
-        if inner_model(model).config._attn_implementation != before:
-            inner_model(model).set_attn_implementation(before)
-    said = "; ".join(failures)
-    name = type(inner_model(model)).__name__
-    if failures and engine != "auto":
-        raise UserError(f"--engine {engine}: does not serve {name} ({said}); use --engine auto")
-    used = "padded" if fast is None else fast.layout
-    used = "padded rows, head in chunks" if used == "rows" else used
-    if failures:
-        logger.warning("engine: %s goes by %s, since %s", name, used, said)
-    else:
-        logger.info("engine: %s goes by %s", name, used)
-    return fast
-
-
-@torch.no_grad()
-def misfit(fast: PackedTrunk) -> str | None:
-    """How an engine differs from padded rows on a few random tokens; None where it does not.
-
-    For `shared_prefix` it also finds out whether the model's layers tell their sliding window;
-    where the config has one and they do not, longer rows will go as padded rows.
-    """
-    inner = inner_model(fast.model)
-    batch = _trial(inner).to(next(fast.model.parameters()).device)
-    was_training = fast.model.training
-    fast.model.eval()
-    try:
-        beside = fast.beside_padded_rows(batch)
-        if fast.layout == "shared_prefix":
-            prefix = Prefix(lay_out(batch))
-            fast.run_packed(prefix)
-            if not any(prefix.windows):
-                fast.window = declared_window(inner.config)
-    finally:
-        fast.model.train(was_training)
-    is_half = inner.dtype.itemsize < 4
-    off = (beside.found - beside.expected).abs()
-    allowed = TOLERANCE * beside.scale + 1e-5 * beside.expected.abs()
-    if is_half:
-        allowed = torch.full_like(allowed, HALF_TOLERANCE * beside.scale)
-    if not bool((off <= allowed).all()):
-        return f"{beside.what} differ from those of padded rows by up to {float(off.max()):.2g}"
-    distance = (beside.found_hidden - beside.expected_hidden).float().norm(dim=-1)
-    share = distance / beside.expected_hidden.float().norm(dim=-1).clamp_min(1e-12)
-    if not bool((share <= (HALF_TOLERANCE if is_half else HIDDEN_TOLERANCE)).all()):
-        return f"hidden states differ from those of padded rows by {float(share.max()):.2g} of them"
-    return None
-
-
 def declared_window(config: Any) -> int | None:
     """The shortest sliding window or chunk of attention that a config tells of, or None."""
     text = config.get_text_config()
@@ -212,31 +111,19 @@ def declared_window(config: Any) -> int | None:
     return min((window for window in found if isinstance(window, int)), default=None)
 
 
-def _trial(inner: Any) -> TokenBatch:
-    """A few tokens of every case: ragged, equal, alone, a response of one token, two prompts."""
-    generator = torch.Generator().manual_seed(0)
-    size = int(inner.get_input_embeddings().weight.shape[0])
+def exchange_attention(inner: Any, over: dict[str, str]) -> None:
+    """Put attention of our own in the place of the model's.
 
-    def ids(length: int) -> list[int]:
-        return torch.randint(size, (length,), generator=generator).tolist()
-
-    return collate(
-        [
-            EncodedSet(ids(6), [ids(3), ids(5), ids(1)]),
-            EncodedSet(ids(4), [ids(4), ids(4)]),
-            EncodedSet(ids(2), [ids(6)]),
-        ],
-        pad_id=0,
-    )
-
-
-def _exchange_attention(inner: Any) -> None:
+    Raises:
+        NotImplementedError: it does not stand over the model's.
+    """
     current = inner.config._attn_implementation
-    if current in OVER.values():
+    if current in over.values():
         return
-    if current not in OVER:
-        raise NotImplementedError(f"it stands over sdpa and eager attention, not over {current}")
-    inner.set_attn_implementation(OVER[current])
+    if current not in over:
+        known = ", ".join(over)
+        raise NotImplementedError(f"its attention is {current}, and there is a form for {known}")
+    inner.set_attn_implementation(over[current])
 
 
 def inner_model(model: Any) -> Any:

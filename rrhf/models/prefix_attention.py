@@ -5,8 +5,8 @@ each response with its prompt's keys before its own. Where no layout is handed t
 ordinary implementation, so generation and padded rows of the same model stay as they were. It must
 stay set through the backward pass: with activation checkpointing attention is run again there.
 
-On CUDA the same two calls are made; flash attention's varlen calls and FlexAttention are left out,
-since nothing of theirs has been measured here.
+Over flash attention, the two calls are its own (`varlen_attention`), for all buckets together. With
+FlexAttention there is one call under a mask of blocks (`flex_attention`).
 
 Legend: T tokens of the sequence, D head width, P prompt tokens, L response tokens that are fed.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,12 +24,30 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
 
+from rrhf.models import varlen_attention
+from rrhf.models.flex_attention import BlockMask, attend_flex, block_mask
 from rrhf.models.shared_prefix import Bucket, SharedPrefix, Slots
+from rrhf.models.varlen_attention import FLASH, Calls, attend_varlen, calls_of, ordinary_flash
 
-OVER = {"sdpa": "rrhf_shared_prefix", "eager": "rrhf_shared_prefix_eager"}
+OVER = {
+    "sdpa": "rrhf_shared_prefix",
+    "eager": "rrhf_shared_prefix_eager",
+    # Not "flash": transformers takes every name with that word in it for a kernel to download.
+    FLASH: "rrhf_shared_prefix_varlen",
+}
 """The registered name for each implementation that it takes the place of."""
+
+FLEX_OVER = {base: f"{name}_flex" for base, name in OVER.items()}
+"""The same, where shared prompts go by FlexAttention."""
+
+MASKS: dict[str, Any] = {"sdpa": sdpa_mask, "eager": eager_mask, FLASH: flash_attention_mask}
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,20 @@ class Prefix:
 
     layout: SharedPrefix
     windows: list[int | None] = field(default_factory=list)
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """What flash attention is called with; the same in all layers."""
+        return calls_of(self.layout)
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """What FlexAttention is called with; the same in all layers of a window."""
+        if window is not None and self.layout.longest <= window:
+            window = None
+        if window not in self._block_masks:
+            self._block_masks[window] = block_mask(self.layout, window)
+        return self._block_masks[window]
 
 
 def spread(tokens: Tensor, slots: Slots) -> Tensor:
@@ -171,7 +204,7 @@ class _Kernel:
         return drop(weights, self.dropout) @ v
 
 
-def _attention_over(base: str) -> Any:
+def _attention_over(base: str, by_flex: bool) -> Any:
     def forward(
         module: nn.Module,
         query: Tensor,
@@ -184,7 +217,7 @@ def _attention_over(base: str) -> Any:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if shared_prefix is None:
-            plain = sdpa_attention_forward if base == "sdpa" else _eager_of(module)
+            plain = _ordinary(base, module)
             found: tuple[Tensor, Tensor | None] = plain(
                 module,
                 query,
@@ -202,22 +235,36 @@ def _attention_over(base: str) -> Any:
         window = kwargs.get("sliding_window")
         shared_prefix.windows.append(window)
         softcap = kwargs.get("softcap")
-        layout = shared_prefix.layout
-        return attend(query, key, value, layout, scaling, dropout, window, softcap), None
+        if by_flex:
+            mask = shared_prefix.block_mask(window)
+            return attend_flex(query, key, value, mask, scaling, dropout, softcap), None
+        layout, more = shared_prefix.layout, (scaling, dropout, window, softcap)
+        if base == FLASH:
+            states = varlen_attention.in_one_precision(query, key, value)
+            kernel = varlen_attention.load_varlen()
+            return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+        return attend(query, key, value, layout, *more), None
 
     return forward
 
 
-def _eager_of(module: nn.Module) -> Any:
-    """The attention that a model's own file brings."""
+def _ordinary(base: str, module: nn.Module) -> Any:
+    """What is done where no prompt is shared."""
+    if base == FLASH:
+        return ordinary_flash
+    if base == "sdpa":
+        return sdpa_attention_forward
+    # Eager attention is what a model's own file brings.
     return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
 
 
 def register() -> None:
     """Make the implementations known to transformers; once is enough, twice does no harm."""
-    for base, name in OVER.items():
-        AttentionInterface.register(name, _attention_over(base))
-        AttentionMaskInterface.register(name, sdpa_mask if base == "sdpa" else eager_mask)
+    for over in (OVER, FLEX_OVER):
+        for base, name in over.items():
+            ours: Any = _attention_over(base, over is FLEX_OVER)
+            AttentionInterface.register(name, ours)
+            AttentionMaskInterface.register(name, MASKS[base])
 
 
 register()

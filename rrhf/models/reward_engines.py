@@ -16,11 +16,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch
-from rrhf.models.packed_trunk import Beside, PackedTrunk, first_that_fits
+from rrhf.models.engine_trial import first_that_fits
+from rrhf.models.packed_trunk import Beside, PackedTrunk
 from rrhf.models.prefix_attention import Prefix
 from rrhf.models.reward_model import RewardModel
 
-LAYOUTS = ("shared_prefix", "dense_mask")
+LAYOUTS = ("shared_prefix", "flex_attention", "dense_mask")
 """Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
 
 
@@ -29,7 +30,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
 
     Args:
         model: a causal model for sequence classification, bare or with adapters. Its attention
-            implementation is exchanged for good where the layout is `shared_prefix`.
+            implementation is exchanged for good where the layout has attention of its own.
         layout: one of `LAYOUTS`.
         per_token, first_end_id, reads_padding: as in `RewardModel`.
     """
@@ -107,7 +108,8 @@ def build_reward_model(
 
     Args:
         model: not yet spread over processes, where it will compute.
-        engine: `padded`; `shared_prefix` or `dense_mask`; `auto` = the first that serves the model.
+        engine: `padded`; `shared_prefix`, `flex_attention` or `dense_mask`; `auto` = the first that
+            serves the model.
         per_token, first_end_id, reads_padding: as in `RewardModel`.
 
     Raises:

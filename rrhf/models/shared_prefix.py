@@ -36,6 +36,7 @@ class Slots:
 
     Attributes:
         rows, width: of the grid.
+        lengths: tokens of each row.
         source: [rows * width] the token of each slot, counted from the first piece; any at padding.
             None where the pieces are equally long and the grid is a view.
         slot: [tokens] the slot of each token; None likewise.
@@ -43,6 +44,7 @@ class Slots:
 
     rows: int
     width: int
+    lengths: list[int]
     source: Tensor | None
     slot: Tensor | None
 
@@ -55,13 +57,15 @@ class Bucket:
         prompts: a row for each group. Where a group has one response alone, its row holds prompt
             and response: plain causal attention is all that it needs.
         responses: a row for each response that has a token to feed, or None.
-        owner: [rows of responses] its group's row among the prompts; None = all of the first.
+        owners: for each row of the responses, its group's row among the prompts.
+        owner: [rows of responses] the same as a tensor; None = all of the first.
         prompt_lengths: [rows of prompts]; None where all are equally long.
         longest: positions of the longest row, prompt and response together.
     """
 
     prompts: Slots
     responses: Slots | None
+    owners: list[int]
     owner: Tensor | None
     prompt_lengths: Tensor | None
     longest: int
@@ -251,11 +255,12 @@ def _scores(groups: Sequence[_Group]) -> int:
 def _bucket(groups: Sequence[_Group], device: torch.device) -> Bucket:
     lengths = [group.causal for group in groups]
     fed = [tail for group in groups for tail in group.fed]
-    owner = [place for place, group in enumerate(groups) for _ in group.fed]
+    owners = [place for place, group in enumerate(groups) for _ in group.fed]
     return Bucket(
         prompts=_slots(lengths, device),
         responses=_slots(fed, device) if fed else None,
-        owner=torch.tensor(owner, device=device) if len(groups) > 1 else None,
+        owners=owners,
+        owner=torch.tensor(owners, device=device) if len(groups) > 1 else None,
         prompt_lengths=None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device),
         longest=max(
             group.causal if group.has_one_response else len(group.prompt) + max(group.tails)
@@ -267,13 +272,13 @@ def _bucket(groups: Sequence[_Group], device: torch.device) -> Bucket:
 def _slots(lengths: Sequence[int], device: torch.device) -> Slots:
     count, width = len(lengths), max(lengths)
     if all(length == width for length in lengths):
-        return Slots(count, width, None, None)
+        return Slots(count, width, list(lengths), None, None)
     ends = torch.tensor(lengths)
     columns = torch.arange(width).expand(count, width)
     is_token = columns < ends[:, None]
     source = (ends.cumsum(0) - ends)[:, None] + columns.minimum(ends[:, None] - 1)
     slot = is_token.flatten().nonzero().squeeze(-1)
-    return Slots(count, width, source.flatten().to(device), slot.to(device))
+    return Slots(count, width, list(lengths), source.flatten().to(device), slot.to(device))
 
 
 def dense_mask(layout: SharedPrefix, is_additive: bool, dtype: torch.dtype) -> Tensor:

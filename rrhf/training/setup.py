@@ -58,7 +58,8 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
     """Open the run folder before anything slow happens, seed everything, load the tokenizer.
 
     Raises:
-        UserError: the folder holds another run, the tokenizer is missing, a length is impossible.
+        UserError: the folder holds another run, the tokenizer is missing, a length is impossible,
+            flash attention would have to compute in float32.
         AlreadyFinished: the run that is to be resumed is complete; every rank is told so.
     """
     started = time.monotonic()
@@ -72,6 +73,11 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         raise UserError(
             f"--max_tokens_per_batch {config.max_tokens_per_batch}: must be 1 or more; leave it "
             "out to cut steps by per_device_train_batch_size"
+        )
+    if config.attn_implementation.startswith("flash_attention") and not config.bf16:
+        raise UserError(
+            f"--attn_implementation {config.attn_implementation}: computes in half precision only; "
+            "add --bf16"
         )
     run = RunFolder(config.output_dir)
     if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
