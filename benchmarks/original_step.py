@@ -24,7 +24,7 @@ class OriginalStyle(nn.Module):
         self.model = model
 
     def forward(self, batch: TokenBatch) -> PolicyOutputs:
-        ids, is_attended, picked = _right_padded(batch)
+        ids, is_attended, picked = right_padded(batch)
         logits = self.model(input_ids=ids, attention_mask=is_attended).logits  # [N, L, V]
         table = log_softmax(logits, dim=-1).clone()[:, :-1]
         chosen = table.gather(-1, ids[:, 1:, None]).squeeze(-1)  # [N, L - 1]
@@ -32,7 +32,7 @@ class OriginalStyle(nn.Module):
         return PolicyOutputs(chosen.gather(1, columns).masked_fill(picked < 0, 0.0))
 
 
-def _right_padded(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+def right_padded(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [N, L], attention mask [N, L], and where each response token is predicted [N, R]."""
     prompts = batch.prompt_lengths[batch.prompt_index].tolist()
     lengths = batch.response_lengths.tolist()

@@ -25,6 +25,8 @@ from typing import Any
 
 NAMES = (
     "rrhf_step",
+    "trl_head",
+    "dpo_pair",
     "peak_memory",
 )
 """In order of cost."""

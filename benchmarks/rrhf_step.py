@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.harness import lines, timed
 from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.training_step import EXACT, TrainingStep, compared
 from rrhf.data.collate import TokenBatch
 from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import enable_checkpointing
@@ -28,8 +29,8 @@ GOALS = {"S1": 3.0, "S3": 4.0, "S5": 4.2, "S4": 3.8, "S6": 1.8, "B6": 7.0}
 ROUNDS = {"S3": 3, "S5": 3, "S4": 3}
 
 BASELINE = "original"
-EXACT, HALF = 1e-5, 0.05
-"""By how much a loss and a gradient may differ, relatively, in float32 and in bfloat16."""
+HALF = 0.05
+"""By how much a loss and a gradient may differ, relatively, in bfloat16."""
 
 
 def _checkpointed(shape: Shape) -> nn.Module:
@@ -64,28 +65,17 @@ SHOWN = {"B6": ("shared_prefix_bf16", "shared_prefix", "original_bf16")}
 """The variants of a case where none are asked for; the goal is the first one's."""
 
 
-class Step:
-    """Forward and backward of one model on one batch."""
+class Step(TrainingStep):
+    """RRHF, rank loss and likelihood of the best, on one batch."""
 
     def __init__(self, policy: nn.Module, batch: TokenBatch) -> None:
-        self.policy, self.batch = policy.train(), batch
+        super().__init__(policy)
+        self.batch = batch
         self.objective = RankObjective(RankConfig("", "", data_path=""))
 
     def forward(self) -> Tensor:
-        """The loss."""
         terms = self.objective(self.policy(self.batch), self.batch)
         return torch.stack([term.weight * term.total for term in terms.values()]).sum()
-
-    def __call__(self) -> Tensor:
-        self.policy.zero_grad(set_to_none=True)
-        loss = self.forward()
-        loss.backward()
-        return loss.detach()
-
-    def gradient(self) -> Tensor:
-        """In float32, as it was left."""
-        parts = [p.grad.float().flatten() for p in self.policy.parameters() if p.grad is not None]
-        return torch.cat(parts)
 
 
 def run(case: str, rounds: int, variants: Sequence[str] = ()) -> dict[str, Any]:
@@ -99,16 +89,7 @@ def run(case: str, rounds: int, variants: Sequence[str] = ()) -> dict[str, Any]:
     asked = variants or SHOWN.get(case, DEFAULT)
     names = [BASELINE, *(name for name in asked if name != BASELINE)]
     steps = {name: Step(VARIANTS[name].build(shape), batch) for name in names}
-    differences: dict[str, dict[str, float]] = {}
-    expected_loss = steps[BASELINE]()
-    expected = steps[BASELINE].gradient()
-    for name in names[1:]:
-        loss = float((steps[name]() - expected_loss).abs() / expected_loss.abs())
-        gradient = float((steps[name].gradient() - expected).norm() / expected.norm())
-        differences[name] = {"loss": loss, "gradient": gradient}
-        tolerance = VARIANTS[name].tolerance
-        assert max(loss, gradient) <= tolerance, f"{name} differs: {differences[name]}"
-    del expected
+    differences = compared(steps, {name: VARIANTS[name].tolerance for name in names})
     timings = timed(steps, rounds, are_warm=True)
     return {
         "benchmark": "rrhf_step",

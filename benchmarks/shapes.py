@@ -77,22 +77,42 @@ class Shape:
         responses = [ids(length) for length in self.responses]
         return collate([EncodedSet(prompt, responses, scores)], pad_id=0)
 
-    def theory(self) -> float:
-        """The ratio of floating-point operations, original-style over shared prefix.
-
-        Original: every row with its prompt, padded, dense attention, the head at every position.
-        Shared: every prompt once, exact causal attention, the head at response positions with
-        logits kept (three multiplications, as in the original).
-        """
+    def work(self) -> Work:
+        """Multiplications of one forward pass."""
         count, longest = len(self.responses), max(self.responses)
         head = self.hidden * self.vocabulary
         width = self.prompt + longest
         pair = 2 * self.hidden * self.layers  # scores and weighted values of one query and key
-        original = count * width * (self.body_parameters + head) + count * width**2 * pair
         tokens = sum(self.responses)
         seen = self.prompt**2 / 2 + sum(r * self.prompt + r**2 / 2 for r in self.responses)
-        shared = (self.prompt + tokens) * self.body_parameters + tokens * head + seen * pair
-        return original / shared
+        return Work(
+            rows_body=count * width * self.body_parameters + count * width**2 * pair,
+            rows_head=count * width * head,
+            body=(self.prompt + tokens) * self.body_parameters + seen * pair,
+            head=tokens * head,
+        )
+
+    def theory(self) -> float:
+        """The ratio of floating-point operations, original-style over shared prefix."""
+        work = self.work()
+        return (work.rows_body + work.rows_head) / (work.body + work.head)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications of one forward pass; a backward pass costs twice as many.
+
+    Attributes:
+        rows_body: padded rows, each with its prompt, dense attention.
+        rows_head: the head at every position of them.
+        body: every prompt once, exact causal attention.
+        head: at response positions; logits kept.
+    """
+
+    rows_body: float
+    rows_head: float
+    body: float
+    head: float
 
 
 SHAPES = {

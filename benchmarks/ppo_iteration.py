@@ -1,0 +1,245 @@
+"""One iteration of PPO against TRL's: rollout, scores, reference, values, and the epochs of steps.
+
+Both sides are their own trainers, each in a process that is stopped between two iterations; the
+rounds interleave, and what counts is each one's CPU time from stop to stop. Same random models,
+same prompts, same batches and number of optimiser steps; no response may end early. Both sample by
+themselves, so what is compared before anything is timed is what must be so whatever was sampled.
+
+A trunk that policy and critic share, and LoRA, are other algorithms than TRL's, which has a critic
+of its own: they say what our users can choose, and stand apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from benchmarks.harness import Ratio, Timing
+from benchmarks.workers import ROOT, Worker
+
+PEER, OURS = "TRL 1.10", "rrhf"
+PEER_VERSION = "1.10.0"
+PEER_PYTHON = ROOT / "trl-env" / "bin" / "python"
+HOW_TO_HAVE_THE_PEER = (
+    f"make trl-env/ with `python -m venv trl-env` and `trl-env/bin/pip install trl=={PEER_VERSION} "
+    f"torch=={torch.__version__.partition('+')[0]} transformers=={transformers.__version__}`, "
+    "or give --trl_python"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of an iteration and what our side is.
+
+    Attributes:
+        critic: "separate", "shared trunk", or "LoRA" (rank 16 on a shared trunk).
+        samples: responses to each prompt; the peer reads every one with a prompt of its own.
+        hidden, layers, vocabulary: of all models; the MLP is 2.5 times as wide as H.
+        prompt, response: tokens.
+        rows: responses of a rollout, all of them in one step.
+        epochs: passes over them, a step each.
+    """
+
+    critic: str
+    samples: int = 1
+    hidden: int = 256
+    layers: int = 4
+    vocabulary: int = 32768
+    prompt: int = 192
+    response: int = 64
+    rows: int = 8
+    epochs: int = 4
+    learning_rate: float = 1e-6
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=5 * self.hidden // 2,
+            num_hidden_layers=self.layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=2048,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+
+    def theory(self) -> float:
+        """The ratio of multiplications, theirs over ours, for one response.
+
+        Theirs: whole rows, dense attention, the head at every position of reference and steps.
+        Ours: every prompt once, causal attention, the head at response positions; a frozen head
+        and frozen weights cost no gradient of their own. A backward pass is two forwards.
+        """
+        p, r, h = self.prompt, self.response, self.hidden
+        body = self.layers * (2 * h * (h + h // 2) + 3 * h * (5 * h // 2))
+        head, pair = h * self.vocabulary, 2 * h * self.layers
+        whole = (p + r) * body + (p + r) ** 2 * pair
+        written = (r - 1) * (body + head) + head + r * (p + r / 2) * pair
+        theirs = p * body + p**2 * pair + written + 3 * whole + (p + r) * head
+        theirs += 3 * self.epochs * (2 * whole + (p + r) * head)
+        once = p / self.samples
+        causal = once * p / 2 + r * p + r**2 / 2
+        mine = (once + r) * body + causal * pair
+        ours = once * body + once * p / 2 * pair + written + 3 * mine + r * head
+        ours += (
+            self.epochs
+            * {
+                "separate": 6 * mine + 3 * r * head,
+                "shared trunk": 3 * mine + 3 * r * head,
+                "LoRA": 2 * mine + 2 * r * head,
+            }[self.critic]
+        )
+        return theirs / ours
+
+
+CASES = {
+    "separate critic": Case("separate"),
+    "shared trunk": Case("shared trunk"),
+    "LoRA": Case("LoRA"),
+    "4 samples of a prompt": Case("separate", samples=4),
+}
+GOALS = {"separate critic": 1.5, "shared trunk": 2.2, "LoRA": 2.4, "4 samples of a prompt": 1.5}
+
+
+def run(case: str, rounds: int, trl_python: str | None = None) -> dict[str, Any]:
+    """Compare, then time.
+
+    Args:
+        case: name.
+        rounds: that count; one more goes before them.
+        trl_python: the interpreter of an environment with the peer; by default that of trl-env/
+            in the root of the repository. Where there is none, ours runs alone and the result says
+            so in `missing`.
+
+    Raises:
+        AssertionError: one side does not do what the other does.
+    """
+    sizes = CASES[case]
+    peer = trl_python or str(PEER_PYTHON)
+    missing = _missing(peer)
+    told: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        commands = {OURS: [sys.executable, "-m", "benchmarks.ppo_rrhf"]}
+        if missing is None:
+            commands = {PEER: [peer, "-m", "benchmarks.ppo_trl"], **commands}
+        workers = {}
+        world = write_world(Path(folder), sizes)
+        for name, command in commands.items():
+            told[name] = []
+            workers[name] = stack.enter_context(
+                Worker([*command, str(world), json.dumps(asdict(sizes))])
+            )
+        for number in range(rounds + 1):
+            for name in workers if number % 2 else reversed(workers):
+                told[name].append(workers[name].piece())
+            if number == 0:
+                differences = compare({name: found[0] for name, found in told.items()}, sizes)
+    baseline = [one["seconds"] for one in told[next(iter(told))][1:]]
+    timings = {}
+    for name, found in told.items():
+        mine = [one["seconds"] for one in found[1:]]
+        ratio = Ratio.of([base / own for base, own in zip(baseline, mine, strict=True)])
+        timings[name] = Timing([round(value, 4) for value in mine], ratio)
+    return {
+        "benchmark": "ppo_iteration",
+        "case": case,
+        "shape": sizes,
+        "goal": GOALS[case],
+        "theory": sizes.theory(),
+        "relative_differences": differences,
+        "timings": timings,
+        "missing": missing,
+    }
+
+
+def compare(first: dict[str, dict[str, Any]], sizes: Case) -> dict[str, dict[str, float]]:
+    """What must be so of a first iteration, whatever was sampled.
+
+    The policy is the reference, so the KL is zero; the step begins at the policy that sampled, so
+    ratios are one; both have the same entropy and do the same number of steps. At these learning
+    rates four steps move none of it by more than a thousandth.
+    """
+    ours = first[OURS]
+    assert abs(ours["first_ratio"] - 1) < 1e-4, f"the first step's ratio: {ours}"
+    assert ours["shortest_response"] == sizes.response, f"responses ended early: {ours}"
+    for name, found in first.items():
+        assert found["optimizer_steps"] == sizes.epochs, f"{name}: {found}"
+        assert abs(found["kl"]) < 1e-3 and abs(found["ratio"] - 1) < 1e-3, f"{name}: {found}"
+        assert abs(found["entropy"] / math.log(sizes.vocabulary) - 1) < 0.05, f"{name}: {found}"
+    if PEER not in first:
+        return {}
+    entropy = abs(ours["entropy"] / first[PEER]["entropy"] - 1)
+    assert entropy < 1e-3, f"entropies: {first}"
+    return {OURS: {"entropy": entropy, "kl": abs(ours["kl"] - first[PEER]["kl"])}}
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people."""
+    case: Case = result["shape"]
+    lines = [
+        f"{result['case']}: H{case.hidden} L{case.layers} V{case.vocabulary} P{case.prompt} "
+        f"R{case.response}, {case.rows} responses, {case.epochs} epochs; "
+        f"FLOP ratio {result['theory']:.2f}, to reach {result['goal']}"
+    ]
+    for name, timing in result["timings"].items():
+        seconds = sorted(timing.seconds)[len(timing.seconds) // 2]
+        lines.append(f"  {name:27} {1000 * seconds:8.0f} ms   x {timing.speed_up}")
+    if result["missing"]:
+        lines.append(f"  no peer: {result['missing']}; to have it: {HOW_TO_HAVE_THE_PEER}")
+    return "\n".join(lines)
+
+
+def write_world(folder: Path, sizes: Case) -> Path:
+    """policy/, reward/ and prompts.jsonl, of random weights and words; returns the folder."""
+    words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, sizes.vocabulary))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    score_config = sizes.config()
+    score_config.num_labels = 1
+    LlamaForCausalLM(sizes.config()).save_pretrained(folder / "policy")
+    LlamaForSequenceClassification(score_config).save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+    generator = torch.Generator().manual_seed(1)
+    with (folder / "prompts.jsonl").open("w") as file:
+        for _ in range(8 * sizes.rows // sizes.samples):
+            ids = torch.randint(3, len(words), (sizes.prompt,), generator=generator).tolist()
+            row = {"query": " ".join(words[i] for i in ids), "responses": [], "ids": ids}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def _missing(python: str) -> str | None:
+    """Why an interpreter cannot run the peer, or None."""
+    code = "from importlib.metadata import version; print(version('trl'))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    except OSError as error:
+        return f"{python}: {error.strerror}"
+    if done.returncode:
+        return f"{python} has no trl"
+    found = done.stdout.strip()
+    return None if found == PEER_VERSION else f"{python} has trl {found}, not {PEER_VERSION}"

@@ -1,0 +1,91 @@
+"""The PPO benchmark: workers that stop between two pieces, and what it asks before it times."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import ppo_iteration
+from benchmarks.ppo_iteration import OURS, PEER, Case, compare
+from benchmarks.workers import Worker
+
+BUSY = """
+import time
+from benchmarks.workers import Gate
+
+gate = Gate()
+print("this is no answer")
+for number in range(3):
+    gate(number=number) if number else gate()
+    time.sleep(0.05)
+    end = time.process_time() + 0.1 * (number + 1)
+    while time.process_time() < end:
+        pass
+gate(number=3)
+raise ValueError("nothing is left")
+"""
+
+
+def test_a_worker_works_from_gate_to_gate() -> None:
+    with Worker([sys.executable, "-c", BUSY]) as worker:
+        for number in (1, 2, 3):
+            found = worker.piece()
+            assert found["number"] == number
+            assert 0.1 * number <= found["seconds"] < 0.1 * number + 0.04
+        with pytest.raises(RuntimeError, match="nothing is left"):
+            worker.piece()
+
+
+def facts() -> dict[str, float]:
+    return {
+        "optimizer_steps": 4,
+        "kl": 1e-7,
+        "ratio": 1.0001,
+        "first_ratio": 1.0,
+        "entropy": 10.39,
+        "shortest_response": 64,
+    }
+
+
+def test_sides_that_do_not_do_the_same_are_not_timed() -> None:
+    case = Case("separate")
+    assert compare({PEER: facts(), OURS: facts()}, case)[OURS]["kl"] == 0
+    for changes in (
+        {"optimizer_steps": 5},
+        {"kl": 0.01},
+        {"ratio": 1.1},
+        {"first_ratio": 1.001},
+        {"entropy": 10.37},
+        {"shortest_response": 63},
+    ):
+        with pytest.raises(AssertionError):
+            compare({PEER: facts(), OURS: facts() | changes}, case)
+
+
+def test_the_flop_ratio_by_hand() -> None:
+    """H 8, one layer: 2*8*12 + 3*8*20 = 672 weights, head 8*10, 16 a pair; P 3, R 2, one epoch."""
+    case = replace(
+        Case("separate"), hidden=8, layers=1, vocabulary=10, prompt=3, response=2, epochs=1
+    )
+    whole = 5 * 672 + 25 * 16
+    written = 1 * (672 + 80) + 80 + 2 * 4 * 16
+    read = 5 * 672 + (4.5 + 6 + 2) * 16
+    theirs = 3 * 672 + 9 * 16 + written + 3 * whole + 5 * 80 + 3 * (2 * whole + 5 * 80)
+    start = 3 * 672 + 4.5 * 16 + written + 3 * read + 2 * 80
+    assert case.theory() == pytest.approx(theirs / (start + 6 * read + 3 * 2 * 80))
+    lora = replace(case, critic="LoRA")
+    assert lora.theory() == pytest.approx(theirs / (start + 2 * read + 2 * 2 * 80))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ppo_iteration.CASES)
+def test_our_side_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = replace(
+        ppo_iteration.CASES[name], hidden=32, layers=2, vocabulary=64, prompt=6, response=4
+    )
+    monkeypatch.setitem(ppo_iteration.CASES, name, tiny)
+    result = ppo_iteration.run(name, 1, trl_python="no/such/python")
+    assert list(result["timings"]) == [OURS]
+    assert "no peer: no/such/python" in ppo_iteration.table(result)
