@@ -24,6 +24,7 @@ from rrhf.errors import UserError
 from rrhf.generation.engine import SamplingParams
 from rrhf.generation.incremental import IncrementalModel
 from rrhf.generation.local import LocalEngine
+from rrhf.generation.shared_prompt import SharedPromptModel
 from rrhf.records import CandidateSet, Message
 
 TEXTS = ["the cat sat on the mat and the dog ran", "a man and a hat ran to the sea. The end!"]
@@ -209,14 +210,14 @@ def test_halves_are_tried_when_memory_runs_out(model, codec, monkeypatch, caplog
     engine = LocalEngine(model, codec, max_batch_rows=12)
     wanted = ids_of(engine.generate(prompts, params))
     limit = {"rows": 2}
-    true_repeat = IncrementalModel.repeat
+    true_arrange = SharedPromptModel.arrange
 
-    def narrow_repeat(self, times):
-        true_repeat(self, times)
-        if len(self._next_position) > limit["rows"]:
+    def narrow_arrange(self, sources, handles):
+        if len(sources) > limit["rows"]:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        true_arrange(self, sources, handles)
 
-    monkeypatch.setattr(IncrementalModel, "repeat", narrow_repeat)
+    monkeypatch.setattr(SharedPromptModel, "arrange", narrow_arrange)
     assert ids_of(engine.generate(prompts, params)) == wanted
     assert "half" in caplog.text
     limit["rows"] = 0

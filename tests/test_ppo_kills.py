@@ -17,7 +17,7 @@ from trainer_cases import metrics_of, same_weights
 JOB = "ppo_cases:train_again"
 NUM_RANDOM_KILLS = 20
 
-SAMPLE = "rrhf.generation.local:pick_tokens"
+SAMPLE = "rrhf.generation.row_loop:pick_tokens"
 SCORE = "rrhf.scoring.reward_model:RowScorer.score_rows"
 READ = "rrhf.training.online.rollout:RolloutWriter._read_batch"
 BACKWARD = "rrhf.training.parallel:Parallel.backward"

@@ -17,7 +17,7 @@ from ppo_cases import build_world, settings, without_clock
 from trainer_cases import metrics_of, same_weights
 
 from rrhf.errors import StoppedBySignal
-from rrhf.generation import local
+from rrhf.generation import row_loop
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training import ppo
 from rrhf.training.online import rollout
@@ -71,7 +71,7 @@ def signalled_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("owner", "name", "call", "step"),
     [
-        (local, "pick_tokens", 3, 0),
+        (row_loop, "pick_tokens", 3, 0),
         (RewardModelScorer, "score", 2, 4),
         (rollout.RolloutWriter, "_read_batch", 6, 4),
         (RewardModelScorer, "score", 4, 8),

@@ -80,12 +80,14 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 class IncrementalModel:
-    """Rows of one batch on their way; make one for each batch.
+    """Rows of one batch on their way; prompts are read anew for each batch.
 
     Args:
         model: a Hugging Face causal language model, in eval mode.
         pad_id: filler on the left of shorter prompts; never attended to.
     """
+
+    can_join = False
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self._model = model
@@ -124,6 +126,27 @@ class IncrementalModel:
         positions = self._next_position[:, None]
         self._next_position = self._next_position + 1
         return self._forward(tokens[:, None], positions)
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        """As `start`, in the words of `rrhf.generation.decoders.Decoder`; ends the last batch."""
+        logits = self.start(prompts)
+        self._is_new = True
+        return list(range(len(prompts))), logits
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Nothing: prompts stay with their rows."""
+
+    def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
+        """After `read`, rows of the prompts that are named; later, those that go on.
+
+        Raises:
+            AssertionError: a row begins beside others that are on their way.
+        """
+        assert self._is_new or None not in sources, "plain rows begin together"
+        rows = list(handles) if self._is_new else [row for row in sources if row is not None]
+        if rows != list(range(len(self._next_position))):
+            self.select(torch.tensor(rows, device=self._device))
+        self._is_new = False
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         given: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}

@@ -14,55 +14,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.generation.beam_search import BeamSearch, BeamSettings, Hypothesis
+from rrhf.generation.decoders import Decoder, decoding
 from rrhf.generation.engine import Sample, SamplingParams
-from rrhf.generation.incremental import IncrementalModel
-from rrhf.generation.sampling import check_params, pick_tokens, sample_uniforms
+from rrhf.generation.row_loop import ByParams, Chooser, Job, RowLoop, Written
+from rrhf.generation.sampling import check_params
 from rrhf.models.loading import context_window
-from rrhf.records import CandidateSet, FinishReason
+from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
-
-# Text is looked at for stop strings every so many tokens; what was written beyond one is cut off.
-STOP_CHECK_TOKENS = 8
-# Finished rows leave once they are this part of the batch: each leaving copies the others' past.
-LEAVING_FRACTION = 1 / 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt and which of its samples are wanted.
-
-    Attributes:
-        prompt: the set.
-        ids: its prompt as tokens.
-        stops: strings before which a response ends.
-        first: index of the first sample.
-        count: how many samples, one after the other.
-    """
-
-    prompt: CandidateSet
-    ids: list[int]
-    stops: tuple[str, ...]
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """A response as the loop left it: [T] ids and log-probs, not yet cut at a stop string."""
-
-    token_ids: Tensor
-    logprobs: Tensor
-    finish_reason: FinishReason
 
 
 def prompt_room(
@@ -99,7 +65,10 @@ class LocalEngine:
         max_batch_rows: responses written at the same time, at most.
         max_prompt_tokens: longer prompts lose whole turns on the left; None = as the model's
             window allows.
+        chooser: what chooses tokens, from the settings and the ids that end a response.
     """
+
+    chooser: Callable[[SamplingParams, frozenset[int]], Chooser] = ByParams
 
     def __init__(
         self,
@@ -142,143 +111,69 @@ class LocalEngine:
                     f"{self.prompt_room(params)} tokens; shorten it, or raise max_prompt_tokens"
                 )
             stops = (*self.codec.stop_strings(prompt), *params.stop_strings)
-            jobs.append(Job(prompt, ids, stops, 0, params.num_return_sequences))
-        samples: list[list[Sample]] = [[] for _ in jobs]
-        longest_first = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].ids))
+            jobs.append(Job(prompt, ids, stops, params.num_return_sequences))
+        if not jobs:
+            return []
+        places = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].ids))
+        ordered = [jobs[place] for place in places]  # so that neighbours are of similar length
         with _evaluating(self.model), torch.no_grad():
-            for places in self._batches(longest_first, params):
-                batch = [jobs[place] for place in places]
-                written = self._write(batch, params)
-                for place, rows in zip(places, written, strict=True):
-                    samples[place] = [self._sample_of(jobs[place], row) for row in rows]
-        return samples
-
-    def _batches(self, places: list[int], params: SamplingParams) -> Iterator[list[int]]:
-        rows_each = max(params.num_beams, params.num_return_sequences)
-        size = max(1, self.max_batch_rows // rows_each)
-        for start in range(0, len(places), size):
-            yield places[start : start + size]
-
-    def _write(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
-        """Write a batch; where memory does not suffice, write its halves."""
-        rows = sum(job.count for job in jobs)
-        if params.num_beams == 1 and len(jobs) == 1 and rows > self.max_batch_rows:
-            return self._write_halves(jobs, params)
-        try:
             if params.num_beams > 1:
-                return self._search_beams(jobs, params)
-            return self._sample_rows(jobs, params)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if len(jobs) == 1 and (rows == 1 or params.num_beams > 1):
-                raise UserError(
-                    f"prompt {jobs[0].prompt.id}: no memory for one response of "
-                    f"{params.max_new_tokens} tokens after {len(jobs[0].ids)}; lower "
-                    "max_new_tokens or max_prompt_tokens"
-                ) from error
-        logger.warning("no memory for %d rows at a time; trying half as many", rows)
-        return self._write_halves(jobs, params)
-
-    def _write_halves(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
-        if len(jobs) > 1:
-            middle = len(jobs) // 2
-            return self._write(jobs[:middle], params) + self._write(jobs[middle:], params)
-        job = jobs[0]
-        count = job.count // 2
-        first = Job(job.prompt, job.ids, job.stops, job.first, count)
-        rest = Job(job.prompt, job.ids, job.stops, job.first + count, job.count - count)
-        return [self._write([first], params)[0] + self._write([rest], params)[0]]
+                written = self._search_beams(ordered, params)
+            else:
+                written = self._sample_rows(ordered, params)
+        rows_of = dict(zip(places, written, strict=True))
+        return [
+            [self._sample_of(job, row) for row in rows_of[place]] for place, job in enumerate(jobs)
+        ]
 
     def _sample_rows(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
-        """Ancestral or greedy decoding of all rows of the jobs; all jobs have the same count."""
-        device = next(self.model.parameters()).device
-        count = jobs[0].count
-        num_rows = len(jobs) * count
-        uniforms = self._uniforms(jobs, params).to(device)  # [rows, T]
-        end_ids = torch.tensor(sorted(self.codec.end_ids), device=device)
-        tokens = torch.zeros((num_rows, params.max_new_tokens), dtype=torch.int64, device=device)
-        logprobs = torch.zeros((num_rows, params.max_new_tokens), device=device)
-        lengths = torch.full((num_rows,), params.max_new_tokens, device=device)
-        model = IncrementalModel(self.model, self.codec.pad_id)
-        logits = model.start([job.ids for job in jobs])
-        model.repeat(count)
-        logits = logits.repeat_interleave(count, dim=0)
-        seen = self._seen_tokens(jobs, params, logits)
-        rows = torch.arange(num_rows, device=device)  # which rows are still in the batch
-        alive = torch.ones_like(rows, dtype=torch.bool)
-        for step in range(params.max_new_tokens):
-            forbidden = self.codec.end_ids if step < params.min_new_tokens else ()
-            now = uniforms[rows, step] if params.do_sample else None
-            picked, picked_logprobs = pick_tokens(logits, params, now, forbidden, seen)
-            tokens[rows, step] = picked
-            logprobs[rows, step] = picked_logprobs
-            ended = alive & torch.isin(picked, end_ids)
-            lengths[rows[ended]] = step + 1
-            alive &= ~ended
-            if (step + 1) % STOP_CHECK_TOKENS == 0:
-                stopped = self._stopped(jobs, rows, alive, tokens[:, : step + 1])
-                lengths[rows[stopped]] = step + 1
-                alive &= ~stopped
-            num_alive = int(alive.sum())
-            if num_alive == 0 or step + 1 == params.max_new_tokens:
-                break
-            if seen is not None:
-                seen[torch.arange(len(rows), device=device), picked] = True
-            if num_alive <= len(rows) * (1 - LEAVING_FRACTION):
-                kept = alive.nonzero()[:, 0]
-                model.select(kept)
-                rows, picked, alive = rows[kept], picked[kept], alive[kept]
-                seen = None if seen is None else seen[kept]
-            logits = model.step(picked)
-        return _grouped(tokens.cpu(), logprobs.cpu(), lengths.tolist(), self.codec.end_ids, jobs)
-
-    def _uniforms(self, jobs: list[Job], params: SamplingParams) -> Tensor:
-        if not params.do_sample:
-            return torch.zeros((0, 0), dtype=torch.float64)
-        return torch.stack(
-            [
-                sample_uniforms(params, job.prompt.id, job.first + index)
-                for job in jobs
-                for index in range(job.count)
-            ]
-        )
-
-    def _seen_tokens(
-        self, jobs: list[Job], params: SamplingParams, logits: Tensor
-    ) -> Tensor | None:
-        """[R, V] True where the prompt holds the token; None where no penalty asks for it."""
-        if params.repetition_penalty == 1.0:
-            return None
-        seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        count = jobs[0].count
-        for place, job in enumerate(jobs):
-            ids = torch.tensor(job.ids, device=logits.device)
-            seen[place * count : (place + 1) * count, ids] = True
-        return seen
-
-    def _stopped(self, jobs: list[Job], rows: Tensor, alive: Tensor, written: Tensor) -> Tensor:
-        """[rows in the batch] True where the text written so far holds a stop string.
-
-        Only the end of it is read, the rest was read before; a find is checked on the whole.
-        """
-        stopped = torch.zeros_like(alive)
-        bytes_of_stop = max((len(s.encode()) for job in jobs for s in job.stops), default=0)
-        if bytes_of_stop == 0:
-            return stopped
-        tail_tokens = STOP_CHECK_TOKENS + bytes_of_stop
-        tails = written[rows, -tail_tokens:].tolist()
-        for place, (row, is_alive) in enumerate(zip(rows.tolist(), alive.tolist(), strict=True)):
-            stops = jobs[row // jobs[0].count].stops
-            if is_alive and self._holds_any(tails[place], stops):
-                stopped[place] = self._holds_any(written[row].tolist(), stops)
-        return stopped
+        """Ancestral or greedy decoding; where memory does not suffice, of half as many rows."""
+        end_ids = frozenset(self.codec.end_ids)
+        loop = RowLoop(jobs, params, end_ids, self._holds_any, self.chooser(params, end_ids))
+        max_rows = self.max_batch_rows
+        longest = len(jobs[0].ids) + params.max_new_tokens
+        with decoding(self.model, self.codec.pad_id, longest) as new_decoder:
+            while not loop.is_done:
+                try:
+                    loop.run(new_decoder(), max_rows)
+                except (MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    rows = loop.put_back()
+                    if rows <= 1:
+                        raise _no_memory(jobs[0], params) from error
+                    max_rows = rows // 2
+                    logger.warning("no memory for %d rows at a time; trying half as many", rows)
+        return loop.written()
 
     def _holds_any(self, ids: list[int], stops: tuple[str, ...]) -> bool:
         text = self.codec.decode_tail(ids)
         return any(stop in text for stop in stops)
 
     def _search_beams(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
+        """Beam search of some prompts at a time; where memory does not suffice, of half of them."""
+        count = max(1, self.max_batch_rows // params.num_beams)
+        parts = [jobs[start : start + count] for start in range(0, len(jobs), count)]
+        longest = len(jobs[0].ids) + params.max_new_tokens
+        written: list[list[Written]] = []
+        with decoding(self.model, self.codec.pad_id, longest) as new_decoder:
+            while parts:
+                part = parts.pop(0)
+                try:
+                    written += self._search_part(part, params, new_decoder())
+                except (MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    if len(part) == 1:
+                        raise _no_memory(part[0], params) from error
+                    rows, half = len(part) * params.num_beams, len(part) // 2
+                    parts[:0] = [part[:half], part[half:]]
+                    logger.warning("no memory for %d rows at a time; trying half as many", rows)
+        return written
+
+    def _search_part(
+        self, jobs: list[Job], params: SamplingParams, decoder: Decoder
+    ) -> list[list[Written]]:
         """The best hypotheses of each job, the best first; log-probs are at the temperature."""
         settings = BeamSettings(
             num_beams=params.num_beams,
@@ -295,19 +190,22 @@ class LocalEngine:
 
         has_stops = any(job.stops for job in jobs)
         search = BeamSearch(len(jobs), settings, self.codec.end_ids, stops if has_stops else None)
-        model = IncrementalModel(self.model, self.codec.pad_id)
-        logits = model.start([job.ids for job in jobs])
-        model.repeat(params.num_beams)
+        handles, logits = decoder.read([job.ids for job in jobs])
         logits = logits.repeat_interleave(params.num_beams, dim=0)
+        owners = [handle for handle in handles for _ in range(params.num_beams)]
+        is_first = True
         while True:
-            num_rows = len(logits)
+            searching = search.searching
             scaled = logits.float() / params.temperature
             rows, tokens = search.advance(torch.log_softmax(scaled, dim=-1))
             if search.is_done:
                 break
-            if rows.tolist() != list(range(num_rows)):
-                model.select(rows)
-            logits = model.step(tokens)
+            decoder.release([handles[p] for p in searching if p not in search.searching])
+            sources = rows.tolist()
+            owners = [owners[row] for row in sources]
+            decoder.arrange([None] * len(sources) if is_first else sources, owners)
+            is_first = False
+            logits = decoder.step(tokens)
         return [
             [
                 Written(torch.tensor(h.tokens), torch.tensor(h.logprobs), h.finish_reason)
@@ -349,26 +247,6 @@ def _tokens_before(
     return low
 
 
-def _grouped(
-    tokens: Tensor,
-    logprobs: Tensor,
-    lengths: list[int],
-    end_ids: frozenset[int],
-    jobs: list[Job],
-) -> list[list[Written]]:
-    """Rows back to their jobs, each cut to its length."""
-    written: list[list[Written]] = []
-    row = 0
-    for job in jobs:
-        written.append([])
-        for _ in range(job.count):
-            ids = tokens[row, : lengths[row]].clone()
-            reason: FinishReason = "stop" if int(ids[-1]) in end_ids else "length"
-            written[-1].append(Written(ids, logprobs[row, : lengths[row]].clone(), reason))
-            row += 1
-    return written
-
-
 def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
     if len(hypotheses) < job.count:
         raise UserError(
@@ -376,6 +254,13 @@ def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
             f"{job.count} were asked for; raise max_new_tokens, or lower num_return_sequences"
         )
     return hypotheses
+
+
+def _no_memory(job: Job, params: SamplingParams) -> UserError:
+    return UserError(
+        f"prompt {job.prompt.id}: no memory for one response of {params.max_new_tokens} tokens "
+        f"after {len(job.ids)}; lower max_new_tokens or max_prompt_tokens"
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -121,7 +121,8 @@ def temperature_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> 
         [R] float32, nats.
     """
     scaled = logits.float() / temperature
-    return torch.log_softmax(scaled, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+    chosen = scaled.gather(-1, tokens[:, None]).squeeze(-1)
+    return chosen - torch.logsumexp(scaled, dim=-1)
 
 
 def penalise_repetitions(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -139,12 +140,18 @@ def penalise_repetitions(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
     return torch.where(seen, lowered, logits)
 
 
-def forbid_tokens(logits: Tensor, token_ids: Collection[int]) -> Tensor:
-    """The logits with some tokens made impossible."""
-    if not token_ids:
+def forbid_tokens(
+    logits: Tensor, token_ids: Collection[int], rows: Sequence[int] | None = None
+) -> Tensor:
+    """The logits with some tokens made impossible, in some rows or (None) in all of them."""
+    if not token_ids or rows == []:
         return logits
     allowed = logits.clone()
-    allowed[:, sorted(token_ids)] = -torch.inf
+    tokens = torch.tensor(sorted(token_ids), device=logits.device)
+    if rows is None or len(rows) == len(logits):
+        allowed[:, tokens] = -torch.inf
+    else:
+        allowed[torch.tensor(rows, device=logits.device)[:, None], tokens] = -torch.inf
     return allowed
 
 
@@ -195,7 +202,11 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [R] int64.
     """
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)  # [R, V]
+    return _tokens_at(torch.softmax(logits, dim=-1), uniforms)
+
+
+def _tokens_at(probs: Tensor, uniforms: Tensor) -> Tensor:
+    cumulative = probs.cumsum(dim=-1)  # [R, V]
     total = cumulative[:, -1:]
     place = (uniforms[:, None] * total.double()).to(cumulative.dtype)
     below_total = torch.nextafter(total, torch.zeros_like(total))
@@ -209,6 +220,7 @@ def pick_tokens(
     uniforms: Tensor | None,
     forbidden: Collection[int] = (),
     seen: Tensor | None = None,
+    forbidden_rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, and its log-prob at the sampling temperature, before filters.
 
@@ -221,6 +233,7 @@ def pick_tokens(
         uniforms: [R] float64 for sampling; None for greedy.
         forbidden: tokens that must not come now (end ids before min_new_tokens).
         seen: [R, V] bool for the repetition penalty; None where it is off.
+        forbidden_rows: where they must not; None = in all rows.
 
     Returns:
         tokens [R] int64 and their log-probs [R] float32.
@@ -229,12 +242,16 @@ def pick_tokens(
     shaped = logits
     if seen is not None and params.repetition_penalty != 1.0:
         shaped = penalise_repetitions(shaped, seen, params.repetition_penalty)
-    shaped = forbid_tokens(shaped, forbidden)
+    shaped = forbid_tokens(shaped, forbidden, forbidden_rows)
     if params.do_sample:
         assert uniforms is not None, "sampling needs its uniform numbers"
-        shaped = shaped / params.temperature
-        shaped = keep_top_p(keep_top_k(shaped, params.top_k), params.top_p)
-        tokens = draw_tokens(shaped, uniforms)
+        is_own = shaped is logits
+        shaped = shaped if params.temperature == 1.0 else shaped / params.temperature
+        filtered = keep_top_p(keep_top_k(shaped, params.top_k), params.top_p)
+        probs = torch.softmax(filtered, dim=-1)
+        tokens = _tokens_at(probs, uniforms)
+        if is_own and filtered is shaped:  # the distribution that the log-probs are asked of
+            return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
     else:
         tokens = shaped.argmax(dim=-1)
     return tokens, temperature_logprobs(logits, tokens, params.temperature)
