@@ -95,6 +95,11 @@ def ranking(place: int, world: Path, out: Path, accumulation: int) -> None:
     rank.train(rank_config(world, out / "ranking", accumulation))
 
 
+def ranking_by_tokens(place: int, world: Path, out: Path, accumulation: int) -> None:
+    changes: dict[str, Any] = {"max_tokens_per_batch": 100, "engine": "shared_prefix"}
+    rank.train(rank_config(world, out / "ranking_by_tokens", accumulation, **changes))
+
+
 def ranking_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:
     folder = out / "ranking_resumed"
     stop_at(OfflineStream, 2)
@@ -149,6 +154,11 @@ def ppo_config(world: Path, out: Path, accumulation: int, **changes: Any) -> ppo
 
 def with_critic(place: int, world: Path, out: Path, accumulation: int) -> None:
     ppo.train(ppo_config(world, out / "with_critic", accumulation))
+
+
+def with_critic_by_tokens(place: int, world: Path, out: Path, accumulation: int) -> None:
+    changes = {"max_tokens_per_batch": 100}
+    ppo.train(ppo_config(world, out / "with_critic_by_tokens", accumulation, **changes))
 
 
 def with_critic_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:

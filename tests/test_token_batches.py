@@ -9,6 +9,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny, tiny_llama
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
-from rrhf.data.collate import EncodedSet
+from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.engines import build_policy
 from rrhf.models.packed_rows import PackedPolicy
@@ -25,6 +26,7 @@ from rrhf.training import rank, sft
 from rrhf.training.measure import measure
 from rrhf.training.parallel import Parallel
 from rrhf.training.rank import RankConfig, RankObjective
+from rrhf.training.reward_examples import _shares
 from rrhf.training.streams import OfflineStream
 from rrhf.training.token_batches import (
     PACKED,
@@ -252,8 +254,29 @@ def test_held_out_figures_do_not_depend_on_the_cut(layout: str) -> None:
         RankObjective(RankConfig("", "", data_path="")),
     )
     plain = measure(policy, objective, examples(), 0, 3, Parallel())
+    seen: list[int] = []
+
+    def see(_: Any, inputs: tuple[TokenBatch]) -> None:
+        (batch,) = inputs
+        lengths = batch.response_lengths.split(batch.prompt_index.bincount().tolist())
+        sizes = zip(batch.prompt_lengths.tolist(), lengths, strict=True)
+        seen.append(tokens_of([Size(p, tuple(rs.tolist())) for p, rs in sizes], layout))
+
+    policy.register_forward_pre_hook(see)
     cut = measure(policy, objective, examples(), 0, 3, Parallel(), budget=TokenBudget(60, layout))
     assert cut == pytest.approx(plain, rel=1e-6)
+    assert max(seen) <= 60 and len(seen) < len(examples())
+
+
+def test_held_out_prompts_of_a_reward_model_go_by_tokens_too() -> None:
+    budget = TokenBudget(60, PADDED)
+    ranks = [SimpleNamespace(rank=rank, world_size=2) for rank in (0, 1)]
+    shares = [_shares(examples(), 3, parallel, budget) for parallel in ranks]  # type: ignore[arg-type]
+    assert len(shares[0]) == len(shares[1])
+    counted = [place for share in shares for places, is_repeat in share for place in places]
+    assert sorted(counted) == list(range(len(examples())))
+    (lone, filler) = (_shares(examples(1), 3, p, budget) for p in ranks)  # type: ignore[arg-type]
+    assert lone == [([0], False)] and filler == [([0], True)]
 
 
 # Whole runs.

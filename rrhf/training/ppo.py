@@ -51,6 +51,7 @@ from rrhf.signals import StopRequest
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
+from rrhf.training.offline import token_budget
 from rrhf.training.offload import TRAIN, Offload, build_store, parse_levels
 from rrhf.training.online.ema import AveragedStream
 from rrhf.training.online.experience import build_experience
@@ -74,6 +75,7 @@ from rrhf.training.setup import (
 )
 from rrhf.training.sft import SFTEncoder
 from rrhf.training.streams import EncodedExamples, LiveStream, OfflineStream
+from rrhf.training.token_batches import TokenBudget
 from rrhf.training.update import Objective
 
 logger = logging.getLogger(__name__)
@@ -126,6 +128,7 @@ def train(config: PPOConfig) -> Path:
         )
         ppo_objective = None if config.method == "rrhf" else PPOObjective(config, controller)
         normalizer: Normalizer | None = RunningMeanStd() if config.normalize_reward else None
+        budget = token_budget(config, root)
         samples = SampleTable(
             bench.run.samples if bench.parallel.is_main else None,
             config.sample_table_steps,
@@ -141,6 +144,7 @@ def train(config: PPOConfig) -> Path:
             bench.codec.pad_id,
             bench.parallel,
             samples,
+            budget,
         )
         evaluate = None
         if held_out:
@@ -150,7 +154,7 @@ def train(config: PPOConfig) -> Path:
         feed: LiveStream = stream
         if config.ptx_datasets and ppo_objective is not None:
             objective = PtxObjective(ppo_objective, config.ptx_coeff)
-            feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps))
+            feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps, budget))
         average = None
         if config.use_ema:
             feed = average = AveragedStream(feed, root.policy, config.ema_beta, bench.parallel)
@@ -326,7 +330,9 @@ def _evaluation(
     return evaluate
 
 
-def _demonstrations(config: PPOConfig, bench: Workbench, total_steps: int) -> OfflineStream:
+def _demonstrations(
+    config: PPOConfig, bench: Workbench, total_steps: int, budget: TokenBudget | None
+) -> OfflineStream:
     """Batches of `--ptx_datasets`, as large as those of experience."""
     assert config.ptx_datasets is not None, "there are no demonstrations"
     sets = demonstrations(load_sets(config.ptx_datasets, config.seed))
@@ -345,6 +351,7 @@ def _demonstrations(config: PPOConfig, bench: Workbench, total_steps: int) -> Of
         seed=config.seed,
         rank=bench.parallel.rank,
         world_size=bench.parallel.world_size,
+        budget=budget,
     )
 
 

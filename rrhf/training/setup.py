@@ -227,6 +227,7 @@ def finish_run(
                 "seconds": round(time.monotonic() - bench.started, 3),
                 "tokens": outcome.tokens,
                 "world_size": bench.parallel.world_size,
+                "max_tokens_per_batch": bench.config.max_tokens_per_batch,
                 "codec": bench.codec.describe(),
                 "last_metrics": outcome.metrics,
                 "evaluation": outcome.evaluation,

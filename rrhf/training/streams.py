@@ -218,6 +218,7 @@ class OfflineStream:
             "world_size": self._world_size,
             "seed": self._seed,
             "group_by_length": self._group_by_length,
+            "max_tokens_per_batch": None if self._budget is None else self._budget.tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

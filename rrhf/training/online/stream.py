@@ -7,7 +7,8 @@ changed none of that: what is saved then is the state before it, and resuming ma
 
 The prompts of a rollout follow from (seed, its number), the order of a pass from (seed, its number,
 the pass). A rollout is cut into equally many minibatches, whether or not responses were left out;
-a minibatch is cut over ranks and micro-batches as in `rrhf.training.streams`.
+a minibatch is cut over ranks and micro-batches as in `rrhf.training.streams`, with the responses to
+one prompt side by side, since engines that share prompts then compute it once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ from rrhf.training.parallel import Parallel
 from rrhf.training.phases import as_metrics
 from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.sample_table import SampleTable
+from rrhf.training.token_batches import (
+    PADDED,
+    Size,
+    TokenBudget,
+    even_batches,
+    micro_batches,
+    tokens_of,
+    warn_of_lone,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +64,7 @@ class PPOStream:
         pad_id: filler of the batches.
         parallel: ranks.
         samples: to show rollouts in.
+        budget: cut each minibatch by tokens instead of by number.
 
     Attributes:
         total_steps: optimiser steps; falls where --target_kl cuts rollouts short and their number
@@ -73,8 +84,9 @@ class PPOStream:
         pad_id: int,
         parallel: Parallel,
         samples: SampleTable | None = None,
+        budget: TokenBudget | None = None,
     ) -> None:
-        self._samples = samples
+        self._samples, self._budget = samples, budget
         self._prompts, self._writer, self._config = prompts, writer, config
         self._controller, self.normalizer = controller, normalizer
         self._objective, self._pad_id, self._parallel = objective, pad_id, parallel
@@ -100,6 +112,8 @@ class PPOStream:
         self._number = -1  # of the current rollout
         self._place = self.steps_per_rollout  # steps done in it
         self._experience: list[EncodedSet] = []
+        self._sizes: list[Size] = []
+        self._has_warned = False
         self.rollout_metrics: dict[str, float] = {}
         self._has_news = False
         self._largest_ratio = 0.0
@@ -158,6 +172,7 @@ class PPOStream:
             "place": self._place,
             "rollout_metrics": self.rollout_metrics,
             "counts": dict(self.counts),
+            "max_tokens_per_batch": None if self._budget is None else self._budget.tokens,
             "kl_controller": self._controller.state_dict(),
             "normalizer": None if normalizer is None else normalizer.state_dict(),
         }
@@ -189,7 +204,7 @@ class PPOStream:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the experience up again."""
-        self._experience = unpack(tensors) if tensors else []
+        self._take(unpack(tensors) if tensors else [])
 
     @property
     def steps_done(self) -> int:
@@ -231,7 +246,7 @@ class PPOStream:
             rollout.rows, self._config, self._controller.coefficient, self.normalizer
         )
         self._controller.update(experience.kl, experience.num_responses)
-        self._experience = experience.sets
+        self._take(experience.sets)
         if self._samples is not None:
             self._samples.show_rollout(self._step, number, prompts, rollout.rows, experience)
         self.counts.update(rollout.counts)
@@ -253,25 +268,48 @@ class PPOStream:
             experience.metrics["response_length"],
         )
 
+    def _take(self, experience: list[EncodedSet]) -> None:
+        numbers: dict[tuple[int, ...], int] = {}
+        self._experience = experience
+        self._sizes = [
+            Size.of(one, numbers.setdefault(tuple(one.prompt_ids), len(numbers)))
+            for one in experience
+        ]
+        if self._budget is not None and not self._has_warned:
+            what = f"samples of rollout {self._number} (with their prompts)"
+            self._has_warned = warn_of_lone(self._sizes, self._budget, what)
+
     def _minibatch(self) -> list[int]:
-        """Which sets the next step takes: even pieces of the pass's order."""
+        """Which sets the next step takes: even pieces of the pass's order, of one prompt together,
+        in the order in which prompts first come.
+        """
         epoch, place = divmod(self._place, self._minibatches)
         count = len(self._experience)
         order = self._permutation(count, self._number * self._config.ppo_epochs + epoch, step=7)
         first, last = (count * (place + i) // self._minibatches for i in (0, 1))
-        return order[first:last]
+        prompts: dict[Any, list[int]] = {}
+        for index in order[first:last]:
+            prompts.setdefault(self._sizes[index].same_prompt, []).append(index)
+        return [index for places in prompts.values() for index in places]
 
     def _micro_batches(self, indices: list[int]) -> list[TokenBatch]:
-        per_device = self._config.per_device_train_batch_size
-        width = per_device * self._parallel.world_size
+        world_size = self._parallel.world_size
+        if self._budget is None:
+            cut = even_batches(len(indices), self._config.per_device_train_batch_size, world_size)
+        else:
+            cut = micro_batches([self._sizes[i] for i in indices], self._budget, world_size)
         batches = []
-        for start in range(0, max(len(indices), 1), width):
-            first = start + self._parallel.rank * per_device
-            mine = [self._experience[i] for i in indices[first : first + per_device]]
+        for places in cut[self._parallel.rank]:
+            mine = [self._experience[indices[place]] for place in places]
             if not mine:
-                mine = [replace(self._experience[0], weight=0.0)]
+                mine = [replace(self._filler, weight=0.0)]
             batches.append(collate(mine, self._pad_id))
         return batches
+
+    @property
+    def _filler(self) -> EncodedSet:
+        sizes = self._sizes
+        return self._experience[min(range(len(sizes)), key=lambda i: tokens_of([sizes[i]], PADDED))]
 
     def _permutation(self, count: int, number: int, step: int = 1) -> list[int]:
         seed = (self._config.seed * _SEED_STEP + number) * 11 + step
