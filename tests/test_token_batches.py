@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import iterative_cases
+import ppo_cases
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,13 +24,17 @@ from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.engines import build_policy
 from rrhf.models.packed_rows import PackedPolicy
+from rrhf.models.packed_trunk import ATTENTION
 from rrhf.training import rank, sft
 from rrhf.training.measure import measure
 from rrhf.training.parallel import Parallel
 from rrhf.training.rank import RankConfig, RankObjective
+from rrhf.training.reward import RewardConfig
 from rrhf.training.reward_examples import _shares
+from rrhf.training.sft import SFTConfig
 from rrhf.training.streams import OfflineStream
 from rrhf.training.token_batches import (
+    _LAYOUTS,
     PACKED,
     PADDED,
     SHARED,
@@ -180,6 +186,7 @@ def test_the_layout_is_the_dearest_of_a_models_parts() -> None:
     assert layout_of(shared, 9) == layout_of(dense, 9) == SHARED
     assert layout_of(PackedPolicy(tiny_llama(), 64), 9) == PACKED
     assert layout_of(torch.nn.ModuleList([shared, padded]), 9) == PADDED
+    assert set(_LAYOUTS) == {*ATTENTION, "dense_mask", "packed"}
     shared.window = 32  # type: ignore[assignment]
     assert layout_of(shared, 32) == SHARED and layout_of(shared, 33) == PADDED
 
@@ -309,7 +316,7 @@ def train(stage: str, world: Path, out: Path, **changes: Any) -> Path:
     if stage == "rank":
         values = {"eval_data_path": data, **values}
         return rank.train(RankConfig(model, str(out), data_path=data, **values))
-    return sft.train(sft.SFTConfig(model, str(out), data_path=data, **values))
+    return sft.train(SFTConfig(model, str(out), data_path=data, **values))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +366,13 @@ def test_resumed_equals_straight(
 
 
 @pytest.mark.parametrize("tokens", [0, -5])
-def test_a_budget_that_is_none_is_refused(tokens: int, world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [RankConfig, SFTConfig, RewardConfig])
+def test_a_budget_that_is_none_is_refused(config: Any, tokens: int) -> None:
     with pytest.raises(UserError, match=f"--max_tokens_per_batch {tokens}: must be 1 or more"):
-        train("rank", world, tmp_path / "run", max_tokens_per_batch=tokens)
-    assert not (tmp_path / "run").exists()
+        config("model", "out", data_path="data", max_tokens_per_batch=tokens)
+
+
+def test_a_budget_that_is_none_is_refused_by_ppo_and_by_rounds_of_rrhf() -> None:
+    for settings_of in (ppo_cases.settings, iterative_cases.settings):
+        with pytest.raises(UserError, match="--max_tokens_per_batch 0: must be 1 or more"):
+            settings_of(Path("world"), Path("out"), max_tokens_per_batch=0)

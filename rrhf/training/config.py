@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rrhf.errors import UserError
+
 
 @dataclass(frozen=True)
 class GroupSettings:
@@ -160,6 +162,18 @@ class TrainingConfig:
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also send metrics to this tracker; metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        """Subclasses call it from theirs.
+
+        Raises:
+            UserError: a setting that no trainer could work with.
+        """
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise UserError(
+                f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be 1 or more; leave it "
+                "out to cut steps by per_device_train_batch_size"
+            )
 
     @property
     def judges_evaluations(self) -> bool:

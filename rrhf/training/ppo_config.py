@@ -225,6 +225,7 @@ class PPOConfig(TrainingConfig):
     run folder. Costs time, changes no bit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_levels(self.offload_level)
         check_params(self.sampling(0))
         self._check_ranges()

@@ -80,6 +80,7 @@ class RankSettings(TrainingConfig):
     """Responses that do not fit: cut (they then end without EOS) or leave out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.only_use_provide and self.only_use_sample:
             raise UserError(
                 "--only_use_provide and --only_use_sample together leave no candidate; give one"

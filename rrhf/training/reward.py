@@ -114,6 +114,7 @@ class RewardConfig(TrainingConfig):
     """Responses that do not fit: leave out with their pairs, or cut, which takes their end off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
                 f"--validation_fraction {self.validation_fraction}: must be 0 or more and below 1"

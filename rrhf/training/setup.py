@@ -69,16 +69,6 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         raise UserError(
             f"--max_steps {config.max_steps}: must be 1 or more, or -1 for whole epochs"
         )
-    if config.max_tokens_per_batch is not None and config.max_tokens_per_batch < 1:
-        raise UserError(
-            f"--max_tokens_per_batch {config.max_tokens_per_batch}: must be 1 or more; leave it "
-            "out to cut steps by per_device_train_batch_size"
-        )
-    if config.attn_implementation.startswith("flash_attention") and not config.bf16:
-        raise UserError(
-            f"--attn_implementation {config.attn_implementation}: computes in half precision only; "
-            "add --bf16"
-        )
     run = RunFolder(config.output_dir)
     if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
         raise AlreadyFinished(model)

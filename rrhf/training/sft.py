@@ -74,6 +74,7 @@ class SFTConfig(TrainingConfig):
     """Responses that do not fit: cut (they then end without EOS) or leave out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise UserError(
                 f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 1"

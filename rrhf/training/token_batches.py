@@ -37,7 +37,12 @@ SHARED, PACKED, PADDED = "shared", "packed", "padded"
 STRIPS = (1, 2, 3, 4, 6, 8)
 """Into how many strips padded prompts are tried to be sorted."""
 
-_LAYOUTS = {"shared_prefix": SHARED, "dense_mask": SHARED, "packed": PACKED}
+_LAYOUTS = {
+    "shared_prefix": SHARED,
+    "flex_attention": SHARED,
+    "dense_mask": SHARED,
+    "packed": PACKED,
+}
 
 
 @dataclass(frozen=True)
