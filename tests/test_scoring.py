@@ -116,9 +116,9 @@ def test_scores_do_not_depend_on_batches_or_order(folder: Path, scorer: RewardMo
         assert row == pytest.approx(together[place], abs=CLOSE)
 
 
-def test_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path) -> None:
+def test_padded_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path) -> None:
     widths: list[tuple[int, int]] = []
-    scorer = RewardModelScorer(folder, max_batch_tokens=120)
+    scorer = RewardModelScorer(folder, max_batch_tokens=120, engine="padded")
     inner = scorer._rows._model
 
     def watched(batch: Any) -> torch.Tensor:
@@ -132,6 +132,55 @@ def test_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path) -> Non
     assert len(widths) > 3
     assert all(rows * width <= 120 or rows == 1 for rows, width in widths)
     assert [width for _, width in widths] == sorted((w for _, w in widths), reverse=True)
+
+
+@pytest.mark.parametrize("engine", ["shared_prefix", "dense_mask"])
+@pytest.mark.parametrize("score_at", ["last_token", "first_eos"])
+def test_prompts_pass_once_and_give_the_scores_of_padded_rows(
+    engine: str, score_at: str, folder: Path
+) -> None:
+    """Under any bound of a batch; a prompt that was cut for one of its responses stands alone."""
+    long = [Message("user", "old " * 9), Message("assistant", "gone"), Message("user", "why")]
+    cut = replace(conversation("", "yes", "no " * 5, "the quick brown " * 9), messages=tuple(long))
+    sets = [*some_sets(), cut]
+    expected = RewardModelScorer(folder, score_at=score_at, max_length=90, engine="padded")
+    right = expected.score(sets)
+    assert expected.unscored == {}
+    whole = len(expected.codec.encode_prompt(cut))
+    lengths = [len(expected.codec.encode_response(cut, c.response)) for c in cut.candidates]
+    assert min(lengths) <= 90 - whole < max(lengths)
+    for bound in (1, 150, 16384):
+        made = RewardModelScorer(
+            folder, score_at=score_at, max_length=90, max_batch_tokens=bound, engine=engine
+        )
+        for one, other in zip(made.score(sets), right, strict=True):
+            assert one == pytest.approx(other, abs=CLOSE)
+
+
+def test_a_group_takes_as_many_tokens_as_it_has(folder: Path) -> None:
+    scorer = RewardModelScorer(folder)
+    seen: list[int] = []
+    scorer.model.model.model.register_forward_pre_hook(
+        lambda _, __, arguments: seen.append(arguments["input_ids"].numel()), with_kwargs=True
+    )
+    prompt, responses = [0, *range(10, 60)], [[60 + k, 61, 1] for k in range(5)]
+    scores = scorer._rows.score_rows([[*prompt, *response] for response in responses])
+    assert seen == [51 + 15]
+    assert scores == pytest.approx([direct(folder, prompt, r) for r in responses], abs=CLOSE)
+
+
+def test_rows_beyond_a_window_that_layers_do_not_tell_go_padded(folder: Path) -> None:
+    scorer = RewardModelScorer(folder)
+    scorer._rows._window = scorer.model.window = 20
+    sizes: list[tuple[int, ...]] = []
+    scorer.model.model.model.register_forward_pre_hook(
+        lambda _, __, arguments: sizes.append(tuple(arguments["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    rows = [[0, *range(10, 10 + length)] for length in (9, 25, 11, 26)]
+    scores = scorer._rows.score_rows(rows)
+    assert sizes[0] == (2, 27) and len(sizes) == 2
+    assert scores == pytest.approx([direct(folder, row, []) for row in rows], abs=CLOSE)
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "</s>", None])

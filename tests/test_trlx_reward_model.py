@@ -142,6 +142,9 @@ def test_scores_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     folder, _ = published_folder(tmp_path / "rm")
     sets = [conversation(f"why {i}", *("so " * (j + 1) for j in range(3))) for i in range(4)]
     together = TrlxScorer(folder).score(sets)
+    padded = TrlxScorer(folder, engine="padded").score(sets)
+    for one, other in zip(together, padded, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
     small = TrlxScorer(folder, max_batch_tokens=1)
     for s, mine in zip(sets, together, strict=True):
         assert mine == pytest.approx(small.score([s])[0], abs=1e-5)

@@ -42,7 +42,11 @@ class RewardModelOptions:
     """Most tokens of prompt and response; 0 = the model's window (trlx: 1024)."""
 
     max_batch_tokens: int = 16384
-    """Padded tokens of one forward; lower it where memory runs out."""
+    """Tokens of one forward, padding included; lower it where memory runs out."""
+
+    engine: Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"] = "auto"
+    """How rows pass the reward model: shared_prefix = each prompt once, auto = fastest that serves
+    it."""
 
     bf16: bool = False
     """Load the reward model in bfloat16: half the memory, scores differ in the third digit."""
@@ -129,6 +133,7 @@ def _reward_model(
             max_batch_tokens=options.max_batch_tokens,
             bf16=options.bf16,
             device=device,
+            engine=options.engine,
         )
     return RewardModelScorer(
         path,
@@ -141,6 +146,7 @@ def _reward_model(
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
         device=device,
+        engine=options.engine,
     )
 
 

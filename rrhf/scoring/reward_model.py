@@ -1,8 +1,9 @@
 """Scores from a reward model that runs here: text in, numbers out.
 
 A scorer renders each prompt by the reward model's own template and tokenizer, never the policy's,
-so the two may differ in everything. Rows are sorted by length and batched by tokens; a score does
-not depend on its batch mates beyond rounding. A prompt that is too long loses whole turns from its
+so the two may differ in everything. What rows have in common at their beginning passes the network
+once (`row_groups`), and batches are made by tokens; a score does not depend on its batch mates
+beyond rounding. A prompt that is too long loses whole turns from its
 left; a response is never cut, and one that alone fills the window is not scored (None), counted.
 The normaliser that was learnt in training is applied here and nowhere else.
 """
@@ -14,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window, load_tokenizer, resolve_device
+from rrhf.models.reward_engines import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
     RewardModel,
@@ -30,6 +33,7 @@ from rrhf.models.reward_model import (
 )
 from rrhf.models.trlx_reward_model import config_folder, load_trlx_reward_model
 from rrhf.records import Candidate, CandidateSet, Message
+from rrhf.scoring.row_groups import batches_of, group_batch, group_rows
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +47,10 @@ class RowScorer:
     """The part that every local reward model shares: rows of ids in, raw scores out.
 
     Args:
-        model: behind the one door, on its device.
+        model: behind the one door, on its device. One of `build_reward_model`'s faster engines
+            gets rows in groups.
         pad_id: filler.
-        max_batch_tokens: padded tokens of one forward.
+        max_batch_tokens: tokens of one forward, padding included.
     """
 
     def __init__(self, model: RewardModel, pad_id: int, max_batch_tokens: int = 16384) -> None:
@@ -55,20 +60,39 @@ class RowScorer:
         self._pad_id = pad_id
         self._max_batch_tokens = max_batch_tokens
         self._device = next(model.parameters()).device
+        self._layout = model.layout if isinstance(model, FastRewardModel) else None
+        self._window = model.window if isinstance(model, FastRewardModel) else None
 
     @torch.inference_mode()
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores in the order of the rows; each row has at least one id."""
         scores = [math.nan] * len(rows)
-        for batch in self._batches(rows):
-            found = self._model(row_batch([rows[i] for i in batch], self._pad_id, self._device))
-            for place, score in zip(batch, found.float().tolist(), strict=True):
+        for places, batch in self._batches(rows):
+            for place, score in zip(places, self._model(batch).float().tolist(), strict=True):
                 scores[place] = score
         return scores
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Places of rows, longest first, so that what does not fit in memory fails at once."""
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], TokenBatch]]:
+        """Batches with the places of their rows.
+
+        Of each kind the longest come first, so that what does not fit in memory fails at once.
+        """
+        plain, grouped = list(range(len(rows))), []
+        if self._layout is not None:
+            # A model whose layers do not tell their window gets longer rows padded.
+            window = math.inf if self._window is None else self._window
+            plain = [place for place in plain if len(rows[place]) > window]
+            grouped = [place for place, row in enumerate(rows) if len(row) <= window]
+        for batch in self._padded(plain, rows):
+            yield batch, row_batch([rows[i] for i in batch], self._pad_id, self._device)
+        chosen = [rows[place] for place in grouped]
+        by_mask = self._layout == "dense_mask"
+        for groups in batches_of(group_rows(chosen), chosen, self._max_batch_tokens, by_mask):
+            places = [grouped[place] for group in groups for place in group.places]
+            yield places, group_batch(groups, chosen, self._pad_id, self._device)
+
+    def _padded(self, places: Sequence[int], rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        order = sorted(places, key=lambda place: (-len(rows[place]), place))
         batch: list[int] = []
         for place in order:
             width = len(rows[batch[0]]) if batch else 0
@@ -109,11 +133,12 @@ class RewardModelScorer:
         use_normalizer: apply the normaliser in the model's config, where it has one.
         chat_format: "auto" = what the model was trained with, else as in `ChatCodec`.
         max_length: tokens of prompt and response; 0 = the model's window.
-        max_batch_tokens: padded tokens of one forward.
+        max_batch_tokens: tokens of one forward, padding included.
         bf16: weights in bfloat16; the head stays in float32.
         attn_implementation: as transformers spells it.
         trust_remote_code: run code that the folder brings.
         device: where; by default the first GPU or the CPU.
+        engine: as in `rrhf.models.reward_engines.build_reward_model`.
 
     Attributes:
         name, normalized, model: as `rrhf.scoring.scorer.LocalScorer`.
@@ -135,6 +160,7 @@ class RewardModelScorer:
         attn_implementation: str = "sdpa",
         trust_remote_code: bool = False,
         device: torch.device | str | None = None,
+        engine: str = "auto",
     ) -> None:
         if score_at not in SCORE_POSITIONS:
             raise UserError(f"--score_at {score_at!r}: choose one of {', '.join(SCORE_POSITIONS)}")
@@ -156,7 +182,7 @@ class RewardModelScorer:
         self.normalized = self._normalizer is not None
         self.unscored: Counter[str] = Counter()
         first_end_id = self._first_end_id(path) if score_at == "first_eos" else None
-        root = RewardModel(model, first_end_id=first_end_id).to(device or resolve_device())
+        root = _frozen(model, engine, first_end_id, device)
         self.model = root
         self._rows = RowScorer(root, self.codec.pad_id, max_batch_tokens)
 
@@ -249,7 +275,7 @@ class TrlxScorer:
         double_blank: put the blank even before a response that begins with one, as the released
             script does: for reproducing its numbers.
         max_length: tokens; 0 = 1024, or the model's window if that is less.
-        max_batch_tokens, bf16, device: as in `RewardModelScorer`.
+        max_batch_tokens, bf16, device, engine: as in `RewardModelScorer`.
     """
 
     normalized = False
@@ -263,6 +289,7 @@ class TrlxScorer:
         max_batch_tokens: int = 16384,
         bf16: bool = False,
         device: torch.device | str | None = None,
+        engine: str = "auto",
     ) -> None:
         folder = config_folder(path, base)
         self._tokenizer = load_tokenizer(folder)
@@ -279,7 +306,7 @@ class TrlxScorer:
         self._end_id = int(self._tokenizer.eos_token_id)
         self.name = f"reward_model:{path} (trlx)"
         self.unscored: Counter[str] = Counter()
-        root = RewardModel(model, first_end_id=self._end_id).to(device or resolve_device())
+        root = _frozen(model, engine, self._end_id, device)
         self.model = root
         self._rows = RowScorer(root, self._end_id, max_batch_tokens)
 
@@ -314,6 +341,14 @@ class TrlxScorer:
         )
         ids = [*encoded.input_ids, self._end_id]
         return ids[-self._max_length :]
+
+
+def _frozen(
+    model: Any, engine: str, first_end_id: int | None, device: torch.device | str | None
+) -> RewardModel:
+    """Behind the one door, where it will compute; no weight will be trained."""
+    model = model.to(device or resolve_device()).requires_grad_(False)
+    return build_reward_model(model, engine, first_end_id=first_end_id)
 
 
 def _count_unscored(unscored: Counter[str], reason: str, s: CandidateSet) -> None:

@@ -48,7 +48,7 @@ from rrhf.signals import StopRequest, caught_signals
 logger = logging.getLogger(__name__)
 
 # What only says how the work is cut, and reaches scores through the rounding of sums alone.
-_ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens")
+_ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "engine")
 _NOT_SETTINGS = (*_ADJUSTABLE, "output_file", "input_file", "max_unscored_fraction")
 
 

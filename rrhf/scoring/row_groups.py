@@ -1,0 +1,181 @@
+"""Rows of ids that begin alike as one group, whatever tokenizer they come from.
+
+What the rows of a group have in common passes the network once. Nothing is taken on trust: a common
+beginning is found by comparing ids, so a prompt that was cut, or whose last token has merged with
+the response, is just a beginning of another length.
+
+Beginnings are tried from the longest down, and groups become one where that leaves fewer tokens: so
+the rows of a prompt stay together even where all prompts begin with the same system message, and
+prompts with one row each share that message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rrhf.data.collate import TokenBatch
+
+WORTH = 0.95
+"""Rows share a beginning only if that leaves at most this share of their tokens."""
+
+MASK_TOKENS, MASK_ROWS = 700, 2
+"""Under a mask of all tokens by all tokens: what fills a batch, and how many times its longest row
+a group may have; beyond that, what the mask hides costs more than calls and beginnings do."""
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that share a beginning.
+
+    Attributes:
+        shared: how many tokens they begin with; all of them, in a row that is alone.
+        places: of the rows, longest first.
+        tokens: that pass the network.
+        longest: tokens of the longest row.
+    """
+
+    shared: int
+    places: tuple[int, ...]
+    tokens: int
+    longest: int
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the rows, each with its beginning."""
+        return self.tokens + (len(self.places) - 1) * self.shared
+
+
+def group_rows(rows: Rows) -> list[RowGroup]:
+    """Every row in one group; rows are not empty."""
+    open_nodes = [_Node(0)]
+    before: Sequence[int] = ()
+    for place in sorted(range(len(rows)), key=lambda place: tuple(rows[place])):
+        row = rows[place]
+        _close(open_nodes, _common(before, row), rows)
+        if open_nodes[-1].depth < len(row):
+            open_nodes.append(_Node(len(row)))
+        open_nodes[-1].groups.append(_group(rows, len(row), [place]))
+        before = row
+    _close(open_nodes, 0, rows)
+    return open_nodes[0].groups
+
+
+def batches_of(
+    groups: Iterable[RowGroup], rows: Rows, max_tokens: int, by_mask: bool = False
+) -> Iterator[list[RowGroup]]:
+    """Groups that go through the network together, those of the longest rows first.
+
+    Args:
+        groups: of all rows.
+        rows: as `group_rows` got them.
+        max_tokens: of one batch, unless one row alone has more; larger groups are parted.
+        by_mask: attention goes by a mask of all tokens by all tokens, so batches are kept small.
+    """
+    parts: list[RowGroup] = []
+    for group in groups:
+        enough = max(MASK_TOKENS, MASK_ROWS * group.longest) if by_mask else max_tokens
+        parts += _parted(group, rows, min(max_tokens, enough))
+    limit = min(max_tokens, MASK_TOKENS) if by_mask else max_tokens
+    batch: list[RowGroup] = []
+    tokens = 0
+    for part in sorted(parts, key=lambda part: (-part.longest, part.places)):
+        if batch and tokens + part.tokens > limit:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(part)
+        tokens += part.tokens
+    if batch:
+        yield batch
+
+
+def group_batch(
+    groups: Sequence[RowGroup], rows: Rows, pad_id: int, device: torch.device
+) -> TokenBatch:
+    """Groups as prompts with responses, which may be empty; rows in the order of the groups.
+
+    Made here and not by `collate`, because a row may end where what it shares ends.
+    """
+    prompts = [rows[group.places[0]][: group.shared] for group in groups]
+    tails = [rows[place][group.shared :] for group in groups for place in group.places]
+    counts = torch.tensor([len(group.places) for group in groups])
+    return TokenBatch(
+        prompt_ids=_padded(prompts, pad_id, left=True),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
+        response_ids=_padded(tails, pad_id, left=False),
+        response_lengths=torch.tensor([len(tail) for tail in tails]),
+        prompt_index=torch.repeat_interleave(torch.arange(len(groups)), counts),
+        prompt_weights=torch.ones(len(groups)),
+    ).to(device)
+
+
+@dataclass
+class _Node:
+    """All rows that begin with the same `depth` ids, as far as they have been met, in groups."""
+
+    depth: int
+    groups: list[RowGroup] = field(default_factory=list)
+
+    def merge(self, rows: Rows) -> None:
+        """Make one group of those that gain by it, if they do."""
+        gaining: list[RowGroup] = []
+        others: list[RowGroup] = []
+        for group in self.groups:
+            # What it needs at this depth is all but what is shared here.
+            is_gaining = group.whole - len(group.places) * self.depth < group.tokens
+            (gaining if is_gaining else others).append(group)
+        if len(gaining) < 2:
+            return
+        together = _group(rows, self.depth, [p for group in gaining for p in group.places])
+        if together.tokens <= WORTH * sum(group.tokens for group in gaining):
+            self.groups = [*others, together]
+
+
+def _close(open_nodes: list[_Node], depth: int, rows: Rows) -> None:
+    """Decide about what is deeper, since no further row begins so."""
+    while open_nodes[-1].depth > depth:
+        node = open_nodes.pop()
+        node.merge(rows)
+        if open_nodes[-1].depth < depth:
+            open_nodes.append(_Node(depth))
+        open_nodes[-1].groups += node.groups
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two rows begin with alike."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))
+
+
+def _group(rows: Rows, shared: int, places: Sequence[int]) -> RowGroup:
+    ordered = tuple(sorted(places, key=lambda place: (-len(rows[place]), place)))
+    tokens = sum(len(rows[place]) for place in ordered) - (len(ordered) - 1) * shared
+    return RowGroup(shared, ordered, tokens, len(rows[ordered[0]]))
+
+
+def _parted(group: RowGroup, rows: Rows, limit: int) -> Iterator[RowGroup]:
+    part: list[int] = []
+    tokens = group.shared
+    for place in group.places:
+        more = len(rows[place]) - group.shared
+        if part and tokens + more > limit:
+            yield _group(rows, group.shared, part)
+            part, tokens = [], group.shared
+        part.append(place)
+        tokens += more
+    yield group if len(part) == len(group.places) else _group(rows, group.shared, part)
+
+
+def _padded(rows: Rows, pad_id: int, left: bool) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    for target, row in zip(padded, rows, strict=True):
+        begin = width - len(row) if left else 0
+        target[begin : begin + len(row)] = torch.tensor(row, dtype=torch.int64)
+    return padded
