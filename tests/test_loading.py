@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from rrhf.models.loading import (
     context_window,
     disable_dropout,
     load_causal_lm,
+    load_model,
     load_tokenizer,
 )
 
@@ -78,3 +81,25 @@ def test_dropout_goes_everywhere() -> None:
     disable_dropout(model)
     ids = torch.arange(10)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_loads_in_threads_come_one_after_the_other(tmp_path: Path) -> None:
+    """Overlapping ones may leave weight tying switched off for the whole process."""
+    folder = save_tiny(tmp_path / "model")
+    inside, most = 0, 0
+
+    class Slow:
+        @staticmethod
+        def from_pretrained(*args: object, **kwargs: object) -> None:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.02)
+            inside -= 1
+
+    threads = [threading.Thread(target=load_model, args=(Slow, folder)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# transformers switches weight tying off for the whole process while it loads; two loads that
+# overlap in threads may leave it off for good.
+_LOADING = threading.Lock()
 
 
 def resolve_device() -> torch.device:
@@ -120,14 +125,15 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     try:
-        return auto_class.from_pretrained(
-            str(name_or_path),
-            dtype=DTYPES[dtype],
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **kwargs,
-        )
+        with _LOADING:
+            return auto_class.from_pretrained(
+                str(name_or_path),
+                dtype=DTYPES[dtype],
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **kwargs,
+            )
     except (OSError, ValueError, ImportError) as error:
         if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
             raise UserError(
