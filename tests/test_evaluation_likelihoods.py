@@ -4,8 +4,10 @@ import pytest
 import torch
 from evaluation_cases import prompt, reader, reply, slow_logprobs
 from tiny import byte_level_tokenizer
+from transformers import BloomConfig, BloomForCausalLM
 
 from rrhf.data.chat_format import ChatCodec
+from rrhf.evaluation import likelihoods
 from rrhf.evaluation.likelihoods import read_logprobs
 
 ROWS = [
@@ -18,21 +20,67 @@ ROWS = [
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_are_those_of_single_forwards(temperature):
+@pytest.mark.parametrize("engine", ["auto", "dense_mask", "padded"])
+def test_log_probs_are_those_of_single_forwards(temperature, engine):
     model = reader().model
-    read = read_logprobs(model, ROWS, pad_id=2, temperature=temperature)
+    read = read_logprobs(model, ROWS, pad_id=2, temperature=temperature, engine=engine)
     for (prompt_ids, ids), values in zip(ROWS, read, strict=True):
         slow = slow_logprobs(model, prompt_ids, ids, temperature)
         # float32 sums over 400 logits, each good to about 1e-6
         assert values.tolist() == pytest.approx(slow, abs=2e-5)
 
 
-def test_batch_size_does_not_change_log_probs():
+@pytest.mark.parametrize("engine", ["auto", "padded"])
+def test_batch_size_does_not_change_log_probs(engine, monkeypatch):
     model = reader().model
-    together = read_logprobs(model, ROWS, pad_id=2)
-    alone = read_logprobs(model, ROWS, pad_id=2, max_logits=1)
+    together = read_logprobs(model, ROWS, pad_id=2, engine=engine)
+    monkeypatch.setattr(likelihoods, "MAX_BATCH_TOKENS", 1)
+    alone = read_logprobs(model, ROWS, pad_id=2, max_logits=1, engine=engine)
     for a, b in zip(together, alone, strict=True):
         assert torch.allclose(a, b, atol=2e-6)
+
+
+def passes_of(model):
+    """The ids that pass the network from now on, counted pass by pass."""
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, arguments: seen.append(arguments["input_ids"].numel()), with_kwargs=True
+    )
+    return seen
+
+
+def test_responses_of_a_prompt_are_read_together_and_the_model_is_tried_once():
+    found = reader()
+    rows = [(list(range(5, 25)), [30 + k, 7, 1]) for k in range(5)]
+    found.read([rows[0], ([9], [8])], temperature=0.7)
+    seen = passes_of(found.model)
+    found.read(rows)
+    assert seen == [20 + 5 * 2]  # nothing is predicted from a response's last token
+    assert any(p.requires_grad for p in found.model.parameters())
+
+
+def test_rows_beyond_a_window_that_layers_do_not_tell_go_padded():
+    found, whole = reader(), reader()
+    found.read(ROWS[:1])
+    layout, _ = likelihoods._found[found.model]["auto"]
+    likelihoods._found[found.model]["auto"] = (layout, 7)
+    seen = passes_of(found.model)
+    for a, b in zip(found.read(ROWS), whole.read(ROWS), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+    assert seen == [7, 5 + 6 + 2]  # the third row alone, then all others
+
+
+def test_a_model_that_cannot_be_served_is_told_of_once(caplog):
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=60, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.2)
+    model = BloomForCausalLM(config).eval()
+    rows = [([5, 9, 7], [7, 8, 1]), ([5, 9, 7], [7, 9])]
+    for _ in range(2):
+        read = read_logprobs(model, rows, pad_id=3)
+        for (prompt_ids, ids), values in zip(rows, read, strict=True):
+            slow = slow_logprobs(model, prompt_ids, ids)
+            assert values.tolist() == pytest.approx(slow, abs=2e-5)
+    assert [r.levelname for r in caplog.records if r.name.startswith("rrhf")] == ["WARNING"]
 
 
 def test_a_batch_holds_no_more_logits_than_allowed(monkeypatch):
@@ -47,7 +95,8 @@ def test_a_batch_holds_no_more_logits_than_allowed(monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", counted)
     rows = [([5], [7] * length) for length in (1, 2, 3, 4, 5, 6)]
-    read_logprobs(model, rows, pad_id=2, max_logits=7 * model.config.vocab_size)
+    limit = 7 * model.config.vocab_size
+    read_logprobs(model, rows, pad_id=2, max_logits=limit, engine="padded")
     assert max(widths) <= 7
     assert len(widths) == 5  # 6 | 5 | 4 | 3 2 | 1: a new batch is as wide as its own rows
 

@@ -103,7 +103,8 @@ def _policy_rows(
         label = config.name or f"{name} best of {config.best_of_n}"
         return [evaluator.row(label, engine, sampled, config.best_of_n, extra=extra)]
     counts: dict[str, int] = {}
-    reader = LikelihoodReader(engine.model, engine.codec, config.model_name_or_path)
+    path = config.model_name_or_path
+    reader = LikelihoodReader(engine.model, engine.codec, path, engine=config.engine)
     shared = evaluator.policy_measures(reader, counts)
     extra = {**extra, "policy_counts": counts}
     if evaluator.reference is not None:
@@ -191,10 +192,13 @@ def _fitting(
 def _build_evaluator(config: EvaluateConfig, data: EvaluationData, models: _Models) -> Evaluator:
     reference = paper = None
     if path := config.reference_model_name_or_path:
-        reference = LikelihoodReader(models.model(path), models.codec(path), path)
+        codec = models.codec(path)
+        reference = LikelihoodReader(models.model(path), codec, path, engine=config.engine)
     if path := config.ppl_model_name_or_path:
         tokenizer = load_tokenizer(path, config.trust_remote_code)
-        paper = PaperPerplexity(models.model(path), tokenizer, config.ppl_max_tokens or None, path)
+        paper = PaperPerplexity(
+            models.model(path), tokenizer, config.ppl_max_tokens or None, path, config.engine
+        )
     options = RewardModelOptions(
         **{name: getattr(config, name) for name in RewardModelOptions.__dataclass_fields__}
     )

@@ -1,23 +1,30 @@
 """Log-probs of given responses under a model: what perplexity, KL and p_i accuracy are made of.
 
-Rows go through the one door (`rrhf.models.logprobs.Policy`) in batches of similar length. How many
-fit into a batch is found from the vocabulary, because the logits are what fills the memory.
+Rows go through the one door (`rrhf.models.logprobs.Policy`), those of one prompt together, so that
+its tokens pass the network once. Where a model is only served by padded rows, these come in batches
+of similar length, and how many fit into one is found from the vocabulary, because their logits are
+what fills the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.collate import EncodedSet, collate
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import context_window
 from rrhf.models.logprobs import Policy
 from rrhf.records import Candidate, CandidateSet
+from rrhf.scoring.row_groups import batches_of, group_batch, group_by
 
 MAX_LOGITS = 1 << 26  # 256 MiB in float32, a few copies of it at the peak
 MAX_BATCH_TOKENS = 1 << 14
@@ -32,6 +39,7 @@ def read_logprobs(
     pad_id: int,
     temperature: float = 1.0,
     max_logits: int = MAX_LOGITS,
+    engine: str = "auto",
 ) -> list[Tensor]:
     """log P(token | prompt, earlier tokens) of every response token.
 
@@ -40,23 +48,25 @@ def read_logprobs(
         rows: prompts (at least one id) and responses (possibly without any).
         pad_id: filler.
         temperature: divides the logits.
-        max_logits: numbers that the logits of a batch may have.
+        max_logits: numbers that the logits of a batch of padded rows may have.
+        engine: as in `rrhf.models.engines.build_policy`.
 
     Returns:
         For each row [T] float32 on the CPU, nats.
+
+    Raises:
+        UserError: the engine does not serve the model.
     """
     read: list[Tensor] = [torch.zeros(0)] * len(rows)
     device = next(model.parameters()).device
-    vocabulary = int(model.config.vocab_size)
-    policy = Policy(model, temperature)
+    policy = _policy(model, temperature, engine)
     was_training = model.training
     model.eval()
     try:
         bar = tqdm(total=len(rows), desc="likelihoods", unit="response", disable=None, leave=False)
         with torch.inference_mode(), bar:
-            for places in _batches(rows, vocabulary, max_logits):
-                encoded = [EncodedSet(rows[place][0], [rows[place][1]]) for place in places]
-                logprobs = policy(collate(encoded, pad_id).to(device)).logprobs.cpu()
+            for places, batch in _batches(policy, rows, pad_id, max_logits):
+                logprobs = policy(batch.to(device)).logprobs.cpu()
                 for place, values in zip(places, logprobs, strict=True):
                     read[place] = values[: len(rows[place][1])].clone()
                 bar.update(len(places))
@@ -65,9 +75,68 @@ def read_logprobs(
     return read
 
 
-def _batches(rows: Sequence[Row], vocabulary: int, max_logits: int) -> list[list[int]]:
-    """Places of the rows that have a response, long ones first, in batches that fit."""
+_found: WeakKeyDictionary[Any, dict[str, tuple[str, int | None]]] = WeakKeyDictionary()
+"""The engines that models were tried on: a model is read many times, and tried and told of once."""
+
+
+def _policy(model: Any, temperature: float, engine: str) -> Policy:
+    """The model on an engine that is tried once for each model."""
+    layouts = _found.setdefault(model, {})
+    if engine not in layouts:
+        with _frozen(model):  # it is only read
+            tried = build_policy(model, engine)
+        found: tuple[str, int | None] = ("padded", None)
+        if isinstance(tried, FastPolicy):
+            found = (tried.layout, tried.window)
+        layouts[engine] = found
+    layout, window = layouts[engine]
+    if layout == "padded":
+        return Policy(model, temperature)
+    policy = FastPolicy(model, layout, temperature)
+    policy.window = window
+    return policy
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def _batches(
+    policy: Policy, rows: Sequence[Row], pad_id: int, max_logits: int
+) -> Iterator[tuple[Sequence[int], TokenBatch]]:
+    """The rows that have a response, in batches, with their places."""
     places = [place for place, (_, response) in enumerate(rows) if len(response)]
+    window = 0.0
+    if isinstance(policy, FastPolicy) and policy.layout != "rows":
+        # A model whose layers do not tell their window gets longer rows padded.
+        window = math.inf if policy.window is None else policy.window
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    vocabulary = int(policy.model.config.vocab_size)
+    padded = [place for place in places if lengths[place] > window]
+    for batch in _padded(rows, padded, vocabulary, max_logits):
+        encoded = [EncodedSet(rows[place][0], [rows[place][1]]) for place in batch]
+        yield batch, collate(encoded, pad_id)
+    grouped = [place for place in places if lengths[place] <= window]
+    whole = [[*rows[place][0], *rows[place][1]] for place in grouped]
+    groups = group_by(whole, [len(rows[place][0]) for place in grouped])
+    by_mask = getattr(policy, "layout", None) == "dense_mask"
+    for parts in batches_of(groups, whole, MAX_BATCH_TOKENS, by_mask):
+        batch = [grouped[place] for part in parts for place in part.places]
+        yield batch, group_batch(parts, whole, pad_id, torch.device("cpu"))
+
+
+def _padded(
+    rows: Sequence[Row], places: list[int], vocabulary: int, max_logits: int
+) -> list[list[int]]:
+    """Places of rows, long ones first, in batches that fit."""
     places.sort(key=lambda place: -(len(rows[place][0]) + len(rows[place][1])))
     batches: list[list[int]] = []
     batch: list[int] = []
@@ -103,12 +172,18 @@ class LikelihoodReader:
     """
 
     def __init__(
-        self, model: Any, codec: ChatCodec, name: str = "", max_logits: int = MAX_LOGITS
+        self,
+        model: Any,
+        codec: ChatCodec,
+        name: str = "",
+        max_logits: int = MAX_LOGITS,
+        engine: str = "auto",
     ) -> None:
         self.model = model
         self.codec = codec
         self.name = name or str(getattr(model.config, "name_or_path", "") or "model")
         self.max_logits = max_logits
+        self.engine = engine
         self._window = context_window(model)
 
     def encode(self, s: CandidateSet, candidate: Candidate) -> Row | None:
@@ -145,7 +220,9 @@ class LikelihoodReader:
         known = {} if known is None else known
         keys = [row_key(row) for row in rows]
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        read = read_logprobs(self.model, new, self.codec.pad_id, temperature, self.max_logits)
+        read = read_logprobs(
+            self.model, new, self.codec.pad_id, temperature, self.max_logits, self.engine
+        )
         known.update(zip(new, read, strict=True))
         return [known[key] for key in keys]
 

@@ -86,7 +86,12 @@ class PaperPerplexity:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_tokens: int | None = None, name: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_tokens: int | None = None,
+        name: str = "",
+        engine: str = "auto",
     ) -> None:
         bos = tokenizer.bos_token_id
         if bos is None:
@@ -100,6 +105,7 @@ class PaperPerplexity:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"ppl_max_tokens {max_tokens}: must be at least 1")
         self.model = model
+        self.engine = engine
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.name = name or str(tokenizer.name_or_path)
@@ -117,7 +123,7 @@ class PaperPerplexity:
                 cleaned, add_special_tokens=False, split_special_tokens=True
             ).input_ids
             rows.append(([self._bos], ids[:limit]))
-        read = read_logprobs(self.model, rows, self._bos)
+        read = read_logprobs(self.model, rows, self._bos, engine=self.engine)
         return [-float(values.double().mean()) if len(values) else None for values in read]
 
     def measures(self, sets: Sequence[CandidateSet]) -> dict[str, Measure]:

@@ -45,8 +45,8 @@ class RewardModelOptions:
     """Tokens of one forward, padding included; lower it where memory runs out."""
 
     engine: Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"] = "auto"
-    """How rows pass the reward model: shared_prefix = each prompt once, auto = fastest that serves
-    it."""
+    """How rows pass a model that reads them: shared_prefix = each prompt once, auto = fastest that
+    serves it."""
 
     bf16: bool = False
     """Load the reward model in bfloat16: half the memory, scores differ in the third digit."""

@@ -33,7 +33,7 @@ class RowGroup:
     """Rows that share a beginning.
 
     Attributes:
-        shared: how many tokens they begin with; all of them, in a row that is alone.
+        shared: how many tokens they begin with; for `group_rows` all, in a row that is alone.
         places: of the rows, longest first.
         tokens: that pass the network.
         longest: tokens of the longest row.
@@ -48,6 +48,19 @@ class RowGroup:
     def whole(self) -> int:
         """Tokens of the rows, each with its beginning."""
         return self.tokens + (len(self.places) - 1) * self.shared
+
+
+def group_by(rows: Rows, shared: Sequence[int]) -> list[RowGroup]:
+    """Rows whose beginnings of a given length are equal, as one group.
+
+    Args:
+        rows: not empty.
+        shared: how long each row's beginning is; 1 or more.
+    """
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, (row, length) in enumerate(zip(rows, shared, strict=True)):
+        found.setdefault(tuple(row[:length]), []).append(place)
+    return [_group(rows, len(beginning), places) for beginning, places in found.items()]
 
 
 def group_rows(rows: Rows) -> list[RowGroup]:
