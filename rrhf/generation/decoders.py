@@ -22,12 +22,16 @@ from torch import Tensor
 
 from rrhf.generation.incremental import IncrementalModel
 from rrhf.generation.shared_prompt import SharedPromptModel, in_place
+from rrhf.models.onednn_linear import fast_linears
 from rrhf.models.packed_trunk import declared_window
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
 """Share of the logits' own spread by which they may differ: in float32, in half precision."""
+
+STEPS_WORTH_PACKING = 32
+"""Where a row takes so many tokens, weights are copied for faster products first."""
 
 
 class Decoder(Protocol):
@@ -67,13 +71,16 @@ _VERDICTS: WeakKeyDictionary[Any, Verdict] = WeakKeyDictionary()
 
 
 @contextmanager
-def decoding(model: Any, pad_id: int, longest: int) -> Iterator[Callable[[], Decoder]]:
+def decoding(
+    model: Any, pad_id: int, longest: int, num_steps: int = 0
+) -> Iterator[Callable[[], Decoder]]:
     """Prepare a model for writing; gives what makes its decoders, one for each batch.
 
     Args:
-        model: a Hugging Face causal language model, in eval mode.
+        model: a Hugging Face causal language model, in eval mode; its weights stay as they are.
         pad_id: filler of plain rows.
         longest: tokens that a row may come to have, prompt included.
+        num_steps: about how many tokens a row will take; preparation may cost more for many.
     """
     if model not in _VERDICTS:
         _VERDICTS[model] = verdict = _tried(model, pad_id)
@@ -85,7 +92,7 @@ def decoding(model: Any, pad_id: int, longest: int) -> Iterator[Callable[[], Dec
             )
     verdict = _VERDICTS[model]
     if verdict.misfit is None and (verdict.window is None or longest <= verdict.window):
-        with in_place(model):
+        with in_place(model), fast_linears(model, num_steps >= STEPS_WORTH_PACKING):
             yield lambda: SharedPromptModel(model)
     else:
         yield lambda: IncrementalModel(model, pad_id)
@@ -96,7 +103,7 @@ def _tried(model: Any, pad_id: int) -> Verdict:
     try:
         texts = _random_texts(model)
         expected = IncrementalModel(model, pad_id).start(texts).float()
-        with in_place(model):
+        with in_place(model), fast_linears(model):
             decoder = SharedPromptModel(model)
             found = _joined_on_the_way(decoder, texts).float()
         window = None if any(decoder.windows) else declared_window(model.config)

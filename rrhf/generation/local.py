@@ -132,7 +132,7 @@ class LocalEngine:
         loop = RowLoop(jobs, params, end_ids, self._holds_any, self.chooser(params, end_ids))
         max_rows = self.max_batch_rows
         longest = len(jobs[0].ids) + params.max_new_tokens
-        with decoding(self.model, self.codec.pad_id, longest) as new_decoder:
+        with decoding(self.model, self.codec.pad_id, longest, params.max_new_tokens) as new_decoder:
             while not loop.is_done:
                 try:
                     loop.run(new_decoder(), max_rows)
@@ -156,7 +156,7 @@ class LocalEngine:
         parts = [jobs[start : start + count] for start in range(0, len(jobs), count)]
         longest = len(jobs[0].ids) + params.max_new_tokens
         written: list[list[Written]] = []
-        with decoding(self.model, self.codec.pad_id, longest) as new_decoder:
+        with decoding(self.model, self.codec.pad_id, longest, params.max_new_tokens) as new_decoder:
             while parts:
                 part = parts.pop(0)
                 try:
