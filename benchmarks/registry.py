@@ -25,6 +25,7 @@ from typing import Any
 
 NAMES = (
     "rrhf_step",
+    "generation",
     "trl_head",
     "dpo_pair",
     "peak_memory",
