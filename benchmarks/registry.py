@@ -28,6 +28,7 @@ NAMES = (
     "generation",
     "trl_head",
     "dpo_pair",
+    "mixed_queries",
     "peak_memory",
 )
 """In order of cost."""
