@@ -45,6 +45,7 @@ from rrhf.training.token_batches import (
     layout_of,
     micro_batches,
     tokens_of,
+    told,
     warn_of_lone,
 )
 
@@ -161,6 +162,18 @@ def test_what_is_too_long_is_alone_and_said(caplog: pytest.LogCaptureFixture) ->
         "--max_tokens_per_batch 100: 2 of 4 prompts have more by themselves (up to 960 tokens); "
         "each is a micro-batch of its own"
     ]
+
+
+def test_what_a_cut_comes_to_is_told() -> None:
+    sizes = [Size(10, (10,)), Size(10, (6,)), Size(4, (6,))]
+    budget = TokenBudget(40, PADDED)
+    # Rows of 20, 20 and 10, of 46 tokens in all.
+    assert told([[[0, 1], [2]]], sizes, budget) == (
+        "2 micro-batches a device, 25 tokens each (at most 40), 8% of them padding"
+    )
+    assert told([[[0]], [[1, 2]]], sizes, TokenBudget(40, SHARED)) == (
+        "1 micro-batches a device, 23 tokens each (at most 26), 0% of them padding"
+    )
 
 
 def test_tokens_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -13,6 +14,8 @@ from rrhf.training.setup import Workbench
 from rrhf.training.streams import OfflineStream
 from rrhf.training.token_batches import TokenBudget, layout_of, sizes_of, warn_of_lone
 from rrhf.training.update import Objective
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -41,9 +44,7 @@ def offline_stream(
     """
     config = bench.config
     budget = token_budget(config, model)
-    if budget is not None:
-        warn_of_lone(sizes_of(examples), budget)
-    return OfflineStream(
+    stream = OfflineStream(
         examples,
         bench.codec.pad_id,
         config.per_device_train_batch_size,
@@ -56,6 +57,10 @@ def offline_stream(
         config.group_by_length,
         budget=budget,
     )
+    if budget is not None:
+        warn_of_lone(sizes_of(examples), budget)
+        logger.info("token batches: %s in the first step", stream.told(budget))
+    return stream
 
 
 def held_out_evaluation(

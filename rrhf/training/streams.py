@@ -32,6 +32,7 @@ from rrhf.training.token_batches import (
     micro_batches,
     sizes_of,
     tokens_of,
+    told,
 )
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,11 @@ class OfflineStream:
     def _lengths_digest(self) -> str:
         """Tells other data apart that has as many examples."""
         return hashlib.sha256(" ".join(map(str, self._lengths)).encode()).hexdigest()
+
+    def told(self, budget: TokenBudget) -> str:
+        """How the first step of all is cut by a budget."""
+        sizes = [self._sizes[i] for i in self._epoch_order(0)[0]]
+        return told(micro_batches(sizes, budget, self._world_size), sizes, budget)
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Offline data does not change with the metrics."""

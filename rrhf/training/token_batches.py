@@ -166,6 +166,20 @@ def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompt
     return bool(beyond)
 
 
+def told(cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: TokenBudget) -> str:
+    """What one looks for when choosing a budget, of a step that was cut."""
+    batches = [[sizes[place] for place in places] for rank in cut for places in rank if places]
+    computed = [tokens_of(batch, budget.layout) for batch in batches]
+    needed = sum(computed)
+    if budget.layout == PADDED:
+        needed = sum(tokens_of(batch, PACKED) for batch in batches)
+    return (
+        f"{len(cut[0])} micro-batches a device, {sum(computed) // max(len(batches), 1)} tokens "
+        f"each (at most {max(computed, default=0)}), {1 - needed / max(sum(computed), 1):.0%} of "
+        "them padding"
+    )
+
+
 def even_batches(count: int, per_device: int, world_size: int = 1) -> list[list[list[int]]]:
     """Cut a step by number, in the order in which its prompts come; returns as `micro_batches`."""
     width = per_device * world_size

@@ -42,6 +42,7 @@ from rrhf.training.token_batches import (
     even_batches,
     micro_batches,
     tokens_of,
+    told,
     warn_of_lone,
 )
 
@@ -113,7 +114,7 @@ class PPOStream:
         self._place = self.steps_per_rollout  # steps done in it
         self._experience: list[EncodedSet] = []
         self._sizes: list[Size] = []
-        self._has_warned = False
+        self._has_warned = self._has_told = False
         self.rollout_metrics: dict[str, float] = {}
         self._has_news = False
         self._largest_ratio = 0.0
@@ -297,7 +298,11 @@ class PPOStream:
         if self._budget is None:
             cut = even_batches(len(indices), self._config.per_device_train_batch_size, world_size)
         else:
-            cut = micro_batches([self._sizes[i] for i in indices], self._budget, world_size)
+            sizes = [self._sizes[i] for i in indices]
+            cut = micro_batches(sizes, self._budget, world_size)
+            if not self._has_told:
+                self._has_told = True
+                logger.info("token batches: %s in the first step", told(cut, sizes, self._budget))
         batches = []
         for places in cut[self._parallel.rank]:
             mine = [self._experience[indices[place]] for place in places]
