@@ -25,7 +25,7 @@ from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.engines import build_policy
 from rrhf.models.packed_rows import PackedPolicy
 from rrhf.models.packed_trunk import ATTENTION
-from rrhf.training import rank, sft
+from rrhf.training import rank, reward, sft
 from rrhf.training.measure import measure
 from rrhf.training.parallel import Parallel
 from rrhf.training.rank import RankConfig, RankObjective
@@ -329,6 +329,10 @@ def train(stage: str, world: Path, out: Path, **changes: Any) -> Path:
     if stage == "rank":
         values = {"eval_data_path": data, **values}
         return rank.train(RankConfig(model, str(out), data_path=data, **values))
+    if stage == "reward":
+        return reward.train(
+            RewardConfig(model, str(out), data_path=data, validation_datasets=data, **values)
+        )
     return sft.train(SFTConfig(model, str(out), data_path=data, **values))
 
 
@@ -338,24 +342,26 @@ def train(stage: str, world: Path, out: Path, **changes: Any) -> Path:
         ("rank", {"engine": "shared_prefix"}),
         ("rank", {"engine": "padded"}),
         ("sft", {"packing": True}),
+        ("reward", {"engine": "shared_prefix"}),
+        ("reward", {"engine": "padded"}),
     ],
 )
 def test_a_run_cut_by_tokens_trains_the_same(
     stage: str, changes: dict[str, Any], world: Path, tmp_path: Path
 ) -> None:
-    train(stage, world, tmp_path / "number", **changes)
-    train(stage, world, tmp_path / "tokens", max_tokens_per_batch=120, **changes)
+    folders = (
+        train(stage, world, tmp_path / "number", **changes),
+        train(stage, world, tmp_path / "tokens", max_tokens_per_batch=120, **changes),
+    )
     for mine, its in zip(
         metrics_of(tmp_path / "tokens"), metrics_of(tmp_path / "number"), strict=True
     ):
         for name in its.keys() - {"tokens_per_second"}:
             assert mine[name] == pytest.approx(its[name], rel=1e-5, abs=1e-6), name
-    one, other = (
-        load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("number", "tokens")
-    )
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
-    assert not same_weights(tmp_path / "number" / "policy", tmp_path / "tokens" / "policy")
+    assert not same_weights(*folders)  # it was another cut
 
 
 def test_resumed_equals_straight(
