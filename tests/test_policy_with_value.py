@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
+from rrhf.models.engines import build_policy
 from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import (
     ActorCritic,
@@ -72,6 +73,21 @@ def test_the_log_probs_are_the_policys() -> None:
     only_values = critic()(batch(), values_only=True)
     torch.testing.assert_close(only_values.values, outputs.values)
     assert ActorCritic(Policy(tiny_llama()))(batch()).values is None
+
+
+@pytest.mark.parametrize("engine", ["padded", "shared_prefix"])
+def test_values_alone_need_no_head(engine: str) -> None:
+    model = tiny_llama(64)
+    root = ActorCritic(build_policy(model, engine), new_value_head(model))
+    with torch.no_grad():
+        root.value.weight.normal_()
+    seen: list[tuple[int, ...]] = []
+    expected = root(batch()).values
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    found = root(batch(), values_only=True)
+    torch.testing.assert_close(found.values, expected, atol=1e-5, rtol=1e-5)
+    assert found.logprobs.eq(0).all()
+    assert [shape[1] for shape in seen] == ([1] if engine == "padded" else [])
 
 
 def test_a_first_value_is_on_the_scale_of_the_scores() -> None:

@@ -19,7 +19,7 @@ NUM_RANDOM_KILLS = 20
 
 SAMPLE = "rrhf.generation.row_loop:pick_tokens"
 SCORE = "rrhf.scoring.reward_model:RowScorer.score_rows"
-READ = "rrhf.training.online.rollout:RolloutWriter._read_batch"
+READ = "rrhf.training.online.reading:Reader._read_batch"
 BACKWARD = "rrhf.training.parallel:Parallel.backward"
 BEFORE_STEP = "rrhf.training.parallel:Parallel.take_step"
 AFTER_STEP = "rrhf.training.update:Update._metrics"

@@ -20,7 +20,7 @@ from rrhf.errors import StoppedBySignal
 from rrhf.generation import row_loop
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training import ppo
-from rrhf.training.online import rollout
+from rrhf.training.online import reading
 
 SETTINGS: dict[str, Any] = {
     "normalize_reward": True,
@@ -73,7 +73,7 @@ def signalled_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
     [
         (row_loop, "pick_tokens", 3, 0),
         (RewardModelScorer, "score", 2, 4),
-        (rollout.RolloutWriter, "_read_batch", 6, 4),
+        (reading.Reader, "_read_batch", 6, 4),
         (RewardModelScorer, "score", 4, 8),
     ],
     ids=["first-rollout", "evaluation", "second-rollout", "last-evaluation"],

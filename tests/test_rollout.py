@@ -13,12 +13,14 @@ from ppo_cases import build_world, settings
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.collate import EncodedSet, collate
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.generation.local import LocalEngine
+from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.logprobs import Policy
-from rrhf.models.policy_with_value import ActorCritic, ValueHead
+from rrhf.models.policy_with_value import ActorCritic, ValueHead, ValueModel
+from rrhf.models.reward_model import load_reward_model
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer
 from rrhf.training.online.experience import RolloutRow, build_experience, pack, unpack
@@ -70,6 +72,41 @@ def test_where_engine_and_trainer_differ_the_trainer_is_believed(world: Path) ->
     batch = collate([EncodedSet(row.prompt_ids, [row.token_ids])], 2)
     read = Policy(load_causal_lm(world / "model"), 1.5)(batch).logprobs[0].detach()
     torch.testing.assert_close(row.old_logprobs, read, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shares_trunk", [False, True])
+def test_no_policy_is_read_where_sampling_left_its_log_probs(
+    world: Path, shares_trunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One response of a rollout is, to see whether they agree; of the others only values."""
+    config = settings(world, "unused", num_return_sequences=2)
+    codec = ChatCodec(load_tokenizer(world / "model"), "raw")
+    policy = build_policy(load_causal_lm(world / "model"), "auto")
+    value = ValueHead(32) if shares_trunk else ValueModel(load_reward_model(world / "reward"))
+    root = ActorCritic(policy, value)
+    reference = Policy(load_causal_lm(world / "model"))
+    scorer = build_scorer(config.reward_model_name_or_path)
+    write = RolloutWriter(root, reference, codec, scorer, config, Parallel()).write
+    rows: list[tuple[str, int]] = []
+
+    def count(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def counted(self: Any, batch: TokenBatch) -> Any:
+            rows.append((name, batch.num_rows))
+            return plain(self, batch)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name in ("forward", "with_hidden", "hidden"):
+        count(FastPolicy, name)
+    written = write(prompts(world), number=0).rows
+    assert len(written) == 12
+    assert rows == (
+        [("with_hidden", 1), *[("hidden", 8), ("hidden", 4)]] if shares_trunk else [("forward", 1)]
+    )
+    for row in written:
+        assert row.values is not None and row.old_logprobs.abs().sum() > 0
 
 
 def test_a_prompt_that_occurs_twice_is_answered_twice(world: Path) -> None:

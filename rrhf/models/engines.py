@@ -59,9 +59,12 @@ class FastPolicy(PackedTrunk, Policy):
     def with_hidden(self, batch: TokenBatch) -> tuple[PolicyOutputs, Tensor]:
         """As `Policy.with_hidden`."""
         hidden, row, column = self._hidden(batch)
-        grid = hidden.new_zeros((*batch.response_ids.shape, hidden.shape[-1]))
         outputs = self._outputs(hidden, row, column, batch)
-        return outputs, grid.index_put((row, column), hidden)
+        return outputs, _as_grid(hidden, row, column, batch)
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """As `Policy.hidden`, without the head."""
+        return _as_grid(*self._hidden(batch), batch)
 
     def _hidden(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """[M, H] the hidden states that predict the response tokens, and where these stand."""
@@ -141,6 +144,12 @@ def build_policy(
         return Policy(model, *asked)
     policy = first_that_fits(model, engine, lambda layout: FastPolicy(model, layout, *asked))
     return Policy(model, *asked) if policy is None else policy
+
+
+def _as_grid(hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:
+    """[N, R, H] from [M, H]."""
+    grid = hidden.new_zeros((*batch.response_ids.shape, hidden.shape[-1]))
+    return grid.index_put((row, column), hidden)
 
 
 def _is_checkpointing(inner: Any) -> bool:

@@ -78,6 +78,14 @@ class Policy(nn.Module):
         logits, hidden = response_logits_and_hidden(self.model, batch)
         return self._of_logits(logits, batch), hidden
 
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """The hidden states of `with_hidden`, with as little of the head as the model allows."""
+        ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
+        arguments = _arguments(self.model, ids, mask, position_ids, 1)
+        outputs = self.model(**arguments, output_hidden_states=True)
+        found: Tensor = outputs.hidden_states[-1][:, -batch.response_ids.shape[1] :]
+        return found
+
     def _of_logits(self, logits: Tensor, batch: TokenBatch) -> PolicyOutputs:
         return logprobs_of_logits(
             logits,

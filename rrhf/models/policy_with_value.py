@@ -129,11 +129,11 @@ class ActorCritic(nn.Module):
 
         Args:
             batch: prompts and responses.
-            values_only: leave the policy out where it has a trunk of its own; its log-probs are
-                zero then. Never in a forward that is trained on.
+            values_only: leave out what the policy has for itself, its trunk or its head; its
+                log-probs are zero then. Never in a forward that is trained on.
         """
         if isinstance(self.value, ValueHead):
-            return self._one_trunk(batch, self.value)
+            return self._one_trunk(batch, self.value, values_only)
         values = None
         if isinstance(self.value, ValueModel):
             values = self.value(batch).masked_fill(~batch.response_mask, 0.0)
@@ -142,7 +142,12 @@ class ActorCritic(nn.Module):
         outputs = self.policy(batch)
         return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
 
-    def _one_trunk(self, batch: TokenBatch, head: ValueHead) -> ActorCriticOutputs:
+    def _one_trunk(
+        self, batch: TokenBatch, head: ValueHead, values_only: bool
+    ) -> ActorCriticOutputs:
+        if values_only:
+            values = head(self.policy.hidden(batch)).masked_fill(~batch.response_mask, 0.0)
+            return ActorCriticOutputs(torch.zeros_like(values), values)
         outputs, hidden = self.policy.with_hidden(batch)
         if self._detach_value_trunk:
             hidden = hidden.detach()

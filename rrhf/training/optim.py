@@ -14,6 +14,9 @@ from transformers import get_scheduler
 from rrhf.errors import UserError
 from rrhf.training.config import GroupSettings, TrainingConfig
 
+FUSED_ON = ("cpu", "cuda")
+"""Devices that can do a whole step of AdamW in one pass over weights and moments."""
+
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW over every weight that needs a gradient; vectors (norms, biases) get no weight decay.
@@ -46,6 +49,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=all(p.device.type in FUSED_ON for _, p in trainable),
     )
 
 

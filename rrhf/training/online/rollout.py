@@ -5,9 +5,8 @@ whole rollout. Where weights are spread, a rank writes with a whole copy (`whole
 waits for another's longest response; what is then read passes the root itself, and ranks with less
 to read join in with fillers.
 
-The ids that were sampled are the ids that are trained on. In float32 the engine's own log-probs are
-the old log-probs; one batch of every rollout is read by the trainer's forward as well, and where
-the two differ on any rank (as under bf16 always) that forward's are taken for all rows.
+The ids that were sampled are the ids that are trained on; what root and reference say of them is
+`reading`'s.
 
 Responses without a token (a stop string at once) and those that could not be scored are left out
 and counted. A signal drops a rollout, on all ranks, also where one alone got it: at once, or, where
@@ -22,23 +21,23 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
 from rrhf.generation.local import LocalEngine
-from rrhf.models.logprobs import Policy
+from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.scorer import Scorer
 from rrhf.signals import StopRequest
 from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.reading import Draft, Reader
 from rrhf.training.online.response_ends import StopToken, is_loop
 from rrhf.training.online.whole_copy import WholeCopy
 from rrhf.training.parallel import Parallel
@@ -48,9 +47,6 @@ from rrhf.training.ppo_config import PPOConfig
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-LOGPROB_TOLERANCE = 1e-4
-"""Engine and trainer agree where no token's log-prob differs by more."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +62,6 @@ class Rollout:
     rows: list[RolloutRow]
     counts: Counter[str]
     spent: dict[str, Spent]
-
-
-@dataclass
-class _Draft:
-    """A response of this rank while it is being read."""
-
-    prompt: int
-    sample: int
-    prompt_ids: list[int]
-    written: Sample
-    score: float | None = None
-    old_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    reference_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    values: Tensor | None = None
-    is_cut: bool = False
-
-    @property
-    def token_ids(self) -> list[int]:
-        ids: list[int] = self.written.token_ids.tolist()
-        return ids
 
 
 class RolloutWriter:
@@ -120,7 +96,6 @@ class RolloutWriter:
         self._codec, self._scorer = codec, scorer
         self._config, self._parallel = config, parallel
         self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
-        self._said = False
         self._stop_token: StopToken | None = None
         if config.truncate_token is not None:
             self._stop_token = StopToken(
@@ -133,6 +108,9 @@ class RolloutWriter:
             codec,
             max_batch_rows=self._rows_at_a_time,
             max_prompt_tokens=config.model_max_length - config.max_new_tokens,
+        )
+        self._reader = Reader(
+            root, self._first_policy, codec, parallel, self._rows_at_a_time, config.bf16
         )
 
     def fits(self, prompt: CandidateSet) -> bool:
@@ -166,7 +144,7 @@ class RolloutWriter:
             if self._copy is not None:
                 with self._phases("gather"):
                     self._copy.refresh()
-            drafts: list[_Draft] = []
+            drafts: list[Draft] = []
             with contextlib.suppress(StoppedBySignal):
                 drafts = self._sample(renamed, places, number, samples_per_prompt, part.counts)
                 drafts = self._score(drafts, renamed, part.counts)
@@ -199,7 +177,7 @@ class RolloutWriter:
         number: int,
         samples_per_prompt: int | None,
         counts: Counter[str],
-    ) -> list[_Draft]:
+    ) -> list[Draft]:
         """Responses to the prompts at these places, those without a token left out."""
         params = self._config.sampling(number)
         if samples_per_prompt is not None:
@@ -211,7 +189,7 @@ class RolloutWriter:
             for place, prompt, samples in zip(places, mine, written, strict=True):
                 prompt_ids = self._engine.encode_prompt(prompt, params)
                 assert prompt_ids is not None, "prompts that do not fit were to be left out"
-                drafts += [_Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
+                drafts += [Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
             spent.tokens = sum(len(draft.written.token_ids) for draft in drafts)
         drafts = [self._cut(draft, prompts) for draft in drafts]
         kept = [draft for draft in drafts if len(draft.written.token_ids)]
@@ -220,7 +198,7 @@ class RolloutWriter:
         )
         return kept
 
-    def _cut(self, draft: _Draft, prompts: Sequence[CandidateSet]) -> _Draft:
+    def _cut(self, draft: Draft, prompts: Sequence[CandidateSet]) -> Draft:
         """The response up to its stop token, where it has one."""
         ids = draft.token_ids
         kept = None if self._stop_token is None else self._stop_token.kept(ids)
@@ -231,7 +209,7 @@ class RolloutWriter:
         cut = Sample(written.token_ids[:kept], written.logprobs[:kept], "stop", text)
         return replace(draft, written=cut, is_cut=True)
 
-    def _degenerate(self, drafts: Sequence[_Draft]) -> dict[str, int]:
+    def _degenerate(self, drafts: Sequence[Draft]) -> dict[str, int]:
         """How many responses were cut, and how many have little worth, by what they lack."""
         end_ids = self._codec.end_ids
         found = Counter(cut=0, unfinished=0, looped=0)
@@ -243,10 +221,10 @@ class RolloutWriter:
         return dict(found)
 
     def _score(
-        self, drafts: Sequence[_Draft], prompts: Sequence[CandidateSet], counts: Counter[str]
-    ) -> list[_Draft]:
+        self, drafts: Sequence[Draft], prompts: Sequence[CandidateSet], counts: Counter[str]
+    ) -> list[Draft]:
         """The drafts with a score; those that could not be scored are left out."""
-        groups: dict[int, list[_Draft]] = {}
+        groups: dict[int, list[Draft]] = {}
         for draft in drafts:
             groups.setdefault(draft.prompt, []).append(draft)
         sets = [
@@ -269,84 +247,26 @@ class RolloutWriter:
         counts.update(unscored=len(drafts) - len(kept))
         return kept
 
-    def _read(self, drafts: Sequence[_Draft]) -> None:
-        """Old log-probs and values, then reference log-probs, in batches of similar lengths."""
-        order = sorted(drafts, key=lambda d: len(d.prompt_ids) + len(d.written.token_ids))
-        batches = [
-            order[first : first + self._rows_at_a_time]
-            for first in range(0, len(order), self._rows_at_a_time)
-        ]
+    def _read(self, drafts: Sequence[Draft]) -> None:
+        """Old log-probs and values, then reference log-probs."""
         # The root's forward may be one that all ranks must do together.
         run = self._alone if self._parallel.world_size == 1 else _do
         with self._phases("read") as spent, self._parallel.autocast():
-            run(lambda: self._read_root(batches))
+            run(lambda: self._reader.read(drafts))
             spent.tokens = _num_tokens(drafts)
         with self._phases("reference") as spent, self._parallel.autocast():
-            self._alone(lambda: self._read_reference(batches))
+            self._alone(lambda: self._reader.read_reference(drafts))
             spent.tokens = _num_tokens(drafts)
 
-    def _read_root(self, batches: Sequence[Sequence[_Draft]]) -> None:
-        recompute = self._config.bf16
-        # Equally many on all ranks: where weights are spread, each is a call that all must join.
-        for place in range(int(self._parallel.max(len(batches)))):
-            batch = batches[place] if place < len(batches) else []
-            recompute = self._read_batch(batch, is_first=place == 0, recompute=recompute)
+    def _first_policy(self, batch: TokenBatch) -> PolicyOutputs:
+        if self._reference is not None:
+            found: PolicyOutputs = self._reference(batch)
+            return found
+        with as_reference(self._policy) as policy:
+            found = policy(batch)
+            return found
 
-    def _read_reference(self, batches: Sequence[Sequence[_Draft]]) -> None:
-        for drafts in batches:
-            batch = self._collated(drafts)
-            if self._reference is not None:
-                found = self._reference(batch).logprobs.cpu()
-            else:
-                with as_reference(self._policy) as policy:
-                    found = policy(batch).logprobs.cpu()
-            for place, draft in enumerate(drafts):
-                draft.reference_logprobs = found[place, : len(draft.written.token_ids)].clone()
-
-    def _collated(self, drafts: Sequence[_Draft]) -> TokenBatch:
-        filler = EncodedSet([self._codec.end_id], [[self._codec.end_id]])
-        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts] or [filler]
-        return collate(sets, self._codec.pad_id).to(self._parallel.device)
-
-    def _read_batch(self, drafts: Sequence[_Draft], is_first: bool, recompute: bool) -> bool:
-        """Fill the drafts in; returns whether the trainer's log-probs are to be taken.
-
-        Without a draft a filler is read, and forgotten.
-        """
-        batch = self._collated(drafts)
-        needs_policy = is_first or recompute
-        has_critic = self._root.value is not None
-        outputs = None
-        if needs_policy or has_critic:
-            outputs = self._root(batch, values_only=not needs_policy)
-        if is_first and outputs is not None:
-            recompute = self._must_recompute(drafts, outputs.logprobs.cpu(), recompute)
-        for place, draft in enumerate(drafts):
-            count = len(draft.written.token_ids)
-            draft.old_logprobs = draft.written.logprobs.float()
-            if outputs is not None and recompute:
-                draft.old_logprobs = outputs.logprobs[place, :count].cpu().clone()
-            if outputs is not None and outputs.values is not None:
-                draft.values = outputs.values[place, :count].cpu().clone()
-        return recompute
-
-    def _must_recompute(self, drafts: Sequence[_Draft], read: Tensor, recompute: bool) -> bool:
-        gaps = [
-            float((read[place, : len(d.written.logprobs)] - d.written.logprobs).abs().max())
-            for place, d in enumerate(drafts)
-        ]
-        gap = self._parallel.max(max(gaps, default=0.0))
-        recompute = recompute or gap > LOGPROB_TOLERANCE
-        if recompute and not self._said:
-            self._said = True
-            logger.info(
-                "log-probs of sampling and of training differ by up to %.2g: old log-probs are "
-                "computed again by the trainer's own forward",
-                gap,
-            )
-        return recompute
-
-    def _rows(self, drafts: Sequence[_Draft]) -> list[RolloutRow]:
+    def _rows(self, drafts: Sequence[Draft]) -> list[RolloutRow]:
         rows = []
         for d in drafts:
             assert d.score is not None, "responses without a score were left out"
@@ -386,7 +306,7 @@ def _do(work: Callable[[], T]) -> T:
     return work()
 
 
-def _num_tokens(drafts: Sequence[_Draft]) -> int:
+def _num_tokens(drafts: Sequence[Draft]) -> int:
     """Prompts and responses."""
     return sum(len(d.prompt_ids) + len(d.written.token_ids) for d in drafts)
 
