@@ -108,7 +108,7 @@ def test_losses_are_those_of_one_process(two: Two, one: Path, case: str) -> None
     for row, other in zip(mine, its, strict=True):
         for name in NAMES_OF_LOSSES:
             if name in other:
-                assert row[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name
+                assert row[name] == pytest.approx(other[name], rel=3e-6, abs=1e-6), name
         for name in ("score", "kl", "grad_norm", "response_length", "eval_score", "eval_loss"):
             if name in other:
                 assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
