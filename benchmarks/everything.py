@@ -5,6 +5,7 @@ Every result is written as soon as it is there: a run that was ended goes on wit
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -39,16 +40,29 @@ def one_case(
         print(f"{name} {case}: not measured: {reason}", flush=True)
     else:
         print(module.table(result), flush=True)
+        if result.get("missing"):  # a peer; our side alone makes no ratio
+            result["not_measured"] = result["missing"]
     whole = {"sizes": registry.sizes_of(shape), **result, "goal": goal, "load_before": before}
     whole["cpu_seconds"] = round(time.process_time() - started + harness.children_clock(), 1)
     if output:
-        harness.write(path_of(output, name, case), whole)
+        path = path_of(output, name, case)
+        harness.write(path, whole)
+        if hasattr(module, "picture") and "not_measured" not in result:
+            draw(module, path)
     return NOT_HERE if "not_measured" in result else 0
+
+
+def draw(module: ModuleType, path: Path) -> None:
+    """The picture of a result, beside it."""
+    try:
+        module.picture(json.loads(path.read_text()), path.with_suffix(".png"))
+    except harness.NotMeasured as reason:
+        print(reason, flush=True)
 
 
 def path_of(output: Path, name: str, case: str) -> Path:
     """Where a result is written."""
-    return output / f"{name}_{case}.json"
+    return output / f"{name}_{case.replace(' ', '_')}.json"
 
 
 def in_fresh_processes(

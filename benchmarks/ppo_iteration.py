@@ -37,6 +37,7 @@ from benchmarks.workers import ROOT, Worker
 PEER, OURS = "TRL 1.10", "rrhf"
 PEER_VERSION = "1.10.0"
 PEER_PYTHON = ROOT / "trl-env" / "bin" / "python"
+SETTINGS = {"trl_python": f"the Python of an environment that holds TRL {PEER_VERSION}"}
 HOW_TO_HAVE_THE_PEER = (
     f"make trl-env/ with `python -m venv trl-env` and `trl-env/bin/pip install trl=={PEER_VERSION} "
     f"torch=={torch.__version__.partition('+')[0]} transformers=={transformers.__version__}`, "
@@ -67,6 +68,13 @@ class Case:
     rows: int = 8
     epochs: int = 4
     learning_rate: float = 1e-6
+
+    def __str__(self) -> str:
+        samples = f", {self.samples} of a prompt" if self.samples > 1 else ""
+        return (
+            f"H{self.hidden} L{self.layers} V{self.vocabulary // 1024}k P{self.prompt} "
+            f"R{self.response}, {self.rows} responses{samples}, {self.epochs} epochs"
+        )
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(

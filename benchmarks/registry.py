@@ -12,8 +12,12 @@ A benchmark is a module of this package with
   measured here raises `harness.NotMeasured`;
 - `table(result) -> str`: for the terminal.
 
-It may have `ROUNDS` (case -> rounds, where five are too many), `SETTINGS` (option -> its help; each
-is handed to `run` as a string), `VARIANTS` (what `--variants` can ask for; `run` takes `variants`).
+A result with `points` in place of `timings` (`value`, `theory` and `timings` of each) is a row for
+each of them; one with `extra_mib` and `times_less` is about memory.
+
+It may have `picture(result, path)`, which draws what was written; `ROUNDS` (case -> rounds, where
+five are too many), `SETTINGS` (option -> its help; each is handed to `run` as a string), `VARIANTS`
+(what `--variants` can ask for; `run` takes `variants`).
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ NAMES = (
     "dpo_pair",
     "mixed_queries",
     "peak_memory",
+    "scaling",
+    "demo_speed",
+    "ppo_iteration",
 )
 """In order of cost."""
 

@@ -40,7 +40,7 @@ def timings(results: Results) -> str:
     rows = [[*head, "rounds", "goal", "FLOP ratio", "load"]]
     for name, case, result in _cases(results):
         label = f"`{name}` {case}"
-        if result is None or "timings" not in result:
+        if result is None or "not_measured" in result or "timings" not in result:
             if _is_of("timings", name):
                 rows.append([label, _sizes(name, case, result), *_missing(result), *[""] * 6])
             continue
