@@ -28,6 +28,7 @@ from benchmarks.shapes import SHAPES, Shape
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
+TABLE = "memory"
 CASES = {"S3": SHAPES["S3"], "S3_checkpointed": SHAPES["S3"], "S4": SHAPES["S4"]}
 GOALS = {"S3": 5.0, "S3_checkpointed": 18.0}
 ROUNDS = dict.fromkeys(CASES, 1)

@@ -12,12 +12,12 @@ A benchmark is a module of this package with
   measured here raises `harness.NotMeasured`;
 - `table(result) -> str`: for the terminal.
 
-A result with `points` in place of `timings` (`value`, `theory` and `timings` of each) is a row for
-each of them; one with `extra_mib` and `times_less` is about memory.
+Its results stand in the README's table `timings`, unless the module names another in `TABLE`, whose
+results hold other things (`benchmarks.tables`).
 
-It may have `picture(result, path)`, which draws what was written; `ROUNDS` (case -> rounds, where
-five are too many), `SETTINGS` (option -> its help; each is handed to `run` as a string), `VARIANTS`
-(what `--variants` can ask for; `run` takes `variants`).
+It may also have `picture(result, path)`, which draws what was written; `ROUNDS` (case -> rounds,
+where five are too many), `SETTINGS` (option -> its help; each is handed to `run` as a string),
+`VARIANTS` (what `--variants` can ask for; `run` takes `variants`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ NAMES = (
     "scaling",
     "demo_speed",
     "ppo_iteration",
+    "gpu_step",
 )
 """In order of cost."""
 
@@ -51,6 +52,11 @@ def load(name: str) -> ModuleType:
 def rounds_of(module: ModuleType, case: str) -> int:
     """How many rounds a case is measured in, unless another count is asked for."""
     return int(getattr(module, "ROUNDS", {}).get(case, FEW_ROUNDS))
+
+
+def table_of(module: ModuleType) -> str:
+    """Which table of the README its results stand in."""
+    return str(getattr(module, "TABLE", "timings"))
 
 
 def settings_of(module: ModuleType) -> dict[str, str]:

@@ -19,6 +19,7 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training_step import compared
 from rrhf.models.engines import build_policy
 
+TABLE = "scaling"
 MIDDLE = SHAPES["S1"]
 ORIGINAL, OURS = "original", "shared_prefix"
 

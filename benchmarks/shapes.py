@@ -12,17 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 
-HEADS, KEY_HEADS = 8, 4
-
 
 @dataclass(frozen=True)
 class Shape:
     """One shape.
 
     Attributes:
-        hidden, layers, vocabulary: of the model; its MLP is 2.5 times as wide as H.
+        hidden, layers, vocabulary: of the model.
         prompt: tokens.
         responses: tokens of each.
+        heads, key_heads: of its attention.
+        mlp: width of its MLP; None = 2.5 times as wide as H.
     """
 
     hidden: int
@@ -30,15 +30,18 @@ class Shape:
     vocabulary: int
     prompt: int
     responses: tuple[int, ...]
+    heads: int = 8
+    key_heads: int = 4
+    mlp: int | None = None
 
     @property
     def intermediate(self) -> int:
-        return 5 * self.hidden // 2
+        return self.mlp or 5 * self.hidden // 2
 
     @property
     def body_parameters(self) -> int:
         """Weights that each token is multiplied by, the head left out."""
-        grouped = self.hidden * KEY_HEADS // HEADS
+        grouped = self.hidden * self.key_heads // self.heads
         attention = 2 * self.hidden * (self.hidden + grouped)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -51,20 +54,22 @@ class Shape:
             f"P{self.prompt} R{length} N{len(self.responses)}"
         )
 
-    def model(self) -> LlamaForCausalLM:
-        """The same weights each time."""
-        torch.manual_seed(0)
-        config = LlamaConfig(
+    def config(self) -> LlamaConfig:
+        """Of the model."""
+        return LlamaConfig(
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KEY_HEADS,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
             vocab_size=self.vocabulary,
             max_position_embeddings=2048,
-            attn_implementation="sdpa",
         )
-        return LlamaForCausalLM(config)
+
+    def model(self) -> LlamaForCausalLM:
+        """The same weights each time."""
+        torch.manual_seed(0)
+        return LlamaForCausalLM._from_config(self.config(), attn_implementation="sdpa")
 
     def batch(self, scores: list[float] | None = None) -> TokenBatch:
         """The same random tokens each time."""

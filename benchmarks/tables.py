@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ def write(readme: Path, results: Results) -> None:
     Raises:
         ValueError: the file has a mark of a table that is not known.
     """
-    text = readme.read_text()
 
     def filled(found: re.Match[str]) -> str:
         name = found.group(2)
@@ -31,61 +30,92 @@ def write(readme: Path, results: Results) -> None:
         return f"{found.group(1)}\n{TABLES[name](results)}\n{found.group(3)}"
 
     marked = r"(<!-- benchmarks (\w+) -->)\n.*?(<!-- end of benchmarks \2 -->)"
-    readme.write_text(re.sub(marked, filled, text, flags=re.DOTALL))
+    readme.write_text(re.sub(marked, filled, readme.read_text(), flags=re.DOTALL))
 
 
 def timings(results: Results) -> str:
-    """A row for each variant of each case: the first is the one that the goal is about."""
-    head = ["benchmark", "sizes", "baseline, ms", "variant, ms", "times as fast [range]"]
+    """A row for each case: its baseline, and the variant that the goal is about."""
+    head = ["benchmark", "sizes", "baseline, ms", "ours, ms", "times as fast [range]"]
     rows = [[*head, "rounds", "goal", "FLOP ratio", "load"]]
-    for name, case, result in _cases(results):
-        label = f"`{name}` {case}"
-        if result is None or "not_measured" in result or "timings" not in result:
-            if _is_of("timings", name):
-                rows.append([label, _sizes(name, case, result), *_missing(result), *[""] * 6])
+    for label, sizes, result in _cases(results, "timings"):
+        if "not_measured" in result:
+            rows.append([label, sizes, _reason(result), *[""] * 6])
             continue
-        (baseline, base), *others = result["timings"].items()
-        for number, (variant, timing) in enumerate(others):
-            ratio = timing["speed_up"]
-            median, span = ratio["median"], f"[{ratio['lowest']:.2f}-{ratio['highest']:.2f}]"
-            goal = result["goal"] if number == 0 else None
-            theory = result.get("theory")
-            rows.append(
-                [
-                    label if number == 0 else "",
-                    _sizes(name, case, result) if number == 0 else "",
-                    f"{baseline} {_milliseconds(base)}" if number == 0 else "",
-                    f"{variant} {_milliseconds(timing)}",
-                    f"{_bold(median, goal)} {span}",
-                    str(len(timing["seconds"])),
-                    _met(median, goal),
-                    f"{theory:.2f}" if theory and number == 0 else "",
-                    _load(result) if number == 0 else "",
-                ]
-            )
+        (baseline, base), (variant, timing) = list(result["timings"].items())[:2]
+        median, theory = timing["speed_up"]["median"], result.get("theory")
+        rows.append(
+            [
+                label,
+                sizes,
+                f"{baseline} {_milliseconds(base)}",
+                f"{variant} {_milliseconds(timing)}",
+                _speed_up(timing, is_bold=True),
+                str(len(timing["seconds"])),
+                _met(median, result["goal"]),
+                f"{theory:.2f}" if theory else "",
+                f"{result['load_before']}, {result['machine']['load']}",
+            ]
+        )
+    return _markdown(rows)
+
+
+def variants(results: Results) -> str:
+    """What else was timed in the same rounds."""
+    rows = [["benchmark", "variant", "ms", "times as fast as the baseline [range]"]]
+    for label, _, result in _cases(results, "timings"):
+        for variant, timing in list(result.get("timings", {}).items())[2:]:
+            rows.append([label, variant, _milliseconds(timing), _speed_up(timing)])
     return _markdown(rows)
 
 
 def memory(results: Results) -> str:
     """Extra memory of a step."""
-    rows = [["benchmark", "sizes", "baseline, MiB", "variant, MiB", "times less", "goal"]]
-    for name, case, result in _cases(results):
-        label = f"`{name}` {case}"
-        if result is None or "extra_mib" not in result:
-            if _is_of("memory", name):
-                rows.append([label, _sizes(name, case, result), *_missing(result), *[""] * 3])
+    rows = [["benchmark", "sizes", "baseline, MiB", "ours, MiB", "times less", "goal"]]
+    for label, sizes, result in _cases(results, "memory"):
+        if "not_measured" in result:
+            rows.append([label, sizes, _reason(result), *[""] * 3])
             continue
         (baseline, base), *others = result["extra_mib"].items()
-        for number, (variant, value) in enumerate(others):
+        for variant, value in others:
             less = result["times_less"][variant]
-            goal = result["goal"] if number == 0 else None
-            row = [
-                label,
-                _sizes(name, case, result),
-                f"{baseline} {base:.0f}",
-                f"{variant} {value:.0f}",
-            ]
-            rows.append([*row, _bold(less, goal), _met(less, goal)])
+            compared = [f"{baseline} {base:.0f}", f"{variant} {value:.0f}"]
+            rows.append([label, sizes, *compared, f"**{less:.2f}**", _met(less, result["goal"])])
+    return _markdown(rows)
+
+
+def scaling(results: Results) -> str:
+    """A picture and a row of ratios for each axis."""
+    parts = []
+    for label, sizes, result in _cases(results, "scaling"):
+        if "not_measured" in result:
+            parts.append(f"{label}, {sizes}: {_reason(result)}")
+            continue
+        points, name = result["points"], result["shape"]["name"]
+        rows = [
+            [name, *(str(point["value"]) for point in points)],
+            ["times as fast", *(_speed_up(_ours(point)) for point in points)],
+            ["FLOP ratio", *(f"{point['theory']:.2f}" for point in points)],
+        ]
+        file = f"{result['benchmark']}_{result['case']}.png"
+        parts += [f"![cost of a step over {name}](results/{file})", _markdown(rows)]
+    return "\n\n".join(parts)
+
+
+def gpu(results: Results) -> str:
+    """A row for each way to compute a step."""
+    rows = [["benchmark", "sizes", "way", "ms", "tokens/s", "MFU", "peak GiB", "times as fast"]]
+    for label, sizes, result in _cases(results, "gpu"):
+        if "not_measured" in result:
+            rows.append([label, sizes, _reason(result), *[""] * 5])
+            continue
+        for way, one in result["ways"].items():
+            if "failed" in one:
+                rows.append([label, sizes, way, one["failed"], *[""] * 4])
+                continue
+            mfu = "" if one["mfu"] is None else f"{one['mfu']:.1%}"
+            peak = "" if one["peak_gib"] is None else f"{one['peak_gib']:.1f}"
+            told = [_milliseconds(one), f"{one['tokens_per_second']:,}", mfu, peak]
+            rows.append([label, sizes, way, *told, f"{one['times_as_fast']:.2f}"])
     return _markdown(rows)
 
 
@@ -104,46 +134,49 @@ def machine(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "timings": timings,
+    "variants": variants,
     "memory": memory,
+    "scaling": scaling,
+    "gpu": gpu,
     "machine": machine,
 }
-OF_MEMORY = ("peak_memory",)
 
 
-def _cases(results: Results) -> list[tuple[str, str, Mapping[str, Any] | None]]:
-    named = [(name, case) for name in registry.NAMES for case in registry.load(name).CASES]
-    return [(name, case, results.get((name, case))) for name, case in named]
+def _cases(results: Results, table: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Name, sizes and result of every case of a table, measured or not."""
+    for name in registry.NAMES:
+        module = registry.load(name)
+        if registry.table_of(module) != table:
+            continue
+        for case, shape in module.CASES.items():
+            result = results.get((name, case), {"not_measured": ""})
+            sizes = result.get("sizes") or registry.sizes_of(shape)
+            yield f"`{name}` {case}", sizes, result
 
 
-def _is_of(table: str, name: str) -> bool:
-    """Whether a case that was not measured is to be named in this table."""
-    return (name in OF_MEMORY) == (table == "memory")
+def _reason(result: Mapping[str, Any]) -> str:
+    reason = result["not_measured"]
+    return f"not measured: {reason}" if reason else "not measured"
 
 
-def _missing(result: Mapping[str, Any] | None) -> list[str]:
-    reason = (result or {}).get("not_measured")
-    return [f"not measured: {reason}" if reason else "not measured"]
-
-
-def _sizes(name: str, case: str, result: Mapping[str, Any] | None) -> str:
-    return (result or {}).get("sizes") or registry.sizes_of(registry.load(name).CASES[case])
+def _ours(point: Mapping[str, Any]) -> Mapping[str, Any]:
+    timing: Mapping[str, Any] = list(point["timings"].values())[1]
+    return timing
 
 
 def _milliseconds(timing: Mapping[str, Any]) -> str:
     return f"{1000 * statistics.median(timing['seconds']):.0f}"
 
 
-def _bold(value: float, goal: float | None) -> str:
-    return f"**{value:.2f}**" if goal else f"{value:.2f}"
+def _speed_up(timing: Mapping[str, Any], is_bold: bool = False) -> str:
+    ratio = timing["speed_up"]
+    median = f"{ratio['median']:.2f}"
+    middle = f"**{median}**" if is_bold else median
+    return f"{middle} [{ratio['lowest']:.2f}-{ratio['highest']:.2f}]"
 
 
 def _met(value: float, goal: float | None) -> str:
     return "" if goal is None else f"{goal:g}: {'met' if value >= goal else 'missed'}"
-
-
-def _load(result: Mapping[str, Any]) -> str:
-    """Before and after."""
-    return f"{result.get('load_before', '')}, {result['machine']['load']}"
 
 
 def _markdown(rows: list[list[str]]) -> str:
