@@ -33,6 +33,7 @@ NAMES = (
     "trl_head",
     "dpo_pair",
     "mixed_queries",
+    "scoring",
     "peak_memory",
     "scaling",
     "demo_speed",

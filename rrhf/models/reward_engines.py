@@ -81,7 +81,8 @@ class FastRewardModel(PackedTrunk, RewardModel):
         if packed is not None:
             hidden = self.run_packed(Prefix(packed))
             found = hidden[packed.response_start[packed.row] + packed.column]
-        length = expected.float().norm(dim=-1).max() * cast(Tensor, self._head().weight).norm()
+        weight = cast(Tensor, self._head().weight).detach()
+        length = expected.detach().float().norm(dim=-1).max() * weight.norm()
         return Beside(
             "scores",
             self._apply_head(found),
