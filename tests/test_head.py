@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from rrhf.models import head as head_module
-from rrhf.models.head import LogitShape, logit_shape, token_statistics
+from rrhf.models.head import token_statistics
+from rrhf.models.logit_shape import LogitShape, logit_shape
 
 M, H, V = 150, 16, 70
 FORMS: dict[str, dict[str, int]] = {
@@ -19,6 +20,12 @@ FORMS: dict[str, dict[str, int]] = {
     "recomputed": {"stored_bytes": 0, "chunk_bytes": 4 * V * 40},
 }
 SHAPES = [LogitShape(), LogitShape(0.7, None, 1.3), LogitShape(1.5, 2.0, 0.8)]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a chunk is many, the last of them shorter."""
+    monkeypatch.setattr(head_module, "TILE_BYTES", 4 * V * 7)
 
 
 def case(
@@ -141,14 +148,14 @@ def test_rows_without_gradient_are_skipped_exactly(
     expected, head.weight.grad = head.weight.grad, None
 
     seen = 0
-    inner = head_module._slope
+    inner = head_module._Sums.add
 
-    def counted(plan: Any, logits: Tensor, *others: Any) -> Tensor:
+    def counted(sums: Any, rows: Any, slopes: Tensor, *others: Any) -> None:
         nonlocal seen
-        seen += len(logits)
-        return inner(plan, logits, *others)
+        seen += len(slopes)
+        inner(sums, rows, slopes, *others)
 
-    monkeypatch.setattr(head_module, "_slope", counted)
+    monkeypatch.setattr(head_module._Sums, "add", counted)
     outputs = token_statistics(hidden, head, targets, LogitShape(), **FORMS[form])
     outputs.logprobs[rows].sum().backward()
     assert seen == len(rows)
@@ -158,12 +165,35 @@ def test_rows_without_gradient_are_skipped_exactly(
     assert torch.allclose(head.weight.grad, expected, atol=1e-6)
 
 
-def test_a_second_backward_is_refused_rather_than_wrong() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_backward_gives_the_same(form: str) -> None:
     hidden, head, targets = case()
-    total = token_statistics(hidden, head, targets, LogitShape()).logprobs.sum()
-    total.backward(retain_graph=True)
+    total = token_statistics(hidden, head, targets, LogitShape(), **FORMS[form]).logprobs.sum()
+    once = torch.autograd.grad(total, [hidden, head.weight], retain_graph=True)
+    for first, second in zip(once, torch.autograd.grad(total, [hidden, head.weight]), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_second_backward_of_entropy_is_refused_rather_than_wrong() -> None:
+    hidden, head, targets = case()
+    entropy = token_statistics(hidden, head, targets, LogitShape(), with_entropy=True).entropy
+    assert entropy is not None
+    entropy.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
-        total.backward()
+        entropy.sum().backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_slope_of_a_confident_row_survives_half_precision(form: str) -> None:
+    """Where P(target) is 0.99, 1 - P is rounded, never P: that would be a fifth of it away."""
+    hidden, head, targets = case(torch.bfloat16)
+    with torch.no_grad():
+        hidden.mul_(0).add_(head.weight[targets] * 0.75)
+    truth = plain(hidden, head, targets, LogitShape())[0]
+    assert float(truth.exp().median()) > 0.97
+    expected = torch.autograd.grad(truth.sum(), hidden)[0]
+    token_statistics(hidden, head, targets, LogitShape(), **FORMS[form]).logprobs.sum().backward()
+    assert relative(hidden.grad, expected) < 0.03
 
 
 def test_nothing_active_gives_zeros() -> None:

@@ -19,10 +19,10 @@ from rrhf.models.head import (
     CHUNK_BYTES,
     STORED_BYTES,
     TokenStatistics,
-    logit_shape,
     statistics_of_logits,
     token_statistics,
 )
+from rrhf.models.logit_shape import logit_shape
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.packed_trunk import Beside, PackedTrunk, inner_model
 from rrhf.models.prefix_attention import Prefix

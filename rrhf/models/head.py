@@ -3,8 +3,9 @@
 From hidden states and the head's weights come the log-prob of each target, and on request entropy
 and mean log-prob, without a table of all logits where that would be large. Three forms:
 
-- *stored*: the logits stay for the backward pass; the fastest where they are small;
-- *recomputed*: only their normaliser stays, each chunk is multiplied again in the backward pass;
+- *stored*: where they are small, the logits' place holds the slope of each row's log-prob after the
+  forward pass already (q - [target], q = softmax), so that the backward pass only multiplies;
+- *recomputed*: nothing of that size stays, each chunk is made again in the backward pass;
 - *frozen*: a head that is not trained leaves the gradient towards its hidden state, ready to be
   scaled, so that nothing is multiplied again (for log-probs; entropy may be watched beside them).
 
@@ -12,12 +13,14 @@ Rows whose gradient is exactly zero are left out of the backward pass: in RRHF t
 candidate that is neither the best of its prompt nor in a violated pair.
 
 Legend: M tokens, H hidden, V vocabulary. Left out: heads that are more than one linear layer (the
-caller gives their logits to `statistics_of_logits`), gradients of gradients, and a second backward
-pass over one forward (it is refused: the logits of the first have been overwritten).
+caller gives their logits to `statistics_of_logits`), gradients of gradients, and, where entropy or
+mean have gradients too, a second backward pass over one forward (it is refused: there the logits of
+the first have been overwritten).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,59 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rrhf.models.logit_shape import LogitShape
+
 STORED_BYTES = 256 << 20
 """Logits up to this size are kept for the backward pass rather than computed twice."""
 
 CHUNK_BYTES = 64 << 20
-"""Size in float32 of the logits that exist at once, where they are not kept."""
+"""Size of the logits that exist at once, where they are not kept."""
 
-
-@dataclass(frozen=True)
-class LogitShape:
-    """What a model does to its logits after the linear layer.
-
-    `logits = softcap * tanh(scale * z / softcap) / temperature`.
-
-    Attributes:
-        scale: factor.
-        softcap: bound of the logits, or None.
-        temperature: of sampling.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    def apply_(self, z: Tensor) -> Tensor:
-        """Logits from what the linear layer gave, float32, in place."""
-        if self.softcap is not None:
-            z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        elif self.scale != self.temperature:
-            z.mul_(self.scale / self.temperature)
-        return z
-
-    def pull_back_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient of z from that of the logits, in place."""
-        if self.softcap is not None:
-            saturation = (logits * (self.temperature / self.softcap)).square_()
-            gradient.mul_(saturation.neg_().add_(1.0))
-        if self.scale != self.temperature:
-            gradient.mul_(self.scale / self.temperature)
-        return gradient
-
-
-def logit_shape(config: Any, temperature: float = 1.0) -> LogitShape:
-    """How a model with this config shapes its logits (Gemma 2, Cohere, Granite, Falcon-H1)."""
-    text = config.get_text_config()
-    scale = 1.0
-    if isinstance(factor := getattr(text, "logit_scale", None), float):
-        scale *= factor
-    if isinstance(divisor := getattr(text, "logits_scaling", None), int | float) and divisor:
-        scale /= divisor
-    if isinstance(factor := getattr(text, "lm_head_multiplier", None), int | float):
-        scale *= factor
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return LogitShape(scale, float(softcap) if softcap else None, temperature)
+TILE_BYTES = 2 << 20
+"""Size in float32 of the logits that a CPU's thread works through at once: what a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +116,15 @@ class _Plan:
     def pulls_entropy(self) -> bool:
         return self.with_entropy and self.entropy_has_gradient
 
-    def rows(self, vocabulary: int) -> int:
-        return max(32, self.chunk_bytes // (4 * vocabulary))
+    @property
+    def only_logprobs(self) -> bool:
+        """Nothing else has a gradient: then the slopes of all rows are known in the forward pass,
+        but for one factor each."""
+        return not (self.pulls_entropy or self.with_mean)
+
+    def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
+        """Of a chunk."""
+        return max(32, self.chunk_bytes // (dtype.itemsize * vocabulary))
 
 
 class _Statistics(torch.autograd.Function):
@@ -171,8 +138,7 @@ class _Statistics(torch.autograd.Function):
         count, vocabulary = len(hidden), len(weight)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_grad = needs_hidden or needs_weight or needs_bias
-        only_logprobs = not (plan.pulls_entropy or plan.with_mean)
-        frozen = needs_hidden and not needs_weight and not needs_bias and only_logprobs
+        frozen = needs_grad and not needs_weight and not needs_bias and plan.only_logprobs
         size = count * vocabulary * compute.itemsize
         stored = needs_grad and not frozen and size <= plan.stored_bytes
 
@@ -180,117 +146,177 @@ class _Statistics(torch.autograd.Function):
         logprobs = torch.empty_like(normaliser)
         entropy = torch.empty_like(normaliser) if plan.with_entropy else normaliser.new_empty(0)
         mean = torch.empty_like(normaliser) if plan.with_mean else normaliser.new_empty(0)
-        kept = None
-        if frozen or stored:
-            kept = hidden.new_empty(
-                (count, vocabulary if stored else len(weight[0])), dtype=compute
-            )
+        step = max(1, count) if stored else plan.rows(vocabulary, compute)
+        products = hidden.new_empty((min(step, count), vocabulary), dtype=compute)
+        to_states = hidden.new_empty((count, hidden.shape[1]), dtype=compute) if frozen else None
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(compute)
-            for start in range(0, count, plan.rows(vocabulary)):
-                rows = slice(start, start + plan.rows(vocabulary))
-                place = kept[rows] if stored and kept is not None else None
-                raw = _linear(hidden[rows].to(compute), matrix, bias, place)  # [m, V]
-                # Kept: products of half precision as they are, those in float32 as logits.
-                logits = plan.shape.apply_(raw.float())
-                picked = targets[rows, None]
-                shares = None
-                if frozen or plan.with_entropy:
-                    shares, normaliser[rows] = _shares(logits)
-                else:
-                    normaliser[rows] = torch.logsumexp(logits, -1)
-                logprobs[rows] = logits.gather(-1, picked).squeeze(-1) - normaliser[rows]
-                if plan.with_mean:
-                    mean[rows] = logits.mean(-1) - normaliser[rows]
-                if plan.with_entropy and shares is not None:
-                    expected = torch.bmm(shares[:, None], logits[:, :, None]).flatten()
-                    entropy[rows] = normaliser[rows] - expected
-                if frozen and shares is not None and kept is not None:
-                    slope = shares.neg_()
-                    slope.scatter_add_(-1, picked, torch.ones_like(picked, dtype=slope.dtype))
-                    slope = plan.shape.pull_back_(slope, logits).to(compute)
-                    torch.mm(slope, matrix, out=kept[rows])
-        ctx.plan, ctx.compute, ctx.frozen = plan, compute, frozen
+            for start in range(0, count, step):
+                chunk = slice(start, min(start + step, count))
+                raw = products[: chunk.stop - start]
+                _linear(hidden[chunk].to(compute), matrix, bias, raw)
+                for tile, logits, shares in _tiles(raw, plan):
+                    rows = slice(start + tile.start, start + tile.stop)
+                    plan.shape.apply_(logits)
+                    picked = targets[rows, None]
+                    torch.softmax(logits, -1, out=shares)
+                    # The largest share tells what all were divided by.
+                    normaliser[rows] = logits.amax(-1) - shares.amax(-1).log_()
+                    logprobs[rows] = logits.gather(-1, picked).squeeze(-1) - normaliser[rows]
+                    if plan.with_mean:
+                        mean[rows] = logits.mean(-1) - normaliser[rows]
+                    if plan.with_entropy:
+                        expected = torch.bmm(shares[:, None], logits[:, :, None]).flatten()
+                        entropy[rows] = normaliser[rows] - expected
+                    if plan.only_logprobs and (frozen or stored):
+                        raw[tile] = _unit_slopes(plan.shape, logits, shares, picked)
+                if to_states is not None:
+                    torch.mm(raw, matrix, out=to_states[chunk])
+        ctx.plan, ctx.compute = plan, compute
         if plan.with_entropy and not plan.entropy_has_gradient:
             ctx.mark_non_differentiable(entropy)
         if needs_grad:
-            ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, kept)
+            kept = products if stored else None
+            ctx.save_for_backward(
+                hidden, weight, bias, targets, normaliser, entropy, kept, to_states
+            )
         return logprobs, entropy, mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         for_logprobs, for_entropy, for_mean = gradients
-        hidden, weight, bias, targets, normaliser, entropy, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, normaliser, entropy, kept, to_states = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        if ctx.frozen:
-            return (kept * for_logprobs[:, None]).to(hidden.dtype), None, None, None, None
+        factor = (for_logprobs * -plan.shape.slope)[:, None]
+        if to_states is not None:
+            return (to_states * factor).to(hidden.dtype), None, None, None, None
         is_active = for_logprobs != 0
         if plan.pulls_entropy:
             is_active = is_active | (for_entropy != 0)
         if plan.with_mean:
             is_active = is_active | (for_mean != 0)
-        chunk = plan.rows(len(weight))
-        in_float32 = ctx.compute == torch.float32
-        # Logits that were kept in float32 become the slope in place, so all of them may go at once.
-        step = len(hidden) if kept is not None and in_float32 else chunk
-        pieces: list[Any] = [slice(start, start + step) for start in range(0, len(hidden), step)]
+        count = len(hidden)
+        step = plan.rows(len(weight), ctx.compute)
+        pieces: list[Any] = [slice(0, count)]
         if not is_active.all():
-            pieces = list(is_active.nonzero().squeeze(-1).split(chunk))
+            pieces = list(is_active.nonzero().squeeze(-1).split(step))
+        elif kept is None:
+            pieces = [slice(start, start + step) for start in range(0, count, step)]
 
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        to_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        to_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        sums = _Sums(hidden, weight, bias, ctx.needs_input_grad, len(pieces))
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(ctx.compute)
             for rows in pieces:
                 states = hidden[rows].to(ctx.compute)
-                if kept is not None and in_float32:
-                    logits = kept[rows]
-                else:
-                    raw = _linear(states, matrix, bias) if kept is None else kept[rows]
-                    logits = plan.shape.apply_(raw.float())
-                slope = _slope(
-                    plan,
-                    logits,
-                    normaliser[rows],
-                    targets[rows],
-                    for_logprobs[rows],
-                    (for_entropy[rows], entropy[rows]) if plan.pulls_entropy else None,
-                    for_mean[rows] if plan.with_mean else None,
-                )
-                if to_bias is not None:
-                    to_bias += slope.sum(0)
-                slope = slope.to(ctx.compute)
-                if to_hidden is not None:
-                    to_hidden[rows] = (slope @ matrix).to(hidden.dtype)
-                if to_weight is not None:
-                    # Sums over chunks stay in float32, whatever the products are in.
-                    if in_float32:
-                        to_weight.addmm_(slope.T, states)
-                    else:
-                        to_weight += slope.T @ states
-        return (
-            to_hidden,
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None else to_bias.to(bias.dtype),
-            None,
-            None,
-        )
+                raw = _linear(states, matrix, bias) if kept is None else kept[rows]
+                if kept is None or not plan.only_logprobs:
+                    for tile, logits, shares in _tiles(raw, plan):
+                        plan.shape.apply_(logits)
+                        picked = targets[rows][tile, None]
+                        if plan.only_logprobs:
+                            torch.softmax(logits, -1, out=shares)
+                            raw[tile] = _unit_slopes(plan.shape, logits, shares, picked)
+                            continue
+                        raw[tile] = _slopes(
+                            plan,
+                            logits,
+                            normaliser[rows][tile],
+                            picked,
+                            for_logprobs[rows][tile],
+                            (for_entropy[rows][tile], entropy[rows][tile])
+                            if plan.pulls_entropy
+                            else None,
+                            for_mean[rows][tile] if plan.with_mean else None,
+                        )
+                sums.add(rows, raw, states, matrix, factor[rows] if plan.only_logprobs else None)
+        return (*sums.gradients(), None, None)
 
 
-def _shares(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax [m, V], and the logarithm [m] of what it divides by: the largest share tells it."""
-    shares = logits.softmax(-1)
-    return shares, logits.amax(-1) - shares.amax(-1).log()
+class _Sums:
+    """The gradients of hidden states, weights and bias, from slopes that come in pieces.
+
+    Sums over pieces are in float32, whatever the products are in: rounding each would lose what one
+    piece adds to many.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, ...],
+        pieces: int,
+    ) -> None:
+        self._inputs = (hidden, weight, bias)
+        self._needs = needs
+        self._is_whole = pieces == 1
+        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(
+        self, rows: Any, slopes: Tensor, states: Tensor, matrix: Tensor, factor: Tensor | None
+    ) -> None:
+        """Slopes [m, V] of these rows, each times its factor [m, 1] in float32 (None = 1)."""
+        if self.hidden is not None:
+            product = slopes @ matrix
+            self.hidden[rows] = (product if factor is None else product * factor).to(
+                self.hidden.dtype
+            )
+        if self._needs[1]:
+            weighted = states if factor is None else (states * factor).to(states.dtype)
+            if self.weight is None:
+                self.weight = slopes.T @ weighted
+                self.weight = self.weight if self._is_whole else self.weight.float()
+            elif slopes.dtype == torch.float32:
+                self.weight.addmm_(slopes.T, weighted)
+            else:
+                self.weight += slopes.T @ weighted
+        if self._needs[2]:
+            ones = slopes.new_ones((len(slopes), 1)) if factor is None else factor.to(slopes.dtype)
+            found = (slopes.T @ ones).squeeze(-1).float()
+            self.bias = found if self.bias is None else self.bias + found
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of what needs one."""
+        found: list[Tensor | None] = [self.hidden, self.weight, self.bias]
+        for place, (given, needed) in enumerate(zip(self._inputs, self._needs, strict=False)):
+            if needed and given is not None:
+                value = found[place]
+                found[place] = torch.zeros_like(given) if value is None else value.to(given.dtype)
+        return found
 
 
-def _slope(
+def _tiles(raw: Tensor, plan: _Plan) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of `raw` [m, V] a few at a time, as many as stay in a CPU's cache.
+
+    Yields:
+        The rows; what stands there in float32, to overwrite; room for as much again.
+    """
+    on_cpu = raw.device.type == "cpu"
+    size = TILE_BYTES * torch.get_num_threads() if on_cpu else plan.chunk_bytes
+    count, vocabulary = raw.shape
+    step = min(max(1, size // (4 * vocabulary)), max(1, count))
+    values, room = raw.new_empty((2, step, vocabulary), dtype=torch.float32)
+    for start in range(0, count, step):
+        tile = slice(start, min(start + step, count))
+        size = tile.stop - start
+        yield tile, values[:size].copy_(raw[tile]), room[:size]
+
+
+def _unit_slopes(shape: LogitShape, logits: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
+    """[m, V] of -log P(target) towards the linear layer's output, but for `shape.slope`; overwrites
+    both."""
+    shares.scatter_add_(-1, picked, shares.new_full(picked.shape, -1.0))
+    return shares if shape.softcap is None else shares.mul_(shape.saturation_(logits))
+
+
+def _slopes(
     plan: _Plan,
     logits: Tensor,
     normaliser: Tensor,
-    targets: Tensor,
+    picked: Tensor,
     for_logprobs: Tensor,
     for_entropy: tuple[Tensor, Tensor] | None,
     for_mean: Tensor | None,
@@ -303,16 +329,18 @@ def _slope(
     is_capped = plan.shape.softcap is not None  # then the logits are needed once more
     logs = logits - normaliser[:, None] if is_capped else logits.sub_(normaliser[:, None])
     if for_entropy is None:
-        slope = logs.exp_().mul_(weight_of_q[:, None])
+        slopes = logs.exp_().mul_(weight_of_q[:, None])
     else:
         gradient, entropy = for_entropy
         shares = logs.exp()
-        slope = logs.add_(entropy[:, None]).mul_(-gradient[:, None])
-        slope = slope.add_(weight_of_q[:, None]).mul_(shares)
-    slope.scatter_add_(-1, targets[:, None], for_logprobs[:, None])
+        slopes = logs.add_(entropy[:, None]).mul_(-gradient[:, None])
+        slopes = slopes.add_(weight_of_q[:, None]).mul_(shares)
+    slopes.scatter_add_(-1, picked, for_logprobs[:, None])
     if for_mean is not None:
-        slope.add_((for_mean / slope.shape[-1])[:, None])
-    return plan.shape.pull_back_(slope, logits)
+        slopes.add_((for_mean / slopes.shape[-1])[:, None])
+    if is_capped:
+        slopes.mul_(plan.shape.saturation_(logits))
+    return slopes.mul_(plan.shape.slope) if plan.shape.slope != 1 else slopes
 
 
 def _linear(

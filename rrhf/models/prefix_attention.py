@@ -182,6 +182,9 @@ class _Kernel:
         """[rows, heads, queries, D] each; the mask is True where a query sees a key."""
         if self.softcap is not None:
             return self._capped(q, k, v, mask)
+        if q.device.type == "cpu" and q.dtype != torch.float32:
+            # There the kernels for float32 are the faster ones, casts included.
+            return self(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
         grouped = self.is_grouped
         if grouped and mask is not None and q.device.type != "cpu":
             # There no fast kernel takes a mask and grouped heads together.

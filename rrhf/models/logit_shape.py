@@ -1,0 +1,61 @@
+"""What a model does to its logits after the last linear layer, and the slope of that.
+
+Known: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma 2), and the sampling temperature.
+What is not known here shows in the trial of an engine, which then gives way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model does to its logits after the linear layer.
+
+    `logits = softcap * tanh(scale * z / softcap) / temperature`.
+
+    Attributes:
+        scale: factor.
+        softcap: bound of the logits, or None.
+        temperature: of sampling.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """Logits from what the linear layer gave, float32, in place."""
+        if self.softcap is not None:
+            z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        elif self.scale != self.temperature:
+            z.mul_(self.scale / self.temperature)
+        return z
+
+    @property
+    def slope(self) -> float:
+        """Of the logits over what the linear layer gave, where no soft cap bends it."""
+        return self.scale / self.temperature
+
+    def saturation_(self, logits: Tensor) -> Tensor:
+        """What is left of the slope under the soft cap, in place."""
+        assert self.softcap is not None
+        return logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)
+
+
+def logit_shape(config: Any, temperature: float = 1.0) -> LogitShape:
+    """How a model with this config shapes its logits (Gemma 2, Cohere, Granite, Falcon-H1)."""
+    text = config.get_text_config()
+    scale = 1.0
+    if isinstance(factor := getattr(text, "logit_scale", None), float):
+        scale *= factor
+    if isinstance(divisor := getattr(text, "logits_scaling", None), int | float) and divisor:
+        scale /= divisor
+    if isinstance(factor := getattr(text, "lm_head_multiplier", None), int | float):
+        scale *= factor
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return LogitShape(scale, float(softcap) if softcap else None, temperature)
