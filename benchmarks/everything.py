@@ -90,6 +90,8 @@ def in_fresh_processes(
                 code = subprocess.run(command, cwd=Path(__file__).parents[1]).returncode
                 if code not in (0, NOT_HERE) or not path.exists():
                     failed.append(f"{name} {case}: exit code {code}")
+                    told = {"not_measured": f"failed with exit code {code}", "goal": None}
+                    harness.write(path, {"benchmark": name, "case": case, **told})
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0

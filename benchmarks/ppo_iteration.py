@@ -127,6 +127,8 @@ CASES = {
 }
 GOALS = {"separate critic": 1.5, "shared trunk": 2.2, "LoRA": 2.4, "4 samples of a prompt": 1.5}
 
+ROUNDS = dict.fromkeys(CASES, 3)
+
 
 def run(case: str, rounds: int, trl_python: str | None = None) -> dict[str, Any]:
     """Compare, then time.

@@ -1,6 +1,7 @@
 """Log-probs through the fused head of TRL 1.16, on padded rows, as its trainers ask for them.
 
-TRL is never needed by the package. It comes from the environment or from a folder that is named:
+TRL is never needed by the package. It comes from the environment, or from a folder that is named or
+stands as trl116/ in the root of the repository:
 
     pip install --no-deps --target trl116 'trl==1.16.*'
 
@@ -17,11 +18,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.harness import NotMeasured
+from benchmarks.harness import ROOT, NotMeasured
 from benchmarks.original_step import right_padded
 from rrhf.data.collate import TokenBatch
 from rrhf.models.logprobs import PolicyOutputs
 
+FOLDER = ROOT / "trl116"
 SETTINGS = {
     "trl_path": "folder that holds TRL 1.16: pip install --no-deps --target FOLDER 'trl==1.16.*'"
 }
@@ -55,8 +57,9 @@ def load(trl_path: str | None = None) -> Any:
     Raises:
         NotMeasured: it is not there, or is another version.
     """
-    if trl_path and trl_path not in sys.path:
-        sys.path.append(trl_path)
+    folder = trl_path or str(FOLDER)
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         module = import_module("trl.trainer.utils")
     except ImportError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, registry, rrhf_step, shapes
+from benchmarks import everything, harness, registry, rrhf_step, shapes
 from benchmarks.__main__ import main
-from benchmarks.everything import in_fresh_processes, one_case
+from benchmarks.everything import in_fresh_processes, one_case, path_of
 from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import Shape
 from benchmarks.tables import TABLES
@@ -133,10 +134,37 @@ def test_each_benchmark_keeps_the_contract() -> None:
         assert set(getattr(module, "ROUNDS", {})) <= set(module.CASES), name
 
 
+def test_all_goes_on_after_a_failure_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        name, case = command[3], command[5]
+        started.append(f"{name} {case}")
+        if name == "rrhf_step":
+            return SimpleNamespace(returncode=1)
+        missing = {} if case == "S1" else {"not_measured": "no TRL"}
+        harness.write(path_of(tmp_path, name, case), {"benchmark": name, "case": case, **missing})
+        return SimpleNamespace(returncode=2 if missing else 0)
+
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    modules = {name: registry.load(name) for name in ("rrhf_step", "trl_head")}
+    for module in modules.values():
+        monkeypatch.setattr(module, "CASES", {"S1": TINY, "S1_32k": TINY})
+    for resume in (False, True):
+        assert in_fresh_processes(modules, 1, tmp_path, {"trl_path": "x"}, resume) == 1
+    found = harness.read_all(tmp_path)
+    assert found["rrhf_step", "S1"]["not_measured"] == "failed with exit code 1"
+    both = ["rrhf_step S1", "rrhf_step S1_32k"]
+    assert started == [*both, "trl_head S1", "trl_head S1_32k", *both, "trl_head S1_32k"]
+    assert "failed: rrhf_step S1: exit code 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_case_has_a_process_of_its_own(tmp_path: Path) -> None:
-    module = registry.load("rrhf_step")
-    cases = SimpleNamespace(CASES={"S1": module.CASES["S1"]}, run=None)
+    cases = SimpleNamespace(CASES={"S1": TINY})
+    modules: dict[str, Any] = {"rrhf_step": cases}
     for _ in range(2):
-        assert in_fresh_processes({"rrhf_step": cases}, 1, tmp_path, {}, resume=True) == 0  # type: ignore[dict-item]
+        assert in_fresh_processes(modules, 1, tmp_path, {}, resume=True) == 0
     assert (tmp_path / "rrhf_step_S1.json").exists()
