@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rrhf.models import onednn_linear
-from rrhf.models.onednn_linear import LEAST_WEIGHTS, fast_linears, gains_here
+from rrhf.models.onednn_linear import (
+    LEAST_WEIGHTS,
+    OneDnnLinear,
+    exchange_linears,
+    fast_linears,
+    gains_here,
+    product,
+)
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def test_what_it_cannot_do_goes_the_usual_way(served):
 
 
 def test_packed_copies_stay_within_their_room(served, monkeypatch):
-    monkeypatch.setattr(onednn_linear, "PACKED_BYTES", 4 * LEAST_WEIGHTS)
+    monkeypatch.setattr(onednn_linear, "PACKED_BYTES", 8 * LEAST_WEIGHTS)
     model = layers()
     with torch.no_grad(), fast_linears(model, pack=True):
         first, second = (vars(layer)["forward"].args[0] for layer in model[:2])
@@ -73,3 +83,69 @@ def test_it_is_told_by_the_processor(monkeypatch):
         gains_here.cache_clear()
         assert gains_here() == (expected and torch.backends.mkldnn.is_available())
     gains_here.cache_clear()
+
+
+# ---- for training --------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, rows: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    rows = rows.detach().requires_grad_()
+    model(rows).square().sum().backward()
+    return [rows.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("shape", [(1, 512), (8, 1, 512), (2, 33, 512)])
+def test_gradients_are_those_of_pytorch(served, shape):
+    plain, exchanged = layers(), layers()
+    assert exchange_linears(exchanged) == 2
+    assert [type(layer) is OneDnnLinear for layer in exchanged] == [True, True, False]
+    rows = torch.randn(shape)
+    pairs = zip(gradients(exchanged, rows), gradients(plain, rows), strict=True)
+    for mine, theirs in pairs:
+        assert float((mine - theirs).norm() / theirs.norm()) < 2e-6
+
+
+def test_a_frozen_weight_gets_no_gradient_and_costs_none(served):
+    model = layers()
+    exchange_linears(model)
+    for layer in model[:2]:
+        layer.weight.requires_grad_(False)
+    rows = torch.randn(3, 512, requires_grad=True)
+    model(rows).sum().backward()
+    assert rows.grad is not None and model[0].weight.grad is None
+    assert model[0].bias.grad is not None
+
+
+def test_a_trained_model_may_be_copied_and_read_from_quickly(served):
+    model = layers()
+    exchange_linears(model)
+    copied = copy.deepcopy(model)
+    rows = torch.randn(3, 512)
+    with torch.no_grad(), fast_linears(copied, pack=True):
+        assert "forward" in vars(copied[0]) and "forward" not in vars(model[0])
+        torch.testing.assert_close(copied(rows), layers()(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_of_a_language_model_stays(served):
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = LlamaForCausalLM(config)
+    assert exchange_linears(model) == 7
+    assert type(model.lm_head) is nn.Linear
+    assert set(model.state_dict()) == set(LlamaForCausalLM(config).state_dict())
+
+
+def test_products_of_other_types_and_on_other_processors_go_the_usual_way(served, monkeypatch):
+    weight, rows = torch.randn(512, 256), torch.randn(4, 256)
+    half = product(rows.bfloat16(), weight.bfloat16())
+    torch.testing.assert_close(half, nn.functional.linear(rows.bfloat16(), weight.bfloat16()))
+    monkeypatch.setattr(onednn_linear, "gains_here", lambda: False)
+    assert exchange_linears(layers()) == 0
+    monkeypatch.setattr(onednn_linear, "_product", None)
+    torch.testing.assert_close(product(rows, weight), nn.functional.linear(rows, weight))

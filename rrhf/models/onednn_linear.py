@@ -1,12 +1,13 @@
-"""Linear layers through oneDNN while nothing is trained, where that is much faster.
+"""Linear layers through oneDNN where that is much faster than PyTorch's usual way.
 
 PyTorch multiplies float32 matrices on a CPU with MKL, which does not use AVX-512 on processors that
 are not Intel's; oneDNN, which comes with PyTorch as well, does. There a large linear layer takes
-half the time or less, above all on the few rows of a decoding step, and more so with weights that
-were brought into oneDNN's own order before. The sums are those of MKL up to the last bits.
+half the time, forward and backward, and on the few rows of a decoding step even less with weights
+that were brought into oneDNN's own order before. The sums are those of MKL up to the last bits.
 
-Left out on purpose: training (these calls have no backward pass), and weights that are sharded,
-adapted, watched by hooks, of other types, or small.
+`fast_linears` is for a model that is read from for a while, `exchange_linears` for one that is
+trained. The processor alone decides whether they do anything, so that one machine always rounds
+alike. Left out on purpose: weights that are sharded, watched by hooks, of other types, or small.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-LEAST_WEIGHTS = 1 << 17
+LEAST_WEIGHTS = 1 << 16
 """Below, the call itself costs more than is gained."""
 
 PACKED_BYTES = 1 << 30
@@ -65,10 +67,80 @@ def gains_here() -> bool:
         return False
 
 
+class OneDnnLinear(nn.Linear):
+    """A linear layer whose products, and those of its backward pass, go through oneDNN."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As that of `nn.Linear`; what oneDNN does not serve goes that way."""
+        return product(input, self.weight, self.bias)
+
+
+def exchange_linears(model: nn.Module) -> int:
+    """Make the model's large linear layers go through oneDNN for good; returns how many.
+
+    The layer behind the logits stays as it is: what is trained applies it in its own way
+    (`rrhf.models.head`), for which there is `product`.
+
+    Args:
+        model: a Hugging Face model, adapters or not, not yet spread over processes.
+    """
+    if not gains_here():
+        return 0
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    layers = [m for m in model.modules() if m is not head and _is_served(m)]
+    for layer in layers:
+        layer.__class__ = OneDnnLinear
+    return len(layers)
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows @ weight.T + bias, differentiable, through oneDNN where it gains and serves.
+
+    Args:
+        rows: [..., in].
+        weight: [out, in].
+        bias: [out], or None.
+
+    Returns:
+        [..., out].
+    """
+    if not (gains_here() and _serves(weight) and _are_served(rows)):
+        return linear(rows, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(rows, weight, bias)
+    found: Tensor = _Product.apply(rows, weight, bias)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            _product(gradient, weight.t(), None) if needs_rows else None,
+            _product(flat.t(), rows.reshape(-1, rows.shape[-1]).t(), None)
+            if needs_weight
+            else None,
+            flat.sum(0) if needs_bias else None,
+        )
+
+
 def _is_served(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if type(module) not in (nn.Linear, OneDnnLinear) or "forward" in vars(module):
         return False
-    weight = module.weight
+    return _serves(module.weight)  # type: ignore[arg-type]
+
+
+def _serves(weight: Tensor) -> bool:
     return (
         type(weight) in (nn.Parameter, Tensor)
         and weight.device.type == "cpu"
@@ -77,9 +149,13 @@ def _is_served(module: nn.Module) -> bool:
     )
 
 
-def _forward(weight: Tensor, bias: Tensor | None, original: Tensor, rows: Tensor) -> Tensor:
+def _are_served(rows: Tensor) -> bool:
     is_plain = rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if torch.is_grad_enabled() or not is_plain or rows.numel() == 0:
+    return is_plain and rows.numel() > 0
+
+
+def _forward(weight: Tensor, bias: Tensor | None, original: Tensor, rows: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or not _are_served(rows):
         return linear(rows, original, bias)
     return _product(rows, weight, bias)
 
