@@ -30,6 +30,14 @@ from rrhf.records import Candidate, CandidateSet, Message, set_id
 NUM_PROMPTS = 23
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_batch_a_call():
+    """So that there is something to do between two calls of the engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "BATCHES_OF_A_CALL", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> str:
     torch.manual_seed(0)
@@ -205,7 +213,7 @@ def test_the_recipe_of_the_paper_runs(model_folder, prompts, tmp_path):
 
 def test_batches_are_cut_over_the_whole_list():
     lengths = [5, 9, 1, 7, 3, 8, 2] * 40
-    batches = plan_batches(lengths, 3)
+    batches = plan_batches(lengths, 3, 3 * plan_module.SORTED_BATCHES)
     assert sorted(p for batch in batches for p in batch) == list(range(280))
     assert all(len(batch) <= 3 for batch in batches)
     for batch in batches:
@@ -218,6 +226,27 @@ def test_every_field_has_its_help():
     from rrhf.cli.flags import flags_of
 
     assert all(flag.help for flag in flags_of(GenerateConfig).values())
+
+
+def test_several_batches_are_handed_over_at_a_time_and_change_nothing(
+    model_folder, prompts, tmp_path, straight, monkeypatch
+):
+    monkeypatch.setattr(plan_module, "BATCHES_OF_A_CALL", 4)
+    calls = []
+    true_generate = LocalEngine.generate
+
+    def generate(self, batch, params):
+        calls.append((len(batch), self.max_batch_rows))
+        return true_generate(self, batch, params)
+
+    monkeypatch.setattr(LocalEngine, "generate", generate)
+    config = config_of(model_folder, prompts, tmp_path / "out.jsonl")
+    assert generate_file(config).read_bytes() == straight.read_bytes()
+    assert calls == [(12, 6), (11, 6)], "more prompts than are written at the same time"
+    calls.clear()
+    beams = {"do_sample": False, "num_beams": 2}
+    generate_file(config_of(model_folder, prompts, tmp_path / "beams.jsonl", **beams))
+    assert calls[0] == (3, 6), "beams end together, so nothing would be gained"
 
 
 # ---- going on ----------------------------------------------------------------------------------

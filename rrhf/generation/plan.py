@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # Prompts are sorted by length within so many batches, so that a batch holds little padding.
 SORTED_BATCHES = 32
+# So many batches are handed to the engine at a time: where samples are drawn, those of the next
+# take the places of finished ones. What is killed in between is made again as a whole.
+BATCHES_OF_A_CALL = 4
 # Enough of a weight file to notice that it was trained on since.
 _FINGERPRINT_BYTES = 1 << 20
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", ".bin")
@@ -40,7 +43,7 @@ class Plan:
         sets: the source, by index.
         indices: of the prompts that fit.
         ids: their ids.
-        batches: positions in `indices`, cut over the whole list.
+        batches: positions in `indices`, cut over the whole list; each is answered in one call.
         dropped: prompts left out, by reason.
         digest: SHA-256 over all prompts read.
     """
@@ -56,15 +59,15 @@ class Plan:
         return [self.sets[self.indices[position]] for position in batch]
 
 
-def plan_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], size: int, window: int) -> list[list[int]]:
     """Positions in batches of similar length; depends on nothing but the whole list and the size.
 
     Args:
         lengths: tokens of each prompt.
         size: prompts of a batch; the last of a window may be shorter.
+        window: so many prompts are sorted together.
     """
     batches = []
-    window = size * SORTED_BATCHES
     for start in range(0, len(lengths), window):
         positions = range(start, min(start + window, len(lengths)))
         longest_first = sorted(positions, key=lambda position: -lengths[position])
@@ -111,7 +114,9 @@ def plan_prompts(
             f"{config.prompts}: no prompt is left of {count} ({dict(dropped)}); raise "
             "max_prompt_tokens, or name other prompts"
         )
-    batches = plan_batches(lengths, config.per_device_prompt_batch_size)
+    size = config.per_device_prompt_batch_size
+    at_a_time = size if config.num_beams > 1 else size * BATCHES_OF_A_CALL
+    batches = plan_batches(lengths, at_a_time, size * SORTED_BATCHES)
     return Plan(sets, indices, ids, batches, dict(dropped), digest.hexdigest())
 
 
