@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.harness import NotMeasured, stopwatch
 from benchmarks.original_step import OriginalStyle
-from benchmarks.rrhf_step import HALF, Step
+from benchmarks.rrhf_step import Step
 from benchmarks.shapes import Shape
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
@@ -31,6 +31,8 @@ from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import check_attention, enable_checkpointing
 
 TABLE = "gpu"
+TOLERANCE = 0.1
+"""Of loss and gradient, relatively, between two ways in bfloat16 over many layers."""
 SETTINGS = {"peak_tflops": "dense bfloat16 peak of the card in TFLOP/s, where it is not known here"}
 
 PEAK_TFLOPS = {
@@ -136,7 +138,8 @@ def measured(
         loss = abs(told[0] - expected[0]) / abs(expected[0])
         gradient = float((told[1] - expected[1]).norm() / expected[1].norm())
         found[way]["relative_difference"] = {"loss": loss, "gradient": gradient}
-        assert max(loss, gradient) <= HALF, f"{way} differs: {found[way]}"
+        if max(loss, gradient) > TOLERANCE:
+            found[way] = {"failed": f"differs: loss by {loss:.1g}, gradient by {gradient:.1g}"}
     base = next((one["seconds"] for one in found.values() if "seconds" in one), None)
     for one in found.values():
         if base and "seconds" in one:

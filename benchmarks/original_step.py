@@ -37,12 +37,12 @@ def right_padded(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     prompts = batch.prompt_lengths[batch.prompt_index].tolist()
     lengths = batch.response_lengths.tolist()
     width = max(p + r for p, r in zip(prompts, lengths, strict=True))
-    ids = torch.zeros(batch.num_rows, width, dtype=torch.int64)
+    ids = batch.response_ids.new_zeros(batch.num_rows, width)
     mask = torch.zeros_like(ids)
-    picked = torch.full(batch.response_ids.shape, -1)
+    picked = torch.full_like(batch.response_ids, -1)
     for row, (p, r) in enumerate(zip(prompts, lengths, strict=True)):
         ids[row, :p] = batch.prompt_ids[batch.prompt_index[row], -p:]
         ids[row, p : p + r] = batch.response_ids[row, :r]
         mask[row, : p + r] = 1
-        picked[row, :r] = torch.arange(p - 1, p + r - 1)
+        picked[row, :r] = torch.arange(p - 1, p + r - 1, device=ids.device)
     return ids, mask, picked

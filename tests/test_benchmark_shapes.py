@@ -12,6 +12,7 @@ import torch
 from benchmarks import demo_speed, gpu_step, harness, peak_memory, scaling
 from benchmarks.everything import one_case
 from benchmarks.shapes import Shape
+from rrhf.models.logprobs import Policy
 
 TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 
@@ -41,11 +42,21 @@ def test_memory_that_runs_out_is_a_result(monkeypatch: pytest.MonkeyPatch) -> No
     def full(model: Any) -> torch.nn.Module:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setitem(gpu_step.WAYS, "original", ("sdpa", full))
+    padded = gpu_step.WAYS["padded_sdpa"]
+    monkeypatch.setattr(gpu_step, "WAYS", {"original": ("sdpa", full), "padded_sdpa": padded})
     case = gpu_step.GpuCase(TINY, dtype="float32")
     ways = gpu_step.measured("tiny", case, 1, "cpu", None)["ways"]
     assert ways["original"] == {"failed": "out of memory"}
     assert ways["padded_sdpa"]["times_as_fast"] == 1.0
+
+
+def test_a_way_that_computes_something_else_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = ("sdpa", lambda model: Policy(model, 3.0))
+    ways = {"original": gpu_step.WAYS["original"], "padded_sdpa": wrong}
+    monkeypatch.setattr(gpu_step, "WAYS", ways)
+    case = gpu_step.GpuCase(TINY, dtype="float32")
+    ways = gpu_step.measured("tiny", case, 1, "cpu", None)["ways"]
+    assert ways["padded_sdpa"]["failed"].startswith("differs: loss by")
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
