@@ -31,18 +31,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.harness import Ratio, Timing
-from benchmarks.workers import ROOT, Worker
+from benchmarks.harness import ROOT, NotMeasured, Ratio, Timing, lines
+from benchmarks.workers import Worker
 
 PEER, OURS = "TRL 1.10", "rrhf"
 PEER_VERSION = "1.10.0"
 PEER_PYTHON = ROOT / "trl-env" / "bin" / "python"
-SETTINGS = {"trl_python": f"the Python of an environment that holds TRL {PEER_VERSION}"}
-HOW_TO_HAVE_THE_PEER = (
-    f"make trl-env/ with `python -m venv trl-env` and `trl-env/bin/pip install trl=={PEER_VERSION} "
-    f"torch=={torch.__version__.partition('+')[0]} transformers=={transformers.__version__}`, "
-    "or give --trl_python"
-)
+SETTINGS = {
+    "trl_python": f"interpreter of an environment with TRL {PEER_VERSION}, by default that of "
+    f"trl-env/: python -m venv trl-env; trl-env/bin/pip install trl=={PEER_VERSION} "
+    f"torch=={torch.__version__.partition('+')[0]} transformers=={transformers.__version__}"
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ class Case:
     learning_rate: float = 1e-6
 
     def __str__(self) -> str:
-        samples = f", {self.samples} of a prompt" if self.samples > 1 else ""
+        shared = f" ({self.samples} to a prompt)" if self.samples > 1 else ""
         return (
             f"H{self.hidden} L{self.layers} V{self.vocabulary // 1024}k P{self.prompt} "
-            f"R{self.response}, {self.rows} responses{samples}, {self.epochs} epochs"
+            f"R{self.response}, {self.rows} responses{shared}, {self.epochs} epochs"
         )
 
     def config(self) -> LlamaConfig:
@@ -120,12 +119,12 @@ class Case:
 
 
 CASES = {
-    "separate critic": Case("separate"),
-    "shared trunk": Case("shared trunk"),
-    "LoRA": Case("LoRA"),
-    "4 samples of a prompt": Case("separate", samples=4),
+    "separate_critic": Case("separate"),
+    "shared_trunk": Case("shared trunk"),
+    "lora": Case("LoRA"),
+    "four_samples": Case("separate", samples=4),
 }
-GOALS = {"separate critic": 1.5, "shared trunk": 2.2, "LoRA": 2.4, "4 samples of a prompt": 1.5}
+GOALS = {"separate_critic": 1.5, "shared_trunk": 2.2, "lora": 2.4}
 
 ROUNDS = dict.fromkeys(CASES, 3)
 
@@ -136,21 +135,21 @@ def run(case: str, rounds: int, trl_python: str | None = None) -> dict[str, Any]
     Args:
         case: name.
         rounds: that count; one more goes before them.
-        trl_python: the interpreter of an environment with the peer; by default that of trl-env/
-            in the root of the repository. Where there is none, ours runs alone and the result says
-            so in `missing`.
+        trl_python: as in `SETTINGS`.
 
     Raises:
+        NotMeasured: there is no such peer.
         AssertionError: one side does not do what the other does.
     """
     sizes = CASES[case]
     peer = trl_python or str(PEER_PYTHON)
-    missing = _missing(peer)
+    _require_peer(peer)
+    commands = {
+        PEER: [peer, "-m", "benchmarks.ppo_trl"],
+        OURS: [sys.executable, "-m", "benchmarks.ppo_rrhf"],
+    }
     told: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        commands = {OURS: [sys.executable, "-m", "benchmarks.ppo_rrhf"]}
-        if missing is None:
-            commands = {PEER: [peer, "-m", "benchmarks.ppo_trl"], **commands}
         workers = {}
         world = write_world(Path(folder), sizes)
         for name, command in commands.items():
@@ -163,7 +162,7 @@ def run(case: str, rounds: int, trl_python: str | None = None) -> dict[str, Any]
                 told[name].append(workers[name].piece())
             if number == 0:
                 differences = compare({name: found[0] for name, found in told.items()}, sizes)
-    baseline = [one["seconds"] for one in told[next(iter(told))][1:]]
+    baseline = [one["seconds"] for one in told[PEER][1:]]
     timings = {}
     for name, found in told.items():
         mine = [one["seconds"] for one in found[1:]]
@@ -173,11 +172,10 @@ def run(case: str, rounds: int, trl_python: str | None = None) -> dict[str, Any]
         "benchmark": "ppo_iteration",
         "case": case,
         "shape": sizes,
-        "goal": GOALS[case],
         "theory": sizes.theory(),
         "relative_differences": differences,
         "timings": timings,
-        "missing": missing,
+        "versions": {"trl": PEER_VERSION},
     }
 
 
@@ -195,27 +193,15 @@ def compare(first: dict[str, dict[str, Any]], sizes: Case) -> dict[str, dict[str
         assert found["optimizer_steps"] == sizes.epochs, f"{name}: {found}"
         assert abs(found["kl"]) < 1e-3 and abs(found["ratio"] - 1) < 1e-3, f"{name}: {found}"
         assert abs(found["entropy"] / math.log(sizes.vocabulary) - 1) < 0.05, f"{name}: {found}"
-    if PEER not in first:
-        return {}
     entropy = abs(ours["entropy"] / first[PEER]["entropy"] - 1)
     assert entropy < 1e-3, f"entropies: {first}"
     return {OURS: {"entropy": entropy, "kl": abs(ours["kl"] - first[PEER]["kl"])}}
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people."""
-    case: Case = result["shape"]
-    lines = [
-        f"{result['case']}: H{case.hidden} L{case.layers} V{case.vocabulary} P{case.prompt} "
-        f"R{case.response}, {case.rows} responses, {case.epochs} epochs; "
-        f"FLOP ratio {result['theory']:.2f}, to reach {result['goal']}"
-    ]
-    for name, timing in result["timings"].items():
-        seconds = sorted(timing.seconds)[len(timing.seconds) // 2]
-        lines.append(f"  {name:27} {1000 * seconds:8.0f} ms   x {timing.speed_up}")
-    if result["missing"]:
-        lines.append(f"  no peer: {result['missing']}; to have it: {HOW_TO_HAVE_THE_PEER}")
-    return "\n".join(lines)
+    """For the terminal."""
+    head = f"{result['case']}: {result['shape']}; FLOP ratio {result['theory']:.2f}"
+    return f"{head}\n{lines(result['timings'], result['relative_differences'])}"
 
 
 def write_world(folder: Path, sizes: Case) -> Path:
@@ -242,14 +228,13 @@ def write_world(folder: Path, sizes: Case) -> Path:
     return folder
 
 
-def _missing(python: str) -> str | None:
-    """Why an interpreter cannot run the peer, or None."""
+def _require_peer(python: str) -> None:
     code = "from importlib.metadata import version; print(version('trl'))"
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        found = done.stdout.strip()
     except OSError as error:
-        return f"{python}: {error.strerror}"
-    if done.returncode:
-        return f"{python} has no trl"
-    found = done.stdout.strip()
-    return None if found == PEER_VERSION else f"{python} has trl {found}, not {PEER_VERSION}"
+        found = f"no interpreter ({error.strerror})"
+    if found != PEER_VERSION:
+        what = f"{python}: TRL {PEER_VERSION} is wanted, there is {found or 'none'}"
+        raise NotMeasured(f"{what}; --trl_python: {SETTINGS['trl_python']}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks import ppo_iteration
+from benchmarks.harness import NotMeasured
 from benchmarks.ppo_iteration import OURS, PEER, Case, compare
 from benchmarks.workers import Worker
 
@@ -79,13 +82,21 @@ def test_the_flop_ratio_by_hand() -> None:
     assert lora.theory() == pytest.approx(theirs / (start + 2 * read + 2 * 2 * 80))
 
 
+def test_without_the_peer_nothing_is_measured() -> None:
+    for python in ("no/such/python", sys.executable):
+        with pytest.raises(NotMeasured, match=r"TRL 1\.10\.0 is wanted.*pip install trl==1\.10\.0"):
+            ppo_iteration.run("lora", 1, python)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ppo_iteration.CASES)
-def test_our_side_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = replace(
-        ppo_iteration.CASES[name], hidden=32, layers=2, vocabulary=64, prompt=6, response=4
-    )
-    monkeypatch.setitem(ppo_iteration.CASES, name, tiny)
-    result = ppo_iteration.run(name, 1, trl_python="no/such/python")
-    assert list(result["timings"]) == [OURS]
-    assert "no peer: no/such/python" in ppo_iteration.table(result)
+def test_our_side(name: str, tmp_path: Path) -> None:
+    case = ppo_iteration.CASES[name]
+    tiny = replace(case, hidden=32, layers=2, vocabulary=64, prompt=6, response=4)
+    command = [sys.executable, "-m", "benchmarks.ppo_rrhf"]
+    world = str(ppo_iteration.write_world(tmp_path, tiny))
+    with Worker([*command, world, json.dumps(asdict(tiny))]) as worker:
+        for number in (1, 2):
+            found = worker.piece()
+            assert found["optimizer_steps"] == 4 * number
+        compare({PEER: facts() | {"entropy": found["entropy"]}, OURS: worker.piece()}, tiny)
