@@ -120,16 +120,37 @@ def test_scores_losses_and_gradients_are_those_of_padded_rows(name: str, layout:
         require_equal(step(one, b), step(other, b))
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["shared_prefix", "dense_mask"])
 @pytest.mark.parametrize("loss_type", [TOKENS, MEANS])
-@pytest.mark.parametrize("b", [RAGGED, EVEN], ids=["ragged", "even"])
-def test_losses_that_read_every_token(loss_type: str, b: TokenBatch) -> None:
-    """Token-wise ones read what the model makes of padding, so there padding must be there."""
+def test_losses_that_read_every_token(name: str, layout: str, loss_type: str) -> None:
+    """Token-wise ones read what the model makes of padding too."""
     more = asked(loss_type)
-    one, other = fast(MODELS["llama"](), **more), RewardModel(MODELS["llama"](), **more)
-    require_equal(step(one, b, loss_type), step(other, b, loss_type))
-    mask = b.response_mask | (loss_type == TOKENS)
-    require_close(one(b)[mask], other(b)[mask])
-    assert bool((one(b)[~mask] == 0).all())
+    for b in (RAGGED, EVEN):
+        one, other = fast(MODELS[name](), layout, **more), RewardModel(MODELS[name](), **more)
+        require_equal(step(one, b, loss_type), step(other, b, loss_type))
+        mask = b.response_mask | (loss_type == TOKENS)
+        require_close(one(b)[mask], other(b)[mask])
+
+
+def test_padding_is_fed_once_for_each_row_and_seen_by_nobody() -> None:
+    """But at windows, where padding that stands farther behind sees less."""
+    packed = lay_out(RAGGED, with_padding=True)
+    lengths = RAGGED.response_lengths
+    shorter = int((lengths < RAGGED.response_ids.shape[1]).sum())
+    plain = lay_out(RAGGED, whole=True).ids.shape[1]
+    assert packed.ids.shape[1] == plain + shorter and int(packed.blind.sum()) == shorter
+    sees = dense_mask(packed, False, torch.float32)[0, 0]
+    assert not bool(sees[:, packed.blind].any())
+    assert lay_out(EVEN, with_padding=True).blind is None
+    inner = MODELS["llama"]()
+    one, seen = fast(inner, **asked(TOKENS)), passes_of(inner)
+    one(RAGGED)
+    assert seen == [packed.ids.shape[1]]
+    narrow = MODELS["mistral_window"]()
+    one, seen = fast(narrow, **asked(TOKENS)), passes_of(narrow)
+    one(RAGGED), one(EVEN)
+    assert seen == [RAGGED.full_rows()[0].numel(), 8 + 3 * 6]
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -245,15 +266,19 @@ def test_a_critic_gives_the_values_of_padded_rows(name: str) -> None:
         require_equal(critic_step(one, b), critic_step(other, b))
 
 
-def test_prompt_tokens_pass_a_critic_and_a_reward_model_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    inner = MODELS["llama"]()
-    one, values = fast(inner), ValueModel(inner, engine="shared_prefix")
+def passes_of(inner: Any) -> list[int]:
+    """The ids that pass the network from now on, counted pass by pass."""
     seen: list[int] = []
     inner.model.register_forward_pre_hook(
         lambda _, __, arguments: seen.append(arguments["input_ids"].numel()), with_kwargs=True
     )
+    return seen
+
+
+def test_prompt_tokens_pass_a_critic_and_a_reward_model_once() -> None:
+    inner = MODELS["llama"]()
+    one, values = fast(inner), ValueModel(inner, engine="shared_prefix")
+    seen = passes_of(inner)
     b = batch([(20, [4, 5, 6])])
     one(b), values(b)
     assert seen == [20 + 15, 20 + 12]

@@ -72,11 +72,13 @@ class PackedTrunk:
                 raise NotImplementedError("flash attention takes no mask of tokens by tokens")
             self.window = declared_window(inner.config)
 
-    def packed(self, batch: TokenBatch, whole: bool = False) -> SharedPrefix | None:
+    def packed(
+        self, batch: TokenBatch, whole: bool = False, with_padding: bool = False
+    ) -> SharedPrefix | None:
         """The batch laid out (`lay_out`), or None where it goes as padded rows."""
         if self.layout == "rows":
             return None
-        packed = lay_out(batch, whole)
+        packed = lay_out(batch, whole, with_padding)
         return packed if self.window is None or packed.longest <= self.window else None
 
     def run_packed(self, prefix: Prefix) -> Tensor:

@@ -126,7 +126,10 @@ def attend(
         prompts = bucket.prompts
         q, k, v = (spread(x, prompts) for x in parts[taken])
         taken += 1
-        mask = None if narrow is None else _causal(prompts.width, prompts.width, narrow, q.device)
+        mask = None
+        if narrow is not None or prompts.blind is not None:
+            mask = _causal(prompts.width, prompts.width, narrow, q.device)
+            mask = _without_themselves(mask, prompts)
         outputs.append(gather(kernel(q, k, v, mask, is_causal=mask is None), prompts))
         responses = bucket.responses
         if responses is None:
@@ -136,6 +139,7 @@ def attend(
         whole_k = torch.cat([_of_owner(k, bucket.owner, responses.rows), own_k], 2)
         whole_v = torch.cat([_of_owner(v, bucket.owner, responses.rows), own_v], 2)
         mask = _response_mask(bucket, responses, narrow, query.device)
+        mask = _without_themselves(mask, responses)
         outputs.append(gather(kernel(own_q, whole_k, whole_v, mask, is_causal=False), responses))
     return torch.cat(outputs)[None]
 
@@ -167,6 +171,17 @@ def _response_mask(
         sees = sees & (distance < window)
     own = _causal(responses.width, responses.width, window, device)
     return torch.cat([sees, own.expand(len(lengths), -1, -1)], -1)[:, None]
+
+
+def _without_themselves(mask: Tensor, slots: Slots) -> Tensor:
+    """[L, keys] or [rows, 1, L, keys] with blind tokens hidden from themselves."""
+    if slots.blind is None:
+        return mask
+    steps = torch.arange(slots.width, device=mask.device)
+    is_blind = steps == slots.blind[:, None]  # [rows, L]
+    before = mask.shape[-1] - slots.width
+    is_self = torch.arange(mask.shape[-1], device=mask.device) - before == steps[:, None]
+    return mask & ~(is_blind[:, None, :, None] & is_self)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 Scores are read at the very tokens that padded rows would be read at. A response's last token is fed
 where scores are read there, and left away where only the states before tokens are asked for.
 
-Losses that read scores behind a response's end (`per_token`, responses of different lengths) get
-padded rows, since nothing is fed there otherwise.
+Losses that read scores behind a response's end (`reads_padding`) get those of the padding there: in
+padded rows all padding of a row comes to the same, so one token stands for it. Flash attention and
+windows of attention have no place for such a token; there responses of different lengths go as
+padded rows.
 
 Legend: N rows, P prompt tokens, R response tokens, M response tokens of the whole batch.
 """
@@ -13,13 +15,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch
 from rrhf.models.engine_trial import first_that_fits
-from rrhf.models.packed_trunk import Beside, PackedTrunk
+from rrhf.models.packed_trunk import Beside, PackedTrunk, declared_window, inner_model
 from rrhf.models.prefix_attention import Prefix
 from rrhf.models.reward_model import RewardModel
+from rrhf.models.shared_prefix import SharedPrefix
 
 LAYOUTS = ("shared_prefix", "flex_attention", "dense_mask")
 """Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
@@ -45,15 +49,21 @@ class FastRewardModel(PackedTrunk, RewardModel):
     ) -> None:
         super().__init__(model, per_token, first_end_id, reads_padding)
         self.take_layout(layout)
+        config = inner_model(model).config
+        has_kernel = layout == "flex_attention" or "flash" in config._attn_implementation
+        self.has_blind = not has_kernel and declared_window(config) is None
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """As `RewardModel.forward`; without `reads_padding`, 0 at padding."""
-        if self.per_token and self.reads_padding and not bool(batch.response_mask.all()):
+        """As `RewardModel.forward`; without `reads_padding`, padding gets any number."""
+        reads_padding = self.per_token and self.reads_padding
+        if reads_padding and not self.has_blind and not bool(batch.response_mask.all()):
             return super().forward(batch)
-        packed = self.packed(batch, whole=True)
+        packed = self.packed(batch, whole=True, with_padding=reads_padding)
         if packed is None:
             return super().forward(batch)
         hidden = self.run_packed(Prefix(packed))
+        if reads_padding:
+            return self._apply_head(hidden[_with_padding(packed, batch)])
         if self.per_token:
             own = packed.response_start[packed.row] + packed.column
             return self._placed(hidden[own], packed.row, packed.column, batch)
@@ -66,7 +76,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
         return self._apply_head(hidden[packed.token_at(columns, width)])
 
     def scores_before(self, batch: TokenBatch) -> Tensor:
-        """As `RewardModel.scores_before`; 0 at padding."""
+        """As `RewardModel.scores_before`; padding gets any number."""
         packed = self.packed(batch)
         if packed is None:
             return super().scores_before(batch)
@@ -77,10 +87,14 @@ class FastRewardModel(PackedTrunk, RewardModel):
         whole = self._hidden(*batch.full_rows())
         expected = whole[:, batch.prompt_ids.shape[1] :][batch.response_mask]
         found = expected
-        packed = self.packed(batch, whole=True)
+        reads_padding = self.per_token and self.reads_padding and self.has_blind
+        packed = self.packed(batch, whole=True, with_padding=reads_padding)
         if packed is not None:
             hidden = self.run_packed(Prefix(packed))
             found = hidden[packed.response_start[packed.row] + packed.column]
+        if packed is not None and reads_padding:
+            found = hidden[_with_padding(packed, batch)].flatten(0, 1)
+            expected = whole[:, batch.prompt_ids.shape[1] :].flatten(0, 1)
         weight = cast(Tensor, self._head().weight).detach()
         length = expected.detach().float().norm(dim=-1).max() * weight.norm()
         return Beside(
@@ -96,6 +110,12 @@ class FastRewardModel(PackedTrunk, RewardModel):
         """[N, R] the scores of [M, H]; 0 at padding."""
         scores = self._apply_head(hidden)
         return scores.new_zeros(batch.response_ids.shape).index_put((row, column), scores)
+
+
+def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
+    """[N, R] the token that stands at each column of the responses, or for its padding."""
+    columns = torch.arange(batch.response_ids.shape[1], device=batch.response_ids.device)
+    return packed.response_start[:, None] + columns.minimum(batch.response_lengths[:, None])
 
 
 def build_reward_model(

@@ -50,7 +50,7 @@ class RewardModel(nn.Module):
         first_end_id: read the score at the row's first token of this id (the convention of some
             published models) instead of its last token; rows without one are read at the last.
         reads_padding: with `per_token`, scores behind a response's end are wanted too; where they
-            are not, a faster engine leaves zeros there.
+            are not, a faster engine gives any number there.
     """
 
     def __init__(

@@ -40,6 +40,8 @@ class Slots:
         source: [rows * width] the token of each slot, counted from the first piece; any at padding.
             None where the pieces are equally long and the grid is a view.
         slot: [tokens] the slot of each token; None likewise.
+        blind: [rows] the column of each row's token that does not see itself (its last), -1 where
+            it has none; None where no row has.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class Slots:
     lengths: list[int]
     source: Tensor | None
     slot: Tensor | None
+    blind: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class SharedPrefix:
         buckets: in the order of the sequence.
         sizes: tokens of each part (a bucket's prompts, a bucket's responses, the next bucket's).
         group, response: [T] the group of a token, and its response, -1 in prompts.
+        blind: [T] True at tokens that nobody sees, not even themselves; None where there are none.
         longest: positions of the longest row.
     """
 
@@ -100,6 +104,7 @@ class SharedPrefix:
     sizes: list[int]
     group: Tensor
     response: Tensor
+    blind: Tensor | None
     longest: int
 
     def token_at(self, columns: Tensor, prompt_width: int) -> Tensor:
@@ -119,6 +124,7 @@ class _Group:
     prompt: list[int]
     rows: list[int]  # of the batch
     tails: list[int]  # response tokens fed
+    are_blind: list[bool]  # whether the last of them is
 
     @property
     def has_one_response(self) -> bool:
@@ -135,7 +141,7 @@ class _Group:
         return [] if self.has_one_response else [tail for tail in self.tails if tail]
 
 
-def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
+def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) -> SharedPrefix:
     """Lay a batch out with every distinct prompt once.
 
     A response's first token is predicted from the prompt's last.
@@ -144,9 +150,12 @@ def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
         batch: prompts and responses; a response may be empty.
         whole: feed each response's last token too, from which nothing is predicted: for scores that
             are read there.
+        with_padding: behind a response that is shorter than the batch is wide, feed the padding
+            too, once. All of it comes to the same in padded rows: at the position of the
+            response's last token it sees the whole row but no padding, so not itself either.
     """
     device = batch.response_ids.device
-    groups = _groups(batch, 0 if whole else 1)
+    groups = _groups(batch, 0 if whole or with_padding else 1, with_padding)
     counts = batch.response_lengths.tolist()
     responses = batch.response_ids.tolist()
     ids: list[int] = []
@@ -155,6 +164,7 @@ def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
     response_of: list[int] = []
     prompt_end, response_start = [0] * batch.num_rows, [0] * batch.num_rows
     buckets, sizes = [], []
+    blind: list[int] = []
     number = 0
     for members in _bucketed(groups, SCORES_OF_A_CALL.get(device.type, 1 << 13)):
         begin = len(ids)
@@ -169,16 +179,22 @@ def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
                 response_of += [group.rows[0]] * group.tails[0]
                 response_start[group.rows[0]] = start + length
             positions += range(group.causal)
+            if len(group.rows) == 1 and group.are_blind[0]:
+                positions[-1] -= 1
+                blind.append(len(ids) - 1)
             group_of += [number + place] * group.causal
         sizes.append(len(ids) - begin)
         begin = len(ids)
         for place, group in enumerate(members):
             if len(group.rows) == 1:
                 continue
-            for row, tail in zip(group.rows, group.tails, strict=True):
+            for row, tail, is_blind in zip(group.rows, group.tails, group.are_blind, strict=True):
                 response_start[row] = len(ids)
                 ids += responses[row][:tail]
                 positions += range(len(group.prompt), len(group.prompt) + tail)
+                if is_blind:
+                    positions[-1] -= 1
+                    blind.append(len(ids) - 1)
                 group_of += [number + place] * tail
                 response_of += [row] * tail
         number += len(members)
@@ -196,6 +212,10 @@ def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, device=device)
 
+    hidden = None
+    if blind:
+        hidden = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        hidden[tensor(blind)] = True
     return SharedPrefix(
         ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
@@ -208,21 +228,25 @@ def lay_out(batch: TokenBatch, whole: bool = False) -> SharedPrefix:
         sizes=sizes,
         group=tensor(group_of),
         response=tensor(response_of),
+        blind=hidden,
         longest=max(bucket.longest for bucket in buckets),
     )
 
 
-def _groups(batch: TokenBatch, left_away: int) -> list[_Group]:
+def _groups(batch: TokenBatch, left_away: int, with_padding: bool) -> list[_Group]:
     """Distinct prompts with the rows that follow them, the last tokens of each left away."""
+    width = batch.response_ids.shape[1]
     prompts = batch.prompt_ids.tolist()
     lengths = batch.prompt_lengths.tolist()
     groups: dict[tuple[int, ...], _Group] = {}
     counts = batch.response_lengths.tolist()
     for row, place in enumerate(batch.prompt_index.tolist()):
         prompt = prompts[place][len(prompts[place]) - lengths[place] :]
-        group = groups.setdefault(tuple(prompt), _Group(prompt, [], []))
+        group = groups.setdefault(tuple(prompt), _Group(prompt, [], [], []))
+        is_blind = with_padding and counts[row] < width
         group.rows.append(row)
-        group.tails.append(max(counts[row] - left_away, 0))
+        group.tails.append(max(counts[row] - left_away, 0) + is_blind)
+        group.are_blind.append(is_blind)
     return list(groups.values())
 
 
@@ -255,10 +279,18 @@ def _scores(groups: Sequence[_Group]) -> int:
 def _bucket(groups: Sequence[_Group], device: torch.device) -> Bucket:
     lengths = [group.causal for group in groups]
     fed = [tail for group in groups for tail in group.fed]
+    blind_alone = [len(group.rows) == 1 and group.are_blind[0] for group in groups]
+    blind_fed = [
+        is_blind
+        for group in groups
+        if not group.has_one_response
+        for tail, is_blind in zip(group.tails, group.are_blind, strict=True)
+        if tail
+    ]
     owners = [place for place, group in enumerate(groups) for _ in group.fed]
     return Bucket(
-        prompts=_slots(lengths, device),
-        responses=_slots(fed, device) if fed else None,
+        prompts=_slots(lengths, blind_alone, device),
+        responses=_slots(fed, blind_fed, device) if fed else None,
         owners=owners,
         owner=torch.tensor(owners, device=device) if len(groups) > 1 else None,
         prompt_lengths=None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device),
@@ -269,16 +301,20 @@ def _bucket(groups: Sequence[_Group], device: torch.device) -> Bucket:
     )
 
 
-def _slots(lengths: Sequence[int], device: torch.device) -> Slots:
+def _slots(lengths: Sequence[int], are_blind: Sequence[bool], device: torch.device) -> Slots:
     count, width = len(lengths), max(lengths)
+    blind = None
+    if any(are_blind):
+        ends = [n if is_blind else 0 for n, is_blind in zip(lengths, are_blind, strict=True)]
+        blind = torch.tensor(ends, device=device) - 1
     if all(length == width for length in lengths):
-        return Slots(count, width, list(lengths), None, None)
-    ends = torch.tensor(lengths)
-    columns = torch.arange(width).expand(count, width)
-    is_token = columns < ends[:, None]
-    source = (ends.cumsum(0) - ends)[:, None] + columns.minimum(ends[:, None] - 1)
-    slot = is_token.flatten().nonzero().squeeze(-1)
-    return Slots(count, width, list(lengths), source.flatten().to(device), slot.to(device))
+        return Slots(count, width, list(lengths), None, None, blind)
+    bounds = torch.tensor(lengths)
+    places = torch.arange(width).expand(count, width)
+    is_token = places < bounds[:, None]
+    source = (bounds.cumsum(0) - bounds)[:, None] + places.minimum(bounds[:, None] - 1)
+    slot = is_token.flatten().nonzero().squeeze(-1).to(device)
+    return Slots(count, width, list(lengths), source.flatten().to(device), slot, blind)
 
 
 def dense_mask(layout: SharedPrefix, is_additive: bool, dtype: torch.dtype) -> Tensor:
@@ -291,6 +327,8 @@ def dense_mask(layout: SharedPrefix, is_additive: bool, dtype: torch.dtype) -> T
     is_shared = (layout.response < 0) | (layout.response[:, None] == layout.response)
     position = layout.position_ids[0]
     sees = (same_group & is_shared & (position[:, None] >= position))[None, None]
+    if layout.blind is not None:
+        sees = sees & ~layout.blind
     if not is_additive:
         return sees
     blocked = torch.finfo(dtype).min
