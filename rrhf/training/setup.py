@@ -69,6 +69,11 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         raise UserError(
             f"--max_steps {config.max_steps}: must be 1 or more, or -1 for whole epochs"
         )
+    if config.attn_implementation.startswith("flash_attention") and not config.bf16:
+        raise UserError(
+            f"--attn_implementation {config.attn_implementation}: computes in half precision only; "
+            "add --bf16"
+        )
     run = RunFolder(config.output_dir)
     if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
         raise AlreadyFinished(model)
