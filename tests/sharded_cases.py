@@ -52,6 +52,7 @@ def watch_preparation() -> None:
                 "kind": self.kind,
                 "class": type(root).__name__,
                 "cut": sum(isinstance(w, DTensor) for w in weights) / len(weights),
+                "layouts": sorted({m.layout for m in root.modules() if hasattr(m, "layout")}),
                 "stage": getattr(root, "zero_optimization_stage", lambda: None)(),
                 "mine": sum(
                     (w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights

@@ -83,6 +83,7 @@ def test_the_engine_is_the_one_that_was_asked_for(two: Two, one: Path) -> None:
     engine, _, roots = two
     assert len(roots) == len(CASES) + 2  # those that are resumed are prepared twice
     for root in roots:
+        assert root["layouts"] == ["shared_prefix"]
         if engine == "ddp":
             assert root["class"] == "DistributedDataParallel" and root["cut"] == 0
         elif engine == "fsdp2":
