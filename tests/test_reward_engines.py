@@ -72,6 +72,16 @@ def batch(shapes: list[tuple[int, list[int]]]) -> TokenBatch:
 
 RAGGED = batch([(9, [4, 1, 7, 12]), (3, [5, 5]), (6, [8]), (1, [1, 1, 2]), (9, [1, 1])])
 EVEN = batch([(8, [6, 6, 6])])
+DISTINCT = {
+    (prompt, *ids[:length])
+    for prompt, ids, length in zip(
+        RAGGED.prompt_index.tolist(),
+        RAGGED.response_ids.tolist(),
+        RAGGED.response_lengths.tolist(),
+        strict=True,
+    )
+}
+"""The prompt of each response, and its ids; some are their end alone."""
 
 
 def gradient_of(model: nn.Module, loss: Tensor) -> Tensor:
@@ -136,8 +146,7 @@ def test_losses_that_read_every_token(name: str, layout: str, loss_type: str) ->
 def test_padding_is_fed_once_for_each_row_and_seen_by_nobody() -> None:
     """But at windows, where padding that stands farther behind sees less."""
     packed = lay_out(RAGGED, with_padding=True)
-    lengths = RAGGED.response_lengths
-    shorter = int((lengths < RAGGED.response_ids.shape[1]).sum())
+    shorter = sum(len(ids) < RAGGED.response_ids.shape[1] for _, *ids in DISTINCT)
     plain = lay_out(RAGGED, whole=True).ids.shape[1]
     assert packed.ids.shape[1] == plain + shorter and int(packed.blind.sum()) == shorter
     sees = dense_mask(packed, False, torch.float32)[0, 0]
@@ -191,6 +200,17 @@ def test_an_empty_response_is_scored_at_its_prompt() -> None:
     assert lay_out(b).row.tolist() == [0, 0, 2] and lay_out(b).ids.shape == (1, 2 + 3 + 2)
 
 
+def test_equal_responses_are_computed_once_and_score_alike_to_the_last_bit() -> None:
+    ids = [[5, 6, 7, EOS], [8, EOS], [5, 6, 7, EOS], [9, 8, 7, 6, 5, EOS], [5, 6, 7, EOS]]
+    b = collate([EncodedSet([3, 4], ids, [1.0, 0.0, -1.0, 2.0, 1.0])], PAD)
+    one, other = fast(MODELS["llama"]()), RewardModel(MODELS["llama"]())
+    assert lay_out(b, whole=True).ids.shape == (1, 2 + 4 + 2 + 6)
+    scores = one(b).detach()
+    assert float(scores[0]) == float(scores[2]) == float(scores[4])
+    require_close(scores, other(b))
+    require_equal(step(one, b), step(other, b))
+
+
 def test_the_last_token_is_fed_where_it_is_read_and_sees_its_row() -> None:
     packed = lay_out(RAGGED, whole=True)
     sees = dense_mask(packed, False, torch.float32)[0, 0]
@@ -202,8 +222,10 @@ def test_the_last_token_is_fed_where_it_is_read_and_sees_its_row() -> None:
         whole += RAGGED.response_ids[row, : column + 1].tolist()
         visible = sees[place].nonzero().squeeze(-1)
         assert ids[visible[positions[visible].argsort()]].tolist() == whole
-    prompts = int(RAGGED.prompt_lengths.sum())
-    assert packed.ids.shape == (1, prompts + int(RAGGED.response_lengths.sum()))
+    assert packed.ids.shape == (
+        1,
+        int(RAGGED.prompt_lengths.sum()) + sum(len(ids) for _, *ids in DISTINCT),
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -243,7 +265,7 @@ def test_half_precision_is_as_near_as_padded_rows() -> None:
     one = fast(MODELS["llama"]().bfloat16())(RAGGED)
     other = RewardModel(MODELS["llama"]().bfloat16())(RAGGED)
     assert one.dtype == torch.float32
-    assert float((one - exact).abs().max()) < 2 * float((other - exact).abs().max()) + 0.05
+    assert bool((one - exact).abs().max() < 2 * (other - exact).abs().max() + 0.05)
 
 
 def critic_step(values: ValueModel, b: TokenBatch = RAGGED) -> tuple[float, Tensor]:

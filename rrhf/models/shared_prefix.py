@@ -4,7 +4,8 @@ Positions restart behind the prompt for each response, and attention (`prefix_at
 prompt see itself causally and a response its prompt and itself. So each token has the context that
 it has in a padded row, and everything but attention (most of the work) is done for a prompt's
 tokens once instead of once for each of its N responses. Prompts that stand in a batch several times
-are computed once as well, and nothing is padded outside attention.
+are computed once as well, and so are equal responses to one prompt, whose scores are then equal to
+the last bit; nothing is padded outside attention.
 
 This file says where each token lies and who sees whom; `dense_mask` says it as a mask of all tokens
 by all tokens, for models whose attention cannot be exchanged.
@@ -122,7 +123,7 @@ class SharedPrefix:
 @dataclass
 class _Group:
     prompt: list[int]
-    rows: list[int]  # of the batch
+    rows: list[int]  # of the batch; the first of each kind that is fed alike
     tails: list[int]  # response tokens fed
     are_blind: list[bool]  # whether the last of them is
 
@@ -155,7 +156,7 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
             response's last token it sees the whole row but no padding, so not itself either.
     """
     device = batch.response_ids.device
-    groups = _groups(batch, 0 if whole or with_padding else 1, with_padding)
+    groups, first_of = _groups(batch, 0 if whole or with_padding else 1, with_padding)
     counts = batch.response_lengths.tolist()
     responses = batch.response_ids.tolist()
     ids: list[int] = []
@@ -202,10 +203,12 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
             sizes.append(len(ids) - begin)
         buckets.append(_bucket(members, device))
 
+    for row, first in first_of.items():
+        prompt_end[row], response_start[row] = prompt_end[first], response_start[first]
     lengths = torch.tensor(counts)
     row_of = torch.repeat_interleave(torch.arange(batch.num_rows), lengths)
-    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    column = torch.arange(len(row_of)) - first
+    begins = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    column = torch.arange(len(row_of)) - begins
     before = torch.tensor(response_start)[row_of] + column - 1
     predicted_from = torch.where(column == 0, torch.tensor(prompt_end)[row_of], before)
 
@@ -233,21 +236,33 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
     )
 
 
-def _groups(batch: TokenBatch, left_away: int, with_padding: bool) -> list[_Group]:
-    """Distinct prompts with the rows that follow them, the last tokens of each left away."""
+def _groups(
+    batch: TokenBatch, left_away: int, with_padding: bool
+) -> tuple[list[_Group], dict[int, int]]:
+    """Distinct prompts with the rows that follow them, the last tokens of each left away; and for
+    each row that is fed like an earlier one of its prompt, which that is."""
     width = batch.response_ids.shape[1]
     prompts = batch.prompt_ids.tolist()
     lengths = batch.prompt_lengths.tolist()
     groups: dict[tuple[int, ...], _Group] = {}
     counts = batch.response_lengths.tolist()
+    responses = batch.response_ids.tolist()
+    first_of: dict[int, int] = {}
+    met: dict[tuple[int, tuple[int, ...]], int] = {}
     for row, place in enumerate(batch.prompt_index.tolist()):
         prompt = prompts[place][len(prompts[place]) - lengths[place] :]
         group = groups.setdefault(tuple(prompt), _Group(prompt, [], [], []))
         is_blind = with_padding and counts[row] < width
+        tail = max(counts[row] - left_away, 0) + is_blind
+        fed = (counts[row] if is_blind else -1, *responses[row][:tail])
+        first = met.setdefault((id(group), fed), row)
+        if first != row:
+            first_of[row] = first
+            continue
         group.rows.append(row)
-        group.tails.append(max(counts[row] - left_away, 0) + is_blind)
+        group.tails.append(tail)
         group.are_blind.append(is_blind)
-    return list(groups.values())
+    return list(groups.values()), first_of
 
 
 def _bucketed(groups: Sequence[_Group], scores_of_a_call: int) -> list[list[_Group]]:
