@@ -92,6 +92,7 @@ def in_fresh_processes(
                     failed.append(f"{name} {case}: exit code {code}")
                     told = {"not_measured": f"failed with exit code {code}", "goal": None}
                     harness.write(path, {"benchmark": name, "case": case, **told})
+    print(f"{harness.children_clock() / 60:.1f} minutes of CPU time", flush=True)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
