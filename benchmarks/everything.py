@@ -40,8 +40,6 @@ def one_case(
         print(f"{name} {case}: not measured: {reason}", flush=True)
     else:
         print(module.table(result), flush=True)
-        if result.get("missing"):  # a peer; our side alone makes no ratio
-            result["not_measured"] = result["missing"]
     whole = {"sizes": registry.sizes_of(shape), **result, "goal": goal, "load_before": before}
     whole["cpu_seconds"] = round(time.process_time() - started + harness.children_clock(), 1)
     if output:

@@ -120,16 +120,20 @@ def gpu(results: Results) -> str:
 
 
 def machine(results: Results) -> str:
-    """Where the figures come from, one line for each machine and set of versions."""
-    found: dict[str, None] = {}
-    for result in results.values():
-        it, code = result["machine"], result.get("code", {})
-        place = it.get("gpu") or f"{it['cpu']}, {it['cores']} cores, {it['threads']} thread"
-        packages = {"torch": it["torch"], "transformers": it["transformers"]}
-        packages |= result.get("versions", {})
-        versions = ", ".join(f"{package} {version}" for package, version in packages.items())
-        found[f"{place}; Python {it['python']}, {versions}; commit {code.get('commit')}"] = None
-    return "\n".join(f"- {line}" for line in found) or "Nothing is measured yet."
+    """Where the figures come from: machines, versions and commits, then what was compared with."""
+    places: dict[str, None] = {}
+    peers: dict[str, set[str]] = {}
+    for (name, _), result in results.items():
+        if "not_measured" in result:
+            continue
+        it = result["machine"]
+        place = it["gpu"] or f"{it['cpu']}, {it['cores']} cores, {it['threads']} thread"
+        versions = ", ".join(f"{part} {it[part]}" for part in ("python", "torch", "transformers"))
+        places[f"{place}; {versions}; commit {result['code']['commit']}"] = None
+        for package, version in result.get("versions", {}).items():
+            peers.setdefault(f"{package} {version}", set()).add(f"`{name}`")
+    lines = [*places, *(f"{peer}: {', '.join(sorted(of))}" for peer, of in sorted(peers.items()))]
+    return "\n".join(f"- {line}" for line in lines) or "Nothing is measured yet."
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

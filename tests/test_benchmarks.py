@@ -105,7 +105,7 @@ def test_the_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     timing = {"seconds": [0.3, 0.2], "speed_up": {"median": 2.5, "lowest": 2.0, "highest": 3.0}}
     base = {"seconds": [0.6, 0.6], "speed_up": {"median": 1.0, "lowest": 1.0, "highest": 1.0}}
     step = {"benchmark": "rrhf_step", "case": "S1", "shape": TINY, "theory": 3.256, "goal": 3.0}
-    step["load_before"] = 1.5
+    step |= {"load_before": 1.5, "versions": {"trl": "1.2"}}
     step["timings"] = {"original": base, "shared_prefix": timing, "padded": base}
     peak = {"benchmark": "peak_memory", "case": "S3", "shape": TINY, "sizes": "H32", "goal": 5.0}
     peak |= {"extra_mib": {"original": 60.0, "ours": 10.0}, "times_less": {"ours": 6.0}}
@@ -123,6 +123,7 @@ def test_the_readme_tables_come_from_the_results(tmp_path: Path) -> None:
     assert "| `rrhf_step` S1 | padded | 600 | 1.00 [1.00-1.00] |" in written
     assert "original 60 | ours 10 | **6.00** | 5: met" in written
     assert "| `rrhf_step` S3 | H512 L6 V32k P512 R96 N6 | not measured |" in written
+    assert f"torch {torch.__version__}" in written and "- trl 1.2: `rrhf_step`" in written
     main(["table", "--results", str(tmp_path), "--readme", str(readme)])
     assert readme.read_text() == written
 
