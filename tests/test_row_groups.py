@@ -84,6 +84,16 @@ def test_batches_are_bounded_and_the_longest_come_first() -> None:
     assert len(list(batches_of(groups, rows, 10**6))) == 1
 
 
+def test_on_a_cpu_a_batch_is_full_early_and_a_group_stays_whole() -> None:
+    rows = [[*ids(900, k), *ids(300, 10 * k + j)] for k in range(3) for j in range(5)]
+    rows += [ids(200, 100 + k) for k in range(3)]
+    batches = list(batches_of(group_rows(rows), rows, 10**6, device=CPU))
+    assert [[part.tokens for part in batch] for batch in batches] == [
+        *[[2400]] * 3,
+        [200] * 3,
+    ]
+
+
 def test_under_a_mask_of_all_tokens_batches_are_small() -> None:
     rows = [[*ids(300, k), *ids(100, 10 * k + j)] for k in range(3) for j in range(7)]
     batches = list(batches_of(group_rows(rows), rows, 10**6, by_mask=True))

@@ -128,7 +128,8 @@ def _batches(
     whole = [[*rows[place][0], *rows[place][1]] for place in grouped]
     groups = group_by(whole, [len(rows[place][0]) for place in grouped])
     by_mask = getattr(policy, "layout", None) == "dense_mask"
-    for parts in batches_of(groups, whole, MAX_BATCH_TOKENS, by_mask):
+    device = next(policy.parameters()).device
+    for parts in batches_of(groups, whole, MAX_BATCH_TOKENS, by_mask, device):
         batch = [grouped[place] for part in parts for place in part.places]
         yield batch, group_batch(parts, whole, pad_id, torch.device("cpu"))
 

@@ -86,8 +86,8 @@ class RowScorer:
         for batch in self._padded(plain, rows):
             yield batch, row_batch([rows[i] for i in batch], self._pad_id, self._device)
         chosen = [rows[place] for place in grouped]
-        by_mask = self._layout == "dense_mask"
-        for groups in batches_of(group_rows(chosen), chosen, self._max_batch_tokens, by_mask):
+        cut = (self._max_batch_tokens, self._layout == "dense_mask", self._device)
+        for groups in batches_of(group_rows(chosen), chosen, *cut):
             places = [grouped[place] for group in groups for place in group.places]
             yield places, group_batch(groups, chosen, self._pad_id, self._device)
 

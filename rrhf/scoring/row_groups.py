@@ -25,6 +25,9 @@ MASK_TOKENS, MASK_ROWS = 700, 2
 """Under a mask of all tokens by all tokens: what fills a batch, and how many times its longest row
 a group may have; beyond that, what the mask hides costs more than calls and beginnings do."""
 
+ENOUGH_TOKENS = {"cpu": 2048}
+"""What fills a batch on a kind of device: more would leave its caches. A group may have more."""
+
 Rows = Sequence[Sequence[int]]
 
 
@@ -79,7 +82,11 @@ def group_rows(rows: Rows) -> list[RowGroup]:
 
 
 def batches_of(
-    groups: Iterable[RowGroup], rows: Rows, max_tokens: int, by_mask: bool = False
+    groups: Iterable[RowGroup],
+    rows: Rows,
+    max_tokens: int,
+    by_mask: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[list[RowGroup]]:
     """Groups that go through the network together, those of the longest rows first.
 
@@ -88,12 +95,14 @@ def batches_of(
         rows: as `group_rows` got them.
         max_tokens: of one batch, unless one row alone has more; larger groups are parted.
         by_mask: attention goes by a mask of all tokens by all tokens, so batches are kept small.
+        device: where they will be computed; None = not known.
     """
     parts: list[RowGroup] = []
     for group in groups:
-        enough = max(MASK_TOKENS, MASK_ROWS * group.longest) if by_mask else max_tokens
-        parts += _parted(group, rows, min(max_tokens, enough))
-    limit = min(max_tokens, MASK_TOKENS) if by_mask else max_tokens
+        most = max(MASK_TOKENS, MASK_ROWS * group.longest) if by_mask else max_tokens
+        parts += _parted(group, rows, min(max_tokens, most))
+    enough = ENOUGH_TOKENS.get(device.type, max_tokens) if device else max_tokens
+    limit = min(max_tokens, MASK_TOKENS if by_mask else enough)
     batch: list[RowGroup] = []
     tokens = 0
     for part in sorted(parts, key=lambda part: (-part.longest, part.places)):

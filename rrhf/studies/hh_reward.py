@@ -40,6 +40,7 @@ from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
 from rrhf.files import COMPLETE, read_manifest, write_json
 from rrhf.models.loading import load_tokenizer, resolve_device
+from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.records import CandidateSet
 from rrhf.training.fitting import RowFitter
@@ -210,7 +211,8 @@ def _reward_model(
     folder = run_folder / "reward_model"
     codec = ChatCodec(load_tokenizer(folder), config.chat_format)
     encode = PreferenceEncoder(RowFitter(codec, config.model_max_length, None, "cut"))
-    model = RewardModel(load_reward_model(folder)).to(resolve_device())
+    frozen = load_reward_model(folder).requires_grad_(False)
+    model = build_reward_model(frozen.to(resolve_device()), "auto")
     # Every test pair is a pair of marked replies, so its group is there, in the same place.
     leads = pair_leads(model, codec.pad_id, [encode(s) for s in ranked_groups(test)])
     manifest = read_manifest(run_folder) or {}
