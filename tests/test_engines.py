@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import two_ranks
-from tiny import save_tiny, tiny_llama
+from tiny import save_tiny
+from torch import nn
 from trainer_cases import metrics_of, ranked_rows, train, write_lines
 
 from rrhf.errors import UserError
-from rrhf.models.logprobs import Policy
 from rrhf.training.sft import SFTConfig
 
 
@@ -74,16 +75,17 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tenso
     return dict(torch.load(out / "gradients.pt"))
 
 
+@pytest.mark.parametrize("make", [two_ranks.policy, two_ranks.reward_model])
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
 @pytest.mark.parametrize("engine", ["shared_prefix", "dense_mask"])
 def test_two_processes_have_the_mean_gradient_of_padded_rows(
-    spread: str, engine: str, gradients: dict[str, torch.Tensor]
+    make: Callable[[str], nn.Module], spread: str, engine: str, gradients: dict[str, torch.Tensor]
 ) -> None:
-    model = tiny_llama(80)
+    model = make("padded")
     for rank in range(2):
-        (Policy(model)(two_ranks.batch(rank)).logprobs.square().sum() / 2).backward()
+        (two_ranks.loss(model, rank) / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    found = gradients[f"{spread} {engine}"]
+    found = gradients[f"{make.__name__} {spread} {engine}"]
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForSequenceClassification
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.engines import build_policy
-from rrhf.models.logprobs import Policy
+from rrhf.models.reward_engines import build_reward_model
 
 
 def batch(rank: int) -> TokenBatch:
@@ -32,21 +33,37 @@ def batch(rank: int) -> TokenBatch:
     return collate([EncodedSet(ids(5 + rank), [ids(3), ids(6), ids(4)])], pad_id=2)
 
 
-def ddp(policy: Policy) -> nn.Module:
-    return DistributedDataParallel(policy)
+def ddp(root: nn.Module) -> nn.Module:
+    return DistributedDataParallel(root)
 
 
-def fsdp(policy: Policy) -> nn.Module:
-    inner: Any = policy.model
-    for module in (*inner.model.layers, policy):
+def fsdp(root: nn.Module) -> nn.Module:
+    inner: Any = root.model
+    for module in (*inner.model.layers, root):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
-    return policy
+    return root
 
 
-def gradient(rank: int, spread: Callable[[Policy], nn.Module], engine: str) -> Tensor:
+def policy(engine: str) -> nn.Module:
+    return build_policy(tiny_llama(80), engine)
+
+
+def reward_model(engine: str) -> nn.Module:
+    config = tiny_llama(80).config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return build_reward_model(LlamaForSequenceClassification(config).eval(), engine)
+
+
+def loss(root: nn.Module, rank: int) -> Tensor:
+    outputs = root(batch(rank))
+    return getattr(outputs, "logprobs", outputs).square().sum()
+
+
+def gradient(rank: int, spread: Callable[[nn.Module], nn.Module], root: nn.Module) -> Tensor:
     """The mean of the two ranks' gradients, as the engine of training gives it."""
-    root = spread(build_policy(tiny_llama(80), engine))
-    root(batch(rank)).logprobs.square().sum().backward()
+    root = spread(root)
+    loss(root, rank).backward()
     parts = []
     for parameter in root.parameters():
         found: Any = parameter.grad
@@ -64,7 +81,8 @@ def main(out: Path) -> None:
         "gloo", store=dist.FileStore(str(out / "store"), 2), rank=rank, world_size=2
     )
     found = {
-        f"{spread.__name__} {engine}": gradient(rank, spread, engine)
+        f"{make.__name__} {spread.__name__} {engine}": gradient(rank, spread, make(engine))
+        for make in (policy, reward_model)
         for spread in (ddp, fsdp)
         for engine in ("shared_prefix", "dense_mask")
     }

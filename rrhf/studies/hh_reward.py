@@ -212,7 +212,7 @@ def _reward_model(
     codec = ChatCodec(load_tokenizer(folder), config.chat_format)
     encode = PreferenceEncoder(RowFitter(codec, config.model_max_length, None, "cut"))
     frozen = load_reward_model(folder).requires_grad_(False)
-    model = build_reward_model(frozen.to(resolve_device()), "auto")
+    model = build_reward_model(frozen.to(resolve_device()), "auto")  # type: ignore[arg-type]
     # Every test pair is a pair of marked replies, so its group is there, in the same place.
     leads = pair_leads(model, codec.pad_id, [encode(s) for s in ranked_groups(test)])
     manifest = read_manifest(run_folder) or {}
