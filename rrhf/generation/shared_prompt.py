@@ -360,12 +360,13 @@ class _Attention:
     softcap: float | None
 
     def weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """The softmax of scores that may be overwritten, in float32."""
+        """The softmax of scores that may be overwritten, in float32 at least."""
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if bias is not None:
             scores = scores.add_(bias)
-        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+        wide = torch.float32 if scores.dtype.itemsize < 4 else None
+        return torch.softmax(scores, dim=-1, dtype=wide)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, heads, P, D] each, causally, within the window."""
