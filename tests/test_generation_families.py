@@ -116,6 +116,19 @@ def test_samples_and_beams_are_those_of_plain_rows(kind, prompts):
             torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_whose_search_is_over_are_released(prompts, monkeypatch):
+    model = model_of(CONFIGS["gpt2"])
+    released: list[int] = []
+    monkeypatch.setattr(
+        SharedPromptModel, "release", lambda self, handles: released.extend(handles)
+    )
+    params = SamplingParams(
+        num_return_sequences=1, do_sample=False, num_beams=3, max_new_tokens=60, length_penalty=0.0
+    )
+    lengths = [len(ids) for (ids,) in tokens_of(answers(engine_of(model, prompts, 15), params))]
+    assert len(set(lengths)) > 1 and 0 < len(released) < 5
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @torch.no_grad()
 def test_log_probs_are_those_of_a_plain_forward(kind, prompts):

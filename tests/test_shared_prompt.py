@@ -114,6 +114,7 @@ def test_rows_read_on_as_in_a_plain_forward_whoever_comes_and_goes(kind):
         beside.decoder.release([first[2][0]])
         later = beside.read([7, 7])  # one takes the place that was left, one makes its own
         beside.arrange([0, 1, 2], [later[0], later[1], later[1], first[0]])
+        assert len(beside.decoder._lengths) == 4
         beside.steps(70)  # beyond the room that was allocated at first
         beside.decoder.release([handle for handle, _ in first[:2]])
         beside.arrange([4, 5, 6])  # the first prompts are dropped

@@ -190,7 +190,6 @@ class RowLoop:
             return
         order: list[tuple[int | None, Row]] = [(place, self._rows[place]) for place in alive]
         order += [(None, row) for row in self._beginning]
-        order.sort(key=lambda one: (one[1].job, one[1].sample))
         self._rows, self._beginning = [row for _, row in order], []
         if self._params.repetition_penalty != 1.0 and order:
             self._seen = torch.stack([self._seen_by(row) for row in self._rows])
