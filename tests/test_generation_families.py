@@ -123,7 +123,7 @@ def test_prompts_whose_search_is_over_are_released(prompts, monkeypatch):
         SharedPromptModel, "release", lambda self, handles: released.extend(handles)
     )
     params = SamplingParams(
-        num_return_sequences=1, do_sample=False, num_beams=3, max_new_tokens=60, length_penalty=0.0
+        num_return_sequences=1, do_sample=False, num_beams=2, max_new_tokens=60, length_penalty=0.0
     )
     lengths = [len(ids) for (ids,) in tokens_of(answers(engine_of(model, prompts, 15), params))]
     assert len(set(lengths)) > 1 and 0 < len(released) < 5
