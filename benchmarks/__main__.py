@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0; 1 where a benchmark failed; 2 where what is asked for has no place here."""
     arguments = sys.argv[1:] if arguments is None else arguments
     front = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    front.add_argument("name", choices=[*registry.NAMES, "all", "table"], metavar="NAME")
+    names = [*registry.NAMES, "all", "table"]
+    front.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     name = front.parse_args(arguments[:1]).name
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
     if name == "table":
@@ -31,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     parser.add_argument("--rounds", type=int, help="in which each variant runs once")
     parser.add_argument("--output", type=Path, help="folder for the results as JSON")
-    names = registry.NAMES if name == "all" else (name,)
-    modules = {name: registry.load(name) for name in names}
+    asked_for = registry.NAMES if name == "all" else (name,)
+    modules = {name: registry.load(name) for name in asked_for}
     settings = {
         k: v for module in modules.values() for k, v in registry.settings_of(module).items()
     }
