@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.training.ppo_config import GROUP_METHODS, PPOConfig
+from rrhf.training.ppo_checks import GROUP_METHODS
+from rrhf.training.ppo_config import PPOConfig
 
 SAMPLES_PER_PROMPT = 4
 ROLLOUT_SIZE = 100

@@ -29,50 +29,28 @@ from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations
 from rrhf.errors import UserError
-from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
-from rrhf.models.policy_with_value import (
-    ActorCritic,
-    ValueHead,
-    ValueModel,
-    new_value_head,
-    require_same_vocabulary,
-    write_value_folder,
-)
-from rrhf.models.reward_model import (
-    HEAD,
-    init_reward_model,
-    require_reward_model,
-    score_normalizer,
-)
 from rrhf.records import CandidateSet
-from rrhf.scoring.build import SCORERS, RewardModelOptions, build_scorer, check_scorer
+from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.scoring.scorer import LocalScorer
 from rrhf.signals import StopRequest
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
-from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
 from rrhf.training.offline import token_budget
 from rrhf.training.offload import TRAIN, Offload, build_store, parse_levels
+from rrhf.training.online.actors import build_reference, build_root, model_folders
 from rrhf.training.online.ema import AveragedStream
 from rrhf.training.online.experience import build_experience
 from rrhf.training.online.objective import PPOObjective
+from rrhf.training.online.prompts import fitting_prompts
 from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
 from rrhf.training.online.rollout import RolloutWriter
 from rrhf.training.online.stream import PPOStream
 from rrhf.training.phases import Phases, as_table, over_ranks, peak_meter
-from rrhf.training.ppo_config import EVALUATION_MEASURES, PPOConfig
+from rrhf.training.ppo_checks import EVALUATION_MEASURES
+from rrhf.training.ppo_config import PPOConfig
 from rrhf.training.rank import RankConfig, RankObjective
 from rrhf.training.sample_table import SampleTable
-from rrhf.training.setup import (
-    Workbench,
-    finish_run,
-    load_trainable_causal_lm,
-    model_writer,
-    on_device_of_trial,
-    opened_workbench,
-    policy_on_engine,
-    prepare_trainable,
-)
+from rrhf.training.setup import Workbench, finish_run, opened_workbench
 from rrhf.training.sft import SFTEncoder
 from rrhf.training.streams import EncodedExamples, LiveStream, OfflineStream
 from rrhf.training.token_batches import TokenBudget
@@ -102,17 +80,9 @@ def train(config: PPOConfig) -> Path:
         read = SourceCounts()
         prompts = load_sets(config.train_datasets, config.seed, counts=read)
         held_out = load_sets(config.eval_datasets, config.seed) if config.eval_datasets else ()
-        root = _build_root(config, bench)
-        reference = None
-        if not config.use_lora:
-            frozen = load_causal_lm(
-                config.model_name_or_path,
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-            )
-            frozen.requires_grad_(False)
-            reference = policy_on_engine(bench, frozen, config.temperature)
-            reference.to(bench.parallel.device).eval()
+        root = build_root(config, bench)
+        reference = build_reference(config, bench)
+        if reference is not None:
             offload.add_frozen(reference, {"reference"})
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
         if isinstance(scorer, LocalScorer):
@@ -124,7 +94,7 @@ def train(config: PPOConfig) -> Path:
         writer = RolloutWriter(
             root, reference, bench.codec, scorer, config, bench.parallel, stop, phases
         )
-        fitting, num_cut = _fitting(prompts, writer, config.train_datasets)
+        fitting, num_cut = fitting_prompts(prompts, writer, config.train_datasets)
         controller = build_kl_controller(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
         )
@@ -150,7 +120,7 @@ def train(config: PPOConfig) -> Path:
         )
         evaluate = None
         if held_out:
-            asked, _ = _fitting(held_out, writer, str(config.eval_datasets))
+            asked, _ = fitting_prompts(held_out, writer, str(config.eval_datasets))
             evaluate = _evaluation(asked, writer, config, controller, stream, samples)
         objective: Objective = ppo_objective or _rank_objective(config)
         feed: LiveStream = stream
@@ -160,7 +130,7 @@ def train(config: PPOConfig) -> Path:
         average = None
         if config.use_ema:
             feed = average = AveragedStream(feed, root.policy, config.ema_beta, bench.parallel)
-        models = _models(bench, root, average)
+        models = model_folders(bench, root, average)
         outcome = run_training(
             root,
             objective,
@@ -228,90 +198,6 @@ def _offload(config: PPOConfig, bench: Workbench) -> Iterator[Offload]:
         yield offload
 
 
-def _build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
-    """The actor, with the critic where the method has one."""
-    model = load_trainable_causal_lm(config)
-    policy = policy_on_engine(
-        bench,
-        model,
-        config.temperature,
-        with_entropy=config.method != "rrhf",
-        entropy_has_gradient=config.entropy_coeff > 0,
-    )
-    if not config.has_critic:
-        return ActorCritic(policy)
-    value: ValueHead | ValueModel
-    value = new_value_head(model) if config.share_trunk else _critic(config, bench)
-    return ActorCritic(policy, value, config.detach_value_trunk)
-
-
-def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
-    """A value model from a reward model's weights, head and normaliser included."""
-    path = config.reward_critic_model_name_or_path or config.reward_model_name_or_path
-    if path.partition(":")[0] in SCORERS:
-        raise UserError(
-            f"--reward_model_name_or_path {path}: no model that a critic could start from; give "
-            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
-        )
-    require_reward_model(path, config.trust_remote_code)
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
-    require_same_vocabulary(bench.tokenizer, tokenizer, path)
-    bare = init_reward_model(
-        path,
-        config.seed,
-        _classifier_pad_id(bench),
-        config.attn_implementation,
-        config.trust_remote_code,
-    )
-    window = context_window(bare)
-    if window is not None and config.model_max_length > window:
-        raise UserError(
-            f"{path}: as a critic it knows {window} positions, fewer than --model_max_length "
-            f"{config.model_max_length}; lower that"
-        )
-    model = on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS"))
-    return ValueModel(model, score_normalizer(bare.config), bench.config.engine)
-
-
-def _classifier_pad_id(bench: Workbench) -> int | None:
-    """As a reward model's folder names it: none where it would be an end token too."""
-    pad_id = bench.tokenizer.pad_token_id
-    return None if pad_id == bench.codec.end_id else pad_id
-
-
-def _fitting(
-    prompts: Sequence[CandidateSet], writer: RolloutWriter, name: str
-) -> tuple[list[CandidateSet], int]:
-    """Prompts that leave room for a response, without the candidates they may bring; and how many
-    of them lose their beginning.
-    """
-    kept, left_out, cut = [], 0, 0
-    for prompt in prompts:
-        if writer.fits(prompt):
-            kept.append(CandidateSet(prompt.id, prompt.query, prompt.messages, (), prompt.origin))
-            is_cut = writer.is_cut(prompt)
-            if is_cut and not cut:
-                logger.info("first prompt cut: %s %.60r", prompt.id, prompt.query)
-            cut += is_cut
-        elif not left_out:
-            left_out = 1
-            logger.info("first prompt left out: %s %.60r", prompt.id, prompt.query)
-        else:
-            left_out += 1
-    if not kept:
-        raise UserError(
-            f"{name}: none of its {len(prompts)} prompts leaves room for --max_new_tokens within "
-            "--model_max_length; raise the second, or lower the first"
-        )
-    if left_out:
-        logger.warning("%s: %d of %d prompts do not fit", name, left_out, len(prompts))
-    if cut:
-        logger.warning(
-            "%s: %d of %d prompts are too long and lose their beginning", name, cut, len(prompts)
-        )
-    return kept, cut
-
-
 def _evaluation(
     prompts: Sequence[CandidateSet],
     writer: RolloutWriter,
@@ -368,25 +254,3 @@ def _rank_objective(config: PPOConfig) -> Objective:
             sft_reduction=config.sft_reduction,
         )
     )
-
-
-def _models(bench: Workbench, root: ActorCritic, average: AveragedStream | None) -> ModelFolders:
-    """`policy`, `value` where there is a critic, `policy_ema` where there is an average."""
-    write_policy = model_writer(bench, root.policy.model, "policy.model.")
-    writers: dict[str, WriteModel] = {"policy": write_policy}
-    if root.value is not None:
-
-        def write_value(folder: Path, beside: Path, weights: Weights) -> None:
-            pad_id = _classifier_pad_id(bench)
-            write_value_folder(folder, root, beside / "policy", bench.tokenizer, pad_id, weights)
-
-        writers["value"] = write_value
-    if average is not None:
-        averaged = average
-
-        def write_average(folder: Path, beside: Path, weights: Weights) -> None:
-            found = root.state_dict() if weights is None else weights
-            write_policy(folder, beside, averaged.averaged(found, "policy."))
-
-        writers["policy_ema"] = write_average
-    return ModelFolders(writers, unmeasured=("policy_ema",))

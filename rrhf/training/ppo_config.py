@@ -6,21 +6,14 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rrhf.algorithms.kl import KL_LOSS_ESTIMATORS
-from rrhf.errors import UserError
 from rrhf.generation.engine import SamplingParams
 from rrhf.generation.sampling import check_params
 from rrhf.models.policy_with_value import VALUE_PREFIX
 from rrhf.training.config import GroupSettings, TrainingConfig
 from rrhf.training.offload import parse_levels
+from rrhf.training.ppo_checks import check_combinations, check_ranges
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
-"""What an evaluation on the way gives; logged as eval_<name>."""
-
-GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
-"""Methods that compare the responses of one prompt with each other."""
 
 
 @dataclass
@@ -228,8 +221,8 @@ class PPOConfig(TrainingConfig):
         super().__post_init__()
         parse_levels(self.offload_level)
         check_params(self.sampling(0))
-        self._check_ranges()
-        self._check_combinations()
+        check_ranges(self)
+        check_combinations(self)
         for name, off in (
             ("top_p", 1.0),
             ("top_k", 0),
@@ -244,106 +237,6 @@ class PPOConfig(TrainingConfig):
                     getattr(self, name),
                     off,
                 )
-
-    def _check_ranges(self) -> None:
-        at_least = {
-            "per_device_prompt_batch_size": 1,
-            "rollout_size": 1,
-            "ppo_epochs": 1,
-            "critic_warmup_steps": 0,
-            "kl_coeff": 0,
-            "clip_range_score": 0,
-            "missing_eos_penalty": 0,
-            "gamma": 0,
-            "gae_lambda": 0,
-            "clip_range_value": 0,
-            "vf_coeff": 0,
-            "entropy_coeff": 0,
-            "target_kl": 0,
-            "rrhf_weight": 0,
-            "ptx_coeff": 0,
-            "max_unscored_fraction": 0,
-            "truncate_after": 0,
-            "sample_table_steps": 0,
-            "sample_table_rows": 1,
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if not value >= least:
-                raise UserError(f"--{name} {value}: must be {least} or more")
-        for name in ("gamma", "gae_lambda", "clip_range_ratio"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at most 1")
-        if not 0 <= self.ema_beta < 1:
-            raise UserError(f"--ema_beta {self.ema_beta}: must be 0 or more and below 1")
-        if self.clip_range_ratio_high is not None and self.clip_range_ratio_high < 0:
-            raise UserError(f"--clip_range_ratio_high {self.clip_range_ratio_high}: must be >= 0")
-        if self.dual_clip and not self.dual_clip > 1:
-            raise UserError(f"--dual_clip {self.dual_clip}: must be above 1, or 0 for none")
-        if self.max_new_tokens >= self.model_max_length:
-            raise UserError(
-                f"--max_new_tokens {self.max_new_tokens}: must be below --model_max_length "
-                f"{self.model_max_length}, so that a prompt fits too"
-            )
-
-    def _check_combinations(self) -> None:
-        if self.rollout_size % self.num_return_sequences:
-            raise UserError(
-                f"--rollout_size {self.rollout_size}: must be a multiple of --num_return_sequences "
-                f"{self.num_return_sequences}, so that each prompt has all its responses"
-            )
-        if self.method in GROUP_METHODS and self.num_return_sequences < 2:
-            raise UserError(
-                f"--method {self.method} compares the responses of a prompt; give "
-                "--num_return_sequences 2 or more (4 is usual)"
-            )
-        if self.kl_in == "loss":
-            if self.method == "rrhf":
-                raise UserError("--kl_in loss: with --method rrhf the KL enters the scores only")
-            if self.kl_estimator not in ("auto", *KL_LOSS_ESTIMATORS):
-                raise UserError(
-                    f"--kl_estimator {self.kl_estimator}: its gradient is useless as a loss; take "
-                    f"one of {', '.join(KL_LOSS_ESTIMATORS)}"
-                )
-        if self.best_metric.removeprefix("eval_") not in EVALUATION_MEASURES:
-            raise UserError(
-                f"--metric_for_best_model {self.best_metric}: no measure of the evaluations; "
-                f"choose one of {', '.join(EVALUATION_MEASURES)}"
-            )
-        if self.max_steps > 0 and self.num_rollouts > 0:
-            raise UserError("--max_steps and --num_rollouts both say when to end; give one")
-        if (self.ptx_coeff > 0) != (self.ptx_datasets is not None):
-            raise UserError(
-                f"--ptx_coeff {self.ptx_coeff} and --ptx_datasets {self.ptx_datasets}: one is "
-                "nothing without the other; give both or none"
-            )
-        if self.ptx_datasets and self.method == "rrhf":
-            raise UserError("--ptx_datasets: --method rrhf has a likelihood term of its own")
-        if self.lora_dropout:
-            raise UserError(
-                f"--lora_dropout {self.lora_dropout}: the update would not see the policy that "
-                "sampled; PPO trains without dropout"
-            )
-        if self.group_by_length:
-            raise UserError("--group_by_length: a rollout is shuffled as a whole; leave it out")
-        if self.share_trunk and self.reward_critic_model_name_or_path:
-            raise UserError(
-                "--share_trunk puts the critic on the policy; leave out "
-                "--reward_critic_model_name_or_path"
-            )
-        if self.detach_value_trunk and not self.share_trunk:
-            raise UserError("--detach_value_trunk: only with --share_trunk; leave it out")
-        if not self.has_critic:
-            for name in ("share_trunk", "reward_critic_model_name_or_path", "critic_warmup_steps"):
-                if getattr(self, name):
-                    raise UserError(f"--{name}: --method {self.method} has no critic; leave it out")
-        if self.adaptive_kl and not (
-            self.kl_coeff > 0 and self.kl_target > 0 and self.kl_horizon > 0.2 * self.rollout_size
-        ):
-            raise UserError(
-                "--adaptive_kl: needs --kl_coeff and --kl_target above 0, and --kl_horizon above a "
-                f"fifth of the rollout ({0.2 * self.rollout_size:g})"
-            )
 
     @property
     def best_metric(self) -> str:

@@ -1,0 +1,128 @@
+"""The models of online training: policy, critic and reference, built and written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rrhf.errors import UserError
+from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.models.logprobs import Policy
+from rrhf.models.policy_with_value import (
+    ActorCritic,
+    ValueHead,
+    ValueModel,
+    new_value_head,
+    require_same_vocabulary,
+    write_value_folder,
+)
+from rrhf.models.reward_model import (
+    HEAD,
+    init_reward_model,
+    require_reward_model,
+    score_normalizer,
+)
+from rrhf.scoring.build import SCORERS
+from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
+from rrhf.training.online.ema import AveragedStream
+from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.setup import (
+    Workbench,
+    load_trainable_causal_lm,
+    model_writer,
+    on_device_of_trial,
+    policy_on_engine,
+    prepare_trainable,
+)
+
+
+def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
+    """The actor, with the critic where the method has one.
+
+    Raises:
+        UserError: a model is missing, or none that a critic could be made of.
+    """
+    model = load_trainable_causal_lm(config)
+    policy = policy_on_engine(
+        bench,
+        model,
+        config.temperature,
+        with_entropy=config.method != "rrhf",
+        entropy_has_gradient=config.entropy_coeff > 0,
+    )
+    if not config.has_critic:
+        return ActorCritic(policy)
+    value: ValueHead | ValueModel
+    value = new_value_head(model) if config.share_trunk else _critic(config, bench)
+    return ActorCritic(policy, value, config.detach_value_trunk)
+
+
+def build_reference(config: PPOConfig, bench: Workbench) -> Policy | None:
+    """The policy as it is at the start, frozen; None where it is the policy's own, adapters off."""
+    if config.use_lora:
+        return None
+    frozen = load_causal_lm(
+        config.model_name_or_path,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    frozen.requires_grad_(False)
+    reference = policy_on_engine(bench, frozen, config.temperature)
+    return reference.to(bench.parallel.device).eval()
+
+
+def model_folders(
+    bench: Workbench, root: ActorCritic, average: AveragedStream | None
+) -> ModelFolders:
+    """`policy`, `value` where there is a critic, `policy_ema` where there is an average."""
+    write_policy = model_writer(bench, root.policy.model, "policy.model.")
+    writers: dict[str, WriteModel] = {"policy": write_policy}
+    if root.value is not None:
+
+        def write_value(folder: Path, beside: Path, weights: Weights) -> None:
+            pad_id = _classifier_pad_id(bench)
+            write_value_folder(folder, root, beside / "policy", bench.tokenizer, pad_id, weights)
+
+        writers["value"] = write_value
+    if average is not None:
+        averaged = average
+
+        def write_average(folder: Path, beside: Path, weights: Weights) -> None:
+            found = root.state_dict() if weights is None else weights
+            write_policy(folder, beside, averaged.averaged(found, "policy."))
+
+        writers["policy_ema"] = write_average
+    return ModelFolders(writers, unmeasured=("policy_ema",))
+
+
+def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
+    """A value model from a reward model's weights, head and normaliser included."""
+    path = config.reward_critic_model_name_or_path or config.reward_model_name_or_path
+    if path.partition(":")[0] in SCORERS:
+        raise UserError(
+            f"--reward_model_name_or_path {path}: no model that a critic could start from; give "
+            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
+        )
+    require_reward_model(path, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    require_same_vocabulary(bench.tokenizer, tokenizer, path)
+    bare = init_reward_model(
+        path,
+        config.seed,
+        _classifier_pad_id(bench),
+        config.attn_implementation,
+        config.trust_remote_code,
+    )
+    window = context_window(bare)
+    if window is not None and config.model_max_length > window:
+        raise UserError(
+            f"{path}: as a critic it knows {window} positions, fewer than --model_max_length "
+            f"{config.model_max_length}; lower that"
+        )
+    model = on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS"))
+    return ValueModel(model, score_normalizer(bare.config), bench.config.engine)
+
+
+def _classifier_pad_id(bench: Workbench) -> int | None:
+    """As a reward model's folder names it: none where it would be an end token too."""
+    pad_id = bench.tokenizer.pad_token_id
+    return None if pad_id == bench.codec.end_id else pad_id
