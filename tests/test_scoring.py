@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
+from rrhf.models import onednn_linear
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 from rrhf.scoring.build import RewardModelOptions, build_scorer
@@ -119,7 +120,7 @@ def test_scores_do_not_depend_on_batches_or_order(folder: Path, scorer: RewardMo
 def test_padded_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path) -> None:
     widths: list[tuple[int, int]] = []
     scorer = RewardModelScorer(folder, max_batch_tokens=120, engine="padded")
-    inner = scorer._rows._model
+    inner = scorer.model.forward
 
     def watched(batch: Any) -> torch.Tensor:
         lengths = batch.prompt_lengths + batch.response_lengths
@@ -127,7 +128,7 @@ def test_padded_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path)
         widths.append((len(lengths), int(lengths.max())))
         return inner(batch)
 
-    scorer._rows._model = watched  # type: ignore[assignment]
+    scorer.model.forward = watched  # type: ignore[method-assign]
     scorer.score(some_sets() * 4)
     assert len(widths) > 3
     assert all(rows * width <= 120 or rows == 1 for rows, width in widths)
@@ -181,6 +182,26 @@ def test_rows_beyond_a_window_that_layers_do_not_tell_go_padded(folder: Path) ->
     scores = scorer._rows.score_rows(rows)
     assert sizes[0] == (2, 27) and len(sizes) == 2
     assert scores == pytest.approx([direct(folder, row, []) for row in rows], abs=CLOSE)
+
+
+@pytest.mark.skipif(not onednn_linear.gains_here(), reason="PyTorch's own products are as fast")
+def test_large_layers_go_through_onednn_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, calls = RewardModelScorer(folder), 0
+    before, product = scorer.score(some_sets()), onednn_linear._product
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return product(*arguments)
+
+    monkeypatch.setattr(onednn_linear, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(onednn_linear, "_product", counted)
+    for one, other in zip(scorer.score(some_sets()), before, strict=True):
+        assert one == pytest.approx(other, abs=CLOSE)
+    assert calls == 2 * 7  # layers, and linear layers in each
+    assert not any("forward" in vars(module) for module in scorer.model.modules())
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "</s>", None])

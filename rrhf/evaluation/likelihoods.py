@@ -23,6 +23,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import context_window
 from rrhf.models.logprobs import Policy
+from rrhf.models.onednn_linear import fast_linears
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.row_groups import batches_of, group_batch, group_by
 
@@ -64,7 +65,7 @@ def read_logprobs(
     model.eval()
     try:
         bar = tqdm(total=len(rows), desc="likelihoods", unit="response", disable=None, leave=False)
-        with torch.inference_mode(), bar:
+        with torch.inference_mode(), bar, fast_linears(model):
             for places, batch in _batches(policy, rows, pad_id, max_logits):
                 logprobs = policy(batch.to(device)).logprobs.cpu()
                 for place, values in zip(places, logprobs, strict=True):

@@ -24,6 +24,7 @@ from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.models.loading import context_window, load_tokenizer, resolve_device
+from rrhf.models.onednn_linear import fast_linears
 from rrhf.models.reward_engines import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
@@ -67,9 +68,10 @@ class RowScorer:
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores in the order of the rows; each row has at least one id."""
         scores = [math.nan] * len(rows)
-        for places, batch in self._batches(rows):
-            for place, score in zip(places, self._model(batch).float().tolist(), strict=True):
-                scores[place] = score
+        with fast_linears(self._model):
+            for places, batch in self._batches(rows):
+                for place, score in zip(places, self._model(batch).tolist(), strict=True):
+                    scores[place] = score
         return scores
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], TokenBatch]]:
