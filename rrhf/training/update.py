@@ -108,7 +108,7 @@ class Update:
                 value = value.detach().double()
                 summed[name] = summed[name] + value if name in summed else value
         names = sorted(summed)
-        stacked = self.parallel.sum(torch.stack([summed[name].cpu() for name in names]))
+        stacked = self.parallel.sum(torch.stack([summed[name] for name in names]).cpu())
         return dict(zip(names, stacked, strict=True))
 
     def _require_finite(self, loss: Tensor, batch: TokenBatch, step: int) -> None:
@@ -144,7 +144,9 @@ class Update:
         names = sorted(totals)
         num_tokens = sum(_num_tokens(batch) for batch in batches)
         counted = torch.tensor([[float(num_tokens), 0.0]], dtype=torch.float64)
-        summed = self.parallel.sum(torch.cat([*(totals[n][None] for n in names), counted]))
+        # All at once: each transfer makes a GPU's queue run empty.
+        stacked = torch.stack([totals[name] for name in names]).cpu()
+        summed = self.parallel.sum(torch.cat([stacked, counted]))
         values = dict(zip(names, summed[:-1].tolist(), strict=True))
         losses = {
             name: _ratio(values.pop(_TERM + name)[0], float(denominators[name])) for name in weights
@@ -168,11 +170,14 @@ def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
 
 
 def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
-    """Add one micro-batch's totals: under a term's own key, and each metric's (total, count)."""
+    """Add one micro-batch's totals: under a term's own key, and each metric's (total, count).
+
+    They stay on the device.
+    """
     for name, term in terms.items():
-        pairs = {_TERM + name: (term.total, torch.zeros(())), **term.metrics}
+        pairs = {_TERM + name: (term.total, torch.zeros_like(term.total)), **term.metrics}
         for key, (total, count) in pairs.items():
-            pair = torch.stack([total.detach().double().cpu(), count.detach().double().cpu()])
+            pair = torch.stack([total.detach().double(), count.detach().to(total.device).double()])
             totals[key] = totals[key] + pair if key in totals else pair
 
 

@@ -7,6 +7,7 @@ stands behind a row's length, and every token of a filler row, is never read.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rrhf.algorithms import ppo_losses
@@ -33,12 +34,12 @@ class PPOObjective:
         self.config = config
         self.policy_is_frozen = False
         self._controller = controller
-        self._largest_ratio = 0.0
+        self._largest_ratio = torch.zeros(())
 
     def take_largest_ratio(self) -> float:
         """Of this rank, since it was last asked."""
-        largest, self._largest_ratio = self._largest_ratio, 0.0
-        return largest
+        largest, self._largest_ratio = self._largest_ratio, torch.zeros(())
+        return float(largest)
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Tokens or responses, as the reduction asks; the same for all terms."""
@@ -53,8 +54,8 @@ class PPOObjective:
         metrics = ppo_losses.policy_metrics(outputs.logprobs, old, advantages, mask, *clips)
         if outputs.entropy is not None:
             metrics["entropy"] = (masked_sum(outputs.entropy.detach(), mask).sum(), mask.sum())
-        largest = float(ppo_losses.largest_ratio(outputs.logprobs, old, mask))
-        self._largest_ratio = max(self._largest_ratio, largest)
+        largest = ppo_losses.largest_ratio(outputs.logprobs, old, mask)
+        self._largest_ratio = torch.maximum(self._largest_ratio.to(largest.device), largest)
         losses = ppo_losses.policy_losses(outputs.logprobs, old, advantages, mask, *clips)
         terms = {"policy": self._term(losses, mask, 1.0, metrics)}
         if "value" in self._names():
