@@ -187,7 +187,7 @@ CASES = {
     ),
 }
 GOALS = {"B9": 2.5}
-ROUNDS = {"long_prompts": 3}
+ROUNDS = {"B9": 3, "long_prompts": 3}
 
 
 class Epoch(TrainingStep):
