@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models import varlen_attention
+from rrhf.models.cpu_linear import exchange_linears
 from rrhf.models.packed_trunk import ATTENTION, Beside, PackedTrunk, declared_window, inner_model
 from rrhf.models.prefix_attention import Prefix
 from rrhf.models.shared_prefix import lay_out
@@ -105,6 +106,8 @@ def first_that_fits(
         _set_attention(inner, before)
     elif is_away:
         _set_attention(inner, ATTENTION[fast.layout][base])
+    if fast is not None:
+        exchange_linears(inner)
     said = "; ".join(failures)
     name = type(inner).__name__
     if failures and engine != "auto":

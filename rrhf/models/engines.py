@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
+from rrhf.models.cpu_linear import FastLinear
 from rrhf.models.engine_trial import first_that_fits
 from rrhf.models.head import (
     CHUNK_BYTES,
@@ -160,4 +161,8 @@ def _is_checkpointing(inner: Any) -> bool:
 def _is_plain(head: nn.Module) -> bool:
     """A linear layer whose weights may be read here, and not only inside its own forward."""
     is_watched = bool(head._forward_pre_hooks or head._forward_hooks)
-    return type(head) is nn.Linear and not is_watched and not hasattr(head.weight, "ds_id")
+    return (
+        type(head) in (nn.Linear, FastLinear)
+        and not is_watched
+        and not hasattr(head.weight, "ds_id")
+    )

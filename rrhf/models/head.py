@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rrhf.models.cpu_linear import is_served, multiply
 from rrhf.models.logit_shape import LogitShape
 
 STORED_BYTES = 256 << 20
@@ -147,14 +148,16 @@ class _Statistics(torch.autograd.Function):
         entropy = torch.empty_like(normaliser) if plan.with_entropy else normaliser.new_empty(0)
         mean = torch.empty_like(normaliser) if plan.with_mean else normaliser.new_empty(0)
         step = max(1, count) if stored else plan.rows(vocabulary, compute)
-        products = hidden.new_empty((min(step, count), vocabulary), dtype=compute)
+        room = hidden.new_empty((min(step, count), vocabulary), dtype=compute)
+        kept = None
         to_states = hidden.new_empty((count, hidden.shape[1]), dtype=compute) if frozen else None
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(compute)
             for start in range(0, count, step):
                 chunk = slice(start, min(start + step, count))
-                raw = products[: chunk.stop - start]
-                _linear(hidden[chunk].to(compute), matrix, bias, raw)
+                size = chunk.stop - start
+                raw = _linear(hidden[chunk].to(compute), matrix, bias, room[:size])
+                kept = raw if stored else None
                 for tile, logits, shares in _tiles(raw, plan):
                     rows = slice(start + tile.start, start + tile.stop)
                     plan.shape.apply_(logits)
@@ -171,12 +174,11 @@ class _Statistics(torch.autograd.Function):
                     if plan.only_logprobs and (frozen or stored):
                         raw[tile] = _unit_slopes(plan.shape, logits, shares, picked)
                 if to_states is not None:
-                    torch.mm(raw, matrix, out=to_states[chunk])
+                    to_states[chunk] = _back(raw, matrix)
         ctx.plan, ctx.compute = plan, compute
         if plan.with_entropy and not plan.entropy_has_gradient:
             ctx.mark_non_differentiable(entropy)
         if needs_grad:
-            kept = products if stored else None
             ctx.save_for_backward(
                 hidden, weight, bias, targets, normaliser, entropy, kept, to_states
             )
@@ -260,7 +262,7 @@ class _Sums:
     ) -> None:
         """Slopes [m, V] of these rows, each times its factor [m, 1] in float32 (None = 1)."""
         if self.hidden is not None:
-            product = slopes @ matrix
+            product = _back(slopes, matrix)
             self.hidden[rows] = (product if factor is None else product * factor).to(
                 self.hidden.dtype
             )
@@ -344,13 +346,20 @@ def _slopes(
 
 
 def _linear(
-    states: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None
+    states: Tensor, matrix: Tensor, bias: Tensor | None, room: Tensor | None = None
 ) -> Tensor:
-    """[m, V], into `out` where one is given."""
-    if out is None:
-        out = states.new_empty((len(states), len(matrix)))
-    torch.mm(states, matrix.T, out=out)
-    return out if bias is None else out.add_(bias.to(out.dtype))
+    """[m, V], in `room` where one is given and may be used."""
+    if is_served(states, matrix):
+        return multiply(states, matrix, bias)
+    if room is None:
+        room = states.new_empty((len(states), len(matrix)))
+    torch.mm(states, matrix.T, out=room)
+    return room if bias is None else room.add_(bias.to(room.dtype))
+
+
+def _back(slopes: Tensor, matrix: Tensor) -> Tensor:
+    """[m, H] slopes @ matrix."""
+    return multiply(slopes, matrix.T) if is_served(slopes, matrix.T) else slopes @ matrix
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
