@@ -37,7 +37,7 @@ STORED_BYTES = 256 << 20
 CHUNK_BYTES = 64 << 20
 """Size of the logits that exist at once, where they are not kept."""
 
-TILE_BYTES = 2 << 20
+TILE_BYTES = 1 << 20
 """Size in float32 of the logits that a CPU's thread works through at once: what a cache holds."""
 
 
@@ -175,6 +175,7 @@ class _Statistics(torch.autograd.Function):
                         raw[tile] = _unit_slopes(plan.shape, logits, shares, picked)
                 if to_states is not None:
                     to_states[chunk] = _back(raw, matrix)
+                del raw, logits, shares  # before the next are made
         ctx.plan, ctx.compute = plan, compute
         if plan.with_entropy and not plan.entropy_has_gradient:
             ctx.mark_non_differentiable(entropy)
@@ -231,7 +232,9 @@ class _Statistics(torch.autograd.Function):
                             else None,
                             for_mean[rows][tile] if plan.with_mean else None,
                         )
+                    del logits, shares
                 sums.add(rows, raw, states, matrix, factor[rows] if plan.only_logprobs else None)
+                del raw  # before the next is made
         return (*sums.gradients(), None, None)
 
 
@@ -250,10 +253,10 @@ class _Sums:
         needs: tuple[bool, ...],
         pieces: int,
     ) -> None:
-        self._inputs = (hidden, weight, bias)
+        self._inputs: tuple[Tensor, Tensor, Tensor | None] = (hidden, weight, bias)
         self._needs = needs
         self._is_whole = pieces == 1
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -261,11 +264,19 @@ class _Sums:
         self, rows: Any, slopes: Tensor, states: Tensor, matrix: Tensor, factor: Tensor | None
     ) -> None:
         """Slopes [m, V] of these rows, each times its factor [m, 1] in float32 (None = 1)."""
-        if self.hidden is not None:
+        if self._needs[0]:
             product = _back(slopes, matrix)
-            self.hidden[rows] = (product if factor is None else product * factor).to(
-                self.hidden.dtype
-            )
+            dtype = self._inputs[0].dtype
+            if factor is not None:
+                product = product.mul_(factor) if product.dtype == dtype else product * factor
+            if self._is_whole and len(product) == len(self._inputs[0]):
+                self.hidden = product.to(dtype)
+            else:
+                self.hidden = (
+                    torch.zeros_like(self._inputs[0]) if self.hidden is None else self.hidden
+                )
+                self.hidden[rows] = product.to(dtype)
+            del product
         if self._needs[1]:
             weighted = states if factor is None else (states * factor).to(states.dtype)
             if self.weight is None:
