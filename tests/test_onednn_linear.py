@@ -1,31 +1,53 @@
-"""Linear layers through oneDNN against PyTorch's own."""
+"""Linear layers through oneDNN against PyTorch's own; they stand back where they do not serve."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_shared_prefix import MODELS, RAGGED, model, require_equal, step
+from torch import Tensor, nn
 
 from rrhf.models import onednn_linear
+from rrhf.models.engines import build_policy
+from rrhf.models.logprobs import Policy
 from rrhf.models.onednn_linear import (
     LEAST_WEIGHTS,
     OneDnnLinear,
     exchange_linears,
     fast_linears,
     gains_here,
-    product,
 )
 
 
 @pytest.fixture
-def served(monkeypatch) -> None:
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that gains, whatever this one is."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch was built without oneDNN")
     monkeypatch.setattr(onednn_linear, "gains_here", lambda: True)
+
+
+@pytest.fixture
+def _all(served: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as if no product were too small."""
+    monkeypatch.setattr(onednn_linear, "LEAST_PRODUCTS", 1)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What oneDNN is asked for."""
+    seen: list[Tensor] = []
+    inner = onednn_linear.multiply
+
+    def watched(rows: Tensor, *others: Any) -> Tensor:
+        seen.append(rows)
+        return inner(rows, *others)
+
+    monkeypatch.setattr(onednn_linear, "multiply", watched)
+    return seen
 
 
 def layers() -> nn.Sequential:
@@ -88,64 +110,91 @@ def test_it_is_told_by_the_processor(monkeypatch):
 # ---- for training --------------------------------------------------------------------------------
 
 
-def gradients(model: nn.Module, rows: torch.Tensor) -> list[torch.Tensor]:
-    model.zero_grad()
-    rows = rows.detach().requires_grad_()
-    model(rows).square().sum().backward()
-    return [rows.grad, *(p.grad for p in model.parameters())]
+@pytest.mark.usefixtures("_all")
+@pytest.mark.parametrize("shape", [(9, 16), (2, 5, 16), (1, 1, 16), (0, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_equals_a_plain_layer(shape: tuple[int, ...], bias: bool, trained: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(16, 11, bias=bias).requires_grad_(trained)
+    fast = copy.deepcopy(plain)
+    exchange_linears(fast)
+    assert type(fast) is OneDnnLinear and fast.state_dict().keys() == plain.state_dict().keys()
+    gradient = torch.randn(11, *shape[:-1]).movedim(0, -1)  # not contiguous
+    sides = []
+    for layer in (plain, fast):
+        rows = torch.linspace(-2, 2, 40)[: 16 * 2].expand(*shape[:-1], 32)[..., ::2]
+        rows = rows.clone().requires_grad_()
+        found = layer(rows)
+        found.backward(gradient)
+        sides.append([found, rows.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    for expected, found in zip(*sides, strict=True):
+        assert torch.allclose(expected, found, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 512), (8, 1, 512), (2, 33, 512)])
-def test_gradients_are_those_of_pytorch(served, shape):
-    plain, exchanged = layers(), layers()
-    assert exchange_linears(exchanged) == 2
-    assert [type(layer) is OneDnnLinear for layer in exchanged] == [True, True, False]
-    rows = torch.randn(shape)
-    pairs = zip(gradients(exchanged, rows), gradients(plain, rows), strict=True)
-    for mine, theirs in pairs:
-        assert float((mine - theirs).norm() / theirs.norm()) < 2e-6
+@pytest.mark.usefixtures("_all")
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "gpt2"])  # which has no linear layers
+def test_a_policy_equals_padded_rows(name: str, calls: list[Tensor]) -> None:
+    policy = build_policy(model(name), "auto")
+    require_equal(step(policy, RAGGED), step(Policy(model(name)), RAGGED))
+    assert calls
 
 
-def test_a_frozen_weight_gets_no_gradient_and_costs_none(served):
-    model = layers()
-    exchange_linears(model)
-    for layer in model[:2]:
-        layer.weight.requires_grad_(False)
-    rows = torch.randn(3, 512, requires_grad=True)
-    model(rows).sum().backward()
-    assert rows.grad is not None and model[0].weight.grad is None
-    assert model[0].bias.grad is not None
+@pytest.mark.usefixtures("_all")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_checkpointing(reentrant: bool, calls: list[Tensor]) -> None:
+    checkpointed = model("llama").train()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    policy = build_policy(checkpointed, "auto").train()
+    require_equal(step(policy, RAGGED), step(Policy(model("llama")), RAGGED))
+    assert calls
 
 
-def test_a_trained_model_may_be_copied_and_read_from_quickly(served):
-    model = layers()
-    exchange_linears(model)
-    copied = copy.deepcopy(model)
+@pytest.mark.usefixtures("_all")
+def test_adapters_and_what_is_written(tmp_path: Any, calls: list[Tensor]) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(model("qwen3"), config)
+
+    policy = build_policy(adapted(), "auto")
+    require_equal(step(policy, RAGGED), step(Policy(adapted()), RAGGED))
+    merged = policy.model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    assert torch.allclose(Policy(again)(RAGGED).logprobs, policy(RAGGED).logprobs, atol=2e-5)
+    assert calls
+
+
+@pytest.mark.usefixtures("served")
+def test_it_stands_back(calls: list[Tensor]) -> None:
+    """From small products, half precision and autocast."""
+    layer = nn.Linear(256, 64)
+    exchange_linears(layer)
+    layer(torch.randn(4, 256))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(64, 256)).dtype == torch.bfloat16
+    layer.bfloat16()(torch.randn(64, 256, dtype=torch.bfloat16))
+    assert not calls
+    layer.float()(torch.randn(64, 256))
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("served")
+def test_a_trained_model_may_be_copied_and_read_from_quickly() -> None:
+    trained = layers()
+    exchange_linears(trained)
+    copied = copy.deepcopy(trained)
     rows = torch.randn(3, 512)
     with torch.no_grad(), fast_linears(copied, pack=True):
-        assert "forward" in vars(copied[0]) and "forward" not in vars(model[0])
+        assert "forward" in vars(copied[0]) and "forward" not in vars(trained[0])
         torch.testing.assert_close(copied(rows), layers()(rows), atol=1e-5, rtol=1e-5)
 
 
-def test_the_head_of_a_language_model_stays(served):
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    model = LlamaForCausalLM(config)
-    assert exchange_linears(model) == 7
-    assert type(model.lm_head) is nn.Linear
-    assert set(model.state_dict()) == set(LlamaForCausalLM(config).state_dict())
-
-
-def test_products_of_other_types_and_on_other_processors_go_the_usual_way(served, monkeypatch):
-    weight, rows = torch.randn(512, 256), torch.randn(4, 256)
-    half = product(rows.bfloat16(), weight.bfloat16())
-    torch.testing.assert_close(half, nn.functional.linear(rows.bfloat16(), weight.bfloat16()))
+def test_on_other_processors_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_linear, "gains_here", lambda: False)
-    assert exchange_linears(layers()) == 0
-    monkeypatch.setattr(onednn_linear, "_product", None)
-    torch.testing.assert_close(product(rows, weight), nn.functional.linear(rows, weight))
+    plain = layers()
+    exchange_linears(plain)
+    assert all(type(layer) is nn.Linear for layer in plain)

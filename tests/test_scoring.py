@@ -189,7 +189,7 @@ def test_large_layers_go_through_onednn_meanwhile(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer, calls = RewardModelScorer(folder), 0
-    before, product = scorer.score(some_sets()), onednn_linear._product
+    before, product = scorer.score(some_sets()), onednn_linear.multiply
 
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -197,7 +197,7 @@ def test_large_layers_go_through_onednn_meanwhile(
         return product(*arguments)
 
     monkeypatch.setattr(onednn_linear, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(onednn_linear, "_product", counted)
+    monkeypatch.setattr(onednn_linear, "multiply", counted)
     for one, other in zip(scorer.score(some_sets()), before, strict=True):
         assert one == pytest.approx(other, abs=CLOSE)
     assert calls == 2 * 7  # layers, and linear layers in each

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models import varlen_attention
-from rrhf.models.cpu_linear import exchange_linears
+from rrhf.models.onednn_linear import exchange_linears
 from rrhf.models.packed_trunk import ATTENTION, Beside, PackedTrunk, declared_window, inner_model
 from rrhf.models.prefix_attention import Prefix
 from rrhf.models.shared_prefix import lay_out

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
-from rrhf.models.cpu_linear import FastLinear
 from rrhf.models.engine_trial import first_that_fits
 from rrhf.models.head import (
     CHUNK_BYTES,
@@ -25,6 +24,7 @@ from rrhf.models.head import (
 )
 from rrhf.models.logit_shape import logit_shape
 from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.models.onednn_linear import OneDnnLinear
 from rrhf.models.packed_trunk import Beside, PackedTrunk, inner_model
 from rrhf.models.prefix_attention import Prefix
 
@@ -162,7 +162,7 @@ def _is_plain(head: nn.Module) -> bool:
     """A linear layer whose weights may be read here, and not only inside its own forward."""
     is_watched = bool(head._forward_pre_hooks or head._forward_hooks)
     return (
-        type(head) in (nn.Linear, FastLinear)
+        type(head) in (nn.Linear, OneDnnLinear)
         and not is_watched
         and not hasattr(head.weight, "ds_id")
     )

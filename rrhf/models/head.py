@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rrhf.models.cpu_linear import is_served, multiply
 from rrhf.models.logit_shape import LogitShape
+from rrhf.models.onednn_linear import is_served, multiply
 
 STORED_BYTES = 256 << 20
 """Logits up to this size are kept for the backward pass rather than computed twice."""

@@ -7,7 +7,8 @@ that were brought into oneDNN's own order before. The sums are those of MKL up t
 
 `fast_linears` is for a model that is read from for a while, `exchange_linears` for one that is
 trained. The processor alone decides whether they do anything, so that one machine always rounds
-alike. Left out on purpose: weights that are sharded, watched by hooks, of other types, or small.
+alike. Left out on purpose: weights that are sharded by DeepSpeed, other types, autocast, compiled
+models, and small products.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 LEAST_WEIGHTS = 1 << 16
-"""Below, the call itself costs more than is gained."""
+"""Of a layer that is read from; below, the call itself costs more than is gained."""
+
+LEAST_PRODUCTS = 1 << 20
+"""Multiplications of a call in training; the same."""
 
 PACKED_BYTES = 1 << 30
 """Copies of weights in oneDNN's order may take so much memory together."""
@@ -38,7 +42,7 @@ def fast_linears(model: nn.Module, pack: bool = False) -> Iterator[None]:
         pack: copy the weights into oneDNN's order first. It costs about as much as 20 decoding
             steps, and the memory of the copies.
     """
-    layers: list[Any] = [m for m in model.modules() if _is_served(m)] if gains_here() else []
+    layers: list[Any] = [m for m in model.modules() if _may_be_read(m)] if gains_here() else []
     room = PACKED_BYTES if pack else 0
     try:
         for layer in layers:
@@ -62,7 +66,7 @@ def gains_here() -> bool:
     try:
         weight, rows = torch.ones(16, 16), torch.ones(2, 16)
         packed = _op("_reorder_linear_weight")(weight)
-        return all(bool((_product(rows, w, None) == 16).all()) for w in (weight, packed))
+        return all(bool((multiply(rows, w) == 16).all()) for w in (weight, packed))
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 
@@ -72,44 +76,53 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As that of `nn.Linear`; what oneDNN does not serve goes that way."""
-        return product(input, self.weight, self.bias)
+        if not is_served(input, self.weight):
+            return linear(input, self.weight, self.bias)
+        found: Tensor = _Product.apply(input, self.weight, self.bias)
+        return found
 
 
-def exchange_linears(model: nn.Module) -> int:
-    """Make the model's large linear layers go through oneDNN for good; returns how many.
+def exchange_linears(model: nn.Module) -> None:
+    """Make a model's plain linear layers go through oneDNN for good, where this processor gains.
 
-    The layer behind the logits stays as it is: what is trained applies it in its own way
-    (`rrhf.models.head`), for which there is `product`.
+    Weights, names and files stay as they are.
 
     Args:
-        model: a Hugging Face model, adapters or not, not yet spread over processes.
+        model: adapters or not, not yet spread over processes.
     """
     if not gains_here():
-        return 0
-    inner: Any = getattr(model, "get_base_model", lambda: model)()
-    head = getattr(inner, "get_output_embeddings", lambda: None)()
-    layers = [m for m in model.modules() if m is not head and _is_served(m)]
-    for layer in layers:
-        layer.__class__ = OneDnnLinear
-    return len(layers)
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = OneDnnLinear
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows @ weight.T + bias, differentiable, through oneDNN where it gains and serves.
+def is_served(rows: Tensor, weight: Tensor) -> bool:
+    """Whether `multiply` takes these, and is the faster way."""
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype == weight.dtype == torch.float32
+        and rows.numel() * len(weight) >= LEAST_PRODUCTS
+        and type(weight) in (Tensor, nn.Parameter)
+        and not hasattr(weight, "ds_id")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and gains_here()
+    )
+
+
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows @ weight.T + bias; no gradient passes.
 
     Args:
-        rows: [..., in].
-        weight: [out, in].
-        bias: [out], or None.
+        rows: [..., K] float32 on a CPU.
+        weight: [N, K], may be a transposed view, or in oneDNN's own order.
+        bias: [N] or None.
 
     Returns:
-        [..., out].
+        [..., N].
     """
-    if not (gains_here() and _serves(weight) and _are_served(rows)):
-        return linear(rows, weight, bias)
-    if not torch.is_grad_enabled():
-        return _product(rows, weight, bias)
-    found: Tensor = _Product.apply(rows, weight, bias)
+    found: Tensor = _op("_linear_pointwise")(rows, weight, bias, "none", [], "")
     return found
 
 
@@ -117,30 +130,26 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight, bias)
+        return multiply(rows, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        gradient = gradient.contiguous()
+        flat = gradient.flatten(0, -2)
         return (
-            _product(gradient, weight.t(), None) if needs_rows else None,
-            _product(flat.t(), rows.reshape(-1, rows.shape[-1]).t(), None)
-            if needs_weight
-            else None,
+            multiply(gradient, weight.T) if needs_rows else None,
+            multiply(flat.T, rows.flatten(0, -2).T) if needs_weight else None,
             flat.sum(0) if needs_bias else None,
         )
 
 
-def _is_served(module: nn.Module) -> bool:
+def _may_be_read(module: nn.Module) -> bool:
     if type(module) not in (nn.Linear, OneDnnLinear) or "forward" in vars(module):
         return False
-    return _serves(module.weight)  # type: ignore[arg-type]
-
-
-def _serves(weight: Tensor) -> bool:
+    weight = module.weight
     return (
         type(weight) in (nn.Parameter, Tensor)
         and weight.device.type == "cpu"
@@ -149,20 +158,11 @@ def _serves(weight: Tensor) -> bool:
     )
 
 
-def _are_served(rows: Tensor) -> bool:
-    is_plain = rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_plain and rows.numel() > 0
-
-
 def _forward(weight: Tensor, bias: Tensor | None, original: Tensor, rows: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or not _are_served(rows):
+    is_plain = rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if torch.is_grad_enabled() or not is_plain or rows.numel() == 0:
         return linear(rows, original, bias)
-    return _product(rows, weight, bias)
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = _op("_linear_pointwise")(rows, weight, bias, "none", [], "")
-    return product
+    return multiply(rows, weight, bias)
 
 
 @cache
