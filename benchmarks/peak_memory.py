@@ -51,7 +51,7 @@ def run(case: str, rounds: int, variants: Sequence[str] = ()) -> dict[str, Any]:
         "shape": shape,
         "theory": None,
         "extra_mib": {name: round(value, 1) for name, value in middle.items()},
-        "times_less": {name: round(middle[BASELINE] / value, 2) for name, value in middle.items()},
+        "times_less": {name: round(middle[BASELINE] / value, 4) for name, value in middle.items()},
     }
 
 
@@ -59,7 +59,7 @@ def table(result: dict[str, Any]) -> str:
     """For people."""
     lines = [f"{result['case']}: {result['shape']}; extra memory of one step"]
     for name, value in result["extra_mib"].items():
-        lines.append(f"  {name:27} {value:8.0f} MiB   / {result['times_less'][name]}")
+        lines.append(f"  {name:27} {value:8.0f} MiB   / {result['times_less'][name]:.2f}")
     return "\n".join(lines)
 
 

@@ -48,7 +48,8 @@ class Shape:
     def __str__(self) -> str:
         shortest, longest = min(self.responses), max(self.responses)
         length = f"{shortest}" if shortest == longest else f"{shortest}..{longest}"
-        vocabulary = f"{self.vocabulary // 1024}k" if self.vocabulary >= 1024 else self.vocabulary
+        thousands, rest = divmod(self.vocabulary, 1024)
+        vocabulary = self.vocabulary if rest else f"{thousands}k"
         return (
             f"H{self.hidden} L{self.layers} V{vocabulary} "
             f"P{self.prompt} R{length} N{len(self.responses)}"
