@@ -3,6 +3,9 @@
 Scores are set against the policy's own ranking, so that every pair is violated and every candidate
 has a gradient: the worst case for an engine that leaves the others out. Losses and gradients are
 compared before anything is timed.
+
+`shared_prefix` is the engine as users have it. Where float32 goes by oneDNN (`onednn_linear`), part of
+its speed comes of that: `shared_prefix_mkl` goes without, `original_onednn` gives it to the baseline.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from rrhf.data.collate import TokenBatch
 from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import enable_checkpointing
 from rrhf.models.logprobs import Policy
+from rrhf.models.onednn_linear import exchange_linears
 from rrhf.training.rank import RankConfig, RankObjective
 
 CASES = SHAPES
@@ -39,12 +43,25 @@ def _checkpointed(shape: Shape) -> nn.Module:
     return build_policy(model, "shared_prefix")
 
 
+def _original_onednn(shape: Shape) -> nn.Module:
+    model = shape.model()
+    exchange_linears(model)
+    return OriginalStyle(model)
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a step; `tolerance` is relative to the baseline's."""
+    """One way to compute a step.
+
+    Attributes:
+        build: the policy.
+        tolerance: relative to the baseline's numbers.
+        usual_products: as in `TrainingStep`.
+    """
 
     build: Callable[[Shape], nn.Module]
     tolerance: float = EXACT
+    usual_products: bool = False
 
 
 VARIANTS = {
@@ -53,6 +70,10 @@ VARIANTS = {
     "padded_chunked_head": Variant(lambda shape: FastPolicy(shape.model(), "rows")),
     "dense_mask": Variant(lambda shape: build_policy(shape.model(), "dense_mask")),
     "shared_prefix": Variant(lambda shape: build_policy(shape.model(), "shared_prefix")),
+    "shared_prefix_mkl": Variant(
+        lambda shape: build_policy(shape.model(), "shared_prefix"), usual_products=True
+    ),
+    "original_onednn": Variant(_original_onednn),
     "shared_prefix_checkpointed": Variant(_checkpointed),
     "shared_prefix_bf16": Variant(
         lambda shape: build_policy(shape.model().bfloat16(), "shared_prefix"), HALF
@@ -60,7 +81,7 @@ VARIANTS = {
     "original_bf16": Variant(lambda shape: OriginalStyle(shape.model().bfloat16()), HALF),
 }
 
-DEFAULT = ("shared_prefix",)
+DEFAULT = ("shared_prefix", "shared_prefix_mkl", "original_onednn")
 SHOWN = {"B6": ("shared_prefix_bf16", "shared_prefix", "original_bf16")}
 """The variants of a case where none are asked for; the goal is the first one's."""
 
@@ -68,8 +89,8 @@ SHOWN = {"B6": ("shared_prefix_bf16", "shared_prefix", "original_bf16")}
 class Step(TrainingStep):
     """RRHF, rank loss and likelihood of the best, on one batch."""
 
-    def __init__(self, policy: nn.Module, batch: TokenBatch) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: nn.Module, batch: TokenBatch, usual_products: bool = False) -> None:
+        super().__init__(policy, usual_products)
         self.batch = batch
         self.objective = RankObjective(RankConfig("", "", data_path=""))
 
@@ -88,7 +109,10 @@ def run(case: str, rounds: int, variants: Sequence[str] = ()) -> dict[str, Any]:
     batch = every_pair_violated(shape)
     asked = variants or SHOWN.get(case, DEFAULT)
     names = [BASELINE, *(name for name in asked if name != BASELINE)]
-    steps = {name: Step(VARIANTS[name].build(shape), batch) for name in names}
+    steps = {
+        name: Step(VARIANTS[name].build(shape), batch, VARIANTS[name].usual_products)
+        for name in names
+    }
     differences = compared(steps, {name: VARIANTS[name].tolerance for name in names})
     timings = timed(steps, rounds, are_warm=True)
     return {

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+
+from rrhf.models import onednn_linear
 
 EXACT = 1e-5
 """By how much a loss and a gradient may differ, relatively, in float32."""
 
 
 class TrainingStep:
-    """One step of a policy, short of the optimizer's. Subclasses say what is minimised."""
+    """One step of a policy, short of the optimizer's. Subclasses say what is minimised.
 
-    def __init__(self, policy: nn.Module) -> None:
+    Args:
+        policy: takes a batch.
+        usual_products: matrices are multiplied as PyTorch does, never through oneDNN by our choice.
+    """
+
+    def __init__(self, policy: nn.Module, usual_products: bool = False) -> None:
         self.policy = policy.train()
+        self._usual_products = usual_products
 
     def forward(self) -> Tensor:
         """The loss."""
@@ -23,8 +33,10 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         self.policy.zero_grad(set_to_none=True)
-        loss = self.forward()
-        loss.backward()
+        usual = patch.object(onednn_linear, "gains_here", lambda: False)
+        with usual if self._usual_products else nullcontext():
+            loss = self.forward()
+            loss.backward()
         return loss.detach()
 
     def gradient(self) -> Tensor:
