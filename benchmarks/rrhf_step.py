@@ -4,8 +4,9 @@ Scores are set against the policy's own ranking, so that every pair is violated 
 has a gradient: the worst case for an engine that leaves the others out. Losses and gradients are
 compared before anything is timed.
 
-`shared_prefix` is the engine as users have it. Where float32 goes by oneDNN (`onednn_linear`), part of
-its speed comes of that: `shared_prefix_mkl` goes without, `original_onednn` gives it to the baseline.
+`shared_prefix` is the engine as users have it. Where float32 goes by oneDNN (`onednn_linear`), part
+of its speed comes of that: `shared_prefix_mkl` goes without, `original_onednn` gives it to the
+baseline.
 """
 
 from __future__ import annotations
