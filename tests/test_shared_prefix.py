@@ -286,6 +286,25 @@ def test_prompt_tokens_pass_once_even_where_a_batch_repeats_them() -> None:
     assert torch.allclose(found, Policy(model("llama"))(twice).logprobs, atol=2e-5)
 
 
+def test_a_prompt_is_not_kept_once_for_each_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys and values are joined to those of the responses again in the backward pass."""
+    policy = build_policy(model("llama"), "shared_prefix")
+    kept: list[tuple[int, ...]] = []
+    inner = prefix_attention._in_pieces
+
+    def watched(*args: Any) -> Any:
+        found = inner(*args)
+        if isinstance(found, Tensor):
+            kept.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(prefix_attention, "_in_pieces", watched)
+    outputs = policy(batch([(40, [4, 4, 4])])).logprobs
+    assert kept and not [shape for shape in kept if len(shape) == 4 and shape[2] > 40]
+    monkeypatch.setattr(prefix_attention, "_in_pieces", None)
+    outputs.sum().backward()
+
+
 def test_buckets_waste_little_and_lose_nothing() -> None:
     """Prompts of very different lengths are not padded to the longest; short ones share a call."""
     b = batch([(400, [60, 50]), (20, [5, 6]), (22, [5]), (390, [55, 60]), (21, [6, 6])])

@@ -14,12 +14,14 @@ Legend: T tokens of the sequence, D head width, P prompt tokens, L response toke
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -136,12 +138,41 @@ def attend(
             continue
         own_q, own_k, own_v = (spread(x, responses) for x in parts[taken])
         taken += 1
-        whole_k = torch.cat([_of_owner(k, bucket.owner, responses.rows), own_k], 2)
-        whole_v = torch.cat([_of_owner(v, bucket.owner, responses.rows), own_v], 2)
+        whole_k, whole_v = _joined(k, own_k, bucket.owner), _joined(v, own_v, bucket.owner)
+        joined = {
+            _place(whole): partial(_joined, one.detach(), own.detach(), bucket.owner)
+            for whole, one, own in ((whole_k, k, own_k), (whole_v, v, own_v))
+        }
         mask = _response_mask(bucket, responses, narrow, query.device)
         mask = _without_themselves(mask, responses)
-        outputs.append(gather(kernel(own_q, whole_k, whole_v, mask, is_causal=False), responses))
+        with saved_tensors_hooks(partial(_in_pieces, joined), _as_a_whole):
+            found = kernel(own_q, whole_k, whole_v, mask, is_causal=False)
+        outputs.append(gather(found, responses))
     return torch.cat(outputs)[None]
+
+
+def _joined(prompts: Tensor, own: Tensor, owner: Tensor | None) -> Tensor:
+    """The keys, or values, of prompts before those of each response."""
+    return torch.cat([_of_owner(prompts, owner, len(own)), own], 2)
+
+
+def _in_pieces(
+    joined: Mapping[tuple[Any, ...], Callable[[], Tensor]], tensor: Tensor
+) -> Tensor | Callable[[], Tensor]:
+    """What is kept of a tensor for the backward pass: how to join it again, where it was joined.
+
+    Otherwise a prompt would be kept once for each of its responses.
+    """
+    return joined.get(_place(tensor), tensor)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and how; nothing that keeps it."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _as_a_whole(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept()
 
 
 def _of_owner(prompts: Tensor, owner: Tensor | None, count: int) -> Tensor:
