@@ -126,7 +126,7 @@ CASES = {
 }
 GOALS = {"separate_critic": 1.5, "shared_trunk": 2.2, "lora": 2.4}
 
-ROUNDS = dict.fromkeys(CASES, 3)
+ROUNDS = {"separate_critic": 3, "shared_trunk": 2, "lora": 2, "four_samples": 2}
 
 
 def run(case: str, rounds: int, trl_python: str | None = None) -> dict[str, Any]:
