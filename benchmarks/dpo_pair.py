@@ -29,15 +29,27 @@ CASES = {
 }
 GOALS = {"V32k": 4.0}
 SETTINGS = trl_peer.SETTINGS
-ORDER = ("trl", "shared_prefix", "trl_precomputed", "shared_prefix_precomputed")
+ORDER = (
+    "trl",
+    "shared_prefix",
+    "shared_prefix_mkl",
+    "trl_precomputed",
+    "shared_prefix_precomputed",
+)
 BETA = 0.1
 
 
 class PairStep(TrainingStep):
     """One pair, its first row the chosen one."""
 
-    def __init__(self, policy: nn.Module, reference: nn.Module, batch: TokenBatch) -> None:
-        super().__init__(policy)
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: nn.Module,
+        batch: TokenBatch,
+        usual_products: bool = False,
+    ) -> None:
+        super().__init__(policy, usual_products)
         self.reference, self.batch = reference.eval(), batch
 
     def forward(self) -> Tensor:
@@ -72,11 +84,12 @@ def run(case: str, rounds: int, trl_path: str | None = None) -> dict[str, Any]:
     ways: dict[str, Callable[[Any], nn.Module]] = {
         "trl": lambda model: trl_peer.FusedHeadRows(model, trl_path),
         "shared_prefix": lambda model: build_policy(model, "shared_prefix"),
+        "shared_prefix_mkl": lambda model: build_policy(model, "shared_prefix"),
     }
     steps: dict[str, TrainingStep] = {}
     for name, door in ways.items():
         policy, reference = door(shape.model()), door(_reference(shape))
-        steps[name] = PairStep(policy, reference, batch)
+        steps[name] = PairStep(policy, reference, batch, name.endswith("_mkl"))
         steps[f"{name}_precomputed"] = PrecomputedStep(policy, reference, batch)
     steps = {name: steps[name] for name in ORDER}
     differences = compared(steps)

@@ -157,16 +157,19 @@ def _shared(model: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute queries, a way to cut them, and the tokens of a batch."""
+    """A way to compute queries, a way to cut them, the tokens of a batch, and its products
+    (`TrainingStep`)."""
 
     build: Callable[[Any], nn.Module]
     cut: Callable[[Queries], list[list[int]]]
     tokens: Callable[[Sequence[Size]], int] = lambda sizes: tokens_of(sizes, SHARED)
+    usual_products: bool = False
 
 
 VARIANTS = {
     "original": Variant(OriginalStyle, fixed, _padded_rows),
     "shared_prefix_2048": Variant(_shared, budgeted(2048)),
+    "shared_prefix_2048_mkl": Variant(_shared, budgeted(2048), usual_products=True),
     "shared_prefix_alone": Variant(_shared, budgeted(1)),
     "shared_prefix_512": Variant(_shared, budgeted(512)),
     "shared_prefix_1024": Variant(_shared, budgeted(1024)),
@@ -194,9 +197,13 @@ class Epoch(TrainingStep):
     """All queries, micro-batch by micro-batch; gradients add up."""
 
     def __init__(
-        self, policy: nn.Module, sets: Sequence[EncodedSet], cut: Sequence[Sequence[int]]
+        self,
+        policy: nn.Module,
+        sets: Sequence[EncodedSet],
+        cut: Sequence[Sequence[int]],
+        usual_products: bool = False,
     ) -> None:
-        super().__init__(policy)
+        super().__init__(policy, usual_products)
         self.batches = [collate([sets[place] for place in places], 0) for places in cut]
         self.objective = RankObjective(RankConfig("", "", data_path=""))
 
@@ -204,9 +211,10 @@ class Epoch(TrainingStep):
         self.policy.zero_grad(set_to_none=True)
         whole = torch.zeros(())
         for batch in self.batches:
-            terms = self.objective(self.policy(batch), batch)
-            loss = torch.stack([term.weight * term.total for term in terms.values()]).sum()
-            loss.backward()
+            with self.products():
+                terms = self.objective(self.policy(batch), batch)
+                loss = torch.stack([term.weight * term.total for term in terms.values()]).sum()
+                loss.backward()
             whole += loss.detach()
         return whole
 
@@ -223,7 +231,9 @@ def run(case: str, rounds: int, variants: Sequence[str] = ()) -> dict[str, Any]:
     chosen = {name: VARIANTS[name] for name in dict.fromkeys([BASELINE, *asked])}
     cuts = {name: variant.cut(queries) for name, variant in chosen.items()}
     epochs = {
-        name: Epoch(variant.build(queries.shapes[0].model()), sets, cuts[name])
+        name: Epoch(
+            variant.build(queries.shapes[0].model()), sets, cuts[name], variant.usual_products
+        )
         for name, variant in chosen.items()
     }
     differences = compared(epochs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -33,11 +34,16 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         self.policy.zero_grad(set_to_none=True)
-        usual = patch.object(onednn_linear, "gains_here", lambda: False)
-        with usual if self._usual_products else nullcontext():
+        with self.products():
             loss = self.forward()
             loss.backward()
         return loss.detach()
+
+    def products(self) -> AbstractContextManager[Any]:
+        """In which everything is multiplied."""
+        if not self._usual_products:
+            return nullcontext()
+        return patch.object(onednn_linear, "gains_here", lambda: False)
 
     def gradient(self) -> Tensor:
         """In float32, as it was left."""

@@ -28,6 +28,9 @@ def run(case: str, rounds: int, trl_path: str | None = None) -> dict[str, Any]:
     steps = {
         "trl": Step(trl_peer.FusedHeadRows(shape.model(), trl_path), batch),
         "shared_prefix": Step(build_policy(shape.model(), "shared_prefix"), batch),
+        "shared_prefix_mkl": Step(
+            build_policy(shape.model(), "shared_prefix"), batch, usual_products=True
+        ),
         "original": Step(OriginalStyle(shape.model()), batch),
     }
     differences = compared(steps)
