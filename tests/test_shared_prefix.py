@@ -305,6 +305,15 @@ def test_a_prompt_is_not_kept_once_for_each_response(monkeypatch: pytest.MonkeyP
     outputs.sum().backward()
 
 
+def test_checkpointing_lets_go_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that are kept beside would stay for all layers."""
+    checkpointed = model("llama").train()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    policy = build_policy(checkpointed, "shared_prefix").train()
+    monkeypatch.setattr(prefix_attention, "_in_pieces", None)
+    policy(batch([(40, [4, 4, 4])])).logprobs.sum().backward()
+
+
 def test_buckets_waste_little_and_lose_nothing() -> None:
     """Prompts of very different lengths are not padded to the longest; short ones share a call."""
     b = batch([(400, [60, 50]), (20, [5, 6]), (22, [5]), (390, [55, 60]), (21, [6, 6])])
@@ -404,8 +413,8 @@ class TestTrial:
         monkeypatch.setattr(
             prefix_attention,
             "attend",
-            lambda q, k, v, layout, scaling, dropout, window, softcap: inner(
-                q, k, v, layout, scaling, dropout, None, softcap
+            lambda q, k, v, layout, scaling, dropout, window, softcap, *more: inner(
+                q, k, v, layout, scaling, dropout, None, softcap, *more
             ),
         )
         # As if no layer had said anything.

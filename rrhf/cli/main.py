@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
     configure_logging()
     try:
-        code = run_command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
+        try:
+            return run_command(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # --help ends by SystemExit; at the interpreter's end it is too late
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -25,7 +25,7 @@ from rrhf.models.head import (
 from rrhf.models.logit_shape import logit_shape
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.onednn_linear import OneDnnLinear
-from rrhf.models.packed_trunk import Beside, PackedTrunk, inner_model
+from rrhf.models.packed_trunk import Beside, PackedTrunk, inner_model, is_checkpointing
 from rrhf.models.prefix_attention import Prefix
 
 
@@ -113,7 +113,7 @@ class FastPolicy(PackedTrunk, Policy):
                 head(hidden), targets, self.shape, *asked, self.entropy_has_gradient
             )
         # Who saves memory on activations does not want it back as logits.
-        saves = _is_checkpointing(inner_model(self.model))
+        saves = is_checkpointing(inner_model(self.model))
         stored = 0 if saves else STORED_BYTES
         chunk = CHUNK_BYTES // 4 if saves else CHUNK_BYTES
         return token_statistics(
@@ -151,11 +151,6 @@ def _as_grid(hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> 
     """[N, R, H] from [M, H]."""
     grid = hidden.new_zeros((*batch.response_ids.shape, hidden.shape[-1]))
     return grid.index_put((row, column), hidden)
-
-
-def _is_checkpointing(inner: Any) -> bool:
-    name = "is_activation_checkpointing"  # the newer name in transformers
-    return bool(getattr(inner, name if hasattr(type(inner), name) else "is_gradient_checkpointing"))
 
 
 def _is_plain(head: nn.Module) -> bool:

@@ -11,7 +11,7 @@ Legend: N rows, M response tokens of the whole batch, T tokens of a sequence, H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,13 +84,13 @@ class PackedTrunk:
     def run_packed(self, prefix: Prefix) -> Tensor:
         """[T, H] the hidden states of a sequence with shared prompts."""
         packed: SharedPrefix = prefix.layout
+        inner = inner_model(self.model)
         arguments: dict[str, Any] = {}
         if self.layout in ATTENTION:
             # Four dimensions are handed on as they are; nothing looks at what they hold.
             arguments["attention_mask"] = packed.ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
-            arguments["shared_prefix"] = prefix
+            arguments["shared_prefix"] = replace(prefix, is_recomputed=is_checkpointing(inner))
         else:
-            inner = inner_model(self.model)
             is_additive = inner.config._attn_implementation == "eager"
             arguments["attention_mask"] = dense_mask(packed, is_additive, inner.dtype)
         hidden = self._trunk(input_ids=packed.ids, position_ids=packed.position_ids, **arguments)
@@ -131,3 +131,9 @@ def exchange_attention(inner: Any, over: dict[str, str]) -> None:
 def inner_model(model: Any) -> Any:
     """The Hugging Face model itself, adapters or not."""
     return getattr(model, "get_base_model", lambda: model)()
+
+
+def is_checkpointing(inner: Any) -> bool:
+    """Whether a Hugging Face model computes its activations again in the backward pass."""
+    name = "is_activation_checkpointing"  # the newer name in transformers
+    return bool(getattr(inner, name if hasattr(type(inner), name) else "is_gradient_checkpointing"))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -59,10 +60,12 @@ class Prefix:
     Attributes:
         layout: of the sequence.
         windows: what each layer said of its sliding window; filled on the way.
+        is_recomputed: activations are not kept for the backward pass, but computed again.
     """
 
     layout: SharedPrefix
     windows: list[int | None] = field(default_factory=list)
+    is_recomputed: bool = False
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @cached_property
@@ -101,6 +104,7 @@ def attend(
     dropout: float = 0.0,
     window: int | None = None,
     softcap: float | None = None,
+    keeps_pieces: bool = True,
 ) -> Tensor:
     """Attention of the whole sequence.
 
@@ -112,6 +116,8 @@ def attend(
         dropout: of the attention weights.
         window: how many positions back a token sees, itself included; None = all.
         softcap: bound of the scores, or None.
+        keeps_pieces: for the backward pass a prompt's keys are kept once, not once a response.
+            Where activations are computed again this would keep what checkpointing lets go.
 
     Returns:
         [1, T, heads, D].
@@ -145,7 +151,10 @@ def attend(
         }
         mask = _response_mask(bucket, responses, narrow, query.device)
         mask = _without_themselves(mask, responses)
-        with saved_tensors_hooks(partial(_in_pieces, joined), _as_a_whole):
+        pieces: AbstractContextManager[None] = nullcontext()
+        if keeps_pieces:
+            pieces = saved_tensors_hooks(partial(_in_pieces, joined), _as_a_whole)
+        with pieces:
             found = kernel(own_q, whole_k, whole_v, mask, is_causal=False)
         outputs.append(gather(found, responses))
     return torch.cat(outputs)[None]
@@ -292,7 +301,8 @@ def _attention_over(base: str, by_flex: bool) -> Any:
             states = varlen_attention.in_one_precision(query, key, value)
             kernel = varlen_attention.load_varlen()
             return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
-        return attend(query, key, value, layout, *more), None
+        keeps_pieces = not shared_prefix.is_recomputed
+        return attend(query, key, value, layout, *more, keeps_pieces), None
 
     return forward
 
