@@ -105,7 +105,7 @@ CASES: dict[str, Training | DemoData | Demonstration] = {
     "demo": Demonstration("smoke"),
 }
 GOALS: dict[str, float] = {}
-ROUNDS = {"train": 2, "train_demo_data": 2, "demo": 1}
+ROUNDS = {"train": 2, "train_demo_data": 2, "demo": 2}
 BATCH = 4
 PADDED = ("--engine", "padded")
 
