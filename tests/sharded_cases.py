@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from rrhf.errors import StoppedBySignal
 from rrhf.generation.local import LocalEngine
-from rrhf.training import ppo, rank
+from rrhf.training import ppo, rank, sft
 from rrhf.training.online.stream import PPOStream
 from rrhf.training.parallel import Parallel
 from rrhf.training.streams import OfflineStream
@@ -101,6 +101,30 @@ def ranking_by_tokens(place: int, world: Path, out: Path, accumulation: int) -> 
     rank.train(rank_config(world, out / "ranking_by_tokens", accumulation, **changes))
 
 
+def ranking_recomputed(place: int, world: Path, out: Path, accumulation: int) -> None:
+    """One prompt a forward: the second rank ends with a filler, of which nothing is kept."""
+    changes = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    folder = out / "ranking_recomputed"
+    rank.train(rank_config(world, folder, 2 * accumulation, **changes))
+
+
+def demonstrations(place: int, world: Path, out: Path, accumulation: int) -> None:
+    """Label smoothing, whose means have gradients too; the second rank ends with a filler."""
+    sft.train(
+        sft.SFTConfig(
+            str(world / "model"),
+            str(out / "demonstrations"),
+            data_path=str(world / "ranked.jsonl"),
+            label_smoothing=0.1,
+            gradient_accumulation_steps=4 * accumulation,
+            learning_rate=1e-3,
+            adam_epsilon=1e-3,
+            model_max_length=100,
+            save_steps=0,
+        )
+    )
+
+
 def ranking_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:
     folder = out / "ranking_resumed"
     stop_at(OfflineStream, 2)
@@ -155,6 +179,12 @@ def ppo_config(world: Path, out: Path, accumulation: int, **changes: Any) -> ppo
 
 def with_critic(place: int, world: Path, out: Path, accumulation: int) -> None:
     ppo.train(ppo_config(world, out / "with_critic", accumulation))
+
+
+def warm_up(place: int, world: Path, out: Path, accumulation: int) -> None:
+    """The policy waits for its critic: neither its log-probs nor its entropy have a gradient."""
+    changes = {"entropy_coeff": 0.01, "critic_warmup_steps": 1, "num_rollouts": 1}
+    ppo.train(ppo_config(world, out / "warm_up", accumulation, **changes))
 
 
 def with_critic_by_tokens(place: int, world: Path, out: Path, accumulation: int) -> None:

@@ -196,10 +196,23 @@ def test_a_slope_of_a_confident_row_survives_half_precision(form: str) -> None:
     assert relative(hidden.grad, expected) < 0.03
 
 
-def test_nothing_active_gives_zeros() -> None:
-    hidden, head, targets = case()
-    (token_statistics(hidden, head, targets, LogitShape()).logprobs * 0).sum().backward()
-    assert not hidden.grad.any() and not head.weight.grad.any()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("entropy", "mean"), [(False, False), (True, False), (False, True), (True, True)]
+)
+@pytest.mark.parametrize("count", [M, 0])
+def test_nothing_active_gives_zeros(form: str, entropy: bool, mean: bool, count: int) -> None:
+    """Every incoming gradient is zero, as of a filler micro-batch; or there are no rows at all."""
+    hidden, head, targets = case(bias=True)
+    found = token_statistics(
+        hidden[:count], head, targets[:count], SHAPES[1], entropy, mean, **FORMS[form]
+    )
+    given = [found.logprobs, found.entropy, found.mean_logprobs]
+    total = sum((part * 0).sum() for part in given if part is not None)
+    assert isinstance(total, Tensor)
+    total.backward()
+    for parameter in (hidden, *head.parameters()):
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 @pytest.mark.parametrize("form", FORMS)

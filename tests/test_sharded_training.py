@@ -25,10 +25,15 @@ pytestmark = pytest.mark.timeout(600)  # the first test of an engine does all it
 
 SLOW_ZERO3 = pytest.param("zero3", marks=pytest.mark.slow)
 
-COMPARED = ["ranking", "with_critic", "everything", "adapters", "online_ranking"]
+COMPARED = ["ranking", "demonstrations", "with_critic", "warm_up"]
+COMPARED += ["everything", "adapters", "online_ranking"]
 CASES = [*COMPARED, "ranking_resumed", "with_critic_resumed", "early_end"]
-BY_TOKENS = {"ranking_by_tokens": "ranking", "with_critic_by_tokens": "with_critic"}
-CASES += [*BY_TOKENS, "ranking_in_bfloat16", "infinite_gradient"]
+CUT_OTHERWISE = {
+    "ranking_by_tokens": "ranking",
+    "ranking_recomputed": "ranking",
+    "with_critic_by_tokens": "with_critic",
+}
+CASES += [*CUT_OTHERWISE, "ranking_in_bfloat16", "infinite_gradient"]
 
 NAMES_OF_LOSSES = ("loss", "rank_loss", "sft_loss", "policy_loss", "value_loss", "ptx_loss")
 
@@ -97,14 +102,14 @@ def test_the_engine_is_the_one_that_was_asked_for(two: Two, one: Path) -> None:
     assert roots[0]["mine"] == mine.get(engine, whole)
 
 
-@pytest.mark.parametrize("case", [*COMPARED, *BY_TOKENS])
+@pytest.mark.parametrize("case", [*COMPARED, *CUT_OTHERWISE])
 def test_losses_are_those_of_one_process(two: Two, one: Path, case: str) -> None:
     """The same global batch in pieces: sums of float32 in another order, over up to four steps.
 
     Lengths are uneven, and neither the rows of a rollout nor the prompts divide evenly. The steps
     are small and Adam's epsilon large, or it would blow up gradients that are all rounding.
     """
-    mine, its = rows_of(two[1] / case), rows_of(one / BY_TOKENS.get(case, case))
+    mine, its = rows_of(two[1] / case), rows_of(one / CUT_OTHERWISE.get(case, case))
     assert [row.keys() for row in mine] == [row.keys() for row in its]
     for row, other in zip(mine, its, strict=True):
         for name in NAMES_OF_LOSSES:
@@ -120,8 +125,11 @@ def test_losses_are_those_of_one_process(two: Two, one: Path, case: str) -> None
     [
         ("ranking", ["policy"]),
         ("ranking_by_tokens", ["policy"]),
+        ("ranking_recomputed", ["policy"]),
+        ("demonstrations", ["policy"]),
         ("with_critic", ["policy", "value"]),
         ("with_critic_by_tokens", ["policy", "value"]),
+        ("warm_up", ["value"]),
         ("everything", ["policy", "value", "policy_ema"]),
         ("adapters", ["policy", "value"]),
         ("online_ranking", ["policy"]),
@@ -132,7 +140,7 @@ def test_what_is_saved_is_whole_and_plain(
 ) -> None:
     for part in parts:
         mine = load_file(two[1] / case / part / "model.safetensors")
-        its = load_file(one / BY_TOKENS.get(case, case) / part / "model.safetensors")
+        its = load_file(one / CUT_OTHERWISE.get(case, case) / part / "model.safetensors")
         assert mine.keys() == its.keys()
         for name, value in mine.items():
             assert value.dtype == torch.float32

@@ -202,8 +202,9 @@ class _Statistics(torch.autograd.Function):
         count = len(hidden)
         step = plan.rows(len(weight), ctx.compute)
         pieces: list[Any] = [slice(0, count)]
-        if not is_active.all():
-            pieces = list(is_active.nonzero().squeeze(-1).split(step))
+        active = is_active.nonzero().squeeze(-1)
+        if len(active) < count:
+            pieces = list(active.split(step)) if len(active) else []
         elif kept is None:
             pieces = [slice(start, start + step) for start in range(0, count, step)]
 
