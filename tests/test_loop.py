@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import training_job
-from kills import TESTS, Zygote
+from kills import TESTS, Zygote, child_environment
 from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import Tensor
@@ -110,7 +110,7 @@ def test_two_processes_train_like_one(model: str, straight: Path, tmp_path: Path
     """19 prompts, 4 a step: the last step of an epoch leaves a rank short."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", str(TESTS / "training_job.py"), model, str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = child_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(rows(tmp_path / "two"), rows(straight), strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kills import TESTS, Zygote
+from kills import Zygote, child_environment
 from reward_cases import conversation, language_model_folder
 from safetensors.torch import load_file
 from torch import Tensor
@@ -577,7 +576,7 @@ def test_two_processes_train_like_one(model: str, tmp_path: Path) -> None:
     shared(model, data, str(tmp_path / "one"), 2)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", __file__, model, data, str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = child_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(timeless(tmp_path / "two"), timeless(tmp_path / "one"), strict=True):

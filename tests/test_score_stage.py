@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import TESTS, Zygote
+from kills import Zygote, child_environment
 from reward_cases import conversation, language_model_folder, reward_model_folder
 
 from rrhf.cli.main import run_command
@@ -336,7 +336,7 @@ def test_processes_share_the_work_and_write_the_same_bytes(
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, candidates, str(output), model, str(rank), str(world_size)],
-            env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+            env=child_environment(),
         )
         for rank in range(world_size)
     ]

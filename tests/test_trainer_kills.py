@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import TESTS, Zygote
+from kills import TESTS, Zygote, child_environment
 from safetensors.torch import load_file
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
@@ -67,7 +66,7 @@ def test_two_processes_train_like_one(stage: str, model: str, data: str, tmp_pat
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", str(TESTS / "trainer_cases.py")]
     command += [stage, model, data, str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = child_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(
