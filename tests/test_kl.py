@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from rrhf.algorithms.kl import (
-    KL_ESTIMATORS,
-    KL_LOSS_ESTIMATORS,
     AdaptiveKLController,
     FixedKLController,
     build_kl_controller,
     token_kl,
 )
 from rrhf.algorithms.masked import length_mask
+from rrhf.algorithms.names import KL_ESTIMATORS, KL_LOSS_ESTIMATORS
 
 TOLERANCE = 1e-9  # float64, single terms of size up to 100
 LENGTHS = (5, 1, 0, 3)

@@ -16,13 +16,12 @@ from trainer_cases import metrics_of, same_weights
 from rrhf.errors import UserError
 from rrhf.training import ppo
 from rrhf.training.offload import (
-    LEVELS,
     FileStore,
     HostStore,
     Offload,
     build_store,
-    parse_levels,
 )
+from rrhf.training.offload_levels import LEVELS, parse_levels
 
 COMBINATIONS = [
     "freeze_model",

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from rrhf.errors import UserError
-from rrhf.generation.engine import SamplingParams
+from rrhf.generation.params import SamplingParams, check_params
 from rrhf.generation.sampling import (
-    check_params,
     draw_tokens,
     forbid_tokens,
     keep_top_k,

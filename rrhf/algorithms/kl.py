@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "k3_with_k2_gradient")
-KL_LOSS_ESTIMATORS = ("k2", "k3", "k3_with_k2_gradient")
+from rrhf.algorithms.names import KL_ESTIMATORS
+
 LOG_RATIO_LIMIT = 20.0
 ERROR_LIMIT = 0.2
 

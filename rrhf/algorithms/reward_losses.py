@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rrhf.algorithms.masked import length_mask, masked_mean, masked_sum
+from rrhf.algorithms.names import TOKEN_LOSS_TYPES
 from rrhf.algorithms.rank_losses import ordered_pairs
-
-TOKEN_LOSS_TYPES = ("token-wise", "per_sample", "average")
 
 
 def preference_margins(preferences: Tensor, factor: float = 1.0) -> Tensor:

@@ -16,17 +16,22 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     if any(word.partition("=")[0] == "--world" for word in argv):
         return compare_methods(argv, "rrhf compare")
-    from rrhf.report.compare import CompareConfig, compare
+    from rrhf.report.config import CompareConfig
 
-    print_once(compare(parse_config(CompareConfig, argv, "rrhf compare")).text)
+    config = parse_config(CompareConfig, argv, "rrhf compare")
+    from rrhf.report.compare import compare
+
+    print_once(compare(config).text)
     return EXIT_DONE
 
 
 def compare_methods(argv: list[str], prog: str) -> int:
     """Train and compare the methods themselves."""
-    from rrhf.studies.methods import MethodsConfig, run
+    from rrhf.studies.config import MethodsConfig
 
     config = parse_config(MethodsConfig, argv, prog)
+    from rrhf.studies.methods import run
+
     # As in the demonstration, the study has its own lines.
     logging.getLogger("rrhf").setLevel(logging.WARNING)
     print_once(run(config, say=print_once).read_text())

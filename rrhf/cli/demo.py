@@ -10,9 +10,11 @@ from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
-    from rrhf.studies.demo import DemoConfig, run_demo
+    from rrhf.studies.config import DemoConfig
 
     config = parse_config(DemoConfig, argv, "rrhf demo")
+    from rrhf.studies.demo import run_demo
+
     # The story has its own lines; what each stage counts stands in its manifest.
     logging.getLogger("rrhf").setLevel(logging.WARNING)
     run_demo(config, say=print_once)

@@ -9,10 +9,12 @@ from rrhf.errors import EXIT_DONE
 
 def main(argv: list[str]) -> int:
     from rrhf.evaluation.config import EvaluateConfig
+
+    config = parse_config(EvaluateConfig, argv, "rrhf evaluate")
     from rrhf.evaluation.evaluate import evaluate
     from rrhf.report.table import terminal_table
 
-    result = evaluate(parse_config(EvaluateConfig, argv, "rrhf evaluate"))
+    result = evaluate(config)
     print_once(terminal_table(result.rows))
     for file in result.files:
         print_once(f"Row: {file}")

@@ -9,8 +9,9 @@ from rrhf.errors import EXIT_DONE
 
 def main(argv: list[str]) -> int:
     from rrhf.generation.config import GenerateConfig
-    from rrhf.generation.stage import generate_file
 
     config = parse_config(GenerateConfig, argv, "rrhf generate")
+    from rrhf.generation.stage import generate_file
+
     print_once(f"Candidates: {generate_file(config, *process_place())}")
     return EXIT_DONE

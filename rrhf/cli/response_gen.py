@@ -49,8 +49,7 @@ class ResponseGenConfig:
 
 def main(argv: list[str]) -> int:
     from rrhf.generation.config import GenerateConfig
-    from rrhf.generation.stage import generate_file
-    from rrhf.scoring.stage import ScoreConfig, score_file
+    from rrhf.scoring.config import ScoreConfig
 
     flags = all_flags(GenerateConfig, ScoreConfig)
     if asks_for_help(argv):
@@ -60,6 +59,9 @@ def main(argv: list[str]) -> int:
     # Both are built before the first stage starts, so that a mistake in the second costs nothing.
     score_config = build(ScoreConfig, flags_of(ScoreConfig), score, PROG)
     generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
+    from rrhf.generation.stage import generate_file
+    from rrhf.scoring.stage import score_file
+
     generate_file(generate_config, *process_place())
     score_file(score_config, *process_place())
     print_once(f"Ranked candidates: {Path(own.output_dir) / TRAIN_DATA}")

@@ -8,8 +8,10 @@ from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
-    from rrhf.scoring.stage import ScoreConfig, score_file
+    from rrhf.scoring.config import ScoreConfig
 
     config = parse_config(ScoreConfig, argv, "rrhf score")
+    from rrhf.scoring.stage import score_file
+
     print_once(f"Scored candidates: {score_file(config, *process_place())}")
     return EXIT_DONE

@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
     module_name, config_name, _ = STUDIES[name]
     if name == "methods":
         return compare_methods(rest, "rrhf study methods")
-    module = importlib.import_module(module_name)
-    results = module.run(parse_config(getattr(module, config_name), rest, f"rrhf study {name}"))
+    config_class = getattr(importlib.import_module("rrhf.studies.config"), config_name)
+    config = parse_config(config_class, rest, f"rrhf study {name}")
+    results = importlib.import_module(module_name).run(config)
     print_once(f"Results: {results}")
     return EXIT_DONE

@@ -1,4 +1,7 @@
-"""`rrhf train STAGE`: parse, call, print; each stage is one file of `rrhf.training`."""
+"""`rrhf train STAGE`: parse, call, print; each stage is one file of `rrhf.training`.
+
+Settings stand in modules that do not import torch, so that mistakes are told before it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,9 @@ def main(argv: list[str]) -> int:
         hint = f"did you mean {close!r}? " if close else ""
         raise UserError(f"rrhf train: unknown stage {stage!r}; {hint}Stages: {', '.join(STAGES)}.")
     module_name, config_name, _ = STAGES[stage]
+    config_class = getattr(importlib.import_module(f"{module_name}_config"), config_name)
+    config = parse_config(config_class, rest, f"rrhf train {stage}")
     module = importlib.import_module(module_name)
-    config = parse_config(getattr(module, config_name), rest, f"rrhf train {stage}")
     try:
         model = module.train(config)
     except AlreadyFinished as finished:

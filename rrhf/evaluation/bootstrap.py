@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rrhf.evaluation.config import CONFIDENCE, RESAMPLES
+
 Scale = Literal["mean", "exp"]
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 _CHUNK_ELEMENTS = 4_000_000
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rrhf.errors import UserError
-from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES
-from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION
-from rrhf.generation.engine import SamplingParams
-from rrhf.generation.sampling import check_params
-from rrhf.scoring.build import RewardModelOptions
+from rrhf.generation.params import SamplingParams, check_params
+from rrhf.scoring.config import RewardModelOptions
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+MAX_UNSCORED_FRACTION = 0.01
 
 
 @dataclass(kw_only=True)

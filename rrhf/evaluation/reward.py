@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
+from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
 from rrhf.records import CandidateSet
 from rrhf.scoring.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
-MAX_UNSCORED_FRACTION = 0.01
 _SETS_AT_A_TIME = 64
 
 

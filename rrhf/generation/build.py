@@ -1,4 +1,4 @@
-"""Engines by name: add one here and every stage can use it."""
+"""Engines by name: add one here and to `rrhf.generation.config`, and every stage can use it."""
 
 from __future__ import annotations
 

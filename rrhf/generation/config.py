@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rrhf.errors import UserError
-from rrhf.generation.build import ENGINES
-from rrhf.generation.engine import SamplingParams
-from rrhf.generation.sampling import check_params
+from rrhf.generation.params import SamplingParams, check_params
+
+ENGINES = ("local",)
+"""Who can write responses; `rrhf.generation.build` makes them."""
 
 
 @dataclass(kw_only=True)

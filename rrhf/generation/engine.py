@@ -1,4 +1,4 @@
-"""What every engine that writes responses offers, and the settings it takes.
+"""What every engine that writes responses offers.
 
 An engine returns N samples for each prompt, never silently fewer. A local engine fills token ids
 and log-probs; an endpoint leaves them empty. Each sample's randomness derives from
@@ -8,51 +8,13 @@ and log-probs; an endpoint leaves them empty. Each sample's randomness derives f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from rrhf.generation.params import SamplingParams
 from rrhf.records import CandidateSet, FinishReason
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How responses are written.
-
-    Attributes:
-        num_return_sequences: N, responses for each prompt.
-        max_new_tokens: budget of a response, EOS included.
-        min_new_tokens: EOS is not allowed before this many tokens.
-        do_sample: False = greedy (or beam search, with num_beams > 1).
-        temperature: divides the logits; must be positive.
-        top_k: keep the k likeliest tokens; 0 = off.
-        top_p: keep the smallest set with this probability mass; 1.0 = off.
-        repetition_penalty: 1.0 = off (Keskar et al. 2019).
-        num_beams: beams of beam search; 1 = none.
-        num_beam_groups: groups of diverse beam search (Vijayakumar et al. 2016); 1 = plain beams.
-        diversity_penalty: subtracted per use of a token by earlier groups at the same step.
-        length_penalty: beam scores are divided by length ** length_penalty.
-        stop_strings: a response ends before the first of these; cut by token.
-        seed: base of all randomness.
-        round: number of the sampling round (online training), part of the randomness.
-    """
-
-    num_return_sequences: int = 4
-    max_new_tokens: int = 128
-    min_new_tokens: int = 1
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    num_beams: int = 1
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    length_penalty: float = 1.0
-    stop_strings: tuple[str, ...] = field(default=())
-    seed: int = 0
-    round: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from rrhf.errors import UserError
 from rrhf.generation.beam_search import BeamSearch, BeamSettings, Hypothesis
 from rrhf.generation.decoders import Decoder, decoding
 from rrhf.generation.engine import Sample, SamplingParams
+from rrhf.generation.params import check_params
 from rrhf.generation.row_loop import ByParams, Chooser, Job, RowLoop, Written
-from rrhf.generation.sampling import check_params
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
 

@@ -8,57 +8,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from rrhf.errors import UserError
+from rrhf.scoring.config import RewardModelOptions
 from rrhf.scoring.scorer import Scorer
-
-
-@dataclass
-class RewardModelOptions:
-    """How a local reward model reads and computes; other scorers take no options."""
-
-    reward_format: Literal["standard", "trlx"] = "standard"
-    """Layout of the reward model: standard (transformers' sequence classification) or trlx (keys
-    transformer.* and v_head.weight, such as Dahoas/gptj-rm-static)."""
-
-    reward_base: str | None = None
-    """With trlx: folder with the base model's config.json and tokenizer, where the reward model's
-    has none."""
-
-    score_at: Literal["last_token", "first_eos"] = "last_token"
-    """Token at which a standard reward model is read; trlx is always read at the first EOS."""
-
-    normalize: bool = True
-    """Apply the score normaliser that the reward model carries, if it carries one."""
-
-    reward_chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How the reward model reads conversations; auto: as it was trained."""
-
-    max_length: int = 0
-    """Most tokens of prompt and response; 0 = the model's window (trlx: 1024)."""
-
-    max_batch_tokens: int = 16384
-    """Tokens of one forward, padding included; lower it where memory runs out."""
-
-    engine: Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"] = "auto"
-    """How rows pass a model that reads them: shared_prefix = each prompt once, auto = fastest that
-    serves it."""
-
-    bf16: bool = False
-    """Load the reward model in bfloat16: half the memory, scores differ in the third digit."""
-
-    attn_implementation: str = "sdpa"
-    """Attention of the reward model: sdpa, eager or flash_attention_2."""
-
-    trust_remote_code: bool = False
-    """Run Python code that the model folder brings. Off unless you trust its author."""
-
-    trlx_double_blank: bool = False
-    """With trlx: a blank before a response even if it begins with one, as RRHF's script has it."""
 
 
 def build_scorer(

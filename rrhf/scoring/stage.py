@@ -16,7 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ from rrhf.generation.plan import fingerprint
 from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.models.loading import resolve_device
 from rrhf.records import CandidateSet
-from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
+from rrhf.scoring.build import build_scorer, check_scorer
+from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.scorer import Scorer
 from rrhf.signals import StopRequest, caught_signals
 
@@ -50,48 +51,6 @@ logger = logging.getLogger(__name__)
 # What only says how the work is cut, and reaches scores through the rounding of sums alone.
 _ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "engine")
 _NOT_SETTINGS = (*_ADJUSTABLE, "output_file", "input_file", "max_unscored_fraction")
-
-
-@dataclass
-class ScoreConfig(RewardModelOptions):
-    """Score the candidates of a file and write them with their scores."""
-
-    input_file: str = field(kw_only=True, metadata={"positional": True, "aliases": ["data_path"]})
-    """The candidates: a candidate file, or anything else that holds responses (pairs, HH)."""
-
-    output_file: str = field(kw_only=True, metadata={"positional": True})
-    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
-
-    scorer: str = field(
-        kw_only=True, metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
-    )
-    """Who scores: a reward model's folder or hub name, function:module:name, or gold:help_desk."""
-
-    only_missing: bool = False
-    """Keep the scores that candidates have, and score the others."""
-
-    max_unscored_fraction: float = 0.01
-    """Stop when more than this share of the candidates could not be scored."""
-
-    prompts_per_chunk: int = 64
-    """Prompts that are scored together; a kill loses at most so many."""
-
-    def __post_init__(self) -> None:
-        if self.prompts_per_chunk < 1:
-            raise UserError(f"prompts_per_chunk = {self.prompts_per_chunk}: must be at least 1")
-        if not 0 <= self.max_unscored_fraction <= 1:
-            raise UserError(
-                f"max_unscored_fraction = {self.max_unscored_fraction}: must be between 0 and 1"
-            )
-        if self.output_file.endswith(".gz"):
-            raise UserError(
-                f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
-                "drop the .gz of its name"
-            )
-        if Path(self.output_file).absolute() == Path(self.input_file).absolute():
-            raise UserError(
-                f"output_file {self.output_file}: is the file that is read; choose another"
-            )
 
 
 def score_file(

@@ -12,15 +12,14 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rrhf.errors import UserError
 from rrhf.files import replaced_file
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
+from rrhf.studies.config import DemoConfig
 from rrhf.studies.help_desk_stages import finish
 from rrhf.studies.help_desk_study import HelpDeskStudy
 from rrhf.studies.seeds import run_seeds, seed_folder
@@ -44,27 +43,6 @@ FILE_COLUMNS = (
     "part_rude",
     "part_garbled",
 )
-
-
-@dataclass
-class DemoConfig:
-    """Settings of `rrhf demo`."""
-
-    output_dir: str = "runs/demo"
-    """Where policy, samples and table go; a stopped demonstration goes on from there."""
-
-    seeds: int = 1
-    """How many times to do everything, each with other data and weights."""
-
-    size: Literal["full", "smoke"] = "full"
-    """full, or smoke: a third of the work, for tests."""
-
-    jobs: int = 0
-    """Seeds at the same time; 0 = one for each core."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds}: give 1 or more")
 
 
 def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Path:

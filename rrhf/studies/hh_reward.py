@@ -21,7 +21,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.records import CandidateSet
+from rrhf.studies.config import HHRewardConfig
 from rrhf.training.fitting import RowFitter
 from rrhf.training.reward import RewardConfig, train
 from rrhf.training.reward_examples import PreferenceEncoder
@@ -54,48 +55,6 @@ NGRAMS = "n-gram Bradley-Terry"
 NUM_BUCKETS = 4096
 L2_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _WORD = re.compile(r"\w+|[^\w\s]")
-
-
-@dataclass
-class HHRewardConfig:
-    """Reward models against plain baselines on preference pairs, in folds by first human turn."""
-
-    data_path: str
-    """Preference pairs, such as HH's harmless-base .jsonl.gz."""
-
-    output_dir: str
-    """Folds, results.json and table.md go here; started again, finished folds are kept."""
-
-    trunks: list[str] = field(default_factory=list)
-    """Folders of language models that reward models are made of; none = baselines alone."""
-
-    num_folds: int = 5
-    """Parts, each tested once by what was trained on the others."""
-
-    num_train_epochs: float = 1.0
-    """Passes of reward training."""
-
-    per_device_train_batch_size: int = 16
-    """Pairs in one forward."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate of reward training."""
-
-    model_max_length: int = 256
-    """Most tokens of prompt and reply; longer prompts lose turns, longer replies their end."""
-
-    chat_format: str = "hh"
-    """How conversations are rendered for the reward models."""
-
-    seed: int = 0
-    """Decides folds, heads and order."""
-
-    def __post_init__(self) -> None:
-        if self.num_folds < 2:
-            raise UserError(f"--num_folds {self.num_folds}: must be 2 or more")
-        names = [Path(trunk).name for trunk in self.trunks]
-        if len(set(names)) < len(names):
-            raise UserError(f"--trunks {' '.join(names)}: two folders have the same name")
 
 
 def run(config: HHRewardConfig) -> Path:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rrhf.errors import UserError
 from rrhf.files import replaced_file, write_json
 from rrhf.report.method_figures import (
     Point,
@@ -33,6 +31,7 @@ from rrhf.report.methods_page import (
 from rrhf.report.over_optimization import kl_of, parting, sentence
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.training_cost import TrainingCost, mean_cost
+from rrhf.studies.config import MethodsConfig
 from rrhf.studies.help_desk_stages import finish
 from rrhf.studies.methods_study import METHODS, MethodsStudy, SeedResult
 from rrhf.studies.seeds import run_seeds, seed_folder
@@ -43,44 +42,6 @@ KEPT = (*COLUMNS, "kl_bound", "part_myth", "part_off", "part_rude", "part_garble
 ON_CURVES = ("reward", "gold", "kl", "kl_bound")
 PAGE, NUMBERS = "methods.md", "methods.json"
 REWARD_KL, GOLD_REWARD = "methods_reward_kl.png", "methods_gold_reward.png"
-
-
-@dataclass
-class MethodsConfig:
-    """Settings of `rrhf compare --world` and `rrhf study methods`."""
-
-    world: Literal["help_desk"] = "help_desk"
-    """The world to compare the methods on."""
-
-    seeds: int = 3
-    """How many times to do everything, each with other data and weights."""
-
-    first_seed: int = 0
-    """Number of the first; settings were chosen on 10 and 11."""
-
-    methods: list[str] = field(default_factory=list)
-    """Which methods; empty = all: best-of-n, best-of-n-sft, rrhf, rrhf-2, rrhf-4, online-rrhf, ppo,
-    rloo, grpo. SFT is always there."""
-
-    output_dir: str = "runs/compare"
-    """Run folders go here; what was stopped goes on from there."""
-
-    into: str = ""
-    """Write page, pictures and numbers to this folder; empty = output_dir."""
-
-    size: Literal["full", "smoke"] = "full"
-    """full, or smoke: a third of the work, for tests."""
-
-    jobs: int = 0
-    """Seeds at the same time; 0 = one for each core."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: give {least} or more")
-        for method in self.methods:
-            if method not in METHODS:
-                raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
 
 
 def run(config: MethodsConfig, say: Callable[[str], None] = logger.info) -> Path:

@@ -197,3 +197,16 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are saved in the run folder."""
         return asdict(self)
+
+
+def check_response_limit(max_response_tokens: int | None, model_max_length: int) -> None:
+    """A limit on responses must leave room for a prompt.
+
+    Raises:
+        UserError: it does not.
+    """
+    if max_response_tokens is not None and not 0 < max_response_tokens < model_max_length:
+        raise UserError(
+            f"--max_response_tokens {max_response_tokens}: must be at least 1 and below "
+            f"--model_max_length {model_max_length}, so that a prompt fits too"
+        )

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from rrhf.data.chat_format import ChatCodec
-from rrhf.errors import UserError
 from rrhf.records import Candidate, CandidateSet
 
 logger = logging.getLogger(__name__)
@@ -102,16 +101,3 @@ def known_scores(candidates: tuple[Candidate, ...]) -> list[float]:
     known = [score for score in scores if score is not None]
     assert len(known) == len(scores), "candidates without a score were to be left out"
     return known
-
-
-def check_response_limit(max_response_tokens: int | None, model_max_length: int) -> None:
-    """A limit on responses must leave room for a prompt.
-
-    Raises:
-        UserError: it does not.
-    """
-    if max_response_tokens is not None and not 0 < max_response_tokens < model_max_length:
-        raise UserError(
-            f"--max_response_tokens {max_response_tokens}: must be at least 1 and below "
-            f"--model_max_length {model_max_length}, so that a prompt fits too"
-        )

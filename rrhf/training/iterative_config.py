@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig, SamplingOptions
-from rrhf.scoring.build import RewardModelOptions
-from rrhf.scoring.stage import ScoreConfig
-from rrhf.training.rank import RankConfig, RankSettings
+from rrhf.scoring.config import RewardModelOptions, ScoreConfig
+from rrhf.training.rank_config import RankConfig, RankSettings
 
 EVALUATION_ROUND = 1_000_000_000
 """Its draws must not be those of a round, and are the same for every policy."""

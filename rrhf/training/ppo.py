@@ -36,7 +36,8 @@ from rrhf.signals import StopRequest
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.offline import token_budget
-from rrhf.training.offload import TRAIN, Offload, build_store, parse_levels
+from rrhf.training.offload import TRAIN, Offload, build_store
+from rrhf.training.offload_levels import parse_levels
 from rrhf.training.online.actors import build_reference, build_root, model_folders
 from rrhf.training.online.ema import AveragedStream
 from rrhf.training.online.experience import build_experience

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rrhf.algorithms.kl import KL_LOSS_ESTIMATORS
+from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
 from rrhf.errors import UserError
 
 if TYPE_CHECKING:

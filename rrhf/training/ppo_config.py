@@ -6,11 +6,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rrhf.generation.engine import SamplingParams
-from rrhf.generation.sampling import check_params
-from rrhf.models.policy_with_value import VALUE_PREFIX
+from rrhf.generation.params import SamplingParams, check_params
 from rrhf.training.config import GroupSettings, TrainingConfig
-from rrhf.training.offload import parse_levels
+from rrhf.training.offload_levels import parse_levels
 from rrhf.training.ppo_checks import check_combinations, check_ranges
 
 logger = logging.getLogger(__name__)
@@ -285,6 +283,8 @@ class PPOConfig(TrainingConfig):
 
     def groups(self) -> list[GroupSettings]:
         """The policy's weights, and the critic's where there is one."""
+        from rrhf.models.policy_with_value import VALUE_PREFIX  # flags are read without torch
+
         policy = GroupSettings(
             "",
             self.learning_rate,

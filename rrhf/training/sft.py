@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -21,12 +21,10 @@ from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations
-from rrhf.errors import UserError
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.packed_rows import PackedPolicy, require_packing
 from rrhf.records import CandidateSet
-from rrhf.training.config import TrainingConfig
-from rrhf.training.fitting import RowFitter, check_response_limit
+from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.measure import measure
 from rrhf.training.model_folders import ModelFolders
@@ -39,51 +37,11 @@ from rrhf.training.setup import (
     opened_workbench,
     policy_on_engine,
 )
+from rrhf.training.sft_config import SFTConfig
 from rrhf.training.streams import EncodedExamples
 from rrhf.training.update import Term
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SFTConfig(TrainingConfig):
-    """Fine-tune a policy on demonstrations."""
-
-    data_path: str = field(kw_only=True)
-    """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
-
-    eval_data_path: str | None = None
-    """Held-out demonstrations: their loss and perplexity are logged at eval_steps."""
-
-    use_targets: bool = True
-    """Loss on the responses only; false = on the whole sequence, prompt included."""
-
-    label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over the vocabulary."""
-
-    packing: bool = False
-    """Lay several demonstrations end to end in rows of model_max_length, instead of padding."""
-
-    sft_reduction: Literal["token", "response"] = "token"
-    """Average over all target tokens, or over responses by their token means."""
-
-    max_response_tokens: int | None = None
-    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
-
-    long_responses: Literal["cut", "drop"] = "cut"
-    """Responses that do not fit: cut (they then end without EOS) or leave out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(
-                f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 1"
-            )
-        if self.packing and self.engine not in ("auto", "padded"):
-            raise UserError(
-                f"--packing and --engine {self.engine} both say how rows are laid; give one"
-            )
-        check_response_limit(self.max_response_tokens, self.model_max_length)
 
 
 @dataclass

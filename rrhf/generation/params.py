@@ -1,0 +1,117 @@
+"""The settings of an engine that writes responses, and which of them exclude each other.
+
+No import of torch: flags are checked before it is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rrhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are written.
+
+    Attributes:
+        num_return_sequences: N, responses for each prompt.
+        max_new_tokens: budget of a response, EOS included.
+        min_new_tokens: EOS is not allowed before this many tokens.
+        do_sample: False = greedy (or beam search, with num_beams > 1).
+        temperature: divides the logits; must be positive.
+        top_k: keep the k likeliest tokens; 0 = off.
+        top_p: keep the smallest set with this probability mass; 1.0 = off.
+        repetition_penalty: 1.0 = off (Keskar et al. 2019).
+        num_beams: beams of beam search; 1 = none.
+        num_beam_groups: groups of diverse beam search (Vijayakumar et al. 2016); 1 = plain beams.
+        diversity_penalty: subtracted per use of a token by earlier groups at the same step.
+        length_penalty: beam scores are divided by length ** length_penalty.
+        stop_strings: a response ends before the first of these; cut by token.
+        seed: base of all randomness.
+        round: number of the sampling round (online training), part of the randomness.
+    """
+
+    num_return_sequences: int = 4
+    max_new_tokens: int = 128
+    min_new_tokens: int = 1
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    length_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = field(default=())
+    seed: int = 0
+    round: int = 0
+
+
+def check_params(params: SamplingParams) -> None:
+    """Refuse settings that cannot be honoured, before a model is loaded.
+
+    Raises:
+        UserError: a value out of range, or two settings that exclude each other.
+    """
+    rules = [
+        ("num_return_sequences", params.num_return_sequences >= 1, "at least 1"),
+        ("max_new_tokens", params.max_new_tokens >= 1, "at least 1"),
+        (
+            "min_new_tokens",
+            0 <= params.min_new_tokens <= params.max_new_tokens,
+            f"between 0 and max_new_tokens ({params.max_new_tokens})",
+        ),
+        ("temperature", params.temperature > 0, "above 0; for greedy decoding: do_sample false"),
+        ("top_k", params.top_k >= 0, "0 (off) or more"),
+        ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1 (off)"),
+        ("repetition_penalty", params.repetition_penalty > 0, "above 0; 1 is off"),
+        ("num_beams", params.num_beams >= 1, "at least 1"),
+        (
+            "num_beam_groups",
+            params.num_beam_groups >= 1 and params.num_beams % params.num_beam_groups == 0,
+            f"a divisor of num_beams ({params.num_beams})",
+        ),
+        ("diversity_penalty", params.diversity_penalty >= 0, "0 (off) or more"),
+        ("stop_strings", all(params.stop_strings), "without an empty string"),
+    ]
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UserError(f"{name} = {getattr(params, name)!r}: must be {wanted}")
+    if params.num_beams > 1:
+        _check_beams(params)
+    elif params.diversity_penalty:
+        raise UserError(
+            f"diversity_penalty = {params.diversity_penalty}: belongs to diverse beam search; "
+            "set num_beams and num_beam_groups above 1, or leave it out"
+        )
+    elif not params.do_sample and params.num_return_sequences > 1:
+        raise UserError(
+            f"num_return_sequences = {params.num_return_sequences} with do_sample false: greedy "
+            "decoding has one answer; set num_return_sequences 1, or num_beams, or do_sample true"
+        )
+
+
+def _check_beams(params: SamplingParams) -> None:
+    if params.do_sample:
+        raise UserError(
+            f"num_beams = {params.num_beams} with do_sample true: beam search draws nothing; set "
+            "do_sample false, or num_beams 1"
+        )
+    if params.num_return_sequences > params.num_beams:
+        raise UserError(
+            f"num_return_sequences = {params.num_return_sequences}: beam search has at most "
+            f"num_beams ({params.num_beams}) answers; raise num_beams"
+        )
+    if params.diversity_penalty and params.num_beam_groups == 1:
+        raise UserError(
+            f"diversity_penalty = {params.diversity_penalty}: acts between groups; set "
+            "num_beam_groups above 1"
+        )
+    for name, off in (("top_k", 0), ("top_p", 1.0), ("repetition_penalty", 1.0)):
+        if getattr(params, name) != off:
+            raise UserError(
+                f"{name} = {getattr(params, name)} with num_beams = {params.num_beams}: filters "
+                f"act on sampling only; leave {name} at {off}"
+            )

@@ -1,0 +1,95 @@
+"""The settings of `rrhf score`, and those of a local reward model wherever one is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rrhf.errors import UserError
+
+
+@dataclass
+class RewardModelOptions:
+    """How a local reward model reads and computes; other scorers take no options."""
+
+    reward_format: Literal["standard", "trlx"] = "standard"
+    """Layout of the reward model: standard (transformers' sequence classification) or trlx (keys
+    transformer.* and v_head.weight, such as Dahoas/gptj-rm-static)."""
+
+    reward_base: str | None = None
+    """With trlx: folder with the base model's config.json and tokenizer, where the reward model's
+    has none."""
+
+    score_at: Literal["last_token", "first_eos"] = "last_token"
+    """Token at which a standard reward model is read; trlx is always read at the first EOS."""
+
+    normalize: bool = True
+    """Apply the score normaliser that the reward model carries, if it carries one."""
+
+    reward_chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
+    """How the reward model reads conversations; auto: as it was trained."""
+
+    max_length: int = 0
+    """Most tokens of prompt and response; 0 = the model's window (trlx: 1024)."""
+
+    max_batch_tokens: int = 16384
+    """Tokens of one forward, padding included; lower it where memory runs out."""
+
+    engine: Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"] = "auto"
+    """How rows pass a model that reads them: shared_prefix = each prompt once, auto = fastest that
+    serves it."""
+
+    bf16: bool = False
+    """Load the reward model in bfloat16: half the memory, scores differ in the third digit."""
+
+    attn_implementation: str = "sdpa"
+    """Attention of the reward model: sdpa, eager or flash_attention_2."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings. Off unless you trust its author."""
+
+    trlx_double_blank: bool = False
+    """With trlx: a blank before a response even if it begins with one, as RRHF's script has it."""
+
+
+@dataclass
+class ScoreConfig(RewardModelOptions):
+    """Score the candidates of a file and write them with their scores."""
+
+    input_file: str = field(kw_only=True, metadata={"positional": True, "aliases": ["data_path"]})
+    """The candidates: a candidate file, or anything else that holds responses (pairs, HH)."""
+
+    output_file: str = field(kw_only=True, metadata={"positional": True})
+    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
+
+    scorer: str = field(
+        kw_only=True, metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
+    )
+    """Who scores: a reward model's folder or hub name, function:module:name, or gold:help_desk."""
+
+    only_missing: bool = False
+    """Keep the scores that candidates have, and score the others."""
+
+    max_unscored_fraction: float = 0.01
+    """Stop when more than this share of the candidates could not be scored."""
+
+    prompts_per_chunk: int = 64
+    """Prompts that are scored together; a kill loses at most so many."""
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_chunk < 1:
+            raise UserError(f"prompts_per_chunk = {self.prompts_per_chunk}: must be at least 1")
+        if not 0 <= self.max_unscored_fraction <= 1:
+            raise UserError(
+                f"max_unscored_fraction = {self.max_unscored_fraction}: must be between 0 and 1"
+            )
+        if self.output_file.endswith(".gz"):
+            raise UserError(
+                f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
+                "drop the .gz of its name"
+            )
+        if Path(self.output_file).absolute() == Path(self.input_file).absolute():
+            raise UserError(
+                f"output_file {self.output_file}: is the file that is read; choose another"
+            )

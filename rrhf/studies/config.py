@@ -1,0 +1,111 @@
+"""The settings of `rrhf demo` and of the studies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rrhf.errors import UserError
+from rrhf.studies.method_table import METHODS
+
+
+@dataclass
+class DemoConfig:
+    """Settings of `rrhf demo`."""
+
+    output_dir: str = "runs/demo"
+    """Where policy, samples and table go; a stopped demonstration goes on from there."""
+
+    seeds: int = 1
+    """How many times to do everything, each with other data and weights."""
+
+    size: Literal["full", "smoke"] = "full"
+    """full, or smoke: a third of the work, for tests."""
+
+    jobs: int = 0
+    """Seeds at the same time; 0 = one for each core."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UserError(f"--seeds {self.seeds}: give 1 or more")
+
+
+@dataclass
+class MethodsConfig:
+    """Settings of `rrhf compare --world` and `rrhf study methods`."""
+
+    world: Literal["help_desk"] = "help_desk"
+    """The world to compare the methods on."""
+
+    seeds: int = 3
+    """How many times to do everything, each with other data and weights."""
+
+    first_seed: int = 0
+    """Number of the first; settings were chosen on 10 and 11."""
+
+    methods: list[str] = field(default_factory=list)
+    """Which methods; empty = all: best-of-n, best-of-n-sft, rrhf, rrhf-2, rrhf-4, online-rrhf, ppo,
+    rloo, grpo. SFT is always there."""
+
+    output_dir: str = "runs/compare"
+    """Run folders go here; what was stopped goes on from there."""
+
+    into: str = ""
+    """Write page, pictures and numbers to this folder; empty = output_dir."""
+
+    size: Literal["full", "smoke"] = "full"
+    """full, or smoke: a third of the work, for tests."""
+
+    jobs: int = 0
+    """Seeds at the same time; 0 = one for each core."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: give {least} or more")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
+
+
+@dataclass
+class HHRewardConfig:
+    """Reward models against plain baselines on preference pairs, in folds by first human turn."""
+
+    data_path: str
+    """Preference pairs, such as HH's harmless-base .jsonl.gz."""
+
+    output_dir: str
+    """Folds, results.json and table.md go here; started again, finished folds are kept."""
+
+    trunks: list[str] = field(default_factory=list)
+    """Folders of language models that reward models are made of; none = baselines alone."""
+
+    num_folds: int = 5
+    """Parts, each tested once by what was trained on the others."""
+
+    num_train_epochs: float = 1.0
+    """Passes of reward training."""
+
+    per_device_train_batch_size: int = 16
+    """Pairs in one forward."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of reward training."""
+
+    model_max_length: int = 256
+    """Most tokens of prompt and reply; longer prompts lose turns, longer replies their end."""
+
+    chat_format: str = "hh"
+    """How conversations are rendered for the reward models."""
+
+    seed: int = 0
+    """Decides folds, heads and order."""
+
+    def __post_init__(self) -> None:
+        if self.num_folds < 2:
+            raise UserError(f"--num_folds {self.num_folds}: must be 2 or more")
+        names = [Path(trunk).name for trunk in self.trunks]
+        if len(set(names)) < len(names):
+            raise UserError(f"--trunks {' '.join(names)}: two folders have the same name")

@@ -1,0 +1,59 @@
+"""The methods that are compared: the stages that each needs and the policy that it ends with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        title: its name there.
+        stages: after SFT and reward model, in order.
+        online: `--method` of `rrhf train ppo`; "" for what trains offline or not at all.
+        best_of: its answers are the best of so many of SFT.
+        curve: the title of the curve on which it lies; "" = it has none.
+    """
+
+    title: str
+    stages: tuple[str, ...] = ()
+    online: str = ""
+    best_of: int = 1
+    curve: str = ""
+
+    @property
+    def policy(self) -> str:
+        """The stage that holds what it ends with."""
+        return self.stages[-1] if self.stages else "sft"
+
+
+def _rounds(count: int) -> tuple[str, ...]:
+    names: list[str] = []
+    for number in range(1, count + 1):
+        names += [f"round-{number}", rounds_policy(number)]
+    return tuple(names)
+
+
+def rounds_policy(number: int) -> str:
+    """The stage of RRHF's round, counted from 1; round 0 is SFT."""
+    return ("sft", "rrhf")[number] if number < 2 else f"rrhf-{number}"
+
+
+_IP = "RRHF in rounds (IP)"
+
+METHODS: dict[str, Method] = {
+    "sft": Method("SFT"),
+    "best-of-n": Method("best of 4", best_of=4, curve="best of N"),
+    "best-of-n-sft": Method("best-of-4 fine-tuning", ("round-1", "best-of-n")),
+    "rrhf": Method("RRHF offline", _rounds(1), curve=_IP),
+    "rrhf-2": Method("RRHF IP-2", _rounds(2), curve=_IP),
+    "rrhf-4": Method(f"RRHF IP-{ROUNDS}", _rounds(ROUNDS), curve=_IP),
+    "online-rrhf": Method("online RRHF (OP)", ("online-rrhf",), "rrhf", curve="online RRHF (OP)"),
+    "ppo": Method("PPO", ("ppo",), "ppo", curve="PPO"),
+    "rloo": Method("RLOO", ("rloo",), "rloo", curve="RLOO"),
+    "grpo": Method("GRPO", ("grpo",), "grpo", curve="GRPO"),
+}
