@@ -44,7 +44,7 @@ step() {
 }
 
 resume() {
-    [[ ! -e $1/config.json ]] || printf '%s' --resume_from_checkpoint
+    [[ ! -e $1/settings.json && ! -e $1/config.json ]] || printf '%s' --resume_from_checkpoint
 }
 
 step 1-split rrhf data convert "$pairs" "$out/data" \

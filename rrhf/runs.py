@@ -36,11 +36,35 @@ from rrhf.files import (
 logger = logging.getLogger(__name__)
 
 FINISHED = "a finished"
+SETTINGS_FILE = "settings.json"
+"""What a run was asked to do. Not `config.json`, by which Hugging Face knows a model folder."""
+_OLD_SETTINGS_FILE = "config.json"
 # What may differ between the calls of one run: how it is called, and where its folder stands now.
 _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir")
 _MOST_CHANGES = 10
 # Folders of models that a run keeps on its way.
 _KEPT = ("policies", "reward_models", "best")
+
+
+def settings_file(run: PathLike) -> Path | None:
+    """The settings of the run in a folder; None where no run was begun there.
+
+    Earlier versions called them config.json, as models do: that file counts where it names an
+    output_dir, which no model's does.
+    """
+    settings, old = Path(run) / SETTINGS_FILE, Path(run) / _OLD_SETTINGS_FILE
+    if settings.is_file():
+        return settings
+    return old if are_settings(old) else None
+
+
+def are_settings(path: Path) -> bool:
+    """Whether a file holds the settings of a run, rather than the config of a model."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "output_dir" in values
 
 
 class MetricsLog:
@@ -150,7 +174,7 @@ def told_changes(changed: Sequence[tuple[str, Any, Any]]) -> str:
 
 
 class RunFolder:
-    """A run on disk: `config.json`, `metrics.jsonl`, `checkpoints/`, `policy/`, `manifest.json`.
+    """A run on disk: `settings.json`, `metrics.jsonl`, `checkpoints/`, `policy/`, `manifest.json`.
 
     Attributes:
         path: the output directory.
@@ -169,7 +193,7 @@ class RunFolder:
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.samples = MetricsLog(self.path / "samples.jsonl")
         self._lock = FileLock(self.path / ".lock")
-        self._config_path = self.path / "config.json"
+        self._settings_path = self.path / SETTINGS_FILE
 
     def finished_model(self, config: Mapping[str, Any]) -> Path | None:
         """The model's folder where a run with these settings is complete here, else None.
@@ -197,8 +221,9 @@ class RunFolder:
     def open(self, config: Mapping[str, Any], resume: bool) -> None:
         """Make the folder ours, before anything slow is loaded.
 
-        Writes `config.json` and a manifest that says "unfinished". With `resume`, an earlier run in
-        the folder is continued (settings that differ are logged); where there is none, one begins.
+        Writes `settings.json` and a manifest that says "unfinished". With `resume`, an earlier run
+        in the folder is continued (settings that differ are logged); where there is none, one
+        begins.
 
         Raises:
             UserError: another process holds the folder; it cannot be written; it holds a run and
@@ -223,8 +248,10 @@ class RunFolder:
                 for key, was, now in self._changed_settings(config):
                     logger.warning("resuming with %s = %r, which was %r", key, now, was)
             self.checkpoints.mkdir(exist_ok=True)
-            write_json(self._config_path, config)
+            write_json(self._settings_path, config)
             write_manifest(self.path, {"status": UNFINISHED})
+            if are_settings(old := self.path / _OLD_SETTINGS_FILE):
+                old.unlink()
         except BaseException:
             self._lock.release()
             raise
@@ -243,7 +270,10 @@ class RunFolder:
         if manifest is not None and manifest.get("status") == COMPLETE:
             return FINISHED
         # Without a manifest of ours, a config.json may be a model's: such a folder is not touched.
-        is_free = self.is_bare and (manifest is not None or not self._config_path.exists())
+        names = (SETTINGS_FILE, _OLD_SETTINGS_FILE)
+        is_free = self.is_bare and (
+            manifest is not None or not any((self.path / name).exists() for name in names)
+        )
         return None if is_free else "an unfinished"
 
     @property
@@ -263,7 +293,7 @@ class RunFolder:
         self.metrics.close()
         self.samples.close()
         logs = (self.metrics.path, self.samples.path)
-        for path in (self._config_path, manifest_path(self.path), *logs):
+        for path in (self._settings_path, manifest_path(self.path), *logs):
             path.unlink(missing_ok=True)
         self._lock.release()
         (self.path / ".lock").unlink(missing_ok=True)
@@ -272,10 +302,13 @@ class RunFolder:
                 folder.rmdir()
 
     def _changed_settings(self, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(name, value before, value now) of each setting that is not what config.json says."""
+        """(name, value before, value now) of each setting that is not what the run had."""
+        place = settings_file(self.path)
         try:
-            before = json.loads(self._config_path.read_bytes())
+            before = None if place is None else json.loads(place.read_bytes())
         except (OSError, ValueError):
+            before = None
+        if not isinstance(before, dict):
             return []
         now = json.loads(json_text(config))
         return [

@@ -59,7 +59,7 @@ def settings(world: Path, output_dir: Path | str, **changes: Any) -> IterativeCo
 
 def train_again(world: str, output_dir: str, **changes: Any) -> None:
     """A run, or its continuation where it was begun: what a restart script does."""
-    begun = (Path(output_dir) / "config.json").exists()
+    begun = (Path(output_dir) / "settings.json").exists()
     with suppress(AlreadyFinished):  # killed after its last word
         iterative.train(settings(Path(world), output_dir, resume_from_checkpoint=begun, **changes))
 

@@ -99,7 +99,7 @@ def without_clock(row: dict[str, float]) -> dict[str, float]:
 
 def train_again(world: str, output_dir: str, **changes: Any) -> None:
     """A run, or its continuation where it was begun: what a restart script does."""
-    begun = (Path(output_dir) / "config.json").exists()
+    begun = (Path(output_dir) / "settings.json").exists()
     with suppress(AlreadyFinished):  # killed after its last word
         ppo.train(settings(Path(world), output_dir, resume_from_checkpoint=begun, **changes))
 

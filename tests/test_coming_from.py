@@ -356,7 +356,8 @@ def look_at_training(command: str, config: Any) -> None:
     manifest = read_manifest(run)
     assert manifest is not None and manifest["status"] == "complete"
     assert manifest["steps"] == config.max_steps
-    assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(config.as_dict()))
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings == json.loads(json.dumps(config.as_dict()))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert any("loss" in row for row in metrics)

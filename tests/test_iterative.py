@@ -209,7 +209,7 @@ def test_the_outcome_may_be_the_best_round(
     shutil.copytree(full, copy)
     write_manifest(copy, {"status": "unfinished"})
     best = {**everything, "load_best_model_at_end": True}
-    (copy / "config.json").write_text(json.dumps(settings(world, full, **best).as_dict()))
+    (copy / "settings.json").write_text(json.dumps(settings(world, full, **best).as_dict()))
     train_again(str(world), str(copy), **best)
     assert same_weights(copy / "policy", full / "round-1/rank/policy")
 
@@ -293,7 +293,7 @@ def test_an_unfinished_run_is_not_begun_again_by_accident(
     """Killed while it sampled: there is nothing yet but half a candidate file."""
     run = tmp_path / "run"
     (run / "round-1").mkdir(parents=True)
-    shutil.copy(plain / "config.json", run)
+    shutil.copy(plain / "settings.json", run)
     write_manifest(run, {"status": "unfinished"})
     shutil.copy(plain / "round-1" / "candidates.jsonl", run / "round-1" / "candidates.rank0.jsonl")
     with pytest.raises(UserError, match="holds an unfinished run"):

@@ -530,7 +530,7 @@ def job(model: str, data: str, output: str) -> None:
         normalize_score_during_training=True,
         eval_steps=3,
         save_steps=2,
-        resume_from_checkpoint=(Path(output) / "config.json").exists(),
+        resume_from_checkpoint=(Path(output) / "settings.json").exists(),
     )
     with suppress(AlreadyFinished):
         reward.train(config)

@@ -99,7 +99,7 @@ def test_metrics_cut_at_any_byte_go_on(tmp_path: Path):
 def test_a_run_folder_from_start_to_end(tmp_path: Path):
     run = RunFolder(tmp_path / "deep" / "run")
     run.open({"learning_rate": 1e-3, "model": Path("m")}, resume=False)
-    assert json.loads((run.path / "config.json").read_text())["model"] == "m"
+    assert json.loads((run.path / "settings.json").read_text())["model"] == "m"
     manifest = read_manifest(run.path)
     assert manifest is not None and manifest["status"] == "unfinished"
     assert run.checkpoints.is_dir()
@@ -122,7 +122,9 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("left", ["config.json", "metrics.jsonl", "checkpoints/step-1/x"])
+@pytest.mark.parametrize(
+    "left", ["settings.json", "config.json", "metrics.jsonl", "checkpoints/step-1/x"]
+)
 def test_what_a_killed_run_left_is_not_overwritten(tmp_path: Path, left: str):
     (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / left).write_text("{}\n")

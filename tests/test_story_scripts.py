@@ -82,7 +82,7 @@ def test_responses_are_made_and_scored_and_a_policy_is_trained_on_them(workplace
     data = "out 1/train_data.json"
     told = run(workplace, "train.sh", "a policy", "run; one", data, *training)
     assert told == "Trained model: run; one/policy\n"
-    config = json.loads((workplace / "run; one/config.json").read_text())
+    config = json.loads((workplace / "run; one/settings.json").read_text())
     assert config["learning_rate"] == 1e-3
     assert (workplace / "run; one/policy/model.safetensors").is_file()
     before = (workplace / "a policy/model.safetensors").read_bytes()

@@ -66,7 +66,7 @@ def train(stage: str, model: str, data: str, output_dir: str, **changes: Any) ->
         "num_train_epochs": 2,
         "model_max_length": 100,
         "save_steps": 2,
-        "resume_from_checkpoint": (Path(output_dir) / "config.json").exists(),
+        "resume_from_checkpoint": (Path(output_dir) / "settings.json").exists(),
         **changes,
     }
     with suppress(AlreadyFinished):

@@ -94,7 +94,7 @@ def train(
 
 def train_with_resume(model: str, output_dir: str) -> None:
     """What a user's restart script does: start, or go on."""
-    started = (Path(output_dir) / "config.json").exists()
+    started = (Path(output_dir) / "settings.json").exists()
     with suppress(AlreadyFinished):
         train(model, output_dir, resume=started)
 

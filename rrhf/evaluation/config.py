@@ -26,7 +26,7 @@ class EvaluateConfig(RewardModelOptions):
     responses in it serve as references and pairs."""
 
     model_name_or_path: str = ""
-    """The policy to measure: a folder with config.json, or a hub name."""
+    """The policy to measure: a model folder, a run folder, or a hub name."""
 
     responses: str = ""
     """Measure these instead of a policy: a candidate file, or the word dataset for the prompts'
@@ -41,8 +41,8 @@ class EvaluateConfig(RewardModelOptions):
     scorer: str = field(
         default="", metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
     )
-    """Who gives the reward: a reward model's folder, function:module:name, gold:help_desk; empty =
-    nobody."""
+    """Who gives the reward: a reward model's folder or run, function:module:name, gold:help_desk;
+    empty = nobody."""
 
     gold: Literal["auto", "none", "help_desk"] = "auto"
     """The world that knows the true worth of a response; auto: by where the prompts come from."""

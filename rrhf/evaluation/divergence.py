@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rrhf.evaluation.bootstrap import Measure
 from rrhf.generation.engine import SamplingParams
+from rrhf.model_paths import model_folder
 
 
 def sequence_log_ratio(logprobs: Tensor, reference_logprobs: Tensor) -> float:
@@ -114,7 +115,7 @@ class _StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path, opened: ExitStack) -> None:
         self._files = {}
-        for path in sorted(Path(folder).expanduser().glob("model*.safetensors")):
+        for path in sorted(Path(model_folder(folder)).glob("model*.safetensors")):
             file = opened.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))
 

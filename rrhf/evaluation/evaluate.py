@@ -33,8 +33,8 @@ from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.evaluation.results import save_row
 from rrhf.files import explained_os_errors, read_manifest
 from rrhf.generation.local import LocalEngine
+from rrhf.model_paths import check_model_path, model_folder
 from rrhf.models.loading import (
-    check_model_path,
     load_causal_lm,
     load_tokenizer,
     resolve_device,
@@ -131,7 +131,8 @@ class _Models:
         self._loaded: dict[str, Any] = {}
 
     def model(self, path: str) -> Any:
-        key = str(Path(path).resolve()) if Path(path).exists() else path
+        folder = Path(model_folder(path))
+        key = str(folder.resolve()) if folder.exists() else path
         if key not in self._loaded:
             config = self.config
             model = load_causal_lm(
@@ -193,11 +194,17 @@ def _build_evaluator(config: EvaluateConfig, data: EvaluationData, models: _Mode
     reference = paper = None
     if path := config.reference_model_name_or_path:
         codec = models.codec(path)
-        reference = LikelihoodReader(models.model(path), codec, path, engine=config.engine)
+        reference = LikelihoodReader(
+            models.model(path), codec, model_folder(path), engine=config.engine
+        )
     if path := config.ppl_model_name_or_path:
         tokenizer = load_tokenizer(path, config.trust_remote_code)
         paper = PaperPerplexity(
-            models.model(path), tokenizer, config.ppl_max_tokens or None, path, config.engine
+            models.model(path),
+            tokenizer,
+            config.ppl_max_tokens or None,
+            model_folder(path),
+            config.engine,
         )
     options = RewardModelOptions(
         **{name: getattr(config, name) for name in RewardModelOptions.__dataclass_fields__}
@@ -253,7 +260,7 @@ def _name_of_responses(config: EvaluateConfig) -> str:
 
 def training_cost(config: EvaluateConfig) -> dict[str, Any] | None:
     """What the run that made the policy says that it cost; None where no run is known."""
-    folder = Path(config.model_name_or_path)
+    folder = Path(model_folder(config.model_name_or_path))
     manifest = read_manifest(folder.parent) if folder.is_dir() else None
     if manifest is None or "steps" not in manifest:
         return None

@@ -58,7 +58,7 @@ class GenerateConfig(SamplingOptions):
     """Sample responses to prompts with a policy and write a candidate file."""
 
     model_name_or_path: str
-    """The policy: a folder with config.json, or a hub name."""
+    """The policy: a model folder, a run folder, or a hub name."""
     prompts: str
     """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
     several with commas."""

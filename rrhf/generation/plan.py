@@ -20,6 +20,7 @@ from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.local import prompt_room
+from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
 
@@ -125,7 +126,7 @@ def fingerprint(model_name_or_path: str) -> str:
 
     Weight files are read at their beginning, middle and end only. A hub name stands for itself.
     """
-    folder = Path(model_name_or_path).expanduser()
+    folder = Path(model_folder(model_name_or_path))
     if not folder.is_dir():
         return model_name_or_path
     digest = hashlib.sha256()

@@ -32,7 +32,8 @@ from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
 from rrhf.generation.plan import Plan, fingerprint, plan_prompts
 from rrhf.generation.staged_file import GO_ON, StagedFile
-from rrhf.models.loading import check_model_path, load_tokenizer
+from rrhf.model_paths import check_model_path
+from rrhf.models.loading import load_tokenizer
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
 

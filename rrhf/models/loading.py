@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rrhf.errors import UserError
+from rrhf.model_paths import check_model_path, model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,9 @@ def load_tokenizer(
         UserError: no tokenizer there.
     """
     check_model_path(name_or_path)
+    folder = model_folder(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{name_or_path}: no tokenizer could be read here: {error}") from error
 
@@ -75,28 +77,6 @@ def check_attention(attn_implementation: str) -> None:
                 f"--attn_implementation {attn_implementation}: needs a CUDA GPU and none is "
                 "visible; use sdpa"
             )
-
-
-def check_model_path(name_or_path: str | Path) -> None:
-    """A path that looks local must exist: otherwise a hub would be asked for a typing error.
-
-    Raises:
-        UserError: the folder is missing, or holds no config.json.
-    """
-    text = str(name_or_path)
-    path = Path(text).expanduser()
-    looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists()
-    if not looks_local:
-        return
-    if not path.is_dir():
-        raise UserError(
-            f"{text}: no such model folder; give a folder with config.json, or a hub name in the "
-            "form owner/name, such as openai-community/gpt2-medium"
-        )
-    if not (path / "config.json").is_file():
-        inner = path / "policy"
-        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-        raise UserError(f"{text}: the folder has no config.json, so it holds no model{hint}")
 
 
 def load_model(
@@ -127,7 +107,7 @@ def load_model(
     try:
         with _LOADING:
             return auto_class.from_pretrained(
-                str(name_or_path),
+                model_folder(name_or_path),
                 dtype=DTYPES[dtype],
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
@@ -184,7 +164,7 @@ def context_window(name_or_path_or_model: Any) -> int | None:
     """How many positions a model knows, or None where its config does not say."""
     config = getattr(name_or_path_or_model, "config", None)
     if config is None:
-        config = AutoConfig.from_pretrained(str(name_or_path_or_model))
+        config = AutoConfig.from_pretrained(model_folder(name_or_path_or_model))
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

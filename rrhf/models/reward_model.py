@@ -33,7 +33,8 @@ from transformers.utils import logging as transformers_logging
 from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
-from rrhf.models.loading import check_model_path, disable_dropout, load_model
+from rrhf.model_paths import check_model_path, model_folder
+from rrhf.models.loading import disable_dropout, load_model
 from rrhf.models.packed_trunk import inner_model
 
 HEAD = "score"
@@ -224,8 +225,9 @@ def set_score_normalizer(config: PreTrainedConfig, normalizer: Normalizer | None
 
 def _read_config(name_or_path: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
     check_model_path(name_or_path)
+    folder = model_folder(name_or_path)
     try:
-        return AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{name_or_path}: its config.json cannot be read: {error}") from error
 

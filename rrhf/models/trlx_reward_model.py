@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rrhf.errors import UserError
+from rrhf.model_paths import model_folder
 from rrhf.models.loading import DTYPES, disable_dropout
 from rrhf.models.reward_model import HEAD
 
@@ -84,8 +85,9 @@ def config_folder(path: str | Path, base: str | Path | None) -> Path:
     Raises:
         UserError: in neither place.
     """
-    beside = Path(path) if Path(path).is_dir() else Path(path).parent
-    for folder in (Path(base),) if base is not None else (beside,):
+    place = Path(model_folder(path))
+    beside = place if place.is_dir() else place.parent
+    for folder in (Path(model_folder(base)),) if base is not None else (beside,):
         if (folder / "config.json").is_file():
             return folder
     if base is not None:
@@ -102,7 +104,7 @@ def weight_files(path: str | Path) -> list[Path]:
     Raises:
         UserError: there is no such folder, or no weights in it.
     """
-    place = Path(path)
+    place = Path(model_folder(path))
     if place.is_file():
         return [place]
     if not place.is_dir():

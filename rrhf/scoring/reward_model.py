@@ -23,6 +23,7 @@ from rrhf.algorithms.normalizers import normalize
 from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
+from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window, load_tokenizer, resolve_device
 from rrhf.models.onednn_linear import fast_linears
 from rrhf.models.reward_engines import FastRewardModel, build_reward_model
@@ -180,7 +181,7 @@ class RewardModelScorer:
             )
         self._max_length = max_length or window or DEFAULT_WINDOW
         self._normalizer = score_normalizer(model.config) if use_normalizer else None
-        self.name = f"reward_model:{path}"
+        self.name = f"reward_model:{model_folder(path)}"
         self.normalized = self._normalizer is not None
         self.unscored: Counter[str] = Counter()
         first_end_id = self._first_end_id(path) if score_at == "first_eos" else None
@@ -306,7 +307,7 @@ class TrlxScorer:
         self._max_length = max_length or min(PUBLISHED_TRLX_LENGTH, window)
         self._double_blank = double_blank
         self._end_id = int(self._tokenizer.eos_token_id)
-        self.name = f"reward_model:{path} (trlx)"
+        self.name = f"reward_model:{model_folder(path)} (trlx)"
         self.unscored: Counter[str] = Counter()
         root = _frozen(model, engine, self._end_id, device)
         self.model = root

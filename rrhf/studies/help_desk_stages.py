@@ -30,6 +30,7 @@ from rrhf.generation.local import LocalEngine
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.saving import write_model_folder
+from rrhf.runs import settings_file
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.studies.help_desk_online import online_config
 from rrhf.training import ppo, rank, reward, sft
@@ -208,7 +209,7 @@ class HelpDeskStages:
         folder = self.folder / name
         return {
             "output_dir": str(folder),
-            "resume_from_checkpoint": (folder / "config.json").is_file(),
+            "resume_from_checkpoint": settings_file(folder) is not None,
             "chat_format": "hh",
             "model_max_length": MAX_LENGTH,
             "min_learning_rate_ratio": 0.1,

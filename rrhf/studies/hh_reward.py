@@ -43,6 +43,7 @@ from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.records import CandidateSet
+from rrhf.runs import SETTINGS_FILE, settings_file
 from rrhf.studies.config import HHRewardConfig
 from rrhf.training.fitting import RowFitter
 from rrhf.training.reward import RewardConfig, train
@@ -65,7 +66,7 @@ def run(config: HHRewardConfig) -> Path:
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same_settings(folder / "config.json", asdict(config))
+    _require_same_settings(folder, asdict(config))
     counts = SourceCounts()
     found = pairs(load_sets(config.data_path, counts=counts), counts)
     share = 1 / config.num_folds
@@ -92,17 +93,17 @@ def run(config: HHRewardConfig) -> Path:
     return folder / "results.json"
 
 
-def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
+def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     """More trunks may be added later; what a fold depends on may not change."""
-    if path.exists():
-        before = json.loads(path.read_text())
+    if (place := settings_file(folder)) is not None:
+        before = json.loads(place.read_text())
         for name, value in settings.items():
             if name != "trunks" and before.get(name) != value:
                 raise UserError(
-                    f"{path.parent}: was begun with {name} {before.get(name)!r}, now it is "
+                    f"{folder}: was begun with {name} {before.get(name)!r}, now it is "
                     f"{value!r}; choose another --output_dir"
                 )
-    write_json(path, settings)
+    write_json(folder / SETTINGS_FILE, settings)
 
 
 def _one_fold(

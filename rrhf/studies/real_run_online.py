@@ -17,6 +17,7 @@ from rrhf.evaluation.results import load_row, measure_from_json
 from rrhf.files import read_manifest
 from rrhf.report.curves import draw_curves
 from rrhf.report.table import NOTHING, format_estimate, format_number, markdown_lines
+from rrhf.runs import settings_file
 
 SAMPLES = "_4_samples"
 """Rewards are taken from rows with several samples a prompt: one says too little."""
@@ -187,7 +188,7 @@ def _costs(out: Path, methods: Sequence[Method]) -> str:
 
 def _offline_cost(out: Path) -> list[str]:
     run = read_manifest(out / OFFLINE.folder) or {}
-    config = json.loads((out / OFFLINE.folder / "config.json").read_text())
+    config = _settings(out / OFFLINE.folder)
     candidates = read_manifest(out / "candidates" / "train_data.json") or {}
     sampled = candidates["input"]["manifest"]
     seconds = (out / "steps" / "3-candidates.seconds").read_text().strip()
@@ -206,9 +207,17 @@ def _offline_cost(out: Path) -> list[str]:
     ]
 
 
+def _settings(run: Path) -> dict[str, Any]:
+    """What a run was asked to do."""
+    place = settings_file(run)
+    assert place is not None, f"{run} is no run"
+    settings: dict[str, Any] = json.loads(place.read_text())
+    return settings
+
+
 def _online_cost(out: Path, method: Method) -> list[str]:
     run = read_manifest(out / method.folder) or {}
-    config = json.loads((out / method.folder / "config.json").read_text())
+    config = _settings(out / method.folder)
     rollouts = _rollouts(out / method.folder)
     phases = (("generate",), ("score",), ("read", "reference"))
     spent = [

@@ -31,10 +31,10 @@ class TrainingConfig:
     """Training, as in every stage of `rrhf train`."""
 
     model_name_or_path: str = field(metadata={"aliases": ["model_name"]})
-    """Folder or hub name of the model to start from."""
+    """Folder, run folder or hub name of the model to start from."""
 
     output_dir: str
-    """Run folder: config, metrics, checkpoints and the trained model go here."""
+    """Run folder: settings, metrics, checkpoints and the trained model go here."""
 
     num_train_epochs: float = 1.0
     """Passes over the data."""

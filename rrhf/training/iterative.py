@@ -31,9 +31,10 @@ from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import COMPLETE, UNFINISHED, read_manifest, write_manifest
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
-from rrhf.models.loading import check_model_path, context_window
+from rrhf.model_paths import check_model_path
+from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
-from rrhf.runs import RunFolder, told_changes
+from rrhf.runs import RunFolder, settings_file, told_changes
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
@@ -223,7 +224,7 @@ class _Rounds:
         if not self.folder.has_finished(number):
             from_first = self.config.train_from == "first"
             start = self._policy_before(1 if from_first else number)
-            resume = (run / "config.json").is_file()
+            resume = settings_file(run) is not None
             ranking = self.config.ranking(start, folder / "train_data.json", run, resume)
             where = f"round {number} of {self.config.num_rounds}, training"
             logger.info("%s from %s", where, start)
