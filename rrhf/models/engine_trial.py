@@ -31,7 +31,9 @@ from rrhf.models.shared_prefix import lay_out
 
 logger = logging.getLogger(__name__)
 
-Engine = Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"]
+Engine = Literal[
+    "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"
+]
 
 AUTO = ("shared_prefix", "dense_mask", "rows")
 """Which layouts `auto` tries, in this order; `rows` is padded rows with the head in chunks."""
@@ -81,10 +83,15 @@ def first_that_fits(
     inner = inner_model(model)
     before = inner.config._attn_implementation
     base = BASES.get(before, before)
+    is_torch_varlen = engine == varlen_attention.ENGINE
+    if is_torch_varlen and (missing := varlen_attention.torch_varlen_missing()):
+        raise UserError(f"--engine {engine}: {missing}; use --engine auto")
     is_flash = base == varlen_attention.FLASH
-    is_away = is_flash and inner.device.type not in varlen_attention.DEVICES
+    is_on_gpu = inner.device.type in varlen_attention.DEVICES
+    is_away = is_flash and not is_on_gpu
     # Flash attention knows no float32; all else is best tried in the weights' own precision.
-    needs_half = is_flash and not is_away and inner.dtype == torch.float32
+    is_half = (is_flash or is_torch_varlen) and is_on_gpu
+    needs_half = is_half and inner.dtype == torch.float32
     failures: list[str] = []
     fast: Fast | None = None
     for layout in AUTO_OVER.get(base, AUTO) if engine == "auto" else (engine,):

@@ -133,8 +133,8 @@ def build_policy(
 
     Args:
         model: not yet spread over processes, where it will compute.
-        engine: `padded`; `shared_prefix`, `flex_attention` or `dense_mask`; `auto` = the first that
-            serves the model.
+        engine: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
+            `auto` = the first that serves the model.
         temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
 
     Raises:

@@ -85,4 +85,5 @@ def attend_flex(
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    # Otherwise each new length of a sequence would be compiled for itself, seconds at a time.
+    return torch.compile(flex_attention, dynamic=True)

@@ -1,8 +1,9 @@
 """A model's trunk on one of the faster layouts.
 
 A layout says how a batch passes the network: `shared_prefix` computes every prompt once through
-attention of our own, `flex_attention` does so through FlexAttention and `dense_mask` through a mask
-of all tokens by all tokens; `rows` are padded rows. Policies (`engines`) and reward models
+attention of our own, `varlen_attention` does so through torch's varlen attention, `flex_attention`
+through FlexAttention and `dense_mask` through a mask of all tokens by all tokens; `rows` are padded
+rows. Policies (`engines`) and reward models
 (`reward_engines`) go by the same ones, each tried on the model at hand before it is used
 (`engine_trial`).
 
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch
-from rrhf.models.prefix_attention import FLEX_OVER, OVER, Prefix
+from rrhf.models.prefix_attention import FLEX_OVER, OVER, VARLEN_OVER, Prefix
 from rrhf.models.shared_prefix import SharedPrefix, dense_mask, lay_out
 
-ATTENTION = {"shared_prefix": OVER, "flex_attention": FLEX_OVER}
+ATTENTION = {
+    "shared_prefix": OVER,
+    "varlen_attention": VARLEN_OVER,
+    "flex_attention": FLEX_OVER,
+}
 """Layouts with attention of their own: its registered name over each that it may replace."""
 
 
@@ -49,7 +54,7 @@ class PackedTrunk:
 
     Attributes:
         model: a Hugging Face model with a head, bare or with adapters.
-        layout: `shared_prefix`, `flex_attention`, `dense_mask` or `rows`.
+        layout: `shared_prefix`, `varlen_attention`, `flex_attention`, `dense_mask` or `rows`.
         window: rows beyond it go as padded rows; None = none do.
     """
 

@@ -5,8 +5,9 @@ each response with its prompt's keys before its own. Where no layout is handed t
 ordinary implementation, so generation and padded rows of the same model stay as they were. It must
 stay set through the backward pass: with activation checkpointing attention is run again there.
 
-Over flash attention, the two calls are its own (`varlen_attention`), for all buckets together. With
-FlexAttention there is one call under a mask of blocks (`flex_attention`).
+Over flash attention, the two calls are its own (`varlen_attention`), for all buckets together; so
+they are with the kernel inside torch, where it computes. With FlexAttention there is one call under
+a mask of blocks (`flex_attention`).
 
 Legend: T tokens of the sequence, D head width, P prompt tokens, L response tokens that are fed.
 """
@@ -49,6 +50,9 @@ OVER = {
 
 FLEX_OVER = {base: f"{name}_flex" for base, name in OVER.items()}
 """The same, where shared prompts go by FlexAttention."""
+
+VARLEN_OVER = {"sdpa": "rrhf_shared_prefix_torch_varlen"}
+"""The same, where shared prompts go by the varlen attention inside torch."""
 
 MASKS: dict[str, Any] = {"sdpa": sdpa_mask, "eager": eager_mask, FLASH: flash_attention_mask}
 
@@ -262,7 +266,7 @@ class _Kernel:
         return drop(weights, self.dropout) @ v
 
 
-def _attention_over(base: str, by_flex: bool) -> Any:
+def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = False) -> Any:
     def forward(
         module: nn.Module,
         query: Tensor,
@@ -301,6 +305,11 @@ def _attention_over(base: str, by_flex: bool) -> Any:
             states = varlen_attention.in_one_precision(query, key, value)
             kernel = varlen_attention.load_varlen()
             return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+        if by_torch_varlen:
+            states = varlen_attention.in_one_precision(query, key, value)
+            if varlen_attention.serves(states):
+                kernel = varlen_attention.load_torch_varlen()
+                return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
         keeps_pieces = not shared_prefix.is_recomputed
         return attend(query, key, value, layout, *more, keeps_pieces), None
 
@@ -319,9 +328,9 @@ def _ordinary(base: str, module: nn.Module) -> Any:
 
 def register() -> None:
     """Make the implementations known to transformers; once is enough, twice does no harm."""
-    for over in (OVER, FLEX_OVER):
+    for over in (OVER, FLEX_OVER, VARLEN_OVER):
         for base, name in over.items():
-            ours: Any = _attention_over(base, over is FLEX_OVER)
+            ours: Any = _attention_over(base, over is FLEX_OVER, over is VARLEN_OVER)
             AttentionInterface.register(name, ours)
             AttentionMaskInterface.register(name, MASKS[base])
 

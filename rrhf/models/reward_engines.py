@@ -25,7 +25,7 @@ from rrhf.models.prefix_attention import Prefix
 from rrhf.models.reward_model import RewardModel
 from rrhf.models.shared_prefix import SharedPrefix
 
-LAYOUTS = ("shared_prefix", "flex_attention", "dense_mask")
+LAYOUTS = ("shared_prefix", "varlen_attention", "flex_attention", "dense_mask")
 """Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
 
 
@@ -50,7 +50,8 @@ class FastRewardModel(PackedTrunk, RewardModel):
         super().__init__(model, per_token, first_end_id, reads_padding)
         self.take_layout(layout)
         config = inner_model(model).config
-        has_kernel = layout == "flex_attention" or "flash" in config._attn_implementation
+        is_kernel = layout in ("varlen_attention", "flex_attention")
+        has_kernel = is_kernel or "flash" in config._attn_implementation
         self.has_blind = not has_kernel and declared_window(config) is None
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -129,8 +130,8 @@ def build_reward_model(
 
     Args:
         model: not yet spread over processes, where it will compute.
-        engine: `padded`; `shared_prefix`, `flex_attention` or `dense_mask`; `auto` = the first that
-            serves the model.
+        engine: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
+            `auto` = the first that serves the model.
         per_token, first_end_id, reads_padding: as in `RewardModel`.
 
     Raises:

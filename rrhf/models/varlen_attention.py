@@ -6,16 +6,23 @@ prompt's keys before its own: where a row has more keys than queries, flash atte
 lets the last query stand at the last key, which is the mask that a response needs. Grouped heads,
 sliding windows, soft-capping and dropout are the kernel's own.
 
-The kernel runs on CUDA in half precision alone; no GPU was at hand here. What is around it (who
-reads which keys, lengths, gradients) is the same for any function of flash attention's signature,
-and tests put a slow and exact one in its place. Not measured, not run on CUDA.
+There are two kernels. A model loaded with `flash_attention_2` uses the flash-attn package. The
+engine `varlen_attention` uses the one inside torch (`torch.nn.attention.varlen`, since 2.10) for a
+model loaded with `sdpa`, so it needs no package; it has neither soft-capping nor dropout.
+
+Both run on CUDA in half precision alone; no GPU was at hand here. What is around them (who reads
+which keys, lengths, gradients) is the same for any function of flash attention's signature, and
+tests put a slow and exact one in its place. Not measured, not run on CUDA.
 
 Legend: T tokens of the sequence, D head width, G prompts, N responses that are fed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -29,8 +36,14 @@ from rrhf.models.shared_prefix import SharedPrefix
 FLASH = "flash_attention_2"
 """What transformers calls the implementation that this one takes the place of."""
 
+ENGINE = "varlen_attention"
+"""The engine that goes by torch's own kernel."""
+
 DEVICES = ("cuda",)
-"""Kinds of device that the kernel runs on."""
+"""Kinds of device that the kernels run on."""
+
+HALF = (torch.bfloat16, torch.float16)
+"""What torch's kernel computes in."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,8 @@ def attend_varlen(
             more["window_size"] = (window - 1, 0)  # how many keys on either side of its own
         if softcap is not None:
             more["softcap"] = softcap
+        if torch.are_deterministic_algorithms_enabled():
+            more["deterministic"] = True
         found = varlen(
             *rows,
             *bounds,
@@ -209,6 +224,71 @@ def load_varlen() -> Any:
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func
+
+
+def torch_varlen_missing() -> str | None:
+    """Why torch's kernel cannot be used on this machine; None where it can."""
+    if "cuda" in DEVICES and not torch.cuda.is_available():
+        return "needs a CUDA GPU and none is visible"
+    return None
+
+
+def serves(states: Sequence[Tensor]) -> bool:
+    """Whether torch's kernel takes these; elsewhere the two calls are SDPA's."""
+    return states[0].device.type in DEVICES and states[0].dtype in HALF
+
+
+@functools.cache
+def load_torch_varlen() -> Any:
+    """The kernel inside torch, called as flash-attn's is."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return as_flash(varlen_attn)
+
+
+def as_flash(varlen_attn: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Gives a `varlen_attn` the signature of flash_attn.flash_attn_varlen_func.
+
+    torch's changed twice: 2.10 has `is_causal` and no scale, 2.11 says with `window_size` that
+    attention is causal, 2.12 wants to be told of grouped heads (which the kernel always had).
+    """
+    known = inspect.signature(varlen_attn).parameters
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rows: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = True,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        deterministic: bool = False,  # torch's kernel asks torch by itself
+    ) -> Tensor:
+        assert causal, "nothing here asks for attention to later tokens"
+        if dropout_p or softcap:
+            raise NotImplementedError("torch's varlen attention has no dropout and no soft-capping")
+        more: dict[str, Any] = {}
+        if "window_size" in known:
+            more["window_size"] = (window_size[0], 0)
+        elif window_size[0] >= 0:
+            raise NotImplementedError(
+                f"varlen attention of torch {torch.__version__} has no sliding window; 2.11 has"
+            )
+        else:
+            more["is_causal"] = True
+        usual = query.shape[-1] ** -0.5
+        if "scale" in known:
+            more["scale"] = softmax_scale
+        elif softmax_scale is not None and not math.isclose(softmax_scale, usual):
+            query = query * (softmax_scale / usual)
+        if "enable_gqa" in known:
+            more["enable_gqa"] = query.shape[1] != key.shape[1]
+        found: Tensor = varlen_attn(query, key, value, *rows, **more)
+        return found
+
+    return call
 
 
 def in_one_precision(*tensors: Tensor) -> list[Tensor]:

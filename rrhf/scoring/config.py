@@ -36,7 +36,9 @@ class RewardModelOptions:
     max_batch_tokens: int = 16384
     """Tokens of one forward, padding included; lower it where memory runs out."""
 
-    engine: Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"] = "auto"
+    engine: Literal[
+        "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"
+    ] = "auto"
     """How rows pass a model that reads them: shared_prefix = each prompt once, auto = fastest that
     serves it."""
 

@@ -91,7 +91,9 @@ class TrainingConfig:
     attn_implementation: str = "sdpa"
     """Attention of the model: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
 
-    engine: Literal["auto", "shared_prefix", "flex_attention", "dense_mask", "padded"] = "auto"
+    engine: Literal[
+        "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"
+    ] = "auto"
     """How rows pass the model: shared_prefix = each prompt once, auto = fastest that serves it."""
 
     trust_remote_code: bool = False

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 import rrhf
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, UserError
+from rrhf.models import varlen_attention
 from rrhf.models.engines import build_policy
 from rrhf.models.loading import (
     context_window,
@@ -59,7 +60,7 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
 
     Raises:
         UserError: the folder holds another run, the tokenizer is missing, a length is impossible,
-            flash attention would have to compute in float32.
+            flash or varlen attention would have to compute in float32.
         AlreadyFinished: the run that is to be resumed is complete; every rank is told so.
     """
     started = time.monotonic()
@@ -74,6 +75,8 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
             f"--attn_implementation {config.attn_implementation}: computes in half precision only; "
             "add --bf16"
         )
+    if config.engine == varlen_attention.ENGINE and not config.bf16:
+        raise UserError(f"--engine {config.engine}: computes in half precision only; add --bf16")
     run = RunFolder(config.output_dir)
     if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
         raise AlreadyFinished(model)

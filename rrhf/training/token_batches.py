@@ -39,6 +39,7 @@ STRIPS = (1, 2, 3, 4, 6, 8)
 
 _LAYOUTS = {
     "shared_prefix": SHARED,
+    "varlen_attention": SHARED,
     "flex_attention": SHARED,
     "dense_mask": SHARED,
     "packed": PACKED,
