@@ -1,6 +1,7 @@
 """`rrhf compare`: the table's text, what is refused as not made alike, and paired gains."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -184,6 +185,44 @@ def test_gains_are_from_the_row_that_is_named():
     assert compare_rows(rows, "rrhf").gains["sft"]["gold"]["mean"] == pytest.approx(-0.5)
     with pytest.raises(UserError, match="choose one of 'sft', 'rrhf'"):
         compare_rows(rows, "ppo")
+
+
+def test_a_folder_is_measured_from_the_baseline_whatever_files_are_called(tmp_path):
+    place = save(
+        tmp_path / "rows", row("a", BETTER), row("sft greedy", VALUES, GREEDY), row("sft", VALUES)
+    )
+    for path in (tmp_path / "rows").iterdir():
+        os.utime(path, (1, 1))  # as in a copied folder
+    found = compare(CompareConfig([place]))
+    assert found.baseline == "sft" and found.rows[0]["name"] == "sft"
+    assert found.gains["a"]["gold"]["mean"] == pytest.approx(0.5)
+    assert "Gain on sft (paired" in found.text
+
+
+def test_the_baseline_is_known_by_its_model_where_its_row_has_another_name(tmp_path):
+    after = row("a", BETTER) | {"config": {"model_name_or_path": "m2", "baseline": "m1"}}
+    before = row("z", VALUES) | {"config": {"model_name_or_path": "m1", "baseline": "m1"}}
+    assert compare(CompareConfig([save(tmp_path / "rows", after, before)])).baseline == "z"
+
+
+def test_without_a_baseline_gains_are_on_the_reference(tmp_path):
+    policy = tmp_path / "runs" / "base" / "policy"
+    policy.mkdir(parents=True)
+    against = {"baseline": None, "reference": str(policy)}
+    rows = [row("a", BETTER, made_with=against), row("base", VALUES, made_with=against)]
+    assert compare(CompareConfig([save(tmp_path / "rows", *rows)])).baseline == "base"
+
+
+def test_a_folder_without_a_baseline_has_no_gains_and_says_how_to_get_them(tmp_path):
+    alone = {"baseline": None}
+    rows = [row("a", BETTER, made_with=alone), row("b", VALUES, made_with=alone)]
+    place = save(tmp_path / "rows", *rows)
+    found = compare(CompareConfig([place]))
+    assert found.baseline == "" and found.gains == {} and "Gain" not in found.text
+    assert "for gains give --baseline, one of 'a', 'b'" in found.text
+    files = [str(tmp_path / "rows" / f"{name}.json") for name in "ba"]
+    assert compare(CompareConfig(files)).baseline == "b"  # the first that is named
+    assert compare(CompareConfig([place], baseline="b")).baseline == "b"
 
 
 def test_one_row_has_no_gains_and_no_row_no_table():

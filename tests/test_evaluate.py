@@ -15,6 +15,7 @@ from rrhf.evaluation.evaluate import EvaluateConfig, evaluate, policy_name
 from rrhf.evaluation.results import load_row
 from rrhf.files import write_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
+from rrhf.report.compare import CompareConfig, compare
 from rrhf.worlds.help_desk import HelpDesk
 
 SCORER = "function:evaluate_scorer:by_length"
@@ -69,8 +70,8 @@ def test_a_policy_folder_becomes_two_rows_with_everything_in_them(folder):
             samples_per_prompt=2,
         )
     )
-    assert [row["name"] for row in result.rows] == ["rrhf", "rrhf greedy"]
-    assert [path.name for path in result.files] == ["rrhf.json", "rrhf_greedy.json"]
+    assert [row["name"] for row in result.rows[2:]] == ["rrhf", "rrhf greedy"]
+    assert [path.name for path in result.files[2:]] == ["rrhf.json", "rrhf_greedy.json"]
     for row in result.rows:
         assert {
             "reward", "win_reward", "tie_reward", "kl", "kl_k3", "ppl_reference", "ppl_human",
@@ -80,7 +81,7 @@ def test_a_policy_folder_becomes_two_rows_with_everything_in_them(folder):
         for name, value in row["metrics"].items():
             assert value["n"] == 5, name
             assert not name.startswith("win") or 0 <= value["low"] <= value["high"] <= 1
-    sampled, greedy = result.rows
+    sampled, greedy = result.rows[2:]
     assert sampled["metrics"]["ppl_human"] == greedy["metrics"]["ppl_human"]
     assert "policy_likelihood" not in greedy["cost"]["passes"]  # read once for both rows
     assert sampled["training"] == {"steps": 7, "seconds": 1.5, "tokens": 99, "world_size": 1}
@@ -90,7 +91,7 @@ def test_a_policy_folder_becomes_two_rows_with_everything_in_them(folder):
     samples = list(read_candidate_sets(folder / "out" / "rrhf.samples.jsonl"))
     assert [len(s.candidates) for s in samples] == [2] * 5
     assert all(c.score == len(c.response) for s in samples for c in s.candidates)
-    assert load_row(result.files[0])["metrics"] == json.loads(json.dumps(sampled["metrics"]))
+    assert load_row(result.files[2])["metrics"] == json.loads(json.dumps(sampled["metrics"]))
 
 
 def test_a_policy_is_no_better_than_itself(folder):
@@ -307,3 +308,83 @@ def test_one_prompt_is_enough_and_has_no_interval(folder):
     row = evaluate(config(folder, prompts=str(folder / "one.jsonl"), scorer=SCORER)).rows[0]
     assert row["metrics"]["reward"]["mean"] is not None
     assert row["metrics"]["reward"]["low"] is None
+
+
+# The baseline's own rows
+
+
+def test_the_baseline_gets_its_own_rows_before_those_of_the_policy(folder):
+    sft = str(folder / "sft" / "policy")
+    result = evaluate(config(folder, baseline=sft, reference_model_name_or_path=sft, scorer=SCORER))
+    assert [row["name"] for row in result.rows] == ["sft", "sft greedy", "rrhf", "rrhf greedy"]
+    sampled = result.rows[0]
+    assert set(sampled["metrics"]) == set(result.rows[2]["metrics"])
+    assert sampled["metrics"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)
+    assert sampled["config"]["model_name_or_path"] == sft
+    assert sampled["training"] is None  # not that of the policy
+    # As if it had been evaluated by itself.
+    alone = evaluate(config(folder, model_name_or_path=sft, scorer=SCORER, decoding="sample"))
+    assert alone.rows[0]["metrics"]["reward"] == sampled["metrics"]["reward"]
+
+
+def test_a_second_policy_finds_the_baselines_rows_and_another_setting_makes_them_again(
+    folder, monkeypatch
+):
+    options = {"baseline": str(folder / "sft" / "policy"), "scorer": SCORER}
+    evaluate(config(folder, **options))
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("out/sft*")}
+    again = evaluate(config(folder, **options, name="other"))
+    assert [row["name"] for row in again.rows] == ["sft", "sft greedy", "other", "other greedy"]
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("out/sft*")} == written
+    evaluate(config(folder, **options, seed=5))
+    assert any(path.stat().st_mtime_ns != before for path, before in written.items())
+
+
+def test_a_policy_that_is_the_baseline_has_one_row(folder):
+    sft = str(folder / "sft" / "policy")
+    result = evaluate(
+        config(folder, model_name_or_path=sft, baseline=sft, scorer=SCORER, name="start")
+    )
+    assert [row["name"] for row in result.rows] == ["start", "start greedy"]
+    # and a later evaluation takes them for the baseline's, the run's folder named or its model's
+    write_manifest(folder / "sft", {"status": "complete", "model_folder": "policy"})
+    later = evaluate(config(folder, baseline=str(folder / "sft"), scorer=SCORER))
+    assert [row["name"] for row in later.rows][:2] == ["start", "start greedy"]
+    assert not (folder / "out" / "sft.json").exists()
+
+
+def test_rows_of_one_name_do_not_replace_each_other(folder):
+    save_tiny(folder / "old" / "rrhf" / "policy", seed=2)
+    result = evaluate(
+        config(folder, baseline=str(folder / "old" / "rrhf" / "policy"), decoding="sample")
+    )
+    assert [row["name"] for row in result.rows] == ["rrhf (baseline)", "rrhf"]
+    assert compare(CompareConfig([str(folder / "out")])).baseline == "rrhf (baseline)"
+
+
+def test_a_baseline_of_given_responses_gets_a_row(folder):
+    evaluate(config(folder, decoding="sample", name="first", output_dir=str(folder / "elsewhere")))
+    file = str(folder / "elsewhere" / "first.samples.jsonl")
+    result = evaluate(config(folder, baseline=file, scorer=SCORER, decoding="sample"))
+    assert [row["name"] for row in result.rows] == ["first", "rrhf"]
+    assert result.rows[0]["metrics"]["tie_reward"]["mean"] == 1.0
+    before = Path(file).read_bytes()
+    within = str(folder / "out" / "first.samples.jsonl")
+    evaluate(config(folder, baseline=within, scorer=SCORER, decoding="sample"))
+    assert Path(file).read_bytes() == before and (folder / "out" / "first.json").exists()
+
+
+def test_the_best_of_n_is_set_against_the_baselines_plain_samples(folder):
+    sft = str(folder / "sft" / "policy")
+    result = evaluate(config(folder, baseline=sft, scorer=SCORER, best_of_n=2))
+    assert [row["name"] for row in result.rows] == ["sft", "rrhf best of 2"]
+
+
+def test_evaluate_then_compare_shows_before_and_after(folder, capsys):
+    words = ["evaluate", "--output_dir", str(folder / "out"), "--max_new_tokens", "4"]
+    words += ["--prompts", str(folder / "prompts.jsonl"), "--scorer", SCORER]
+    words += ["--model_name_or_path", str(folder / "rrhf" / "policy")]
+    assert main([*words, "--baseline", str(folder / "sft" / "policy")]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(folder / "out")]) == 0
+    assert "Gain on sft (paired" in capsys.readouterr().out

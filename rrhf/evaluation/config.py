@@ -51,7 +51,8 @@ class EvaluateConfig(RewardModelOptions):
     """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither."""
 
     baseline: str = ""
-    """What win rates are against: a policy's folder, sampled anew, or a candidate file."""
+    """What win rates are against: a policy's folder or a candidate file. It gets rows of its own,
+    once for each output_dir, so that `rrhf compare` shows before and after."""
 
     decoding: Literal["both", "greedy", "sample"] = "both"
     """Which rows to make of a policy; a greedy row has "greedy" in its name."""

@@ -1,8 +1,9 @@
 """`rrhf evaluate`: one policy (or given responses) on held-out prompts, written as rows.
 
-Each row is one JSON with its responses beside it (`rrhf.evaluation.results`); `rrhf compare` puts
-rows of several evaluations into a table. Whoever holds models already uses
-`rrhf.evaluation.evaluator.Evaluator` instead, which is what this does after loading.
+Each row is one JSON file with its responses next to it (`rrhf.evaluation.results`); `rrhf compare`
+puts rows of several evaluations into a table. A baseline gets rows of its own, so that a table
+shows before and after. Code that has its models in memory uses
+`rrhf.evaluation.evaluator.Evaluator` directly, as this module does after loading.
 """
 
 from __future__ import annotations
@@ -18,8 +19,18 @@ import rrhf
 from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
+from rrhf.evaluation.baseline import (
+    GIVEN,
+    Baseline,
+    is_own_samples,
+    name_of_responses,
+    policy_name,
+    same_place,
+    standing_row,
+)
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.divergence import stored_weight_distance, weight_distance
+from rrhf.evaluation.draft import describe_decoding
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.inputs import (
     EvaluationData,
@@ -78,30 +89,43 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     engine = models.engine(config.model_name_or_path) if config.model_name_or_path else None
     data, dropped = _fitting(data, engine, config)
     evaluator = _build_evaluator(config, data, models)
-    _set_baseline(config, evaluator, models, data)
-    extra: dict[str, Any] = {"config": asdict(config), "rrhf_version": rrhf.__version__}
+    name = _row_name(config)
+    baseline = _set_baseline(config, evaluator, models, data, name)
     result = EvaluationResult()
+    if baseline is not None:
+        _add_baseline_rows(config, evaluator, models, baseline, dropped, result)
+    extra = _facts(config, dropped if engine else None)
     if engine is None:
         given = given_responses(config.responses, data.sets, config.response_source)
-        name = config.name or _name_of_responses(config)
-        result.rows.append(evaluator.responses_row(name, given, extra=extra))
+        rows = [evaluator.responses_row(name, given, extra=extra)]
+    elif config.best_of_n > 1:
+        sampled = config.params(greedy=False)
+        rows = [evaluator.row(name, engine, sampled, config.best_of_n, extra=extra)]
     else:
-        extra |= {"prompts_that_do_not_fit": dropped, "training": training_cost(config)}
-        result.rows.extend(_policy_rows(config, evaluator, engine, extra))
-    for row in result.rows:
+        rows = _policy_rows(config, evaluator, engine, name, extra)
+    for row in rows:
+        result.rows.append(row)
         result.files.append(save_row(row, evaluator.samples[row["name"]], config.output_dir))
-        logger.info("%s: written to %s", row["name"], result.files[-1])
     return result
 
 
+def _facts(config: EvaluateConfig, dropped: int | None) -> dict[str, Any]:
+    """What a row says besides its measurements; `dropped` prompts, for a policy."""
+    facts: dict[str, Any] = {"config": asdict(config), "rrhf_version": rrhf.__version__}
+    if dropped is not None:
+        facts |= {"prompts_that_do_not_fit": dropped, "training": training_cost(config)}
+    return facts
+
+
 def _policy_rows(
-    config: EvaluateConfig, evaluator: Evaluator, engine: LocalEngine, extra: Mapping[str, Any]
+    config: EvaluateConfig,
+    evaluator: Evaluator,
+    engine: LocalEngine,
+    name: str,
+    extra: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    name = config.name or policy_name(config.model_name_or_path)
+    """One row for each decoding that was asked for."""
     sampled = config.params(greedy=False)
-    if config.best_of_n > 1:
-        label = config.name or f"{name} best of {config.best_of_n}"
-        return [evaluator.row(label, engine, sampled, config.best_of_n, extra=extra)]
     counts: dict[str, int] = {}
     path = config.model_name_or_path
     reader = LikelihoodReader(engine.model, engine.codec, path, engine=config.engine)
@@ -224,38 +248,95 @@ def _build_evaluator(config: EvaluateConfig, data: EvaluationData, models: _Mode
 
 
 def _set_baseline(
-    config: EvaluateConfig, evaluator: Evaluator, models: _Models, data: EvaluationData
-) -> None:
+    config: EvaluateConfig, evaluator: Evaluator, models: _Models, data: EvaluationData, name: str
+) -> Baseline | None:
+    """Give the evaluator the responses that win rates are against; returns what they are.
+
+    Args:
+        config: names the baseline, or none.
+        evaluator: gets the responses.
+        models: loads a policy.
+        data: the prompts.
+        name: of the row that is evaluated, which the baseline's row must not have too.
+    """
     if not config.baseline:
-        return
+        return None
     sets: list[CandidateSet]
-    if is_model_folder(config.baseline):
-        name = policy_name(config.baseline)
+    is_policy = is_model_folder(config.baseline)
+    if is_policy:
+        label = said = policy_name(config.baseline)
         sampled = config.params(greedy=False)
         params = replace(sampled, seed=config.seed + BASELINE_SEED_STEP)
-        sets = evaluator.sample(name, models.engine(config.baseline), params)
+        sets = evaluator.sample(label, models.engine(config.baseline), params)
     else:
-        name = Path(config.baseline).name
+        label, said = name_of_responses(config.baseline), Path(config.baseline).name
         sets = list(CandidateFile(config.baseline))
         if not {s.id for s in sets} & {s.id for s in data.sets}:
             raise UserError(
                 f"{config.baseline}: answers none of the prompts; name a baseline on the same ones"
             )
-    evaluator.set_baseline(name, sets)
+    if label == name and not same_place(
+        config.baseline, config.model_name_or_path or config.responses
+    ):
+        label = f"{label} (baseline)"
+    evaluator.set_baseline(said, sets)
+    return Baseline(config.baseline, label, None if is_policy else sets)
 
 
-def policy_name(path: str) -> str:
-    """What a policy is called: its folder, or the run that it is the policy of."""
-    folder = Path(path)
-    name = folder.resolve().name if folder.exists() else folder.name
-    if name == "policy" and folder.exists():
-        return folder.resolve().parent.name
-    return name or path
+def _add_baseline_rows(
+    config: EvaluateConfig,
+    evaluator: Evaluator,
+    models: _Models,
+    baseline: Baseline,
+    dropped: int,
+    result: EvaluationResult,
+) -> None:
+    """Measure the baseline as the policy is measured, unless a row of it is there already."""
+    if same_place(baseline.place, config.model_name_or_path or config.responses):
+        return
+    greedy = {"greedy": (True,), "sample": (False,), "both": (False, True)}[config.decoding]
+    kinds = [
+        describe_decoding(config.params(g)) for g in greedy if not (g and config.best_of_n > 1)
+    ]
+    if baseline.sets is not None:
+        kinds = [GIVEN]
+    standing = [standing_row(config.output_dir, baseline, evaluator.made_with(k)) for k in kinds]
+    if all(standing):
+        for row, path in filter(None, standing):
+            logger.info("%s: the baseline's row is already in %s", row["name"], path)
+            result.rows.append(row)
+            result.files.append(path)
+        return
+    if baseline.sets is not None:
+        if is_own_samples(baseline, config.output_dir):
+            return  # they were written with a row of their own
+        own = replace(
+            config, model_name_or_path="", responses=baseline.place, response_source="", name=""
+        )
+        rows = [evaluator.responses_row(baseline.name, baseline.sets, extra=_facts(own, None))]
+    else:
+        own = replace(
+            config,
+            model_name_or_path=baseline.place,
+            responses="",
+            name="",
+            best_of_n=1,
+            decoding="sample" if config.best_of_n > 1 else config.decoding,
+        )
+        engine = models.engine(baseline.place)
+        rows = _policy_rows(own, evaluator, engine, baseline.name, _facts(own, dropped))
+    for row in rows:
+        result.rows.append(row)
+        result.files.append(save_row(row, evaluator.samples[row["name"]], config.output_dir))
 
 
-def _name_of_responses(config: EvaluateConfig) -> str:
-    stem = Path(config.responses).name.removesuffix(".gz").removesuffix(".jsonl")
-    return f"{stem.removesuffix('.samples')} {config.response_source}".strip()
+def _row_name(config: EvaluateConfig) -> str:
+    if config.name:
+        return config.name
+    if config.responses:
+        return f"{name_of_responses(config.responses)} {config.response_source}".strip()
+    name = policy_name(config.model_name_or_path)
+    return f"{name} best of {config.best_of_n}" if config.best_of_n > 1 else name
 
 
 def training_cost(config: EvaluateConfig) -> dict[str, Any] | None:

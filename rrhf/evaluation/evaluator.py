@@ -281,7 +281,7 @@ class Evaluator:
         texts = [candidate.response for s in sets for candidate in s.candidates]
         for n in (1, 2):
             draft.numbers[f"distinct_{n}"] = distinct_n(texts, n)
-        row = draft.as_row(self._made_with(decoding), self.confidence, self.resamples)
+        row = draft.as_row(self.made_with(decoding), self.confidence, self.resamples)
         return {**row, **(extra or {})}
 
     def _measure_naturalness(self, draft: Draft, sets: list[CandidateSet]) -> None:
@@ -299,12 +299,13 @@ class Evaluator:
         if self.paper is not None:
             draft.measures |= self.paper.measures(sets)
 
-    def _made_with(self, decoding: dict[str, Any]) -> dict[str, Any]:
+    def made_with(self, decoding: Mapping[str, Any]) -> dict[str, Any]:
+        """What must agree between rows that are compared, for a row of this decoding."""
         paper = self.paper
         return {
             "prompts": fingerprint(self.prompts),
             "num_prompts": len(self.prompts),
-            "decoding": decoding,
+            "decoding": dict(decoding),
             "scorer": getattr(self.scorer, "name", None),
             "scores_are_normalized": getattr(self.scorer, "normalized", None),
             "baseline": None if self.baseline is None else self.baseline.name,

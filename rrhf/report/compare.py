@@ -4,7 +4,8 @@ Rows that were not made alike (`rrhf.report.agreement`) are refused, with what d
 `allow_mixed` shows them all the same.
 
 Gains are paired: the same prompts are resampled for both rows, so that what prompts have in common
-cancels.
+cancels. They are measured from the row of the baseline that the rows were evaluated against, else
+from that of their reference policy (`base_of`); the order of file names decides nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
+from rrhf.evaluation.baseline import name_of_responses, policy_name, same_place
 from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES, paired_difference
 from rrhf.evaluation.results import is_row, load_row, measure_from_json, try_json
 from rrhf.files import replaced_file
@@ -75,8 +77,14 @@ def compare(config: CompareConfig) -> Comparison:
             + "\nevaluate them on the same settings (--only_common_prompts mends different "
             "prompts), or show them all the same with --allow_mixed"
         )
+    names_files = any(not Path(place).is_dir() for place in config.rows)
+    base: str | None = config.baseline or base_of(rows)
+    if base is None and names_files:
+        base = rows[0]["name"]
+    if not names_files:
+        rows.sort(key=lambda row: row["name"] != base)  # before, then after
     comparison = compare_rows(
-        rows, config.baseline, config.columns, config.bootstrap_resamples, config.width, differences
+        rows, base, config.columns, config.bootstrap_resamples, config.width, differences
     )
     if config.output:
         with replaced_file(config.output) as file:
@@ -87,7 +95,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 def compare_rows(
     rows: Sequence[Row],
-    baseline: str = "",
+    baseline: str | None = "",
     columns: Sequence[str] = (),
     resamples: int = RESAMPLES,
     width: int = 120,
@@ -97,7 +105,7 @@ def compare_rows(
 
     Args:
         rows: as the evaluator gives them.
-        baseline: name of the row that gains are measured from; empty = the first.
+        baseline: name of the row that gains are measured from; empty = the first; None = no gains.
         columns: metrics; empty = the usual ones.
         resamples: of the paired bootstrap.
         width: of the terminal.
@@ -106,13 +114,16 @@ def compare_rows(
     if not rows:
         raise UserError("no rows to compare; name files or folders that `rrhf evaluate` wrote")
     shown = chosen_columns(rows, columns)
-    name = baseline or rows[0]["name"]
+    name = rows[0]["name"] if baseline == "" else baseline
     found = [row for row in rows if row["name"] == name]
-    if not found:
-        names = ", ".join(repr(row["name"]) for row in rows)
+    names = ", ".join(repr(row["name"]) for row in rows)
+    if name is not None and not found:
         raise UserError(f"baseline {name!r}: no row has this name; choose one of {names}")
     gains = {
-        row["name"]: row_gains(row, found[0], resamples) for row in rows if row["name"] != name
+        row["name"]: row_gains(row, base, resamples)
+        for base in found
+        for row in rows
+        if row is not base
     }
     confidence = rows[0]["made_with"].get("confidence", CONFIDENCE)
     about = (
@@ -127,12 +138,48 @@ def compare_rows(
     if lines:
         markdown.append(f"{title}:\n\n{markdown_lines(headings, lines)}")
         text.append(f"{title}:\n{terminal_lines(headings, lines, width)}")
+    if name is None and len(rows) > 1:
+        notes += (
+            f"No row is the baseline of the others; for gains give --baseline, one of {names}\n"
+        )
     if notes:
         markdown.append("".join(f"- {line}\n" for line in notes.splitlines()))
         text.append(notes)
     return Comparison(
-        list(rows), gains, name if gains else "", "\n".join(markdown), "\n".join(text)
+        list(rows), gains, (name or "") if gains else "", "\n".join(markdown), "\n".join(text)
     )
+
+
+def base_of(rows: Sequence[Row]) -> str | None:
+    """Name of the row that shows how it was before; None where no row does.
+
+    It is the row of the baseline that others were evaluated against, else of their reference
+    policy: by the model or file that it measured, else by its name; a sampled row before a greedy
+    one.
+    """
+    baselines = [str(row.get("config", {}).get("baseline") or "") for row in rows]
+    names = [str(row["made_with"].get("baseline") or "").partition("#")[0] for row in rows]
+    references = [str(row["made_with"].get("reference") or "") for row in rows]
+    for places, called in ((baselines, names), (references, references)):
+        wanted = {policy_name(name) for name in called} | {name_of_responses(n) for n in called}
+        for is_wanted in (
+            lambda row, places=places: any(same_place(measured(row), p) for p in places),
+            lambda row, wanted=wanted: row["name"].removesuffix(" greedy") in wanted - {""},
+        ):
+            found = [row for row in rows if is_wanted(row)]
+            found.sort(key=lambda row: row["made_with"]["decoding"].get("kind") == "greedy")
+            if found:
+                return str(found[0]["name"])
+    return None
+
+
+def measured(row: Row) -> str:
+    """The model or the file whose responses a row measured; empty where it does not say, and for
+    the best of N."""
+    config = row.get("config", {})
+    if config.get("best_of_n", 1) > 1 or config.get("response_source"):
+        return ""
+    return str(config.get("model_name_or_path") or config.get("responses") or "")
 
 
 def chosen_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:

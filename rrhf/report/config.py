@@ -19,7 +19,9 @@ class CompareConfig:
     """Write the table as Markdown to this file; empty = only show it."""
 
     baseline: str = ""
-    """Name of the row that the others' gains are measured from; empty = the first row."""
+    """Name of the row that the others' gains are measured from; empty = the row of the baseline
+    that they were evaluated against, else of their reference policy, else the first of the files
+    that are named."""
 
     columns: list[str] = field(default_factory=list)
     """Metrics to show, in order; empty = the usual ones. Costs (generation_seconds,

@@ -1,0 +1,92 @@
+"""The baseline of an evaluation, and whether its own row has to be measured.
+
+Several policies are usually evaluated into one folder against the same baseline. Its row is
+measured with the first of them; later evaluations find it there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.evaluation.results import SAMPLES_SUFFIX, file_stem, is_row, try_json
+from rrhf.files import json_text
+from rrhf.model_paths import model_folder
+from rrhf.records import CandidateSet
+
+GIVEN: dict[str, Any] = {"kind": "written"}
+"""The decoding of responses that nobody sampled for this evaluation."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What win rates are against.
+
+    Attributes:
+        place: a policy's folder or hub name, or a candidate file.
+        name: of its rows.
+        sets: the file's responses; None for a policy.
+    """
+
+    place: str
+    name: str
+    sets: list[CandidateSet] | None
+
+
+def name_of_responses(path: str) -> str:
+    """What the responses of a file are called."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".samples")
+
+
+def policy_name(path: str) -> str:
+    """What a policy is called: its folder, or the run that it is the policy of."""
+    folder = Path(path)
+    name = folder.resolve().name if folder.exists() else folder.name
+    if name == "policy" and folder.exists():
+        return folder.resolve().parent.name
+    return name or path
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths or hub names mean the same model or file."""
+    return bool(one and other) and _place(one) == _place(other)
+
+
+def _place(path: str) -> str:
+    with suppress(UserError):  # a run without its model is a place too
+        path = model_folder(path)
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def standing_row(
+    folder: str | Path, baseline: Baseline, made_with: Mapping[str, Any]
+) -> tuple[dict[str, Any], Path] | None:
+    """A row of the baseline in a folder that was made alike, with its file; None where none is.
+
+    Args:
+        folder: of the rows.
+        baseline: whose row is looked for; its responses are part of `made_with`, so a policy that
+            was trained on since then is not taken for the same.
+        made_with: what the row would be made with.
+    """
+    wanted = json.loads(json_text(made_with))
+    for path in sorted(Path(folder).glob("*.json")):
+        row = try_json(path)
+        if not is_row(row) or row["made_with"] != wanted:
+            continue
+        config = row.get("config") or {}
+        place = config.get("model_name_or_path") or config.get("responses") or ""
+        if config.get("best_of_n", 1) == 1 and same_place(str(place), baseline.place):
+            return row, path
+    return None
+
+
+def is_own_samples(baseline: Baseline, folder: str | Path) -> bool:
+    """Whether given responses are those of a row in the folder, which a new row would replace."""
+    samples = Path(folder) / f"{file_stem(baseline.name)}{SAMPLES_SUFFIX}"
+    return samples.exists() and same_place(str(samples), baseline.place)
