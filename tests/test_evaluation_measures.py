@@ -106,6 +106,32 @@ def test_more_unscored_responses_than_allowed_stop_the_evaluation():
     assert estimate(reward_measure(scored)).mean == 1.5
 
 
+class ByShortLength(ByLength):
+    """As ByLength, with a window of three letters."""
+
+    window = 3
+
+    def fits(self, s, candidate):
+        return len(candidate.response) <= self.window
+
+    def score(self, sets):
+        found = super().score(sets)
+        return [
+            [x if self.fits(s, c) else None for c, x in zip(s.candidates, row, strict=True)]
+            for s, row in zip(sets, found, strict=True)
+        ]
+
+
+def test_what_exceeds_the_scorers_window_does_not_stop_the_evaluation(caplog):
+    sets = [prompt("a", reply("xx"), reply("xxxx")), prompt("b", reply("x"), reply("yyyyy"))]
+    assert [s.scores for s in score_sets(ByShortLength(), sets, 0.0)] == [(2.0, None), (1.0, None)]
+    assert "2 of 4 responses have no score" in caplog.text and "2 exceed" in caplog.text
+    with pytest.raises(UserError, match="no score to 1 of 3"):  # a failure beside a long one
+        score_sets(ByShortLength(), [prompt("a", reply("xx"), reply("xxxx"), reply("?"))], 0.3)
+    with pytest.raises(UserError, match="all 2 responses exceed its window"):
+        score_sets(ByShortLength(), [prompt("a", reply("xxxx"), reply("xxxx"))], 1.0)
+
+
 def test_a_prompt_without_any_score_is_left_out():
     scored = score_sets(ByLength(), [prompt("a", reply("?")), prompt("b", reply("xx"))], 1.0)
     assert list(reward_measure(scored).values.values()) == [2.0]

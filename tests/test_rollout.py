@@ -21,8 +21,9 @@ from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic, ValueHead, ValueModel
 from rrhf.models.reward_model import load_reward_model
-from rrhf.records import CandidateSet
+from rrhf.records import CandidateSet, FinishReason
 from rrhf.scoring.build import build_scorer
+from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training.online.experience import RolloutRow, build_experience, pack, unpack
 from rrhf.training.online.rollout import RolloutWriter
 from rrhf.training.parallel import Parallel
@@ -121,6 +122,25 @@ def test_responses_without_a_score_are_left_out_up_to_a_limit(world: Path) -> No
     assert (len(rollout.rows), rollout.counts["unscored"]) == (4, 2)
     with pytest.raises(UserError, match="2 of 6 responses could not be scored"):
         writer(world, **scorer).write(prompts(world), number=0)
+
+
+def test_responses_beyond_the_scorers_window_are_left_out_and_no_failure(world: Path) -> None:
+    write = writer(world, num_return_sequences=2)
+    scorer = write._scorer
+    assert isinstance(scorer, RewardModelScorer)
+    lengths = []
+    for row in write.write(prompts(world), number=0).rows:
+        end: FinishReason = "stop" if row.is_finished else "length"
+        lengths.append(len(scorer.codec.encode_response(prompts(world)[0], row.text, end)))
+    assert len(set(lengths)) > 1, lengths
+    scorer.window = max(lengths)  # which leaves the longest no room for a prompt
+    rollout = write.write(prompts(world), number=0)
+    too_long = lengths.count(max(lengths))
+    assert len(rollout.rows) == len(lengths) - too_long
+    assert rollout.counts["unscored"] == rollout.counts["too_long_to_score"] == too_long
+    scorer.window = 1
+    with pytest.raises(UserError, match="none of the 12 responses of a rollout fits its window"):
+        write.write(prompts(world), number=0)
 
 
 def hand_made_rows(lengths: tuple[int, ...] = (1, 4, 2, 3)) -> list[RolloutRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -195,6 +196,65 @@ def test_a_few_unscored_candidates_are_written_as_null(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert rows[3]["scores"] == [1.0, None]
     assert sum(score is None for row in rows for score in row["scores"]) == 1
+
+
+def sets_of_which_some_are_too_long() -> list[CandidateSet]:
+    """Four prompts with two responses, of which three exceed 40 tokens, one by its prompt."""
+    long = "no " * 60
+    sets = [conversation(f"why {i}", "yes", long if i in (1, 2) else "b") for i in range(3)]
+    return [*sets, conversation("old " * 60, "c"), conversation("who", "d")]
+
+
+def test_what_exceeds_the_window_is_counted_and_is_no_failure(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_candidate_sets(tmp_path / "raw.jsonl", sets_of_which_some_are_too_long(), {})
+    config = config_of(str(tmp_path / "raw.jsonl"), tmp_path / "out.jsonl", model, max_length=40)
+    with caplog.at_level("INFO", logger="rrhf"):
+        output = score_file(config)
+    scores = [s.scores for s in read_candidate_sets(output)]
+    assert [[score is None for score in row] for row in scores] == [
+        [False, False],
+        [False, True],
+        [False, True],
+        [True],
+        [False],
+    ]
+    manifest = read_manifest(output)
+    assert manifest is not None
+    assert manifest["unscored"] == manifest["too_long_to_score"] == 3
+    assert "3 of 8 candidates exceed" in caplog.text and "window of 40 tokens" in caplog.text
+
+
+def test_a_failing_scorer_stops_the_stage_whatever_is_too_long(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 candidates 3 are too long, and one has no finite score: 1 of 8 is a failure."""
+    write_candidate_sets(tmp_path / "raw.jsonl", sets_of_which_some_are_too_long(), {})
+    score = RewardModelScorer.score
+
+    def failing(self: RewardModelScorer, sets: Any) -> list[list[float | None]]:
+        return [
+            [None if c.response == "d" else x for c, x in zip(s.candidates, row, strict=True)]
+            for s, row in zip(sets, score(self, sets), strict=True)
+        ]
+
+    monkeypatch.setattr(RewardModelScorer, "score", failing)
+    config = config_of(str(tmp_path / "raw.jsonl"), tmp_path / "out.jsonl", model, max_length=40)
+    with pytest.raises(UserError, match="1 of 8 candidates could not be scored") as told:
+        score_file(config)
+    command = str(told.value).rpartition("from the output): ")[2]
+    assert run_command(shlex.split(command)[1:]) == 0  # the exact command to go on
+    assert len(list(read_candidate_sets(tmp_path / "out.jsonl"))) == 5
+
+
+def test_a_file_without_a_single_score_is_no_result(model: str, tmp_path: Path) -> None:
+    sets = [conversation(f"why {i}", "no " * 60) for i in range(3)]
+    write_candidate_sets(tmp_path / "raw.jsonl", sets, {})
+    config = config_of(str(tmp_path / "raw.jsonl"), tmp_path / "out.jsonl", model, max_length=40)
+    with pytest.raises(UserError, match=r"not one of 3 candidates has a score; 3 exceed .* of 40"):
+        score_file(config)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 # Going on.

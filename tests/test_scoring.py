@@ -234,7 +234,10 @@ def test_long_prompts_lose_whole_turns_and_responses_are_never_cut(
         scores = window.score([too_long, crowded])
     assert scores[0][0] is not None and scores[0][1] is None and scores[1] == [None]
     assert window.unscored == {"response_does_not_fit": 1, "last_turn_does_not_fit": 1}
-    assert "response does not fit" in caplog.text
+    assert "response does not fit in 40 tokens" in caplog.text
+    assert [window.fits(too_long, c) for c in too_long.candidates] == [True, False]
+    assert not window.fits(crowded, crowded.candidates[0])
+    assert sum(window.unscored.values()) == 2, "asking counts nothing"
 
 
 def test_raw_text_is_cut_on_the_left_to_make_room(folder: Path) -> None:

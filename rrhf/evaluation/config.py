@@ -112,7 +112,8 @@ class EvaluateConfig(RewardModelOptions):
     """How often the prompts are resampled for an interval."""
 
     max_unscored_fraction: float = MAX_UNSCORED_FRACTION
-    """Stop if the scorer leaves out a larger share of the responses."""
+    """Stop if the scorer fails on a larger share of the responses; what exceeds a reward model's
+    window is left out and counted, whatever its share."""
 
     per_device_eval_batch_size: int = 32
     """Responses that are written at the same time."""

@@ -1,7 +1,8 @@
 """Reward by any scorer, and the best of N by it.
 
-A score of None (could not be scored) is left out and counted; too many of them stop the
-evaluation, because a mean over what happened to be scored is not the mean.
+A score of None is left out and counted. Where the scorer fails on too many responses the evaluation
+stops, because a mean over what happened to be scored is not the mean; what exceeds the window of a
+reward model is no failure of it, and only told.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
 from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
 from rrhf.records import CandidateSet
-from rrhf.scoring.scorer import Scorer
+from rrhf.scoring.scorer import Scorer, is_too_long
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,11 @@ def score_sets(
     """The sets with the scorer's scores in place of any they had.
 
     Raises:
-        UserError: more than `max_unscored_fraction` of the candidates got no score.
+        UserError: the scorer failed on more than `max_unscored_fraction` of the candidates, or not
+            one of them has a score.
     """
     scored: list[CandidateSet] = []
+    too_long = 0
     with tqdm(total=len(sets), desc="scoring", unit="prompt", disable=None) as bar:
         for start in range(0, len(sets), _SETS_AT_A_TIME):
             part = sets[start : start + _SETS_AT_A_TIME]
@@ -43,28 +46,46 @@ def score_sets(
                     replace(candidate, score=_finite_or_none(score))
                     for candidate, score in zip(s.candidates, scores, strict=True)
                 )
+                too_long += sum(
+                    candidate.score is None and is_too_long(scorer, s, candidate)
+                    for candidate in candidates
+                )
                 scored.append(replace(s, candidates=candidates))
             bar.update(len(part))
-    check_scored(scorer.name, scored, max_unscored_fraction)
+    check_scored(scorer.name, scored, max_unscored_fraction, too_long)
     return scored
 
 
-def check_scored(name: str, sets: Sequence[CandidateSet], max_unscored_fraction: float) -> int:
-    """How many candidates have no score.
+def check_scored(
+    name: str, sets: Sequence[CandidateSet], max_unscored_fraction: float, too_long: int = 0
+) -> int:
+    """How many candidates have no score; `too_long` of them because they exceed a window.
 
     Raises:
-        UserError: more than the given share of all.
+        UserError: the others are more than the given share of all, or too long is all there is.
     """
     total = sum(len(s.candidates) for s in sets)
     missing = [s.id for s in sets for score in s.scores if score is None]
-    if len(missing) > max_unscored_fraction * total:
+    failed = len(missing) - too_long
+    if too_long and too_long == total:
         raise UserError(
-            f"scorer {name}: gave no score to {len(missing)} of {total} responses (first: prompt "
+            f"scorer {name}: all {total} responses exceed its window; take a reward model with a "
+            "longer one, or lower max_new_tokens and max_prompt_tokens"
+        )
+    if failed > max_unscored_fraction * total:
+        raise UserError(
+            f"scorer {name}: gave no score to {failed} of {total} responses (first: prompt "
             f"{missing[0]}), more than max_unscored_fraction {max_unscored_fraction}; mend the "
             "scorer, or raise the fraction if the rest is what you want to measure"
         )
     if missing:
-        logger.warning("%s: %d of %d responses got no score", name, len(missing), total)
+        logger.warning(
+            "%s: %d of %d responses have no score and are left out (%d exceed its window)",
+            name,
+            len(missing),
+            total,
+            too_long,
+        )
     return len(missing)
 
 

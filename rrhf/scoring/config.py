@@ -74,7 +74,8 @@ class ScoreConfig(RewardModelOptions):
     """Keep the scores that candidates have, and score the others."""
 
     max_unscored_fraction: float = 0.01
-    """Stop when more than this share of the candidates could not be scored."""
+    """Stop when the scorer fails on more than this share of the candidates. Those that exceed a
+    reward model's window do not count here: they are left without a score, and counted."""
 
     prompts_per_chunk: int = 64
     """Prompts that are scored together; a kill loses at most so many."""

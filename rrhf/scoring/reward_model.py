@@ -145,6 +145,7 @@ class RewardModelScorer:
 
     Attributes:
         name, normalized, model: as `rrhf.scoring.scorer.LocalScorer`.
+        window: tokens of prompt and response together.
         unscored: why candidates got None, counted.
 
     Raises:
@@ -179,7 +180,7 @@ class RewardModelScorer:
             raise UserError(
                 f"--max_length {max_length}: {path} knows {window} positions; give at most {window}"
             )
-        self._max_length = max_length or window or DEFAULT_WINDOW
+        self.window = max_length or window or DEFAULT_WINDOW
         self._normalizer = score_normalizer(model.config) if use_normalizer else None
         self.name = f"reward_model:{model_folder(path)}"
         self.normalized = self._normalizer is not None
@@ -198,7 +199,9 @@ class RewardModelScorer:
             prompts: dict[int, list[int] | None] = {}
             for j, candidate in enumerate(s.candidates):
                 row = self._encode(s, candidate, prompts)
-                if row is not None:
+                if isinstance(row, str):
+                    _count_unscored(self.unscored, row, s, f" in {self.window} tokens")
+                else:
                     rows.append(row)
                     places.append((i, j))
         for (i, j), value in zip(places, self._rows.score_rows(rows), strict=True):
@@ -208,12 +211,16 @@ class RewardModelScorer:
                 self._count("score_not_finite", sets[i])
         return scores
 
+    def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
+        """Whether the response fits into the window behind at least the prompt's last turn."""
+        return not isinstance(self._encode(s, candidate, {}), str)
+
     def describe(self) -> dict[str, object]:
         """What a manifest records beside the name."""
         normalizer = self._normalizer
         return {
             "codec": self.codec.describe(),
-            "max_length": self._max_length,
+            "max_length": self.window,
             "normalizer": None if normalizer is None else normalizer.state_dict(),
         }
 
@@ -230,27 +237,25 @@ class RewardModelScorer:
 
     def _encode(
         self, s: CandidateSet, candidate: Candidate, prompts: dict[int, list[int] | None]
-    ) -> list[int] | None:
+    ) -> list[int] | str:
+        """The row of a candidate, or why it has none; `prompts` keeps them by their room."""
         response = self.codec.encode_response(s, candidate.response, candidate.finish_reason)
-        room = self._max_length - len(response)
         if not response:
             # Cut before its first token: nothing was said, which is scored as an empty response.
             response = self.codec.encode_response(s, "", "stop")
-            room = self._max_length - len(response)
+        room = self.window - len(response)
         if 0 not in prompts:
             prompts[0] = self.codec.encode_prompt(s)
         whole = prompts[0]
         if whole is not None and len(whole) <= room:
             return [*whole, *response]
         if room < 1:
-            self._count("response_does_not_fit", s)
-            return None
+            return "response_does_not_fit"
         if room not in prompts:
             prompts[room] = self.codec.encode_prompt(s, room)
         cut = prompts[room]
         if cut is None:
-            self._count("last_turn_does_not_fit", s)
-            return None
+            return "last_turn_does_not_fit"
         return [*cut, *response]
 
     def _normalize(self, value: float) -> float:
@@ -354,7 +359,10 @@ def _frozen(
     return build_reward_model(model, engine, first_end_id=first_end_id)
 
 
-def _count_unscored(unscored: Counter[str], reason: str, s: CandidateSet) -> None:
+def _count_unscored(
+    unscored: Counter[str], reason: str, s: CandidateSet, details: str = ""
+) -> None:
     if not unscored[reason]:
-        logger.warning("not scored: %s (first: prompt %s)", reason.replace("_", " "), s.id)
+        words = reason.replace("_", " ") + details
+        logger.warning("not scored: %s (first: prompt %s)", words, s.id)
     unscored[reason] += 1

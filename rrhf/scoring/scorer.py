@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from rrhf.records import CandidateSet
+from rrhf.records import Candidate, CandidateSet
 
 
 class Scorer(Protocol):
@@ -36,3 +36,23 @@ class LocalScorer(Scorer, Protocol):
     """
 
     model: Any
+
+
+@runtime_checkable
+class WindowedScorer(Scorer, Protocol):
+    """One that reads only so many tokens, and leaves out what exceeds them.
+
+    Attributes:
+        window: tokens of prompt and response together.
+    """
+
+    window: int
+
+    def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
+        """Whether the response fits behind at least the prompt's last turn."""
+        ...
+
+
+def is_too_long(scorer: Scorer, s: CandidateSet, candidate: Candidate) -> bool:
+    """Whether a candidate has no score because it exceeds the window: no fault of the scorer."""
+    return isinstance(scorer, WindowedScorer) and not scorer.fits(s, candidate)

@@ -4,6 +4,7 @@ What is written does not depend on how often it was stopped or on how many proce
 scorer is called for chunks of prompts that are cut once over the whole file, a chunk that was half
 written is scored again as a whole and only its missing rows are kept, and rows are merged in the
 file's order. A scorer that fails too often stops the stage: a file of missing scores is no result.
+What exceeds the window of a reward model is no failure: it has no score, and is counted apart.
 
 Left out on purpose: what scores mean (`rrhf.scoring.build` names who gives them).
 """
@@ -15,7 +16,7 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rrhf.commands import command_of
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.jsonl import JsonlAppender, encode_row
 from rrhf.data.layouts import SourceCounts
@@ -43,7 +45,7 @@ from rrhf.models.loading import resolve_device
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer
 from rrhf.scoring.config import ScoreConfig
-from rrhf.scoring.scorer import Scorer
+from rrhf.scoring.scorer import Scorer, is_too_long
 from rrhf.signals import StopRequest, caught_signals
 
 logger = logging.getLogger(__name__)
@@ -183,8 +185,8 @@ class _Stage:
         total = sum(len(chunk) for chunk in mine)
         done = [found.ids[place] for chunk in mine for place in chunk]
         done = [prompt_id for prompt_id in done if prompt_id in self.parts.places]
-        unscored = sum(row["counts"]["unscored"] for row in self.parts.rows(done))
-        self._require_few_unscored(unscored, found)
+        failed = _failed(self.parts.rows(done))
+        self._require_few_failures(failed, found)
         num_done = len(done)
         with tqdm(
             total=total, initial=num_done, desc="score", unit="prompt", disable=self.staged.quiet
@@ -203,12 +205,12 @@ class _Stage:
                 for before, after in zip(sets, scored, strict=True):
                     if before.id in self.parts.places:
                         continue
-                    row = self._part_row(before, after, seconds)
+                    row = self._part_row(scorer, before, after, seconds)
                     part.append(row)
-                    unscored += row["counts"]["unscored"]
+                    failed += _failed([row])
                     num_done += 1
                     bar.update()
-                self._require_few_unscored(unscored, found)
+                self._require_few_failures(failed, found)
 
     def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:
         """The sets with their scores; scores that are kept are not asked for."""
@@ -232,10 +234,15 @@ class _Stage:
         return scored
 
     def _part_row(
-        self, before: CandidateSet, after: CandidateSet, seconds: float
+        self, scorer: Scorer, before: CandidateSet, after: CandidateSet, seconds: float
     ) -> dict[str, Any]:
         """A row of the part: the candidate row, and what is counted about it."""
         wanted = [self._is_wanted(score) for score in before.scores]
+        unscored = [
+            candidate
+            for asked, candidate in zip(wanted, after.candidates, strict=True)
+            if asked and candidate.score is None
+        ]
         return {
             "id": after.id,
             "row": candidate_set_to_row(after),
@@ -243,28 +250,42 @@ class _Stage:
                 "candidates": len(after.candidates),
                 "scored_candidates": sum(score is not None for score in after.scores),
                 "scores_kept": len(wanted) - sum(wanted),
-                "unscored": sum(
-                    asked and score is None
-                    for asked, score in zip(wanted, after.scores, strict=True)
-                ),
+                "unscored": len(unscored),
+                "too_long_to_score": sum(is_too_long(scorer, after, c) for c in unscored),
             },
             "seconds": seconds,
         }
 
-    def _require_few_unscored(self, unscored: int, found: Input) -> None:
+    def _require_few_failures(self, failed: int, found: Input) -> None:
         """Stop as soon as the whole file cannot come out well any more.
 
         Raises:
-            UserError: more candidates than are allowed could not be scored.
+            UserError: the scorer failed on more candidates than are allowed.
         """
         allowed = self.config.max_unscored_fraction
-        if unscored > allowed * found.to_score:
+        if failed > allowed * found.to_score:
+            begun = [manifest_path(self.output), *self.parts.paths()]
             raise UserError(
-                f"{self.output}: {unscored} of {found.to_score} candidates could not be scored, "
-                f"more than --max_unscored_fraction {allowed}. Mend what the log says of them and "
-                f"begin anew, without {manifest_path(self.output).name} and "
-                f"{', '.join(path.name for path in self.parts.paths())}; or allow more (what is "
-                "done is kept), and score the others later from the output with --only_missing"
+                f"{self.output}: {failed} of {found.to_score} candidates could not be scored, more "
+                f"than --max_unscored_fraction {allowed}. Fix what the log says of them and begin "
+                f"anew, without {', '.join(path.name for path in begun)}; or go on without them "
+                "(what is done is kept; --only_missing scores them later, from the output): "
+                + command_of("rrhf score", self.config, max_unscored_fraction=1.0)
+            )
+
+    def _require_scores(self, counts: Mapping[str, int], found: Input) -> None:
+        """A file without any score is no result, whatever the reason."""
+        is_wanted = found.to_score and self.config.max_unscored_fraction < 1
+        if is_wanted and counts["unscored"] == counts["candidates"]:
+            why = "look for the reason in the log"
+            if counts["too_long_to_score"]:
+                why = (
+                    f"{counts['too_long_to_score']} exceed {_window_of(self._scorer(GO_ON))}: take "
+                    "a reward model with a longer window, or generate shorter responses to "
+                    "shorter prompts (--max_new_tokens, --max_prompt_tokens)"
+                )
+            raise UserError(
+                f"{self.output}: not one of {counts['candidates']} candidates has a score; {why}"
             )
 
     def _scorer(self, what_stands: str) -> Scorer:
@@ -286,13 +307,15 @@ class _Stage:
         """Merge the parts of all processes and say that the file is whole."""
         scorer = self._scorer(GO_ON)
         self.parts.wait_for(found.ids, self.stop, GO_ON)
-        unscored = sum(row["counts"]["unscored"] for row in self.parts.rows(found.ids))
-        self._require_few_unscored(unscored, found)
         counts: Counter[str] = Counter()
         seconds = 0.0
-        for row in self.parts.merge(found.ids):
+        for row in self.parts.rows(found.ids):
             counts.update(row["counts"])
             seconds += row["seconds"]
+        self._require_few_failures(counts["unscored"] - counts["too_long_to_score"], found)
+        self._require_scores(counts, found)
+        for _ in self.parts.merge(found.ids):
+            pass
         describe = getattr(scorer, "describe", dict)
         write_manifest(
             self.output,
@@ -325,6 +348,23 @@ class _Stage:
             counts["scored_candidates"],
             counts["candidates"],
         )
+        if counts["too_long_to_score"]:
+            logger.warning(
+                "%d of %d candidates exceed %s: they have no score, so training leaves them out",
+                counts["too_long_to_score"],
+                counts["candidates"],
+                _window_of(scorer),
+            )
+
+
+def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Candidates of some part rows that the scorer failed on."""
+    counts = [row["counts"] for row in rows]
+    return sum(count["unscored"] - count.get("too_long_to_score", 0) for count in counts)
+
+
+def _window_of(scorer: Scorer) -> str:
+    return f"{scorer.name}'s window of {getattr(scorer, 'window', 'unknown')} tokens"
 
 
 def scorer_fingerprint(spec: str) -> str:

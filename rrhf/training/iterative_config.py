@@ -59,7 +59,8 @@ class IterativeConfig(SamplingOptions, RankSettings):
     """With trlx: folder of the base model, as in `rrhf score`."""
 
     max_unscored_fraction: float = 0.01
-    """Stop when more than this share of a round's candidates could not be scored."""
+    """Stop when the scorer fails on more than this share of a round's candidates; what exceeds a
+    reward model's window is left out and counted, whatever its share."""
 
     def __post_init__(self) -> None:
         RankSettings.__post_init__(self)

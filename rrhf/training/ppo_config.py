@@ -141,7 +141,8 @@ class PPOConfig(TrainingConfig):
     """Tokens of a response that truncate_token leaves alone."""
 
     max_unscored_fraction: float = 0.01
-    """Stop where more than this share of a rollout could not be scored."""
+    """Stop where the scorer fails on more than this share of a rollout; what exceeds a reward
+    model's window is left out and counted, whatever its share."""
 
     gamma: float = 1.0
     """Discount for each token."""

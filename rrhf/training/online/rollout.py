@@ -34,7 +34,7 @@ from rrhf.generation.local import LocalEngine
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
-from rrhf.scoring.scorer import Scorer
+from rrhf.scoring.scorer import Scorer, is_too_long
 from rrhf.signals import StopRequest
 from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.reading import Draft, Reader
@@ -96,6 +96,7 @@ class RolloutWriter:
         self._codec, self._scorer = codec, scorer
         self._config, self._parallel = config, parallel
         self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
+        self._told_too_long = False
         self._stop_token: StopToken | None = None
         if config.truncate_token is not None:
             self._stop_token = StopToken(
@@ -240,11 +241,13 @@ class RolloutWriter:
         with self._phases("score") as spent:
             scores = self._alone(lambda: self._scorer.score(sets) if sets else [])
             spent.tokens = _num_tokens(drafts)
-        for group, found in zip(groups.values(), scores, strict=True):
-            for draft, score in zip(group, found, strict=True):
+        too_long = 0
+        for s, group, found in zip(sets, groups.values(), scores, strict=True):
+            for candidate, draft, score in zip(s.candidates, group, found, strict=True):
                 draft.score = score
+                too_long += score is None and is_too_long(self._scorer, s, candidate)
         kept = [draft for draft in drafts if draft.score is not None]
-        counts.update(unscored=len(drafts) - len(kept))
+        counts.update(unscored=len(drafts) - len(kept), too_long_to_score=too_long)
         return kept
 
     def _read(self, drafts: Sequence[Draft]) -> None:
@@ -288,12 +291,28 @@ class RolloutWriter:
         return rows
 
     def _check(self, rows: Sequence[RolloutRow], counts: Counter[str]) -> None:
-        limit = self._config.max_unscored_fraction
-        if counts["unscored"] > limit * counts["sampled"]:
+        limit, too_long = self._config.max_unscored_fraction, counts["too_long_to_score"]
+        failed = counts["unscored"] - too_long
+        if failed > limit * counts["sampled"]:
             raise UserError(
-                f"{self._scorer.name}: {counts['unscored']} of {counts['sampled']} responses could "
+                f"{self._scorer.name}: {failed} of {counts['sampled']} responses could "
                 f"not be scored, more than --max_unscored_fraction {limit}; mend the scorer, or "
                 "raise the limit"
+            )
+        if too_long and not self._told_too_long:
+            self._told_too_long = True
+            logger.info(
+                "%s: %d of %d responses of a rollout exceed its window and are left out; more are "
+                "only counted (too_long_to_score in the manifest)",
+                self._scorer.name,
+                too_long,
+                counts["sampled"],
+            )
+        if not rows and too_long:
+            raise UserError(
+                f"{self._scorer.name}: none of the {counts['sampled']} responses of a rollout fits "
+                "its window; take a reward model with a longer one, or lower --model_max_length or "
+                "--max_new_tokens"
             )
         if not rows:
             raise UserError(
