@@ -7,7 +7,8 @@ from typing import Literal
 
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
-from rrhf.scoring.config import RewardModelOptions
+from rrhf.ranges import SEED, SHARE, check_ranges
+from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -156,6 +157,8 @@ class EvaluateConfig(RewardModelOptions):
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
+        shares = {"max_unscored_fraction": SHARE, "seed": SEED}
+        check_ranges(self, OPTION_RANGES | shares)
         if not 0 < self.confidence < 1:
             raise UserError(f"confidence {self.confidence}: must lie between 0 and 1, such as 0.95")
         check_params(self.params(greedy=False))

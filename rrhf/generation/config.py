@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
+from rrhf.ranges import INDEX, SEED, check_ranges
 
 ENGINES = ("local",)
 """Who can write responses; `rrhf.generation.build` makes them."""
@@ -88,6 +89,7 @@ class GenerateConfig(SamplingOptions):
     def __post_init__(self) -> None:
         self.stop_strings = tuple(self.stop_strings)
         self.sampling_params()
+        check_ranges(self, {"seed": SEED, "round": INDEX})
         for name, least in (
             ("per_device_prompt_batch_size", 1),
             ("max_prompt_tokens", 1),

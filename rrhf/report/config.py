@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rrhf.evaluation.config import RESAMPLES
+from rrhf.ranges import COUNT, check_ranges
 
 
 @dataclass
@@ -39,3 +40,6 @@ class CompareConfig:
 
     width: int = 120
     """Columns of the terminal; a wider table goes on below."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"bootstrap_resamples": COUNT, "width": COUNT})

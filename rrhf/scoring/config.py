@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from rrhf.errors import UserError
+from rrhf.ranges import COUNT, INDEX, check_ranges
+
+OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
 
 
 @dataclass
@@ -81,6 +84,7 @@ class ScoreConfig(RewardModelOptions):
     """Prompts that are scored together; a kill loses at most so many."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, OPTION_RANGES)
         if self.prompts_per_chunk < 1:
             raise UserError(f"prompts_per_chunk = {self.prompts_per_chunk}: must be at least 1")
         if not 0 <= self.max_unscored_fraction <= 1:

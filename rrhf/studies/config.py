@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Literal
 
 from rrhf.errors import UserError
+from rrhf.ranges import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
 from rrhf.studies.method_table import METHODS
+
+_FOLD_RANGES = {
+    "num_folds": "[2, inf)",
+    "num_train_epochs": POSITIVE,
+    "per_device_train_batch_size": COUNT,
+    "learning_rate": NOT_NEGATIVE,
+    "model_max_length": "[2, inf)",
+    "seed": SEED,
+}
 
 
 @dataclass
@@ -27,8 +37,7 @@ class DemoConfig:
     """Seeds at the same time; 0 = one for each core."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds}: give 1 or more")
+        check_ranges(self, {"seeds": COUNT, "jobs": INDEX})
 
 
 @dataclass
@@ -61,9 +70,7 @@ class MethodsConfig:
     """Seeds at the same time; 0 = one for each core."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: give {least} or more")
+        check_ranges(self, {"seeds": COUNT, "first_seed": INDEX, "jobs": INDEX})
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
@@ -104,8 +111,7 @@ class HHRewardConfig:
     """Decides folds, heads and order."""
 
     def __post_init__(self) -> None:
-        if self.num_folds < 2:
-            raise UserError(f"--num_folds {self.num_folds}: must be 2 or more")
+        check_ranges(self, _FOLD_RANGES)
         names = [Path(trunk).name for trunk in self.trunks]
         if len(set(names)) < len(names):
             raise UserError(f"--trunks {' '.join(names)}: two folders have the same name")

@@ -6,6 +6,42 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rrhf.errors import UserError
+from rrhf.ranges import (
+    BELOW_ONE,
+    COUNT,
+    INDEX,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    check_ranges,
+)
+
+_RANGES = {
+    "num_train_epochs": NOT_NEGATIVE,
+    "per_device_train_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "learning_rate": NOT_NEGATIVE,
+    "min_learning_rate_ratio": SHARE,
+    "warmup_ratio": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "seed": SEED,
+    "model_max_length": "[2, inf)",
+    "lora_r": COUNT,
+    "lora_alpha": COUNT,
+    "lora_dropout": BELOW_ONE,
+    "logging_steps": INDEX,
+    "eval_steps": INDEX,
+    "early_stopping_patience": INDEX,
+    "early_stopping_threshold": NOT_NEGATIVE,
+    "save_steps": INDEX,
+    "save_total_limit": COUNT,
+    "save_policy_steps": INDEX,
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +162,7 @@ class TrainingConfig:
     """Names of the layers that get adapters; by default every linear layer but the head."""
 
     logging_steps: int = 1
-    """Write metrics every so many optimiser steps."""
+    """Write metrics every so many optimiser steps; 0 = of the last one only."""
 
     eval_steps: int = 0
     """Evaluate every so many optimiser steps; 0 = at the end only."""
@@ -171,6 +207,11 @@ class TrainingConfig:
         Raises:
             UserError: a setting that no trainer could work with.
         """
+        check_ranges(self, _RANGES)
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UserError(
+                f"--max_steps {self.max_steps}: must be 1 or more, or -1 for whole epochs"
+            )
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise UserError(
                 f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be 1 or more; leave it "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig, SamplingOptions
+from rrhf.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from rrhf.scoring.config import RewardModelOptions, ScoreConfig
 from rrhf.training.rank_config import RankConfig, RankSettings
 
@@ -64,10 +65,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
 
     def __post_init__(self) -> None:
         RankSettings.__post_init__(self)
-        if self.num_rounds < 1:
-            raise UserError(f"--num_rounds {self.num_rounds}: must be 1 or more")
-        if not self.kl_coeff >= 0:
-            raise UserError(f"--kl_coeff {self.kl_coeff}: must be 0 or more")
+        check_ranges(self, {"num_rounds": COUNT, "kl_coeff": NOT_NEGATIVE})
         if self.kl_coeff and not self.measure_kl:
             raise UserError(f"--kl_coeff {self.kl_coeff} needs --measure_kl true")
         if self.only_use_provide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rrhf import ranges
 from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
 from rrhf.errors import UserError
 
@@ -16,6 +17,39 @@ EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "r
 GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
 """Methods that compare the responses of one prompt with each other."""
 
+_RANGES = {
+    "critic_learning_rate": ranges.NOT_NEGATIVE,
+    "critic_weight_decay": ranges.NOT_NEGATIVE,
+    "critic_warmup_ratio": ranges.SHARE,
+    "critic_warmup_steps": ranges.INDEX,
+    "per_device_prompt_batch_size": ranges.COUNT,
+    "num_return_sequences": ranges.COUNT,
+    "rollout_size": ranges.COUNT,
+    "num_rollouts": f"-1 or {ranges.COUNT}",
+    "ppo_epochs": ranges.COUNT,
+    "kl_coeff": ranges.NOT_NEGATIVE,
+    "kl_target": ranges.NOT_NEGATIVE,
+    "kl_horizon": ranges.NOT_NEGATIVE,
+    "clip_range_score": ranges.NOT_NEGATIVE,
+    "missing_eos_penalty": ranges.NOT_NEGATIVE,
+    "truncate_after": ranges.INDEX,
+    "max_unscored_fraction": ranges.SHARE,
+    "gamma": ranges.SHARE,
+    "gae_lambda": ranges.SHARE,
+    "clip_range_ratio": ranges.SHARE,
+    "clip_range_ratio_high": ranges.NOT_NEGATIVE,
+    "dual_clip": ranges.NOT_NEGATIVE,
+    "clip_range_value": ranges.NOT_NEGATIVE,
+    "vf_coeff": ranges.NOT_NEGATIVE,
+    "entropy_coeff": ranges.NOT_NEGATIVE,
+    "target_kl": ranges.NOT_NEGATIVE,
+    "rrhf_weight": ranges.NOT_NEGATIVE,
+    "ptx_coeff": ranges.NOT_NEGATIVE,
+    "ema_beta": ranges.BELOW_ONE,
+    "sample_table_steps": ranges.INDEX,
+    "sample_table_rows": ranges.COUNT,
+}
+
 
 def check_ranges(config: PPOConfig) -> None:
     """Refuse numbers out of their range.
@@ -23,38 +57,7 @@ def check_ranges(config: PPOConfig) -> None:
     Raises:
         UserError: one is.
     """
-    at_least = {
-        "per_device_prompt_batch_size": 1,
-        "rollout_size": 1,
-        "ppo_epochs": 1,
-        "critic_warmup_steps": 0,
-        "kl_coeff": 0,
-        "clip_range_score": 0,
-        "missing_eos_penalty": 0,
-        "gamma": 0,
-        "gae_lambda": 0,
-        "clip_range_value": 0,
-        "vf_coeff": 0,
-        "entropy_coeff": 0,
-        "target_kl": 0,
-        "rrhf_weight": 0,
-        "ptx_coeff": 0,
-        "max_unscored_fraction": 0,
-        "truncate_after": 0,
-        "sample_table_steps": 0,
-        "sample_table_rows": 1,
-    }
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if not value >= least:
-            raise UserError(f"--{name} {value}: must be {least} or more")
-    for name in ("gamma", "gae_lambda", "clip_range_ratio"):
-        if getattr(config, name) > 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at most 1")
-    if not 0 <= config.ema_beta < 1:
-        raise UserError(f"--ema_beta {config.ema_beta}: must be 0 or more and below 1")
-    if config.clip_range_ratio_high is not None and config.clip_range_ratio_high < 0:
-        raise UserError(f"--clip_range_ratio_high {config.clip_range_ratio_high}: must be >= 0")
+    ranges.check_ranges(config, _RANGES)
     if config.dual_clip and not config.dual_clip > 1:
         raise UserError(f"--dual_clip {config.dual_clip}: must be above 1, or 0 for none")
     if config.max_new_tokens >= config.model_max_length:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rrhf.errors import UserError
+from rrhf.ranges import NOT_NEGATIVE, check_ranges
 from rrhf.training.config import TrainingConfig, check_response_limit
 
 
@@ -49,8 +50,7 @@ class RankSettings(TrainingConfig):
             raise UserError(
                 "--only_use_provide and --only_use_sample together leave no candidate; give one"
             )
-        if self.rrhf_weight < 0:
-            raise UserError(f"--rrhf_weight {self.rrhf_weight}: must be 0 or more")
+        check_ranges(self, {"rrhf_weight": NOT_NEGATIVE})
         check_response_limit(self.max_response_tokens, self.model_max_length)
         reductions = (self.rank_reduction, self.sft_reduction)
         if self.rrhf_mode == "released" and reductions != ("prompt", "prompt"):

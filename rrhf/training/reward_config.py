@@ -7,7 +7,15 @@ from typing import Literal
 
 from rrhf.algorithms.names import TOKEN_LOSS_TYPES
 from rrhf.errors import UserError
+from rrhf.ranges import BELOW_ONE, NOT_NEGATIVE, check_ranges
 from rrhf.training.config import TrainingConfig, check_response_limit
+
+_RANGES = {
+    "validation_fraction": BELOW_ONE,
+    "normalizer_momentum": BELOW_ONE,
+    "margin_per_score": NOT_NEGATIVE,
+    "regularization": NOT_NEGATIVE,
+}
 
 
 @dataclass
@@ -66,17 +74,7 @@ class RewardConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(
-                f"--validation_fraction {self.validation_fraction}: must be 0 or more and below 1"
-            )
-        if not 0 <= self.normalizer_momentum < 1:
-            raise UserError(
-                f"--normalizer_momentum {self.normalizer_momentum}: must be 0 or more and below 1"
-            )
-        for name in ("regularization", "margin_per_score"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        check_ranges(self, _RANGES)
         if self.normalize_score_during_training and self.normalizer_type == "none":
             raise UserError(
                 "--normalize_score_during_training needs a normaliser; give --normalizer_type "

@@ -64,12 +64,6 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         AlreadyFinished: the run that is to be resumed is complete; every rank is told so.
     """
     started = time.monotonic()
-    if config.model_max_length < 2:
-        raise UserError(f"--model_max_length {config.model_max_length}: must be 2 or more")
-    if config.max_steps != -1 and config.max_steps < 1:
-        raise UserError(
-            f"--max_steps {config.max_steps}: must be 1 or more, or -1 for whole epochs"
-        )
     if config.attn_implementation.startswith("flash_attention") and not config.bf16:
         raise UserError(
             f"--attn_implementation {config.attn_implementation}: computes in half precision only; "

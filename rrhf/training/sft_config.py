@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rrhf.errors import UserError
+from rrhf.ranges import BELOW_ONE, check_ranges
 from rrhf.training.config import TrainingConfig, check_response_limit
 
 
@@ -39,10 +40,7 @@ class SFTConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(
-                f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 1"
-            )
+        check_ranges(self, {"label_smoothing": BELOW_ONE})
         if self.packing and self.engine not in ("auto", "padded"):
             raise UserError(
                 f"--packing and --engine {self.engine} both say how rows are laid; give one"
