@@ -234,17 +234,9 @@ class RunFolder:
         self._probe()
         self._lock.acquire(f"the run folder {self.path}")
         try:
-            earlier = self._earlier_run()
-            if earlier is not None and not resume:
-                way = (
-                    "--resume_from_checkpoint would leave it as it is;"
-                    if earlier == FINISHED
-                    else "continue it with --resume_from_checkpoint, or"
-                )
-                raise UserError(
-                    f"{self.path}: holds {earlier} run; {way} choose another --output_dir"
-                )
-            if resume:
+            if not resume:
+                self.require_free()
+            else:
                 for key, was, now in self._changed_settings(config):
                     logger.warning("resuming with %s = %r, which was %r", key, now, was)
             self.checkpoints.mkdir(exist_ok=True)
@@ -263,6 +255,22 @@ class RunFolder:
                 probe.write_bytes(b"is this place writable?")
             finally:
                 probe.unlink(missing_ok=True)
+
+    def require_free(self) -> None:
+        """Refuse a folder that holds a run already.
+
+        Raises:
+            UserError: it does.
+        """
+        earlier = self._earlier_run()
+        if earlier is None:
+            return
+        way = (
+            "--resume_from_checkpoint would leave it as it is;"
+            if earlier == FINISHED
+            else "continue it with --resume_from_checkpoint, or"
+        )
+        raise UserError(f"{self.path}: holds {earlier} run; {way} choose another --output_dir")
 
     def _earlier_run(self) -> str | None:
         """ "a finished" or "an unfinished" where the folder holds a run, else None."""

@@ -105,13 +105,14 @@ def test_train_lists_its_stages(capsys: pytest.CaptureFixture[str]):
 
 
 def test_resuming_a_finished_training_ends_as_training_does(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     def finished(config: sft.SFTConfig) -> Path:
         raise AlreadyFinished(Path("out/policy"))
 
     monkeypatch.setattr(sft, "train", finished)
-    words = ["--model_name_or_path", "m", "--output_dir", "out", "--data_path", "d"]
+    (tmp_path / "manifest.json").write_text('{"status": "complete"}')  # its inputs may be gone
+    words = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--data_path", "d"]
     assert cli.main(["train", "sft", *words, "--resume_from_checkpoint"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("The run is complete already")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -227,6 +228,37 @@ def test_a_file_gives_values_that_flags_override(tmp_path: Path):
     toy = parse("--config", str(config), "--steps", "5")
     assert toy == Toy("m", 2e-3, True, steps=5, stops=("a",))
     assert toy.learning_rate == 0.002  # YAML reads 2e-3 as text
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("~/a", "/home/me/a"),
+        ("~", "/home/me"),
+        ("x:1:~/a, ~/b,~/c", "x:1:/home/me/a, /home/me/b,/home/me/c"),
+        ("a~/b", "a~/b"),
+        ("x:~y", "x:~y"),
+        ("what is ~/a?", "what is ~/a?"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_where_a_path_may_stand(
+    written: str, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    @dataclass
+    class Named:
+        data: str = field(default="", metadata={"names": "data"})
+        """A path."""
+        several: list[str] = field(default_factory=list, metadata={"names": "data"})
+        """Paths."""
+        text: str = ""
+        """No path."""
+
+    monkeypatch.setenv("HOME", "/home/me")
+    words = [f"--data={written}", "--several", written, "b", f"--text={written}"]
+    assert parse_config(Named, words, "x") == Named(read, [read, "b"], written)
+    (tmp_path / "c.json").write_text(json.dumps({"data": written, "several": [written]}))
+    parsed = parse_config(Named, ["--config", str(tmp_path / "c.json")], "x")
+    assert parsed == Named(read, [read])
 
 
 def test_later_files_override_earlier_ones(tmp_path: Path):

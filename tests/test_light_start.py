@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -115,10 +117,165 @@ def test_mistakes_in_flags_are_told_without_a_heavy_import(kind: str):
         assert code == 2 and not out and err.startswith("error: "), (words, code, err)
 
 
-def test_the_barrier_names_who_imports(tmp_path):
-    """The test above can fail: with flags and paths in order, the work itself needs torch."""
-    row = tmp_path / "rows.jsonl"
-    row.write_text('{"query": "q", "responses": ["a"]}\n')
-    words = ["score", str(row), str(tmp_path / "o.jsonl"), "--scorer=gold:help_desk"]
-    ((code, _, _),) = answers([words])
+@dataclass(frozen=True)
+class Places:
+    """What lies on the disk: nothing that a heavy package would have to make."""
+
+    folder: Path
+
+    @property
+    def model(self) -> str:
+        return self._model("model", "LlamaForCausalLM")
+
+    @property
+    def reward_model(self) -> str:
+        return self._model("reward", "LlamaForSequenceClassification")
+
+    def _model(self, name: str, architecture: str) -> str:
+        path = self.folder / name
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        return str(path)
+
+    @property
+    def data(self) -> str:
+        path = self.folder / "rows.jsonl"
+        path.write_text('{"query": "q", "responses": ["a", "b"], "scores": [0, 1]}\n')
+        return str(path)
+
+    @property
+    def missing(self) -> str:
+        return str(self.folder / "nothing.jsonl")
+
+    @property
+    def new(self) -> str:
+        return str(self.folder / "new")
+
+    @property
+    def run(self) -> str:
+        """A run that was begun."""
+        path = self.folder / "run"
+        path.mkdir(exist_ok=True)
+        (path / "manifest.json").write_text('{"status": "complete"}')
+        return str(path)
+
+    @property
+    def in_a_file(self) -> str:
+        """A place below a file, where nothing can be written."""
+        return f"{self.data}/below"
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places(tmp_path)
+
+
+def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
+    """Words in which one path is wrong, and what the message must hold."""
+    good: dict[str, dict[str, str]] = {
+        "generate": {"model_name_or_path": p.model, "prompts": p.data, "output_file": p.new},
+        "score": {"input_file": p.data, "output_file": p.new, "scorer": p.reward_model},
+        "train sft": {"model_name_or_path": p.model, "data_path": p.data, "output_dir": p.new},
+        "train reward": {"model_name_or_path": p.model, "data_path": p.data, "output_dir": p.new},
+        "train rank": {"model_name_or_path": p.model, "data_path": p.data, "output_dir": p.new},
+        "evaluate": {"model_name_or_path": p.model, "prompts": p.data, "output_dir": p.new},
+        "study hh-reward": {"data_path": p.data, "output_dir": p.new, "trunks": p.model},
+        "compare": {"rows": p.run, "output": p.new},
+        "response-gen": {"model_name_or_path": p.model, "output_dir": p.new, "prompts": p.data},
+        "demo": {"output_dir": p.new},
+    }
+    for stage in ("train iterative", "train ppo"):
+        good[stage] = {"model_name_or_path": p.model, "output_dir": p.new}
+        good[stage] |= {"train_datasets": p.data, "reward_model_name_or_path": p.reward_model}
+    good["response-gen"]["scorer"] = p.reward_model
+    cases = []
+
+    def wrong(command: str, name: str, value: str, told: str = "") -> None:
+        words = [f"--{key}={given}" for key, given in (good[command] | {name: value}).items()]
+        cases.append(([*command.split(), *words], told or value))
+
+    for command, names in good.items():
+        for name in names:
+            if name.startswith("output"):
+                wrong(command, name, p.in_a_file, p.data)
+            else:
+                wrong(command, name, p.missing)
+        if command.startswith("train"):
+            wrong(command, "output_dir", p.run, "--resume_from_checkpoint")
+            wrong(command, "attn_implementation", "flash_attention_2", "flash")
+        if command.startswith(("train", "generate", "evaluate")):
+            wrong(command, "model_name_or_path", p.folder.name, "no such model folder")
+    for command, name in (
+        ("score", "scorer"),
+        ("evaluate", "scorer"),
+        ("train ppo", "reward_model_name_or_path"),
+        ("train iterative", "reward_model_name_or_path"),
+    ):
+        wrong(command, name, p.model, "no reward model")
+        wrong(command, name, "gold:rome", "gold:help_desk")
+        wrong(command, name, "function:nowhere:f", "nowhere")
+        wrong(command, name, "function:json:nothing", "nothing")
+    wrong("train rank", "eval_data_path", p.missing)
+    wrong("train rank", "data_path", f"rm-static:half:{p.data}", "no proportion")
+    wrong("train rank", "data_path", "rm-statc", "rm-static")
+    wrong("train reward", "validation_datasets", p.missing)
+    wrong("train ppo", "reward_critic_model_name_or_path", p.missing)
+    wrong("evaluate", "baseline", p.missing)
+    wrong("evaluate", "reference_model_name_or_path", p.missing)
+    return cases
+
+
+def test_mistakes_in_paths_are_told_without_a_heavy_import(places: Places):
+    cases = path_mistakes(places)
+    before = sorted(places.folder.rglob("*"))
+    for (words, told), (code, out, err) in zip(
+        cases, answers([words for words, _ in cases]), strict=True
+    ):
+        assert code == 2 and not out and err.startswith("error: "), (words, code, err)
+        assert told in err and "Traceback" not in err, (words, err)
+    assert sorted(places.folder.rglob("*")) == before
+
+
+def test_the_barrier_names_who_imports(places: Places):
+    """The tests above can fail: with flags and paths in order, the work itself needs torch."""
+    train = ["train", "sft", f"--model_name_or_path={places.model}", f"--data_path={places.data}"]
+    words = [
+        ["score", places.data, places.new, "--scorer=gold:help_desk"],
+        [*train, f"--output_dir={places.new}"],
+    ]
+    assert [code for code, _, _ in answers(words)] == ["torch was imported"] * 2
+
+
+def test_a_finished_run_is_resumed_without_its_data(places: Places):
+    """Whether it is the same run is the command's to say; nothing of it is read again."""
+    words = [f"--model_name_or_path={places.missing}", f"--data_path={places.missing}"]
+    words = ["train", "sft", *words, f"--output_dir={places.run}"]
+    ((code, _, err), again) = answers([[*words, "--resume_from_checkpoint"], words])
+    assert code == "torch was imported" and not err
+    assert again[0] == 2
+
+
+def test_another_process_of_a_launch_may_come_when_the_run_has_begun(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["train", "sft", f"--model_name_or_path={places.model}", f"--data_path={places.data}"]
+    monkeypatch.setenv("RANK", "1")
+    ((code, _, _),) = answers([[*words, f"--output_dir={places.run}"]])
     assert code == "torch was imported"
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_files(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(places.folder))
+    assert places.model and places.data
+    (places.folder / "c.yaml").write_text(
+        "model_name_or_path: ~/model\ndata_path: hh:0:x.jsonl, rows:1:~/rows.jsonl,~/rows.jsonl\n"
+    )
+    good = ["train", "sft", "--config=~/c.yaml", "--output_dir=~/new"]
+    bad = ["train", "sft", "--config=~/c.yaml", "--output_dir=~/rows.jsonl/new"]
+    missing = ["generate", "--model_name_or_path=~/model", "--prompts=~/no.jsonl"]
+    found = answers([good, bad, [*missing, "--output_file=~/o.jsonl"]])
+    assert found[0][0] == "torch was imported"
+    assert found[1][0] == 2 and f"{places.folder}/rows.jsonl" in found[1][2]
+    assert found[2][0] == 2 and f"{places.folder}/no.jsonl: " in found[2][2]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GPTJConfig, GPTJModel
 
 from rrhf.errors import UserError
-from rrhf.models.trlx_reward_model import load_trlx_reward_model, weight_files
+from rrhf.models.reward_folders import weight_files
+from rrhf.models.trlx_reward_model import load_trlx_reward_model
 from rrhf.records import CandidateSet, set_id
 from rrhf.scoring.reward_model import TrlxScorer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
         return compare_methods(argv, "rrhf compare")
     from rrhf.report.config import CompareConfig
 
-    config = parse_config(CompareConfig, argv, "rrhf compare")
+    config = read_settings(CompareConfig, argv, "rrhf compare")
     from rrhf.report.compare import compare
 
     print_once(compare(config).text)
@@ -29,7 +29,7 @@ def compare_methods(argv: list[str], prog: str) -> int:
     """Train and compare the methods themselves."""
     from rrhf.studies.config import MethodsConfig
 
-    config = parse_config(MethodsConfig, argv, prog)
+    config = read_settings(MethodsConfig, argv, prog)
     from rrhf.studies.methods import run
 
     # As in the demonstration, the study has its own lines.

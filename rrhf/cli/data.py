@@ -19,7 +19,7 @@ ACTIONS = {
 class ValidateConfig:
     """What `rrhf data validate` does."""
 
-    data: list[str] = field(metadata={"aliases": ["file"]})
+    data: list[str] = field(metadata={"names": "data", "aliases": ["file"]})
     """The files to check, of any layout."""
     split: str | None = None
     """The split, where a folder or a named dataset is checked."""
@@ -29,7 +29,7 @@ class ValidateConfig:
 class StatsConfig:
     """What `rrhf data stats` does."""
 
-    data: str = field(metadata={"positional": True})
+    data: str = field(metadata={"names": "data", "positional": True})
     """What to measure: a path, a known name, owner/name of the hub, or a mixture of such."""
     split: str | None = None
     """The split of a named dataset; none = train, or the only one there is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE
 
@@ -12,7 +12,7 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     from rrhf.studies.config import DemoConfig
 
-    config = parse_config(DemoConfig, argv, "rrhf demo")
+    config = read_settings(DemoConfig, argv, "rrhf demo")
     from rrhf.studies.demo import run_demo
 
     # The story has its own lines; what each stage counts stands in its manifest.

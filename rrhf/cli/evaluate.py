@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE
 
@@ -10,7 +10,7 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     from rrhf.evaluation.config import EvaluateConfig
 
-    config = parse_config(EvaluateConfig, argv, "rrhf evaluate")
+    config = read_settings(EvaluateConfig, argv, "rrhf evaluate")
     from rrhf.evaluation.evaluate import evaluate
     from rrhf.report.table import terminal_table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE
 
@@ -10,5 +10,5 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     from rrhf.models.fetch import FetchConfig, fetch
 
-    print_once(f"Model: {fetch(parse_config(FetchConfig, argv, 'rrhf fetch'))}")
+    print_once(f"Model: {fetch(read_settings(FetchConfig, argv, 'rrhf fetch'))}")
     return EXIT_DONE

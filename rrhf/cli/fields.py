@@ -1,7 +1,7 @@
 """What a configuration class offers: its fields as flags, the docstring under each as help text.
 
-A field's metadata may hold `positional` (a bare word, in the order of the fields) and `aliases`
-(other spellings). Left out: nested configurations.
+A field's metadata may hold `positional` (a bare word, in the order of the fields), `aliases` (other
+spellings) and `names` (what a path leads to: `rrhf.cli.places`). Left out: nested configurations.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Flag:
         help: the docstring under the field, on one line; "" where there is none.
         positional: it may be given as a bare word, in the order of the fields.
         aliases: other spellings.
+        names: what its value names (`rrhf.cli.places`); "" where it is no path.
         owner: the class that defines the field.
     """
 
@@ -38,6 +39,7 @@ class Flag:
     positional: bool
     aliases: tuple[str, ...]
     owner: type
+    names: str = ""
 
 
 def flags_of(config_class: type) -> dict[str, Flag]:
@@ -58,6 +60,7 @@ def flags_of(config_class: type) -> dict[str, Flag]:
             positional=bool(item.metadata.get("positional")),
             aliases=tuple(normalise(alias) for alias in item.metadata.get("aliases", ())),
             owner=owner_of(config_class, item.name),
+            names=item.metadata.get("names", ""),
         )
     assert "config" not in flags, "the name `config` is taken by --config"
     return flags

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
@@ -159,14 +161,29 @@ def one_word(words: list[str], name: str, what: str, prog: str) -> str:
 def checked(given: Any, flag: Flag, where: str, from_words: bool = True) -> Any:
     fits, value = convert(given, flag.hint, from_words)
     if fits:
-        return value
+        return with_home(value) if flag.names else value
     shown = " ".join(given) if from_words and isinstance(given, list) else given
     raise UserError(f"{where}: {shown!r} does not fit; expected {expected(flag.hint)}.")
 
 
+def with_home(value: Any) -> Any:
+    """A path with the home folder in place of its `~`, also behind the marks of a mixture of data.
+
+    A shell fills in a `~` only at the beginning of a word, so neither in `--output_dir=~/x` nor in
+    a file of settings.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_home(item) for item in value)
+    if not isinstance(value, str):
+        return value
+    home = os.path.expanduser("~")
+    value = os.path.expanduser(value)
+    return re.sub(r"(?<=[,:])(\s*)~(?=/|$)", lambda found: found.group(1) + home, value)
+
+
 def read_config_text(config: str) -> str:
     """The text of a configuration file, or of a preset where the name is one."""
-    path = Path(config)
+    path = Path(config).expanduser()
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, process_place
 from rrhf.errors import EXIT_DONE
 
@@ -10,7 +10,7 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     from rrhf.generation.config import GenerateConfig
 
-    config = parse_config(GenerateConfig, argv, "rrhf generate")
+    config = read_settings(GenerateConfig, argv, "rrhf generate")
     from rrhf.generation.stage import generate_file
 
     print_once(f"Candidates: {generate_file(config, *process_place())}")

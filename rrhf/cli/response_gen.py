@@ -17,6 +17,7 @@ from typing import Any
 from rrhf.cli.fields import Flag, flags_of
 from rrhf.cli.flags import asks_for_help, build, read_values
 from rrhf.cli.help_page import help_page
+from rrhf.cli.places import check_places
 from rrhf.cli.terminal import print_once, process_place
 from rrhf.errors import EXIT_DONE
 
@@ -36,10 +37,14 @@ SEARCH_FLAGS = ("do_sample", "num_beams", "num_beam_groups", "diversity_penalty"
 class ResponseGenConfig:
     """Sample responses to prompts, score them, and write OUTPUT_DIR/train_data.json."""
 
-    model_name_or_path: str = field(metadata={"positional": True, "aliases": ["base_model"]})
+    model_name_or_path: str = field(
+        metadata={"names": "model", "positional": True, "aliases": ["base_model"]}
+    )
     """The policy that writes the responses."""
 
-    output_dir: str = field(metadata={"positional": True, "aliases": ["out_path"]})
+    output_dir: str = field(
+        metadata={"names": "output folder", "positional": True, "aliases": ["out_path"]}
+    )
     """Gets generated.jsonl and, in the end, train_data.json, each with its manifest."""
 
     diverse_beam: bool = field(default=True, metadata={"positional": True})
@@ -59,6 +64,8 @@ def main(argv: list[str]) -> int:
     # Both are built before the first stage starts, so that a mistake in the second costs nothing.
     score_config = build(ScoreConfig, flags_of(ScoreConfig), score, PROG)
     generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
+    check_places(generate_config)
+    check_places(score_config, made_later=("input_file",))
     from rrhf.generation.stage import generate_file
     from rrhf.scoring.stage import score_file
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, process_place
 from rrhf.errors import EXIT_DONE
 
@@ -10,7 +10,7 @@ from rrhf.errors import EXIT_DONE
 def main(argv: list[str]) -> int:
     from rrhf.scoring.config import ScoreConfig
 
-    config = parse_config(ScoreConfig, argv, "rrhf score")
+    config = read_settings(ScoreConfig, argv, "rrhf score")
     from rrhf.scoring.stage import score_file
 
     print_once(f"Scored candidates: {score_file(config, *process_place())}")

@@ -6,7 +6,7 @@ import importlib
 
 from rrhf.cli.compare import compare_methods
 from rrhf.cli.fields import nearest
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE, UserError
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if name == "methods":
         return compare_methods(rest, "rrhf study methods")
     config_class = getattr(importlib.import_module("rrhf.studies.config"), config_name)
-    config = parse_config(config_class, rest, f"rrhf study {name}")
+    config = read_settings(config_class, rest, f"rrhf study {name}")
     results = importlib.import_module(module_name).run(config)
     print_once(f"Results: {results}")
     return EXIT_DONE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from rrhf.cli.fields import nearest
-from rrhf.cli.flags import parse_config
+from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
 from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"rrhf train: unknown stage {stage!r}; {hint}Stages: {', '.join(STAGES)}.")
     module_name, config_name, _ = STAGES[stage]
     config_class = getattr(importlib.import_module(f"{module_name}_config"), config_name)
-    config = parse_config(config_class, rest, f"rrhf train {stage}")
+    config = read_settings(config_class, rest, f"rrhf train {stage}")
     module = importlib.import_module(module_name)
     try:
         model = module.train(config)

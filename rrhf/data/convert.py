@@ -38,10 +38,10 @@ Form = Literal["candidates", "preference", "prompts"]
 class ConvertConfig:
     """What `rrhf data convert` does."""
 
-    data: str = field(metadata={"positional": True})
+    data: str = field(metadata={"names": "data", "positional": True})
     """What to read: a path, a known name, owner/name of the hub, or a mixture of such
     (name[:proportion[:path]], separated by commas)."""
-    output: str = field(metadata={"positional": True})
+    output: str = field(metadata={"names": "place", "positional": True})
     """The file to write; with --parts, a folder that gets one file a part."""
     to: Form = "candidates"
     """candidates: RRHF's rows query, responses, scores; preference: TRL's rows prompt, chosen,

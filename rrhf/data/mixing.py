@@ -29,7 +29,7 @@ from rrhf.data.candidate_files import CandidateFile, SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, scan_rows
 from rrhf.data.layouts import SourceCounts
-from rrhf.data.sources import JSON_SUFFIXES, read_sets
+from rrhf.data.sources import JSON_SUFFIXES, open_rows, read_sets
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet, set_id
 
@@ -54,6 +54,11 @@ class SourceSpec:
     proportion: Fraction | None = Fraction(1)
     count: int | None = None
     path: str | None = None
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether no row of it is taken, so that it need not be there."""
+        return self.count == 0 or self.proportion == 0
 
     def number_of_rows(self, size: int) -> int:
         """How many rows are taken of a source that has `size`."""
@@ -109,6 +114,17 @@ def _parse_part(text: str) -> SourceSpec:
             f"{text!r}: {proportion!r} is a count (it is negative) and so must be a whole number"
         )
     return replace(spec, proportion=None, count=int(-value))
+
+
+def check_sources(specs: str | Sequence[str], split: str | None = None) -> None:
+    """Look for the sources of a mixture without reading them; those of the hub are not asked for.
+
+    Raises:
+        UserError: there is no such source, or a proportion is not one.
+    """
+    for spec in parse_mixture(specs):
+        if not spec.is_skipped:
+            open_rows(spec.name, spec.path, split)
 
 
 def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
@@ -188,7 +204,7 @@ def load_sets(
     parts: list[Sequence[CandidateSet]] = []
     rows: list[list[int]] = []
     for position, spec in enumerate(parse_mixture(specs)):
-        if spec.count == 0 or spec.proportion == 0:
+        if spec.is_skipped:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
         part = _open_part(spec, split, counts, new_ids)

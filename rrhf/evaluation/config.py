@@ -19,17 +19,17 @@ MAX_UNSCORED_FRACTION = 0.01
 class EvaluateConfig(RewardModelOptions):
     """Measure a policy, or responses that are there already, on held-out prompts."""
 
-    output_dir: str
+    output_dir: str = field(metadata={"names": "output folder"})
     """Folder for the rows: NAME.json and NAME.samples.jsonl."""
 
-    prompts: str
+    prompts: str = field(metadata={"names": "data"})
     """Held-out prompts: a file, a registered name, a dataset; name[:proportion[:path]]. Human
     responses in it serve as references and pairs."""
 
-    model_name_or_path: str = ""
+    model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The policy to measure: a model folder, a run folder, or a hub name."""
 
-    responses: str = ""
+    responses: str = field(default="", metadata={"names": "responses"})
     """Measure these instead of a policy: a candidate file, or the word dataset for the prompts'
     own rows."""
 
@@ -40,7 +40,8 @@ class EvaluateConfig(RewardModelOptions):
     """The row's name; empty = from the folder's name."""
 
     scorer: str = field(
-        default="", metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
+        default="",
+        metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
     """Who gives the reward: a reward model's folder or run, function:module:name, gold:help_desk;
     empty = nobody."""
@@ -48,10 +49,10 @@ class EvaluateConfig(RewardModelOptions):
     gold: Literal["auto", "none", "help_desk"] = "auto"
     """The world that knows the true worth of a response; auto: by where the prompts come from."""
 
-    reference_model_name_or_path: str = ""
+    reference_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither."""
 
-    baseline: str = ""
+    baseline: str = field(default="", metadata={"names": "model or file"})
     """What win rates are against: a policy's folder or a candidate file. It gets rows of its own,
     once for each output_dir, so that `rrhf compare` shows before and after."""
 
@@ -91,16 +92,16 @@ class EvaluateConfig(RewardModelOptions):
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
     """How messages become text for policy and reference."""
 
-    human_responses: str = ""
+    human_responses: str = field(default="", metadata={"names": "data"})
     """Data for ppl_human; empty = the human responses beside the prompts."""
 
-    pairs: str = ""
+    pairs: str = field(default="", metadata={"names": "data"})
     """Data for p_i accuracy; empty = the chosen and rejected responses beside the prompts."""
 
     num_human_responses: int = 500
     """So many rows of human_responses and of pairs, where they are named; 0 = all."""
 
-    ppl_model_name_or_path: str = ""
+    ppl_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The model of ppl_paper, such as openai-community/gpt2-medium; empty = no ppl_paper."""
 
     ppl_max_tokens: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from rrhf.errors import UserError
@@ -58,12 +58,12 @@ class SamplingOptions:
 class GenerateConfig(SamplingOptions):
     """Sample responses to prompts with a policy and write a candidate file."""
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"names": "model"})
     """The policy: a model folder, a run folder, or a hub name."""
-    prompts: str
+    prompts: str = field(metadata={"names": "data"})
     """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
     several with commas."""
-    output_file: str
+    output_file: str = field(metadata={"names": "output file"})
     """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
     length_penalty: float = 1.0
     """Ended beams are ranked by score / length ** length_penalty."""

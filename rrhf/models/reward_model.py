@@ -36,6 +36,7 @@ from rrhf.errors import UserError
 from rrhf.model_paths import check_model_path, model_folder
 from rrhf.models.loading import disable_dropout, load_model
 from rrhf.models.packed_trunk import inner_model
+from rrhf.models.reward_folders import names_classifier, require_classifier
 
 HEAD = "score"
 NORMALIZER_KEY = "rrhf_score_normalizer"
@@ -143,12 +144,7 @@ def require_reward_model(
         UserError: no folder, a language model, several labels.
     """
     config = _read_config(name_or_path, trust_remote_code)
-    if not is_classifier(config):
-        named = ", ".join(config.architectures or ["a model of no stated architecture"])
-        raise UserError(
-            f"{name_or_path}: holds {named}, which is no reward model (it has no score head); "
-            "train one from it with `rrhf train reward`, or give a reward model's folder"
-        )
+    require_classifier(name_or_path, config.architectures or ())
     _require_one_label(name_or_path, config)
     return config
 
@@ -197,7 +193,7 @@ def init_reward_model(
 
 def is_classifier(config: PreTrainedConfig) -> bool:
     """True where the config says that the folder holds a model for sequence classification."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return names_classifier(config.architectures or ())
 
 
 def score_normalizer(config: PreTrainedConfig) -> Normalizer | None:

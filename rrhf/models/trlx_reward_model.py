@@ -9,7 +9,6 @@ alone: config and tokenizer then come from the base model's folder.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -23,12 +22,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rrhf.errors import UserError
-from rrhf.model_paths import model_folder
 from rrhf.models.loading import DTYPES, disable_dropout
+from rrhf.models.reward_folders import config_folder, weight_files
 from rrhf.models.reward_model import HEAD
 
 PUBLISHED_HEAD = "v_head."
-_SUFFIXES = (".safetensors", ".pt", ".bin")
 # Masks that old versions of these models stored beside their weights.
 _STORED_BUFFERS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 
@@ -77,54 +75,6 @@ def load_trlx_reward_model(
         )
     disable_dropout(model)
     return model.eval()
-
-
-def config_folder(path: str | Path, base: str | Path | None) -> Path:
-    """Where config.json (and the tokenizer) stands: beside the weights, or with the base model.
-
-    Raises:
-        UserError: in neither place.
-    """
-    place = Path(model_folder(path))
-    beside = place if place.is_dir() else place.parent
-    for folder in (Path(model_folder(base)),) if base is not None else (beside,):
-        if (folder / "config.json").is_file():
-            return folder
-    if base is not None:
-        raise UserError(f"--reward_base {base}: holds no config.json; give the base model's folder")
-    raise UserError(
-        f"{path}: --reward_format trlx: no config.json beside the weights; name the folder of the "
-        "base model (its config and tokenizer) with --reward_base"
-    )
-
-
-def weight_files(path: str | Path) -> list[Path]:
-    """The weight files of a published model, in a stable order; of several kinds the safest.
-
-    Raises:
-        UserError: there is no such folder, or no weights in it.
-    """
-    place = Path(model_folder(path))
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise UserError(f"{path}: no such folder or weight file; give a published model's folder")
-    for suffix in _SUFFIXES:
-        for index in sorted(place.glob(f"*{suffix}.index.json")):
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            if missing := [name for name in sorted(names) if not (place / name).is_file()]:
-                raise UserError(f"{place}: {index.name} names {missing[0]}, which is not there")
-            return [place / name for name in sorted(names)]
-        files = [
-            file
-            for file in sorted(place.glob(f"*{suffix}"))
-            if not file.name.startswith(("training_args", "optimizer", "scheduler", "rng_state"))
-        ]
-        if files:
-            return files
-    raise UserError(
-        f"{place}: --reward_format trlx: no weights here; expected a .safetensors, .pt or .bin file"
-    )
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

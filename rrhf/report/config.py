@@ -13,10 +13,10 @@ class CompareConfig:
     """Put evaluated rows into one table. With --world help_desk it trains and compares the methods
     themselves: see `rrhf study methods --help`."""
 
-    rows: list[str] = field(metadata={"positional": True})
+    rows: list[str] = field(metadata={"names": "row", "positional": True})
     """Files that `rrhf evaluate` wrote, or folders with such files, in the order of the table."""
 
-    output: str = ""
+    output: str = field(default="", metadata={"names": "output file"})
     """Write the table as Markdown to this file; empty = only show it."""
 
     baseline: str = ""

@@ -8,12 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
+from typing import TYPE_CHECKING
 
 from rrhf.errors import UserError
+from rrhf.models.reward_folders import config_folder, require_score_head, weight_files
 from rrhf.scoring.config import RewardModelOptions
 from rrhf.scoring.scorer import Scorer
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build_scorer(
@@ -46,18 +49,33 @@ def check_scorer(spec: str, options: RewardModelOptions | None = None) -> None:
         UserError: no such world, function, folder, or the folder holds no reward model.
     """
     options = options or RewardModelOptions()
-    prefix, _, rest = spec.partition(":")
-    if rest and prefix in SCORERS:
-        SCORERS[prefix](rest)
-    elif options.reward_format == "trlx":
-        from rrhf.models.trlx_reward_model import config_folder, weight_files
-
-        weight_files(spec)
-        config_folder(spec, options.reward_base)
-    else:
+    check_scorer_place(spec, options)
+    if not _is_made(spec) and options.reward_format != "trlx":
         from rrhf.models.reward_model import require_reward_model
 
         require_reward_model(spec, options.trust_remote_code)
+
+
+def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
+    """The part of `check_scorer` that needs neither torch nor a network.
+
+    Raises:
+        UserError: as there.
+    """
+    if _is_made(spec):
+        prefix, _, rest = spec.partition(":")
+        SCORERS[prefix](rest)
+    elif options.reward_format == "trlx":
+        weight_files(spec)
+        config_folder(spec, options.reward_base)
+    else:
+        require_score_head(spec)
+
+
+def _is_made(spec: str) -> bool:
+    """Whether a prefix names the scorer, rather than a folder."""
+    prefix, _, rest = spec.partition(":")
+    return bool(rest) and prefix in SCORERS
 
 
 def _gold(rest: str) -> Scorer:

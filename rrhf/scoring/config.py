@@ -20,7 +20,7 @@ class RewardModelOptions:
     """Layout of the reward model: standard (transformers' sequence classification) or trlx (keys
     transformer.* and v_head.weight, such as Dahoas/gptj-rm-static)."""
 
-    reward_base: str | None = None
+    reward_base: str | None = field(default=None, metadata={"names": "place"})
     """With trlx: folder with the base model's config.json and tokenizer, where the reward model's
     has none."""
 
@@ -62,14 +62,17 @@ class RewardModelOptions:
 class ScoreConfig(RewardModelOptions):
     """Score the candidates of a file and write them with their scores."""
 
-    input_file: str = field(kw_only=True, metadata={"positional": True, "aliases": ["data_path"]})
+    input_file: str = field(
+        kw_only=True, metadata={"names": "data", "positional": True, "aliases": ["data_path"]}
+    )
     """The candidates: a candidate file, or anything else that holds responses (pairs, HH)."""
 
-    output_file: str = field(kw_only=True, metadata={"positional": True})
+    output_file: str = field(kw_only=True, metadata={"names": "output file", "positional": True})
     """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
 
     scorer: str = field(
-        kw_only=True, metadata={"aliases": ["reward_model_name_or_path", "reward_model"]}
+        kw_only=True,
+        metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
     """Who scores: a reward model's folder or hub name, function:module:name, or gold:help_desk."""
 

@@ -27,13 +27,14 @@ from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window, load_tokenizer, resolve_device
 from rrhf.models.onednn_linear import fast_linears
 from rrhf.models.reward_engines import FastRewardModel, build_reward_model
+from rrhf.models.reward_folders import config_folder
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
     RewardModel,
     load_reward_model,
     score_normalizer,
 )
-from rrhf.models.trlx_reward_model import config_folder, load_trlx_reward_model
+from rrhf.models.trlx_reward_model import load_trlx_reward_model
 from rrhf.records import Candidate, CandidateSet, Message
 from rrhf.scoring.row_groups import batches_of, group_batch, group_rows
 

@@ -24,7 +24,7 @@ _FOLD_RANGES = {
 class DemoConfig:
     """Settings of `rrhf demo`."""
 
-    output_dir: str = "runs/demo"
+    output_dir: str = field(default="runs/demo", metadata={"names": "output folder"})
     """Where policy, samples and table go; a stopped demonstration goes on from there."""
 
     seeds: int = 1
@@ -57,10 +57,10 @@ class MethodsConfig:
     """Which methods; empty = all: best-of-n, best-of-n-sft, rrhf, rrhf-2, rrhf-4, online-rrhf, ppo,
     rloo, grpo. SFT is always there."""
 
-    output_dir: str = "runs/compare"
+    output_dir: str = field(default="runs/compare", metadata={"names": "output folder"})
     """Run folders go here; what was stopped goes on from there."""
 
-    into: str = ""
+    into: str = field(default="", metadata={"names": "output folder"})
     """Write page, pictures and numbers to this folder; empty = output_dir."""
 
     size: Literal["full", "smoke"] = "full"
@@ -80,13 +80,13 @@ class MethodsConfig:
 class HHRewardConfig:
     """Reward models against plain baselines on preference pairs, in folds by first human turn."""
 
-    data_path: str
+    data_path: str = field(metadata={"names": "data"})
     """Preference pairs, such as HH's harmless-base .jsonl.gz."""
 
-    output_dir: str
+    output_dir: str = field(metadata={"names": "output folder"})
     """Folds, results.json and table.md go here; started again, finished folds are kept."""
 
-    trunks: list[str] = field(default_factory=list)
+    trunks: list[str] = field(default_factory=list, metadata={"names": "model"})
     """Folders of language models that reward models are made of; none = baselines alone."""
 
     num_folds: int = 5

@@ -66,10 +66,10 @@ class GroupSettings:
 class TrainingConfig:
     """Training, as in every stage of `rrhf train`."""
 
-    model_name_or_path: str = field(metadata={"aliases": ["model_name"]})
+    model_name_or_path: str = field(metadata={"names": "model", "aliases": ["model_name"]})
     """Folder, run folder or hub name of the model to start from."""
 
-    output_dir: str
+    output_dir: str = field(metadata={"names": "run"})
     """Run folder: settings, metrics, checkpoints and the trained model go here."""
 
     num_train_epochs: float = 1.0

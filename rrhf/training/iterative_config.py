@@ -21,12 +21,14 @@ class IterativeConfig(SamplingOptions, RankSettings):
     """Train by RRHF in rounds (the paper's IP-n): each samples with the policy of the round before,
     scores the samples, and ranks them."""
 
-    reward_model_name_or_path: str = field(kw_only=True, metadata={"aliases": ["scorer"]})
+    reward_model_name_or_path: str = field(
+        kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
+    )
     """What scores responses: a reward model's folder or hub name, function:module:name, or
     gold:help_desk."""
 
     train_datasets: str = field(
-        kw_only=True, metadata={"aliases": ["prompts", "data_path", "prompt_file"]}
+        kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
     """Prompts: a file, a registered name, name[:proportion[:path]], several with commas. Responses
     that stand beside them (human:chosen, human:rejected) are ranked with the samples of every
@@ -48,7 +50,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
     """Measure in every round how far the samples are from the first policy: one forward of two
     models over all candidates. Needed with kl_coeff."""
 
-    eval_datasets: str | None = None
+    eval_datasets: str | None = field(default=None, metadata={"names": "data"})
     """Held-out prompts: every round's policy answers each once, drawn at the temperature; the
     answers are scored, and the best round's policy is kept in best/policy.
     load_best_model_at_end makes it the outcome."""
@@ -56,7 +58,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
     reward_format: Literal["standard", "trlx"] = "standard"
     """Layout of the reward model, as in `rrhf score`."""
 
-    reward_base: str | None = None
+    reward_base: str | None = field(default=None, metadata={"names": "place"})
     """With trlx: folder of the base model, as in `rrhf score`."""
 
     max_unscored_fraction: float = 0.01

@@ -20,16 +20,18 @@ class PPOConfig(TrainingConfig):
     (RLOO, GRPO, ...), or RRHF on the samples of the live policy. Leaves OUTPUT_DIR/policy."""
 
     model_name_or_path: str = field(
-        metadata={"aliases": ["model_name", "actor_model_name_or_path"]}
+        metadata={"names": "model", "aliases": ["model_name", "actor_model_name_or_path"]}
     )
     """Folder or hub name of the policy to start from; it is the reference too."""
 
     train_datasets: str = field(
-        kw_only=True, metadata={"aliases": ["prompts", "data_path", "prompt_file"]}
+        kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
     """Prompts: a file, a registered name, name[:proportion[:path]], several with commas."""
 
-    reward_model_name_or_path: str = field(kw_only=True, metadata={"aliases": ["scorer"]})
+    reward_model_name_or_path: str = field(
+        kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
+    )
     """What scores responses: a reward model's folder (its tokenizer may differ from the policy's),
     function:module:name, or gold:help_desk."""
 
@@ -39,7 +41,7 @@ class PPOConfig(TrainingConfig):
     """ppo has a critic; rloo, grpo, dr_grpo and reinforce_pp have none; rrhf ranks the responses of
     the live policy (OP-k)."""
 
-    reward_critic_model_name_or_path: str | None = None
+    reward_critic_model_name_or_path: str | None = field(default=None, metadata={"names": "model"})
     """Reward model that the critic starts from; by default reward_model_name_or_path."""
 
     share_trunk: bool = False
@@ -188,7 +190,7 @@ class PPOConfig(TrainingConfig):
     sft_reduction: Literal["prompt", "response", "token"] = "prompt"
     """rrhf: token sum, or token mean, of each best response; or the mean of all tokens."""
 
-    ptx_datasets: str | None = None
+    ptx_datasets: str | None = field(default=None, metadata={"names": "data"})
     """Demonstrations: each step adds a batch of them, so that the policy stays a language model."""
 
     ptx_coeff: float = 0.0
@@ -200,7 +202,7 @@ class PPOConfig(TrainingConfig):
     ema_beta: float = 0.992
     """average = beta * average + (1 - beta) * weights, after every optimiser step."""
 
-    eval_datasets: str | None = None
+    eval_datasets: str | None = field(default=None, metadata={"names": "data"})
     """Prompts that are answered and scored at eval_steps and at the end."""
 
     sample_table_steps: int = 1

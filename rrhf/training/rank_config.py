@@ -64,8 +64,8 @@ class RankSettings(TrainingConfig):
 class RankConfig(RankSettings):
     """Train a policy so that its likelihoods rank scored candidates as their scores do (RRHF)."""
 
-    data_path: str = field(kw_only=True)
+    data_path: str = field(kw_only=True, metadata={"names": "data"})
     """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""
 
-    eval_data_path: str | None = None
+    eval_data_path: str | None = field(default=None, metadata={"names": "data"})
     """Held-out data of the same kind: its losses and ranking accuracy are logged at eval_steps."""

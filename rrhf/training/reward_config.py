@@ -23,14 +23,18 @@ class RewardConfig(TrainingConfig):
     """Train a reward model on preference pairs or ranked groups."""
 
     data_path: str = field(
-        kw_only=True, metadata={"aliases": ["train_file", "train_data", "train_datasets"]}
+        kw_only=True,
+        metadata={"names": "data", "aliases": ["train_file", "train_data", "train_datasets"]},
     )
     """Preferences: chosen/rejected pairs or scored candidates; a file, a registered name,
     name[:proportion[:path]], several with commas."""
 
     validation_datasets: str | None = field(
         default=None,
-        metadata={"aliases": ["valid_file", "valid_data", "eval_datasets", "eval_data_path"]},
+        metadata={
+            "names": "data",
+            "aliases": ["valid_file", "valid_data", "eval_datasets", "eval_data_path"],
+        },
     )
     """Held-out data of the same kind; by default validation_fraction is cut off data_path."""
 

@@ -14,10 +14,10 @@ from rrhf.training.config import TrainingConfig, check_response_limit
 class SFTConfig(TrainingConfig):
     """Fine-tune a policy on demonstrations."""
 
-    data_path: str = field(kw_only=True)
+    data_path: str = field(kw_only=True, metadata={"names": "data"})
     """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
 
-    eval_data_path: str | None = None
+    eval_data_path: str | None = field(default=None, metadata={"names": "data"})
     """Held-out demonstrations: their loss and perplexity are logged at eval_steps."""
 
     use_targets: bool = True

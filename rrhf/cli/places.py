@@ -1,0 +1,175 @@
+"""What the words of a command line name: homes are filled in, and what is missing is told at once.
+
+A field says in its metadata what it `names`:
+
+    model          a model folder, a run folder or a hub name
+    scorer         a reward model, or `gold:...`, `function:...`
+    data           a file, a known name, `name[:proportion[:path]]`, several with commas
+    responses      a candidate file, or the word `dataset`
+    model or file  a model, or a file where there is one
+    row            what `rrhf evaluate` wrote, or a folder of it
+    run            the folder that a training writes
+    output file, output folder
+    place          any other path
+
+Nothing here imports torch, so that a mistake is told before it is loaded. What only transformers or
+a network can judge (a hub name, a config of an unknown kind) passes, and is judged later.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rrhf.cli.flags import parse_config
+from rrhf.cli.terminal import is_first_process
+from rrhf.errors import UserError
+from rrhf.files import COMPLETE, explained_os_errors, read_manifest
+from rrhf.model_paths import check_model_path
+
+T = TypeVar("T")
+
+
+def read_settings(config_class: type[T], argv: Sequence[str], prog: str) -> T:
+    """The settings that the words give, with every path in them looked at.
+
+    Raises:
+        UserError: a mistake in a flag or in a path.
+        SystemExit: after `--help`.
+    """
+    config = parse_config(config_class, argv, prog)
+    check_places(config)
+    return config
+
+
+def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
+    """Look for what a configuration names, before anything slow is loaded.
+
+    A finished run that is to be resumed needs nothing any more and is left to the command.
+
+    Args:
+        config: of any command.
+        made_later: fields whose files an earlier stage of the same command writes.
+
+    Raises:
+        UserError: something is not there, is not what it should be, or cannot be written.
+    """
+    found = [
+        (kind, value)
+        for item in fields(config)
+        if (kind := item.metadata.get("names"))
+        and (value := getattr(config, item.name))
+        and item.name not in made_later
+    ]
+    resumes = getattr(config, "resume_from_checkpoint", False)
+    if resumes and any(kind == "run" and _is_finished(path) for kind, path in found):
+        return
+    _check_packages(config)
+    for kind, value in found:
+        check = CHECKS.get(kind)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if check is not None:
+                check(one, config)
+
+
+def _check_packages(config: Any) -> None:
+    """Packages that a flag asks for; the modules that import them have the same messages."""
+    if getattr(config, "use_lora", False) and importlib.util.find_spec("peft") is None:
+        raise UserError("--use_lora: the package peft is not installed; install rrhf[peft]")
+    attention = getattr(config, "attn_implementation", "")
+    if attention.startswith("flash_attention") and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            f"--attn_implementation {attention}: the package flash-attn is not installed; install "
+            "rrhf[flash] on a machine with CUDA, or use sdpa"
+        )
+
+
+def _is_finished(run: str) -> bool:
+    manifest = read_manifest(run) if Path(run).is_dir() else None
+    return manifest is not None and manifest.get("status") == COMPLETE
+
+
+def _check_model(path: str, config: Any) -> None:
+    check_model_path(path)
+
+
+def _check_scorer(spec: str, config: Any) -> None:
+    from rrhf.scoring.build import check_scorer_place
+    from rrhf.scoring.config import RewardModelOptions
+
+    names = (item.name for item in fields(RewardModelOptions))
+    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    check_scorer_place(spec, RewardModelOptions(**given))
+
+
+def _check_data(specs: str, config: Any) -> None:
+    from rrhf.data.mixing import check_sources
+
+    check_sources(specs, getattr(config, "split", None))
+
+
+def _check_responses(spec: str, config: Any) -> None:
+    if spec != "dataset" and not Path(spec).is_file():
+        raise UserError(
+            f"{spec}: there is no such file of responses; check the path, or give the word dataset "
+            "for the prompts' own rows"
+        )
+
+
+def _check_model_or_file(path: str, config: Any) -> None:
+    if not Path(path).is_file():
+        check_model_path(path)
+
+
+def _check_row(path: str, config: Any) -> None:
+    if not Path(path).exists():
+        raise UserError(
+            f"{path}: there is no such file or folder; name what `rrhf evaluate` wrote, or the "
+            "folder that holds it"
+        )
+
+
+def _check_run(path: str, config: Any) -> None:
+    """A launcher's other processes may come when the first has already begun the run."""
+    from rrhf.runs import RunFolder
+
+    _check_output(Path(path), is_folder=True)
+    if is_first_process() and not config.resume_from_checkpoint:
+        RunFolder(path).require_free()
+
+
+def _check_output(path: Path, is_folder: bool) -> None:
+    """Find what would keep the command from writing there, without writing anything."""
+
+    def refuse(number: int, place: Path) -> None:
+        raise OSError(number, os.strerror(number), str(place))
+
+    with explained_os_errors(path):
+        if is_folder and path.exists() and not path.is_dir():
+            refuse(errno.ENOTDIR, path)
+        if not is_folder and path.is_dir():
+            refuse(errno.EISDIR, path)
+        folder = path if is_folder else path.parent
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            refuse(errno.ENOTDIR, there)
+        if not os.access(there, os.W_OK | os.X_OK):
+            refuse(errno.EACCES, there)
+
+
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "model": _check_model,
+    "scorer": _check_scorer,
+    "data": _check_data,
+    "responses": _check_responses,
+    "model or file": _check_model_or_file,
+    "row": _check_row,
+    "run": _check_run,
+    "output file": lambda path, config: _check_output(Path(path), is_folder=False),
+    "output folder": lambda path, config: _check_output(Path(path), is_folder=True),
+}

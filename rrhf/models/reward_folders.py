@@ -1,0 +1,97 @@
+"""What a reward model's folder says of itself before a weight is read.
+
+No import of torch: a mistake in a path is told before it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rrhf.errors import UserError
+from rrhf.model_paths import MODEL_FILE, check_model_path, model_folder
+
+_SUFFIXES = (".safetensors", ".pt", ".bin")
+
+
+def require_score_head(name_or_path: str | Path) -> None:
+    """Refuse a folder whose config.json names a language model; a hub name passes.
+
+    Raises:
+        UserError: no folder, or no reward model in it.
+    """
+    check_model_path(name_or_path)
+    try:
+        config = json.loads((Path(model_folder(name_or_path)) / MODEL_FILE).read_bytes())
+        architectures = [str(name) for name in config["architectures"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a hub name, or what transformers must judge
+    require_classifier(name_or_path, architectures)
+
+
+def require_classifier(name_or_path: str | Path, architectures: Sequence[str]) -> None:
+    """Refuse a model whose config names no sequence classifier in its `architectures`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not names_classifier(architectures):
+        named = ", ".join(architectures) or "a model of no stated architecture"
+        raise UserError(
+            f"{name_or_path}: holds {named}, which is no reward model (it has no score head); "
+            "train one from it with `rrhf train reward`, or give a reward model's folder"
+        )
+
+
+def names_classifier(architectures: Sequence[str]) -> bool:
+    """Whether one of a config's `architectures` is a sequence classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def config_folder(path: str | Path, base: str | Path | None) -> Path:
+    """Where config.json (and the tokenizer) stands: beside the weights, or with the base model.
+
+    Raises:
+        UserError: in neither place.
+    """
+    place = Path(model_folder(path))
+    beside = place if place.is_dir() else place.parent
+    for folder in (Path(model_folder(base)),) if base is not None else (beside,):
+        if (folder / "config.json").is_file():
+            return folder
+    if base is not None:
+        raise UserError(f"--reward_base {base}: holds no config.json; give the base model's folder")
+    raise UserError(
+        f"{path}: --reward_format trlx: no config.json beside the weights; name the folder of the "
+        "base model (its config and tokenizer) with --reward_base"
+    )
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The weight files of a published model, in a stable order; of several kinds the safest.
+
+    Raises:
+        UserError: there is no such folder, or no weights in it.
+    """
+    place = Path(model_folder(path))
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise UserError(f"{path}: no such folder or weight file; give a published model's folder")
+    for suffix in _SUFFIXES:
+        for index in sorted(place.glob(f"*{suffix}.index.json")):
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            if missing := [name for name in sorted(names) if not (place / name).is_file()]:
+                raise UserError(f"{place}: {index.name} names {missing[0]}, which is not there")
+            return [place / name for name in sorted(names)]
+        files = [
+            file
+            for file in sorted(place.glob(f"*{suffix}"))
+            if not file.name.startswith(("training_args", "optimizer", "scheduler", "rng_state"))
+        ]
+        if files:
+            return files
+    raise UserError(
+        f"{place}: --reward_format trlx: no weights here; expected a .safetensors, .pt or .bin file"
+    )
