@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.jsonl import encode_row
 from rrhf.data.layouts import SourceCounts
@@ -29,6 +27,7 @@ from rrhf.files import (
     sha256_file,
     write_manifest,
 )
+from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 
 Form = Literal["candidates", "preference", "prompts"]
@@ -110,7 +109,10 @@ def _write(
 
 
 def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
-    yield from tqdm(sets, total=total, unit="rows", disable=None)
+    with Progress("convert", total, "row") as progress:
+        for one in sets:
+            yield one
+            progress.advance()
 
 
 def preference_row(pair: CandidateSet) -> dict[str, Any]:

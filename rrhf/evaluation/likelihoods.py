@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
@@ -24,6 +23,7 @@ from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.loading import context_window
 from rrhf.models.logprobs import Policy
 from rrhf.models.onednn_linear import fast_linears
+from rrhf.progress import Progress
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.row_groups import batches_of, group_batch, group_by
 
@@ -64,13 +64,13 @@ def read_logprobs(
     was_training = model.training
     model.eval()
     try:
-        bar = tqdm(total=len(rows), desc="likelihoods", unit="response", disable=None, leave=False)
-        with torch.inference_mode(), bar, fast_linears(model):
+        progress = Progress("likelihoods", len(rows), "response")
+        with torch.inference_mode(), progress, fast_linears(model):
             for places, batch in _batches(policy, rows, pad_id, max_logits):
                 logprobs = policy(batch.to(device)).logprobs.cpu()
                 for place, values in zip(places, logprobs, strict=True):
                     read[place] = values[: len(rows[place][1])].clone()
-                bar.update(len(places))
+                progress.advance(len(places))
     finally:
         model.train(was_training)
     return read

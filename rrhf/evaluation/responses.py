@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
-
 from rrhf.evaluation.divergence import divergence_measures, expectation_note
 from rrhf.evaluation.draft import Draft
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row
 from rrhf.generation.engine import GenerationEngine, Sample, SamplingParams
+from rrhf.progress import Progress
 from rrhf.records import Candidate, CandidateSet
 
 _PROMPTS_AT_A_TIME = 128
@@ -24,13 +23,13 @@ _PROMPTS_AT_A_TIME = 128
 def write_responses(
     name: str, engine: GenerationEngine, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> list[list[Sample]]:
-    """The samples of every prompt, with a progress bar under the row's name."""
+    """The samples of every prompt, with its progress under the row's name."""
     samples: list[list[Sample]] = []
-    with tqdm(total=len(prompts), desc=name, unit="prompt", disable=None) as bar:
+    with Progress(f"responses of {name}", len(prompts), "prompt") as progress:
         for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
             part = prompts[start : start + _PROMPTS_AT_A_TIME]
             samples += engine.generate(part, params)
-            bar.update(len(part))
+            progress.advance(len(part))
     return samples
 
 

@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
 from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
+from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.scoring.scorer import Scorer, is_too_long
 
@@ -38,7 +37,7 @@ def score_sets(
     """
     scored: list[CandidateSet] = []
     too_long = 0
-    with tqdm(total=len(sets), desc="scoring", unit="prompt", disable=None) as bar:
+    with Progress("score", len(sets), "prompt") as progress:
         for start in range(0, len(sets), _SETS_AT_A_TIME):
             part = sets[start : start + _SETS_AT_A_TIME]
             for s, scores in zip(part, scorer.score(part), strict=True):
@@ -51,7 +50,7 @@ def score_sets(
                     for candidate in candidates
                 )
                 scored.append(replace(s, candidates=candidates))
-            bar.update(len(part))
+            progress.advance(len(part))
     check_scored(scorer.name, scored, max_unscored_fraction, too_long)
     return scored
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.jsonl import encode_row
@@ -22,6 +20,7 @@ from rrhf.generation.config import GenerateConfig
 from rrhf.generation.local import prompt_room
 from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window
+from rrhf.progress import tracked
 from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
@@ -76,16 +75,13 @@ def plan_batches(lengths: Sequence[int], size: int, window: int) -> list[list[in
     return batches
 
 
-def plan_prompts(
-    config: GenerateConfig, codec: ChatCodec, counts: SourceCounts, quiet: bool | None
-) -> Plan:
+def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts) -> Plan:
     """Read the source once: which prompts fit, how long they are, what all of it hashes to.
 
     Args:
         config: names source, limit and room.
         codec: how prompts become tokens.
         counts: filled with what the source dropped.
-        quiet: tqdm's `disable`.
 
     Raises:
         UserError: the source cannot be read, or no prompt fits.
@@ -97,7 +93,7 @@ def plan_prompts(
     digest = hashlib.sha256()
     indices, ids, lengths = [], [], []
     dropped: Counter[str] = Counter()
-    for index in tqdm(range(count), desc="prompts", unit="", disable=quiet, leave=False):
+    for index in tracked(range(count), "read prompts", "prompt"):
         prompt = sets[index]
         digest.update(encode_row([prompt.id, candidate_set_to_row(prompt)]))
         tokens = codec.encode_prompt(prompt, room)

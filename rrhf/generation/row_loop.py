@@ -22,6 +22,7 @@ from torch import Tensor
 from rrhf.generation.decoders import Decoder
 from rrhf.generation.engine import SamplingParams
 from rrhf.generation.sampling import pick_tokens, sample_uniforms
+from rrhf.progress import pulse
 from rrhf.records import CandidateSet, FinishReason
 
 # Text is looked at for stop strings every so many tokens; what was written beyond one is cut off.
@@ -134,6 +135,7 @@ class RowLoop:
         self._waiting = deque(
             Row(number, sample) for number, job in enumerate(jobs) for sample in range(job.count)
         )
+        self._num_rows = len(self._waiting)
         self._rows: list[Row] = []  # as the decoder has them
         self._beginning: list[Row] = []  # soon with them
         self._finished: list[Row] = []
@@ -178,6 +180,7 @@ class RowLoop:
                 return
             tokens = torch.tensor([row.token_ids[-1] for row in self._rows], device=self._device)
             self._take(decoder.step(tokens), self._rows, self._seen)
+            pulse(f"{len(self._finished)} of {self._num_rows} responses written")
 
     def _change_rows(self, decoder: Decoder, max_rows: int) -> None:
         """Let finished rows leave and others begin, where it is worth it."""

@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.jsonl import JsonlAppender
@@ -34,6 +32,7 @@ from rrhf.generation.plan import Plan, fingerprint, plan_prompts
 from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.model_paths import check_model_path
 from rrhf.models.loading import load_tokenizer
+from rrhf.progress import Progress
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
 
@@ -98,7 +97,7 @@ class _Stage:
                 self.config.chat_format,
             )
             plan = self.stop.run(
-                lambda: plan_prompts(self.config, codec, self.counts, self.staged.quiet),
+                lambda: plan_prompts(self.config, codec, self.counts),
                 "nothing was written",
             )
             settings = self._settings(codec, plan)
@@ -160,9 +159,8 @@ class _Stage:
         engine = self._engine(codec)
         mine = [position for batch in self._batches(plan) for position in batch]
         done = sum(plan.ids[position] in self.parts.places for position in mine)
-        with tqdm(
-            total=len(mine), initial=done, desc="generate", unit="prompt", disable=self.staged.quiet
-        ) as bar:
+        tokens, engine_seconds = 0, 0.0
+        with Progress("generate", len(mine), "prompt", done) as progress:
             for batch in batches:
                 prompts = plan.prompts_of(batch)
                 started = time.monotonic()
@@ -170,12 +168,15 @@ class _Stage:
                     partial(engine.generate, prompts, self.params),
                     self.staged.what_stands(done, len(mine)),
                 )
+                engine_seconds += time.monotonic() - started
+                tokens += sum(len(one.token_ids) for written in samples for one in written)
+                rate = f"{tokens / max(engine_seconds, 1e-9):.4g} tokens/s"
                 seconds = (time.monotonic() - started) / len(batch)
                 for prompt, written in zip(prompts, samples, strict=True):
                     if prompt.id not in self.parts.places:
                         part.append(self._part_row(prompt, written, seconds))
                         done += 1
-                        bar.update()
+                        progress.advance(figures=rate)
 
     def _engine(self, codec: ChatCodec) -> GenerationEngine:
         if self._built is None:

@@ -51,11 +51,6 @@ class StagedFile:
         self._is_first = rank == 0
         self._stop = stop
 
-    @property
-    def quiet(self) -> bool | None:
-        """tqdm's `disable`: process 0 alone shows a bar, and only on a terminal."""
-        return None if self._is_first else True
-
     def what_stands(self, done: int, total: int) -> str:
         """What a message says is on disk when a signal stops this process."""
         return f"{done} of {total} prompts are in {self.parts.path_of(self._rank).name}; {GO_ON}"

@@ -35,6 +35,7 @@ from rrhf.models.reward_model import (
     score_normalizer,
 )
 from rrhf.models.trlx_reward_model import load_trlx_reward_model
+from rrhf.progress import pulse
 from rrhf.records import Candidate, CandidateSet, Message
 from rrhf.scoring.row_groups import batches_of, group_batch, group_rows
 
@@ -69,11 +70,13 @@ class RowScorer:
     @torch.inference_mode()
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores in the order of the rows; each row has at least one id."""
-        scores = [math.nan] * len(rows)
+        scores, num_done = [math.nan] * len(rows), 0
         with fast_linears(self._model):
             for places, batch in self._batches(rows):
                 for place, score in zip(places, self._model(batch).tolist(), strict=True):
                     scores[place] = score
+                num_done += len(places)
+                pulse(f"{num_done} of {len(rows)} responses scored")
         return scores
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], TokenBatch]]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rrhf.commands import command_of
 from rrhf.data.candidate_rows import candidate_set_to_row
@@ -42,6 +41,7 @@ from rrhf.files import (
 from rrhf.generation.plan import fingerprint
 from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.models.loading import resolve_device
+from rrhf.progress import Progress, tracked
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer
 from rrhf.scoring.config import ScoreConfig
@@ -149,9 +149,7 @@ class _Stage:
         sets = load_sets(self.config.input_file, counts=self.counts)
         digest = hashlib.sha256()
         ids, to_score = [], 0
-        for s in tqdm(
-            sets, desc="candidates", unit="prompt", disable=self.staged.quiet, leave=False
-        ):
+        for s in tracked(sets, "read candidates", "prompt"):
             digest.update(encode_row([s.id, candidate_set_to_row(s)]))
             ids.append(s.id)
             to_score += sum(self._is_wanted(score) for score in s.scores)
@@ -188,9 +186,8 @@ class _Stage:
         failed = _failed(self.parts.rows(done))
         self._require_few_failures(failed, found)
         num_done = len(done)
-        with tqdm(
-            total=total, initial=num_done, desc="score", unit="prompt", disable=self.staged.quiet
-        ) as bar:
+        num_scores, total_score = 0, 0.0
+        with Progress("score", total, "prompt", num_done) as progress:
             for chunk in mine:
                 if all(found.ids[place] in self.parts.places for place in chunk):
                     continue
@@ -209,7 +206,9 @@ class _Stage:
                     part.append(row)
                     failed += _failed([row])
                     num_done += 1
-                    bar.update()
+                    known = [score for score in after.scores if score is not None]
+                    num_scores, total_score = num_scores + len(known), total_score + sum(known)
+                    progress.advance(figures=f"mean score {total_score / max(num_scores, 1):.4g}")
                 self._require_few_failures(failed, found)
 
     def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
@@ -42,6 +41,7 @@ from rrhf.files import COMPLETE, read_manifest, write_json
 from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
+from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.runs import SETTINGS_FILE, settings_file
 from rrhf.studies.config import HHRewardConfig
@@ -74,9 +74,8 @@ def run(config: HHRewardConfig) -> Path:
         found, {str(number): share for number in range(config.num_folds)}, config.seed
     )
     methods = [SHORTER, NGRAMS, *(Path(trunk).name for trunk in config.trunks)]
-    bar = tqdm(total=config.num_folds * len(methods), desc="folds", unit="run", disable=None)
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    with bar:
+    with Progress("folds", config.num_folds * len(methods), "run") as progress:
         for number in range(config.num_folds):
             place = folder / f"fold-{number}"
             place.mkdir(exist_ok=True)
@@ -84,7 +83,7 @@ def run(config: HHRewardConfig) -> Path:
             rest = [s for other, part in folds.items() if other != str(number) for s in part]
             for method in methods:
                 results[method].append(_one_fold(config, method, place, rest, test))
-                bar.update()
+                progress.advance()
     summary = summarise(results, folds)
     summary["data"] = counts.as_dict()
     summary["config"] = asdict(config)

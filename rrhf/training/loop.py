@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal
+from rrhf.progress import Progress, figures
 from rrhf.runs import RunFolder
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.training.best import BestModel
@@ -39,6 +39,17 @@ from rrhf.training.tracking import Tracker, build_tracker
 from rrhf.training.update import Objective, Update
 
 logger = logging.getLogger(__name__)
+
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "ranking_accuracy": "accuracy",
+    "score": "score",
+    "kl": "KL",
+    "tokens_per_second": "tokens/s",
+}
+"""What of a step's metrics, and of its rollout's, is shown on the way."""
+SHOWN_HELD_OUT = {**SHOWN, "perplexity": "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -216,18 +227,13 @@ class _Loop:
     ) -> int:
         """All steps and evaluations that are left; returns the tokens of the steps."""
         tokens = 0
-        bar = tqdm(
-            total=stream.total_steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=None if self.parallel.is_main else True,
-        )
-        with bar:
+        rollout: dict[str, float] = {}
+        with Progress("train", stream.total_steps, "step", self.step) as progress:
             if evaluate is not None and self.step and self._is_due(self.config.eval_steps):
                 self._evaluate(evaluate, tracker)  # left undone where a signal came during it
             for batches in () if self.kept.is_over else stream:
                 if isinstance(stream, LiveStream) and (news := stream.take_news()):
+                    rollout = news
                     self._log({"step": self.step, **news}, tracker)
                 before = time.monotonic()
                 row, step_tokens = self._measured_update(batches)
@@ -244,8 +250,8 @@ class _Loop:
                     self.metrics |= stream.metrics()
                 if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
                     self._log({"step": self.step, **self.metrics}, tracker)
-                bar.update()
-                bar.set_postfix_str(_brief(self.metrics))
+                progress.total = stream.total_steps
+                progress.advance(figures=figures(rollout | self.metrics, SHOWN))
                 self.kept.after_step(self.step)
                 if evaluate is not None and self._is_due(self.config.eval_steps):
                     self._evaluate(evaluate, tracker)
@@ -283,6 +289,7 @@ class _Loop:
         self.model.train()
         row = {f"eval_{name}": value for name, value in self.evaluation.items()}
         self._log({"step": self.step, **row}, tracker)
+        logger.info("held out, step %d: %s", self.step, figures(self.evaluation, SHOWN_HELD_OUT))
         self.kept.after_evaluation(self.step, self.evaluation)
 
     def _log(self, row: dict[str, float], tracker: Tracker) -> None:
@@ -318,8 +325,3 @@ class _Loop:
     def _signalled(self, stop: StopRequest) -> int:
         """The exit code that a signal on any rank asks for, or 0."""
         return int(self.parallel.max(stop.exit_code))
-
-
-def _brief(metrics: dict[str, float]) -> str:
-    shown = {k: v for k, v in metrics.items() if k.endswith("loss") or k == "tokens_per_second"}
-    return " ".join(f"{name} {value:.4g}" for name, value in shown.items())

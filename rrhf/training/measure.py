@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.progress import Progress
 from rrhf.training.parallel import Parallel
 from rrhf.training.streams import GROUPING_STEPS, OfflineStream
 from rrhf.training.token_batches import TokenBudget
@@ -57,8 +58,8 @@ def measure(
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
-    for batches in stream:
-        for batch in batches:
+    with Progress("evaluate", len(examples), "example") as progress:
+        for batch in (batch for batches in stream for batch in batches):
             batch = batch.to(parallel.device)
             denominators = objective.denominators(batch)
             for name, term in objective(model(batch), batch).items():
@@ -66,6 +67,7 @@ def measure(
                 _add(losses, name, term.total, denominators[name])
                 for key, (total, count) in term.metrics.items():
                     _add(metrics, key, total, count)
+            progress.advance(int((batch.prompt_weights > 0).sum()) * parallel.world_size)
     rows = [*losses.values(), *metrics.values()]
     summed = parallel.sum(torch.stack(rows))
     means = [float(total / count) if count else 0.0 for total, count in summed]

@@ -18,10 +18,10 @@ from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
+from rrhf.progress import tracked
 from rrhf.records import CandidateSet
 from rrhf.training.token_batches import (
     PADDED,
@@ -98,7 +98,7 @@ class EncodedExamples(Sequence[EncodedSet]):
         self._places = array("Q")
         self.lengths = array("Q")
         self.sizes = SizeTable()
-        for place in tqdm(range(len(sets)), desc="encode", unit="prompt", disable=None):
+        for place in tracked(range(len(sets)), "encode", "prompt"):
             example = encode(sets[place])
             if example is not None:
                 self._places.append(place)

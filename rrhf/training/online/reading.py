@@ -20,6 +20,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.generation.engine import Sample
 from rrhf.models.logprobs import PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic
+from rrhf.progress import pulse
 from rrhf.training.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,12 @@ class Reader:
         for place in range(int(self._parallel.max(len(batches)))):
             batch = batches[place] if place < len(batches) else []
             self._read_batch(batch, recompute)
+            pulse(f"{place + 1} of {len(batches)} batches of log-probs")
 
     def read_reference(self, drafts: Sequence[Draft]) -> None:
         """Log-probs under the reference; each rank by itself."""
-        for batch in self._batches(drafts):
+        for number, batch in enumerate(self._batches(drafts), 1):
+            pulse(f"batch {number} of reference log-probs")
             found = self._reference(self._collated(batch)).logprobs.cpu()
             for place, draft in enumerate(batch):
                 draft.reference_logprobs = found[place, : len(draft.written.token_ids)].clone()

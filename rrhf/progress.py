@@ -1,0 +1,141 @@
+"""How far long work has come: a bar on a terminal, elsewhere a line every few seconds.
+
+Lines are messages of the logger `rrhf.progress`, so they go where the package's messages go (the
+command line sends them to stderr, from the main rank alone), and code that uses the package as a
+library sees neither bar nor line until it lets that logger speak at level INFO.
+
+Work within work is a stack. What goes on deep inside a single item, such as the tokens of a long
+batch of responses, calls `pulse`: the line of the innermost work is then repeated with what is
+being done. Standard library only; tqdm is imported where a bar is drawn.
+
+One thread only: a bar or a line is written by the thread that does the work.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+LINE_SECONDS = 5.0
+"""Seconds between two lines."""
+
+T = TypeVar("T")
+_active: list[Progress] = []
+
+
+class Progress:
+    """Work whose number of items is known; a context manager.
+
+    Args:
+        what: is done, such as "train" or "score".
+        total: items in all; may be changed on the way.
+        unit: what an item is, in the singular; its plural ends in s.
+        done: items that were there already.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self._done = self._done_before = done
+        self._figures = ""
+        self._started = self._told = _now()
+        self._bar: Any = None
+        if logger.isEnabledFor(logging.INFO) and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, leave=not _active)
+
+    def advance(self, count: int = 1, figures: str = "") -> None:
+        """Say that `count` more items are done, and what they came to."""
+        self._done += count
+        self._figures = figures
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(count)
+        else:
+            self._tell("")
+
+    def _tell(self, detail: str) -> None:
+        """Write the line, unless there was one a moment ago."""
+        if (now := _now()) - self._told < LINE_SECONDS:
+            return
+        self._told = now
+        for outer in _active:
+            outer._told = now
+        logger.info("%s", self._line(now, detail))
+
+    def _line(self, now: float, detail: str) -> str:
+        parts = [f"{self.what}: {self._done} of {self.total} {self.unit}s"]
+        parts += [part for part in (self._figures, detail) if part]
+        done, seconds = self._done - self._done_before, now - self._started
+        if done and seconds > 0:
+            parts.append(_rate(done / seconds, self.unit))
+            if self.total > self._done:
+                parts.append(f"{duration((self.total - self._done) * seconds / done)} left")
+        return ", ".join(parts)
+
+    def __enter__(self) -> Progress:
+        if _active:
+            self._told = _active[-1]._told  # the next line is due when the outer one's was
+        _active.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _active.remove(self)
+        if self._bar is not None:
+            self._bar.close()
+
+
+def pulse(detail: str) -> None:
+    """Say what the innermost work is at, in the middle of an item; cheap enough for each token."""
+    if _active and _active[-1]._bar is None:
+        _active[-1]._tell(detail)
+
+
+def tracked(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
+    """The items one after the other, with their progress."""
+    with Progress(what, len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def figures(values: Mapping[str, float], names: Mapping[str, str]) -> str:
+    """Some of the values in words, in the order of `names`.
+
+    Args:
+        values: by name.
+        names: name -> what it is called; names without a value are passed over.
+    """
+    return ", ".join(f"{word} {values[name]:.4g}" for name, word in names.items() if name in values)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: "8 s", "1 min 22 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _rate(per_second: float, unit: str) -> str:
+    if per_second >= 1:
+        return f"{per_second:.3g} {unit}s/s"
+    return f"{1 / per_second:.3g} s a {unit}"
+
+
+def _now() -> float:
+    return time.monotonic()
