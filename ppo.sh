@@ -17,7 +17,7 @@ usage: bash ppo.sh MODEL REWARD OUT PROMPTS [--launch NAME] [--num_processes N] 
 TEXT
     launch_help
     # shellcheck disable=SC2016 # the marks are the text's
-    echo '`rrhf train ppo --help` lists the flags; --method rloo, grpo, reinforce_pp or rrhf needs no critic.'
+    echo '`rrhf train ppo --help all` lists the flags; --method rloo, grpo, reinforce_pp or rrhf needs no critic.'
 }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then

@@ -16,7 +16,7 @@ usage: bash train.sh MODEL OUT DATA [--launch NAME] [--num_processes N] [flags o
 TEXT
     launch_help
     # shellcheck disable=SC2016 # the marks are the text's
-    echo '`rrhf train rank --help` lists the flags.'
+    echo '`rrhf train rank --help all` lists the flags.'
 }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then

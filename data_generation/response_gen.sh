@@ -13,7 +13,7 @@ usage: bash data_generation/response_gen.sh MODEL OUT_DIR [true|false] [flags]
   OUT_DIR     gets generated.jsonl and, in the end, train_data.json
   true|false  diverse beam search (default), or plain beam search
 
-Flags are those of `rrhf generate` and `rrhf score`; `rrhf response-gen --help` lists them.
+Flags are those of `rrhf generate` and `rrhf score`; `rrhf response-gen --help all` lists them.
 The end is OUT_DIR/train_data.json, the DATA of train.sh. A run that was stopped goes on where it
 was when started again with the same arguments.
 TEXT

@@ -11,7 +11,7 @@ usage: bash data_generation/scoring_responses.sh IN OUT [flags of `rrhf score`]
   IN    candidate file, as `rrhf generate` writes it
   OUT   candidate file to write, the same with scores
 
-`rrhf score --help` lists the flags.
+`rrhf score --help all` lists the flags.
 TEXT
 }
 

@@ -103,7 +103,8 @@ def test_files_between_the_stages_are_not_to_be_named():
 
 
 def test_the_help_page_shows_the_flags_of_both_but_not_the_files_between():
-    page = help_page("rrhf response-gen", ResponseGenConfig, all_flags(Generate, Score))
+    flags = all_flags(Generate, Score)
+    page = help_page("rrhf response-gen", ResponseGenConfig, flags, every_flag=True)
     usage = (
         "usage: rrhf response-gen MODEL_NAME_OR_PATH OUTPUT_DIR [DIVERSE_BEAM] [--flag value ...]"
     )

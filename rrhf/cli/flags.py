@@ -25,6 +25,7 @@ import yaml
 
 from rrhf.cli.fields import Flag, flags_of, nearest, normalise, spellings
 from rrhf.cli.help_page import help_page, preset_names
+from rrhf.cli.pages import PAGES
 from rrhf.cli.values import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -37,6 +38,7 @@ from rrhf.errors import EXIT_DONE, UserError
 
 T = TypeVar("T")
 
+HELP_WORDS = ("-h", "--help", "--help=all")
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -54,13 +56,30 @@ def parse_config(config_class: type[T], argv: Sequence[str], prog: str) -> T:
     """
     flags = flags_of(config_class)
     if asks_for_help(argv):
-        print(help_page(prog, config_class, flags))
+        print(help_asked_for(config_class, flags, argv, prog))
         sys.exit(EXIT_DONE)
     return build(config_class, flags, read_values(flags, argv, prog), prog)
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    return any(word in ("-h", "--help") for word in argv)
+    return any(word in HELP_WORDS for word in argv)
+
+
+def help_asked_for(
+    config_class: type, flags: Mapping[str, Flag], argv: Sequence[str], prog: str
+) -> str:
+    """The page that the words ask for: of all flags behind `--help all`, of a `--method` too."""
+    place = next(place for place, word in enumerate(argv) if word in HELP_WORDS)
+    every_flag = argv[place] == "--help=all" or list(argv[place + 1 : place + 2]) == ["all"]
+    page = PAGES.get(config_class.__name__)
+    choice = None
+    if page is not None and page.chosen_by:
+        names = spellings(flags)
+        for word, after in zip(argv, [*argv[1:], ""], strict=True):
+            name, is_joined, joined = word.partition("=")
+            if word.startswith("--") and names.get(normalise(name)) is flags[page.chosen_by]:
+                choice = joined if is_joined else after
+    return help_page(prog, config_class, flags, every_flag, choice)
 
 
 def read_values(flags: Mapping[str, Flag], argv: Sequence[str], prog: str) -> dict[str, Any]:

@@ -1,18 +1,27 @@
-"""The page that `--help` shows, and the presets that it names."""
+"""The pages that `--help` and `--help all` show, and the presets that they name.
+
+The first fits on one screen: what must be given, what people change, an example. Which flags those
+are stands in `rrhf.cli.pages`; a command without an entry shows all of its few flags at once.
+"""
 
 from __future__ import annotations
 
 import importlib.resources
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
 from rrhf.cli.fields import Flag
+from rrhf.cli.pages import PAGES, Page
 from rrhf.cli.values import is_sequence, placeholder
 
 HELP_WIDTH = 96
+TEXT_COLUMN = 36
+"""Where the text of a flag begins on the short page."""
+SENTENCE_END = re.compile(r"\. (?=[A-Z])")
 
 
 def preset_names() -> list[str]:
@@ -23,18 +32,84 @@ def preset_names() -> list[str]:
     )
 
 
-def help_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
-    """The help page: what the command is for, the flags that it needs, the others by their class.
+def help_page(
+    prog: str,
+    config_class: type,
+    flags: Mapping[str, Flag],
+    every_flag: bool = False,
+    choice: str | None = None,
+) -> str:
+    """What `--help` shows.
 
     Args:
         prog: how the command is called.
-        config_class: says what it is for; its own flags come first, those that it inherits next.
+        config_class: says what it is for.
         flags: what the command takes, also of other classes.
+        every_flag: show all of them.
+        choice: the value of the field that chooses among methods; None = its default.
     """
+    page = PAGES.get(config_class.__name__)
+    if page is None or every_flag:
+        return full_page(prog, config_class, flags)
+    return short_page(prog, config_class, flags, page, choice)
+
+
+def short_page(
+    prog: str, config_class: type, flags: Mapping[str, Flag], page: Page, choice: str | None
+) -> str:
+    """One screen."""
+    lines = [*heading(prog, config_class, flags)]
+    required = [flag for flag in flags.values() if flag.default is MISSING]
+    sections = {"must be given": required, "often changed": [flags[name] for name in page.common]}
+    if page.chosen_by:
+        chosen = flags[page.chosen_by]
+        if choice is None or choice not in page.by_choice:
+            choice = str(chosen.default)
+        others = ", ".join(name for name in page.by_choice if name != choice)
+        title = f"settings of --{chosen.name} {choice} (add one of {others} to see its own)"
+        sections[title] = [flags[name] for name in page.by_choice[choice]]
+    for title, found in sections.items():
+        lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]
+    lines += ["example:", *(f"  {line}" for line in page.example.format(prog=prog).splitlines())]
+    more = (
+        f"In brackets: the default. `{prog} --help all` lists all {len(flags)} "
+        f"flags. --config FILE (YAML or JSON) or a preset ({', '.join(preset_names())}) gives "
+        "values that flags override."
+    )
+    return "\n".join([*lines, "", textwrap.fill(more, HELP_WIDTH)])
+
+
+def row(flag: Flag) -> list[str]:
+    """A flag in few lines: its first sentence, and its default where that is not off."""
+    head = f"  --{flag.name}"
+    if flag.default is not False:  # as a bare word it is true
+        head += f" {placeholder(flag.hint)}"
+    text = SENTENCE_END.split(flag.help, maxsplit=1)[0].rstrip(".")
+    if flag.default is not MISSING and (flag.default or type(flag.default) in (int, float)):
+        text += f" [{shown_value(flag.default)}]"
+    start = f"{head}  ".ljust(TEXT_COLUMN)
+    return textwrap.wrap(
+        text, HELP_WIDTH, initial_indent=start, subsequent_indent=" " * TEXT_COLUMN
+    ) or [head]
+
+
+def heading(prog: str, config_class: type, flags: Mapping[str, Flag]) -> list[str]:
+    """The usage line, and what the command is for."""
     about = first_paragraph(config_class)
     bare = [shown_word(flag) for flag in flags.values() if flag.positional]
     lines = [" ".join([f"usage: {prog}", *bare, "[--flag value ...]"]), ""]
-    lines += [textwrap.fill(about, HELP_WIDTH), ""] if about else []
+    return [*lines, textwrap.fill(about, HELP_WIDTH), ""] if about else lines
+
+
+def full_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
+    """All flags: those that must be given, then the others by the class that defines them.
+
+    Args:
+        prog: how the command is called.
+        config_class: its own flags come first, those that it inherits next.
+        flags: what the command takes, also of other classes.
+    """
+    lines = heading(prog, config_class, flags)
     required = [flag for flag in flags.values() if flag.default is MISSING]
     if required:
         lines += ["must be given:", *(line for flag in required for line in flag_lines(flag)), ""]
@@ -52,7 +127,7 @@ def help_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
     presets = ", ".join(preset_names())
     config = f"A YAML or JSON file of such values, or a preset ({presets}); flags override it."
     lines += ["every command:", "  --config FILE|PRESET", indented(config)]
-    lines += ["  --help", indented("This page.")]
+    lines += ["  --help", indented("The flags that people change; with the word all, this page.")]
     return "\n".join(lines)
 
 
@@ -78,8 +153,11 @@ def flag_lines(flag: Flag) -> list[str]:
         head += f"   (or the bare word {flag.name.upper()})"
     if flag.aliases:
         head += "   (also " + ", ".join(f"--{alias}" for alias in flag.aliases) + ")"
-    default = "" if flag.default is MISSING else f" [default: {shown_value(flag.default)}]"
-    return [head, indented(f"{flag.help}{default}".strip())]
+    return [head, indented(f"{flag.help}{default_of(flag)}".strip())]
+
+
+def default_of(flag: Flag) -> str:
+    return "" if flag.default is MISSING else f" [default: {shown_value(flag.default)}]"
 
 
 def shown_value(value: Any) -> str:

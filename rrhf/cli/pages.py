@@ -1,0 +1,171 @@
+"""What a command's help shows first: the flags that people change, and an example.
+
+One table, by class of settings. A command that is not in it has so few flags that its help shows
+them all; `--help all` shows all of any command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Page:
+    """The choice for one command.
+
+    Attributes:
+        common: fields that people change, in the order in which they are shown; those that must be
+            given stand before them anyway.
+        example: a call that works, of the command `{prog}`.
+        chosen_by: the field whose value chooses among `by_choice`; "" where there is none.
+        by_choice: for each of its values, the further fields that it is tuned by.
+    """
+
+    common: tuple[str, ...]
+    example: str
+    chosen_by: str = ""
+    by_choice: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_OFFLINE = (
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "model_max_length",
+)
+_MACHINE = ("bf16", "use_lora", "resume_from_checkpoint")
+_WITHOUT_CRITIC = (
+    "ppo_epochs",
+    "clip_range_ratio",
+    "kl_in",
+    "kl_estimator",
+    "loss_reduction",
+)
+
+PAGES: dict[str, Page] = {
+    "SFTConfig": Page(
+        (*_OFFLINE, "eval_data_path", "eval_steps", *_MACHINE),
+        "{prog} --model_name_or_path MODEL --data_path demonstrations.jsonl --output_dir runs/sft",
+    ),
+    "RewardConfig": Page(
+        (*_OFFLINE, "validation_datasets", "validation_fraction", *_MACHINE),
+        "{prog} --model_name_or_path runs/sft --data_path pairs.jsonl --output_dir runs/reward",
+    ),
+    "RankConfig": Page(
+        (*_OFFLINE, "rrhf_weight", "eval_data_path", *_MACHINE),
+        "{prog} --model_name_or_path runs/sft --data_path scored.jsonl --output_dir runs/rank",
+    ),
+    "IterativeConfig": Page(
+        (
+            "num_rounds",
+            "num_return_sequences",
+            "max_new_tokens",
+            "kl_coeff",
+            "learning_rate",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "eval_datasets",
+            "bf16",
+            "resume_from_checkpoint",
+        ),
+        "{prog} --model_name_or_path runs/sft --reward_model_name_or_path runs/reward \\\n"
+        "  --train_datasets prompts.jsonl --output_dir runs/rounds",
+    ),
+    "PPOConfig": Page(
+        (
+            "method",
+            "learning_rate",
+            "rollout_size",
+            "num_return_sequences",
+            "num_rollouts",
+            "max_new_tokens",
+            "kl_coeff",
+            "per_device_train_batch_size",
+            "bf16",
+            "resume_from_checkpoint",
+        ),
+        "{prog} --model_name_or_path runs/sft --reward_model_name_or_path runs/reward \\\n"
+        "  --train_datasets prompts.jsonl --output_dir runs/online",
+        chosen_by="method",
+        by_choice={
+            "ppo": (
+                "critic_learning_rate",
+                "critic_warmup_steps",
+                "share_trunk",
+                "ppo_epochs",
+                "clip_range_ratio",
+                "clip_range_value",
+                "vf_coeff",
+                "gae_lambda",
+            ),
+            "rloo": _WITHOUT_CRITIC,
+            "grpo": _WITHOUT_CRITIC,
+            "dr_grpo": _WITHOUT_CRITIC,
+            "reinforce_pp": ("normalize_advantage", *_WITHOUT_CRITIC),
+            "rrhf": ("rrhf_weight", "length_penalty", "sft_reduction", "ppo_epochs"),
+        },
+    ),
+    "GenerateConfig": Page(
+        (
+            "num_return_sequences",
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "do_sample",
+            "num_beams",
+            "num_prompts",
+            "per_device_prompt_batch_size",
+            "chat_format",
+            "bf16",
+        ),
+        "{prog} --model_name_or_path runs/sft --prompts prompts.jsonl --output_file samples.jsonl",
+    ),
+    "ScoreConfig": Page(
+        (
+            "reward_format",
+            "reward_base",
+            "reward_chat_format",
+            "normalize",
+            "max_length",
+            "max_batch_tokens",
+            "only_missing",
+            "max_unscored_fraction",
+            "attn_implementation",
+            "bf16",
+        ),
+        "{prog} samples.jsonl scored.jsonl --scorer runs/reward",
+    ),
+    "ResponseGenConfig": Page(
+        (
+            "prompts",
+            "diverse_beam",
+            "num_return_sequences",
+            "do_sample",
+            "temperature",
+            "max_new_tokens",
+            "num_prompts",
+            "per_device_prompt_batch_size",
+            "reward_format",
+            "bf16",
+        ),
+        "{prog} runs/sft runs/data --prompts prompts.jsonl --scorer runs/reward",
+    ),
+    "EvaluateConfig": Page(
+        (
+            "model_name_or_path",
+            "scorer",
+            "reference_model_name_or_path",
+            "baseline",
+            "name",
+            "num_prompts",
+            "samples_per_prompt",
+            "decoding",
+            "max_new_tokens",
+            "bf16",
+        ),
+        "{prog} --model_name_or_path runs/rank --prompts heldout.jsonl --scorer runs/reward \\\n"
+        "  --reference_model_name_or_path runs/sft --baseline runs/sft --output_dir rows",
+    ),
+}
