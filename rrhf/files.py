@@ -5,7 +5,8 @@ beside it, a folder has `manifest.json` inside; "status" says "complete" or "unf
 whoever reads a hand-over looks there first. Every small file is written beside its place, synced
 and moved over, so that a kill at any moment leaves the old file or the new one, never half of one.
 A file that is written as it goes has one writer (`FileLock`), and what a killed one left of a line
-is cut (`cut_torn_tail`).
+is cut (`cut_torn_tail`). Bytes are counted and hashed while they are written, so that a manifest
+can say which ones it vouches for (`rrhf.seals`).
 
 Left out on purpose: the format of data files (`rrhf.data`) and run folders (`rrhf.runs`). Standard
 library only.
@@ -16,17 +17,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rrhf.errors import UserError
 
@@ -42,6 +46,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOCK_IS_HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _CHUNK_BYTES = 1 << 20
+_WRITE_BYTES = 1 << 18
 
 
 @contextmanager
@@ -58,11 +63,12 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
         if isinstance(error.filename, str):
             path = error.filename
         if error.errno in _NO_SPACE:
-            free = _free_bytes(path)
             needed = "an unknown number of" if needed_bytes is None else f"{needed_bytes:,}"
+            raise _no_space(path, needed) from error
+        if error.errno == errno.ELOOP:
             raise UserError(
-                f"{path}: no space left: {needed} bytes needed, {free} bytes free there; "
-                "make room, or choose an output on another disk"
+                f"{path}: is a symbolic link, and what it points to must not be written; remove "
+                "the link, or choose another output"
             ) from error
         if error.errno in _NOT_WRITABLE:
             raise UserError(
@@ -77,6 +83,14 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
                 "where a file is; choose another path"
             ) from error
         raise
+
+
+def _no_space(path: PathLike, needed: str) -> UserError:
+    """The disk is full. Ask after everything that was written in vain is removed."""
+    return UserError(
+        f"{path}: no space left: {needed} bytes needed, {_free_bytes(path)} bytes free there; "
+        "make room, or choose an output on another disk"
+    )
 
 
 def _free_bytes(path: PathLike) -> str:
@@ -102,26 +116,139 @@ def sync_folder(path: PathLike) -> None:
         os.close(handle)
 
 
+class Digest:
+    """Counts bytes and hashes them as they pass.
+
+    Attributes:
+        num_bytes: how many have passed.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        self.num_bytes += len(data)
+        self._sha256.update(data)
+
+    def hexdigest(self) -> str:
+        """The SHA-256 so far, as 64 hex digits."""
+        return self._sha256.hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a manifest says of a file with these bytes."""
+        return {"bytes": self.num_bytes, "sha256": self.hexdigest()}
+
+
+class _DigestedFile(io.FileIO):
+    """A file that is written from its beginning to its end, hashed on the way."""
+
+    def __init__(self, handle: int) -> None:
+        super().__init__(handle, "wb")
+        self.digest = Digest()
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        self.digest.update(memoryview(data)[:written])
+        return written
+
+    def seekable(self) -> bool:
+        return False
+
+
+class DigestedWriter(io.BufferedWriter):
+    """A buffered binary file that knows the digest of what was written to it.
+
+    Attributes:
+        digest: of the bytes that have left the buffer: of all of them once the file is closed.
+    """
+
+    def __init__(self, handle: int) -> None:
+        raw = _DigestedFile(handle)
+        super().__init__(raw, _WRITE_BYTES)
+        self.digest = raw.digest
+
+
 @contextmanager
-def replaced_file(path: PathLike) -> Iterator[BinaryIO]:
+def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[DigestedWriter]:
     """Write a whole file atomically: yields a binary file that takes `path`'s place at the end.
 
-    If the body raises, `path` stays as it was and the temporary file is removed. A symbolic link
-    stays a link; what it points to is replaced.
+    If the body raises, `path` stays as it was and the temporary file is removed; one that a killed
+    process left is removed by the next writer of the same path. A symbolic link stays a link; what
+    it points to is replaced.
+
+    Args:
+        path: the file.
+        needed_bytes: its size, where it is known.
+
+    Raises:
+        UserError: as `explained_os_errors`; the free space is measured without the temporary file.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with explained_os_errors(path):
+        remove_abandoned(target)
+        temporary, handle = _locked_temporary(target)
+        file = DigestedWriter(handle)
         try:
-            with open(temporary, "wb") as file:
+            with file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
+                os.fsync(handle)
+                os.replace(temporary, target)  # still locked: nobody takes it for abandoned
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                least = f"more than {file.digest.num_bytes:,}"
+                needed = least if needed_bytes is None else f"{needed_bytes:,}"
+                raise _no_space(path, needed) from error
             raise
         sync_folder(target.parent)
+
+
+def _locked_temporary(target: Path) -> tuple[Path, int]:
+    """A new file beside `target`, and its handle, which holds its lock where the disk has locks."""
+    while True:
+        name = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        temporary = target.with_name(name)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        handle = os.open(temporary, flags, 0o666)
+        if not _try_lock(handle) or _is_at(temporary, handle):
+            return temporary, handle
+        os.close(handle)  # taken for abandoned before it was locked
+
+
+def remove_abandoned(target: PathLike) -> None:
+    """Remove temporary files of `replaced_file` beside a target whose writers were killed."""
+    target = Path(target)
+    for path in target.parent.glob(f".{escape(target.name)}.*.tmp"):
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # gone meanwhile, a link, or somebody else's
+            continue
+        try:
+            if _try_lock(handle) and _is_at(path, handle):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    """Lock an open file; False where another process has the lock, or the disk knows none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(path: PathLike, handle: int) -> bool:
+    """Whether an open file stands under this name still."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(handle)
+    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 def _finite(value: Any) -> Any:
@@ -143,7 +270,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 def write_json(path: PathLike, value: Any) -> None:
     """Write a value as indented JSON (`json_text`), atomically."""
     data = (json_text(value, indent=2) + "\n").encode("utf-8", "backslashreplace")
-    with explained_os_errors(path, len(data)), replaced_file(path) as file:
+    with replaced_file(path, len(data)) as file:
         file.write(data)
 
 
@@ -157,11 +284,16 @@ def _as_json(value: Any) -> Any:
 
 def sha256_file(path: PathLike) -> str:
     """The SHA-256 of a file's bytes as 64 hex digits, read in chunks."""
-    digest = hashlib.sha256()
+    return file_digest(path).hexdigest()
+
+
+def file_digest(path: PathLike) -> Digest:
+    """The digest of a file's bytes, read in chunks."""
+    digest = Digest()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest
 
 
 def manifest_path(data_path: PathLike) -> Path:
@@ -248,7 +380,7 @@ class FileLock:
         """
         assert self._handle is None, f"{self.path} is locked by this object already"
         with explained_os_errors(self.path):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -291,16 +423,17 @@ def cut_torn_tail(path: PathLike) -> int:
     with explained_os_errors(path), open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         end = size
-        tail = b""
+        pieces: list[bytes] = []  # of the last line, the last one first
         while end > 0:
             start = max(0, end - _CHUNK_BYTES)
             file.seek(start)
             chunk = file.read(end - start)
             newline = chunk.rfind(b"\n")
-            tail = chunk[newline + 1 :] + tail
+            pieces.append(chunk[newline + 1 :])
             if newline >= 0:
                 break
             end = start
+        tail = b"".join(reversed(pieces))
         if not tail:
             return 0
         if _is_whole_object(tail):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rrhf.cli.flags import nearest, parse_config
 from rrhf.errors import EXIT_DONE, UserError
+from rrhf.seals import EditedFiles
 
 ACTIONS = {
     "validate": "check files; every mistake with file, line, field and mend",
@@ -16,7 +17,7 @@ ACTIONS = {
 
 
 @dataclass
-class ValidateConfig:
+class ValidateConfig(EditedFiles):
     """What `rrhf data validate` does."""
 
     data: list[str] = field(metadata={"names": "data", "aliases": ["file"]})
@@ -26,7 +27,7 @@ class ValidateConfig:
 
 
 @dataclass
-class StatsConfig:
+class StatsConfig(EditedFiles):
     """What `rrhf data stats` does."""
 
     data: str = field(metadata={"names": "data", "positional": True})
@@ -83,7 +84,9 @@ def validate(argv: list[str]) -> int:
     for path in config.data:
         counts = SourceCounts()
         try:
-            for _ in read_sets(path, config.split, counts):
+            for _ in read_sets(
+                path, config.split, counts, accept_edited=config.accept_edited_files
+            ):
                 pass
         except UserError as error:
             mistakes.append(str(error))
@@ -112,7 +115,9 @@ def stats(argv: list[str]) -> int:
 
     config = parse_config(StatsConfig, argv, "rrhf data stats")
     counts = SourceCounts()
-    sets = load_sets(config.data, config.seed, config.split, counts)
+    sets = load_sets(
+        config.data, config.seed, config.split, counts, accept_edited=config.accept_edited_files
+    )
     figures = {"rows_read": counts.read, "rows_left_out": dict(counts.dropped)}
     figures |= measure_sets(sets)
     print(json.dumps(figures, ensure_ascii=False) if config.json else format_figures(figures))

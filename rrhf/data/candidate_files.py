@@ -24,6 +24,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -92,20 +93,20 @@ def require_finished(path: PathLike) -> dict[str, Any] | None:
     return manifest
 
 
-def _scan_sets(path: PathLike) -> Iterator[tuple[Row, CandidateSet]]:
+def _scan_sets(path: PathLike, accept_edited: bool) -> Iterator[tuple[Row, CandidateSet]]:
     """Rows with their sets, ids unique; from the first fault on, only more faults are looked for.
 
     Raises:
         UserError: at the end, with all faults, up to 20; at once, where the file is not to be read.
     """
-    require_finished(path)
-    faults = Faults()
+    manifest = require_finished(path)
+    faults = Faults(accept_edited)
     ids = SeenIds()
     rows = 0
-    for item in scan_rows(path):
+    for item in scan_rows(path, manifest):
         rows += 1
         if isinstance(item, Fault):
-            faults.add(f"{path}:{item.line}: {item.reason}")
+            faults.add_fault(item.place_in(path), item)
         else:
             where = f"{path}:{item.line}"
             try:
@@ -131,14 +132,19 @@ def _scan_sets(path: PathLike) -> Iterator[tuple[Row, CandidateSet]]:
         )
 
 
-def read_candidate_sets(path: PathLike) -> Iterator[CandidateSet]:
+def read_candidate_sets(path: PathLike, accept_edited: bool = False) -> Iterator[CandidateSet]:
     """The sets of a candidate file, one in memory at a time.
 
+    Args:
+        path: the file.
+        accept_edited: read it also where it is not as its manifest describes it.
+
     Raises:
-        UserError: the file is missing, empty, unfinished, or has faulty rows (sets before the first
-            one have been yielded by then; open a `CandidateFile` to know before).
+        UserError: the file is missing, empty, unfinished, has faulty rows, or was changed since it
+            was written (sets before the first fault have been yielded by then; open a
+            `CandidateFile` to know before).
     """
-    for _, candidate_set in _scan_sets(path):
+    for _, candidate_set in _scan_sets(path, accept_edited):
         yield candidate_set
 
 
@@ -153,8 +159,8 @@ class CandidateFile(IndexedSets):
         manifest: the file's manifest, or None.
     """
 
-    def __init__(self, path: PathLike) -> None:
-        """Open and check the whole file.
+    def __init__(self, path: PathLike, accept_edited: bool = False) -> None:
+        """Open and check the whole file; arguments as `read_candidate_sets` has them.
 
         Raises:
             UserError: as `read_candidate_sets`, before anything is yielded.
@@ -164,7 +170,7 @@ class CandidateFile(IndexedSets):
         self._offsets = array("Q")
         self._lengths = array("Q")
         self._repeats: dict[int, str] = {}  # rows whose id tells an earlier one apart
-        for index, (row, candidate_set) in enumerate(_scan_sets(path)):
+        for index, (row, candidate_set) in enumerate(_scan_sets(path, accept_edited)):
             self._offsets.append(row.offset)
             self._lengths.append(row.length)
             if "-" in candidate_set.id and not row.value.get("id"):
@@ -185,8 +191,7 @@ class CandidateFile(IndexedSets):
         spooled._repeats = {}
         ids = SeenIds()
         position = 0
-        file = cast(BinaryIO, tempfile.TemporaryFile(prefix="rrhf-"))  # noqa: SIM115
-        with explained_os_errors(Path(tempfile.gettempdir()) / "rrhf-spool"):
+        with _temporary_file("rrhf-spool") as file:
             for candidate_set in sets:
                 data = encode_row(candidate_set_to_row(ids.give(candidate_set)))
                 file.write(data)
@@ -220,11 +225,27 @@ def _seekable(path: PathLike) -> BinaryIO:
     file = open_bytes(path)
     if not _is_gzip(path):
         return file
-    temporary = cast(BinaryIO, tempfile.TemporaryFile(prefix="rrhf-"))  # noqa: SIM115
-    with file, explained_os_errors(Path(tempfile.gettempdir()) / Path(path).name):
+    with file, _temporary_file(Path(path).name) as temporary:
         shutil.copyfileobj(file, temporary, 1 << 20)
         temporary.flush()
     return temporary
+
+
+@contextmanager
+def _temporary_file(name: str) -> Iterator[BinaryIO]:
+    """A file without a name, open also afterwards; closed, and so removed, where the body raises.
+
+    Args:
+        name: what messages call it, such as of a full disk.
+    """
+    with explained_os_errors(Path(tempfile.gettempdir()) / name):
+        file = cast(BinaryIO, tempfile.TemporaryFile(prefix="rrhf-"))  # noqa: SIM115
+        try:
+            yield file
+        except BaseException:
+            with suppress(OSError):  # what could not be written cannot be flushed
+                file.close()
+            raise
 
 
 def _is_gzip(path: PathLike) -> bool:
@@ -245,7 +266,8 @@ def write_candidate_sets(
         manifest: what is to be known beside the counts (engine, scorer, seed, what was dropped).
 
     Returns:
-        The manifest as written: "rows", "candidates", "scored_candidates" added.
+        The manifest as written: "rows", "candidates", "scored_candidates", "bytes" and "sha256"
+        added.
     """
     rows = candidates = scored = 0
     ids = SeenIds()
@@ -268,6 +290,7 @@ def write_candidate_sets(
         "candidates": candidates,
         "scored_candidates": scored,
         **(manifest or {}),
+        **file.digest.as_dict(),
     }
     write_manifest(path, written)
     return written

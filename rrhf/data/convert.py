@@ -29,12 +29,13 @@ from rrhf.files import (
 )
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
+from rrhf.seals import EditedFiles, seal
 
 Form = Literal["candidates", "preference", "prompts"]
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(EditedFiles):
     """What `rrhf data convert` does."""
 
     data: str = field(metadata={"names": "data", "positional": True})
@@ -63,7 +64,14 @@ def convert(config: ConvertConfig) -> dict[str, int]:
         UserError: as the sources say it; nothing is written then.
     """
     counts = SourceCounts()
-    sets = load_sets(config.data, config.seed, config.split, counts, config.new_ids)
+    sets = load_sets(
+        config.data,
+        config.seed,
+        config.split,
+        counts,
+        config.new_ids,
+        accept_edited=config.accept_edited_files,
+    )
     outputs: dict[str, Sequence[CandidateSet]] = {config.output: sets}
     if config.parts:
         with explained_os_errors(config.output):
@@ -141,5 +149,6 @@ def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, A
         for row in rows:
             file.write(encode_row(row))
         manifest_path(path).unlink(missing_ok=True)
-    write_manifest(path, {"status": COMPLETE, "rows": len(rows), **manifest})
+    sealed = seal(file.digest, len(rows))
+    write_manifest(path, {"status": COMPLETE, **manifest, **sealed})
     return len(rows)

@@ -17,23 +17,29 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from json.decoder import JSONDecoder
 from typing import Any, BinaryIO, cast
 
 from rrhf.errors import UserError
-from rrhf.files import PathLike
+from rrhf.files import Digest, PathLike
+from rrhf.seals import seal_difference, warn_accepted, what_to_do
 
 MAX_FAULTS = 20
 MAX_ROW_BYTES = 256 << 20
 READ_BYTES = 1 << 18
+# A gzip file that unpacks to more than this, and to more than so many times its size, is taken for
+# one that was made to fill memory or disk: text packs to a tenth, alike rows to a hundredth.
+MAX_UNPACKED_BYTES = 64 << 20
+MAX_UNPACKED_RATIO = 200
 
 _BOM = codecs.BOM_UTF8
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP_MAGIC = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MEND_ROW = "mend the line, or remove it"
+_UNREADABLE = (EOFError, OSError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,39 @@ class Fault:
     line: int
     reason: str
 
+    def place_in(self, path: PathLike) -> str:
+        """What a message begins with: the file and the line."""
+        return f"{path}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Edited(Fault):
+    """The file as a whole is not as its manifest describes it; the last item of a file."""
+
+    def place_in(self, path: PathLike) -> str:
+        return f"{path}"
+
 
 class Faults:
-    """Collects what is wrong with an input, so that one `UserError` tells all of it, up to 20."""
+    """Collects what is wrong with an input, so that one `UserError` tells all of it, up to 20.
 
-    def __init__(self) -> None:
+    Args:
+        accept_edited: only warn of a file that is not as its manifest describes it.
+    """
+
+    def __init__(self, accept_edited: bool = False) -> None:
         self._lines: list[str] = []
         self._more = False
+        self._accept_edited = accept_edited
+
+    def add_fault(self, place: str, fault: Fault) -> None:
+        """Add what a scan found at a place (`Fault.place_in`)."""
+        if not isinstance(fault, Edited):
+            self.add(f"{place}: {fault.reason}")
+        elif self._accept_edited:
+            warn_accepted(place, fault.reason)
+        else:
+            self.add(f"{place}: {what_to_do(fault.reason)}")
 
     def add(self, text: str) -> None:
         """Add one fault: `file:line: field: what is wrong, how to mend`."""
@@ -89,105 +121,187 @@ class Faults:
             raise UserError("\n".join(self._lines + tail))
 
 
-def open_bytes(path: PathLike) -> BinaryIO:
+def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
     """A file's bytes, decompressed where the file is gzip (told by its first bytes, not its name).
+
+    Args:
+        path: the file.
+        digest: is given the bytes of the file as they are read from the disk.
 
     Raises:
         UserError: there is no such file, or it may not be read.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        raw = _DigestedRead(path, digest)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; check the path") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a folder; name a .json or .jsonl file in it") from error
     except PermissionError as error:
         raise UserError(f"{path}: may not be read; check its permissions") from error
+    file = io.BufferedReader(raw, max(READ_BYTES, io.DEFAULT_BUFFER_SIZE))
     if file.peek(2)[:2] == _GZIP_MAGIC:
         return cast(BinaryIO, io.BufferedReader(cast(Any, _Gunzip(file))))
     return file
 
 
+class _DigestedRead(io.FileIO):
+    """A file that is hashed as it is read from its beginning to its end."""
+
+    def __init__(self, path: PathLike, digest: Digest | None) -> None:
+        super().__init__(path, "rb")
+        self._digest = digest
+
+    def readinto(self, buffer: Any) -> int | None:
+        size = super().readinto(buffer)
+        if self._digest is not None and size:
+            self._digest.update(memoryview(buffer)[:size])
+        return size
+
+    def seekable(self) -> bool:
+        return self._digest is None
+
+
+class _TooLarge(OSError):
+    """What a gzip file unpacks to is out of proportion."""
+
+
 class _Gunzip(gzip.GzipFile):
-    """A gzip reader that closes the file below it too."""
+    """A gzip reader that closes the file below it too, and stops where far too much comes out."""
 
     def __init__(self, below: BinaryIO) -> None:
         super().__init__(fileobj=below, mode="rb")
         self._below = below
+        self._unpacked = 0
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        self._unpacked += size
+        if (
+            self._unpacked > MAX_UNPACKED_BYTES
+            and self._unpacked > MAX_UNPACKED_RATIO * self._below.raw.tell()  # type: ignore[attr-defined]
+        ):
+            raise _TooLarge
+        return size
 
     def close(self) -> None:
         super().close()
         self._below.close()
 
 
-def scan_rows(path: PathLike) -> Iterator[Row | Fault]:
+def scan_rows(path: PathLike, manifest: Mapping[str, Any] | None = None) -> Iterator[Row | Fault]:
     """Every row and every fault of a JSON Lines file or JSON array, in order, in constant memory.
 
     A faulty line does not end a file of lines; a fault in an array, a cut gzip or a text that is
     not UTF-8 at all does, because nothing behind it can be trusted.
 
+    Args:
+        path: the file.
+        manifest: of the file; where it names rows, bytes or a SHA-256 that the file does not have,
+            an `Edited` is the last item.
+
     Raises:
         UserError: there is no such file.
     """
-    with open_bytes(path) as file:
-        try:
-            start = file.read(3)
-            while len(start) < 3 and (more := file.read(3 - len(start))):
-                start += more
-            if start[:2] in _WIDE_BOMS:
-                yield Fault(1, "the file is UTF-16; write it as UTF-8")
-                return
-            skipped = len(_BOM) if start == _BOM else 0
-            whole = _Prefixed(start[skipped:], file)
-            lead = whole.peek_past_space()
-        except (EOFError, OSError, zlib.error) as error:
-            yield _broken_bytes(1, error)
+    digest = None if manifest is None else Digest()
+    num_rows = 0
+    is_whole = True
+    with open_bytes(path, digest) as file:
+        for item in _scan(file):
+            is_row = isinstance(item, Row)
+            num_rows += is_row
+            is_whole = is_whole and is_row
+            yield item
+        if digest is None:
             return
-        if lead == b"[":
-            yield from _scan_array(whole, skipped)
-        else:
-            yield from _scan_lines(whole, skipped)
+        below = file.raw._below if isinstance(file.raw, _Gunzip) else file  # type: ignore[attr-defined]
+        while below.read(READ_BYTES):  # what stands behind a fault
+            pass
+    difference = seal_difference(path, manifest, digest, num_rows if is_whole else None)
+    if difference is not None:
+        yield Edited(0, difference)
+
+
+def _scan(file: BinaryIO) -> Iterator[Row | Fault]:
+    try:
+        start = file.read(3)
+        while len(start) < 3 and (more := file.read(3 - len(start))):
+            start += more
+        if start[:2] in _WIDE_BOMS:
+            yield Fault(1, "the file is UTF-16; write it as UTF-8")
+            return
+        skipped = len(_BOM) if start == _BOM else 0
+        whole = _Prefixed(start[skipped:], file, skipped)
+        lead = whole.skip_space()
+    except _UNREADABLE as error:
+        yield _broken_bytes(1, error)
+        return
+    if lead == b"[":
+        yield from _scan_array(whole)
+    else:
+        yield from _scan_lines(whole)
 
 
 class _Prefixed:
-    """A binary file with some bytes put back in front of it."""
+    """A binary file with some bytes put back in front of it.
 
-    def __init__(self, prefix: bytes, file: BinaryIO) -> None:
+    Attributes:
+        line: the line that the next byte stands on, from 1.
+        column: how many bytes of that line have been skipped.
+        offset: the bytes before the next one.
+    """
+
+    def __init__(self, prefix: bytes, file: BinaryIO, offset: int) -> None:
         self._prefix = prefix
+        self._at = 0  # of the prefix, what has been read
         self._file = file
+        self.line = 1
+        self.column = 0
+        self.offset = offset
 
-    def peek_past_space(self) -> bytes:
-        """The first byte that is not white space, left in place; empty at the end of the file.
+    def skip_space(self) -> bytes:
+        """Pass over white space of any length; returns the byte behind it, empty at the end.
 
-        White space of any length is legal in front; what is read to see past it is kept.
+        `line`, `column` and `offset` are right until something is read.
         """
-        while not (stripped := self._prefix.lstrip(b" \t\r\n")):
-            more = self._file.read(READ_BYTES)
-            if not more or len(self._prefix) > MAX_ROW_BYTES:
-                return b""
-            self._prefix += more
-        return stripped[:1]
+        while True:
+            stripped = self._prefix.lstrip(b" \t\r\n")
+            space = self._prefix[: len(self._prefix) - len(stripped)]
+            self.line += space.count(b"\n")
+            self.offset += len(space)
+            newline = space.rfind(b"\n")
+            self.column = len(space) - newline - 1 + (self.column if newline < 0 else 0)
+            self._prefix = stripped or self._file.read(READ_BYTES)
+            if stripped or not self._prefix:
+                return stripped[:1]
 
     def read(self, size: int) -> bytes:
-        if self._prefix:
-            taken, self._prefix = self._prefix[:size], self._prefix[size:]
-            return taken
+        if self._at < len(self._prefix):
+            self._at, start = min(self._at + size, len(self._prefix)), self._at
+            return self._prefix[start : self._at]
         return self._file.read(size)
 
     def readline(self, limit: int) -> bytes:
-        if self._prefix:
-            newline = self._prefix.find(b"\n")
-            if 0 <= newline < limit:
-                taken, self._prefix = self._prefix[: newline + 1], self._prefix[newline + 1 :]
-                return taken
-            taken, self._prefix = self._prefix[:limit], self._prefix[limit:]
-            return taken + self._file.readline(limit - len(taken)) if len(taken) < limit else taken
-        return self._file.readline(limit)
+        if self._at == len(self._prefix):
+            return self._file.readline(limit)
+        start = self._at
+        newline = self._prefix.find(b"\n", start, start + limit)
+        self._at = newline + 1 if newline >= 0 else min(start + limit, len(self._prefix))
+        taken = self._prefix[start : self._at]
+        if newline >= 0 or len(taken) == limit:
+            return taken
+        return taken + self._file.readline(limit - len(taken))
 
 
 def _broken_bytes(line: int, error: Exception) -> Fault:
     if isinstance(error, EOFError):
         return Fault(line, "the gzip file is cut off here; copy or make it again")
+    if isinstance(error, _TooLarge):
+        return Fault(
+            line,
+            f"the gzip file unpacks to more than {MAX_UNPACKED_RATIO} times its size and is not "
+            "read on; if it is what you meant, unpack it and name the unpacked file",
+        )
     return Fault(line, f"cannot be read on ({error}); copy or make the file again")
 
 
@@ -198,13 +312,13 @@ def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
     )
 
 
-def _scan_lines(file: _Prefixed, offset: int) -> Iterator[Row | Fault]:
-    line = 0
+def _scan_lines(file: _Prefixed) -> Iterator[Row | Fault]:
+    line, offset, column = file.line - 1, file.offset, file.column
     while True:
         line += 1
         try:
             data = file.readline(MAX_ROW_BYTES + 1)
-        except (EOFError, OSError, zlib.error) as error:
+        except _UNREADABLE as error:
             yield _broken_bytes(line, error)
             return
         if not data:
@@ -213,11 +327,12 @@ def _scan_lines(file: _Prefixed, offset: int) -> Iterator[Row | Fault]:
             yield Fault(line, f"the line is longer than {MAX_ROW_BYTES:,} bytes; {_MEND_ROW}")
             return
         if data.strip():
-            yield _parse_line(data, line, offset)
+            yield _parse_line(data, line, offset, column)
         offset += len(data)
+        column = 0
 
 
-def _parse_line(data: bytes, line: int, offset: int) -> Row | Fault:
+def _parse_line(data: bytes, line: int, offset: int, column: int) -> Row | Fault:
     try:
         return Row(line, offset, len(data), json.loads(data.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -229,7 +344,8 @@ def _parse_line(data: bytes, line: int, offset: int) -> Row | Fault:
                 "the line ends before its JSON does (one row must stand on one line; a cut file "
                 "must be made again, or its last line removed)",
             )
-        return Fault(line, f"is not JSON at column {error.pos + 1}: {error.msg}; {_MEND_ROW}")
+        place = column + error.pos + 1
+        return Fault(line, f"is not JSON at column {place}: {error.msg}; {_MEND_ROW}")
     except (ValueError, RecursionError) as error:
         return Fault(line, f"is not JSON that can be read ({error}); {_MEND_ROW}")
 
@@ -237,14 +353,14 @@ def _parse_line(data: bytes, line: int, offset: int) -> Row | Fault:
 class _ArrayText:
     """The text of a JSON array: a window that moves on, knowing its line and its byte."""
 
-    def __init__(self, file: _Prefixed, offset: int) -> None:
+    def __init__(self, file: _Prefixed) -> None:
         self._file = file
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._read_bytes = READ_BYTES
         self.text = ""
         self.position = 0
-        self.line = 1
-        self.offset = offset
+        self.line = file.line
+        self.offset = file.offset
         self.is_over = False
 
     def skip_to(self, position: int) -> int:
@@ -282,8 +398,8 @@ class _ArrayText:
                 return ""
 
 
-def _scan_array(file: _Prefixed, offset: int) -> Iterator[Row | Fault]:
-    window = _ArrayText(file, offset)
+def _scan_array(file: _Prefixed) -> Iterator[Row | Fault]:
+    window = _ArrayText(file)
     try:
         opening = window.peek()
         assert opening == "[", f"an array begins with a bracket, not {opening!r}"
@@ -315,7 +431,7 @@ def _scan_array(file: _Prefixed, offset: int) -> Iterator[Row | Fault]:
             )
     except UnicodeDecodeError as error:
         yield Fault(window.line, _not_utf8(error, window.offset))
-    except (EOFError, OSError, zlib.error) as error:
+    except _UNREADABLE as error:
         yield _broken_bytes(window.line, error)
 
 

@@ -36,7 +36,7 @@ def read_rows(path: PathLike) -> Iterator[tuple[int, Any]]:
     faults = Faults()
     for item in scan_rows(path):
         if isinstance(item, Fault):
-            faults.add(f"{path}:{item.line}: {item.reason}")
+            faults.add_fault(item.place_in(path), item)
             if faults.is_full:
                 break
         elif not faults:

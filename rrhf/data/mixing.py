@@ -186,6 +186,7 @@ def load_sets(
     split: str | None = None,
     counts: SourceCounts | None = None,
     new_ids: bool = False,
+    accept_edited: bool = False,
 ) -> Sequence[CandidateSet]:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -196,6 +197,7 @@ def load_sets(
         counts: filled with what was read and dropped.
         new_ids: forget the ids that candidate files give, which may repeat; make them from the
             prompts.
+        accept_edited: read files also where they are not as their manifests describe them.
 
     Raises:
         UserError: as `rrhf.data.sources.read_sets`, or nothing is left.
@@ -207,7 +209,7 @@ def load_sets(
         if spec.is_skipped:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
-        part = _open_part(spec, split, counts, new_ids)
+        part = _open_part(spec, split, counts, new_ids, accept_edited)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
@@ -219,15 +221,19 @@ def load_sets(
 
 
 def _open_part(
-    spec: SourceSpec, split: str | None, counts: SourceCounts, new_ids: bool
+    spec: SourceSpec,
+    split: str | None,
+    counts: SourceCounts,
+    new_ids: bool,
+    accept_edited: bool,
 ) -> Sequence[CandidateSet]:
     place = spec.path or spec.name
     if not new_ids and _is_candidate_file(place):
-        file = CandidateFile(place)
+        file = CandidateFile(place, accept_edited)
         counts.read += len(file)
         counts.kept += len(file)
         return file
-    sets = read_sets(spec.name, split, counts, spec.path)
+    sets = read_sets(spec.name, split, counts, spec.path, accept_edited)
     if new_ids:
         sets = (replace(found, id=set_id(found.query, found.messages)) for found in sets)
     return CandidateFile.spool(sets, spec.name)

@@ -42,8 +42,11 @@ _DEFAULT_SPLIT = "train"
 
 
 def _file_rows(path: str) -> Rows:
-    for item in scan_rows(path):
-        yield f"{path}:{item.line}", item if isinstance(item, Fault) else item.value
+    for item in scan_rows(path, require_finished(path)):
+        if isinstance(item, Fault):
+            yield item.place_in(path), item
+        else:
+            yield f"{path}:{item.line}", item.value
 
 
 def _folder_rows(path: str, split: str | None) -> Rows:
@@ -234,6 +237,7 @@ def read_sets(
     split: str | None = None,
     counts: SourceCounts | None = None,
     path: str | None = None,
+    accept_edited: bool = False,
 ) -> Iterator[CandidateSet]:
     """The records of a source, streaming, each with an id of its own and its origin.
 
@@ -242,21 +246,23 @@ def read_sets(
         split: which split of a dataset; None = "train", or the only one there is.
         counts: filled while reading.
         path: a local copy of the named source.
+        accept_edited: read a file also where it is not as its manifest describes it.
 
     Raises:
-        UserError: there is no such source, it is empty or unfinished, or some rows are faulty (up
-            to 20 are told together; sets before the first have been yielded by then).
+        UserError: there is no such source, it is empty, unfinished or changed since it was written,
+            or some rows are faulty (up to 20 are told together; sets before the first have been
+            yielded by then).
     """
     counts = SourceCounts() if counts is None else counts
     origin, rows = open_rows(spec, path, split)
     layout: Layout | None = None
-    faults = Faults()
+    faults = Faults(accept_edited)
     ids = SeenIds()
     seen_any = False
     for where, row in rows:
         seen_any = True
         if isinstance(row, Fault):
-            faults.add(f"{where}: {row.reason}")
+            faults.add_fault(where, row)
         else:
             try:
                 layout = layout or find_layout(row, where)

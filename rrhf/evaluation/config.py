@@ -9,6 +9,7 @@ from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import SEED, SHARE, check_ranges
 from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
+from rrhf.seals import EditedFiles
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -16,7 +17,7 @@ MAX_UNSCORED_FRACTION = 0.01
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RewardModelOptions):
+class EvaluateConfig(RewardModelOptions, EditedFiles):
     """Measure a policy, or responses that are there already, on held-out prompts."""
 
     output_dir: str = field(metadata={"names": "output folder"})

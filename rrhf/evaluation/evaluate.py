@@ -84,6 +84,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         config.pairs,
         config.num_human_responses,
         config.split,
+        config.accept_edited_files,
     )
     models = _Models(config)
     engine = models.engine(config.model_name_or_path) if config.model_name_or_path else None
@@ -96,7 +97,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         _add_baseline_rows(config, evaluator, models, baseline, dropped, result)
     extra = _facts(config, dropped if engine else None)
     if engine is None:
-        given = given_responses(config.responses, data.sets, config.response_source)
+        edited = config.accept_edited_files
+        given = given_responses(config.responses, data.sets, config.response_source, edited)
         rows = [evaluator.responses_row(name, given, extra=extra)]
     elif config.best_of_n > 1:
         sampled = config.params(greedy=False)
@@ -192,7 +194,7 @@ def _check_places(config: EvaluateConfig) -> None:
     folder = Path(config.output_dir)
     with explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.").close()
+        tempfile.TemporaryFile(dir=folder).close()  # without a name that a kill could leave
 
 
 def _fitting(
@@ -270,7 +272,7 @@ def _set_baseline(
         sets = evaluator.sample(label, models.engine(config.baseline), params)
     else:
         label, said = name_of_responses(config.baseline), Path(config.baseline).name
-        sets = list(CandidateFile(config.baseline))
+        sets = list(CandidateFile(config.baseline, config.accept_edited_files))
         if not {s.id for s in sets} & {s.id for s in data.sets}:
             raise UserError(
                 f"{config.baseline}: answers none of the prompts; name a baseline on the same ones"

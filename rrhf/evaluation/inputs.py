@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rrhf.data.candidate_files import CandidateFile
@@ -45,6 +46,7 @@ def load_evaluation_data(
     preference_pairs: str = "",
     num_human_responses: int = 0,
     split: str | None = None,
+    accept_edited: bool = False,
 ) -> EvaluationData:
     """Read and choose; specs as `rrhf.data.mixing.load_sets` takes them.
 
@@ -55,15 +57,17 @@ def load_evaluation_data(
         preference_pairs: other data for `pi_accuracy`; empty = the prompts' own rows.
         num_human_responses: how many rows of such other data; 0 = all.
         split: the split of named datasets.
+        accept_edited: read files also where they are not as their manifests describe them.
     """
-    sets = choose(unique_prompts(load_sets(prompts, split=split)), num_prompts)
+    load = partial(load_sets, split=split, accept_edited=accept_edited)
+    sets = choose(unique_prompts(load(prompts)), num_prompts)
     human = own_references(sets)
     if human_responses:
-        human = choose(demonstrations(load_sets(human_responses, split=split)), num_human_responses)
+        human = choose(demonstrations(load(human_responses)), num_human_responses)
     marked = [s for s in sets if any(c.source == REJECTED_SOURCE for c in s.candidates)]
     found = list(pairs(marked)) if marked else []
     if preference_pairs:
-        found = choose(pairs(load_sets(preference_pairs, split=split)), num_human_responses)
+        found = choose(pairs(load(preference_pairs)), num_human_responses)
     return EvaluationData(sets, human, found)
 
 
@@ -104,18 +108,23 @@ def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
     return kept
 
 
-def given_responses(spec: str, sets: Sequence[CandidateSet], source: str) -> list[CandidateSet]:
+def given_responses(
+    spec: str, sets: Sequence[CandidateSet], source: str, accept_edited: bool = False
+) -> list[CandidateSet]:
     """Responses that are there already, by prompt.
 
     Args:
         spec: "dataset" = the prompts' own rows, else a candidate file.
         sets: the prompts.
         source: only candidates of this source; empty = all.
+        accept_edited: read the file also where it is not as its manifest describes it.
 
     Raises:
         UserError: no prompt has such a response.
     """
-    rows: Sequence[CandidateSet] = sets if spec == "dataset" else CandidateFile(spec)
+    rows: Sequence[CandidateSet] = sets
+    if spec != "dataset":
+        rows = CandidateFile(spec, accept_edited)
     wanted = {s.id for s in sets}
     kept = []
     for s in rows:

@@ -16,8 +16,19 @@ from typing import Any
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
-from rrhf.files import PathLike, explained_os_errors, write_json
+from rrhf.files import (
+    COMPLETE,
+    Digest,
+    PathLike,
+    explained_os_errors,
+    json_text,
+    manifest_path,
+    read_manifest,
+    replaced_file,
+    write_manifest,
+)
 from rrhf.records import CandidateSet
+from rrhf.seals import require_as_sealed, seal
 
 SCHEMA_VERSION = 1
 SAMPLES_SUFFIX = ".samples.jsonl"
@@ -44,7 +55,7 @@ def file_stem(name: str) -> str:
 
 
 def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: PathLike) -> Path:
-    """Write a row and its responses; the row last, so that it never stands without them.
+    """Write a row and its responses, each with its manifest; a row never stands without responses.
 
     Returns:
         The row's file.
@@ -59,23 +70,38 @@ def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: Pa
         {"row": row["name"], "made_with": row["made_with"]},
     )
     path = folder / f"{stem}.json"
-    write_json(path, row)
+    data = (json_text(row, indent=2) + "\n").encode("utf-8", "backslashreplace")
+    with replaced_file(path, len(data)) as file:
+        file.write(data)
+        # From here on the old manifest would vouch for a row that it does not know.
+        manifest_path(path).unlink(missing_ok=True)
+    write_manifest(path, {"status": COMPLETE, "row": row["name"], **seal(file.digest)})
     return path
 
 
-def load_row(path: PathLike) -> dict[str, Any]:
+def load_row(path: PathLike, accept_edited: bool = False) -> dict[str, Any]:
     """A row from its file.
 
+    Args:
+        path: the file.
+        accept_edited: read it also where it is not as its manifest describes it.
+
     Raises:
-        UserError: the file is missing, or is not a row of this schema.
+        UserError: the file is missing, is not a row of this schema, or was changed since it was
+            written.
     """
     try:
-        row = json.loads(Path(path).read_bytes())
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a file that `rrhf evaluate` wrote"
         ) from error
-    except ValueError as error:
+    digest = Digest()
+    digest.update(data)
+    require_as_sealed(path, read_manifest(path), digest, accept_edited)
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); evaluate again") from error
     if not is_row(row):
         raise UserError(f"{path}: is not the result of an evaluation; name one of `rrhf evaluate`")
@@ -91,7 +117,7 @@ def try_json(path: PathLike) -> Any:
     """What a JSON file holds; None where it is none."""
     try:
         return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

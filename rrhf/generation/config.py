@@ -8,6 +8,7 @@ from pathlib import Path
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import INDEX, SEED, check_ranges
+from rrhf.seals import EditedFiles
 
 ENGINES = ("local",)
 """Who can write responses; `rrhf.generation.build` makes them."""
@@ -55,7 +56,7 @@ class SamplingOptions:
 
 
 @dataclass
-class GenerateConfig(SamplingOptions):
+class GenerateConfig(SamplingOptions, EditedFiles):
     """Sample responses to prompts with a policy and write a candidate file."""
 
     model_name_or_path: str = field(metadata={"names": "model"})

@@ -15,13 +15,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 from rrhf.data.jsonl import JsonlAppender, encode_row
 from rrhf.errors import UserError
-from rrhf.files import explained_os_errors, manifest_path, replaced_file
+from rrhf.files import Digest, manifest_path, remove_abandoned, replaced_file
 from rrhf.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -45,11 +44,13 @@ class Parts:
 
     Attributes:
         output: the file that they become.
+        output_digest: of that file, once `merge` has ended.
         places: where the row of each prompt stands, by id, as far as it has been read.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output
+        self.output_digest = Digest()
         self.places: dict[str, Place] = {}
         self._read_to: dict[Path, int] = {}
 
@@ -137,10 +138,11 @@ class Parts:
 
         The output stands when the iterator ends.
         """
-        with explained_os_errors(self.output), replaced_file(self.output) as file:
+        with replaced_file(self.output) as file:
             for row in self.rows(ids):
                 file.write(encode_row(row["row"]))
                 yield row
+        self.output_digest = file.digest
 
     def remove(self) -> None:
         for path in self.paths():
@@ -148,9 +150,8 @@ class Parts:
 
     def remove_half_written(self) -> None:
         """Remove what killed processes left of output and manifest (`rrhf.files.replaced_file`)."""
-        for name in (self.output.name, manifest_path(self.output).name):
-            for path in self.output.parent.glob(f".{escape(name)}.*.tmp"):
-                path.unlink(missing_ok=True)
+        remove_abandoned(self.output)
+        remove_abandoned(manifest_path(self.output))
 
     @property
     def _stem(self) -> str:

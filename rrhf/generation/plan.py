@@ -86,7 +86,13 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
     Raises:
         UserError: the source cannot be read, or no prompt fits.
     """
-    sets = load_sets(config.prompts, config.seed, config.split, counts)
+    sets = load_sets(
+        config.prompts,
+        config.seed,
+        config.split,
+        counts,
+        accept_edited=config.accept_edited_files,
+    )
     window = context_window(config.model_name_or_path)
     room = prompt_room(window, config.sampling_params(), config.max_prompt_tokens)
     count = min(len(sets), config.num_prompts or len(sets))

@@ -84,7 +84,7 @@ class _Stage:
         self.local_rank = local_rank
         self.stop = stop
         self.output = Path(config.output_file)
-        self.staged = StagedFile(self.output, "generate", rank, stop)
+        self.staged = StagedFile(self.output, "generate", rank, stop, config.accept_edited_files)
         self.parts = self.staged.parts
         self.params = config.sampling_params()
         self.counts = SourceCounts()
@@ -272,6 +272,7 @@ class _Stage:
             "status": COMPLETE,
             "stage": "generate",
             "rows": len(plan.ids),
+            **self.parts.output_digest.as_dict(),
             **counts,
             "dropped_prompts": plan.dropped,
             "input": {"prompts": config.prompts, "sha256": plan.digest, **self.counts.as_dict()},

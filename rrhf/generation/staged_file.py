@@ -17,9 +17,17 @@ from typing import Any
 
 from rrhf.data.jsonl import JsonlAppender
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, UNFINISHED, manifest_path, read_manifest, write_manifest
+from rrhf.files import (
+    COMPLETE,
+    UNFINISHED,
+    file_digest,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from rrhf.generation.parts import POLL_SECONDS, STALLED_SECONDS, Parts
 from rrhf.generation.plan import differences
+from rrhf.seals import ACCEPT_FLAG, seal_difference, warn_accepted
 from rrhf.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -38,18 +46,27 @@ class StagedFile:
         stage: what the manifest calls the work, such as "generate".
         rank: which of the processes this is.
         stop: signals that came.
+        accept_edited: leave a finished file also where it is not as its manifest describes it.
 
     Attributes:
         parts: what is done so far.
     """
 
-    def __init__(self, output: Path, stage: str, rank: int, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        output: Path,
+        stage: str,
+        rank: int,
+        stop: StopRequest,
+        accept_edited: bool = False,
+    ) -> None:
         self.output = output
         self.parts = Parts(output)
         self._stage = stage
         self._rank = rank
         self._is_first = rank == 0
         self._stop = stop
+        self._accept_edited = accept_edited
 
     def what_stands(self, done: int, total: int) -> str:
         """What a message says is on disk when a signal stops this process."""
@@ -120,7 +137,8 @@ class StagedFile:
                 leave nothing behind.
 
         Raises:
-            UserError: another file stands there, or other settings made what is there.
+            UserError: another file stands there, other settings made what is there, or the file was
+                changed since it was finished.
             StoppedBySignal: a signal came while this process waited for process 0.
         """
         if not self._is_first:
@@ -146,6 +164,7 @@ class StagedFile:
                     f"its manifest and its parts ({place.name}, {self.parts.path_of(0).name})"
                 )
             if manifest["status"] == COMPLETE and self.output.exists():
+                self._require_unchanged(manifest)
                 return True
             for name, now in adjustable.items():
                 if (before := manifest.get(name)) != now:
@@ -162,6 +181,17 @@ class StagedFile:
             {"status": UNFINISHED, "stage": self._stage, "settings": settings, **adjustable},
         )
         return False
+
+    def _require_unchanged(self, manifest: Mapping[str, Any]) -> None:
+        difference = seal_difference(self.output, manifest, file_digest(self.output))
+        if difference is None:
+            return
+        if not self._accept_edited:
+            raise UserError(
+                f"{self.output}: {difference}. If it was changed on purpose, give {ACCEPT_FLAG}; "
+                "else remove it, and the same command makes it again"
+            )
+        warn_accepted(self.output, difference)
 
     def _is_untouched(self, manifest: Mapping[str, Any]) -> bool:
         """Whether no row was made yet, as after a mistake in a setting: nothing can be lost."""

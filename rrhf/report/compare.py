@@ -11,7 +11,7 @@ from that of their reference policy (`base_of`); the order of file names decides
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def compare(config: CompareConfig) -> Comparison:
     Raises:
         UserError: a file is no row, two rows have one name, or rows were not made alike.
     """
-    rows = read_rows(config.rows)
+    rows = read_rows(config.rows, config.accept_edited_files)
     if config.only_common_prompts:
         rows = on_common_prompts(rows, config.bootstrap_resamples)
     differences = mixed(rows)
@@ -223,17 +223,22 @@ def gain_cells(
     return headings, lines if metrics else []
 
 
-def read_rows(places: Sequence[str]) -> list[Row]:
+def read_rows(places: Sequence[str], accept_edited: bool = False) -> list[Row]:
     """Rows of files and folders, in order; names are unique.
 
+    Args:
+        places: files and folders.
+        accept_edited: read rows also where they are not as their manifests describe them.
+
     Raises:
-        UserError: a file is no row, a folder has none, or two rows have one name.
+        UserError: a file is no row, a folder has none, two rows have one name, or a row was changed
+            since it was written.
     """
     rows: list[Row] = []
     seen: dict[str, Path] = {}
     for place in places:
         for path in _row_files(Path(place)):
-            row = load_row(path)
+            row = load_row(path, accept_edited)
             if row["name"] in seen:
                 raise UserError(
                     f"{path}: its row is called {row['name']!r}, as that of {seen[row['name']]}; "
@@ -249,6 +254,25 @@ def _row_files(place: Path) -> list[Path]:
     if not place.is_dir():
         return [place]
     found = [path for path in place.glob("*.json") if is_row(try_json(path))]
+    found += [path for path in _written_rows(place) if path not in found]
     if not found:
         raise UserError(f"{place}: holds no evaluated rows; make some with `rrhf evaluate`")
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _written_rows(folder: Path) -> Iterator[Path]:
+    """The rows that manifests vouch for, readable or not: none is left out in silence.
+
+    Raises:
+        UserError: one of them is gone.
+    """
+    for place in sorted(folder.glob("*.manifest.json")):
+        path = place.with_name(place.name.replace(".manifest.json", ".json"))
+        known = try_json(place)
+        if isinstance(known, dict) and known.get("file") == path.name and "row" in known:
+            if not path.exists():
+                raise UserError(
+                    f"{path}: is not there, but {place.name} says that the row {known['row']!r} "
+                    "was written; evaluate it again, or remove the manifest too"
+                )
+            yield path

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from rrhf.evaluation.config import RESAMPLES
 from rrhf.ranges import COUNT, check_ranges
+from rrhf.seals import EditedFiles
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(EditedFiles):
     """Put evaluated rows into one table. With --world help_desk it trains and compares the methods
     themselves: see `rrhf study methods --help`."""
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rrhf.errors import UserError
 from rrhf.ranges import COUNT, INDEX, check_ranges
+from rrhf.seals import EditedFiles
 
 OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
 
@@ -59,7 +60,7 @@ class RewardModelOptions:
 
 
 @dataclass
-class ScoreConfig(RewardModelOptions):
+class ScoreConfig(RewardModelOptions, EditedFiles):
     """Score the candidates of a file and write them with their scores."""
 
     input_file: str = field(

@@ -52,7 +52,13 @@ logger = logging.getLogger(__name__)
 
 # What only says how the work is cut, and reaches scores through the rounding of sums alone.
 _ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "engine")
-_NOT_SETTINGS = (*_ADJUSTABLE, "output_file", "input_file", "max_unscored_fraction")
+_NOT_SETTINGS = (
+    *_ADJUSTABLE,
+    "output_file",
+    "input_file",
+    "max_unscored_fraction",
+    "accept_edited_files",
+)
 
 
 def score_file(
@@ -122,7 +128,7 @@ class _Stage:
         self.local_rank = local_rank
         self.stop = stop
         self.output = Path(config.output_file)
-        self.staged = StagedFile(self.output, "score", rank, stop)
+        self.staged = StagedFile(self.output, "score", rank, stop, config.accept_edited_files)
         self.parts = self.staged.parts
         self.counts = SourceCounts()
         self._built: Scorer | None = None
@@ -146,7 +152,11 @@ class _Stage:
     # Before.
 
     def _read_input(self) -> Input:
-        sets = load_sets(self.config.input_file, counts=self.counts)
+        sets = load_sets(
+            self.config.input_file,
+            counts=self.counts,
+            accept_edited=self.config.accept_edited_files,
+        )
         digest = hashlib.sha256()
         ids, to_score = [], 0
         for s in tracked(sets, "read candidates", "prompt"):
@@ -322,6 +332,7 @@ class _Stage:
                 "status": COMPLETE,
                 "stage": "score",
                 "rows": len(found.ids),
+                **self.parts.output_digest.as_dict(),
                 **counts,
                 "scorer": scorer.name,
                 "normalized": scorer.normalized,

@@ -16,6 +16,7 @@ from rrhf.ranges import (
     SHARE,
     check_ranges,
 )
+from rrhf.seals import EditedFiles
 
 _RANGES = {
     "num_train_epochs": NOT_NEGATIVE,
@@ -63,7 +64,7 @@ class GroupSettings:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(EditedFiles):
     """Training, as in every stage of `rrhf train`."""
 
     model_name_or_path: str = field(metadata={"names": "model", "aliases": ["model_name"]})

@@ -216,7 +216,11 @@ class _Rounds:
             self._do(f"{where}, KL", lambda: self._log_ratios(sampling, folder))
         if has_penalty and self.is_main and read_manifest(data) is None:
             ratios = folder / "log_ratios.jsonl"
-            self._do(f"{where}, KL", lambda: penalise(scored, ratios, data, config.kl_coeff))
+            self._do(f"{where}, KL", lambda: self._penalise(scored, ratios, data))
+
+    def _penalise(self, scored: Path, ratios: Path, output: Path) -> None:
+        edited = self.config.accept_edited_files
+        penalise(scored, ratios, output, self.config.kl_coeff, edited)
 
     def _train(self, number: int) -> None:
         folder = self.folder.round(number)
@@ -308,7 +312,13 @@ class _Rounds:
         }
 
 
-def penalise(scored: Path, log_ratios: Path, output: Path, coefficient: float) -> None:
+def penalise(
+    scored: Path,
+    log_ratios: Path,
+    output: Path,
+    coefficient: float,
+    accept_edited: bool = False,
+) -> None:
     """Write candidates with score - coefficient * log-ratio; None where either is missing.
 
     Args:
@@ -316,11 +326,13 @@ def penalise(scored: Path, log_ratios: Path, output: Path, coefficient: float) -
         log_ratios: the same candidates in the same order, log-ratios in nats as their scores.
         output: the candidate file to write.
         coefficient: score units per nat.
+        accept_edited: read files also where they are not as their manifests describe them.
     """
+    given_sets = read_candidate_sets(scored, accept_edited)
+    ratio_sets = read_candidate_sets(log_ratios, accept_edited)
 
     def penalised() -> Iterator[CandidateSet]:
-        pairs = zip(read_candidate_sets(scored), read_candidate_sets(log_ratios), strict=True)
-        for given, ratio in pairs:
+        for given, ratio in zip(given_sets, ratio_sets, strict=True):
             assert given.id == ratio.id, f"{log_ratios}: {ratio.id} where {given.id} was expected"
             candidates = tuple(
                 replace(candidate, score=None)

@@ -108,6 +108,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             round=round_number,
             policy="" if round_number == 1 else f"round-{round_number - 1}",
             chat_format=self.chat_format,
+            accept_edited_files=self.accept_edited_files,
         )
 
     def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
@@ -130,6 +131,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             round=EVALUATION_ROUND,
             policy=name,
             chat_format=self.chat_format,
+            accept_edited_files=self.accept_edited_files,
         )
 
     def scoring(self, candidates: Path, output: Path) -> ScoreConfig:
@@ -143,6 +145,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             reward_base=self.reward_base,
             bf16=self.bf16,
             trust_remote_code=self.trust_remote_code,
+            accept_edited_files=self.accept_edited_files,
         )
 
     def reward_options(self) -> RewardModelOptions:

@@ -42,8 +42,8 @@ def round_report(folder: Path, number: int, config: IterativeConfig) -> dict[str
         "sampled_tokens": drawn["tokens"],
         "ended_by_themselves": drawn["ended_by_themselves"],
         "unscored": _manifest(scored_path)["unscored"],
-        "score": _over_samples(scored_path, _mean),
-        "best_score": _over_samples(scored_path, max),
+        "score": _over_samples(scored_path, _mean, config),
+        "best_score": _over_samples(scored_path, max, config),
         "kl": _kl(folder, number > 1, config),
         "training": {"steps": training["steps"], **training["last_metrics"]},
         "training_data": training["data"],
@@ -68,7 +68,7 @@ def evaluation_report(folder: Path, number: int, config: IterativeConfig) -> dic
     drawn = _manifest(folder / "candidates.jsonl")
     return {
         "prompts": drawn["rows"],
-        "score": _over_samples(folder / "scored.jsonl", _mean),
+        "score": _over_samples(folder / "scored.jsonl", _mean, config),
         "kl": _kl(folder, number > 0, config),
         "tokens_per_response": round(drawn["tokens"] / drawn["samples"], 2),
         "ended_by_themselves": drawn["ended_by_themselves"],
@@ -96,12 +96,13 @@ def _kl(folder: Path, has_moved: bool, config: IterativeConfig) -> dict[str, Any
         return None
     if not has_moved:
         return {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}
-    return _over_samples(folder / "log_ratios.jsonl", _mean)
+    return _over_samples(folder / "log_ratios.jsonl", _mean, config)
 
 
-def _over_samples(path: Path, reduce: Reduce) -> dict[str, Any]:
+def _over_samples(path: Path, reduce: Reduce, config: IterativeConfig) -> dict[str, Any]:
     """Of each prompt's sampled candidates with a score, one value; their mean over prompts."""
-    return estimate(Measure(dict(_by_prompt(read_candidate_sets(path), reduce)))).as_dict()
+    sets = read_candidate_sets(path, config.accept_edited_files)
+    return estimate(Measure(dict(_by_prompt(sets, reduce)))).as_dict()
 
 
 def _by_prompt(sets: Iterator[CandidateSet], reduce: Reduce) -> Iterator[tuple[str, float]]:

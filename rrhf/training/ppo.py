@@ -79,8 +79,11 @@ def train(config: PPOConfig) -> Path:
             peak_meter(bench.parallel.device), offload.enter if offload.levels else None
         )
         read = SourceCounts()
-        prompts = load_sets(config.train_datasets, config.seed, counts=read)
-        held_out = load_sets(config.eval_datasets, config.seed) if config.eval_datasets else ()
+        edited = config.accept_edited_files
+        prompts = load_sets(config.train_datasets, config.seed, counts=read, accept_edited=edited)
+        held_out: Sequence[CandidateSet] = ()
+        if config.eval_datasets:
+            held_out = load_sets(config.eval_datasets, config.seed, accept_edited=edited)
         root = build_root(config, bench)
         reference = build_reference(config, bench)
         if reference is not None:
@@ -224,7 +227,8 @@ def _demonstrations(
 ) -> OfflineStream:
     """Batches of `--ptx_datasets`, as large as those of experience."""
     assert config.ptx_datasets is not None, "there are no demonstrations"
-    sets = demonstrations(load_sets(config.ptx_datasets, config.seed))
+    edited = config.accept_edited_files
+    sets = demonstrations(load_sets(config.ptx_datasets, config.seed, accept_edited=edited))
     encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
 
     def encode_marked(demonstration: CandidateSet) -> EncodedSet | None:

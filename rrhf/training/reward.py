@@ -250,10 +250,16 @@ def _load(
     config: RewardConfig, counts: SourceCounts, held_out_counts: SourceCounts
 ) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
     """Ranked groups to train on, and held-out ones (maybe none)."""
-    sets = load_sets(config.data_path, config.seed, counts=counts)
+    edited = config.accept_edited_files
+    sets = load_sets(config.data_path, config.seed, counts=counts, accept_edited=edited)
     groups = ranked_groups(sets, counts)
     if config.validation_datasets is not None:
-        others = load_sets(config.validation_datasets, config.seed, counts=held_out_counts)
+        others = load_sets(
+            config.validation_datasets,
+            config.seed,
+            counts=held_out_counts,
+            accept_edited=edited,
+        )
         return groups, ranked_groups(others, held_out_counts)
     if config.validation_fraction == 0:
         return groups, ()

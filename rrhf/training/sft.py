@@ -118,10 +118,13 @@ def train(config: SFTConfig) -> Path:
     """
     with opened_workbench(config) as bench:
         read = SourceCounts()
-        sets = demonstrations(load_sets(config.data_path, config.seed, counts=read), read)
+        edited = config.accept_edited_files
+        found = load_sets(config.data_path, config.seed, counts=read, accept_edited=edited)
+        sets = demonstrations(found, read)
         held_out = None
         if config.eval_data_path:
-            held_out = demonstrations(load_sets(config.eval_data_path, config.seed))
+            others = load_sets(config.eval_data_path, config.seed, accept_edited=edited)
+            held_out = demonstrations(others)
         policy = _policy(config, bench)
         encode = _encoder(config, bench)
         examples = EncodedExamples(sets, encode)

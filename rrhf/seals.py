@@ -1,0 +1,104 @@
+"""Whether a file is still the one that its manifest vouches for.
+
+A stage that writes a data file puts its rows, bytes and SHA-256 into the manifest (the seal); a
+stage that reads it counts and hashes what it reads anyway and compares at the end. So a copy that
+was cut, a bit that flipped and a score that was edited are told before anything is made of them.
+Editing a file is a user's right: `--accept_edited_files` takes it as it is, with a warning. A file
+without a manifest, and what a manifest does not mention, is not checked.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.files import Digest, PathLike, manifest_path
+
+logger = logging.getLogger(__name__)
+
+ACCEPT_FLAG = "--accept_edited_files"
+
+
+@dataclass(kw_only=True)
+class EditedFiles:
+    """What is read."""
+
+    accept_edited_files: bool = False
+    """Read files that were changed since they were written, with a warning. By default a file that
+    is not as its manifest describes it (rows, bytes, SHA-256) is refused."""
+
+
+def seal(digest: Digest, rows: int | None = None) -> dict[str, Any]:
+    """What a manifest says of its file, to be checked by whoever reads it."""
+    return {**({} if rows is None else {"rows": rows}), **digest.as_dict()}
+
+
+def seal_difference(
+    path: PathLike, manifest: Mapping[str, Any] | None, digest: Digest, rows: int | None = None
+) -> str | None:
+    """How a file differs from what its manifest says of it; None where it does not.
+
+    Args:
+        path: the file.
+        manifest: its manifest, or None where it has none.
+        digest: of all its bytes.
+        rows: how many it has, where they were counted.
+    """
+    found = seal(digest, rows)
+    told = [
+        f"{name} {_shown(manifest[name])} there, {_shown(now)} in the file"
+        for name, now in found.items()
+        if manifest is not None and manifest.get(name) is not None and manifest[name] != now
+    ]
+    if not told:
+        return None
+    return f"is not as {manifest_path(path).name} describes it: " + "; ".join(told)
+
+
+def what_to_do(difference: str) -> str:
+    """The difference with the ways out."""
+    return (
+        f"{difference}. If it was changed on purpose, give {ACCEPT_FLAG}; else make the file "
+        "again, or copy it again from where it is whole"
+    )
+
+
+def warn_accepted(path: PathLike, difference: str) -> None:
+    logger.warning("%s: %s; read as it is (%s)", path, difference, ACCEPT_FLAG)
+
+
+def require_as_sealed(
+    path: PathLike,
+    manifest: Mapping[str, Any] | None,
+    digest: Digest,
+    accept_edited: bool = False,
+) -> None:
+    """Compare what was read of a file with its manifest.
+
+    Args:
+        path: the file.
+        manifest: its manifest, or None where it has none.
+        digest: of all its bytes.
+        accept_edited: warn of a difference instead.
+
+    Raises:
+        UserError: it differs.
+    """
+    difference = seal_difference(path, manifest, digest)
+    if difference is None:
+        return
+    if not accept_edited:
+        raise UserError(f"{path}: {what_to_do(difference)}")
+    warn_accepted(path, difference)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:12]}..."
