@@ -15,6 +15,7 @@ from tiny import save_tiny
 from trainer_cases import WORDS, write_lines
 
 from rrhf.errors import AlreadyFinished
+from rrhf.process_end import run_process
 from rrhf.training import iterative
 from rrhf.training.iterative_config import IterativeConfig
 
@@ -72,6 +73,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-if __name__ == "__main__":
+def one_rank() -> None:
+    """As a program: the world, the run folder, the changes as JSON."""
     torch.set_num_threads(1)
     iterative.train(settings(Path(sys.argv[1]), sys.argv[2], **json.loads(sys.argv[3])))
+
+
+if __name__ == "__main__":
+    run_process(one_rank)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from transformers import LlamaForSequenceClassification
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.errors import AlreadyFinished, StoppedBySignal
 from rrhf.models.reward_model import set_score_normalizer
+from rrhf.process_end import run_process
 from rrhf.training import ppo
 
 
@@ -107,22 +107,30 @@ def train_again(world: str, output_dir: str, **changes: Any) -> None:
 def slow(prompts: Sequence[str], responses: Sequence[str], messages: Any) -> list[float]:
     """Gets a signal while it scores, on the first rank or on both, and takes two seconds."""
     if os.environ["RANK"] == "0" or sys.argv[4] == "both":
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2)
     return [0.0 for _ in responses]
 
 
-def stop_and_tell(world: Path, output_dir: str) -> None:
+def stop_and_tell(world: Path, output_dir: Path) -> None:
+    """Beside the run, each rank in a file of its own: what it stopped with."""
     changes = {"reward_model_name_or_path": "function:ppo_cases:slow", "share_trunk": True}
     try:
         ppo.train(settings(world, output_dir, gradient_accumulation_steps=1, **changes))
     except StoppedBySignal as stopped:
-        print(f"stopped with {stopped.exit_code}", flush=True)
+        place = output_dir.with_name(f"stopped-{os.environ['RANK']}")
+        place.write_text(str(stopped.exit_code))
+
+
+def one_rank() -> None:
+    """As a program: the world and the run folder."""
+    torch.set_num_threads(1)
+    world, output_dir = Path(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3:4] == ["slow"]:
+        stop_and_tell(world, output_dir)
+    else:
+        ppo.train(settings(world, output_dir, gradient_accumulation_steps=1))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[3:4] == ["slow"]:
-        stop_and_tell(Path(sys.argv[1]), sys.argv[2])
-    else:
-        ppo.train(settings(Path(sys.argv[1]), sys.argv[2], gradient_accumulation_steps=1))
+    run_process(one_rank)

@@ -158,9 +158,15 @@ def _rank(rank: int, count: int, port: int, order: dict[str, Any], job: Any, pip
 
 
 def _run_ranks(order: dict[str, Any], job: Any) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Their port is held until they are gone: nobody else can be given it, and the first rank may
+    listen on it, because both sides reuse addresses and this one does not listen."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        return _run_ranks_at(held.getsockname()[1], order, job)
+
+
+def _run_ranks_at(port: int, order: dict[str, Any], job: Any) -> list[dict[str, Any]]:
     count = 1 if order["engine"] == "one" else 2
     children = []
     for rank in range(count):

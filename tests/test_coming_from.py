@@ -274,7 +274,7 @@ def run_script(words: Sequence[str]) -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, done.stderr
 

@@ -29,7 +29,6 @@ def row(folder: Path, name: str) -> dict:
     return load_row(folder / "seed-0" / "evaluation" / f"{name}.json")
 
 
-@pytest.mark.timeout(500)
 def test_the_table_has_every_row_with_intervals(demo: tuple[Path, list[str]]) -> None:
     folder, said = demo
     page = (folder / "table.md").read_text()

@@ -111,7 +111,7 @@ def test_two_processes_train_like_one(model: str, straight: Path, tmp_path: Path
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", str(TESTS / "training_job.py"), model, str(tmp_path / "two")]
     environment = child_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(rows(tmp_path / "two"), rows(straight), strict=True):
         assert math.isclose(mine["loss"], theirs["loss"], rel_tol=1e-5)
@@ -140,7 +140,6 @@ def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(
     assert same_bits(run, straight)
 
 
-@pytest.mark.timeout(300)
 def test_twenty_random_kills_change_no_bit(model: str, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = "training_job:train_with_resume"
@@ -166,7 +165,6 @@ def test_twenty_random_kills_change_no_bit(model: str, straight: Path, tmp_path:
     assert rows(run) == rows(straight)
 
 
-@pytest.mark.timeout(400)
 def test_a_kill_at_every_file_operation_of_a_save(model: str, tmp_path: Path) -> None:
     """A whole checkpoint always stays once there was one, and resuming ends with the same bits."""
     straight, run = tmp_path / "straight", tmp_path / "run"

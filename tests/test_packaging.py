@@ -63,7 +63,7 @@ def test_a_wheel_holds_the_presets_and_the_command_but_no_tests(tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entries,) = [name for name in names if name.endswith("entry_points.txt")]
-        assert "rrhf = rrhf.cli.main:main" in archive.read(entries).decode()
+        assert "rrhf = rrhf.cli.main:run" in archive.read(entries).decode()
     packed = {name for name in names if name.startswith("rrhf/presets/")}
     kept = {f"rrhf/presets/{path.name}" for path in (ROOT / "rrhf/presets").glob("*.yaml")}
     assert kept <= packed and kept

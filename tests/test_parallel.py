@@ -18,6 +18,7 @@ from transformers import LlamaForSequenceClassification
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.logprobs import Policy
+from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import RewardModel
 from rrhf.training.parallel import Parallel, sharded_bf16
 
@@ -69,6 +70,20 @@ def test_scores_stay_float32_where_layers_are_bfloat16(one_rank: Any) -> None:
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, rounded(scores)), "scores were rounded to bfloat16"
     torch.testing.assert_close(scores, plain, atol=0.1, rtol=0.05)
+    scores.sum().backward()
+
+
+@pytest.mark.parametrize("engine", ["padded", "shared_prefix", "dense_mask"])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_no_root_of_scores_returns_a_view(one_rank: Any, engine: str, per_token: bool) -> None:
+    """FSDP2 would lose its hook where somebody changed one in place, and warns each user of it."""
+    config = tiny_llama().config
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
+    root = build_reward_model(model, engine, per_token)
+    scores = sharded(root, model.model.layers, one_rank)(BATCH)
+    assert scores._base is None
     scores.sum().backward()
 
 

@@ -115,8 +115,9 @@ def test_two_processes_stop_together(world: Path, tmp_path: Path, everyone: bool
     words += [str(world), str(tmp_path / "run"), "slow", "both" if everyone else "one"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=170
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=540
     )
-    codes = [line for line in done.stdout.splitlines() if "stopped with" in line]
-    assert codes == ["stopped with 75"] * 2, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):  # a pipe that both write to may tear their lines
+        assert (tmp_path / f"stopped-{rank}").read_text() == "75"
     assert (tmp_path / "run" / "checkpoints" / "step-0" / "manifest.json").is_file()

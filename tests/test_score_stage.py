@@ -400,7 +400,7 @@ def test_processes_share_the_work_and_write_the_same_bytes(
         )
         for rank in range(world_size)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    assert [process.wait(timeout=540) for process in processes] == [0] * world_size
     assert output.read_bytes() == straight.read_bytes()
     assert leftovers(output) == []
 

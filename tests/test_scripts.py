@@ -67,7 +67,7 @@ class Machine:
             cwd=cwd or self.root.parent,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=540,
         )
 
     def calls(self) -> list[list[str]]:

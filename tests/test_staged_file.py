@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,33 +15,51 @@ from rrhf.signals import StopRequest
 SETTINGS = {"model": "m"}
 
 
+class Clock:
+    """Stands in for `time`: a sleep takes no time and moves the hands."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.at_sleep: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 0.4 * staged_file.STALLED_SECONDS)
+        self.at_sleep()
+
+
 @pytest.fixture
-def second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StagedFile:
-    """Process 1 of a file that process 0 has begun; an hour lasts half a second."""
-    monkeypatch.setattr(staged_file, "STALLED_SECONDS", 0.5)
-    monkeypatch.setattr(staged_file, "POLL_SECONDS", 0.01)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(staged_file, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def second(tmp_path: Path, clock: Clock) -> StagedFile:
+    """Process 1 of a file that process 0 has begun."""
     output = tmp_path / "out.jsonl"
     StagedFile(output, "generate", 0, StopRequest()).begin(SETTINGS, {})
     return StagedFile(output, "generate", 1, StopRequest())
 
 
-def test_a_process_gives_up_when_the_first_one_is_lost(second: StagedFile) -> None:
+def test_a_process_gives_up_when_the_first_one_is_lost(second: StagedFile, clock: Clock) -> None:
     with pytest.raises(UserError, match="process 0 has not ended it"):
         second.wait_for_end(SETTINGS)
+    assert staged_file.STALLED_SECONDS < clock.now < 2 * staged_file.STALLED_SECONDS
 
 
-def test_a_process_waits_as_long_as_another_one_writes(second: StagedFile) -> None:
-    began = time.monotonic()
+def test_a_process_waits_as_long_as_another_one_writes(second: StagedFile, clock: Clock) -> None:
+    rows = iter(range(10))
 
     def write() -> None:
-        for _ in range(10):
+        if next(rows, None) is not None:
             with open(second.parts.path_of(0), "ab") as part:
                 part.write(b"{}\n")
-            time.sleep(0.1)
 
-    writer = threading.Thread(target=write)
-    writer.start()
+    clock.at_sleep = write
     with pytest.raises(UserError, match="no process has written"):
         second.wait_for_end(SETTINGS)
-    writer.join()
-    assert time.monotonic() - began > 1.0
+    assert clock.now > (10 * 0.4 + 1) * staged_file.STALLED_SECONDS

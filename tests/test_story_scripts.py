@@ -48,7 +48,7 @@ def run(workplace: Path, script: str, *words: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=540,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -29,7 +29,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_lines(tmp_path_factory.mktemp("data") / "ranked.jsonl", ranked_rows(14)))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_random_kills_change_no_bit(
     stage: str, model: str, data: str, tmp_path: Path
@@ -67,7 +66,7 @@ def test_two_processes_train_like_one(stage: str, model: str, data: str, tmp_pat
     command += ["--standalone", str(TESTS / "trainer_cases.py")]
     command += [stage, model, data, str(tmp_path / "two")]
     environment = child_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, theirs in zip(
         metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"), strict=True

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf.errors import AlreadyFinished
+from rrhf.process_end import run_process
 from rrhf.training import rank, sft  # here, so that forked jobs need not import them
 
 WORDS = ("plants", "alive", "ask", "friend", "help", "again", "now", "quick", "fox", "lazy dog")
@@ -83,4 +84,4 @@ def train_two_processes(stage: str, model: str, data: str, output_dir: str) -> N
 
 
 if __name__ == "__main__":
-    train_two_processes(*sys.argv[1:5])
+    run_process(lambda: train_two_processes(*sys.argv[1:5]))

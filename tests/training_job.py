@@ -13,6 +13,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import AlreadyFinished
 from rrhf.files import UNFINISHED, write_manifest
 from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.process_end import run_process
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome, run_training
 from rrhf.training.model_folders import ModelFolders
@@ -113,4 +114,4 @@ def train_two_processes(model: str, output_dir: str) -> None:
 if __name__ == "__main__":
     import sys
 
-    train_two_processes(sys.argv[1], sys.argv[2])
+    run_process(lambda: train_two_processes(sys.argv[1], sys.argv[2]))

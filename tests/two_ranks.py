@@ -21,6 +21,7 @@ from transformers import LlamaForSequenceClassification
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.engines import build_policy
 from rrhf.models.reward_engines import build_reward_model
+from rrhf.process_end import run_process
 
 
 def batch(rank: int) -> TokenBatch:
@@ -76,7 +77,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     child = os.fork()  # before anything has started a thread
     rank = 0 if child else 1
-    faulthandler.dump_traceback_later(140, exit=True)  # neither rank waits for the other for ever
+    faulthandler.dump_traceback_later(500, exit=True)  # neither rank waits for the other for ever
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(out / "store"), 2), rank=rank, world_size=2
     )
@@ -88,10 +89,9 @@ def main(out: Path) -> None:
     }
     if rank == 0:
         torch.save(found, out / "gradients.pt")
-    dist.destroy_process_group()
     if child and os.waitpid(child, 0)[1]:
         sys.exit("the other rank failed")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(lambda: main(Path(sys.argv[1])))

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import rrhf
 from rrhf.cli.terminal import configure_logging
@@ -22,6 +23,7 @@ from rrhf.errors import (
     StoppedBySignal,
     UserError,
 )
+from rrhf.process_end import run_process
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("rrhf.cli.demo", "the whole story on an embedded toy world, in minutes on a CPU"),
@@ -78,7 +80,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console command; returns the exit code."""
+    """Run one command and say how it ended; returns the exit code."""
     configure_logging()
     try:
         try:
@@ -99,5 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED_BY_SIGINT
 
 
+def run() -> NoReturn:
+    """The console command: `main` as all that a process is for."""
+    run_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -112,7 +112,9 @@ class RewardModel(nn.Module):
         weight = cast(Tensor, head.weight).float()
         bias = None if head.bias is None else cast(Tensor, head.bias).float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), weight, bias).squeeze(-1)
+            scores = functional.linear(hidden.float(), weight, bias)
+        # No view of it: FSDP2 loses its hook where a caller changes one in place, and says so.
+        return scores.squeeze(-1).clone()
 
     def _head(self) -> nn.Module:
         head: nn.Module = getattr(inner_model(self.model), HEAD)

@@ -1,0 +1,68 @@
+"""The end of a whole process: everything flushed, and a rank's interpreter not taken down.
+
+Gloo's threads outlive `destroy_process_group` and may ask for the interpreter's lock while the
+interpreter ends. CPython 3.11 answers by unwinding such a thread, through code that forbids it
+("terminate called without an active exception"): the work is done, but the process has crashed. A
+process that is one of several therefore leaves without that stage. Standard library only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from rrhf.errors import EXIT_DONE, EXIT_FAULT
+
+
+def run_process(work: Callable[[], int | None]) -> NoReturn:
+    """Do all that this process is for, and end it: the last call of a program.
+
+    Args:
+        work: returns the exit code (None = done); an error ends the process with its traceback.
+    """
+    try:
+        code = work()
+    except SystemExit as end:
+        code = end.code if end.code is None or isinstance(end.code, int) else EXIT_FAULT
+        if code is not end.code:
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        if not is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = EXIT_FAULT
+    end_process(EXIT_DONE if code is None else code)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, once everything is written.
+
+    What was registered with `atexit` runs, and both streams are flushed, in every case.
+    """
+    if not is_one_of_several():
+        sys.exit(code)
+    try:
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
+                stream.flush()
+        os._exit(code)
+
+
+def is_one_of_several() -> bool:
+    """True where a launcher started several processes, or this one has joined others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return True
+    distributed = sys.modules.get("torch.distributed")
+    return (
+        distributed is not None
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
