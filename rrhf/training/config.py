@@ -126,7 +126,7 @@ class TrainingConfig(EditedFiles):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     attn_implementation: str = "sdpa"
-    """Attention of the model: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
+    """Attention of all models: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
 
     engine: Literal[
         "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"

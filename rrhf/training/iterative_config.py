@@ -144,6 +144,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             reward_format=self.reward_format,
             reward_base=self.reward_base,
             bf16=self.bf16,
+            attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             accept_edited_files=self.accept_edited_files,
         )

@@ -70,7 +70,10 @@ def train(config: PPOConfig) -> Path:
         UserError: the prompts, a model or a setting is not usable; the text says which and why.
     """
     scoring = RewardModelOptions(
-        bf16=config.bf16, engine=config.engine, trust_remote_code=config.trust_remote_code
+        bf16=config.bf16,
+        engine=config.engine,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
     check_scorer(config.reward_model_name_or_path, scoring)
     with opened_workbench(config) as bench, _offload(config, bench) as offload:
