@@ -251,6 +251,12 @@ def test_grpo_equals_standardising_each_group(unbiased: bool, fill: float) -> No
     assert compare(got, whole) > 1e-2  # the control: over the batch instead of the prompt
 
 
+def test_grpo_divides_by_the_deviation_of_a_sample_unless_told_otherwise() -> None:
+    """Rewards 1 and 2: deviation 1 / sqrt(2) from n - 1, and 1 / 2 from n."""
+    got = grpo_advantages(torch.tensor([[1.0, 2.0]], dtype=torch.float64), torch.ones(1, 2).bool())
+    assert got.tolist()[0] == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_groups_without_a_difference_give_exactly_nothing(dtype: torch.dtype) -> None:
     # The rounding of a mean, over a deviation of next to nothing, would be an advantage.

@@ -147,3 +147,22 @@ def test_a_paired_difference_takes_only_prompts_that_both_have():
     found = paired_difference(ours, theirs)
     assert (found.mean, found.n) == (3.0, 2)
     assert paired_difference(ours, Measure({"z": 1.0})).n == 0
+
+
+def test_pairs_are_found_by_prompt_and_not_by_place():
+    """Each policy gains exactly 1 on each prompt; the baseline holds them in another order."""
+    ours = Measure({str(i): 10.0 * i + 1 for i in range(20)})
+    theirs = Measure({str(i): 10.0 * i for i in reversed(range(25))})
+    found = paired_difference(ours, theirs)
+    assert (found.mean, found.low, found.high, found.n) == (1.0, 1.0, 1.0, 20)
+
+
+def test_weights_are_found_by_prompt_too():
+    # "a" has 3 tokens for ours and 1 for theirs, "b" 1 and 3: exp(7/4) - exp(5/4).
+    ours = Measure({"a": 3.0, "b": 4.0}, {"a": 3.0, "b": 1.0}, "exp")
+    theirs = Measure({"b": 3.0, "a": 2.0}, {"b": 3.0, "a": 1.0}, "exp")
+    found = paired_difference(ours, theirs, resamples=500)
+    assert found.mean == pytest.approx(math.exp(7 / 4) - math.exp(5 / 4))
+    # Of two prompts one is drawn twice in half of the resamples: exp(1) - exp(2), exp(4) - exp(1).
+    ends = sorted((math.exp(1) - math.exp(2), math.exp(4) - math.exp(1)))
+    assert [found.low, found.high] == pytest.approx(ends)

@@ -149,6 +149,20 @@ def test_long_conversations_lose_whole_turns_from_the_left(codec: ChatCodec) -> 
     assert codec.encode_prompt(long, room - 1) is None
 
 
+@pytest.mark.parametrize("codec", [one for one in codecs() if one.id.endswith(("hh", "template"))])
+def test_turns_go_by_pairs(codec: ChatCodec) -> None:
+    """One token short, a conversation loses question and answer: it never opens with an answer."""
+    turns = ("Who?", "Me, I think, and you?", "Why?", "So that you know.", "And now?")
+    whole = codec.encode_prompt(conversation(*turns)) or []
+    kept = codec.encode_prompt(conversation(*turns[2:])) or []
+    last = codec.encode_prompt(conversation(*turns[4:])) or []
+    assert len(last) < len(kept) < len(whole)
+    assert codec.encode_prompt(conversation(*turns), len(whole)) == whole
+    assert codec.encode_prompt(conversation(*turns), len(whole) - 1) == kept
+    assert codec.encode_prompt(conversation(*turns), len(kept)) == kept
+    assert codec.encode_prompt(conversation(*turns), len(kept) - 1) == last
+
+
 def test_a_system_message_stays_when_turns_go() -> None:
     codec = ChatCodec(byte_level_tokenizer(chat=True))
     system = Message("system", "Be kind.")

@@ -31,6 +31,24 @@ def engine(seed=0):
     return LocalEngine(tiny_llama(len(tokenizer), seed), ChatCodec(tokenizer))
 
 
+class Encoded:
+    """The engine, writing what its codec gives for one text or two, token by token."""
+
+    def __init__(self, inner):
+        self.inner, self.model, self.codec = inner, inner.model, inner.codec
+        self.name = "encoded"
+
+    def encode_prompt(self, prompt, params):
+        return self.inner.encode_prompt(prompt, params)
+
+    def generate(self, prompts, params):
+        return [[self.sample(s, text) for text in ("ask", "a friend")] for s in prompts]
+
+    def sample(self, s, text):
+        ids = torch.tensor(self.codec.encode_response(s, text, "length"))
+        return Sample(ids, torch.full(ids.shape, -1.0), "length", text)
+
+
 class Endpoint:
     """An engine that gives texts and nothing else."""
 
@@ -72,6 +90,19 @@ def test_kl_is_read_on_the_sampled_tokens_at_the_sampling_temperature(temperatur
         means.append(sum(ratios) / len(ratios))
     assert row["metrics"]["kl"]["mean"] == pytest.approx(sum(means) / len(means), abs=1e-3)
     assert row["metrics"]["kl"]["mean"] > 1
+
+
+def test_what_the_reference_read_at_another_temperature_is_not_its_perplexity():
+    """Perplexities are at temperature 1, whatever responses were sampled at."""
+    evaluator = Evaluator(PROMPTS, reference=reader(1))
+    row = evaluator.row("p", Encoded(engine()), replace(SAMPLED, temperature=0.5))
+    fresh = Evaluator(PROMPTS, reference=reader(1)).responses_row("again", evaluator.samples["p"])
+    for one in (row, fresh):
+        assert one["counts"]["responses_that_do_not_fit"] == 0
+    assert row["metrics"]["kl"]["mean"] != 0
+    assert row["metrics"]["ppl_reference"] == fresh["metrics"]["ppl_reference"]
+    # The same tokens were read twice, so that what was read first could have been taken.
+    assert row["cost"]["passes"]["reference"] == 16
 
 
 def test_a_row_counts_its_responses_by_prompt_first():

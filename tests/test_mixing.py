@@ -112,6 +112,41 @@ def test_a_draw_has_no_favourites():
     assert all(abs(times[row] - 600) < 103 for row in range(10))
 
 
+@pytest.mark.parametrize(
+    ("proportion", "rows"),
+    [("2/3", 7), ("0.75", 8), ("0.35", 4), ("0.25", 2), ("0.05", 0), ("0.06", 1), ("1.14", 11)],
+)
+def test_a_share_is_rounded_to_the_nearest_row(proportion: str, rows: int):
+    """Of ten: 6.7, 7.5, 3.5, 2.5, .5, .6 and 11.4; halves go to the even number."""
+    (spec,) = parse_mixture(f"a:{proportion}")
+    assert spec.number_of_rows(10) == rows
+
+
+def places_of(mixture: str, seed: int = 0) -> list[list[int]]:
+    """For each file of the mixture, in order, the numbers of the rows that were drawn."""
+    found: dict[str, list[int]] = {}
+    for item in load_sets(mixture, seed=seed):
+        name, number = item.query.split()
+        found.setdefault(name, []).append(int(number))
+    return list(found.values())
+
+
+def test_parts_of_a_mixture_are_drawn_apart(tmp_path: Path):
+    """Equal places in all sources would leave the same prompts out of parallel files."""
+    for name in ("one", "two"):
+        rows = [{"query": f"{name} {n}", "responses": ["a"], "scores": [1]} for n in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    first, second = places_of(f"{one}:0.5,{two}:0.5")
+    assert len(first) == len(second) == 30
+    # Hypergeometric: 15 in common expected, deviation 2.
+    assert 5 < len(set(first) & set(second)) < 25
+    (both,) = places_of(f"{one}:0.5,{one}:0.5")  # the same source twice
+    assert both[:30] != both[30:] and 5 < len(set(both[:30]) & set(both[30:])) < 25
+    assert places_of(f"{one}:0.5,{two}:0.5") == [first, second]
+    assert places_of(f"{one}:0.5,{two}:0.5", seed=1)[0] != first
+
+
 def test_rows_of_nothing():
     assert choose_rows(0, 0, "s") == []
     with pytest.raises(UserError, match="a source that has none"):

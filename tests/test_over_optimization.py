@@ -42,6 +42,28 @@ def test_gold_that_rises_at_half_its_pace_is_told_to_slow() -> None:
     assert "from reward 0.50 (KL 1.0 nats) on gold follows more slowly: it rises by 0.40" in told
 
 
+def test_gold_that_is_not_seen_to_rise_but_goes_at_half_its_pace_is_no_stall() -> None:
+    """1 for each unit of reward, then .6 over 1.5 units, known to within .7: seen to go slower than
+    its pace, but neither to rise nor to go slower than at half of it.
+    """
+    noise = [2.3 if i % 2 else -2.3 for i in range(40)]
+    before, middle = row("a", [0.0] * 40, [0.0] * 40), row("b", [3.0] * 40, [3.0] * 40)
+    last = row("c", [3.6 + x for x in noise], [4.5] * 40)
+    found = parting([before, middle, last])
+    assert found.gold_gain["low"] < 0 < found.gold_gain["mean"] and found.kind == "slows"
+
+
+def test_the_pace_is_gold_for_each_unit_of_reward() -> None:
+    """.5 a unit up to reward 2; over two units more it would be 1, whatever gold did there."""
+    slowed = parting(curve((0.0, 0.0), (1.0, 2.0), (1.4, 4.0)))
+    assert slowed.kind == "slows" and abs((slowed.gold_at_pace or 0) - 1.0) < 1e-9
+    stood = parting(curve((0.0, 0.0), (1.0, 2.0), (1.0, 4.0)))
+    assert stood.kind == "stalls" and abs((stood.gold_at_pace or 0) - 1.0) < 1e-9
+    fell = parting(curve((0.0, 0.0), (1.0, 2.0), (0.4, 4.0)))
+    assert fell.kind == "falls" and abs((fell.gold_at_pace or 0) - 1.0) < 1e-9
+    assert "by 1.00" in sentence("PPO", stood)
+
+
 def test_gold_that_never_rises_is_not_said_to_follow() -> None:
     found = parting(curve((0.1, 0.0), (0.1, 0.5), (0.1, 1.0)))
     assert (found.kind, found.reward, found.gold_at_pace) == ("stalls", 0.0, None)

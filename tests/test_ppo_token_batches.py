@@ -90,6 +90,17 @@ def test_a_budget_keeps_the_rows_of_each_step() -> None:
         assert len(computed) == len(set(computed))
 
 
+def test_equal_prompts_are_one_prompt_whoever_holds_their_ids() -> None:
+    """Rows come from other ranks or out of a checkpoint: equal ids, in lists of their own."""
+    made = stream(TokenBudget(40, SHARED))
+    cut = passes(made)
+    again = stream(TokenBudget(40, SHARED))
+    again._take([EncodedSet(list(s.prompt_ids), s.response_ids) for s in again._experience])
+    assert passes(again) == cut
+    shared = [list(s.prompt_ids) for s in made._experience[::4]]  # and one list for unequal ones
+    assert len({size.same_prompt for size in again._sizes}) == len(shared) == 6
+
+
 def test_rows_beyond_the_budget_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         made = stream(TokenBudget(14, SHARED))

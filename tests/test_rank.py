@@ -21,7 +21,7 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.loading import load_tokenizer
-from rrhf.models.logprobs import Policy
+from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.training import rank
 from rrhf.training.fitting import RowFitter
 from rrhf.training.rank import RankConfig, RankObjective
@@ -276,6 +276,19 @@ def test_metrics_equal_loops() -> None:
     assert got["score_margin"] == pytest.approx(margin / pairs, rel=1e-4)
     assert got["response_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert got["ordered_pairs_per_prompt"] == pytest.approx(pairs / len(sets))
+
+
+def test_a_policy_that_ties_two_candidates_neither_ranks_nor_violates_them() -> None:
+    """Exactly equal log-probs, as an untrained head gives: no pair is right, none is wrong."""
+    sets = [EncodedSet([5], [[6, 7], [8, 9], [7, 8]], [1.0, 2.0, 3.0])]
+    batch = collate(sets, PAD)
+    logprobs = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0]])
+    terms = RankObjective(settings())(PolicyOutputs(logprobs, None, None), batch)
+    got = {k: float(total / count) for k, (total, count) in terms["rank"].metrics.items()}
+    # p = -1.5, -1.5, -1: of three pairs two are right, and the tied one is nothing.
+    assert got["ranking_accuracy"] == pytest.approx(2 / 3)
+    assert got["violated_fraction"] == 0.0
+    assert float(terms["rank"].total) == 0.0
 
 
 # Whole runs.

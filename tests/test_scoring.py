@@ -250,6 +250,27 @@ def test_raw_text_is_cut_on_the_left_to_make_room(folder: Path) -> None:
     assert scorer.score([s])[0][0] == pytest.approx(direct(folder, prompt, response), abs=CLOSE)
 
 
+def test_the_window_is_the_models_own_where_it_has_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_reward_model(folder).config
+    window = config.max_position_embeddings
+    scorer = RewardModelScorer(folder)
+    assert scorer.describe()["max_length"] == window
+    asked, codec = conversation("why"), scorer.codec
+    room = window - len(codec.encode_prompt(asked) or ())
+    texts = {len(codec.encode_response(asked, "z" * n)): "z" * n for n in range(1, 3 * window)}
+    (fits,), (crowded,) = scorer.score([conversation("why", texts[room + n]) for n in (0, 1)])
+    assert fits is not None and crowded is None
+    long = replace(conversation("how? " * 20, "z"), id="long")  # and no less is taken
+    assert RewardModelScorer(folder, max_length=window).score([long]) == scorer.score([long])
+    monkeypatch.setattr("rrhf.scoring.reward_model.context_window", lambda model: 4096)
+    assert RewardModelScorer(folder).describe()["max_length"] == 4096
+    monkeypatch.setattr("rrhf.scoring.reward_model.context_window", lambda model: None)
+    assert RewardModelScorer(folder).describe()["max_length"] == 2048
+    assert RewardModelScorer(folder, max_length=5000).describe()["max_length"] == 5000
+
+
 def test_first_eos_is_refused_where_the_prompt_holds_an_end(tmp_path: Path) -> None:
     """Read there, every response to a prompt would have the same score."""
     folder = reward_model_folder(tmp_path / "rm", chat=True)

@@ -146,6 +146,40 @@ def test_equals_padded_rows(name: str, layout: str) -> None:
         assert bool((policy(b).logprobs[~b.response_mask] == 0).all())
 
 
+def at_the_edge(window: int, beyond: int) -> TokenBatch:
+    """Rows of one prompt, and one by itself, whose last fed token stands so far beyond a window.
+
+    A response's last token is fed to nobody.
+    """
+    b = batch([(4, [window + beyond - 3] * 2), (5, [window + beyond - 4]), (2, [2, 1])])
+    assert lay_out(b).longest == window + beyond
+    return b
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2_window", "gemma3_window"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "dense_mask"])
+def test_rows_at_the_edge_of_a_window(name: str, layout: str, beyond: int) -> None:
+    """One token too many or too few in sight would move the log-prob of the last."""
+    b, policy = at_the_edge(7, beyond), fast(name, layout)
+    require_equal(step(policy, b), step(Policy(model(name)), b))
+    if layout == "dense_mask":  # it knows no windows: what they would cut goes as padded rows
+        assert isinstance(policy, FastPolicy)
+        assert (policy.packed(b) is None) is (beyond > 0)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
+def test_flex_attention_sees_what_its_window_holds(beyond: int) -> None:
+    packed = lay_out(at_the_edge(7, beyond))
+    mask = prefix_attention.Prefix(packed).block_mask(7).mask_mod
+    places = torch.arange(packed.ids.shape[1])
+    position = packed.position_ids[0]
+    wanted = dense_mask(packed, False, torch.float32)[0, 0]
+    wanted = wanted & (position[:, None] - position < 7)
+    zero = torch.zeros((), dtype=torch.long)
+    assert torch.equal(mask(zero, zero, places[:, None], places[None]), wanted)
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 def test_any_number_of_candidates(count: int) -> None:
     for lengths in ([5] * count, [1 + 3 * k % 7 for k in range(count)]):

@@ -151,6 +151,31 @@ def test_rows_of_one_prompt_stay_together_where_prompts_are_shared() -> None:
     assert micro_batches(odd, TokenBudget(260, SHARED))[0] == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_may_cost_all_of_its_budget_and_no_token_more(layout: str) -> None:
+    """Rows of ten tokens: two fill a budget of 20, and with 19 each is by itself."""
+    rows = [Size(6, (4,)) for _ in range(6)]
+    assert [len(b) for b in micro_batches(rows, TokenBudget(20, layout))[0]] == [2, 2, 2]
+    assert [len(b) for b in micro_batches(rows, TokenBudget(19, layout))[0]] == [1] * 6
+
+
+def test_a_prompts_rows_may_cost_all_of_the_budget_and_no_token_more() -> None:
+    """A prompt of 4 with rows of 8: two rows are 20 tokens, four are 36."""
+    rows = [Size(4, (8,), "one") for _ in range(4)]
+    lengths = {
+        budget: sorted(len(b) for b in micro_batches(rows, TokenBudget(budget, SHARED))[0])
+        for budget in (36, 35, 20, 19)
+    }
+    assert lengths == {36: [4], 35: [2, 2], 20: [2, 2], 19: [1, 1, 1, 1]}
+
+
+def test_a_row_that_just_fits_is_not_warned_of() -> None:
+    sizes = [Size(6, (4,)), Size(2, (3,))]
+    for layout in LAYOUTS:
+        assert not warn_of_lone(sizes, TokenBudget(10, layout))
+        assert warn_of_lone(sizes, TokenBudget(9, layout))
+
+
 def test_what_is_too_long_is_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
     sizes = [Size(50, (5,)), Size(900, (60,)), Size(40, (5,)), Size(700, (1,))]
     budget = TokenBudget(100, SHARED)

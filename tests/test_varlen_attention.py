@@ -8,7 +8,7 @@ from typing import Any, cast
 import flash_stand_in
 import pytest
 import torch
-from test_shared_prefix import RAGGED, SHAPES, batch, model, require_equal, step
+from test_shared_prefix import RAGGED, SHAPES, at_the_edge, batch, model, require_equal, step
 from transformers import PreTrainedModel
 
 from rrhf.errors import UserError
@@ -39,6 +39,13 @@ def test_equals_padded_rows(name: str) -> None:
         assert isinstance(policy, FastPolicy) and policy.layout == "shared_prefix"
         assert policy.model.config._attn_implementation == "rrhf_shared_prefix_varlen"
         require_equal(step(policy, b), step(Policy(model(name)), b))
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2_window"])
+def test_rows_at_the_edge_of_a_window(name: str, beyond: int) -> None:
+    b, policy = at_the_edge(7, beyond), build_policy(flash(name), "shared_prefix")
+    require_equal(step(policy, b), step(Policy(model(name)), b))
 
 
 @pytest.mark.parametrize("count", range(1, 9))

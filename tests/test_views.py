@@ -115,6 +115,36 @@ def test_an_unscored_pair_is_a_group_of_one_and_zero():
     assert found[0].scores == (1.0, 0.0)
 
 
+def half_scored(*scores: float | None) -> CandidateSet:
+    sources = (REJECTED_SOURCE, CHOSEN_SOURCE)
+    candidates = tuple(
+        Candidate(f"{source} {score}", source, score)
+        for source, score in zip(sources, scores, strict=True)
+    )
+    return CandidateSet("h", "q", None, candidates)
+
+
+def test_of_a_pair_that_is_half_scored_the_score_stands_and_the_marks_order() -> None:
+    """The mark is not turned into a score beside the one that is there: scales would be mixed."""
+    for scores in ((None, 7.0), (7.0, None)):
+        counts = SourceCounts()
+        (group,) = ranked_groups([half_scored(*scores)], counts)
+        assert group.scores == (7.0,)
+        assert counts.mended == {"unscored_candidates_left_out": 1}
+        (pair,) = pairs([half_scored(*scores)])
+        assert [c.source for c in pair.candidates] == [CHOSEN_SOURCE, REJECTED_SOURCE]
+        (shown,) = demonstrations([half_scored(*scores)])
+        assert shown.candidates[0].source == CHOSEN_SOURCE
+    (group,) = ranked_groups([half_scored(None, None)])
+    assert group.scores == (1.0, 0.0)
+
+
+def test_of_unmarked_replies_that_are_half_scored_no_pair_is_made() -> None:
+    counts = SourceCounts()
+    assert len(pairs([scored("a", 1.0, None)], counts)) == 0
+    assert counts.dropped == {"no_ordered_pair": 1}
+
+
 # Prompts.
 
 
