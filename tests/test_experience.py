@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from ppo_cases import settings
 
 from rrhf.algorithms.normalizers import RunningMeanStd
-from rrhf.training.online.experience import RolloutRow, build_experience
+from rrhf.data.collate import EncodedSet
+from rrhf.training.online.experience import RolloutRow, build_experience, pack, unpack
 
 LENGTHS = (1, 4, 2, 7, 3, 5)
 BETA, GAMMA, LAMBDA, LIMIT, PENALTY = 0.3, 0.9, 0.8, 1.2, 0.4
@@ -166,8 +167,82 @@ def test_what_is_said_of_a_rollout_is_so() -> None:
     assert metrics["kl_k3"] != pytest.approx(statistics.fmean(kl), rel=1e-2)  # the control
     assert metrics["finished_fraction"] == 0.5 and metrics["response_length"] == 22 / 6
     assert experience.row_kl == pytest.approx(kl, abs=1e-5)
+    assert metrics["response_length_min"] == 1 and metrics["response_length_max"] == 7
+    assert metrics["kl_coefficient"] == BETA and experience.num_responses == len(all_of_them)
+    scores = [x.score for x in all_of_them]
+    mean, spread = statistics.fmean(scores), statistics.pstdev(scores)
+    assert metrics["score_deviation"] == pytest.approx(spread)
+    normal = [(score - mean) / spread for score in scores]
+    is_clipped = [abs(score) > LIMIT for score in normal]
+    assert metrics["clipped_score_fraction"] == sum(is_clipped) / 6 == 1 / 6
+    assert sum(abs(score) > LIMIT for score in scores) > 1  # the control: raw ones
+    rewards = [
+        min(max(score, -LIMIT), LIMIT) - (0.0 if x.is_finished else PENALTY) - BETA * nats
+        for score, x, nats in zip(normal, all_of_them, kl, strict=True)
+    ]
+    assert experience.rewards == pytest.approx(rewards, abs=1e-5)
+    assert metrics["reward"] == pytest.approx(statistics.fmean(rewards), abs=1e-5)
     _, returns = by_hand()
     values = [v for x in all_of_them for v in x.values]
     errors = [r - v for r, v in zip(returns, values, strict=True)]
     explained = 1 - statistics.pvariance(errors) / statistics.pvariance(returns)
     assert metrics["explained_variance"] == pytest.approx(explained, abs=1e-4)
+
+
+def test_what_the_rollout_said_is_kept_token_by_token() -> None:
+    config = settings(Path("unused"), "unused", **SETTINGS, kl_in="loss")
+    sets = build_experience(rows(), config, BETA, RunningMeanStd()).sets
+    for one, known in zip(sets, responses(), strict=True):
+        kept = {name: list(map(float, values[0])) for name, values in one.token_extras.items()}
+        assert kept["old_logprobs"] == pytest.approx(known.old)
+        assert kept["old_values"] == pytest.approx(known.values)
+        assert kept["reference_logprobs"] == pytest.approx(known.reference)
+        wanted = [a + v for a, v in zip(kept["returns"], [0.0] * len(known.old), strict=True)]
+        assert wanted != pytest.approx(known.values)
+    assert (
+        "reference_logprobs"
+        not in build_experience(rows(), settings(Path("unused"), "unused"), BETA)
+        .sets[0]
+        .token_extras
+    )
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo"])
+def test_a_prompt_that_lost_all_its_responses_leaves_no_hole(method: str) -> None:
+    """Prompts 0, 1 and 2 of a rollout, or 0, 4 and 9: the same advantages."""
+    config = settings(Path("unused"), "unused", method=method, num_return_sequences=2)
+    found = []
+    for names in ((0, 1, 2), (0, 4, 9)):
+        named = [replace(row, prompt=names[row.prompt], values=None) for row in rows()]
+        sets = build_experience(named, config, BETA).sets
+        found.append([float(x) for s in sets for x in s.token_extras["advantages"][0]])
+    assert found[0] == found[1] and len(set(found[0])) > 3
+
+
+@pytest.mark.parametrize("is_whitened", [True, False])
+def test_reinforce_pp_is_the_discounted_reward_to_come(is_whitened: bool) -> None:
+    config = settings(
+        Path("unused"),
+        "unused",
+        method="reinforce_pp",
+        gamma=GAMMA,
+        clip_range_score=0.0,
+        normalize_advantage=is_whitened,
+    )
+    sets = build_experience([replace(row, values=None) for row in rows()], config, BETA).sets
+    found = [float(x) for s in sets for x in s.token_extras["advantages"][0]]
+    wanted = []
+    for one in responses():
+        r = [-BETA * (a - b) for a, b in zip(one.old, one.reference, strict=True)]
+        r[-1] += one.score
+        n = len(r)
+        wanted += [math.fsum(GAMMA ** (s - t) * r[s] for s in range(t, n)) for t in range(n)]
+    if is_whitened:
+        centre, spread = statistics.fmean(wanted), statistics.stdev(wanted)
+        wanted = [(x - centre) / spread for x in wanted]
+    assert distance(found, wanted) < TOLERANCE * 10
+
+
+def test_nothing_is_rounded_on_the_way_to_a_checkpoint() -> None:
+    sets = [EncodedSet([5], [[6], [7, 8]], [0.1, 1 / 3]), EncodedSet([9, 9], [[4]], [-1e-9])]
+    assert [s.scores for s in unpack(pack(sets))] == [s.scores for s in sets]
