@@ -25,7 +25,7 @@ EXIT_CODES = {
 }
 
 
-class _Interrupted(BaseException):
+class Interrupted(BaseException):
     """Leaves the work of `StopRequest.run`; no error, so nothing that cures errors catches it."""
 
 
@@ -59,7 +59,7 @@ class StopRequest:
         self._may_interrupt = True
         try:
             return work()
-        except _Interrupted:
+        except Interrupted:
             self.raise_if_received(what_stands)
             raise
         finally:
@@ -70,7 +70,7 @@ class StopRequest:
         self.received = number
         if self._may_interrupt:
             self._may_interrupt = False
-            raise _Interrupted
+            raise Interrupted
 
     def raise_if_received(self, what_stands: str) -> None:
         """Stop here if a signal came.

@@ -4,7 +4,8 @@
 
 Three lists of equal length, an entry a response: the prompt as text, the response as text, and the
 conversation as a list of {"role", "content"} (None where only text is known). None and NaN mean
-"could not be scored". Anything else that is not a number is the function's mistake, and told.
+"could not be scored". Anything else that is not a number is the function's mistake, and told, as is
+whatever the function or its module raises: to leave the program (`sys.exit`) is no way to end well.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rrhf.errors import UserError
+from rrhf.errors import StoppedBySignal, UserError
 from rrhf.records import CandidateSet
+from rrhf.signals import Interrupted
 
 logger = logging.getLogger(__name__)
+
+NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
+"""What may come out of a user's code without being its mistake."""
 
 
 class FunctionScorer:
@@ -64,8 +69,9 @@ class FunctionScorer:
                 prompts.append(s.query)
                 responses.append(candidate.response)
                 messages.append(turns)
-        found = self._called(prompts, responses, messages)
-        results = iter(self._validated(found, len(prompts)))
+        wanted = len(prompts)  # the function may change its lists
+        found = self._validated(self._called(prompts, responses, messages), wanted)
+        results = iter(found)
         return [[next(results) for _ in s.candidates] for s in sets]
 
     def _require_three_arguments(self, target: str) -> None:
@@ -79,26 +85,32 @@ class FunctionScorer:
                 f"{error}; give it these three parameters"
             ) from None
 
-    def _called(self, *arguments: Any) -> Any:
+    def _called(self, *arguments: Any) -> list[Any]:
+        """What the function returned, as a list; a generator runs here, so it may raise here."""
         try:
-            return self._function(*arguments)
-        except UserError:
+            found = self._function(*arguments)
+            results = iter(found) if hasattr(found, "__iter__") else None
+            values = [] if results is None else list(results)
+        except NOT_ITS_OWN:
             raise
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
+        except SystemExit as error:
             raise UserError(
-                f"{self.name}: raised {type(error).__name__}: {error} ({where.filename}, line "
-                f"{where.lineno}); mend it, or let it return None where a response cannot be scored"
+                f"{self.name}: called sys.exit({shown(error.code)}) ({_place(error)}); it must "
+                "return its scores, and None where a response cannot be scored"
             ) from error
-
-    def _validated(self, results: Any, wanted: int) -> list[float | None]:
-        try:
-            values = list(results)
-        except TypeError:
+        except BaseException as error:
             raise UserError(
-                f"{self.name}: returned {results!r:.60}; it must return a list of numbers, one for "
+                f"{self.name}: raised {_told(error)} ({_place(error)}); mend it, or let it return "
+                "None where a response cannot be scored"
+            ) from error
+        if results is None:
+            raise UserError(
+                f"{self.name}: returned {shown(found)}; it must return a list of numbers, one for "
                 "each response"
-            ) from None
+            )
+        return values
+
+    def _validated(self, values: list[Any], wanted: int) -> list[float | None]:
         if len(values) != wanted:
             raise UserError(
                 f"{self.name}: returned {len(values)} results for {wanted} responses; it must "
@@ -114,7 +126,14 @@ class FunctionScorer:
             raise self._no_number(value, place)
         try:
             number = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except NOT_ITS_OWN:
+            raise
+        except OverflowError:
+            raise UserError(
+                f"{self.name}: result {place} is {shown(value)}, too large for a floating-point "
+                "number; return a smaller one, or None where a response cannot be scored"
+            ) from None
+        except BaseException:
             raise self._no_number(value, place) from None
         if not math.isfinite(number):
             self._count("score_not_finite", place)
@@ -123,7 +142,7 @@ class FunctionScorer:
 
     def _no_number(self, value: Any, place: int) -> UserError:
         return UserError(
-            f"{self.name}: result {place} is {value!r:.60}, no number; return a number, or None "
+            f"{self.name}: result {place} is {shown(value)}, no number; return a number, or None "
             "where a response cannot be scored"
         )
 
@@ -148,15 +167,58 @@ def load_function(target: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
+        function = getattr(module, attribute, None)
+    except NOT_ITS_OWN:
+        raise
     except ImportError as error:
         raise UserError(
-            f"{target}: the module {module_name!r} cannot be imported ({error}); start in its "
-            "folder, or install it"
+            f"{target}: the module {module_name!r} cannot be imported ({_message(error)}); start "
+            "in its folder, or install it"
+        ) from error
+    except SystemExit as error:
+        raise UserError(
+            f"{target}: the module {module_name!r} called sys.exit({shown(error.code)}) while it "
+            f"was imported ({_place(error)}); put what it does as a program below "
+            '`if __name__ == "__main__":`'
+        ) from error
+    except BaseException as error:
+        raise UserError(
+            f"{target}: the module {module_name!r} cannot be imported: it raised {_told(error)} "
+            f"({_place(error)}); mend it"
         ) from error
     finally:
-        if added:
+        if added and here in sys.path:
             sys.path.remove(here)
-    function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{target}: {module_name} has no function {attribute!r}")
     return function
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut at 60 characters, whatever its own `__repr__` does."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # an integer of thousands of digits, too
+        kind = type(value).__name__
+        return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind} that cannot be printed"
+
+
+def _told(error: BaseException) -> str:
+    message = _message(error)
+    return f"{type(error).__name__}{': ' if message else ''}{message}"
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "its message cannot be printed"
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the mistake: the last that are the user's, or those of a syntax error."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]
+    return f"{where.filename}, line {where.lineno}"
