@@ -187,7 +187,7 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
     target = Path(os.path.realpath(path))
     with explained_os_errors(path):
         remove_abandoned(target)
-        temporary, handle = _locked_temporary(target)
+        temporary, handle = locked_temporary(target)
         file = DigestedWriter(handle)
         try:
             with file:
@@ -205,14 +205,14 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
         sync_folder(target.parent)
 
 
-def _locked_temporary(target: Path) -> tuple[Path, int]:
+def locked_temporary(target: Path) -> tuple[Path, int]:
     """A new file beside `target`, and its handle, which holds its lock where the disk has locks."""
     while True:
         name = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         temporary = target.with_name(name)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         handle = os.open(temporary, flags, 0o666)
-        if not _try_lock(handle) or _is_at(temporary, handle):
+        if not try_lock(handle) or is_at(temporary, handle):
             return temporary, handle
         os.close(handle)  # taken for abandoned before it was locked
 
@@ -226,13 +226,13 @@ def remove_abandoned(target: PathLike) -> None:
         except OSError:  # gone meanwhile, a link, or somebody else's
             continue
         try:
-            if _try_lock(handle) and _is_at(path, handle):
+            if try_lock(handle) and is_at(path, handle):
                 path.unlink(missing_ok=True)
         finally:
             os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """Lock an open file; False where another process has the lock, or the disk knows none."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,7 +241,7 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-def _is_at(path: PathLike, handle: int) -> bool:
+def is_at(path: PathLike, handle: int) -> bool:
     """Whether an open file stands under this name still."""
     try:
         found = os.lstat(path)
@@ -346,7 +346,7 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
         return None
     except NotADirectoryError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{place}: is not a readable manifest ({error}); make the data again, or remove the "
             "manifest if you know that the data is whole"
@@ -363,6 +363,27 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
     if isinstance(named, str) and named != Path(path).name and (place.parent / named).exists():
         return None
     return value
+
+
+def forget_manifest(path: PathLike) -> None:
+    """Remove the manifest of a data file that is about to be replaced.
+
+    Raises:
+        UserError: what stands there is no manifest, but somebody else's file.
+    """
+    place = manifest_path(path)
+    try:
+        value = json.loads(place.read_bytes())
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError):  # half of a manifest
+        value = {"status": UNFINISHED}
+    if not isinstance(value, dict) or value.get("status") not in (COMPLETE, UNFINISHED):
+        raise UserError(
+            f"{place}: is there and is no manifest of this toolkit, which would write one under "
+            "this name; move it away, or choose another output"
+        )
+    place.unlink(missing_ok=True)
 
 
 class FileLock:

@@ -283,7 +283,7 @@ def test_a_begun_file_is_unfinished_and_goes_on(
     with pytest.raises(UserError, match="unfinished"):
         list(read_candidate_sets(output))
     part = tmp_path / "out.rank0.jsonl"
-    assert len(part.read_bytes().splitlines()) == 9
+    assert len(part.read_bytes().splitlines()) == 1 + 9
     generate_file(config)
     assert output.read_bytes() == straight.read_bytes()
     for key in ("tokens", "samples", "rows", "candidates", "ended_by_themselves"):
@@ -385,9 +385,11 @@ def test_a_file_of_somebody_else_is_not_touched(model_folder, prompts, tmp_path)
         generate_file(config_of(model_folder, prompts, output))
     assert output.read_text() == "mine\n"
     other = tmp_path / "other.jsonl"
-    (tmp_path / "other.rank0.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(UserError, match=r"other\.rank0\.jsonl"):
+    theirs = tmp_path / "other.rank0.jsonl"
+    theirs.write_text('{"id": "x"}\n{"id": "to')
+    with pytest.raises(UserError, match=r"other\.rank0\.jsonl: is there and was not written by"):
         generate_file(config_of(model_folder, prompts, other))
+    assert theirs.read_text() == '{"id": "x"}\n{"id": "to'
 
 
 def test_two_at_once_are_refused(model_folder, prompts, tmp_path):
@@ -408,7 +410,7 @@ def rows_in_parts(monkeypatch) -> list[int]:
     true_remove = Parts.remove
 
     def remove(self) -> None:
-        counted.append(sum(path.read_bytes().count(b"\n") for path in self.paths()))
+        counted.append(sum(path.read_bytes().count(b"\n") - 1 for path in self.paths()))
         true_remove(self)
 
     monkeypatch.setattr(Parts, "remove", remove)

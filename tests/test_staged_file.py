@@ -9,6 +9,7 @@ import pytest
 
 from rrhf.errors import UserError
 from rrhf.generation import staged_file
+from rrhf.generation.parts import FIRST_LINE
 from rrhf.generation.staged_file import StagedFile
 from rrhf.signals import StopRequest
 
@@ -53,6 +54,7 @@ def test_a_process_gives_up_when_the_first_one_is_lost(second: StagedFile, clock
 
 def test_a_process_waits_as_long_as_another_one_writes(second: StagedFile, clock: Clock) -> None:
     rows = iter(range(10))
+    second.parts.path_of(0).write_bytes(FIRST_LINE)
 
     def write() -> None:
         if next(rows, None) is not None:

@@ -38,6 +38,7 @@ from rrhf.files import (
     COMPLETE,
     PathLike,
     explained_os_errors,
+    forget_manifest,
     manifest_path,
     read_manifest,
     replaced_file,
@@ -283,7 +284,7 @@ def write_candidate_sets(
                 file.write(encode_row(candidate_set_to_row(item)))
                 rows, candidates, scored = _count(item, rows, candidates, scored)
         # From here on the old manifest would vouch for rows that it does not know.
-        manifest_path(path).unlink(missing_ok=True)
+        forget_manifest(path)
     written = {
         "status": COMPLETE,
         "rows": rows,

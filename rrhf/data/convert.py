@@ -22,7 +22,7 @@ from rrhf.errors import UserError
 from rrhf.files import (
     COMPLETE,
     explained_os_errors,
-    manifest_path,
+    forget_manifest,
     replaced_file,
     sha256_file,
     write_manifest,
@@ -148,7 +148,7 @@ def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, A
     with replaced_file(path) as file:
         for row in rows:
             file.write(encode_row(row))
-        manifest_path(path).unlink(missing_ok=True)
+        forget_manifest(path)
     sealed = seal(file.digest, len(rows))
     write_manifest(path, {"status": COMPLETE, **manifest, **sealed})
     return len(rows)

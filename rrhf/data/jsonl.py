@@ -6,24 +6,36 @@ fault, stands in `rrhf.data.json_scan`. Left out on purpose: what a row must hol
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rrhf.data.json_scan import Fault, Faults, scan_rows
 from rrhf.errors import UserError
-from rrhf.files import PathLike, cut_torn_tail, explained_os_errors
+from rrhf.files import (
+    PathLike,
+    cut_torn_tail,
+    explained_os_errors,
+    is_at,
+    locked_temporary,
+    remove_abandoned,
+    sync_folder,
+)
 
 logger = logging.getLogger(__name__)
 
 SYNC_EVERY_RECORDS = 32
 SYNC_EVERY_SECONDS = 1.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_START_AGAIN = "start the same command again: what is missing is made again"
 
 
 def read_rows(path: PathLike) -> Iterator[tuple[int, Any]]:
@@ -61,37 +73,95 @@ def encode_row(value: Any) -> bytes:
     return data + b"\n"
 
 
+def _write_all(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
 class JsonlAppender:
     """Appends rows to a JSON Lines file so that a kill loses none that was handed over.
 
     Each row goes to the system with its own write (a killed process loses nothing), and to the disk
-    every 32 rows or second (a power cut loses little). One process at a time.
+    every 32 rows or second (a power cut loses little). One process at a time; who else removes the
+    file or changes its size is noticed at the next row or sync. Symbolic links are not followed.
+
+    Args:
+        path: the file, made if it is not there.
+        first: the line that a new file begins with, which says whose it is. A file that begins
+            otherwise is somebody else's and left as it is.
 
     Attributes:
-        path: the file, made if it is not there.
+        path: the file.
         bytes_cut: how many bytes of an unfinished last line were cut on opening.
+
+    Raises:
+        UserError: it is somebody else's, a link, an array or gzip, or another process writes it.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, first: bytes = b"") -> None:
         self.path = Path(path)
         if self.path.name.endswith(".gz"):
             raise UserError(f"{path}: rows are appended to plain files; drop the .gz of its name")
+        self._first = first
+        self._pending = 0
+        self._synced_at = time.monotonic()
         with explained_os_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self._handle: int | None = handle
+            remove_abandoned(path)
+            self._handle: int | None = self._open()
         try:
-            self._lock(handle)
-            if os.pread(handle, 16, 0).lstrip()[:1] == b"[":
-                raise UserError(
-                    f"{path}: holds one JSON array, to which rows cannot be appended; choose "
-                    "another output"
-                )
+            self._require_ours(self._handle)
             self.bytes_cut = cut_torn_tail(path)
+            self._size = os.fstat(self._handle).st_size
+            if self._size == 0 and first:
+                self.append_line(first)
         except BaseException:
             self.close()
             raise
-        self._pending = 0
-        self._synced_at = time.monotonic()
+
+    def _open(self) -> int:
+        """The file's handle, locked; a new file has its first line before it has its name."""
+        while True:
+            try:
+                handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                new = self._make()
+                if new is not None:
+                    return new
+                continue
+            try:
+                self._lock(handle)
+                if is_at(self.path, handle):
+                    return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # its writer ended and removed it meanwhile
+
+    def _make(self) -> int | None:
+        """A new file; None where another process was first."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        if not self._first:
+            with suppress(FileExistsError):
+                os.close(os.open(self.path, flags, 0o666))
+            return None
+        temporary, handle = locked_temporary(self.path)
+        try:
+            _write_all(handle, self._first)
+            os.fsync(handle)
+            os.link(temporary, self.path)
+        except FileExistsError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            if error.errno not in _NO_LINKS or os.path.lexists(self.path):
+                os.close(handle)
+                raise
+            os.rename(temporary, self.path)  # a disk without hard links
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(self.path.parent)
+        return handle
 
     def _lock(self, handle: int) -> None:
         try:
@@ -103,23 +173,44 @@ class JsonlAppender:
         except OSError as error:
             logger.warning("%s: this disk cannot lock files (%s); going on", self.path, error)
 
+    def _require_ours(self, handle: int) -> None:
+        begins = os.pread(handle, max(16, len(self._first)), 0)
+        if begins.lstrip()[:1] == b"[":
+            raise UserError(
+                f"{self.path}: holds one JSON array, to which rows cannot be appended; choose "
+                "another output"
+            )
+        is_torn = begins and self._first.startswith(begins)
+        if self._first and not is_torn and not begins.startswith(self._first):
+            raise UserError(
+                f"{self.path}: is there and was not written by this command, which keeps its "
+                "unfinished rows under this name; move it away, or choose another output"
+            )
+
     def append(self, value: Any) -> None:
         """Write one row.
 
         Raises:
-            UserError: the disk is full; the file then ends with the row before.
+            UserError: as `append_line`.
+        """
+        self.append_line(encode_row(value))
+
+    def append_line(self, data: bytes) -> None:
+        """Write one row that is encoded already, newline included.
+
+        Raises:
+            UserError: the disk is full; the file then ends with the row before. Or somebody else
+                changed the file.
         """
         assert self._handle is not None, f"{self.path} was closed"
-        data = encode_row(value)
-        before = os.lseek(self._handle, 0, os.SEEK_END)
-        try:
-            with explained_os_errors(self.path, len(data)):
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(self._handle, rest) :]
-        except UserError:
-            os.ftruncate(self._handle, before)
-            raise
+        self._require_size(os.lseek(self._handle, 0, os.SEEK_END))
+        with explained_os_errors(self.path, len(data)):
+            try:
+                _write_all(self._handle, data)
+            except OSError:
+                os.ftruncate(self._handle, self._size)
+                raise
+        self._size += len(data)
         self._pending += 1
         if (
             self._pending >= SYNC_EVERY_RECORDS
@@ -128,22 +219,49 @@ class JsonlAppender:
             self.flush()
 
     def flush(self) -> None:
-        """Force what was appended to the disk."""
+        """Force what was appended to the disk.
+
+        Raises:
+            UserError: somebody else removed the file or changed its size.
+        """
         if self._handle is not None:
-            with explained_os_errors(self.path):
-                os.fsync(self._handle)
-            self._pending = 0
-            self._synced_at = time.monotonic()
+            self._sync(self._handle)
+            self._require_size(os.fstat(self._handle).st_size)
+            if not is_at(self.path, self._handle):
+                raise UserError(
+                    f"{self.path}: was removed or replaced while it was being written; "
+                    f"{_START_AGAIN}"
+                )
+
+    def _sync(self, handle: int) -> None:
+        with explained_os_errors(self.path):
+            os.fsync(handle)
+        self._pending = 0
+        self._synced_at = time.monotonic()
+
+    def _require_size(self, size: int) -> None:
+        if size != self._size:
+            raise UserError(
+                f"{self.path}: holds {size:,} bytes where {self._size:,} were written: something "
+                f"else changed it; {_START_AGAIN}"
+            )
+
+    def remove_if_bare(self) -> None:
+        """Remove the file if it has no row and is still the one that was opened."""
+        if self._handle is None or not is_at(self.path, self._handle):
+            return
+        if os.fstat(self._handle).st_size <= len(self._first):
+            self.path.unlink()
 
     def close(self) -> None:
         if self._handle is not None:
             try:
-                self.flush()
+                self._sync(self._handle)
             finally:
                 os.close(self._handle)
                 self._handle = None
 
-    def __enter__(self) -> JsonlAppender:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

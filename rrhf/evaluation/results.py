@@ -21,8 +21,8 @@ from rrhf.files import (
     Digest,
     PathLike,
     explained_os_errors,
+    forget_manifest,
     json_text,
-    manifest_path,
     read_manifest,
     replaced_file,
     write_manifest,
@@ -74,7 +74,7 @@ def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: Pa
     with replaced_file(path, len(data)) as file:
         file.write(data)
         # From here on the old manifest would vouch for a row that it does not know.
-        manifest_path(path).unlink(missing_ok=True)
+        forget_manifest(path)
     write_manifest(path, {"status": COMPLETE, "row": row["name"], **seal(file.digest)})
     return path
 

@@ -4,19 +4,25 @@ While `X.jsonl` is being made, process r appends its rows to `X.rank<r>.jsonl` b
 the id of its prompt and what is counted about it. A part survives a kill at any moment; the parts
 of all processes together say what is done, also when fewer or more processes go on later. Once they
 hold every prompt, one process writes `X.jsonl` whole, its manifest after it, and removes the parts.
+
+A part begins with a line that says so: a file of the same name that begins otherwise is somebody
+else's and is neither read nor removed. Each row ends with a checksum of itself. A row that does not
+agree with it is made again by the next call; one that is damaged while the call runs ends it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rrhf.data.jsonl import JsonlAppender, encode_row
 from rrhf.errors import UserError
@@ -29,14 +35,58 @@ POLL_SECONDS = 0.2
 # A part that has not grown for so long belongs to a process that will never end it.
 STALLED_SECONDS = 3600.0
 
+FIRST_LINE = b'{"part": "unfinished rows, which the command that writes them takes up again"}\n'
+_CHECKSUM = b', "sha256": "'
+_CHECKSUM_DIGITS = 16
+_START_AGAIN = "start the same command again: what is missing is made again"
+
+
+def encode_part_row(value: dict[str, Any]) -> bytes:
+    """A row of a part as a line: JSON whose last key is a checksum of all before it."""
+    body = encode_row(value).removesuffix(b"}\n")
+    return body + _CHECKSUM + _checksum(body) + b'"}\n'
+
+
+def decode_part_row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None where the line is not as it was written."""
+    body, found, rest = line.rpartition(_CHECKSUM)
+    if not found or rest != _checksum(body) + b'"}\n':
+        return None
+    value: dict[str, Any] = json.loads(line)
+    return value
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest()[:_CHECKSUM_DIGITS].encode("ascii")
+
+
+class PartAppender(JsonlAppender):
+    """The part of this process, open for appending."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, FIRST_LINE)
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Write one row with its checksum."""
+        self.append_line(encode_part_row(value))
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands: the part, and the line's first byte and length there."""
+    """Where a row stands: the part, the line (from 1), its first byte and its length."""
 
     part: Path
+    line: int
     offset: int
     length: int
+
+
+@dataclass
+class _Reached:
+    """How far a part has been read."""
+
+    lines: int = 0
+    offset: int = 0
 
 
 class Parts:
@@ -52,57 +102,99 @@ class Parts:
         self.output = output
         self.output_digest = Digest()
         self.places: dict[str, Place] = {}
-        self._read_to: dict[Path, int] = {}
+        self._reached: dict[Path, _Reached] = {}
 
     def path_of(self, rank: int) -> Path:
         return self.output.with_name(f"{self._stem}.rank{rank}.jsonl")
 
     def paths(self) -> list[Path]:
-        """The parts that are there, in the order of their ranks."""
+        """The parts that are there, in the order of their ranks; never somebody else's files."""
         pattern = re.compile(re.escape(self._stem) + r"\.rank(\d+)\.jsonl")
         found = {
             int(match.group(1)): path
             for path in self.output.parent.iterdir()
-            if (match := pattern.fullmatch(path.name))
+            if (match := pattern.fullmatch(path.name)) and _is_part(path)
         }
         return [found[rank] for rank in sorted(found)]
 
-    def open_own(self, rank: int) -> JsonlAppender:
+    def with_rows(self) -> list[Path]:
+        """The parts that hold more than their first line."""
+        return [path for path in self.paths() if path.stat().st_size > len(FIRST_LINE)]
+
+    def open_own(self, rank: int) -> PartAppender:
         """This process' part, locked against others, its torn last line cut.
 
         Raises:
-            UserError: another process is writing it; it cannot be written.
+            UserError: another process is writing it; it cannot be written; a file of somebody else,
+                or a link, stands under its name.
         """
-        return JsonlAppender(self.path_of(rank))
+        return PartAppender(self.path_of(rank))
 
-    def read_on(self) -> int:
+    def read_on(self, is_start: bool = False) -> int:
         """Read what was appended since the last call; returns how many rows are known.
 
         A last line without its end is left for later: somebody is writing it, or was killed.
+
+        Args:
+            is_start: damaged rows are left out with a warning, to be made again by this call.
+
+        Raises:
+            UserError: a row was damaged, or a part was cut or removed, while this call ran.
         """
-        for path in self.paths():
-            offset = self._read_to.get(path, 0)
-            with open(path, "rb") as file:
-                file.seek(offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    # The first row of a prompt counts; there is a second one only where two
-                    # processes made the same, after their number changed.
-                    row_id = json.loads(line)["id"]
-                    self.places.setdefault(row_id, Place(path, offset, len(line)))
-                    offset += len(line)
-            self._read_to[path] = offset
+        parts = self.paths()
+        for path in self._reached.keys() - set(parts):
+            raise UserError(f"{path}: was removed or changed while it was used; {_START_AGAIN}")
+        for path in parts:
+            self._read_part(path, self._reached.setdefault(path, _Reached()), is_start)
         return len(self.places)
 
-    def wait_for(self, ids: Sequence[str], stop: StopRequest, what_stands: str) -> None:
+    def _read_part(self, path: Path, reached: _Reached, is_start: bool) -> None:
+        with _opened(path) as file:
+            if file.seek(0, os.SEEK_END) < reached.offset:
+                raise UserError(f"{path}: was cut while it was used; {_START_AGAIN}")
+            file.seek(reached.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                offset = reached.offset
+                reached.lines += 1
+                reached.offset += len(line)
+                if offset == 0:
+                    continue
+                row = decode_part_row(line)
+                if row is not None:
+                    # The first row of a prompt counts; there is a second one only where two
+                    # processes made the same, after their number changed.
+                    place = Place(path, reached.lines, offset, len(line))
+                    self.places.setdefault(row["id"], place)
+                elif is_start:
+                    logger.warning("%s; it is made again", _damage(path, reached.lines))
+                else:
+                    raise UserError(f"{_damage(path, reached.lines)}; {_START_AGAIN}")
+
+    def wait_for(
+        self, ids: Sequence[str], own: Sequence[str], stop: StopRequest, what_stands: str
+    ) -> None:
         """Return once the parts of all processes hold all the ids.
+
+        Args:
+            ids: of all prompts.
+            own: those of this process' share, which it has written already.
+            stop: signals that came.
+            what_stands: for the message of a signal.
 
         Raises:
             StoppedBySignal: a signal came first.
-            UserError: no part has grown for an hour.
+            UserError: a row of this process' own is gone; a part was damaged; no part has grown for
+                an hour.
         """
         known = self.read_on()
+        lost = sum(prompt_id not in self.places for prompt_id in own)
+        if lost:
+            raise UserError(
+                f"{self.output}: {lost} rows that this process wrote are in none of its parts; "
+                f"{_START_AGAIN}"
+            )
         grown_at = time.monotonic()
         while any(prompt_id not in self.places for prompt_id in ids):
             stop.raise_if_received(what_stands)
@@ -125,13 +217,23 @@ class Parts:
         return total
 
     def rows(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The rows of these prompts, in this order, one in memory at a time."""
+        """The rows of these prompts, in this order, one in memory at a time.
+
+        Raises:
+            UserError: a part was removed or damaged since it was read.
+        """
         with ExitStack() as opened:
-            files = {path: opened.enter_context(open(path, "rb")) for path in self.paths()}
+            files = {
+                path: opened.enter_context(_opened(path))
+                for path in {self.places[prompt_id].part for prompt_id in ids}
+            }
             for prompt_id in ids:
                 place = self.places[prompt_id]
                 files[place.part].seek(place.offset)
-                yield json.loads(files[place.part].read(place.length))
+                row = decode_part_row(files[place.part].read(place.length))
+                if row is None or row["id"] != prompt_id:
+                    raise UserError(f"{_damage(place.part, place.line)}; {_START_AGAIN}")
+                yield row
 
     def merge(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Write the output whole from the "row" of each part row; yields these for counting.
@@ -156,3 +258,32 @@ class Parts:
     @property
     def _stem(self) -> str:
         return self.output.name.removesuffix(".jsonl").removesuffix(".json")
+
+
+def _damage(path: Path, line: int) -> str:
+    return f"{path}:{line}: is not the row that was written there (its checksum differs)"
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file is a part, by its first line; a link never is."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        begins = os.pread(handle, len(FIRST_LINE), 0)
+    except OSError:  # a folder, a pipe
+        return False
+    finally:
+        os.close(handle)
+    return bool(begins) and FIRST_LINE.startswith(begins)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: was removed while it was used; {_START_AGAIN}") from error
+    with file:
+        yield file

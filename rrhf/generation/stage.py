@@ -22,12 +22,12 @@ from typing import Any
 
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.jsonl import JsonlAppender
 from rrhf.data.layouts import SourceCounts
 from rrhf.files import COMPLETE, explained_os_errors, write_manifest
 from rrhf.generation.build import EngineSettings, build_engine
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
+from rrhf.generation.parts import PartAppender
 from rrhf.generation.plan import Plan, fingerprint, plan_prompts
 from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.model_paths import check_model_path
@@ -135,7 +135,7 @@ class _Stage:
 
     def _prepare(self, plan: Plan, codec: ChatCodec) -> None:
         """Load the model before anything says that the file was begun."""
-        self.parts.read_on()
+        self.parts.read_on(is_start=True)
         if self._left(plan):
             self._engine(codec)
 
@@ -151,7 +151,7 @@ class _Stage:
             if any(plan.ids[position] not in self.parts.places for position in batch)
         ]
 
-    def _answer(self, plan: Plan, codec: ChatCodec, part: JsonlAppender) -> None:
+    def _answer(self, plan: Plan, codec: ChatCodec, part: PartAppender) -> None:
         """Write the rows of this process' batches that are not on disk yet."""
         batches = self._left(plan)
         if not batches:
@@ -249,7 +249,8 @@ class _Stage:
         """Merge the parts of all processes and say that the file is whole."""
         if self.world_size > 1:
             logger.info("waiting for the other processes")
-        self.parts.wait_for(plan.ids, self.stop, GO_ON)
+        mine = [plan.ids[position] for batch in self._batches(plan) for position in batch]
+        self.parts.wait_for(plan.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
         seconds = 0.0
         for row in self.parts.merge(plan.ids):

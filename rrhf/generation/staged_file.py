@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rrhf.data.jsonl import JsonlAppender
 from rrhf.errors import UserError
 from rrhf.files import (
     COMPLETE,
@@ -25,7 +24,7 @@ from rrhf.files import (
     read_manifest,
     write_manifest,
 )
-from rrhf.generation.parts import POLL_SECONDS, STALLED_SECONDS, Parts
+from rrhf.generation.parts import POLL_SECONDS, STALLED_SECONDS, PartAppender, Parts
 from rrhf.generation.plan import differences
 from rrhf.seals import ACCEPT_FLAG, seal_difference, warn_accepted
 from rrhf.signals import StopRequest
@@ -67,6 +66,7 @@ class StagedFile:
         self._is_first = rank == 0
         self._stop = stop
         self._accept_edited = accept_edited
+        self._part: PartAppender | None = None
 
     def what_stands(self, done: int, total: int) -> str:
         """What a message says is on disk when a signal stops this process."""
@@ -94,28 +94,30 @@ class StagedFile:
         if self.begin(settings, adjustable, prepare):
             logger.info("%s: is complete already; nothing to do", self.output)
             return
-        self.parts.read_on()
+        self.parts.read_on(is_start=True)
         work()
+        assert self._part is not None, "the part is open while the work is done"
+        self._part.flush()
         if self._is_first:
             finish()
         else:
             self.wait_for_end(settings)
 
     @contextmanager
-    def opened_part(self) -> Iterator[JsonlAppender]:
+    def opened_part(self) -> Iterator[PartAppender]:
         """This process' part, which is its lock too: hold it until the whole file stands.
 
         The parts go when the work is done; on the way out of an error, a part without a row goes.
 
         Raises:
-            UserError: another process is writing it.
+            UserError: another process is writing it, or it is somebody else's file.
         """
         with self.parts.open_own(self._rank) as part:
+            self._part = part
             try:
                 yield part
             except BaseException:
-                if part.path.exists() and part.path.stat().st_size == 0:
-                    part.path.unlink()
+                part.remove_if_bare()
                 raise
             if self._is_first:
                 self.parts.remove()
@@ -148,12 +150,17 @@ class StagedFile:
         place = manifest_path(self.output)
         if manifest is None:
             standing = [self.output] if self.output.exists() else []
-            standing += [path for path in self.parts.paths() if path.stat().st_size]
+            standing += self.parts.with_rows()
             if standing:
                 raise UserError(
                     f"{standing[0]}: is there, but no {place.name} says how it was made; remove "
                     "it, or choose another --output_file"
                 )
+        elif manifest.get("status") not in (COMPLETE, UNFINISHED):
+            raise UserError(
+                f"{place}: is there and is no manifest of this toolkit, which would write one "
+                "under this name; move it away, or choose another --output_file"
+            )
         else:
             differing = differences(manifest.get("settings"), settings)
             if differing and not self._is_untouched(manifest):
@@ -195,8 +202,8 @@ class StagedFile:
 
     def _is_untouched(self, manifest: Mapping[str, Any]) -> bool:
         """Whether no row was made yet, as after a mistake in a setting: nothing can be lost."""
-        has_rows = any(path.stat().st_size for path in self.parts.paths())
-        return manifest["status"] == UNFINISHED and not has_rows and not self.output.exists()
+        is_begun = self.parts.with_rows() or self.output.exists()
+        return manifest["status"] == UNFINISHED and not is_begun
 
     def wait_for_end(self, settings: Mapping[str, Any]) -> None:
         """Return once process 0 has merged.

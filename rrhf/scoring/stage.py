@@ -26,7 +26,7 @@ import torch
 
 from rrhf.commands import command_of
 from rrhf.data.candidate_rows import candidate_set_to_row
-from rrhf.data.jsonl import JsonlAppender, encode_row
+from rrhf.data.jsonl import encode_row
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
@@ -38,6 +38,7 @@ from rrhf.files import (
     sha256_file,
     write_manifest,
 )
+from rrhf.generation.parts import PartAppender
 from rrhf.generation.plan import fingerprint
 from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.models.loading import resolve_device
@@ -185,11 +186,15 @@ class _Stage:
     def _is_wanted(self, score: float | None) -> bool:
         return score is None or not self.config.only_missing
 
-    def _score(self, found: Input, part: JsonlAppender) -> None:
-        """Write the rows of this process' chunks that are not on disk yet."""
+    def _chunks(self, found: Input) -> list[range]:
+        """Places of this process' prompts, in chunks that are scored together."""
         size = self.config.prompts_per_chunk
         starts = range(0, len(found.ids), size)[self.share]
-        mine = [range(start, min(start + size, len(found.ids))) for start in starts]
+        return [range(start, min(start + size, len(found.ids))) for start in starts]
+
+    def _score(self, found: Input, part: PartAppender) -> None:
+        """Write the rows of this process' chunks that are not on disk yet."""
+        mine = self._chunks(found)
         total = sum(len(chunk) for chunk in mine)
         done = [found.ids[place] for chunk in mine for place in chunk]
         done = [prompt_id for prompt_id in done if prompt_id in self.parts.places]
@@ -315,7 +320,8 @@ class _Stage:
     def _finish(self, found: Input, settings: dict[str, Any], adjustable: dict[str, Any]) -> None:
         """Merge the parts of all processes and say that the file is whole."""
         scorer = self._scorer(GO_ON)
-        self.parts.wait_for(found.ids, self.stop, GO_ON)
+        mine = [found.ids[place] for chunk in self._chunks(found) for place in chunk]
+        self.parts.wait_for(found.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
         seconds = 0.0
         for row in self.parts.rows(found.ids):
