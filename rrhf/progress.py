@@ -14,6 +14,7 @@ One thread only: a bar or a line is written by the thread that does the work.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,14 +112,21 @@ def tracked(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
             progress.advance()
 
 
-def figures(values: Mapping[str, float], names: Mapping[str, str]) -> str:
-    """Some of the values in words, in the order of `names`.
+def figures(values: Mapping[str, float], forms: Mapping[str, str]) -> str:
+    """Some of the values in words, in the order of `forms`.
 
     Args:
         values: by name.
-        names: name -> what it is called; names without a value are passed over.
+        forms: name -> how it is shown, such as "loss {:.4g}"; names without a value are passed
+            over.
     """
-    return ", ".join(f"{word} {values[name]:.4g}" for name, word in names.items() if name in values)
+    said = [form.format(values[name]) for name, form in forms.items() if name in values]
+    return without_negative_zeros(", ".join(said))
+
+
+def without_negative_zeros(text: str) -> str:
+    """A text with figures, "-0.00" replaced by "0.00"."""
+    return re.sub(r"-(0\.0*)(?![\d.e])", r"\1", text)
 
 
 def duration(seconds: float) -> str:
@@ -132,6 +140,8 @@ def duration(seconds: float) -> str:
 
 
 def _rate(per_second: float, unit: str) -> str:
+    if per_second >= 1000:
+        return f"{per_second:,.0f} {unit}s/s"
     if per_second >= 1:
         return f"{per_second:.3g} {unit}s/s"
     return f"{1 / per_second:.3g} s a {unit}"

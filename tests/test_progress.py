@@ -123,7 +123,7 @@ def test_durations_are_for_a_reader(seconds, text):
     assert duration(seconds) == text
 
 
-def test_figures_come_in_the_order_of_their_names():
-    values = {"accuracy": 0.71234, "loss": 12345.6, "other": 1.0}
-    names = {"loss": "loss", "score": "score", "accuracy": "held-out accuracy"}
-    assert figures(values, names) == "loss 1.235e+04, held-out accuracy 0.7123"
+def test_figures_come_in_the_order_of_their_forms():
+    values = {"rate": 1234.5, "loss": 12345.6, "other": 1.0}
+    forms = {"loss": "loss {:.4g}", "score": "score {:.3f}", "rate": "{:.0f} tokens/s"}
+    assert figures(values, forms) == "loss 1.235e+04, 1234 tokens/s"

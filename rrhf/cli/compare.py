@@ -34,5 +34,6 @@ def compare_methods(argv: list[str], prog: str) -> int:
 
     # As in the demonstration, the study has its own lines.
     logging.getLogger("rrhf").setLevel(logging.WARNING)
+    logging.getLogger("rrhf.progress").setLevel(logging.INFO)
     print_once(run(config, say=print_once).read_text())
     return EXIT_DONE

@@ -17,5 +17,6 @@ def main(argv: list[str]) -> int:
 
     # The story has its own lines; what each stage counts stands in its manifest.
     logging.getLogger("rrhf").setLevel(logging.WARNING)
+    logging.getLogger("rrhf.progress").setLevel(logging.INFO)
     run_demo(config, say=print_once)
     return EXIT_DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once
+from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
 
 
@@ -12,10 +13,13 @@ def main(argv: list[str]) -> int:
 
     config = read_settings(EvaluateConfig, argv, "rrhf evaluate")
     from rrhf.evaluation.evaluate import evaluate
+    from rrhf.evaluation.reached import reached
     from rrhf.report.table import terminal_table
 
     result = evaluate(config)
     print_once(terminal_table(result.rows))
-    for file in result.files:
-        print_once(f"Row: {file}")
+    print_once(reached(result.rows))
+    names = ", ".join(file.name for file in result.files)
+    table = next_step("rrhf", "compare", config.output_dir)
+    print_once(f"Rows: {names} in {config.output_dir}; `{table}` shows what was gained")
     return EXIT_DONE

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import rrhf
-from rrhf.cli.terminal import configure_logging
+from rrhf.cli.terminal import configure_logging, tell_repeats
 from rrhf.errors import (
     EXIT_DONE,
     EXIT_FAULT,
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run_command(sys.argv[1:] if argv is None else argv)
         finally:
+            tell_repeats()
             sys.stdout.flush()  # --help ends by SystemExit; at the interpreter's end it is too late
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

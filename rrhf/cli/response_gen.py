@@ -17,7 +17,7 @@ from typing import Any
 from rrhf.cli.fields import Flag, flags_of
 from rrhf.cli.flags import asks_for_help, build, help_asked_for, read_values
 from rrhf.cli.places import check_places
-from rrhf.cli.terminal import print_once, process_place
+from rrhf.cli.terminal import print_once, process_place, tell_repeats
 from rrhf.errors import EXIT_DONE
 
 PROG = "rrhf response-gen"
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
 
     generate_file(generate_config, *process_place())
     score_file(score_config, *process_place())
+    tell_repeats()
     print_once(f"Ranked candidates: {Path(own.output_dir) / TRAIN_DATA}")
     return EXIT_DONE
 

@@ -1,10 +1,23 @@
-"""What reaches the terminal: one voice, whatever the number of processes."""
+"""What reaches the terminal: one voice, whatever the number of processes.
+
+A message is shown once; how often a warning came is said at the end. Warnings of libraries that
+speak of their own code stay out, because nobody who runs a command can act on them; Python's own
+switches (-W, PYTHONWARNINGS) bring them back.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import warnings
+from collections import Counter
+from typing import Any
+
+_PROGRESS = "rrhf.progress"
+_OWN_SHARE = ("rrhf.generation.local", "rrhf.scoring.function", "rrhf.scoring.reward_model")
+# What torch.cuda warns of is the machine's, such as a driver that is too old.
+_LIBRARIES = r"(?!torch\.cuda)(accelerate|datasets|deepspeed|peft|torch|transformers)(\.|$)"
 
 
 def is_first_process() -> bool:
@@ -18,11 +31,59 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
+class Voice(logging.StreamHandler[Any]):
+    """Writes each message of ours once, above the bars; counts those that come again."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._warned: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("rrhf") and record.name != _PROGRESS:
+            text = record.getMessage()
+            self._warned[text] += record.levelno >= logging.WARNING
+            if text in self._said:
+                return
+            self._said.add(text)
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
+
+    def tell_repeats(self) -> None:
+        """Say which warnings came more than once, and how often; then begin anew."""
+        for text, times in self._warned.items():
+            if times > 1:
+                self.stream.write(f"this warning came {times} times: {text}\n")
+        self._warned.clear()
+        self._said.clear()
+
+
 def configure_logging() -> None:
-    """The package's own messages go to stderr, one line each; other processes only warn."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    """The package's own messages go to stderr, one line each.
+
+    Of processes that a launcher started beside the first, those rooms alone may warn which speak of
+    their own share of the work; the others would only say again what the first one says.
+    """
+    logging.basicConfig(level=logging.WARNING, handlers=[Voice()])
+    logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    for name in () if is_first_process() else _OWN_SHARE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_to_stderr)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=_LIBRARIES)
+
+
+def tell_repeats() -> None:
+    """At the end of a command: which warnings came more than once."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, Voice):
+            handler.tell_repeats()
 
 
 def _to_stderr(record: logging.LogRecord) -> bool:

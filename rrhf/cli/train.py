@@ -9,7 +9,7 @@ import importlib
 
 from rrhf.cli.fields import nearest
 from rrhf.cli.places import read_settings
-from rrhf.cli.terminal import print_once
+from rrhf.cli.terminal import print_once, tell_repeats
 from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
 
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -59,5 +59,6 @@ def main(argv: list[str]) -> int:
     except AlreadyFinished as finished:
         print_once("The run is complete already; nothing was changed.")
         model = finished.folder
+    tell_repeats()
     print_once(f"Trained model: {model}")
     return EXIT_DONE

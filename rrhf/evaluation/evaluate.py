@@ -41,6 +41,7 @@ from rrhf.evaluation.inputs import (
 )
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.perplexity import PaperPerplexity
+from rrhf.evaluation.reached import signs_of_nothing
 from rrhf.evaluation.results import save_row
 from rrhf.files import explained_os_errors, read_manifest
 from rrhf.generation.local import LocalEngine
@@ -108,6 +109,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     for row in rows:
         result.rows.append(row)
         result.files.append(save_row(row, evaluator.samples[row["name"]], config.output_dir))
+    for sign in signs_of_nothing(result.rows):
+        logger.warning("%s", sign)
     return result
 
 

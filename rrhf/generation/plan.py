@@ -99,14 +99,14 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
     digest = hashlib.sha256()
     indices, ids, lengths = [], [], []
     dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for index in tracked(range(count), "read prompts", "prompt"):
         prompt = sets[index]
         digest.update(encode_row([prompt.id, candidate_set_to_row(prompt)]))
         tokens = codec.encode_prompt(prompt, room)
         if not tokens:
             reason = "empty" if tokens == [] else f"last turn longer than {room} tokens"
-            if reason not in dropped:
-                logger.warning("prompt %s: left out (%s)", prompt.id, reason)
+            first.setdefault(reason, prompt.id)
             dropped[reason] += 1
             continue
         indices.append(index)
@@ -116,6 +116,15 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
         raise UserError(
             f"{config.prompts}: no prompt is left of {count} ({dict(dropped)}); raise "
             "max_prompt_tokens, or name other prompts"
+        )
+    for reason, number in dropped.items():
+        logger.warning(
+            "%s: %d of %d prompts left out: %s (first: prompt %s)",
+            config.prompts,
+            number,
+            count,
+            reason,
+            first[reason],
         )
     size = config.per_device_prompt_batch_size
     at_a_time = size if config.num_beams > 1 else size * BATCHES_OF_A_CALL

@@ -40,6 +40,12 @@ __all__ = ["GenerateConfig", "generate_file"]
 
 logger = logging.getLogger(__name__)
 
+_COUNTED = {
+    "dataset_responses": "responses of the data added",
+    "empty_responses": "samples are empty",
+    "duplicates_removed": "repeated responses left out",
+}
+
 
 def generate_file(
     config: GenerateConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
@@ -257,13 +263,29 @@ class _Stage:
             counts.update(row["counts"])
             seconds += row["seconds"]
         write_manifest(self.output, self._manifest(plan, settings, counts, seconds))
-        logger.info(
-            "%s: %d prompts, %d candidates, %d tokens sampled",
-            self.output,
-            len(plan.ids),
-            counts["candidates"],
-            counts["tokens"],
-        )
+        self._tell(plan, counts, seconds)
+
+    def _tell(self, plan: Plan, counts: Mapping[str, int], seconds: float) -> None:
+        """What was written, in a sentence; and that no response ends, where none does."""
+        samples, ended = counts["samples"], counts["ended_by_themselves"]
+        parts = [
+            f"{samples:,} responses to {len(plan.ids):,} prompts, "
+            f"{counts['tokens'] / max(samples, 1):.1f} tokens each on average, "
+            f"{ended / max(samples, 1):.0%} ended by themselves"
+        ]
+        if seconds:
+            parts.append(f"{counts['tokens'] / seconds:.0f} tokens/s")
+        for name, words in _COUNTED.items():
+            if counts[name]:
+                parts.append(f"{counts[name]:,} {words}")
+        if samples and not ended:
+            logger.warning(
+                "no response ends: all %d were cut at --max_new_tokens %d; raise it, or start from "
+                "a fine-tuned policy that ends its answers (--chat_format decides how it is asked)",
+                samples,
+                self.params.max_new_tokens,
+            )
+        logger.info("%s: %s", self.output, "; ".join(parts))
 
     def _manifest(
         self, plan: Plan, settings: dict[str, Any], counts: Mapping[str, int], seconds: float

@@ -47,6 +47,7 @@ from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer
 from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.scorer import Scorer, is_too_long
+from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
 
 logger = logging.getLogger(__name__)
@@ -323,10 +324,11 @@ class _Stage:
         mine = [found.ids[place] for chunk in self._chunks(found) for place in chunk]
         self.parts.wait_for(found.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
-        seconds = 0.0
+        seconds, spread = 0.0, ScoreSpread()
         for row in self.parts.rows(found.ids):
             counts.update(row["counts"])
             seconds += row["seconds"]
+            spread.add(row["row"].get("scores", ()))
         self._require_few_failures(counts["unscored"] - counts["too_long_to_score"], found)
         self._require_scores(counts, found)
         for _ in self.parts.merge(found.ids):
@@ -357,13 +359,13 @@ class _Stage:
                 ),
             },
         )
-        logger.info(
-            "%s: %d prompts, %d of %d candidates have a score",
-            self.output,
-            len(found.ids),
-            counts["scored_candidates"],
-            counts["candidates"],
-        )
+        if self.make_scorer is None and (fault := spread.fault()):
+            logger.warning(
+                "%s: %s, so ranking and PPO learn nothing from them; look at --scorer %s",
+                self.output,
+                fault,
+                self.config.scorer,
+            )
         if counts["too_long_to_score"]:
             logger.warning(
                 "%d of %d candidates exceed %s: they have no score, so training leaves them out",
@@ -371,6 +373,14 @@ class _Stage:
                 counts["candidates"],
                 _window_of(scorer),
             )
+        logger.info(
+            "%s: %d of %d candidates of %d prompts have a score; %s",
+            self.output,
+            counts["scored_candidates"],
+            counts["candidates"],
+            len(found.ids),
+            spread,
+        )
 
 
 def _failed(rows: Iterable[Mapping[str, Any]]) -> int:

@@ -2,20 +2,17 @@
 
 The response comes first: it gets the room that it needs, up to half of the length (or the limit
 that is set), and the prompt loses whole turns on its left to make that room. A response that is
-still too long is cut, and then has no end; or it is left out. Every case is counted, and the first
-of each kind is logged with an example.
+still too long is cut, and then has no end; or it is left out. Every case is counted
+(`rrhf.training.data_summary` tells the counts).
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.records import Candidate, CandidateSet
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +26,7 @@ class RowFitter:
             half of `model_max_length`.
         long_responses: "cut" (they then have no EOS) or "drop".
         counts: what was met on the way; every call adds to it.
+        first: the id of the first prompt of each case.
     """
 
     codec: ChatCodec
@@ -36,6 +34,7 @@ class RowFitter:
     max_response_tokens: int | None = None
     long_responses: str = "cut"
     counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
 
     def fit(self, candidate_set: CandidateSet) -> tuple[list[int], dict[int, list[int]]] | None:
         """Prompt ids, and the ids of each response that is kept, by its place in the set.
@@ -67,9 +66,8 @@ class RowFitter:
         return prompt_ids, {place: ids[:room] for place, ids in rows.items()}
 
     def note(self, what: str, candidate_set: CandidateSet, times: int = 1) -> None:
-        """Count a case; log the first of its kind."""
-        if not self.counts[what]:
-            logger.info("first of %s: prompt %s %.60r", what, candidate_set.id, candidate_set.query)
+        """Count a case, and remember the first prompt of its kind."""
+        self.first.setdefault(what, candidate_set.id)
         self.counts[what] += times
 
     def _encode_responses(self, candidate_set: CandidateSet) -> dict[int, list[int]]:

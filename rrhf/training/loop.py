@@ -27,6 +27,7 @@ from rrhf.signals import StopRequest, caught_signals
 from rrhf.training.best import BestModel
 from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import TrainingConfig
+from rrhf.training.held_out_figures import held_out_figures
 from rrhf.training.kept_models import KeptModels
 from rrhf.training.model_folders import ModelFolders
 from rrhf.training.offload import TRAIN
@@ -41,15 +42,14 @@ from rrhf.training.update import Objective, Update
 logger = logging.getLogger(__name__)
 
 SHOWN = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "ranking_accuracy": "accuracy",
-    "score": "score",
-    "kl": "KL",
-    "tokens_per_second": "tokens/s",
+    "loss": "loss {:.4g}",
+    "accuracy": "accuracy {:.3f}",
+    "ranking_accuracy": "accuracy {:.3f}",
+    "score": "score {:.3f}",
+    "kl": "KL {:.3f}",
+    "tokens_per_second": "{:.0f} tokens/s",
 }
-"""What of a step's metrics, and of its rollout's, is shown on the way."""
-SHOWN_HELD_OUT = {**SHOWN, "perplexity": "perplexity"}
+"""How a step's metrics, and its rollout's, are shown on the way."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class _Loop:
         self.model.train()
         row = {f"eval_{name}": value for name, value in self.evaluation.items()}
         self._log({"step": self.step, **row}, tracker)
-        logger.info("held out, step %d: %s", self.step, figures(self.evaluation, SHOWN_HELD_OUT))
+        logger.info("step %d, held out: %s", self.step, held_out_figures(self.evaluation))
         self.kept.after_evaluation(self.step, self.evaluation)
 
     def _log(self, row: dict[str, float], tracker: Tracker) -> None:

@@ -152,6 +152,14 @@ def train(config: PPOConfig) -> Path:
             phases,
             offload.add_optimizer,
         )
+        stream.signs.finish()
+        if stream.rollouts_cut:
+            logger.info(
+                "%d rollouts passed --target_kl %g: %d steps were skipped",
+                stream.rollouts_cut,
+                config.target_kl,
+                stream.steps_skipped,
+            )
         spent = over_ranks(bench.parallel.gather([phases.total]))
         logger.info(
             "where the time and the memory went:\n%s",
@@ -182,6 +190,7 @@ def train(config: PPOConfig) -> Path:
                     None if stream.normalizer is None else stream.normalizer.state_dict()
                 ),
             },
+            num_rollout_prompts=config.prompts_per_rollout,
         )
 
 

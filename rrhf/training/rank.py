@@ -12,6 +12,7 @@ checkpoints are every trainer's.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.models.loading import context_window
 from rrhf.models.logprobs import PolicyOutputs
+from rrhf.training.data_summary import encoded
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.model_folders import ModelFolders
@@ -38,7 +40,6 @@ from rrhf.training.setup import (
     opened_workbench,
     policy_on_engine,
 )
-from rrhf.training.streams import EncodedExamples
 from rrhf.training.update import Term
 
 logger = logging.getLogger(__name__)
@@ -147,16 +148,21 @@ def train(config: RankConfig) -> Path:
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window)
-        examples = EncodedExamples(sets, encode)
+        examples = encoded(config.data_path, sets, encode, read)
         counts: dict[str, Any] = {
             **dict(sorted(encode.counts.items())),
             "read": read.as_dict(),
         }
-        logger.info("%s: %s", config.data_path, counts)
+        _warn_of_ties(config, counts)
         objective = RankObjective(config)
         held_out_examples = None
         if held_out is not None:
-            held_out_examples = EncodedExamples(held_out, _encoder(config, bench, window))
+            held_out_examples = encoded(
+                str(config.eval_data_path),
+                held_out,
+                _encoder(config, bench, window),
+                purpose="evaluating",
+            )
         models = ModelFolders({"policy": model_writer(bench, model)})
         policy = policy_on_engine(bench, model)
         outcome = run_training(
@@ -174,6 +180,22 @@ def train(config: RankConfig) -> Path:
             outcome,
             models,
             {"stage": "rank", "data_path": config.data_path, "data": counts},
+            num_held_out=len(held_out_examples or ()),
+        )
+
+
+def _warn_of_ties(config: RankConfig, counts: Mapping[str, Any]) -> None:
+    """Say it where no prompt has anything to rank."""
+    tied, alone = (counts.get(f"prompts_{n}", 0) for n in ("all_tied", "with_one_candidate"))
+    if config.rrhf_weight > 0 and tied + alone == counts["prompts_used"]:
+        logger.warning(
+            "%s: nothing to rank: no prompt has two candidates with different scores (%d prompts "
+            "with equal scores alone, %d with one candidate), so the rank term stays zero and only "
+            "the SFT term trains; score with another scorer, or sample more responses "
+            "(--num_return_sequences of `rrhf generate`)",
+            config.data_path,
+            tied,
+            alone,
         )
 
 

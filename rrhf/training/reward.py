@@ -32,6 +32,7 @@ from rrhf.models.reward_model import (
     set_score_normalizer,
 )
 from rrhf.records import CandidateSet
+from rrhf.training.data_summary import encoded
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.model_folders import ModelFolders, Weights
@@ -47,7 +48,6 @@ from rrhf.training.setup import (
     opened_workbench,
     prepare_trainable,
 )
-from rrhf.training.streams import EncodedExamples
 from rrhf.training.update import Term
 
 logger = logging.getLogger(__name__)
@@ -197,14 +197,16 @@ def train(config: RewardConfig) -> Path:
             reads_padding=config.reads_padding,
         )
         encode, encode_held_out = _encoder(config, bench), _encoder(config, bench)
-        examples = EncodedExamples(sets, encode)
-        held_out_examples = EncodedExamples(held_out, encode_held_out) if held_out else None
+        examples = encoded(config.data_path, sets, encode, counts)
+        held_out_examples = None
+        if held_out:
+            name = str(config.validation_datasets or config.data_path)
+            held_out_examples = encoded(name, held_out, encode_held_out, purpose="evaluating")
         data = {**counts.as_dict(), "examples": dict(sorted(encode.counts.items()))}
         held_out_data = {
             **held_out_counts.as_dict(),
             "examples": dict(sorted(encode_held_out.counts.items())),
         }
-        logger.info("%s: %s", config.data_path, data)
         normalizer = (
             None
             if config.normalizer_type == "none"

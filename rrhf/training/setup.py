@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ from rrhf.runs import RunFolder
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
+from rrhf.training.outcome_summary import summary
 from rrhf.training.parallel import Parallel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,12 @@ def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteM
 
 
 def finish_run(
-    bench: Workbench, outcome: TrainingOutcome, models: ModelFolders, extra: dict[str, Any]
+    bench: Workbench,
+    outcome: TrainingOutcome,
+    models: ModelFolders,
+    extra: dict[str, Any],
+    num_held_out: int = 0,
+    num_rollout_prompts: int = 0,
 ) -> Path:
     """Save the trained models, then the run's manifest, last; returns the main model's folder.
 
@@ -205,6 +214,7 @@ def finish_run(
         outcome: of the loop.
         models: of the trainer.
         extra: what else the manifest should say (counts of dropped data and the like).
+        num_held_out, num_rollout_prompts: for the intervals of the summary, as in `summary`.
     """
     models.write(bench.parallel, bench.run.path)
     best = outcome.best
@@ -233,4 +243,10 @@ def finish_run(
     if best is not None:
         best.settle()
     bench.parallel.barrier()
+    seconds = time.monotonic() - bench.started
+    rollout = extra.get("last_rollout")
+    logger.info(
+        "%s",
+        summary(outcome, seconds, bench.run.path, num_held_out, rollout, num_rollout_prompts),
+    )
     return bench.run.path / models.main

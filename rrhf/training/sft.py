@@ -24,6 +24,7 @@ from rrhf.data.views import demonstrations
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.packed_rows import PackedPolicy, require_packing
 from rrhf.records import CandidateSet
+from rrhf.training.data_summary import encoded
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.measure import measure
@@ -38,7 +39,6 @@ from rrhf.training.setup import (
     policy_on_engine,
 )
 from rrhf.training.sft_config import SFTConfig
-from rrhf.training.streams import EncodedExamples
 from rrhf.training.update import Term
 
 logger = logging.getLogger(__name__)
@@ -127,16 +127,17 @@ def train(config: SFTConfig) -> Path:
             held_out = demonstrations(others)
         policy = _policy(config, bench)
         encode = _encoder(config, bench)
-        examples = EncodedExamples(sets, encode)
+        examples = encoded(config.data_path, sets, encode, read)
         counts: dict[str, Any] = {
             **dict(sorted(encode.fitter.counts.items())),
             "read": read.as_dict(),
         }
-        logger.info("%s: %s", config.data_path, counts)
         objective = SFTObjective(config.label_smoothing, config.sft_reduction)
         held_out_examples = None
         if held_out is not None:
-            held_out_examples = EncodedExamples(held_out, _encoder(config, bench))
+            held_out_examples = encoded(
+                str(config.eval_data_path), held_out, _encoder(config, bench), purpose="evaluating"
+            )
         models = ModelFolders({"policy": model_writer(bench, policy.model)})
         outcome = run_training(
             policy,

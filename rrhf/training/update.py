@@ -95,7 +95,8 @@ class Update:
                 self._require_finite(loss, batch, step)
                 self.parallel.backward(loss)
             _add(totals, terms)
-            pulse(f"micro-batch {position + 1} of {len(batches)}")
+            if not is_last:
+                pulse(f"micro-batch {position + 1} of {len(batches)}")
             weights = {name: term.weight for name, term in terms.items()}
         norm = self.parallel.take_step(self.model, self.optimizer, self.max_grad_norm)
         if math.isinf(norm) or (math.isnan(norm) and self.parallel.kind != "DEEPSPEED"):

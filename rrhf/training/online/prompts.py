@@ -21,28 +21,33 @@ def fitting_prompts(
     Raises:
         UserError: none fits.
     """
-    kept, left_out, cut = [], 0, 0
+    kept, left_out, cut = [], [], []
     for prompt in prompts:
-        if writer.fits(prompt):
-            kept.append(CandidateSet(prompt.id, prompt.query, prompt.messages, (), prompt.origin))
-            is_cut = writer.is_cut(prompt)
-            if is_cut and not cut:
-                logger.info("first prompt cut: %s %.60r", prompt.id, prompt.query)
-            cut += is_cut
-        elif not left_out:
-            left_out = 1
-            logger.info("first prompt left out: %s %.60r", prompt.id, prompt.query)
-        else:
-            left_out += 1
+        if not writer.fits(prompt):
+            left_out.append(prompt.id)
+            continue
+        kept.append(CandidateSet(prompt.id, prompt.query, prompt.messages, (), prompt.origin))
+        if writer.is_cut(prompt):
+            cut.append(prompt.id)
     if not kept:
         raise UserError(
             f"{name}: none of its {len(prompts)} prompts leaves room for --max_new_tokens within "
             "--model_max_length; raise the second, or lower the first"
         )
     if left_out:
-        logger.warning("%s: %d of %d prompts do not fit", name, left_out, len(prompts))
+        logger.warning(
+            "%s: %d of %d prompts do not fit and are left out (first: prompt %s)",
+            name,
+            len(left_out),
+            len(prompts),
+            left_out[0],
+        )
     if cut:
         logger.warning(
-            "%s: %d of %d prompts are too long and lose their beginning", name, cut, len(prompts)
+            "%s: %d of %d prompts are too long and lose their beginning (first: prompt %s)",
+            name,
+            len(cut),
+            len(prompts),
+            cut[0],
         )
-    return kept, cut
+    return kept, len(cut)

@@ -29,6 +29,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.training.online.experience import build_experience, pack, unpack
+from rrhf.training.online.no_learning import NoLearning
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.rollout import RolloutWriter
 from rrhf.training.parallel import Parallel
@@ -72,6 +73,9 @@ class PPOStream:
             is what ends the run.
         counts: responses sampled and left out since the beginning.
         rollout_metrics: of the current rollout.
+        rollouts_cut: rollouts whose last steps were skipped, in this process.
+        steps_skipped: those steps.
+        signs: that the run cannot learn.
     """
 
     def __init__(
@@ -118,6 +122,8 @@ class PPOStream:
         self.rollout_metrics: dict[str, float] = {}
         self._has_news = False
         self._largest_ratio = 0.0
+        self.signs = NoLearning(config)
+        self.rollouts_cut = self.steps_skipped = 0
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         while self._step < self.total_steps:
@@ -137,13 +143,18 @@ class PPOStream:
         target = self._config.target_kl
         rest = self.steps_per_rollout - self._place
         if target and rest and metrics.get(UPDATE_KL, 0.0) > target:
-            logger.info(
-                "rollout %d: KL of the update %.3g is above %.3g: %d steps are left out",
-                self._number,
-                metrics[UPDATE_KL],
-                target,
-                rest,
-            )
+            if not self.rollouts_cut:
+                logger.info(
+                    "rollout %d: its updates moved the policy by a KL of %.3g, above --target_kl "
+                    "%.3g; the %d steps that it had left are skipped, as in every rollout from now "
+                    "on that goes as far",
+                    self._number,
+                    metrics[UPDATE_KL],
+                    target,
+                    rest,
+                )
+            self.rollouts_cut += 1
+            self.steps_skipped += rest
             self._place = self.steps_per_rollout
             if not self._ends_by_steps:
                 self.total_steps -= rest
@@ -261,12 +272,8 @@ class PPOStream:
             },
             **as_metrics(rollout.spent),
         }
-        logger.info(
-            "rollout %d: score %.3f, KL %.3f, %.1f tokens a response",
-            self._number,
-            experience.metrics["score"],
-            experience.kl,
-            experience.metrics["response_length"],
+        self.signs.see(
+            self.rollout_metrics, rollout.rows, self._step < self._config.critic_warmup_steps
         )
 
     def _take(self, experience: list[EncodedSet]) -> None:

@@ -1,0 +1,61 @@
+"""How scores lie: mean with interval, range, and whether they tell responses apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z = 1.96
+"""Half the width of a normal 95 % interval, in standard errors."""
+
+_LEAST_PROMPTS = 3
+
+
+class ScoreSpread:
+    """Takes the scores of one prompt after the other; None = no score.
+
+    Attributes:
+        num_scores: scores that are known.
+        num_compared: prompts with at least two of them.
+        num_tied: of these, the prompts whose scores are all equal.
+    """
+
+    def __init__(self) -> None:
+        self.num_scores = self.num_compared = self.num_tied = 0
+        self._low, self._high = math.inf, -math.inf
+        self._prompts, self._sum, self._squares = 0, 0.0, 0.0  # of the prompts' means
+
+    def add(self, scores: Sequence[float | None]) -> None:
+        """Take the scores of a prompt's candidates."""
+        known = [score for score in scores if score is not None]
+        if not known:
+            return
+        self.num_scores += len(known)
+        self._low, self._high = min(self._low, *known), max(self._high, *known)
+        if len(known) > 1:
+            self.num_compared += 1
+            self.num_tied += len(set(known)) == 1
+        mean = sum(known) / len(known)
+        self._prompts, self._sum = self._prompts + 1, self._sum + mean
+        self._squares += mean * mean
+
+    def __str__(self) -> str:
+        """ "mean score 0.42 [0.38, 0.46], from -1.2 to 2.3": the interval is over prompts."""
+        if not self.num_scores:
+            return "no score"
+        n = self._prompts
+        mean = self._sum / n
+        interval = ""
+        if n >= _LEAST_PROMPTS:
+            variance = max(self._squares - n * mean * mean, 0.0) / (n - 1)
+            half = Z * math.sqrt(variance / n)
+            interval = f" [{mean - half:.4g}, {mean + half:.4g}]"
+        return f"mean score {mean:.4g}{interval}, from {self._low:.4g} to {self._high:.4g}"
+
+    def fault(self) -> str | None:
+        """Why ranking would learn nothing from these scores; None where it can."""
+        if self.num_scores > 1 and self._low == self._high:
+            return f"all {self.num_scores:,} scores are equal ({self._low:.4g})"
+        if self.num_compared and self.num_tied == self.num_compared:
+            return f"each of {self.num_compared:,} prompts has equal scores alone"
+        return None

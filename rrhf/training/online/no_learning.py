@@ -1,0 +1,119 @@
+"""Signs that a run cannot learn, said once each: with the figure, and the flag that helps.
+
+A sign is believed when it was seen in several rollouts in a row, or in every rollout of a shorter
+run, so that one odd rollout says nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from rrhf.training.online.experience import RolloutRow
+from rrhf.training.ppo_checks import GROUP_METHODS
+from rrhf.training.ppo_config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+ROLLOUTS = {"endless": 3, "tied": 3, "blind": 8}
+"""Rollouts in a row that must show a sign. A critic begins blind, and is given more of them."""
+
+_TO_COMPARE = 2
+
+
+class NoLearning:
+    """Watches rollouts.
+
+    Args:
+        config: what helps depends on it.
+    """
+
+    def __init__(self, config: PPOConfig) -> None:
+        self._config = config
+        self._rollouts = 0
+        self._in_a_row = dict.fromkeys(ROLLOUTS, 0)
+        self._said: set[str] = set()
+        self._last: Mapping[str, float] = {}
+        self._words: dict[str, Callable[[], str]] = {
+            "endless": self._endless,
+            "tied": self._tied,
+            "blind": self._blind,
+        }
+
+    def see(
+        self, metrics: Mapping[str, float], rows: Sequence[RolloutRow], is_warm_up: bool = False
+    ) -> None:
+        """Look at the next rollout.
+
+        Args:
+            metrics: of the rollout.
+            rows: its responses.
+            is_warm_up: the critic is still learning alone.
+        """
+        self._rollouts += 1
+        self._last = metrics
+        signs = {
+            "endless": metrics["finished_fraction"] == 0.0,
+            "tied": nothing_compares(rows, self._config.method in GROUP_METHODS),
+            "blind": not is_warm_up and metrics.get("explained_variance", 1.0) <= 0.0,
+        }
+        for sign, is_there in signs.items():
+            self._in_a_row[sign] = self._in_a_row[sign] + 1 if is_there else 0
+            if self._in_a_row[sign] == ROLLOUTS[sign]:
+                self._say(sign)
+
+    def finish(self) -> None:
+        """The run is over: say what every one of its rollouts has shown."""
+        for sign, times in self._in_a_row.items():
+            if times and times == self._rollouts:
+                self._say(sign)
+
+    def _say(self, sign: str) -> None:
+        if sign not in self._said:
+            self._said.add(sign)
+            logger.warning("%s", self._words[sign]())
+
+    def _endless(self) -> str:
+        return (
+            f"no response ends: in {self._times('endless')} all were cut at --max_new_tokens "
+            f"{self._config.max_new_tokens}, so unfinished answers are scored and the policy "
+            "cannot learn to stop; raise --max_new_tokens, start from a fine-tuned policy that "
+            "ends its answers, or cut them with --truncate_token"
+        )
+
+    def _tied(self) -> str:
+        what, score = "every response got the same score", f" ({self._last['score']:.4g})"
+        if self._config.method in GROUP_METHODS:
+            what = "all responses to a prompt got the same score"
+            score = "" if self._last["score_deviation"] else score
+        return (
+            f"all scores are equal: in {self._times('tied')} {what}{score}, so there is nothing to "
+            "learn from; look at the scorer (--reward_model_name_or_path), or sample more variedly "
+            "(--temperature, --num_return_sequences)"
+        )
+
+    def _blind(self) -> str:
+        return (
+            "the critic explains nothing: the explained variance of its values was 0 or less in "
+            f"{self._times('blind')} (last {self._last['explained_variance']:.3g}; 1 = all), so "
+            "advantages are mostly noise; give it a head start with --critic_warmup_steps, a "
+            "larger --critic_learning_rate, or use a method without a critic (--method rloo)"
+        )
+
+    def _times(self, sign: str) -> str:
+        times = self._in_a_row[sign]
+        return "the only rollout" if times == 1 else f"{times} rollouts in a row"
+
+
+def nothing_compares(rows: Sequence[RolloutRow], is_grouped: bool) -> bool:
+    """Whether no two responses that are compared with each other differ in score.
+
+    Args:
+        rows: of a rollout.
+        is_grouped: only responses to the same prompt are compared.
+    """
+    groups: dict[int, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt if is_grouped else 0, []).append(row.score)
+    compared = [scores for scores in groups.values() if len(scores) >= _TO_COMPARE]
+    return bool(compared) and all(len(set(scores)) == 1 for scores in compared)
