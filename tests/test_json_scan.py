@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -218,6 +219,61 @@ def test_faults_are_told_together_up_to_twenty():
     lines = str(caught.value).splitlines()
     assert lines[:20] == [f"f:{number}: wrong" for number in range(20)]
     assert len(lines) == 21 and "more" in lines[20]
+
+
+# White space and gzip that unpacks to far too much.
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" ", b" \n\t\r\n"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_reading_is_linear_in_white_space(tmp_path: Path, blank: bytes, packed: bool):
+    space = blank * (3_000_000 // len(blank))
+    lines = space.count(b"\n")
+    path = tmp_path / "f.json"
+    for data in (
+        space + b'{"a": 1}\n' + space + b'{"a": 2}',
+        space + b'[{"a": 1},' + space + b'{"a": 2}]' + space,
+    ):
+        path.write_bytes(gzip.compress(data, 1) if packed else data)
+        began = time.process_time()
+        rows = [item for item in scan_rows(path) if isinstance(item, Row)]
+        assert time.process_time() - began < 10
+        assert [row.value for row in rows] == [{"a": 1}, {"a": 2}]
+        assert rows[0].line == lines + 1
+        places = [json.loads(data[row.offset : row.offset + row.length]) for row in rows]
+        assert places == [{"a": 1}, {"a": 2}]
+
+
+def test_a_column_counts_the_blanks_before_it(tmp_path: Path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\n\n   {'a': 1}\n")
+    fault = only_fault(path)
+    assert fault.line == 3 and "at column 5" in fault.reason
+
+
+@pytest.mark.parametrize("filling", [b"\n", b" ", b'{"a": 1}\n', b"x"])
+def test_a_gzip_that_unpacks_to_far_too_much_is_not_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filling: bytes
+):
+    monkeypatch.setattr(json_scan, "MAX_UNPACKED_BYTES", 1 << 20)
+    path = tmp_path / "f.jsonl.gz"
+    start = b'{"a": "' if filling == b"x" else b""
+    path.write_bytes(gzip.compress(start + filling * (4_000_000 // len(filling)), 9))
+    reasons, read = [], 0
+    for item in scan_rows(path):
+        if isinstance(item, Fault):
+            reasons.append(item.reason)
+        else:
+            read += item.length
+    assert len(reasons) == 1 and "more than 200 times its size" in reasons[0]
+    assert read < 3_000_000
+
+
+def test_rows_that_are_alike_pack_well_and_are_read(tmp_path: Path):
+    rows = [{"query": f"q{n}", "responses": ["the same words " * 20] * 4} for n in range(3000)]
+    path = tmp_path / "f.jsonl.gz"
+    path.write_bytes(gzip.compress(as_lines(rows), 9))
+    assert values(path) == rows
 
 
 # Memory.

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from rrhf.cli.config_text import MAX_BYTES, ConfigTextError, parse_json, parse_yaml
 from rrhf.cli.fields import Flag, flags_of, nearest, normalise, spellings
 from rrhf.cli.help_page import help_page, preset_names
 from rrhf.cli.pages import PAGES
@@ -39,6 +40,9 @@ from rrhf.errors import EXIT_DONE, UserError
 T = TypeVar("T")
 
 HELP_WORDS = ("-h", "--help", "--help=all")
+MAX_SHOWN = 200
+"""Longer values are cut in messages."""
+
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -178,11 +182,16 @@ def one_word(words: list[str], name: str, what: str, prog: str) -> str:
 
 
 def checked(given: Any, flag: Flag, where: str, from_words: bool = True) -> Any:
-    fits, value = convert(given, flag.hint, from_words)
+    try:
+        fits, value = convert(given, flag.hint, from_words)
+    except ConfigTextError as error:
+        raise UserError(f"{where}: {error}") from error
     if fits:
         return with_home(value) if flag.names else value
-    shown = " ".join(given) if from_words and isinstance(given, list) else given
-    raise UserError(f"{where}: {shown!r} does not fit; expected {expected(flag.hint)}.")
+    shown = repr(" ".join(given) if from_words and isinstance(given, list) else given)
+    if len(shown) > MAX_SHOWN:
+        shown = f"{shown[:MAX_SHOWN]}..."
+    raise UserError(f"{where}: {shown} does not fit; expected {expected(flag.hint)}.")
 
 
 def with_home(value: Any) -> Any:
@@ -205,7 +214,8 @@ def read_config_text(config: str) -> str:
     path = Path(config).expanduser()
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            with open(path, encoding="utf-8") as file:
+                return file.read(MAX_BYTES + 1)  # one more, so that the parser can tell
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {config}: cannot be read: {error}") from error
     presets = preset_names()
@@ -223,7 +233,9 @@ def read_config_file(flags: Mapping[str, Flag], config: str) -> dict[str, Any]:
     text = read_config_text(config)
     where = f"--config {config}"
     try:
-        content = json.loads(text) if config.endswith(".json") else yaml.safe_load(text)
+        content = parse_json(text) if config.endswith(".json") else parse_yaml(text)
+    except ConfigTextError as error:
+        raise UserError(f"{where}: {error}") from error
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise UserError(f"{where}: cannot be parsed: {error}") from error
     if content is None:

@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 import yaml
 
+from rrhf.cli.config_text import parse_yaml
+
 TRUE_WORDS = ("true", "True", "1")
 FALSE_WORDS = ("false", "False", "0")
 NONE_WORDS = ("none", "None", "null")
 SEQUENCES = (list, tuple, collections.abc.Sequence)
+MAX_INT = 2**63 - 1
 PREFERENCE = {type(None): 0, bool: 1, int: 2, float: 3, str: 5, Path: 5}
 
 
@@ -136,7 +139,9 @@ def convert_number(value: Any, kind: type[int] | type[float]) -> tuple[bool, Any
         return False, None
     try:
         number = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
+        return False, None
+    if kind is int and abs(number) > MAX_INT:
         return False, None
     return (False, None) if math.isnan(number) else (True, number)
 
@@ -144,7 +149,7 @@ def convert_number(value: Any, kind: type[int] | type[float]) -> tuple[bool, Any
 def convert_mapping(value: Any, from_words: bool) -> tuple[bool, Any]:
     if from_words and isinstance(value, str):
         try:
-            value = yaml.safe_load(value)
+            value = parse_yaml(value)
         except yaml.YAMLError:
             return False, None
     return (True, value) if isinstance(value, dict) else (False, None)

@@ -8,6 +8,7 @@ the hashes of the local files that it was made from.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from rrhf.files import (
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.seals import EditedFiles, seal
+
+_PART_NAME = re.compile(r"[\w+-](?:[\w .+-]{0,98}[\w+-])?")
 
 Form = Literal["candidates", "preference", "prompts"]
 
@@ -55,6 +58,17 @@ class ConvertConfig(EditedFiles):
     """Make all ids anew from the prompts, as after putting files together by hand."""
     seed: int = 0
     """Decides which rows a proportion draws, and where a first turn goes with --parts."""
+
+    def __post_init__(self) -> None:
+        for name, share in (self.parts or {}).items():
+            if isinstance(name, bool) or not _PART_NAME.fullmatch(str(name)):
+                raise UserError(
+                    f"--parts: {name!r} cannot name a part, which becomes a file of the output "
+                    "folder; use letters, digits, blanks, - _ + and dots inside; put yes, no, true "
+                    "and false in quotes"
+                )
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise UserError(f"--parts: {name}: {share!r} is no share; give a number like 0.5")
 
 
 def convert(config: ConvertConfig) -> dict[str, int]:

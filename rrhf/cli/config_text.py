@@ -1,0 +1,152 @@
+"""YAML and JSON that users write, parsed within bounds.
+
+A few lines of YAML can stand for a billion values (aliases of aliases), a number can have a million
+digits, and a key that stands twice silently loses its first value. Settings need none of that, so
+each is refused with what it is and, in YAML, its line. Nothing here takes longer than reading the
+text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 18
+MAX_DEPTH = 20
+MAX_VALUES = 10_000
+MAX_DIGITS = 400
+
+_NESTED = f"is nested more than {MAX_DEPTH} deep; settings are `name: value` lines"
+_MANY = f"holds more than {MAX_VALUES:,} values (aliases included); settings are far fewer"
+_DIGITS = f"holds a number with more than {MAX_DIGITS} digits; write it as 1e9 or shorter"
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+class ConfigTextError(ValueError):
+    """The text is beyond the bounds, or contradicts itself; says what it is and, if known, where.
+
+    What is only bad syntax is a `ValueError` or a `yaml.YAMLError` of the parser.
+    """
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ConfigTextError: it is out of bounds, or a key stands twice.
+        yaml.YAMLError: it is not YAML.
+    """
+    _require_short(text)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, 1, {}, set())
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ConfigTextError(_NESTED) from None
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, ConfigTextError):
+            raise
+        raise ConfigTextError(f"holds a value that cannot be read ({error})") from error
+    finally:
+        loader.dispose()
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON document.
+
+    Raises:
+        ConfigTextError: it is out of bounds, or a key stands twice.
+        json.JSONDecodeError: it is not JSON.
+    """
+    _require_short(text)
+    try:
+        value = json.loads(text, object_pairs_hook=_without_doubles, parse_int=_bounded_int)
+    except RecursionError:
+        raise ConfigTextError(_NESTED) from None
+    _require_shallow(value, 1)
+    return value
+
+
+def _require_short(text: str) -> None:
+    if len(text) > MAX_BYTES:
+        raise ConfigTextError(
+            f"is {len(text):,} characters long, more than {MAX_BYTES:,}; is it a file of settings?"
+        )
+
+
+def _count_values(node: yaml.Node, depth: int, known: dict[int, int], above: set[int]) -> int:
+    """How many values a node stands for, those of its aliases included.
+
+    Args:
+        node: of the document.
+        depth: of the node, from 1.
+        known: counts of nodes that were seen already, by identity.
+        above: the nodes that this one stands in.
+    """
+    if id(node) in above:
+        raise ConfigTextError(f"{_line_of(node)} holds itself by an alias; write the value out")
+    if depth > MAX_DEPTH:
+        raise ConfigTextError(f"{_line_of(node)} {_NESTED}")
+    if id(node) in known:
+        return known[id(node)]
+    count = 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NUMBER_TAGS and len(node.value) > MAX_DIGITS:
+            raise ConfigTextError(f"{_line_of(node)} {_DIGITS}")
+    else:
+        if isinstance(node, yaml.MappingNode):
+            _require_single_keys(node)
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value
+        for part in parts:
+            count += _count_values(part, depth + 1, known, above | {id(node)})
+            if count > MAX_VALUES:
+                raise ConfigTextError(f"{_line_of(node)} {_MANY}")
+    known[id(node)] = count
+    return count
+
+
+def _require_single_keys(node: yaml.MappingNode) -> None:
+    seen: dict[str, yaml.Node] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in seen:
+            raise ConfigTextError(
+                f"{_line_of(key)} {key.value!r:.60} stands there a second time, after line "
+                f"{seen[key.value].start_mark.line + 1}; keep one of the two"
+            )
+        seen[key.value] = key
+
+
+def _line_of(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}:"
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ConfigTextError(f"{double!r:.60} stands twice in one object; keep one of the two")
+    return found
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ConfigTextError(_DIGITS)
+    return int(digits)
+
+
+def _require_shallow(value: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ConfigTextError(_NESTED)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        _require_shallow(part, depth + 1)
