@@ -56,7 +56,7 @@ class CandidateSet:
         id: see `set_id`; unique within a file.
         query: the prompt as text, as a person and RRHF's own readers see it.
         messages: the conversation behind the query (the last turn is the user's), or None where
-            only text is known.
+            only text is known, which is taken as it is.
         candidates: any number, ragged across prompts.
         origin: where the prompt came from, such as "hh-rlhf/harmless-base".
     """
@@ -71,15 +71,34 @@ class CandidateSet:
     def scores(self) -> tuple[float | None, ...]:
         return tuple(candidate.score for candidate in self.candidates)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the prompt is a plain text: `messages` only say that a person would say it.
+
+        A model with a chat template gets it as the user's turn, any other as it stands.
+        """
+        return _is_plain(self.query, self.messages)
+
+
+def plain_prompt(text: str, candidates: tuple[Candidate, ...] = ()) -> CandidateSet:
+    """A plain text as a prompt; see `CandidateSet.is_plain`."""
+    return CandidateSet(set_id(text), text, (Message("user", text),), candidates)
+
+
+def _is_plain(query: str, messages: tuple[Message, ...] | None) -> bool:
+    return messages is not None and messages == (Message("user", query),)
+
 
 def set_id(query: str, messages: tuple[Message, ...] | None = None, occurrence: int = 0) -> str:
     """A stable id of a prompt: 16 hex digits of SHA-256 over its messages, or over its text.
 
     Args:
         query: the prompt as text.
-        messages: the conversation, if known; then the id does not depend on how it was rendered.
+        messages: the conversation, if known; then the id does not depend on how it was rendered
+            (that of a plain prompt is its text's).
         occurrence: how often the same prompt stood earlier in the file; appended as "-1", "-2", ...
     """
-    what: object = query if messages is None else [[m.role, m.content] for m in messages]
+    is_text = messages is None or _is_plain(query, messages)
+    what: object = query if is_text else [[m.role, m.content] for m in messages or ()]
     digest = hashlib.sha256(json.dumps(what, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
     return digest if occurrence == 0 else f"{digest}-{occurrence}"

@@ -45,10 +45,32 @@ def test_validate_good_files(capsys: pytest.CaptureFixture[str], hh_file: Path, 
     assert main(["data", "convert", str(hh_file), str(tmp_path / "c.json")]) == 0
     capsys.readouterr()
     assert main(["data", "validate", str(hh_file), str(tmp_path / "c.json")]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if not line.startswith("  ")] == [
         f"{hh_file}: good, 30 of 31 rows; left out: 1 equal_replies",
         f"{tmp_path / 'c.json'}: good, 30 of 30 rows",
     ]
+    assert told[1:7] == [
+        "  read as: preference",
+        "  prompts: 30 (30 conversations)",
+        "  replies: 60 (0 scored)",
+        "  generate, train ppo: 30 prompts",
+        "  train sft: 30 demonstrations",
+        "  train reward, train rank: 30 prompts whose replies have an order",
+    ]
+
+
+def test_validate_says_what_must_be_scored_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    path = tmp_path / "my file.jsonl"
+    path.write_text('{"query": "q", "responses": ["a", "b"], "note": 1}\n')
+    assert main(["data", "validate", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "  columns that are not read: note\n" in told
+    assert "prompts: 1 (1 texts that are taken as they stand)" in told
+    assert "train sft: nothing" in told
+    assert f"2 replies have no score: rrhf score '{path}' SCORED.jsonl --scorer" in told
 
 
 def test_validate_tells_every_mistake_of_every_file(

@@ -7,7 +7,7 @@ import pytest
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.layouts import LAYOUTS, SourceCounts, find_layout, read_row
 from rrhf.errors import UserError
-from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet, Message
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet, Message, set_id
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
 HH_TURNS = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
@@ -95,7 +95,7 @@ def test_only_the_first_of_each_kind_is_logged(caplog: pytest.LogCaptureFixture)
 
 def test_trl_texts_are_taken_as_they_are():
     found = kept({"prompt": "Say", "chosen": " yes", "rejected": " no"})
-    assert found.messages is None and found.query == "Say"
+    assert found.is_plain and found.query == "Say"
     assert replies(found) == pair(" yes", " no")
 
 
@@ -167,7 +167,7 @@ def test_messages_end_with_a_demonstration_or_are_a_prompt():
 
 def test_completions():
     plain = kept({"prompt": "2 + 2 =", "completion": " 4"})
-    assert plain.messages is None and replies(plain) == [(CHOSEN_SOURCE, " 4")]
+    assert plain.is_plain and replies(plain) == [(CHOSEN_SOURCE, " 4")]
     spoken = kept({"prompt": chat(("user", "Hi")), "completion": chat(("assistant", "Hello"))})
     assert spoken.messages == (Message("user", "Hi"),)
     assert replies(spoken) == [(CHOSEN_SOURCE, "Hello")]
@@ -176,7 +176,8 @@ def test_completions():
 
 def test_prompts():
     assert kept({"prompt": "raw"}).query == "raw"
-    assert kept({"prompt": "raw"}).messages is None
+    assert kept({"prompt": "raw"}).is_plain
+    assert kept({"prompt": "raw"}).id == set_id("raw")  # as of a text that is taken as it is
     assert kept({"prompt": HH}).messages == HH_TURNS
     assert kept({"prompt": chat(("user", "Hi"))}).messages == (Message("user", "Hi"),)
     assert kept({"query": HH}).messages is None  # a candidate row's query is never interpreted
@@ -238,8 +239,8 @@ def test_a_row_of_wrong_types_is_a_mistake_not_a_drop(row: dict, field: str):
 
 def test_columns_that_nobody_knows_are_named_beside_those_that_are():
     with pytest.raises(UserError) as caught:
-        find_layout({"question": "q", "reply": "r"}, "f:1")
-    assert "question, reply" in str(caught.value)
+        find_layout({"qestion": "q", "body": "r"}, "f:1")
+    assert "(qestion (did you mean 'question'?), body)" in str(caught.value)
     for layout in LAYOUTS:
         assert ", ".join(layout.columns) in str(caught.value)
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from rrhf.cli.flags import nearest, parse_config
+from rrhf.data.columns import ColumnOptions
 from rrhf.errors import EXIT_DONE, UserError
 from rrhf.seals import EditedFiles
 
@@ -17,7 +18,7 @@ ACTIONS = {
 
 
 @dataclass
-class ValidateConfig(EditedFiles):
+class ValidateConfig(EditedFiles, ColumnOptions):
     """What `rrhf data validate` does."""
 
     data: list[str] = field(metadata={"names": "data", "aliases": ["file"]})
@@ -27,7 +28,7 @@ class ValidateConfig(EditedFiles):
 
 
 @dataclass
-class StatsConfig(EditedFiles):
+class StatsConfig(EditedFiles, ColumnOptions):
     """What `rrhf data stats` does."""
 
     data: str = field(metadata={"names": "data", "positional": True})
@@ -73,7 +74,9 @@ def main(argv: list[str]) -> int:
 
 
 def validate(argv: list[str]) -> int:
+    from rrhf.data.columns import parse_columns
     from rrhf.data.sources import SourceCounts, read_sets
+    from rrhf.data.uses import count_uses, describe_uses
 
     bare = 0
     while bare < len(argv) and not argv[bare].startswith("--"):
@@ -84,16 +87,22 @@ def validate(argv: list[str]) -> int:
     for path in config.data:
         counts = SourceCounts()
         try:
-            for _ in read_sets(
-                path, config.split, counts, accept_edited=config.accept_edited_files
-            ):
-                pass
+            sets = read_sets(
+                path,
+                config.split,
+                counts,
+                accept_edited=config.accept_edited_files,
+                columns=parse_columns(config.columns),
+            )
+            uses = count_uses(sets)
         except UserError as error:
             mistakes.append(str(error))
             continue
         dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
         left_out = f"; left out: {dropped}" if dropped else ""
         print(f"{path}: good, {counts.kept} of {counts.read} rows{left_out}")
+        for line in describe_uses(path, counts, uses):
+            print(f"  {line}")
     if mistakes:
         raise UserError("\n".join(mistakes))
     return EXIT_DONE
@@ -116,7 +125,12 @@ def stats(argv: list[str]) -> int:
     config = parse_config(StatsConfig, argv, "rrhf data stats")
     counts = SourceCounts()
     sets = load_sets(
-        config.data, config.seed, config.split, counts, accept_edited=config.accept_edited_files
+        config.data,
+        config.seed,
+        config.split,
+        counts,
+        accept_edited=config.accept_edited_files,
+        columns=config.columns,
     )
     figures = {"rows_read": counts.read, "rows_left_out": dict(counts.dropped)}
     figures |= measure_sets(sets)

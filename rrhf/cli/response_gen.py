@@ -114,6 +114,7 @@ def stage_values(
     to_generate = {"prompts": PROMPTS, **search, **_share(values, "generate", flags_of(generate))}
     to_generate |= {"model_name_or_path": own.model_name_or_path, "output_file": generated}
     to_score = _share(values, "score", flags_of(score))
+    to_score.pop("columns", None)  # of the prompts; what was generated is called as it should be
     to_score |= {
         "input_file": generated,
         "output_file": str(Path(own.output_dir) / TRAIN_DATA),

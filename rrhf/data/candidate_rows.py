@@ -117,12 +117,12 @@ class RowReader:
             return None
         return value
 
-    def scores(self, responses: int | None) -> list[float | None] | None:
-        values = self.entries("scores", responses, "numbers")
+    def scores(self, responses: int | None, name: str = "scores") -> list[float | None] | None:
+        values = self.entries(name, responses, "numbers")
         if values is None:
             return None
         for number, value in enumerate(values):
-            field = f"scores[{number}]"
+            field = f"{name}[{number}]"
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -12,7 +12,8 @@ written by a person and once sampled, would differ in its first token. Four form
 - `raw`: the query as it stands.
 
 `auto` takes the tokenizer's template (or `hh`, if it has none) where messages are known, and `raw`
-where they are not. Left out on purpose: multi-modal content, tools.
+where they are not. A plain prompt, a text that says nothing of turns, is a user's turn in the
+template, and `raw` where there is none. Left out on purpose: multi-modal content, tools.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ class ChatCodec:
     Attributes:
         tokenizer: the Hugging Face tokenizer.
         chat_format: as asked for; `auto` is decided for each set.
+        has_template: whether the tokenizer brings a chat template.
         pad_id: filler; may equal an end id, masks never look at it.
         end_id: appended to a finished response: the template's end of turn, else EOS.
         end_ids: every id that ends a sampled response.
@@ -147,7 +149,7 @@ class ChatCodec:
     def __init__(self, tokenizer: Any, chat_format: str = "auto") -> None:
         if chat_format not in CHAT_FORMATS:
             raise UserError(f"chat_format {chat_format!r}: choose one of {', '.join(CHAT_FORMATS)}")
-        has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.has_template = has_template = getattr(tokenizer, "chat_template", None) is not None
         if chat_format == "chat_template" and not has_template:
             render_messages(chat_format, (), tokenizer)
         if tokenizer.eos_token_id is None:
@@ -176,9 +178,13 @@ class ChatCodec:
 
     def format_of(self, candidate_set: CandidateSet) -> str:
         """The format that renders this set: `auto` and sets without messages resolved."""
-        if self.chat_format == "auto":
-            return "raw" if candidate_set.messages is None else self._conversation_format
-        return self.chat_format
+        if self.chat_format != "auto":
+            return self.chat_format
+        if candidate_set.messages is None:
+            return "raw"
+        if candidate_set.is_plain and not self.has_template:
+            return "raw"
+        return self._conversation_format
 
     def prompt_text(self, candidate_set: CandidateSet) -> str:
         """The prompt as the model reads it, a template's tokens spelled out, without BOS."""
@@ -282,7 +288,7 @@ class ChatCodec:
         With a mark, special tokens that a template's user wrote stand between two of it, so that
         `_encode_template` can tell them from the template's own.
         """
-        text_only = candidate_set.messages is None
+        text_only = candidate_set.messages is None or candidate_set.is_plain
         if drop_turns == 0 and (chat_format == "raw" or (chat_format == "hh" and text_only)):
             return candidate_set.query
         if chat_format == "raw":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf.data.candidate_files import write_candidate_sets
+from rrhf.data.columns import ColumnOptions
 from rrhf.data.jsonl import encode_row
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets, parse_mixture
@@ -38,7 +39,7 @@ Form = Literal["candidates", "preference", "prompts"]
 
 
 @dataclass
-class ConvertConfig(EditedFiles):
+class ConvertConfig(EditedFiles, ColumnOptions):
     """What `rrhf data convert` does."""
 
     data: str = field(metadata={"names": "data", "positional": True})
@@ -85,6 +86,7 @@ def convert(config: ConvertConfig) -> dict[str, int]:
         counts,
         config.new_ids,
         accept_edited=config.accept_edited_files,
+        columns=config.columns,
     )
     outputs: dict[str, Sequence[CandidateSet]] = {config.output: sets}
     if config.parts:
@@ -140,7 +142,7 @@ def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
 def preference_row(pair: CandidateSet) -> dict[str, Any]:
     """A pair in TRL's columns: conversations where the messages are known, texts where not."""
     chosen, rejected = (candidate.response for candidate in pair.candidates)
-    if pair.messages is None:
+    if pair.messages is None or pair.is_plain:
         return {"prompt": pair.query, "chosen": chosen, "rejected": rejected}
     return {
         "prompt": _turns(pair),
@@ -151,7 +153,8 @@ def preference_row(pair: CandidateSet) -> dict[str, Any]:
 
 def prompt_row(item: CandidateSet) -> dict[str, Any]:
     """A prompt in TRL's column: a conversation where the messages are known, a text where not."""
-    return {"prompt": item.query if item.messages is None else _turns(item)}
+    is_text = item.messages is None or item.is_plain
+    return {"prompt": item.query if is_text else _turns(item)}
 
 
 def _turns(item: CandidateSet) -> list[dict[str, str]]:

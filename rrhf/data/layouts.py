@@ -10,7 +10,12 @@ that reads well but is of no use is dropped by a rule stated here, and counted:
   no user's turn to answer;
 - `empty_reply`: a reply of a pair or demonstration is empty or white space, as happens where an
   annotator's tool lost it (in a candidate file, where a policy may have written it, it is kept);
-- `equal_replies`: both replies of a pair are the same text, so that neither is preferred.
+- `equal_replies`: both replies of a pair are the same text, so that neither is preferred;
+- `empty_prompt`: nothing is asked;
+- `unwanted_reply`: a single reply that its row labels as a bad one.
+
+A column that is not read is named. Where only a prompt can be read of a row that seems to hold
+replies, that is a mistake: no row is emptied in silence.
 
 Neighbouring turns of one speaker are joined by a blank line and counted (`joined_turns`), because
 many chat templates insist on turns that alternate. In a conversation, the last turn of the
@@ -22,140 +27,39 @@ Left out on purpose: where rows come from (`rrhf.data.sources`) and candidate fi
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from rrhf.data.candidate_rows import RowError, RowReader, kind_of, parse_candidate_set, text_fault
-from rrhf.data.chat_format import parse_hh_transcript, render_messages
-from rrhf.errors import UserError
-from rrhf.records import (
-    CHOSEN_SOURCE,
-    REJECTED_SOURCE,
-    Candidate,
-    CandidateSet,
-    Message,
-    set_id,
+from rrhf.data.candidate_rows import RowError, kind_of, parse_candidate_set, text_fault
+from rrhf.data.chat_format import parse_hh_transcript
+from rrhf.data.columns import (
+    CONVERSATIONS,
+    KNOWN,
+    PROMPTS,
+    REPLIES,
+    REPLY_LISTS,
+    SCORES,
+    first_of,
+    near_hint,
+    replies_not_read,
 )
+from rrhf.data.reading import Reading, SourceCounts, is_hh_prompt
+from rrhf.data.reply_lists import read_ranking, read_replies_of, read_reply_list
+from rrhf.errors import UserError
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet, Message
+
+__all__ = [
+    *("CANDIDATES", "CANDIDATE_COLUMNS", "LAYOUTS", "Layout", "SourceCounts"),
+    *("find_layout", "is_candidate_row", "is_hh_prompt", "read_row"),
+]
 
 logger = logging.getLogger(__name__)
 
-QueryFormat = Literal["hh", "alpaca", "raw"]
-
-
-@dataclass
-class SourceCounts:
-    """What became of the rows that were read.
-
-    Attributes:
-        read: rows seen.
-        kept: sets yielded.
-        dropped: rows left out, by reason.
-        mended: rows changed in passing, by reason; they are kept.
-        query_formats: how the `query` was rendered: "hh", "alpaca", or "raw" = as it was.
-    """
-
-    read: int = 0
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    mended: Counter[str] = field(default_factory=Counter)
-    query_formats: Counter[str] = field(default_factory=Counter)
-
-    def drop(self, reason: str, where: str) -> None:
-        """Count a row that is left out; the first of each reason is logged with its place."""
-        if reason not in self.dropped:
-            logger.info("%s: left out (%s); more of this kind are only counted", where, reason)
-        self.dropped[reason] += 1
-
-    def mend(self, reason: str, where: str) -> None:
-        """Count a row that was changed; the first of each reason is logged with its place."""
-        if reason not in self.mended:
-            logger.info("%s: changed (%s); more of this kind are only counted", where, reason)
-        self.mended[reason] += 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a manifest or a table."""
-        return {
-            "rows_read": self.read,
-            "rows_kept": self.kept,
-            "dropped": dict(sorted(self.dropped.items())),
-            "mended": dict(sorted(self.mended.items())),
-            "query_formats": dict(sorted(self.query_formats.items())),
-        }
-
-
-class _Reading:
-    """One row on its way to a record."""
-
-    def __init__(self, row: Mapping[str, Any], where: str, counts: SourceCounts) -> None:
-        self.row = row
-        self.where = where
-        self.counts = counts
-        self.reader = RowReader(row, where)
-
-    def raise_faults(self) -> None:
-        if self.reader.faults:
-            raise RowError(self.reader.faults)
-
-    def wrong(self, column: str, reason: str) -> RowError:
-        self.reader.fault(column, reason)
-        return RowError(self.reader.faults)
-
-    def prompt(self, turns: Sequence[Message]) -> tuple[Message, ...] | None:
-        """The turns as a prompt, neighbours joined; None (counted) if the user does not end it."""
-        if not turns or turns[-1].role != "user":
-            self.counts.drop("prompt_ends_with_assistant", self.where)
-            return None
-        joined: list[Message] = []
-        for turn in turns:
-            if joined and joined[-1].role == turn.role:
-                turn = Message(turn.role, f"{joined.pop().content}\n\n{turn.content}")
-            joined.append(turn)
-        if len(joined) < len(turns):
-            self.counts.mend("joined_turns", self.where)
-        return tuple(joined)
-
-    def made(
-        self,
-        query: str | tuple[Message, ...],
-        replies: Sequence[tuple[str, str]] = (),
-        query_format: QueryFormat = "hh",
-    ) -> CandidateSet | None:
-        """The set, or None (counted) where its replies are of no use.
-
-        Args:
-            query: the conversation, or a text that is taken as it is.
-            replies: (source, text) of each.
-            query_format: how a conversation is rendered as `query`.
-        """
-        texts = [text for _, text in replies]
-        if any(not text.strip() for text in texts):
-            self.counts.drop("empty_reply", self.where)
-            return None
-        if len(texts) == 2 and texts[0].strip() == texts[1].strip():
-            self.counts.drop("equal_replies", self.where)
-            return None
-        candidates = tuple(Candidate(text, source) for source, text in replies)
-        if isinstance(query, str):
-            self.counts.query_formats["raw"] += 1
-            return CandidateSet(set_id(query), query, None, candidates)
-        self.counts.query_formats[query_format] += 1
-        text = render_messages(query_format, query)
-        return CandidateSet(set_id(text, query), text, query, candidates)
-
-    def text_prompt(self, column: str) -> str | tuple[Message, ...] | None:
-        """A text column as a prompt: an HH transcript as its turns, any other text as it is."""
-        text = self.reader.text(column)
-        self.raise_faults()
-        if not is_hh_prompt(text):
-            return text
-        return self.prompt(parse_hh_transcript(text))
-
-
-def is_hh_prompt(text: str) -> bool:
-    """True for a text in HH's form: begins with a human's turn, ends with the assistant's cue."""
-    return text.lstrip("\n").startswith("Human:") and text.rstrip().endswith("\n\nAssistant:")
+CANDIDATES = "candidates"
+CANDIDATE_COLUMNS = (
+    *("query", "responses", "scores", "messages", "id", "origin", "sources", "finish_reasons"),
+)
 
 
 def _without_reply(turns: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
@@ -165,7 +69,7 @@ def _without_reply(turns: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
     return tuple(turns), ""
 
 
-def _read_transcripts(reading: _Reading) -> CandidateSet | None:
+def _read_transcripts(reading: Reading) -> CandidateSet | None:
     """HH: `chosen` and `rejected`, each a whole transcript that ends with its reply."""
     conversations = []
     for column in ("chosen", "rejected"):
@@ -183,7 +87,7 @@ def _read_transcripts(reading: _Reading) -> CandidateSet | None:
 
 
 def _pair_of_conversations(
-    reading: _Reading,
+    reading: Reading,
     chosen: tuple[tuple[Message, ...], str],
     rejected: tuple[tuple[Message, ...], str],
 ) -> CandidateSet | None:
@@ -196,53 +100,53 @@ def _pair_of_conversations(
     return reading.made(prompt, ((CHOSEN_SOURCE, chosen[1]), (REJECTED_SOURCE, rejected[1])))
 
 
-def _turns(reading: _Reading, column: str) -> tuple[Message, ...]:
-    turns = reading.reader.turns(column)
-    reading.raise_faults()
-    if turns is None:
-        raise reading.wrong(column, 'is null; give a list of {"role", "content"}')
-    return turns
-
-
-def _read_preference(reading: _Reading) -> CandidateSet | None:
+def _read_preference(reading: Reading) -> CandidateSet | None:
     """TRL: `prompt`, `chosen`, `rejected`, texts or conversations; the prompt may stand in both."""
-    row = reading.row
-    if not isinstance(row.get("chosen"), list):
+    if not isinstance(reading.row.get("chosen"), list):
         return _read_text_preference(reading)
+    chosen, rejected = reading.turns("chosen"), reading.turns("rejected")
     prompt: tuple[Message, ...] = ()
-    chosen, rejected = _turns(reading, "chosen"), _turns(reading, "rejected")
-    if isinstance(row.get("prompt"), list):
-        prompt = _turns(reading, "prompt")
-    elif isinstance(row.get("prompt"), str) and chosen[0].role == "assistant":
-        prompt = (Message("user", reading.reader.text("prompt")),)
-        reading.raise_faults()
+    column = first_of(reading.row, PROMPTS)
+    if column is not None and isinstance(reading.row[column], list):
+        prompt = reading.turns(column)
+    elif column is not None and chosen[0].role == "assistant":
+        found = reading.find_prompt()
+        if found is None:
+            return None
+        prompt = (Message("user", found[0]),) if isinstance(found[0], str) else found[0]
     return _pair_of_conversations(
         reading, _without_reply(prompt + chosen), _without_reply(prompt + rejected)
     )
 
 
-def _read_text_preference(reading: _Reading) -> CandidateSet | None:
-    if reading.row.get("prompt") is None:
+def _read_text_preference(reading: Reading) -> CandidateSet | None:
+    column = first_of(reading.row, (*PROMPTS, *CONVERSATIONS))
+    if column is None or (column != "prompt" and _holds_transcripts(reading)):
         return _read_transcripts(reading)
     chosen, rejected = reading.reader.text("chosen"), reading.reader.text("rejected")
     reading.raise_faults()
-    if isinstance(reading.row["prompt"], list):
-        prompt = reading.prompt(_turns(reading, "prompt"))
-        if prompt is None:
-            return None
-        return _pair_of_conversations(reading, (prompt, chosen), (prompt, rejected))
-    given = reading.row["prompt"]
-    query = reading.text_prompt("prompt")
-    if query is None:
+    found = reading.find_prompt()
+    if found is None:
         return None
+    query, query_format = found
+    given = reading.row[column]
+    if not isinstance(given, str):
+        assert not isinstance(query, str), "a conversation is no text"
+        return _pair_of_conversations(reading, (query, chosen), (query, rejected))
     if chosen.startswith(given) and rejected.startswith(given):
         chosen, rejected = chosen[len(given) :], rejected[len(given) :]
-    if not isinstance(query, str):
+    if is_hh_prompt(given):
         chosen, rejected = chosen.removeprefix(" "), rejected.removeprefix(" ")
-    return reading.made(query, ((CHOSEN_SOURCE, chosen), (REJECTED_SOURCE, rejected)))
+    return reading.made(query, ((CHOSEN_SOURCE, chosen), (REJECTED_SOURCE, rejected)), query_format)
 
 
-def _read_numbered_preference(reading: _Reading) -> CandidateSet | None:
+def _holds_transcripts(reading: Reading) -> bool:
+    """Whether `chosen` is a whole HH transcript, beside which a conversation is a repetition."""
+    chosen = reading.row["chosen"]
+    return isinstance(chosen, str) and chosen.lstrip("\n").startswith("Human:")
+
+
+def _read_numbered_preference(reading: Reading) -> CandidateSet | None:
     """PaddleNLP: `prompt`, `response_0`, `response_1`, `better_response_id` (0 or 1)."""
     prompt = reading.reader.text("prompt")
     replies = [reading.reader.text("response_0"), reading.reader.text("response_1")]
@@ -257,9 +161,10 @@ def _read_numbered_preference(reading: _Reading) -> CandidateSet | None:
     )
 
 
-def _read_raw_sample(reading: _Reading) -> CandidateSet | None:
+def _read_raw_sample(reading: Reading) -> CandidateSet | None:
     """PaddleNLP's RawSample: `input` (a text, or turns from the user to the user), `answer`,
-    `other_answer`, `better` (True: `answer` is), or `dialogue` (turns from the user on)."""
+    `other_answer`, `better` (True: `answer` is), or `dialogue` (turns from the user on); in place
+    of `answer` also `output` and its like."""
     row, reader = reading.row, reading.reader
     column = "input" if row.get("input") is not None else "dialogue"
     value = row.get(column)
@@ -274,6 +179,8 @@ def _read_raw_sample(reading: _Reading) -> CandidateSet | None:
     replies: list[tuple[str, str]] = []
     if row.get("answer") is not None or row.get("other_answer") is not None:
         replies.append((CHOSEN_SOURCE, reader.text("answer")))
+    elif column == "input" and (other := first_of(row, REPLIES)) is not None:
+        replies.append((CHOSEN_SOURCE, reader.text(other)))
     if row.get("other_answer") is not None:
         replies.append((REJECTED_SOURCE, reader.text("other_answer")))
         if not isinstance(row.get("better"), bool):
@@ -289,19 +196,7 @@ def _read_raw_sample(reading: _Reading) -> CandidateSet | None:
     return reading.made(turns, replies)
 
 
-def _read_alpaca(reading: _Reading) -> CandidateSet | None:
-    """Alpaca: `instruction`, `input` (may be empty), `output` (without it, a prompt)."""
-    asked = reading.reader.text("instruction")
-    given = reading.reader.text("input", default="")
-    has_output = reading.row.get("output") is not None
-    output = reading.reader.text("output") if has_output else ""
-    reading.raise_faults()
-    prompt = (Message("user", f"{asked}\n{given}" if given.strip() else asked),)
-    replies = ((CHOSEN_SOURCE, output),) if has_output else ()
-    return reading.made(prompt, replies, query_format="alpaca")
-
-
-def _conversation(reading: _Reading, turns: tuple[Message, ...]) -> CandidateSet | None:
+def _conversation(reading: Reading, turns: tuple[Message, ...]) -> CandidateSet | None:
     """A demonstration where the assistant has the last word, else a prompt."""
     before, reply = _without_reply(turns)
     prompt = reading.prompt(before)
@@ -310,42 +205,86 @@ def _conversation(reading: _Reading, turns: tuple[Message, ...]) -> CandidateSet
     return reading.made(prompt, ((CHOSEN_SOURCE, reply),) if len(before) < len(turns) else ())
 
 
-def _read_messages(reading: _Reading) -> CandidateSet | None:
-    """`messages`: a conversation; its last turn, if the assistant's, is the response."""
-    return _conversation(reading, _turns(reading, "messages"))
-
-
-def _read_completion(reading: _Reading) -> CandidateSet | None:
-    """TRL: `prompt` and `completion`, texts or conversations."""
+def _read_messages(reading: Reading) -> CandidateSet | None:
+    """`messages`: a conversation; its last turn, if the assistant's, is the response, else a column
+    of its own may hold it."""
     row = reading.row
-    if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
-        turns: tuple[Message, ...] = ()
-        for column in ("prompt", "completion"):
-            if isinstance(row.get(column), list):
-                turns += _turns(reading, column)
-            else:
-                role = "user" if column == "prompt" else "assistant"
-                turns += (Message(role, reading.reader.text(column)),)
-        reading.raise_faults()
-        return _conversation(reading, turns)
-    completion = reading.reader.text("completion")
-    query = reading.text_prompt("prompt")
-    if query is None:
+    column = first_of(row, CONVERSATIONS)
+    if column is None:
+        column = next(name for name in CONVERSATIONS if name in row)
+    turns = reading.turns(column)
+    if turns[-1].role == "user" and isinstance(row.get(first_of(row, REPLIES) or ""), str):
+        return _read_reply(reading)
+    return _conversation(reading, turns)
+
+
+def _read_reply(reading: Reading) -> CandidateSet | None:
+    """A prompt and one reply, texts or conversations: a demonstration."""
+    row = reading.row
+    column = first_of(row, REPLIES)
+    if column is None:
+        return _read_prompt_where_null(reading)
+    value = row[column]
+    if row.get("label") is False:
+        reading.counts.drop("unwanted_reply", reading.where)
         return None
-    bare = completion if isinstance(query, str) else completion.removeprefix(" ")
-    return reading.made(query, ((CHOSEN_SOURCE, bare),))
+    if isinstance(value, list) and not (value and isinstance(value[0], dict)):
+        return read_replies_of(reading, column)
+    if isinstance(value, list):
+        found = reading.find_prompt()
+        turns = reading.turns(column)
+        if found is None:
+            return None
+        asked = found[0]
+        before = (Message("user", asked),) if isinstance(asked, str) else asked
+        return _conversation(reading, before + turns)
+    reply = reading.reader.text(column)
+    reading.raise_faults()
+    found = reading.find_prompt()
+    if found is None:
+        return None
+    query, query_format = found
+    prompt = first_of(row, PROMPTS)
+    if prompt is not None and isinstance(row[prompt], str) and is_hh_prompt(row[prompt]):
+        reply = reply.removeprefix(" ")
+    scored = first_of(row, SCORES)
+    if scored is None:
+        return reading.made(query, ((CHOSEN_SOURCE, reply),), query_format)
+    return _with_score(reading, reply, scored)
 
 
-def _read_prompt(reading: _Reading) -> CandidateSet | None:
-    """`prompt` alone: a text or a conversation."""
-    if isinstance(reading.row.get("prompt"), list):
-        prompt = reading.prompt(_turns(reading, "prompt"))
-        return None if prompt is None else reading.made(prompt)
-    query = reading.text_prompt("prompt")
-    return None if query is None else reading.made(query)
+def _with_score(reading: Reading, reply: str, column: str) -> CandidateSet | None:
+    """One reply with a number: not one to imitate, for its score may be a bad one."""
+    score = reading.row[column]
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        raise reading.wrong(
+            column,
+            f"must be a number, is {kind_of(score)}; mend it, or leave the column out: --columns "
+            f"unread={column}",
+        )
+    found = reading.find_prompt()
+    if found is None:
+        return None
+    reading.counts.scores_from[column] += 1
+    return reading.with_candidates(found[0], (Candidate(reply, "", float(score)),), found[1])
 
 
-def _read_query(reading: _Reading) -> CandidateSet | None:
+def _read_prompt_where_null(reading: Reading) -> CandidateSet | None:
+    """The reply's column is there and null: an instruction without output is a prompt."""
+    if "instruction" in reading.row:
+        return _read_prompt(reading)
+    column = next(name for name in REPLIES if name in reading.row)
+    reading.reader.text(column)
+    raise RowError(reading.reader.faults)
+
+
+def _read_prompt(reading: Reading) -> CandidateSet | None:
+    """A prompt alone: a text or a conversation."""
+    found = reading.find_prompt()
+    return None if found is None else reading.made(found[0], (), found[1])
+
+
+def _read_query(reading: Reading) -> CandidateSet | None:
     """`query` alone: a candidate row that has no responses yet."""
     if "responses" in reading.row:
         raise reading.wrong(
@@ -354,16 +293,17 @@ def _read_query(reading: _Reading) -> CandidateSet | None:
     if reading.row.keys() & {"scores", "sources", "finish_reasons"}:
         return _read_candidates(reading)
     reading.counts.query_formats["raw"] += 1
-    return parse_candidate_set({**reading.row, "responses": []}, reading.where)
+    row = reading.row.only(CANDIDATE_COLUMNS)
+    return parse_candidate_set({**row, "responses": []}, reading.where)
 
 
-def _read_candidates(reading: _Reading) -> CandidateSet | None:
+def _read_candidates(reading: Reading) -> CandidateSet | None:
     """A candidate row: `query`, `responses`, and what else it may have."""
     reading.counts.query_formats["raw"] += 1
-    return parse_candidate_set(reading.row, reading.where)
+    return parse_candidate_set(reading.row.only(CANDIDATE_COLUMNS), reading.where)
 
 
-def _read_scored_prompts(reading: _Reading) -> CandidateSet | None:
+def _read_scored_prompts(reading: Reading) -> CandidateSet | None:
     """RRHF's scored files: `prompt`, `response` (a list), `scores`."""
     reading.counts.query_formats["raw"] += 1
     renamed = {
@@ -380,30 +320,46 @@ class Layout:
 
     Attributes:
         name: as tables and messages call it.
-        columns: those that tell it; a row has all of them.
+        columns: those that tell it, "a|b" where one of several will do; a row has all of them.
         read: makes a record of a row; None = dropped, counted.
+        without: columns with which a row is of another layout.
     """
 
     name: str
     columns: tuple[str, ...]
-    read: Callable[[_Reading], CandidateSet | None]
+    read: Callable[[Reading], CandidateSet | None]
+    without: tuple[str, ...] = ()
 
+    def missing_in(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns that a row lacks."""
+        return [
+            names for names in self.columns if not any(name in row for name in names.split("|"))
+        ]
+
+    def is_of(self, row: Mapping[str, Any]) -> bool:
+        """Whether the columns of a row tell this layout."""
+        return not self.missing_in(row) and not any(name in row for name in self.without)
+
+
+_ANY_PROMPT = "|".join((*PROMPTS, *CONVERSATIONS))
 
 # In this order: a row may have the columns of several, the first one counts.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("candidates", ("query", "responses"), _read_candidates),
-    Layout("query", ("query",), _read_query),
+    Layout(CANDIDATES, ("query", "responses"), _read_candidates, ("rewards", "ranks", "ranking")),
     Layout(
         "numbered preference",
         ("prompt", "response_0", "response_1", "better_response_id"),
         _read_numbered_preference,
     ),
     Layout("preference", ("chosen", "rejected"), _read_preference),
-    Layout("alpaca", ("instruction",), _read_alpaca),
     Layout("scored prompts", ("prompt", "response", "scores"), _read_scored_prompts),
-    Layout("completion", ("prompt", "completion"), _read_completion),
-    Layout("messages", ("messages",), _read_messages),
+    Layout("replies", (_ANY_PROMPT, "|".join(REPLY_LISTS)), read_reply_list),
+    Layout("ranking", (_ANY_PROMPT, "ranking"), read_ranking),
+    Layout("reply", ("|".join(PROMPTS[:-1]), "|".join(REPLIES)), _read_reply),
+    Layout("query", ("query",), _read_query),
+    Layout("messages", ("|".join(CONVERSATIONS),), _read_messages),
     Layout("prompt", ("prompt",), _read_prompt),
+    Layout("question", ("question|instruction",), _read_prompt),
     Layout("raw sample", ("input",), _read_raw_sample),
     Layout("dialogue", ("dialogue",), _read_raw_sample),
 )
@@ -421,17 +377,40 @@ def find_layout(row: Any, where: str) -> Layout:
             "JSON object a line"
         )
     for layout in LAYOUTS:
-        if all(column in row for column in layout.columns):
+        if layout.is_of(row) and not (layout.name == CANDIDATES and _holds_objects(row)):
             return layout
+    named = ", ".join(f"{name}{near_hint(name, KNOWN)}" for name in row) or "none"
+    replies = [name for name in row if name in (*REPLIES, *REPLY_LISTS, "ranking")]
+    missing = f"; a column with the prompt is missing beside {replies[0]!r}" if replies else ""
     known = "; ".join(", ".join(layout.columns) for layout in LAYOUTS)
     raise UserError(
-        f"{where}: row: its columns ({', '.join(map(str, row)) or 'none'}) are none that can be "
-        f"read; rename them to one of: {known}"
+        f"{where}: row: its columns ({named}) are none that can be read{missing}; say which is "
+        f"which (--columns prompt=YOURS,response=YOURS), or rename them to one of: {known}"
     )
 
 
-def read_row(layout: Layout, row: Any, where: str, counts: SourceCounts) -> CandidateSet | None:
+def is_candidate_row(row: Any) -> bool:
+    """Whether a file that begins with this row is a candidate file."""
+    return isinstance(row, dict) and LAYOUTS[0].is_of(row) and not _holds_objects(row)
+
+
+def _holds_objects(row: Mapping[str, Any]) -> bool:
+    """Whether the replies are objects, which a candidate file does not have."""
+    replies = row["responses"]
+    return isinstance(replies, list) and any(isinstance(x, (dict, list)) for x in replies)
+
+
+def read_row(
+    layout: Layout, row: Any, where: str, counts: SourceCounts, source: str = ""
+) -> CandidateSet | None:
     """One row of a known layout; None where it is dropped.
+
+    Args:
+        layout: of the file.
+        row: as it stands there.
+        where: its place, which begins every message.
+        counts: what became of it is counted here.
+        source: under which `counts` names the columns that were not read.
 
     Raises:
         RowError: with a line for each mistake.
@@ -439,14 +418,20 @@ def read_row(layout: Layout, row: Any, where: str, counts: SourceCounts) -> Cand
     if not isinstance(row, Mapping):
         raise RowError([f"{where}: row: must be an object, is {kind_of(row)}; mend it"])
     counts.read += 1
-    missing = [column for column in layout.columns if column not in row]
-    if missing:
+    if missing := layout.missing_in(row):
         raise RowError(
             [
                 f"{where}: {column}: is missing (the file's first row has it); every row needs it"
                 for column in missing
             ]
         )
-    found = layout.read(_Reading(row, where, counts))
-    counts.kept += found is not None
+    reading = Reading(row, where, counts)
+    found = layout.read(reading)
+    if found is None:
+        return None
+    if not found.candidates and (fault := replies_not_read(reading.row, where)):
+        raise RowError([fault])
+    counts.kept += 1
+    counts.layouts[layout.name] += 1
+    counts.name_unread(source, reading.row.unread)
     return found

@@ -24,11 +24,18 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from rrhf.data.candidate_files import CandidateFile, SeenIds
+from rrhf.data.columns import ColumnNames, parse_columns
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, scan_rows
-from rrhf.data.layouts import SourceCounts
+from rrhf.data.layouts import (
+    CANDIDATE_COLUMNS,
+    CANDIDATES,
+    SourceCounts,
+    is_candidate_row,
+)
 from rrhf.data.sources import JSON_SUFFIXES, open_rows, read_sets
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet, set_id
@@ -187,6 +194,7 @@ def load_sets(
     counts: SourceCounts | None = None,
     new_ids: bool = False,
     accept_edited: bool = False,
+    columns: str | None = None,
 ) -> Sequence[CandidateSet]:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -198,18 +206,20 @@ def load_sets(
         new_ids: forget the ids that candidate files give, which may repeat; make them from the
             prompts.
         accept_edited: read files also where they are not as their manifests describe them.
+        columns: what the columns are called (`rrhf.data.columns`), where not as they are known.
 
     Raises:
         UserError: as `rrhf.data.sources.read_sets`, or nothing is left.
     """
     counts = SourceCounts() if counts is None else counts
+    names = parse_columns(columns)
     parts: list[Sequence[CandidateSet]] = []
     rows: list[list[int]] = []
     for position, spec in enumerate(parse_mixture(specs)):
         if spec.is_skipped:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
-        part = _open_part(spec, split, counts, new_ids, accept_edited)
+        part = _open_part(spec, split, counts, new_ids, accept_edited, names)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
@@ -226,24 +236,27 @@ def _open_part(
     counts: SourceCounts,
     new_ids: bool,
     accept_edited: bool,
+    names: ColumnNames,
 ) -> Sequence[CandidateSet]:
     place = spec.path or spec.name
-    if not new_ids and _is_candidate_file(place):
+    if not new_ids and not names and (first := _first_candidate_row(place)) is not None:
         file = CandidateFile(place, accept_edited)
         counts.read += len(file)
         counts.kept += len(file)
+        counts.layouts[CANDIDATES] += len(file)
+        counts.name_unread(place, [name for name in first if name not in CANDIDATE_COLUMNS])
         return file
-    sets = read_sets(spec.name, split, counts, spec.path, accept_edited)
+    sets = read_sets(spec.name, split, counts, spec.path, accept_edited, names)
     if new_ids:
         sets = (replace(found, id=set_id(found.query, found.messages)) for found in sets)
     return CandidateFile.spool(sets, spec.name)
 
 
-def _is_candidate_file(path: str) -> bool:
-    """True where the first row that can be read has a candidate row's keys."""
+def _first_candidate_row(path: str) -> dict[str, Any] | None:
+    """The first row that can be read, where it is a candidate file's; else None."""
     if not os.path.isfile(path) or not path.endswith(JSON_SUFFIXES):
-        return False
+        return None
     for item in scan_rows(path):
         if not isinstance(item, Fault):
-            return isinstance(item.value, dict) and {"query", "responses"} <= item.value.keys()
-    return False
+            return item.value if is_candidate_row(item.value) else None
+    return None

@@ -22,8 +22,17 @@ from typing import Any
 
 from rrhf.data.candidate_files import SeenIds, require_finished
 from rrhf.data.candidate_rows import RowError
+from rrhf.data.columns import ColumnNames
 from rrhf.data.json_scan import Fault, Faults, scan_rows
 from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
+from rrhf.data.tables import (
+    SEPARATORS,
+    TEXT_SUFFIX,
+    kind_of_file,
+    looks_like_json,
+    table_rows,
+    text_rows,
+)
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 
@@ -37,11 +46,22 @@ Rows = Iterator[tuple[str, Any]]
 Reader = Callable[[str | None, str | None], Rows]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_TABLE_KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
+_SUFFIXES = (*JSON_SUFFIXES, *_TABLE_KINDS, *SEPARATORS, TEXT_SUFFIX)
 _DEFAULT_SPLIT = "train"
 
 
 def _file_rows(path: str) -> Rows:
+    kind = kind_of_file(path)
+    if kind in SEPARATORS:
+        for line, row in table_rows(path, SEPARATORS[kind]):
+            yield f"{path}:{line}", row
+        return
+    if kind == TEXT_SUFFIX and not looks_like_json(path):
+        for line, prompt in text_rows(path):
+            if prompt is not None:
+                yield f"{path}:{line}", prompt
+        return
     for item in scan_rows(path, require_finished(path)):
         if isinstance(item, Fault):
             yield item.place_in(path), item
@@ -51,7 +71,7 @@ def _file_rows(path: str) -> Rows:
 
 def _folder_rows(path: str, split: str | None) -> Rows:
     """A folder's rows: `<split>.jsonl` or its like, as HH comes, else as `datasets` has it."""
-    for suffix in JSON_SUFFIXES:
+    for suffix in (*JSON_SUFFIXES, *SEPARATORS, TEXT_SUFFIX):
         file = os.path.join(path, f"{split or _DEFAULT_SPLIT}{suffix}")
         if os.path.isfile(file):
             return _file_rows(file)
@@ -203,9 +223,7 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
     if path is not None:
         return name, _path_rows(path, split)
     parts = name.split("/")
-    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(
-        (*JSON_SUFFIXES, *_TABLE_KINDS)
-    )
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(_SUFFIXES)
     if looks_like_path:
         raise UserError(f"{name}: there is no such file or folder; check the path")
     if len(parts) < 2 or not all(parts):
@@ -238,6 +256,7 @@ def read_sets(
     counts: SourceCounts | None = None,
     path: str | None = None,
     accept_edited: bool = False,
+    columns: ColumnNames | None = None,
 ) -> Iterator[CandidateSet]:
     """The records of a source, streaming, each with an id of its own and its origin.
 
@@ -247,6 +266,7 @@ def read_sets(
         counts: filled while reading.
         path: a local copy of the named source.
         accept_edited: read a file also where it is not as its manifest describes it.
+        columns: what the columns are called, where not as they are known.
 
     Raises:
         UserError: there is no such source, it is empty, unfinished or changed since it was written,
@@ -264,9 +284,11 @@ def read_sets(
         if isinstance(row, Fault):
             faults.add_fault(where, row)
         else:
+            if columns and isinstance(row, Mapping):
+                row = columns.rename(row, where)
+            layout = layout or find_layout(row, where)
             try:
-                layout = layout or find_layout(row, where)
-                found = read_row(layout, row, where, counts)
+                found = read_row(layout, row, where, counts, path or spec)
             except RowError as error:
                 for text in error.faults:
                     faults.add(text)

@@ -54,7 +54,7 @@ def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
     opened: set[int] = set()
     for item in sets:
         figures["prompts"] += 1
-        figures["conversations"] += item.messages is not None
+        figures["conversations"] += item.messages is not None and not item.is_plain
         opened.add(hash(first_turn(item)))
         origins[item.origin] += 1
         spreads["query_characters"].add(len(item.query))

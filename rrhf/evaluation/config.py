@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import SEED, SHARE, check_ranges
@@ -17,7 +18,7 @@ MAX_UNSCORED_FRACTION = 0.01
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RewardModelOptions, EditedFiles):
+class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     """Measure a policy, or responses that are there already, on held-out prompts."""
 
     output_dir: str = field(metadata={"names": "output folder"})

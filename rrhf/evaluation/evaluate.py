@@ -86,6 +86,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
         config.num_human_responses,
         config.split,
         config.accept_edited_files,
+        config.columns,
     )
     models = _Models(config)
     engine = models.engine(config.model_name_or_path) if config.model_name_or_path else None

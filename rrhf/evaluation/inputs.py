@@ -47,6 +47,7 @@ def load_evaluation_data(
     num_human_responses: int = 0,
     split: str | None = None,
     accept_edited: bool = False,
+    columns: str | None = None,
 ) -> EvaluationData:
     """Read and choose; specs as `rrhf.data.mixing.load_sets` takes them.
 
@@ -58,8 +59,9 @@ def load_evaluation_data(
         num_human_responses: how many rows of such other data; 0 = all.
         split: the split of named datasets.
         accept_edited: read files also where they are not as their manifests describe them.
+        columns: what the columns are called, where not as they are known.
     """
-    load = partial(load_sets, split=split, accept_edited=accept_edited)
+    load = partial(load_sets, split=split, accept_edited=accept_edited, columns=columns)
     sets = choose(unique_prompts(load(prompts)), num_prompts)
     human = own_references(sets)
     if human_responses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import INDEX, SEED, check_ranges
@@ -56,7 +57,7 @@ class SamplingOptions:
 
 
 @dataclass
-class GenerateConfig(SamplingOptions, EditedFiles):
+class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     """Sample responses to prompts with a policy and write a candidate file."""
 
     model_name_or_path: str = field(metadata={"names": "model"})

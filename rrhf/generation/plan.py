@@ -92,6 +92,7 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
         config.split,
         counts,
         accept_edited=config.accept_edited_files,
+        columns=config.columns,
     )
     window = context_window(config.model_name_or_path)
     room = prompt_room(window, config.sampling_params(), config.max_prompt_tokens)

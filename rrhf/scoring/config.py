@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
 from rrhf.ranges import COUNT, INDEX, check_ranges
 from rrhf.seals import EditedFiles
@@ -60,7 +61,7 @@ class RewardModelOptions:
 
 
 @dataclass
-class ScoreConfig(RewardModelOptions, EditedFiles):
+class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     """Score the candidates of a file and write them with their scores."""
 
     input_file: str = field(

@@ -343,7 +343,8 @@ class TrlxScorer:
 
     def text_of(self, s: CandidateSet, candidate: Candidate) -> str:
         """The text that is scored, without its EOS."""
-        query = s.query if s.messages is None else render_messages("hh", s.messages)
+        is_text = s.messages is None or s.is_plain
+        query = s.query if is_text else render_messages("hh", s.messages or ())
         blank = "" if candidate.response.startswith(" ") and not self._double_blank else " "
         return query + blank + candidate.response
 

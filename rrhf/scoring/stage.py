@@ -60,6 +60,7 @@ _NOT_SETTINGS = (
     "input_file",
     "max_unscored_fraction",
     "accept_edited_files",
+    "columns",
 )
 
 
@@ -158,6 +159,7 @@ class _Stage:
             self.config.input_file,
             counts=self.counts,
             accept_edited=self.config.accept_edited_files,
+            columns=self.config.columns,
         )
         digest = hashlib.sha256()
         ids, to_score = [], 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
 from rrhf.ranges import (
     BELOW_ONE,
@@ -64,7 +65,7 @@ class GroupSettings:
 
 
 @dataclass
-class TrainingConfig(EditedFiles):
+class TrainingConfig(EditedFiles, ColumnOptions):
     """Training, as in every stage of `rrhf train`."""
 
     model_name_or_path: str = field(metadata={"names": "model", "aliases": ["model_name"]})

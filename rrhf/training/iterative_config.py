@@ -109,6 +109,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             policy="" if round_number == 1 else f"round-{round_number - 1}",
             chat_format=self.chat_format,
             accept_edited_files=self.accept_edited_files,
+            columns=self.columns,
         )
 
     def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
@@ -132,6 +133,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             policy=name,
             chat_format=self.chat_format,
             accept_edited_files=self.accept_edited_files,
+            columns=self.columns,
         )
 
     def scoring(self, candidates: Path, output: Path) -> ScoreConfig:
@@ -167,6 +169,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             "output_dir": str(output_dir),
             "resume_from_checkpoint": resume,
             "load_best_model_at_end": False,  # of a round's steps; here rounds are compared
+            "columns": None,  # of the prompts; a round's candidates are called as they should be
         }
         return RankConfig(**settings, data_path=str(data))
 

@@ -83,10 +83,18 @@ def train(config: PPOConfig) -> Path:
         )
         read = SourceCounts()
         edited = config.accept_edited_files
-        prompts = load_sets(config.train_datasets, config.seed, counts=read, accept_edited=edited)
+        prompts = load_sets(
+            config.train_datasets,
+            config.seed,
+            counts=read,
+            accept_edited=edited,
+            columns=config.columns,
+        )
         held_out: Sequence[CandidateSet] = ()
         if config.eval_datasets:
-            held_out = load_sets(config.eval_datasets, config.seed, accept_edited=edited)
+            held_out = load_sets(
+                config.eval_datasets, config.seed, accept_edited=edited, columns=config.columns
+            )
         root = build_root(config, bench)
         reference = build_reference(config, bench)
         if reference is not None:
@@ -240,7 +248,9 @@ def _demonstrations(
     """Batches of `--ptx_datasets`, as large as those of experience."""
     assert config.ptx_datasets is not None, "there are no demonstrations"
     edited = config.accept_edited_files
-    sets = demonstrations(load_sets(config.ptx_datasets, config.seed, accept_edited=edited))
+    sets = demonstrations(
+        load_sets(config.ptx_datasets, config.seed, accept_edited=edited, columns=config.columns)
+    )
     encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
 
     def encode_marked(demonstration: CandidateSet) -> EncodedSet | None:

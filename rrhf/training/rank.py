@@ -141,10 +141,14 @@ def train(config: RankConfig) -> Path:
     with opened_workbench(config) as bench:
         read = SourceCounts()
         edited = config.accept_edited_files
-        sets = load_sets(config.data_path, config.seed, counts=read, accept_edited=edited)
+        sets = load_sets(
+            config.data_path, config.seed, counts=read, accept_edited=edited, columns=config.columns
+        )
         held_out = None
         if config.eval_data_path:
-            held_out = load_sets(config.eval_data_path, config.seed, accept_edited=edited)
+            held_out = load_sets(
+                config.eval_data_path, config.seed, accept_edited=edited, columns=config.columns
+            )
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window)

@@ -253,7 +253,9 @@ def _load(
 ) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
     """Ranked groups to train on, and held-out ones (maybe none)."""
     edited = config.accept_edited_files
-    sets = load_sets(config.data_path, config.seed, counts=counts, accept_edited=edited)
+    sets = load_sets(
+        config.data_path, config.seed, counts=counts, accept_edited=edited, columns=config.columns
+    )
     groups = ranked_groups(sets, counts)
     if config.validation_datasets is not None:
         others = load_sets(
@@ -261,6 +263,7 @@ def _load(
             config.seed,
             counts=held_out_counts,
             accept_edited=edited,
+            columns=config.columns,
         )
         return groups, ranked_groups(others, held_out_counts)
     if config.validation_fraction == 0:

@@ -119,11 +119,15 @@ def train(config: SFTConfig) -> Path:
     with opened_workbench(config) as bench:
         read = SourceCounts()
         edited = config.accept_edited_files
-        found = load_sets(config.data_path, config.seed, counts=read, accept_edited=edited)
+        found = load_sets(
+            config.data_path, config.seed, counts=read, accept_edited=edited, columns=config.columns
+        )
         sets = demonstrations(found, read)
         held_out = None
         if config.eval_data_path:
-            others = load_sets(config.eval_data_path, config.seed, accept_edited=edited)
+            others = load_sets(
+                config.eval_data_path, config.seed, accept_edited=edited, columns=config.columns
+            )
             held_out = demonstrations(others)
         policy = _policy(config, bench)
         encode = _encoder(config, bench)

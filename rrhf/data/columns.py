@@ -1,0 +1,233 @@
+"""What a file's columns are called: the names that are known, and those that a user maps to them.
+
+`--columns prompt=question,response=reply` reads the column `question` as `prompt`; `unread=NAME`
+says that a column is of no interest. Of each row it is remembered which columns were read, so that
+those that were not can be named, and a file of prompts whose replies nobody reads is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from rrhf.errors import UserError
+
+# In each family the names mean the same; the first one that a row has is read.
+PROMPTS = ("prompt", "query", "question", "instruction", "input")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+REPLIES = ("response", "completion", "answer", "output", "reply")
+REPLY_LISTS = ("responses", "completions", "answers", "outputs", "generations", "candidates")
+SCORE_LISTS = ("scores", "rewards", "ranks")
+SCORES = ("score", "overall_score", "fine-grained_score", "reward", "rating")
+
+_OTHERS = (
+    *("chosen", "rejected", "response_0", "response_1", "better_response_id", "ranking", "rank"),
+    *("context", "other_answer", "better", "dialogue", "label"),
+    *("id", "origin", "sources", "source", "model", "finish_reasons"),
+)
+KNOWN = (
+    *(*PROMPTS, *CONVERSATIONS, *SYSTEM, *REPLIES, *REPLY_LISTS, *SCORE_LISTS, *SCORES),
+    *_OTHERS,
+)
+_REPLY_NAMES = {*REPLIES, *REPLY_LISTS, *SCORE_LISTS, "chosen", "rejected", "ranking", "ranks"}
+_REPLY_WORDS = _REPLY_NAMES - {"input", "ranks"}
+# Where to look for what is given as a column but is a key of a list's objects.
+_NESTED_IN = (*REPLY_LISTS, "ranking")
+UNREAD = "unread"
+
+
+@dataclass
+class ColumnOptions:
+    """The flag that every command with a data source has."""
+
+    columns: str | None = field(default=None, kw_only=True)
+    """What the data's columns are called, where not as this toolkit knows them, such as
+    prompt=question,response=reply; unread=NAME leaves a column out."""
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """A user's mapping of columns.
+
+    Attributes:
+        source: known name -> what the data call it.
+        unread: columns that nobody wants.
+    """
+
+    source: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.source or self.unread)
+
+    def rename(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The row under known names.
+
+        A name may also be that of a key in the objects of a list (`completions`); it is renamed
+        there.
+
+        Raises:
+            UserError: the row has no such column, and none of the known name either.
+        """
+        if not self:
+            return row
+        known_as = {theirs: ours for ours, theirs in self.source.items()}
+        covered = {ours for ours, theirs in self.source.items() if theirs in row}
+        renamed = {
+            known_as.get(name, name): value
+            for name, value in row.items()
+            if name not in self.unread and (name in known_as or name not in covered)
+        }
+        missing = [(ours, theirs) for ours, theirs in self.source.items() if theirs not in row]
+        for ours, theirs in missing:
+            if not _rename_nested(renamed, ours, theirs) and ours not in row:
+                raise UserError(
+                    f"{where}: {theirs}: is missing (--columns {ours}={theirs}); the columns are "
+                    f"{', '.join(map(str, row))}{near_hint(theirs, row)}"
+                )
+        return renamed
+
+
+def _rename_nested(row: dict[str, Any], ours: str, theirs: str) -> bool:
+    """Rename a key in the objects of the row's lists of replies; whether there was one."""
+    found = False
+    for name in _NESTED_IN:
+        items = row.get(name)
+        if isinstance(items, list) and any(isinstance(x, dict) and theirs in x for x in items):
+            row[name] = [
+                {(ours if key == theirs else key): x[key] for key in x if key != ours}
+                if isinstance(x, dict) and theirs in x
+                else x
+                for x in items
+            ]
+            found = True
+    return found
+
+
+def parse_columns(text: str | None) -> ColumnNames:
+    """Read `known=theirs,known=theirs,unread=theirs`.
+
+    Raises:
+        UserError: it is not of that form, or a name is not known.
+    """
+    source: dict[str, str] = {}
+    unread: set[str] = set()
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        ours, equals, theirs = (word.strip() for word in part.partition("="))
+        if not equals or not ours or not theirs:
+            raise UserError(
+                f"--columns {text}: {part.strip()!r} is not of the form KNOWN=YOURS, such as "
+                "prompt=question"
+            )
+        if ours == UNREAD:
+            unread.add(theirs)
+        elif ours not in KNOWN:
+            raise UserError(
+                f"--columns {text}: {ours!r} is no name that is known here"
+                f"{near_hint(ours, KNOWN)}; known are {', '.join(KNOWN)} and {UNREAD}"
+            )
+        elif ours in source:
+            raise UserError(f"--columns {text}: names {ours!r} twice; give one column for it")
+        else:
+            source[ours] = theirs
+    return ColumnNames(source, frozenset(unread))
+
+
+class TrackedRow(Mapping[str, Any]):
+    """A row that remembers which of its columns were asked for."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self._row = row
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._row
+
+    def only(self, names: Iterable[str]) -> dict[str, Any]:
+        """These columns alone, where they are there, as a plain row."""
+        return {name: self[name] for name in names if name in self._row}
+
+    @property
+    def unread(self) -> list[str]:
+        """The columns that nobody asked for, in the row's order."""
+        return [name for name in self._row if name not in self.read]
+
+    def unread_replies(self) -> list[str]:
+        """Unread columns that look as if they held replies or scores, with something in them."""
+        return [
+            name
+            for name in self.unread
+            if _may_hold_replies(self._row[name]) and looks_like_replies(name)
+        ]
+
+
+def first_of(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The first of some columns that a row has and that is not null there."""
+    return next((name for name in names if name in row and row[name] is not None), None)
+
+
+def _may_hold_replies(value: Any) -> bool:
+    return isinstance(value, (str, list, dict)) and bool(value)
+
+
+@lru_cache(maxsize=4096)
+def looks_like_replies(name: str) -> bool:
+    """Whether a column's name is one of replies or scores, holds such a word, or is nearly one."""
+    plain = str(name).strip().lower()
+    words = set(re.split(r"[^a-z]+", plain))
+    return bool(words & _REPLY_WORDS) or bool(
+        difflib.get_close_matches(plain, _REPLY_NAMES, n=1, cutoff=0.8)
+    )
+
+
+def near_hint(name: str, known: Iterable[str]) -> str:
+    """Words that name the nearest known name; empty where none is near."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def replies_not_read(row: TrackedRow, where: str) -> str | None:
+    """What to say of a row of which only the prompt was read although it seems to hold replies."""
+    names = row.unread_replies()
+    if not names:
+        return None
+    hints = []
+    for name in names:
+        near = difflib.get_close_matches(name.lower(), _REPLY_NAMES, n=1, cutoff=0.6)
+        is_known = name in KNOWN
+        hints.append(repr(name) + (f" (nearest: {near[0]!r})" if near and not is_known else ""))
+    missing = _missing_partner(row, names)
+    return (
+        f"{where}: row: only the prompt can be read of it, but {', '.join(hints)} "
+        f"{'looks' if len(names) == 1 else 'look'} like replies or scores{missing}; name the "
+        f"columns (--columns response=..., responses=..., scores=..., chosen=..., rejected=...), "
+        f"or leave {'it' if len(names) == 1 else 'them'} out: --columns "
+        + ",".join(f"{UNREAD}={name}" for name in names)
+    )
+
+
+def _missing_partner(row: TrackedRow, names: list[str]) -> str:
+    """The column that a pair or a list of scores lacks."""
+    if ("chosen" in names) != ("rejected" in names):
+        return f"; column {'rejected' if 'chosen' in names else 'chosen'!r} is missing"
+    lists = [name for name in names if name in (*SCORE_LISTS, "ranking")]
+    if lists and not any(name in row for name in REPLY_LISTS):
+        return f"; column 'responses', which {lists[0]!r} would belong to, is missing"
+    return ""

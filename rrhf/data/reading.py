@@ -1,0 +1,224 @@
+"""One row on its way to a record, and what became of all the rows that were read.
+
+A row remembers which of its columns were asked for (`rrhf.data.columns`). How a prompt is found in
+it is said here, once for all layouts: a conversation; a text in HH's form, which is read into
+turns; a question or instruction, which is a user's turn; or a plain text, which a model with a chat
+template gets as a user's turn, and any other model as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from rrhf.data.candidate_rows import RowError, RowReader, kind_of
+from rrhf.data.chat_format import parse_hh_transcript, render_messages
+from rrhf.data.columns import CONVERSATIONS, PROMPTS, SYSTEM, TrackedRow, first_of
+from rrhf.records import Candidate, CandidateSet, Message, plain_prompt, set_id
+
+logger = logging.getLogger(__name__)
+
+QueryFormat = Literal["hh", "alpaca", "raw"]
+Prompt = str | tuple[Message, ...]
+
+# Who speaks, as ShareGPT has it.
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+
+
+@dataclass
+class SourceCounts:
+    """What became of the rows that were read.
+
+    Attributes:
+        read: rows seen.
+        kept: sets yielded.
+        dropped: rows left out, by reason.
+        mended: rows changed in passing, by reason; they are kept.
+        query_formats: how the `query` was rendered: "hh", "alpaca", or "raw" = as it was.
+        layouts: rows read, by the layout that was told from their columns.
+        scores_from: rows whose scores were read, by what they were read from.
+        unread: columns that were not read, by source.
+        is_quiet: only count.
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    mended: Counter[str] = field(default_factory=Counter)
+    query_formats: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
+    scores_from: Counter[str] = field(default_factory=Counter)
+    unread: dict[str, list[str]] = field(default_factory=dict)
+    is_quiet: bool = False
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that is left out; the first of each reason is logged with its place."""
+        if reason not in self.dropped and not self.is_quiet:
+            logger.info("%s: left out (%s); more of this kind are only counted", where, reason)
+        self.dropped[reason] += 1
+
+    def mend(self, reason: str, where: str) -> None:
+        """Count a row that was changed; the first of each reason is logged with its place."""
+        if reason not in self.mended:
+            logger.info("%s: changed (%s); more of this kind are only counted", where, reason)
+        self.mended[reason] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a manifest or a table."""
+        unread = {source: columns for source, columns in self.unread.items() if columns}
+        return {
+            "rows_read": self.read,
+            "rows_kept": self.kept,
+            "dropped": dict(sorted(self.dropped.items())),
+            "mended": dict(sorted(self.mended.items())),
+            "query_formats": dict(sorted(self.query_formats.items())),
+            **({"columns_not_read": unread} if unread else {}),
+        }
+
+    def name_unread(self, source: str, columns: list[str]) -> None:
+        """Remember, and log once a source, which columns of its first row were not read."""
+        if source in self.unread:
+            return
+        self.unread[source] = columns
+        if columns:
+            logger.info("%s: columns that are not read: %s", source or "data", ", ".join(columns))
+
+
+class Reading:
+    """One row on its way to a record."""
+
+    def __init__(self, row: Mapping[str, Any], where: str, counts: SourceCounts) -> None:
+        self.row = TrackedRow(row)
+        self.where = where
+        self.counts = counts
+        self.reader = RowReader(self.row, where)
+
+    def raise_faults(self) -> None:
+        if self.reader.faults:
+            raise RowError(self.reader.faults)
+
+    def wrong(self, column: str, reason: str) -> RowError:
+        self.reader.fault(column, reason)
+        return RowError(self.reader.faults)
+
+    def prompt(self, turns: Sequence[Message]) -> tuple[Message, ...] | None:
+        """The turns as a prompt, neighbours joined; None (counted) if the user does not end it."""
+        if not turns or turns[-1].role != "user":
+            self.counts.drop("prompt_ends_with_assistant", self.where)
+            return None
+        joined: list[Message] = []
+        for turn in turns:
+            if joined and joined[-1].role == turn.role:
+                turn = Message(turn.role, f"{joined.pop().content}\n\n{turn.content}")
+            joined.append(turn)
+        if len(joined) < len(turns):
+            self.counts.mend("joined_turns", self.where)
+        return tuple(joined)
+
+    def made(
+        self,
+        query: Prompt,
+        replies: Sequence[tuple[str, str]] = (),
+        query_format: QueryFormat = "hh",
+    ) -> CandidateSet | None:
+        """The set, or None (counted) where its replies are of no use.
+
+        Args:
+            query: the conversation, or a text that is taken as it is.
+            replies: (source, text) of each.
+            query_format: how a conversation is rendered as `query`.
+        """
+        texts = [text for _, text in replies]
+        if any(not text.strip() for text in texts):
+            self.counts.drop("empty_reply", self.where)
+            return None
+        if len(texts) == 2 and texts[0].strip() == texts[1].strip():
+            self.counts.drop("equal_replies", self.where)
+            return None
+        return self.with_candidates(
+            query, tuple(Candidate(text, source) for source, text in replies), query_format
+        )
+
+    def with_candidates(
+        self, query: Prompt, candidates: tuple[Candidate, ...], query_format: QueryFormat = "hh"
+    ) -> CandidateSet | None:
+        """The set, or None (counted) where nothing is asked; candidates are as they are."""
+        asked = query if isinstance(query, str) else query[-1].content
+        if not asked.strip():
+            self.counts.drop("empty_prompt", self.where)
+            return None
+        if isinstance(query, str):
+            self.counts.query_formats["raw"] += 1
+            return replace(plain_prompt(query), candidates=candidates)
+        self.counts.query_formats[query_format] += 1
+        text = render_messages(query_format, query)
+        return CandidateSet(set_id(text, query), text, query, candidates)
+
+    def text_prompt(self, column: str) -> Prompt | None:
+        """A text column as a prompt: an HH transcript as its turns, any other text as it is."""
+        text = self.reader.text(column)
+        self.raise_faults()
+        if not is_hh_prompt(text):
+            return text
+        return self.prompt(parse_hh_transcript(text))
+
+    def turns(self, column: str) -> tuple[Message, ...]:
+        """A conversation, whoever has the last word; ShareGPT's `from` and `value` are read too."""
+        value = self.row.get(column)
+        if isinstance(value, list):
+            value = [_as_turn(turn) for turn in value]
+        reader = RowReader({column: value}, self.where)
+        turns = reader.turns(column)
+        self.reader.faults += reader.faults
+        self.raise_faults()
+        if turns is None:
+            raise self.wrong(column, f'is {kind_of(value)}; give a list of {{"role", "content"}}')
+        return turns
+
+    def find_prompt(self) -> tuple[Prompt, QueryFormat] | None:
+        """The prompt in whichever column holds it, and how it is rendered; None = dropped, counted.
+
+        Raises:
+            RowError: no column holds a prompt.
+        """
+        names = (*PROMPTS, *CONVERSATIONS)
+        column = first_of(self.row, names)
+        if column is None:
+            column = next((name for name in names if name in self.row), PROMPTS[0])
+        query_format: QueryFormat = "alpaca" if column == "instruction" else "hh"
+        query: Prompt | None
+        if isinstance(self.row[column], list):
+            query = self.prompt(self.turns(column))
+        elif column in ("prompt", "query"):
+            query = self.text_prompt(column)
+        else:
+            asked = self.text_prompt(column)
+            given = self._context() if column == "instruction" else ""
+            asked = f"{asked}\n{given}" if isinstance(asked, str) and given.strip() else asked
+            query = (Message("user", asked),) if isinstance(asked, str) else asked
+        if query is None:
+            return None
+        system = self.reader.text(first_of(self.row, SYSTEM) or SYSTEM[0], default="")
+        self.raise_faults()
+        if system.strip():
+            turns = (Message("user", query),) if isinstance(query, str) else query
+            query = (Message("system", system), *turns)
+        return query, query_format
+
+    def _context(self) -> str:
+        """What an instruction is about."""
+        return self.reader.text(first_of(self.row, ("input", "context")) or "input", default="")
+
+
+def _as_turn(turn: Any) -> Any:
+    if isinstance(turn, dict) and "from" in turn and "value" in turn:
+        return {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
+    return turn
+
+
+def is_hh_prompt(text: str) -> bool:
+    """True for a text in HH's form: begins with a human's turn, ends with the assistant's cue."""
+    return text.lstrip("\n").startswith("Human:") and text.rstrip().endswith("\n\nAssistant:")

@@ -1,0 +1,149 @@
+"""Prompts with a list of replies: scored, rewarded, ranked, in order, or as objects.
+
+The list stands in a column such as `responses` or `completions`. An entry is a text, a turn or two
+of a conversation, or an object with the reply, its score and who wrote it, as UltraFeedback and
+Nectar have them. Scores come from a list beside the replies, or from the objects. Ranks (1 = best)
+become the scores -1, -2, ...: only their order is known. `ranking` is a list of the replies
+themselves, the best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rrhf.data.candidate_rows import RowReader, kind_of, text_fault
+from rrhf.data.columns import REPLIES, REPLY_LISTS, SCORE_LISTS, SCORES, first_of
+from rrhf.data.reading import Reading
+from rrhf.records import Candidate, CandidateSet
+
+_TEXT_KEYS = (*REPLIES, "text", "content", "value")
+_SOURCE_KEYS = ("model", "source")
+
+
+def read_reply_list(reading: Reading) -> CandidateSet | None:
+    """A prompt, a list of replies, and what is known of their worth."""
+    column = first_of(reading.row, REPLY_LISTS)
+    if column is None:
+        name = next(name for name in REPLY_LISTS if name in reading.row)
+        raise reading.wrong(name, "is null; give a list of replies ([] for a prompt alone)")
+    return read_replies_of(reading, column)
+
+
+def read_replies_of(reading: Reading, column: str) -> CandidateSet | None:
+    """As `read_reply_list`, the list in a given column."""
+    if reading.row.get("ranking") is not None:
+        raise reading.wrong(
+            "ranking",
+            f"stands beside {column!r}, so what it ranks is not clear; if it gives the place of "
+            "each reply (1 = best): --columns ranks=ranking; if it holds the replies themselves, "
+            f"the best first: --columns unread={column}",
+        )
+    entries = _entries(reading, column)
+    texts = [_text_of(reading, entry, f"{column}[{i}]") for i, entry in enumerate(entries)]
+    scores = _scores(reading, column, entries)
+    sources = reading.reader.sources(len(entries)) or [""] * len(entries)
+    finish_reasons = reading.reader.finish_reasons(len(entries)) or ["unknown"] * len(entries)
+    reading.raise_faults()
+    found = reading.find_prompt()
+    if found is None:
+        return None
+    candidates = tuple(
+        Candidate(text, _source_of(entry) or source or "", score, finish_reason)
+        for text, entry, source, score, finish_reason in zip(
+            texts, entries, sources, scores, finish_reasons, strict=True
+        )
+    )
+    return reading.with_candidates(found[0], candidates, found[1])
+
+
+def read_ranking(reading: Reading) -> CandidateSet | None:
+    """A prompt and its replies in order, the best first: their scores are -1, -2, ..."""
+    entries = _entries(reading, "ranking")
+    if any(isinstance(entry, (int, float)) for entry in entries):
+        raise reading.wrong(
+            "ranking",
+            "holds numbers, but there are no replies that they could rank; give the replies "
+            "themselves, the best first, or a list `responses` with their `ranks` (1 = best)",
+        )
+    texts = [_text_of(reading, entry, f"ranking[{i}]") for i, entry in enumerate(entries)]
+    reading.raise_faults()
+    found = reading.find_prompt()
+    if found is None:
+        return None
+    reading.counts.scores_from["the order of ranking"] += 1
+    candidates = tuple(
+        Candidate(text, _source_of(entry) or "", -1.0 - place)
+        for place, (text, entry) in enumerate(zip(texts, entries, strict=True))
+    )
+    return reading.with_candidates(found[0], candidates, found[1])
+
+
+def _entries(reading: Reading, column: str) -> list[Any]:
+    value = reading.row[column]
+    if not isinstance(value, list):
+        raise reading.wrong(
+            column,
+            f"must be a list of replies, is {kind_of(value)}; put them in [ ], or leave the column "
+            f"out: --columns unread={column}",
+        )
+    return value
+
+
+def _text_of(reading: Reading, entry: Any, place: str) -> str:
+    """The reply that an entry holds; "" (told) where it holds none."""
+    if isinstance(entry, dict):
+        key = first_of(entry, _TEXT_KEYS)
+        if key is None:
+            reading.reader.fault(
+                place,
+                f"has none of the keys {', '.join(_TEXT_KEYS)}, but "
+                f"{', '.join(map(str, entry)) or 'nothing'}; name the one with the reply: "
+                "--columns response=KEY",
+            )
+            return ""
+        entry, place = entry[key], f"{place}.{key}"
+    elif isinstance(entry, list) and entry and isinstance(entry[-1], dict):
+        # The reply as a conversation, which has one turn, or repeats the prompt before it.
+        entry, place = entry[-1].get("content"), f"{place}[{len(entry) - 1}].content"
+    if reason := text_fault(entry):
+        reading.reader.fault(place, reason)
+        return ""
+    return str(entry)
+
+
+def _source_of(entry: Any) -> str:
+    key = first_of(entry, _SOURCE_KEYS) if isinstance(entry, dict) else None
+    return f"teacher:{entry[key]}" if key is not None else ""
+
+
+def _scores(reading: Reading, column: str, entries: Sequence[Any]) -> Sequence[float | None]:
+    """A number a reply, higher is better; None where there is none."""
+    name = first_of(reading.row, SCORE_LISTS)
+    if name is not None:
+        values = _numbers(reading.reader, len(entries), name)
+        reading.counts.scores_from[name] += 1
+        return [_negated(value) for value in values] if name == "ranks" else values
+    objects = [entry for entry in entries if isinstance(entry, dict)]
+    keys = [key for key in (*SCORES, "rank") if any(x.get(key) is not None for x in objects)]
+    if not keys:
+        return [None] * len(entries)
+    key = keys[0]
+    nested = [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
+    # Read under the name that a message must show.
+    inner = RowReader({f"{column}[].{key}": nested}, reading.where)
+    values = _numbers(inner, len(entries), f"{column}[].{key}")
+    reading.reader.faults += inner.faults
+    reading.counts.scores_from[f"{column}[].{key}"] += 1
+    return [_negated(value) for value in values] if key == "rank" else values
+
+
+def _numbers(reader: RowReader, count: int, name: str) -> list[float | None]:
+    values = reader.scores(count, name)
+    if reader.faults or values is None:
+        return [None] * count
+    return [None if value is None else float(value) for value in values]
+
+
+def _negated(rank: float | None) -> float | None:
+    return None if rank is None else -rank

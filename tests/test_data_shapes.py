@@ -1,0 +1,461 @@
+"""The shapes that people's data have, each through the commands: checked, converted, trained on.
+
+For every shape the table says what its first row must become, so that nothing is emptied in
+silence, and which command uses it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reward_cases import reward_model_folder
+from tiny import save_tiny
+
+from rrhf.cli.main import main
+from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.files import read_manifest
+from rrhf.records import CandidateSet
+
+torch.set_num_threads(1)
+
+CHOSEN, REJECTED = "human:chosen", "human:rejected"
+HH = "\n\nHuman: %s\n\nAssistant:"
+ASKED = "how do I keep plants alive?"
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """A conversation that the user begins."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def shared_gpt(*texts: str) -> list[dict[str, str]]:
+    roles = ("human", "gpt")
+    return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def ultra(response: str, score: float, model: str) -> dict[str, Any]:
+    """One of UltraFeedback's completions."""
+    rating = {"helpfulness": {"Rating": "4", "Rationale": "so"}}
+    return {
+        "annotations": rating,
+        "custom_system_prompt": "Be kind.",
+        "model": model,
+        "response": response,
+        "fine-grained_score": 3.25,
+        "overall_score": score,
+    }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A way in which a user's rows look.
+
+    Attributes:
+        row: the first row; the others are made of it by `other_row`.
+        replies: what must be read of it: (source, text, score).
+        use: the command that it is for.
+        plain: the prompt is a plain text; else a conversation, or a text taken as it stands.
+        unread: columns that must be named.
+        suffix: of the file.
+        flags: what the user must say beside the path.
+    """
+
+    row: dict[str, Any]
+    replies: list[tuple[str, str, float | None]] = field(default_factory=list)
+    use: str = "rank"
+    plain: bool = False
+    unread: tuple[str, ...] = ()
+    suffix: str = ".jsonl"
+    flags: tuple[str, ...] = ()
+
+
+A, B, C = "ask a friend", "do not go", "buy a watering can"
+PAIR = [(CHOSEN, A, None), (REJECTED, B, None)]
+DEMONSTRATION = [(CHOSEN, A, None)]
+
+
+def ranked(*scores: float, source: str = "") -> list[tuple[str, str, float | None]]:
+    return [(source, text, score) for text, score in zip((A, B, C), scores, strict=False)]
+
+
+SHAPES: dict[str, Shape] = {
+    "HH transcripts": Shape(
+        {"chosen": f"{HH % ASKED} {A}", "rejected": f"{HH % ASKED} {B}"}, PAIR, "reward"
+    ),
+    "HH transcripts, packed": Shape(
+        {"chosen": f"{HH % ASKED} {A}", "rejected": f"{HH % ASKED} {B}"},
+        PAIR,
+        "reward",
+        suffix=".jsonl.gz",
+    ),
+    "prompt, chosen, rejected": Shape(
+        {"prompt": ASKED, "chosen": A, "rejected": B, "id": 7},
+        PAIR,
+        "reward",
+        plain=True,
+        unread=("id",),
+    ),
+    "conversations, binarised": Shape(
+        {
+            "prompt": ASKED,
+            "chosen": turns(ASKED, A),
+            "rejected": turns(ASKED, B),
+            "score_chosen": 8.0,
+        },
+        PAIR,
+        unread=("score_chosen",),
+    ),
+    "question, chosen, rejected, system": Shape(
+        {"system": "Be brief.", "question": ASKED, "chosen": A, "rejected": B}, PAIR, "reward"
+    ),
+    "prompt, responses, scores": Shape(
+        {"prompt": ASKED, "responses": [A, B, C], "scores": [1, 3, 2]},
+        ranked(1, 3, 2),
+        plain=True,
+    ),
+    "query, responses, rewards": Shape(
+        {"query": ASKED, "responses": [A, B, C], "rewards": [0.5, -1, 2]},
+        ranked(0.5, -1, 2),
+        plain=True,
+    ),
+    "prompt, responses, ranks": Shape(
+        {"prompt": ASKED, "responses": [A, B, C], "ranks": [2, 1, 2]},
+        ranked(-2, -1, -2),
+        plain=True,
+    ),
+    "prompt, responses": Shape(
+        {"prompt": ASKED, "responses": [A, B, C]},
+        [("", text, None) for text in (A, B, C)],
+        "score",
+        plain=True,
+    ),
+    "prompt, ranking": Shape(
+        {"prompt": ASKED, "ranking": [A, B, C]}, ranked(-1, -2, -3), plain=True
+    ),
+    "UltraFeedback": Shape(
+        {
+            "source": "sharegpt",
+            "instruction": ASKED,
+            "models": ["alpaca-7b", "bard"],
+            "completions": [ultra(A, 6.0, "alpaca-7b"), ultra(B, 7.5, "bard")],
+            "correct_answers": ["None"],
+        },
+        [("teacher:alpaca-7b", A, 6.0), ("teacher:bard", B, 7.5)],
+        unread=("source", "models", "correct_answers"),
+    ),
+    "UltraFeedback, by another score": Shape(
+        {
+            "instruction": ASKED,
+            "completions": [ultra(A, 6.0, "a"), {**ultra(B, 7.5, "b"), "fine-grained_score": 1}],
+        },
+        [("teacher:a", A, 3.25), ("teacher:b", B, 1.0)],
+        flags=("--columns", "score=fine-grained_score"),
+    ),
+    "answers with ranks, as Nectar has them": Shape(
+        {
+            "prompt": f"{HH % ASKED} ",
+            "answers": [
+                {"answer": A, "model": "x", "rank": 2.0},
+                {"answer": B, "model": "y", "rank": 1.0},
+            ],
+            "turns": 1,
+        },
+        [("teacher:x", A, -2.0), ("teacher:y", B, -1.0)],
+        unread=("turns",),
+    ),
+    "instruction, completions": Shape(
+        {"instruction": ASKED, "completions": [A, B], "scores": [1, 0]}, ranked(1, 0)
+    ),
+    "ShareGPT": Shape(
+        {"id": "x_0", "conversations": shared_gpt("hello", "hi", ASKED, A)},
+        DEMONSTRATION,
+        "sft",
+        unread=("id",),
+    ),
+    "question, answer": Shape({"question": ASKED, "answer": A}, DEMONSTRATION, "sft"),
+    "instruction, context, response": Shape(
+        {"instruction": ASKED, "context": "in June", "response": A, "category": "open_qa"},
+        DEMONSTRATION,
+        "sft",
+        unread=("category",),
+    ),
+    "prompt, response": Shape({"prompt": ASKED, "response": A}, DEMONSTRATION, "sft", plain=True),
+    "own names": Shape(
+        {"frage": ASKED, "antwort": A},
+        DEMONSTRATION,
+        "sft",
+        plain=True,
+        flags=("--columns", "prompt=frage,response=antwort"),
+    ),
+    "TSV": Shape({"prompt": ASKED, "chosen": A, "rejected": B}, PAIR, "reward", True, (), ".tsv"),
+    "CSV with lists": Shape(
+        {"prompt": ASKED, "responses": [A, B, C], "scores": [1, 3, 2]},
+        ranked(1, 3, 2),
+        plain=True,
+        suffix=".csv",
+    ),
+    "parquet": Shape({"question": ASKED, "answer": A}, DEMONSTRATION, "sft", suffix=".parquet"),
+    "one prompt a line": Shape({"prompt": ASKED}, [], "generate", True, (), ".txt"),
+    "prompts": Shape({"prompt": turns(ASKED)}, [], "generate"),
+    "RRHF's own": Shape(
+        {"query": HH % ASKED, "responses": [f" {A}", f" {B}"], "scores": [0, 1]},
+        [("", f" {A}", 0.0), ("", f" {B}", 1.0)],
+    ),
+}
+
+
+def other_row(value: Any, number: int) -> Any:
+    """A row with another prompt, by a number in place of the plants."""
+    return json.loads(json.dumps(value).replace("plants", f"{number} plants"))
+
+
+def cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def write_shape(folder: Path, shape: Shape) -> Path:
+    """Four rows of a shape as a user's file."""
+    path = folder / f"data{shape.suffix}"
+    rows = [shape.row, *(other_row(shape.row, number) for number in range(3))]
+    if shape.suffix in (".csv", ".tsv"):
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, delimiter="\t" if shape.suffix == ".tsv" else ",")
+        writer.writerows([list(shape.row), *([cell(v) for v in row.values()] for row in rows)])
+        path.write_text(buffer.getvalue())
+    elif shape.suffix == ".txt":
+        path.write_text("\n".join(row["prompt"] for row in rows) + "\n\n")
+    elif shape.suffix == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(data) if shape.suffix.endswith(".gz") else data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(reward_model_folder(tmp_path_factory.mktemp("reward") / "reward"))
+
+
+def use(shape: Shape, path: Path, model: str, reward_model: str, out: Path) -> dict[str, Any]:
+    """Run the command that a shape is for; returns the manifest of what it left."""
+    given = ["--model_name_or_path", model]
+    training = [*given, "--data_path", str(path), "--output_dir", str(out), "--max_steps", "1"]
+    training += ["--save_steps", "0", "--model_max_length", "100"]
+    commands: dict[str, list[str]] = {
+        "generate": ["generate", *given, "--prompts", str(path), "--output_file", f"{out}.jsonl"],
+        "score": ["score", str(path), f"{out}.jsonl", "--scorer", reward_model],
+    }
+    commands["generate"] += ["--max_new_tokens", "2"]
+    words = commands.get(shape.use, ["train", shape.use, *training])
+    assert main([*words, *shape.flags]) == 0
+    manifest = read_manifest(f"{out}.jsonl" if shape.use in commands else out)
+    assert manifest is not None and manifest["status"] == "complete"
+    return manifest
+
+
+def triples(found: CandidateSet) -> list[tuple[str, str, float | None]]:
+    return [(c.source, c.response, c.score) for c in found.candidates]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_read_whole_and_used(
+    name: str,
+    model: str,
+    reward_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shape = SHAPES[name]
+    path, out = write_shape(tmp_path, shape), tmp_path / "converted.jsonl"
+
+    assert main(["data", "validate", str(path), *shape.flags]) == 0
+    said = capsys.readouterr().out
+    assert f"{path}: good, 4 of 4 rows" in said
+    assert f"replies: {4 * len(shape.replies)} (" in said
+    named = [line for line in said.splitlines() if "columns that are not read" in line]
+    assert named == [f"  columns that are not read: {', '.join(shape.unread)}"] * bool(shape.unread)
+
+    assert main(["data", "convert", str(path), str(out), *shape.flags]) == 0
+    found = list(read_candidate_sets(out))
+    assert len(found) == 4 and triples(found[0]) == shape.replies
+    assert found[0].is_plain == shape.plain
+    assert ASKED in found[0].query
+    if found[0].messages is not None:
+        assert found[0].messages[-1].content.startswith(ASKED)
+
+    manifest = use(shape, path, model, reward_model, tmp_path / "run")
+    if shape.use in ("sft", "rank"):
+        assert manifest["data"]["prompts_used"] == 4
+    if shape.use == "rank":
+        assert manifest["data"]["candidates_used"] == 4 * len(shape.replies)
+    if shape.use == "generate":
+        assert manifest["samples"] == 16
+
+
+def test_the_context_of_an_instruction_is_part_of_the_prompt(tmp_path: Path) -> None:
+    path = write_shape(tmp_path, SHAPES["instruction, context, response"])
+    assert main(["data", "convert", str(path), str(tmp_path / "out.jsonl")]) == 0
+    first = next(iter(read_candidate_sets(tmp_path / "out.jsonl")))
+    assert first.messages is not None and first.messages[0].content == f"{ASKED}\nin June"
+
+
+# What cannot be read says which column is missing, and the nearest name.
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a list misspelt": (
+        {"prompt": "p", "respones": ["a", "b"]},
+        ("'respones'", "nearest: 'responses'", "--columns unread=respones"),
+    ),
+    "half a pair": ({"prompt": "p", "chosen": "a"}, ("'chosen'", "column 'rejected' is missing")),
+    "scores of nothing": (
+        {"prompt": "p", "scores": [1, 2]},
+        ("'scores'", "column 'responses'", "missing"),
+    ),
+    "other names": (
+        {"prompt": "p", "response_j": "a", "response_k": "b"},
+        ("'response_j'", "'response_k'", "--columns unread=response_j,unread=response_k"),
+    ),
+    "replies without a prompt": (
+        {"responses": ["a", "b"], "scores": [1, 2]},
+        ("a column with the prompt is missing beside 'responses'", "--columns prompt="),
+    ),
+    "nothing that is known": (
+        {"instrution": "p", "body": "a"},
+        ("instrution (did you mean 'instruction'?)", "body"),
+    ),
+    "objects without a reply": (
+        {"prompt": "p", "responses": [{"words": "a"}]},
+        ("responses[0]", "words", "--columns response=KEY"),
+    ),
+    "ranks of whom": (
+        {"prompt": "p", "responses": ["a", "b"], "ranking": [2, 1]},
+        ("ranking", "--columns ranks=ranking"),
+    ),
+    "numbers alone": ({"prompt": "p", "ranking": [2, 1]}, ("ranking: holds numbers",)),
+    "too few rewards": (
+        {"prompt": "p", "responses": ["a", "b"], "rewards": [1]},
+        ("rewards: holds 1 entries for 2 responses",),
+    ),
+    "a score that is none": (
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [1, "two"]},
+        ("ranks[1]: must be a number",),
+    ),
+    "nested scores that are none": (
+        {"prompt": "p", "completions": [{"text": "a", "score": "N/A"}]},
+        ("completions[].score[0]: must be a number",),
+    ),
+    "a speaker of another kind": (
+        {"conversations": [{"from": "tool", "value": "a"}]},
+        ("conversations[0].role", '"tool"'),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_emptied_is_refused_with_the_missing_column(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, words = REFUSED[name]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert main(["data", "validate", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}:1: " in error and "Traceback" not in error
+    assert all(word in error for word in words), error
+    assert main(["data", "convert", str(path), str(tmp_path / "out.jsonl")]) == 2
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_later_row_with_replies_that_the_first_lacks_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "p"}\n{"prompt": "q", "responses": ["a", "b"]}\n')
+    assert main(["data", "validate", str(path)]) == 2
+    assert f"{path}:2: row: only the prompt can be read of it, but 'responses'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_column_may_be_left_out_on_purpose(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "p", "respones": ["a"]}\n')
+    out = tmp_path / "out.jsonl"
+    assert main(["data", "convert", str(path), str(out), "--columns", "unread=respones"]) == 0
+    assert [s.candidates for s in read_candidate_sets(out)] == [()]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("prompt", "not of the form KNOWN=YOURS"),
+        ("promt=p", "did you mean 'prompt'?"),
+        ("prompt=a,prompt=b", "names 'prompt' twice"),
+        ("prompt=qery", "qery: is missing (--columns prompt=qery)"),
+    ],
+)
+def test_a_mapping_that_cannot_be(
+    columns: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"query_text": "p", "body": "a"}\n')
+    assert main(["data", "validate", str(path), "--columns", columns]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_replies_that_their_row_calls_bad_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "validate", str(path)]) == 0
+    assert "good, 1 of 2 rows; left out: 1 unwanted_reply" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda path: path.write_text("prompt\tanswer\na\tb\tc\n"), ":2: has 3 cells where"),
+        (lambda path: path.write_text('prompt\tanswer\na\t"b" c\n'), "ends with one"),
+        (lambda path: path.write_text("prompt\tprompt\na\tb\n"), ":1: two columns have one name"),
+        (lambda path: path.write_bytes(b"prompt\tanswer\na\t\xff\n"), "is not UTF-8"),
+    ],
+)
+def test_a_broken_table_says_where(
+    write: Callable[[Path], Any],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "data.tsv"
+    write(path)
+    assert main(["data", "validate", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and words in error
+
+
+def test_a_cell_holds_tabs_and_line_breaks_in_quotes(tmp_path: Path) -> None:
+    path, out = tmp_path / "data.tsv", tmp_path / "out.jsonl"
+    path.write_text('prompt\tanswer\n"a\tb\nc"\t"say ""hi"""\n')
+    assert main(["data", "convert", str(path), str(out)]) == 0
+    [found] = read_candidate_sets(out)
+    assert (found.query, found.candidates[0].response) == ("a\tb\nc", 'say "hi"')
