@@ -30,6 +30,10 @@ class AlreadyFinished(Exception):
         self.folder = folder
 
 
+class NonFiniteError(RuntimeError):
+    """A loss, a gradient or a weight became NaN or infinite; nothing of it was kept."""
+
+
 class StoppedBySignal(Exception):
     """Raised at a safe place after SIGTERM or SIGINT, once everything worth keeping is on disk."""
 

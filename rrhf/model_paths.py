@@ -2,23 +2,42 @@
 
 A run leaves its model in a folder inside (`policy/`, `reward_model/`), and its manifest says in
 which. Whoever is given a model's name asks here before anything is loaded, so a run folder may
-stand wherever a model folder is meant. Standard library only.
+stand wherever a model folder is meant.
+
+A model that a run left has a manifest of its own, and its files are compared with it before they
+are read: small ones as soon as the model is named, weights when they are loaded. Standard library
+only.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE, read_manifest
 from rrhf.runs import are_settings, settings_file
+from rrhf.sealed_folders import MANIFEST, DamagedManifest, differences, our_manifest
+from rrhf.seals import ACCEPT_FLAG
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILE = "config.json"
 """The file of Hugging Face that makes a folder a model folder."""
 
 MODEL_NAMES = ("policy", "reward_model")
 """Where a run's main model stands."""
+
+# What a loader may read; a note or a picture that a user adds is no part of a model.
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", ".bin", ".py")
+# What a setting that may be a model says that it names.
+_MODEL_KINDS = ("model", "scorer", "model or file")
+
+# Folders that the settings of the present call accept as they are.
+_accepted: set[Path] = set()
 
 
 def model_folder(name_or_path: str | Path) -> str:
@@ -74,6 +93,68 @@ def check_model_path(name_or_path: str | Path) -> None:
         inner = [path / name for name in MODEL_NAMES if holds_model(path / name)]
         hint = f"; did you mean {inner[0]}?" if inner else ""
         raise UserError(f"{text}: the folder has no config.json, so it holds no model{hint}")
+    require_as_written(path, deep=False)
+
+
+def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
+    """Compare a model folder with its manifest; where it has none of ours, there is nothing to do.
+
+    Args:
+        name_or_path: as `model_folder` takes it.
+        deep: read the weights too; else their sizes alone.
+
+    Raises:
+        UserError: it differs, and the settings do not accept that.
+    """
+    folder = Path(model_folder(name_or_path))
+    if not folder.is_dir():
+        return
+    try:
+        manifest = our_manifest(folder)
+        told = [] if manifest is None else _told(folder, manifest, deep)
+    except DamagedManifest as error:
+        told = [str(error)]
+    if not told:
+        return
+    what = "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
+    if folder.resolve() in _accepted:
+        if deep:
+            logger.warning("%s: %s; read as it is (%s)", folder, what, ACCEPT_FLAG)
+        return
+    raise UserError(
+        f"{folder}: is not as its {MANIFEST} describes it: {what}. If it was changed on purpose, "
+        f"give {ACCEPT_FLAG}, or remove {folder / MANIFEST} to have it taken as it is from now on; "
+        "else copy the folder again from where it is whole, or train it again"
+    )
+
+
+def accept_edited_models(config: Any) -> None:
+    """Take note of which model folders the settings of a call accept as they are.
+
+    Args:
+        config: of any command; its fields say what they name.
+    """
+    for item in fields(config):
+        named = getattr(config, item.name)
+        is_model = item.metadata.get("names") in _MODEL_KINDS or item.name == "reward_base"
+        if not (is_model and named and Path(named).expanduser().is_dir()):
+            continue
+        folder = Path(model_folder(named)).resolve()
+        if getattr(config, "accept_edited_files", False):
+            _accepted.add(folder)
+        else:
+            _accepted.discard(folder)
+
+
+def _told(folder: Path, manifest: Mapping[str, Any], deep: bool) -> list[str]:
+    """The differences that a loader could come upon."""
+    files = manifest.get("files")
+    known = files if isinstance(files, dict) else {}
+    return [
+        difference
+        for name, difference in differences(folder, manifest, deep)
+        if name is None or name in known or name.endswith(_MODEL_SUFFIXES)
+    ]
 
 
 def _main_model(run: Path) -> str | None:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from rrhf.files import (
     write_json,
     write_manifest,
 )
+from rrhf.staged_folders import remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir", "accept_edited_files")
 _MOST_CHANGES = 10
 # Folders of models that a run keeps on its way.
 _KEPT = ("policies", "reward_models", "best")
+_HAD = "has_checkpoints"
 
 
 def settings_file(run: PathLike) -> Path | None:
@@ -240,13 +243,44 @@ class RunFolder:
                 for key, was, now in self._changed_settings(config):
                     logger.warning("resuming with %s = %r, which was %r", key, now, was)
             self.checkpoints.mkdir(exist_ok=True)
+            self._remove_leftovers()
             write_json(self._settings_path, config)
-            write_manifest(self.path, {"status": UNFINISHED})
+            had = self._has_had_checkpoints() if resume else False
+            write_manifest(self.path, {"status": UNFINISHED, **({_HAD: True} if had else {})})
             if are_settings(old := self.path / _OLD_SETTINGS_FILE):
                 old.unlink()
         except BaseException:
             self._lock.release()
             raise
+
+    def note_checkpoint(self) -> None:
+        """Remember that there is one: a run whose checkpoints are lost is not begun anew."""
+        if not self._has_had_checkpoints():
+            write_manifest(self.path, {"status": UNFINISHED, _HAD: True})
+
+    def require_no_lost_checkpoints(self) -> None:
+        """Where none is found on resuming, there must never have been one.
+
+        Raises:
+            UserError: there was.
+        """
+        if self._has_had_checkpoints():
+            raise UserError(
+                f"{self.checkpoints}: the run had checkpoints, and none is there any more; copy "
+                "one of them back, or choose another --output_dir to train from the beginning"
+            )
+
+    def _has_had_checkpoints(self) -> bool:
+        return bool((read_manifest(self.path) or {}).get(_HAD))
+
+    def _remove_leftovers(self) -> None:
+        """What killed processes of this run left half-written, under hidden names."""
+        for folder in (self.path, self.checkpoints, *(self.path / name for name in _KEPT)):
+            remove_unfinished(folder)
+        for path in self.path.glob(".offload-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.path.glob(".probe.*"):
+            path.unlink(missing_ok=True)
 
     def _probe(self) -> None:
         probe = self.path / f".probe.{os.getpid()}"

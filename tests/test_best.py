@@ -19,6 +19,7 @@ from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rrhf.errors import StoppedBySignal, UserError
+from rrhf.sealed_folders import damage_of
 from rrhf.training import ppo, reward, sft
 from rrhf.training.online.stream import PPOStream
 
@@ -51,7 +52,9 @@ def test_the_best_is_the_best(
     assert weights_of(tmp_path) == [f"policy of step {best}", f"value of step {best}"]
     described = json.loads((tmp_path / "best" / "manifest.json").read_text())
     assert (described["step"], described["value"]) == (best, values[best - 1])
-    assert described["status"] == "complete" and "policy/weights" in described["files"]
+    assert described["status"] == "complete" and "policy/manifest.json" in described["files"]
+    inner = json.loads((tmp_path / "best" / "policy" / "manifest.json").read_text())
+    assert "weights" in inner["files"] and damage_of(tmp_path / "best") is None
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 

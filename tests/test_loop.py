@@ -23,7 +23,8 @@ from rrhf.data.collate import TokenBatch, collate
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import read_manifest
 from rrhf.models.logprobs import Policy
-from rrhf.training.checkpoint import checkpoints_by_step, damage_of, is_complete
+from rrhf.sealed_folders import damage_of
+from rrhf.training.checkpoint_folders import checkpoints_by_step, is_complete
 from rrhf.training.streams import OfflineStream
 from rrhf.training.update import NonFiniteError, Term
 

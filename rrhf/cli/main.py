@@ -20,6 +20,7 @@ from rrhf.errors import (
     EXIT_FAULT,
     EXIT_STOPPED_BY_SIGINT,
     EXIT_USER_ERROR,
+    NonFiniteError,
     StoppedBySignal,
     UserError,
 )
@@ -91,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAULT
     except StoppedBySignal as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code

@@ -30,7 +30,7 @@ from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import is_first_process
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE, explained_os_errors, read_manifest
-from rrhf.model_paths import check_model_path
+from rrhf.model_paths import accept_edited_models, check_model_path
 
 T = TypeVar("T")
 
@@ -59,6 +59,7 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
     Raises:
         UserError: something is not there, is not what it should be, or cannot be written.
     """
+    accept_edited_models(config)
     found = [
         (kind, value)
         for item in fields(config)

@@ -45,7 +45,7 @@ from rrhf.evaluation.reached import signs_of_nothing
 from rrhf.evaluation.results import save_row
 from rrhf.files import explained_os_errors, read_manifest
 from rrhf.generation.local import LocalEngine
-from rrhf.model_paths import check_model_path, model_folder
+from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
 from rrhf.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -77,6 +77,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     Raises:
         UserError: something is missing or does not fit.
     """
+    accept_edited_models(config)
     _check_places(config)
     data = load_evaluation_data(
         config.prompts,

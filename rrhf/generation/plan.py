@@ -22,6 +22,7 @@ from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window
 from rrhf.progress import tracked
 from rrhf.records import CandidateSet
+from rrhf.sealed_folders import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ def fingerprint(model_name_or_path: str) -> str:
         return model_name_or_path
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _MODEL_SUFFIXES:
+        is_model = path.suffix in _MODEL_SUFFIXES and path.name != MANIFEST
+        if path.is_file() and is_model:
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}\n".encode())
             with open(path, "rb") as file:

@@ -30,7 +30,7 @@ from rrhf.generation.engine import GenerationEngine, Sample
 from rrhf.generation.parts import PartAppender
 from rrhf.generation.plan import Plan, fingerprint, plan_prompts
 from rrhf.generation.staged_file import GO_ON, StagedFile
-from rrhf.model_paths import check_model_path
+from rrhf.model_paths import accept_edited_models, check_model_path
 from rrhf.models.loading import load_tokenizer
 from rrhf.progress import Progress
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
@@ -66,6 +66,7 @@ def generate_file(
     """
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     output = Path(config.output_file)
+    accept_edited_models(config)
     check_model_path(config.model_name_or_path)
     with explained_os_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rrhf.errors import UserError
-from rrhf.model_paths import check_model_path, model_folder
+from rrhf.model_paths import check_model_path, model_folder, require_as_written
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def load_model(
         UserError: no folder, no safetensors, an unknown dtype or attention.
     """
     check_model_path(name_or_path)
+    require_as_written(name_or_path)
     check_attention(attn_implementation)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")

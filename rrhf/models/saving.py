@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rrhf.staged_folders import telling_need
+
 # How peft names what it wraps: the whole model, a layer with adapters, and a layer that is trained
 # in full (such as a new head) beside its original.
 _WHOLE = "base_model.model."
@@ -32,15 +34,17 @@ def write_model_folder(
         tokenizer: of the model.
         state_dict: full weights, where the model itself holds shards only.
     """
-    if hasattr(model, "merge_and_unload"):
-        full = model.state_dict() if state_dict is None else state_dict
-        model.save_pretrained(folder / "adapter", state_dict=full)
-        model.get_base_model().save_pretrained(folder, state_dict=merged_weights(model, full))
-    else:
-        model.save_pretrained(folder, state_dict=state_dict)
-    if state_dict is not None:
-        _name_precision(folder, state_dict)
-    tokenizer.save_pretrained(folder)
+    needed = sum(t.nbytes for t in (state_dict or dict(model.named_parameters())).values())
+    with telling_need(needed):
+        if hasattr(model, "merge_and_unload"):
+            full = model.state_dict() if state_dict is None else state_dict
+            model.save_pretrained(folder / "adapter", state_dict=full)
+            model.get_base_model().save_pretrained(folder, state_dict=merged_weights(model, full))
+        else:
+            model.save_pretrained(folder, state_dict=state_dict)
+        if state_dict is not None:
+            _name_precision(folder, state_dict)
+        tokenizer.save_pretrained(folder)
 
 
 def _name_precision(folder: Path, state_dict: dict[str, Tensor]) -> None:

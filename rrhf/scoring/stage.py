@@ -41,6 +41,7 @@ from rrhf.files import (
 from rrhf.generation.parts import PartAppender
 from rrhf.generation.plan import fingerprint
 from rrhf.generation.staged_file import GO_ON, StagedFile
+from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress, tracked
 from rrhf.records import CandidateSet
@@ -138,6 +139,7 @@ class _Stage:
 
     def run(self) -> Path:
         if self.make_scorer is None:
+            accept_edited_models(self.config)
             check_scorer(self.config.scorer, self.config)
         with self.staged.opened_part() as part:
             found = self.stop.run(self._read_input, "nothing was written")

@@ -32,9 +32,9 @@ from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.saving import write_model_folder
 from rrhf.runs import settings_file
 from rrhf.scoring.stage import ScoreConfig, score_file
+from rrhf.staged_folders import saved_folder
 from rrhf.studies.help_desk_online import online_config
 from rrhf.training import ppo, rank, reward, sft
-from rrhf.training.checkpoint import saved_folder
 from rrhf.worlds.help_desk import HelpDesk
 from rrhf.worlds.tiny_model import (
     build_tiny_llama,

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import explained_os_errors, read_manifest, sync_folder
-from rrhf.training.checkpoint import saved_folder, seal
+from rrhf.files import explained_os_errors, sync_folder
+from rrhf.model_paths import require_as_written
+from rrhf.sealed_folders import DamagedManifest, our_manifest, seal_folder
+from rrhf.staged_folders import no_trace_of_failure, saved_folder
 from rrhf.training.config import TrainingConfig
-from rrhf.training.model_folders import ModelFolders, full_weights
+from rrhf.training.model_folders import ModelFolders, full_weights, write_finite
 from rrhf.training.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -152,11 +154,14 @@ class BestModel:
         if self._parallel.is_main:
             staged = self.folder.with_name(_STAGED)
             _remove(staged)
-            with explained_os_errors(self.folder):
+            known = {"step": self.step, "metric": self.metric, "value": self.value}
+            with no_trace_of_failure(staged):
                 for name in self._models.measured:
                     (staged / name).mkdir(parents=True)
-                    self._models.writers[name](staged / name, staged, weights)
-                seal(staged, {"step": self.step, "metric": self.metric, "value": self.value})
+                    write_finite(self._models.writers[name], staged / name, staged, weights)
+                    seal_folder(staged / name)
+                seal_folder(staged, {**known, "model_folder": self._models.main})
+            with explained_os_errors(self.folder):
                 if self.folder.exists():
                     if overtaken is not None and overtaken == self._in_checkpoint:
                         os.replace(self.folder, self._hidden(overtaken))
@@ -193,7 +198,10 @@ class BestModel:
             _remove(path)
 
     def _is_there(self, step: int) -> bool:
-        manifest = read_manifest(self.folder) if self.folder.is_dir() else None
+        try:
+            manifest = our_manifest(self.folder, is_ours=True)
+        except DamagedManifest:
+            return False
         return manifest is not None and manifest.get("step") == step
 
     def _hidden(self, step: int) -> Path:
@@ -205,6 +213,7 @@ class BestModel:
 
 
 def _copy(source: Path, target: Path) -> None:
+    require_as_written(source)
     shutil.copytree(source, target, dirs_exist_ok=True)
 
 

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step-<n>` with the trained weights, the optimiser, the random state and
 `trainer_state.json`; its `manifest.json` is written last and lists size and hash of every file.
-Resuming takes the newest one whose manifest is complete and whose files match; an older checkpoint
-is deleted only after the newer one is whole. Order is by step number, never by clock.
+Resuming takes the newest one that is whole; where there are some and none is, it stops rather than
+begin anew. An older checkpoint is deleted only after the newer one is whole. Order is by step
+number, never by clock.
 
 Weights and optimiser of one process (or DDP) are ours; sharded ones are accelerate's own form.
 """
@@ -13,39 +14,40 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rrhf.errors import UserError
-from rrhf.files import (
-    COMPLETE,
-    UNFINISHED,
-    explained_os_errors,
-    read_manifest,
-    sha256_file,
-    sync_folder,
-    write_json,
-    write_manifest,
+from rrhf.files import sync_folder, write_json
+from rrhf.sealed_folders import seal_folder
+from rrhf.staged_folders import (
+    DOOMED,
+    STAGED,
+    no_trace_of_failure,
+    remove_unfinished,
+    telling_need,
+    told_failure,
+)
+from rrhf.training.checkpoint_folders import (
+    ENGINE,
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    STREAM,
+    WEIGHTS,
+    checkpoints_by_step,
+    is_complete,
+    newest_whole,
+    none_is_whole,
 )
 from rrhf.training.parallel import Parallel
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS, OPTIMIZER, RANDOM, STATE, STREAM = (
-    "trained.safetensors",
-    "optimizer.pt",
-    "random.pt",
-    "trainer_state.json",
-    "stream.safetensors",
-)
-_NAME = re.compile(r"step-(\d+)")
 
 
 class Checkpointer:
@@ -74,6 +76,7 @@ class Checkpointer:
         self._model = model
         self._optimizer = optimizer
         self._keep = keep
+        self._passed_over: list[Path] = []
 
     def save(
         self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None
@@ -86,25 +89,14 @@ class Checkpointer:
             tensors: what the stream holds beside them, the same on every rank.
         """
         target = self.folder / f"step-{step}"
-        staged = self.folder / f".staged-{step}"
+        staged = self.folder / f"{STAGED}{step}"
         if self._parallel.is_main:
             remove_unfinished(self.folder)
-            staged.mkdir(parents=True)
+            with no_trace_of_failure(staged):
+                staged.mkdir(parents=True)
         self._parallel.barrier()
-        with explained_os_errors(staged):
-            if self._parallel.is_sharded:
-                self._parallel.accelerator.save_state(str(staged / "engine"))
-            elif self._parallel.is_main:
-                save_file(self._trained_weights(), staged / WEIGHTS)
-                _save_torch(self._optimizer.state_dict(), staged / OPTIMIZER)
-            _save_torch(_random_state(), staged / self._random_file(self._parallel.rank))
-            if self._parallel.is_main:
-                if tensors:
-                    save_file(tensors, staged / STREAM)
-                write_json(staged / STATE, {"step": step, "engine": self._parallel.kind, **state})
-        self._parallel.barrier()
+        self._fill(staged, {"step": step, "engine": self._parallel.kind, **state}, tensors or {})
         if self._parallel.is_main:
-            seal(staged)
             if target.exists():  # an incomplete folder of the same step: never chosen, now replaced
                 shutil.rmtree(target)
             os.replace(staged, target)
@@ -113,19 +105,79 @@ class Checkpointer:
         self._parallel.barrier()
         return target
 
+    def _fill(self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """All ranks write their parts, the main one seals them; on failure all of them raise.
+
+        Raises:
+            UserError: no space, or the place cannot be written.
+        """
+        failure: BaseException | None = None
+        try:
+            with telling_need(self._needed_bytes(tensors)):
+                self._write_parts(staged, state, tensors)
+        except Exception as error:
+            failure = error
+        self._agree(failure, staged)
+        try:
+            if self._parallel.is_main:
+                seal_folder(staged)
+        except Exception as error:
+            failure = error
+        self._agree(failure, staged)
+
+    def _agree(self, failure: BaseException | None, staged: Path) -> None:
+        """Raise on every rank what one could not write, once nothing of it is left."""
+        if not self._parallel.any(failure is not None):
+            return
+        if self._parallel.is_main:
+            shutil.rmtree(staged, ignore_errors=True)
+        self._parallel.barrier()
+        if failure is None:
+            raise UserError(
+                f"{self.folder}: another process could not write its part of a checkpoint; it says "
+                "why"
+            )
+        raise told_failure(failure, staged) from failure
+
+    def _write_parts(
+        self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        if self._parallel.is_sharded:
+            self._parallel.accelerator.save_state(str(staged / ENGINE))
+        elif self._parallel.is_main:
+            save_file(self._trained_weights(), staged / WEIGHTS)
+            _save_torch(self._optimizer.state_dict(), staged / OPTIMIZER)
+        _save_torch(_random_state(), staged / self._random_file(self._parallel.rank))
+        if self._parallel.is_main:
+            if tensors:
+                save_file(tensors, staged / STREAM)
+            write_json(staged / STATE, state)
+
+    def _needed_bytes(self, tensors: dict[str, torch.Tensor]) -> int:
+        """What the tensors of a checkpoint take; of sharded ones about, as AdamW keeps them."""
+        weights = self._trained_weights()
+        if self._parallel.is_sharded:
+            return 3 * sum(weight.nbytes for weight in weights.values())
+        states = [*self._optimizer.state.values(), weights, tensors]
+        return sum(v.nbytes for s in states for v in s.values() if isinstance(v, torch.Tensor))
+
     def restore(self) -> dict[str, Any] | None:
         """Load the newest complete checkpoint.
 
         Returns:
             its state, with the stream's tensors as "tensors"; None where there is none.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is whole; or the newest belongs to
+                another launch or other weights.
         """
-        newest = newest_complete(self.folder)
+        newest = self._newest_whole()
         if newest is None:
             return None
         state: dict[str, Any] = json.loads((newest / STATE).read_text())
         self._require_same_engine(newest, state)
         if self._parallel.is_sharded:
-            self._parallel.accelerator.load_state(str(newest / "engine"))
+            self._parallel.accelerator.load_state(str(newest / ENGINE))
         else:
             self._load_weights(newest / WEIGHTS)
             self._optimizer.load_state_dict(
@@ -140,6 +192,25 @@ class Checkpointer:
         logger.info("resuming from %s", newest)
         return state
 
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint that is whole, as the main rank finds it; the others are told of.
+
+        Raises:
+            UserError: there are some, and none is.
+        """
+        damaged: dict[str, str] = {}
+        found: Path | None = None
+        if self._parallel.is_main:
+            found, damaged = newest_whole(self.folder)
+            self._passed_over = [self.folder / name for name in damaged]
+        answer = [(None if found is None else found.name, damaged)] * self._parallel.is_main
+        name, damaged = self._parallel.gather(answer)[0]
+        if name is not None:
+            return self.folder / str(name)
+        if damaged:
+            raise none_is_whole(self.folder, damaged)
+        return None
+
     def _require_same_engine(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Sharded weights are kept in their engine's own form.
 
@@ -147,7 +218,7 @@ class Checkpointer:
             UserError: another engine wrote the checkpoint.
         """
         mine, its = self._parallel.kind, state.get("engine", self._parallel.kind)
-        was_sharded = (checkpoint / "engine").is_dir()
+        was_sharded = (checkpoint / ENGINE).is_dir()
         if was_sharded != self._parallel.is_sharded or (was_sharded and mine != its):
             raise UserError(
                 f"resume: {checkpoint} was written under {its if was_sharded else 'no sharding'}, "
@@ -182,105 +253,47 @@ class Checkpointer:
             mine[name].copy_(value)
 
     def _delete_old(self) -> None:
+        """Keep the newest whole ones; what was found damaged goes too."""
         complete = [path for path in checkpoints_by_step(self.folder) if is_complete(path)]
-        for path in complete[: -self._keep]:
+        complete = [path for path in complete if path not in self._passed_over]
+        for path in {*complete[: -self._keep], *(p for p in self._passed_over if p.exists())}:
             # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint.
-            doomed = path.with_name(f".doomed-{path.name}")
+            doomed = path.with_name(f"{DOOMED}{path.name}")
             os.replace(path, doomed)
             shutil.rmtree(doomed)
-
-
-def seal(folder: Path, known: Mapping[str, Any] | None = None) -> None:
-    """Sync every file of a folder and write its manifest with sizes and hashes, last.
-
-    Args:
-        folder: filled.
-        known: what else the manifest should say.
-    """
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_manifest(folder, {"status": COMPLETE, **(known or {}), "files": files})
-
-
-def is_complete(folder: Path) -> bool:
-    """True where the manifest says complete (its hashes are checked by `damage_of`)."""
-    manifest = read_manifest(folder)
-    return manifest is not None and manifest.get("status", UNFINISHED) == COMPLETE
-
-
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a sealed folder's files, or None."""
-    manifest = read_manifest(folder) or {}
-    for name, known in manifest.get("files", {}).items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != known["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
-        if sha256_file(path) != known["sha256"]:
-            return f"{name} has other bytes than were written"
-    return None
-
-
-def checkpoints_by_step(folder: Path) -> list[Path]:
-    """Folders `step-<n>`, oldest step first."""
-    if not folder.is_dir():
-        return []
-    named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(named, key=lambda pair: int(pair[0].group(1)))]
-
-
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; what is passed over is said once each."""
-    for path in reversed(checkpoints_by_step(folder)):
-        problem = "it is incomplete" if not is_complete(path) else damage_of(path)
-        if problem is None:
-            return path
-        logger.warning("%s is passed over: %s", path, problem)
-    return None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed save or deletion left behind."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith((".staged-", ".doomed-")):
-                shutil.rmtree(path)
-
-
-def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place and move it there whole, in place of an older one.
-
-    Args:
-        target: such as `policy/`.
-        write: fills the folder that it is given.
-    """
-    staged = target.with_name(f".staged-{target.name}")
-    old = target.with_name(f".doomed-{target.name}")
-    for leftover in (staged, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    with explained_os_errors(target):
-        staged.mkdir(parents=True)
-        write(staged)
-        for path in staged.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        if target.exists():
-            os.replace(target, old)
-        os.replace(staged, target)
-        sync_folder(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        self._passed_over = []
 
 
 def _save_torch(value: Any, path: Path) -> None:
-    torch.save(value, path)
+    """As `torch.save`, but an error of the system comes out as itself: torch drops its reason."""
+    with open(path, "wb") as file:
+        noting = _NotingErrors(file)
+        try:
+            torch.save(value, cast(BinaryIO, noting))
+        except RuntimeError as error:
+            raise noting.error or error from error
+
+
+class _NotingErrors:
+    """A file to write to that keeps the first error of doing so.
+
+    Attributes:
+        error: None before it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _random_state() -> dict[str, Any]:

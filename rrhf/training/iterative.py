@@ -31,15 +31,15 @@ from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import COMPLETE, UNFINISHED, read_manifest, write_manifest
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
-from rrhf.model_paths import check_model_path
+from rrhf.model_paths import accept_edited_models, check_model_path, require_as_written
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
 from rrhf.runs import RunFolder, settings_file, told_changes
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
+from rrhf.staged_folders import saved_folder
 from rrhf.training import rank
-from rrhf.training.checkpoint import saved_folder
 from rrhf.training.iterative_config import IterativeConfig
 from rrhf.training.iterative_report import evaluation_report, in_a_line, round_report
 from rrhf.training.log_ratio import LogRatio
@@ -139,6 +139,7 @@ def train(config: IterativeConfig) -> Path:
         StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
         AlreadyFinished: all rounds are there.
     """
+    accept_edited_models(config)
     check_model_path(config.model_name_or_path)
     check_scorer(config.reward_model_name_or_path, config.reward_options())
     require_window(config.model_max_length, context_window(config.model_name_or_path))
@@ -357,6 +358,7 @@ def best_round(reports: Sequence[Mapping[str, Any]]) -> int | None:
 
 def _copy_policy(source: Path, target: Path) -> None:
     def copy(staged: Path) -> None:
+        require_as_written(source)
         shutil.copytree(source, staged, dirs_exist_ok=True)
 
     saved_folder(target, copy)

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from rrhf.data.collate import TokenBatch
-from rrhf.errors import StoppedBySignal
+from rrhf.errors import NonFiniteError, StoppedBySignal
+from rrhf.models.finite import first_non_finite
 from rrhf.progress import Progress, figures
 from rrhf.runs import RunFolder
 from rrhf.signals import StopRequest, caught_signals
@@ -109,8 +110,9 @@ def run_training(
         on_optimizer: is given the prepared optimiser.
 
     Raises:
-        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation.
-        NonFiniteError: loss or gradient is NaN or infinite.
+        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation; none
+            of the checkpoints of a run that is resumed is whole; no space.
+        NonFiniteError: loss, gradient or a weight is NaN or infinite.
         StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
     """
     kept = KeptModels(run.path, models, config, parallel, evaluate is not None)
@@ -167,6 +169,7 @@ class _Loop:
         """Take up the newest checkpoint and cut back to it what was written later."""
         state = self.checkpointer.restore()
         if state is None:
+            self.folder.require_no_lost_checkpoints()
             logger.info("no complete checkpoint in %s: starting anew", self.folder.checkpoints)
             self.cut_back(0, {})
             return
@@ -252,6 +255,7 @@ class _Loop:
                     self._log({"step": self.step, **self.metrics}, tracker)
                 progress.total = stream.total_steps
                 progress.advance(figures=figures(rollout | self.metrics, SHOWN))
+                self._require_finite()
                 self.kept.after_step(self.step)
                 if evaluate is not None and self._is_due(self.config.eval_steps):
                     self._evaluate(evaluate, tracker)
@@ -317,7 +321,25 @@ class _Loop:
             stream.tensors() if isinstance(stream, LiveStream) else None,
         )
         self.saved_step = self.step
+        if self.parallel.is_main:
+            self.folder.note_checkpoint()
         self.kept.after_checkpoint()
+
+    def _require_finite(self) -> None:
+        """Look at the trained weights before anything of this step is kept: one read of them.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite, on any rank.
+        """
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        found = first_non_finite(trained)
+        if self.parallel.any(found is not None):
+            kept = f"step {self.saved_step}" if self.saved_step > 0 else "no step yet"
+            raise NonFiniteError(
+                f"step {self.step}: the weights are not finite (first: {found or 'elsewhere'}), so "
+                f"nothing of it is kept; the last checkpoint is of {kept}. Lower --learning_rate "
+                "and go on with --resume_from_checkpoint"
+            )
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rrhf.training.checkpoint import remove_unfinished, saved_folder
+from rrhf.errors import NonFiniteError
+from rrhf.models.finite import non_finite_in_folder
+from rrhf.staged_folders import remove_unfinished, saved_folder
 from rrhf.training.parallel import Parallel
 
 Weights = dict[str, Tensor] | None
@@ -101,5 +103,19 @@ class PolicyHistory:
                 shutil.rmtree(path)
 
 
+def write_finite(write: WriteModel, folder: Path, beside: Path, weights: Weights) -> None:
+    """Fill a model folder, and look at what stands in it then.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    write(folder, beside, weights)
+    if (found := non_finite_in_folder(folder)) is not None:
+        raise NonFiniteError(
+            f"{beside}: a model is not kept, because its weights are not finite (first: {found}); "
+            "lower --learning_rate"
+        )
+
+
 def _bound(write: WriteModel, beside: Path, weights: Weights) -> Callable[[Path], None]:
-    return lambda staged: write(staged, beside, weights)
+    return lambda staged: write_finite(write, staged, beside, weights)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import rrhf
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, UserError
+from rrhf.model_paths import accept_edited_models
 from rrhf.models import varlen_attention
 from rrhf.models.engines import build_policy
 from rrhf.models.loading import (
@@ -78,6 +79,7 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
     run = RunFolder(config.output_dir)
     if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
         raise AlreadyFinished(model)
+    accept_edited_models(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     codec = ChatCodec(tokenizer, config.chat_format)
     parallel = Parallel(config.bf16)

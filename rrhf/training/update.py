@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
+from rrhf.errors import NonFiniteError
 from rrhf.progress import pulse
 from rrhf.training.parallel import Parallel
 
@@ -48,10 +49,6 @@ class Objective(Protocol):
     def __call__(self, outputs: Any, batch: TokenBatch) -> dict[str, Term]:
         """The terms, under the same names."""
         ...
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite; the weights are still those before the step."""
 
 
 class Update:

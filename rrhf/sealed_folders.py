@@ -1,0 +1,192 @@
+"""Folders that vouch for what they hold: a manifest with bytes and SHA-256 of each file, last.
+
+Checkpoints and the models that a run leaves are sealed when they are written and compared with
+their manifest when they are read. A checkpoint that differs is damaged. A model folder that differs
+may have been edited, which is a user's right: `--accept_edited_files` takes it as it is, and one
+without a manifest of ours, as other programs write it, is not looked at.
+
+A folder inside that has a manifest of its own is vouched for by that. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rrhf.files import COMPLETE, SCHEMA_VERSION, sha256_file, sync_folder, write_manifest
+
+MANIFEST = "manifest.json"
+# A manifest of ours has most of these; other programs may have files of that name too.
+_OUR_KEYS = ("schema_version", "status", "files")
+
+# SHA-256 of files as this process read them last, by what changes when they are written.
+_known: dict[tuple[str, int, int, int], str] = {}
+_CLOCK_STEP = 2_000_000_000
+
+
+class DamagedManifest(ValueError):
+    """A manifest of ours that cannot be relied on; the text says why."""
+
+
+def seal_folder(folder: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Sync every file and folder in a folder and write its manifest, last.
+
+    Every file gets the mode of a new one: some writers of weights hide theirs from other users.
+
+    Args:
+        folder: filled.
+        known: what else the manifest should say.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    mode = mode_of_new_file(folder)
+    files: dict[str, dict[str, Any]] = {}
+    for path in _own_files(folder):
+        if path.name != MANIFEST and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    for inner in sorted(folder.rglob("*"), reverse=True):
+        if inner.is_dir():
+            sync_folder(inner)
+    write_manifest(folder, {"status": COMPLETE, **(known or {}), "files": files})
+
+
+def mode_of_new_file(folder: Path) -> int:
+    """The permissions that a program's new file gets here: what the umask leaves."""
+    probe = folder / f".mode.{os.getpid()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def our_manifest(folder: Path, is_ours: bool = False) -> dict[str, Any] | None:
+    """The manifest of a folder; None where there is none, or another program's.
+
+    Args:
+        folder: any.
+        is_ours: no other program writes such a folder.
+
+    Raises:
+        DamagedManifest: it cannot be read, or is of a newer version.
+    """
+    try:
+        value = json.loads((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedManifest(f"{MANIFEST} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        if is_ours:
+            raise DamagedManifest(f"{MANIFEST} holds no object")
+        return None
+    if not is_ours and sum(key in value for key in _OUR_KEYS) < 2:
+        return None
+    version = value.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or isinstance(version, bool) or version > SCHEMA_VERSION:
+        raise DamagedManifest(
+            f"{MANIFEST} has schema_version {version!r}, where {SCHEMA_VERSION} is known"
+        )
+    return value
+
+
+def damage_of(folder: Path) -> str | None:
+    """Why a folder of ours is not the whole one that was sealed, or None: its first difference.
+
+    Without a manifest it was never sealed.
+    """
+    try:
+        manifest = our_manifest(folder, is_ours=True)
+    except DamagedManifest as error:
+        return str(error)
+    if manifest is None:
+        return f"it has no {MANIFEST}, so it was never finished"
+    return next((told for _, told in differences(folder, manifest)), None)
+
+
+def differences(
+    folder: Path, manifest: Mapping[str, Any], deep: bool = True
+) -> Iterator[tuple[str | None, str]]:
+    """What is not in a folder as its manifest says: the file, None = the manifest, and a text.
+
+    Args:
+        folder: sealed once.
+        manifest: its own.
+        deep: read every file; else weights are compared by their size alone.
+    """
+    if manifest.get("status") != COMPLETE:
+        yield None, f"{MANIFEST} says {manifest.get('status')!r} instead of {COMPLETE!r}"
+        return
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        yield None, f"{MANIFEST} names no files"
+        return
+    for name, seal in files.items():
+        told = _difference(folder, name, seal, deep)
+        if told is not None:
+            yield name, told
+    there = {path.relative_to(folder).as_posix() for path in _own_files(folder)}
+    for name in sorted(there - files.keys() - {MANIFEST}):
+        if not Path(name).name.startswith("."):  # of an editor, or of the file system
+            yield name, f"{name} is not in {MANIFEST}"
+
+
+def _difference(folder: Path, name: str, seal: Any, deep: bool) -> str | None:
+    """How one file differs from its seal."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or name in ("", MANIFEST):
+        return f"{MANIFEST} names {name!r}, which is no file of the folder"
+    if not _is_seal(seal):
+        return f"{MANIFEST} says of {name} {json.dumps(seal)[:60]}, not its bytes and SHA-256"
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):  # no name that a file could have
+        size = None
+    if size is None:
+        return f"{name} is missing"
+    if size != seal["bytes"]:
+        return f"{name} has {size:,} bytes instead of {seal['bytes']:,}"
+    if not deep and path.suffix in (".safetensors", ".pt", ".bin"):
+        return None
+    if _sha256(path) != seal["sha256"]:
+        return f"{name} has other bytes than were written"
+    if path.name == MANIFEST and (told := damage_of(path.parent)) is not None:
+        return f"{path.parent.relative_to(folder)}: {told}"
+    return None
+
+
+def _is_seal(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("bytes"), int)
+        and isinstance(value.get("sha256"), str)
+    )
+
+
+def _sha256(path: Path) -> str:
+    """Of a file that this process may have read before: a policy is often its own reference."""
+    found = path.stat()
+    key = (str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino)
+    if key in _known:
+        return _known[key]
+    digest = sha256_file(path)
+    if time.time_ns() - found.st_mtime_ns > _CLOCK_STEP:  # else a change might leave its time as is
+        _known[key] = digest
+    return digest
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """Every file that the folder's manifest speaks of: of a sealed folder inside, its manifest."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            inner = path / MANIFEST
+            yield from [inner] if inner.is_file() else _own_files(path)
+        else:
+            yield path

@@ -1,0 +1,80 @@
+"""What a checkpoint's folder holds, and which of a run's checkpoints is whole."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from rrhf.errors import UserError
+from rrhf.files import COMPLETE
+from rrhf.models.finite import first_non_finite
+from rrhf.sealed_folders import DamagedManifest, damage_of, our_manifest
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, OPTIMIZER, RANDOM, STATE, STREAM = (
+    "trained.safetensors",
+    "optimizer.pt",
+    "random.pt",
+    "trainer_state.json",
+    "stream.safetensors",
+)
+ENGINE = "engine"
+"""The folder inside that sharded weights and optimiser are in, as accelerate writes them."""
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def checkpoints_by_step(folder: Path) -> list[Path]:
+    """Folders `step-<n>`, oldest step first."""
+    if not folder.is_dir():
+        return []
+    named = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(named, key=lambda pair: int(pair[0].group(1)))]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """True where its manifest says complete (its files are compared by `checkpoint_damage`)."""
+    try:
+        manifest = our_manifest(checkpoint, is_ours=True)
+    except DamagedManifest:
+        return False
+    return manifest is not None and manifest.get("status") == COMPLETE
+
+
+def checkpoint_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None."""
+    if (told := damage_of(checkpoint)) is not None:
+        return told
+    sealed = (our_manifest(checkpoint) or {})["files"]
+    is_sharded = any(name.startswith(f"{ENGINE}/") for name in sealed)
+    for name in (STATE, RANDOM) if is_sharded else (STATE, RANDOM, WEIGHTS, OPTIMIZER):
+        if name not in sealed:
+            return f"{name} was never written"
+    if not is_sharded and (weight := first_non_finite(load_file(checkpoint / WEIGHTS))) is not None:
+        return f"its weights are not finite (first: {weight})"
+    return None
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest checkpoint that is whole, and by name why newer ones were passed over."""
+    damaged: dict[str, str] = {}
+    for path in reversed(checkpoints_by_step(folder)):
+        problem = checkpoint_damage(path)
+        if problem is None:
+            return path, damaged
+        logger.warning("%s is passed over: %s", path, problem)
+        damaged[path.name] = problem
+    return None, damaged
+
+
+def none_is_whole(folder: Path, damaged: dict[str, str]) -> UserError:
+    """What a user is told where a run cannot go on from any of its checkpoints."""
+    told = "\n".join(f"  {name}: {problem}" for name, problem in damaged.items())
+    return UserError(
+        f"{folder}: none of the checkpoints is whole:\n{told}\nCopy one of them again from where "
+        "it is whole; to train from the beginning, choose another --output_dir"
+    )
