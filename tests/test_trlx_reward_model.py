@@ -202,3 +202,17 @@ def test_no_weights_and_no_folder_are_told(tmp_path: Path) -> None:
         weight_files(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         weight_files(tmp_path / "nothing")
+
+
+def test_rows_are_as_long_as_published_where_the_model_could_read_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = published_folder(tmp_path / "rm")
+    for window, length in ((WINDOW, WINDOW), (4096, 1024), (1024, 1024), (None, 1024)):
+        monkeypatch.setattr(
+            "rrhf.scoring.reward_model.context_window", lambda model, window=window: window
+        )
+        assert TrlxScorer(folder).describe()["max_length"] == length
+    assert TrlxScorer(folder, max_length=7).describe()["max_length"] == 7
+    with pytest.raises(UserError, match="knows 1024 positions"):
+        TrlxScorer(folder, max_length=1025)
