@@ -12,7 +12,7 @@ only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -134,16 +134,31 @@ def accept_edited_models(config: Any) -> None:
     Args:
         config: of any command; its fields say what they name.
     """
+    for folder in _local_models(config):
+        if getattr(config, "accept_edited_files", False):
+            _accepted.add(folder.resolve())
+        else:
+            _accepted.discard(folder.resolve())
+
+
+def require_models_as_written(config: Any) -> None:
+    """Compare all models of a call before its first stage, so that the last one is not in vain.
+
+    Raises:
+        UserError: one differs from its manifest, and the settings do not accept that.
+    """
+    accept_edited_models(config)
+    for folder in _local_models(config):
+        require_as_written(folder)
+
+
+def _local_models(config: Any) -> Iterator[Path]:
+    """The folders of the models that a configuration names."""
     for item in fields(config):
         named = getattr(config, item.name)
         is_model = item.metadata.get("names") in _MODEL_KINDS or item.name == "reward_base"
-        if not (is_model and named and Path(named).expanduser().is_dir()):
-            continue
-        folder = Path(model_folder(named)).resolve()
-        if getattr(config, "accept_edited_files", False):
-            _accepted.add(folder)
-        else:
-            _accepted.discard(folder)
+        if is_model and named and Path(named).expanduser().is_dir():
+            yield Path(model_folder(named))
 
 
 def _told(folder: Path, manifest: Mapping[str, Any], deep: bool) -> list[str]:

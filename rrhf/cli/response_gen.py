@@ -19,6 +19,7 @@ from rrhf.cli.flags import asks_for_help, build, help_asked_for, read_values
 from rrhf.cli.places import check_places
 from rrhf.cli.terminal import print_once, process_place, tell_repeats
 from rrhf.errors import EXIT_DONE
+from rrhf.model_paths import require_models_as_written
 
 PROG = "rrhf response-gen"
 GENERATED = "generated.jsonl"
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
     generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
     check_places(generate_config)
     check_places(score_config, made_later=("input_file",))
+    require_models_as_written(score_config)
     from rrhf.generation.stage import generate_file
     from rrhf.scoring.stage import score_file
 

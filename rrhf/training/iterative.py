@@ -31,7 +31,7 @@ from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import COMPLETE, UNFINISHED, read_manifest, write_manifest
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
-from rrhf.model_paths import accept_edited_models, check_model_path, require_as_written
+from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
 from rrhf.runs import RunFolder, settings_file, told_changes
@@ -139,7 +139,7 @@ def train(config: IterativeConfig) -> Path:
         StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
         AlreadyFinished: all rounds are there.
     """
-    accept_edited_models(config)
+    require_models_as_written(config)
     check_model_path(config.model_name_or_path)
     check_scorer(config.reward_model_name_or_path, config.reward_options())
     require_window(config.model_max_length, context_window(config.model_name_or_path))
