@@ -107,6 +107,19 @@ def test_a_prompt_that_just_fits_is_whole(world: Path) -> None:
         assert made.fits(prompt) and made.is_cut(prompt) is is_cut
 
 
+def test_of_a_response_that_is_cut_the_scorer_reads_what_stays(world: Path) -> None:
+    write = writer(world, truncate_token=".", truncate_after=1)
+    ids = write._codec.tokenizer("ask. now", add_special_tokens=False).input_ids
+    stop = next(place for place, i in enumerate(ids) if i in write._stop_token.ids)  # type: ignore[union-attr]
+    sample = Sample(torch.tensor(ids), torch.zeros(len(ids)), "length", "ask. now")
+    cut = write._cut(Draft(0, 0, [5], sample), prompts(world))
+    assert (cut.written.text, cut.written.finish_reason, cut.is_cut) == ("ask.", "stop", True)
+    assert cut.token_ids == ids[: stop + 1] and len(cut.written.logprobs) == stop + 1
+    whole = Sample(torch.tensor(ids[:stop]), torch.zeros(stop), "length", "ask")
+    draft = Draft(0, 0, [5], whole)
+    assert write._cut(draft, prompts(world)) is draft
+
+
 class Fitting:
     """Prompts of three letters or more do not fit, those of two are cut."""
 
