@@ -1,0 +1,20 @@
+"""All planted faults, in the order in which they are run."""
+
+from __future__ import annotations
+
+from .core import PARALLEL_FAULTS, UPDATE_FAULTS
+from .online import EXPERIENCE_FAULTS, ROLLOUT_FAULTS, STREAM_FAULTS
+from .runs import CHECKPOINT_FAULTS, LOOP_FAULTS
+from .terms import MODEL_FAULTS, TERM_FAULTS
+
+MUTANTS = [
+    *UPDATE_FAULTS,
+    *TERM_FAULTS,
+    *EXPERIENCE_FAULTS,
+    *ROLLOUT_FAULTS,
+    *STREAM_FAULTS,
+    *MODEL_FAULTS,
+    *LOOP_FAULTS,
+    *CHECKPOINT_FAULTS,
+    *PARALLEL_FAULTS,
+]
