@@ -23,7 +23,7 @@ from typing import Any
 from rrhf.data.candidate_files import SeenIds, require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.columns import ColumnNames
-from rrhf.data.json_scan import Fault, Faults, scan_rows
+from rrhf.data.json_scan import Edited, Fault, Faults, scan_rows
 from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
 from rrhf.data.tables import (
     SEPARATORS,
@@ -34,7 +34,9 @@ from rrhf.data.tables import (
     text_rows,
 )
 from rrhf.errors import UserError
+from rrhf.files import file_digest
 from rrhf.records import CandidateSet
+from rrhf.seals import seal_difference
 
 __all__ = ["REGISTRY", "SourceCounts", "known_names", "read_sets", "register_source"]
 
@@ -53,6 +55,12 @@ _DEFAULT_SPLIT = "train"
 
 def _file_rows(path: str) -> Rows:
     kind = kind_of_file(path)
+    if kind in SEPARATORS or kind == TEXT_SUFFIX:
+        # `rrhf data convert` writes JSON lines, with a manifest, under any name.
+        manifest = require_finished(path)
+        difference = manifest and seal_difference(path, manifest, file_digest(path))
+        if difference:
+            yield path, Edited(0, difference)
     if kind in SEPARATORS:
         for line, row in table_rows(path, SEPARATORS[kind]):
             yield f"{path}:{line}", row
