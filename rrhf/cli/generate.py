@@ -1,4 +1,4 @@
-"""`rrhf generate`: parse, call, print; what it does stands in `rrhf.generation.stage`."""
+"""`rrhf generate`: parse, call, print; the work is in `rrhf.generation.stage`."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ BASELINE_SEED_STEP = 1_000_003
 class EvaluationResult:
     """Attributes:
     rows: what was measured, one dict a row.
-    files: where each row stands.
+    files: the file of each row.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -155,7 +155,7 @@ def _policy_rows(
 
 
 class _Models:
-    """Loads every model once, however many parts it plays."""
+    """Loads every model once, however many roles it has."""
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
@@ -298,7 +298,7 @@ def _add_baseline_rows(
     dropped: int,
     result: EvaluationResult,
 ) -> None:
-    """Measure the baseline as the policy is measured, unless a row of it is there already."""
+    """Measure the baseline as the policy is measured, unless its rows already exist."""
     if same_place(baseline.place, config.model_name_or_path or config.responses):
         return
     greedy = {"greedy": (True,), "sample": (False,), "both": (False, True)}[config.decoding]
