@@ -1,7 +1,8 @@
 """`python -m benchmarks NAME [--case CASE|all] [--rounds N] [--output DIR]`
 
-NAME is a benchmark; or `all`, for every figure of the table in one go; or `table`, which writes the
-tables of the README from the results.
+NAME is a benchmark; or `all`, for every figure of the table in one go; or `gpu`, the programme of
+checks and measurements for one GPU; or `table`, which writes the tables of the README from the
+results.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import harness, registry, tables
 from benchmarks.everything import in_fresh_processes, one_case
+from benchmarks.gpu import book, programme
 
 README = Path(__file__).with_name("README.md")
 
@@ -20,15 +22,18 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0; 1 where a benchmark failed; 2 where what is asked for has no place here."""
     arguments = sys.argv[1:] if arguments is None else arguments
     front = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [*registry.NAMES, "all", "table"]
+    names = [*registry.NAMES, "all", "gpu", "table"]
     front.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     name = front.parse_args(arguments[:1]).name
+    if name == "gpu":
+        return programme.main(arguments[1:])
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
     if name == "table":
         parser.add_argument("--results", type=Path, default=README.with_name("results"))
         parser.add_argument("--readme", type=Path, default=README)
         asked = parser.parse_args(arguments[1:])
-        tables.write(asked.readme, harness.read_all(asked.results))
+        results = {**harness.read_all(asked.results), **book.results(asked.results / "gpu")}
+        tables.write(asked.readme, results)
         return 0
     parser.add_argument("--rounds", type=int, help="in which each variant runs once")
     parser.add_argument("--output", type=Path, help="folder for the results as JSON")

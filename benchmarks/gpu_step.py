@@ -1,7 +1,8 @@
 """A training step of a 1B- and a 7B-shaped Llama on one GPU: tokens/s, share of peak, memory.
 
 bfloat16 weights of random values, forward and backward without an optimizer, CUDA events, each way
-with a model of its own that is given back before the next. Tokens are counted as a user has them,
+with a model of its own that is given back before the next. `padded_trl` is the fused head of TRL
+1.16 on padded rows, where that TRL is installed. Tokens are counted as a user has them,
 every response with its prompt, so that ways compare; *MFU* counts the multiplications that a way
 really does (without those of recomputation) against the card's dense bfloat16 peak. What does not
 fit, or has no package here, is reported as such.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from benchmarks import trl_peer
 from benchmarks.harness import NotMeasured, stopwatch
 from benchmarks.original_step import OriginalStyle
 from benchmarks.rrhf_step import Step
@@ -34,6 +36,9 @@ TABLE = "gpu"
 TOLERANCE = 0.1
 """Of loss and gradient, relatively, between two ways in bfloat16 over many layers."""
 SETTINGS = {"peak_tflops": "dense bfloat16 peak of the card in TFLOP/s, where it is not known here"}
+
+PEER_FOLDER: str | None = None
+"""Where TRL 1.16 lies; None = where `trl_peer` looks for it."""
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -78,25 +83,31 @@ class GpuCase:
 
 
 _1B = Shape(2048, 16, 128256, 1024, (256,) * 4, heads=32, key_heads=8, mlp=8192)
+_SHORT = Shape(2048, 16, 128256, 192, (64,) * 4, heads=32, key_heads=8, mlp=8192)
 _7B = Shape(4096, 32, 32000, 1024, (256,) * 4, heads=32, key_heads=32, mlp=11008)
 
 CASES = {
     "1B": GpuCase(_1B),
     "1B_checkpointed": GpuCase(_1B, checkpointing=True),
+    "1B_short": GpuCase(_SHORT),
     "7B": GpuCase(_7B),
     "7B_checkpointed": GpuCase(_7B, checkpointing=True),
 }
+"""`1B_short` has HH's lengths: there a kernel's start-up is much of its time."""
+
 GOALS: dict[str, float] = {}
 
 WAYS: dict[str, tuple[str, Callable[[Any], nn.Module]]] = {
     "original": ("sdpa", OriginalStyle),
     "padded_sdpa": ("sdpa", lambda model: FastPolicy(model, "rows")),
     "padded_flash": ("flash_attention_2", lambda model: FastPolicy(model, "rows")),
+    "padded_trl": ("sdpa", lambda model: trl_peer.FusedHeadRows(model, PEER_FOLDER)),
     "shared_sdpa": ("sdpa", lambda model: build_policy(model, "shared_prefix")),
+    "shared_varlen": ("sdpa", lambda model: build_policy(model, "varlen_attention")),
     "shared_flash": ("flash_attention_2", lambda model: build_policy(model, "shared_prefix")),
     "shared_flex": ("sdpa", lambda model: build_policy(model, "flex_attention")),
 }
-"""Attention of the model, and the door in front of it."""
+"""Attention of the model, and the forward interface in front of it."""
 
 
 def run(case: str, rounds: int, peak_tflops: str | None = None) -> dict[str, Any]:
@@ -115,35 +126,23 @@ def measured(
     name: str, case: GpuCase, rounds: int, device: str, peak_tflops: float | None
 ) -> dict[str, Any]:
     """On any device; the CPU has no peak and tells no memory."""
-    scores = [float(number) for number in range(len(case.shape.responses))]
-    batch = case.shape.batch(scores).to(device)
     found: dict[str, dict[str, Any]] = {}
-    expected: tuple[float, Tensor] | None = None
-    for way, (attention, door) in WAYS.items():
-        try:
-            check_attention(attention)
-            found[way], told = _one(case, attention, door, batch, rounds, device, peak_tflops)
-        except torch.OutOfMemoryError:
-            found[way] = {"failed": "out of memory"}
-            continue
-        except (UserError, ImportError, NotImplementedError) as error:
-            found[way] = {"failed": str(error)}
-            continue
-        finally:
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-        if expected is None:
-            expected = told
-        loss = abs(told[0] - expected[0]) / abs(expected[0])
-        gradient = float((told[1] - expected[1]).norm() / expected[1].norm())
-        found[way]["relative_difference"] = {"loss": loss, "gradient": gradient}
-        if max(loss, gradient) > TOLERANCE:
-            found[way] = {"failed": f"differs: loss by {loss:.1g}, gradient by {gradient:.1g}"}
-    base = next((one["seconds"] for one in found.values() if "seconds" in one), None)
-    for one in found.values():
-        if base and "seconds" in one:
-            one["times_as_fast"] = statistics.median(base) / statistics.median(one["seconds"])
+    expected: Told | None = None
+    for way in WAYS:
+        found[way], told = measured_way(case, way, rounds, device, peak_tflops, expected)
+        expected = expected or told
+    return result_of(name, case, found, device, peak_tflops)
+
+
+def result_of(
+    name: str,
+    case: GpuCase,
+    ways: dict[str, dict[str, Any]],
+    device: str,
+    peak_tflops: float | None,
+) -> dict[str, Any]:
+    """The result of a case from what its ways gave; the first that was timed is the baseline."""
+    add_ratios(ways)
     return {
         "benchmark": "gpu_step",
         "case": name,
@@ -151,8 +150,82 @@ def measured(
         "theory": case.shape.theory(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "peak_tflops": peak_tflops,
-        "ways": found,
+        "ways": ways,
     }
+
+
+def add_ratios(ways: dict[str, dict[str, Any]]) -> None:
+    """How many times as fast each way is as the first that was timed."""
+    base = next((one["seconds"] for one in ways.values() if "seconds" in one), None)
+    for one in ways.values():
+        if base and "seconds" in one:
+            one["times_as_fast"] = statistics.median(base) / statistics.median(one["seconds"])
+
+
+Told = tuple[float, Tensor]
+"""Loss, and the gradient of the small weights."""
+
+
+def measured_way(
+    case: GpuCase,
+    way: str,
+    rounds: int,
+    device: str,
+    peak_tflops: float | None,
+    expected: Told | None,
+    tolerance: float = TOLERANCE,
+) -> tuple[dict[str, Any], Told | None]:
+    """What one way took, or why it failed; and what it computed.
+
+    Args:
+        case: sizes.
+        way: a key of `WAYS`.
+        rounds: that are timed.
+        device, peak_tflops: as in `measured`.
+        expected: what another way computed; None = compare with nothing.
+        tolerance: how far loss and gradient may be from that, relatively.
+    """
+    attention, door = WAYS[way]
+    scores = [float(number) for number in range(len(case.shape.responses))]
+    batch = case.shape.batch(scores).to(device)
+    try:
+        check_attention(attention)
+        found, told = _one(case, attention, door, batch, rounds, device, peak_tflops)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}, None
+    except (UserError, ImportError, NotImplementedError, NotMeasured) as error:
+        return {"failed": str(error)}, None
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    against = expected or told
+    loss = abs(told[0] - against[0]) / abs(against[0])
+    gradient = float((told[1] - against[1]).norm() / against[1].norm())
+    found["relative_difference"] = {"loss": loss, "gradient": gradient}
+    if max(loss, gradient) > tolerance:
+        differs = f"differs: loss by {loss:.1g}, gradient by {gradient:.1g}"
+        return {"failed": differs, "relative_difference": found["relative_difference"]}, told
+    return found, told
+
+
+def computed(case: GpuCase, way: str, device: str) -> Told:
+    """What a way computes, without timing it."""
+    attention, door = WAYS[way]
+    scores = [float(number) for number in range(len(case.shape.responses))]
+    try:
+        step = Step(door(case.model(device, attention)), case.shape.batch(scores).to(device))
+        return float(step()), _small_gradient(step)
+    finally:
+        step = None  # type: ignore[assignment]
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _small_gradient(step: Step) -> Tensor:
+    small = [p for p in step.policy.parameters() if p.grad is not None and p.numel() <= 1 << 20]
+    return torch.cat([p.grad.float().flatten() for p in small if p.grad is not None]).cpu()
 
 
 def _one(
@@ -163,27 +236,20 @@ def _one(
     rounds: int,
     device: str,
     peak_tflops: float | None,
-) -> tuple[dict[str, Any], tuple[float, Tensor]]:
+) -> tuple[dict[str, Any], Told]:
     """What it took, and loss and gradient of the small weights to compare it by."""
     step = Step(door(case.model(device, attention)), batch)
     loss = float(step())
-    small = [p for p in step.policy.parameters() if p.grad is not None and p.numel() <= 1 << 20]
-    gradient = torch.cat([p.grad.float().flatten() for p in small if p.grad is not None]).cpu()
+    gradient = _small_gradient(step)
     if device == "cuda":
+        step()  # kernels that are compiled or chosen on their first call are ready now
         torch.cuda.reset_peak_memory_stats()
     watch = stopwatch(device)
     seconds = [round(watch(step), 5) for _ in range(rounds)]
     middle = statistics.median(seconds)
     shape = case.shape
     tokens = sum(shape.prompt + length for length in shape.responses)
-    work = shape.work()
-    is_shared = getattr(step.policy, "layout", None) not in (None, "rows")
-    if is_shared:
-        multiplications = work.body + work.head
-    else:
-        is_original = isinstance(step.policy, OriginalStyle)
-        multiplications = work.rows_body + (work.rows_head if is_original else work.head)
-    flops = 3 * 2 * multiplications / middle
+    flops = 3 * 2 * _multiplications(step.policy, shape) / middle
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
     told = {
         "seconds": seconds,
@@ -193,6 +259,16 @@ def _one(
         "peak_gib": None if peak is None else round(peak, 2),
     }
     return told, (loss, gradient)
+
+
+def _multiplications(policy: nn.Module, shape: Shape) -> float:
+    """Of a forward pass, recomputation left out."""
+    work = shape.work()
+    if getattr(policy, "layout", None) not in (None, "rows"):
+        return work.body + work.head
+    if isinstance(policy, OriginalStyle):
+        return work.rows_body + work.rows_head
+    return work.rows_body + work.head
 
 
 def peak_of(name: str) -> float | None:

@@ -55,6 +55,11 @@ class Case:
         prompt, response: tokens.
         rows: responses of a rollout, all of them in one step.
         epochs: passes over them, a step each.
+        heads, key_heads: of their attention.
+        mlp: its width, where it is another.
+        micro_rows: that pass the model at a time; 0 = all of them.
+        device: "cpu", in float32, or "cuda", in bfloat16.
+        engine: how rows pass our models.
     """
 
     critic: str
@@ -67,6 +72,16 @@ class Case:
     rows: int = 8
     epochs: int = 4
     learning_rate: float = 1e-6
+    heads: int = 8
+    key_heads: int = 4
+    mlp: int = 0
+    micro_rows: int = 0
+    device: str = "cpu"
+    engine: str = "auto"
+
+    @property
+    def intermediate(self) -> int:
+        return self.mlp or 5 * self.hidden // 2
 
     def __str__(self) -> str:
         shared = f" ({self.samples} to a prompt)" if self.samples > 1 else ""
@@ -78,10 +93,10 @@ class Case:
     def config(self) -> LlamaConfig:
         return LlamaConfig(
             hidden_size=self.hidden,
-            intermediate_size=5 * self.hidden // 2,
+            intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
             vocab_size=self.vocabulary,
             max_position_embeddings=2048,
             bos_token_id=0,
@@ -90,14 +105,20 @@ class Case:
         )
 
     def theory(self) -> float:
-        """The ratio of multiplications, theirs over ours, for one response.
+        """The ratio of multiplications, theirs over ours."""
+        theirs, ours = self.multiplications()
+        return theirs / ours
+
+    def multiplications(self) -> tuple[float, float]:
+        """Theirs and ours, for one response of an iteration.
 
         Theirs: whole rows, dense attention, the head at every position of reference and steps.
         Ours: every prompt once, causal attention, the head at response positions; a frozen head
         and frozen weights cost no gradient of their own. A backward pass is two forwards.
         """
         p, r, h = self.prompt, self.response, self.hidden
-        body = self.layers * (2 * h * (h + h // 2) + 3 * h * (5 * h // 2))
+        grouped = h * self.key_heads // self.heads
+        body = self.layers * (2 * h * (h + grouped) + 3 * h * self.intermediate)
         head, pair = h * self.vocabulary, 2 * h * self.layers
         whole = (p + r) * body + (p + r) ** 2 * pair
         written = (r - 1) * (body + head) + head + r * (p + r / 2) * pair
@@ -115,7 +136,7 @@ class Case:
                 "LoRA": 2 * mine + 2 * r * head,
             }[self.critic]
         )
-        return theirs / ours
+        return theirs, ours
 
 
 CASES = {
@@ -215,8 +236,14 @@ def write_world(folder: Path, sizes: Case) -> Path:
     torch.manual_seed(0)
     score_config = sizes.config()
     score_config.num_labels = 1
-    LlamaForCausalLM(sizes.config()).save_pretrained(folder / "policy")
-    LlamaForSequenceClassification(score_config).save_pretrained(folder / "reward")
+    # Large ones are made where they compute, and take half of the disk.
+    dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float32
+    with torch.device(sizes.device):
+        policy = LlamaForCausalLM._from_config(sizes.config(), dtype=dtype)
+        policy.save_pretrained(folder / "policy")
+        del policy
+        scorer = LlamaForSequenceClassification._from_config(score_config, dtype=dtype)
+        scorer.save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
     generator = torch.Generator().manual_seed(1)

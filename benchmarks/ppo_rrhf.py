@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def config(world: Path, sizes: dict[str, Any]) -> ppo.PPOConfig:
         rollout_size=rows,
         num_return_sequences=samples,
         per_device_prompt_batch_size=rows // samples,
-        per_device_train_batch_size=rows,
+        per_device_train_batch_size=sizes["micro_rows"] or rows,
+        gradient_accumulation_steps=rows // (sizes["micro_rows"] or rows),
         num_rollouts=10**6,
         ppo_epochs=sizes["epochs"],
         max_new_tokens=sizes["response"],
@@ -48,12 +50,17 @@ def config(world: Path, sizes: dict[str, Any]) -> ppo.PPOConfig:
         critic_lr_scheduler_type="constant",
         chat_format="raw",
         save_steps=0,
+        engine=sizes["engine"],
+        bf16=sizes["device"] == "cuda",
         **CRITICS[sizes["critic"]],
     )
 
 
 def main(world: Path, sizes: dict[str, Any], gate: Gate) -> None:
-    torch.set_num_threads(1)
+    if sizes["device"] == "cuda":
+        gate.clock = wall_clock
+    else:
+        torch.set_num_threads(1)
     settings = config(world, sizes)
     write = RolloutWriter.write
 
@@ -65,7 +72,13 @@ def main(world: Path, sizes: dict[str, Any], gate: Gate) -> None:
     ppo.train(settings)
 
 
-def _facts(metrics: Path) -> dict[str, float]:
+def wall_clock() -> float:
+    """Seconds, when the GPU has done what it was told."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _facts(metrics: Path) -> dict[str, Any]:
     if not metrics.exists() or not (lines := metrics.read_text().splitlines()):
         return {}
     rows = [json.loads(line) for line in lines]
@@ -79,6 +92,12 @@ def _facts(metrics: Path) -> dict[str, float]:
         "first_ratio": mine[0]["largest_ratio"],
         "entropy": sum(row["entropy"] for row in mine) / len(mine),
         "shortest_response": rollout["response_length_min"],
+        "phases": {
+            k: v
+            for row in (rollout, mine[-1])
+            for k, v in row.items()
+            if k.startswith(("seconds_", "peak_mib_"))
+        },
     }
 
 

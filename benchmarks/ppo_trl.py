@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ def main(world: Path, sizes: dict[str, Any], gate: Gate) -> None:
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    torch.set_num_threads(1)
+    on_gpu, micro = sizes["device"] == "cuda", sizes["micro_rows"] or sizes["rows"]
+
+    def wall_clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if on_gpu:
+        gate.clock = wall_clock
+    else:
+        torch.set_num_threads(1)
 
     class AtTheGate(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -40,10 +50,18 @@ def main(world: Path, sizes: dict[str, Any], gate: Gate) -> None:
                 kl=told["objective/kl"],
                 ratio=told["val/ratio"],
                 entropy=told["policy/entropy_avg"],
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
             )
 
-    def scorer() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(world / "reward", num_labels=1)
+    frozen = torch.bfloat16 if on_gpu else torch.float32
+
+    def scorer(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(
+            world / "reward", num_labels=1, dtype=dtype
+        )
+
+    def policy(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(world / "policy", dtype=dtype)
 
     rows = [json.loads(line)["ids"] for line in (world / "prompts.jsonl").open()]
     prompts = Dataset.from_dict({"input_ids": rows})
@@ -51,8 +69,8 @@ def main(world: Path, sizes: dict[str, Any], gate: Gate) -> None:
     trainer = PPOTrainer(
         args=PPOConfig(
             output_dir=str(world / "trl"),
-            per_device_train_batch_size=sizes["rows"],
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=sizes["rows"] // micro,
             num_mini_batches=1,
             num_ppo_epochs=sizes["epochs"],
             response_length=sizes["response"],
@@ -66,14 +84,14 @@ def main(world: Path, sizes: dict[str, Any], gate: Gate) -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
             gradient_checkpointing=False,
         ),
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(world / "policy"),
-        ref_model=AutoModelForCausalLM.from_pretrained(world / "policy"),
-        reward_model=scorer(),
+        model=policy(),
+        ref_model=policy(frozen),
+        reward_model=scorer(frozen),
         value_model=scorer(),
         train_dataset=prompts,
         eval_dataset=prompts,

@@ -119,6 +119,19 @@ def gpu(results: Results) -> str:
     return _markdown(rows)
 
 
+def programme(results: Results) -> str:
+    """A row for each item of the programme for a GPU, but for the steps, which have their table."""
+    found = results.get(("gpu", "programme"))
+    if found is None:
+        return "Not run on a GPU yet."
+    rows = [["part", "item", "", "result"]]
+    for part, entry in found["parts"].items():
+        for item, one in {} if part == "step" else entry["items"].items():
+            text = " ".join(one["line"].split()).replace("|", "\\|")
+            rows.append([f"`{part}`", item, one["status"], text])
+    return _markdown(rows)
+
+
 def machine(results: Results) -> str:
     """Where the figures come from: machines, versions and commits, then what was compared with."""
     places: dict[str, None] = {}
@@ -142,6 +155,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "memory": memory,
     "scaling": scaling,
     "gpu": gpu,
+    "programme": programme,
     "machine": machine,
 }
 
