@@ -156,9 +156,10 @@ def _local_models(config: Any) -> Iterator[Path]:
     """The folders of the models that a configuration names."""
     for item in fields(config):
         named = getattr(config, item.name)
-        is_model = item.metadata.get("names") in _MODEL_KINDS or item.name == "reward_base"
-        if is_model and named and Path(named).expanduser().is_dir():
-            yield Path(model_folder(named))
+        if item.metadata.get("names") in _MODEL_KINDS or item.name == "reward_base":
+            for path in named if isinstance(named, list) else [named]:
+                if path and Path(path).expanduser().is_dir():
+                    yield Path(model_folder(path))
 
 
 def _told(folder: Path, manifest: Mapping[str, Any], deep: bool) -> list[str]:

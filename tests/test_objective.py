@@ -115,7 +115,7 @@ def value_loss(token: Token, limit: float | None) -> float:
 def test_the_policys_term(changes: dict[str, Any], clips: tuple[float, float, float]) -> None:
     made = objective(**changes)
     term = made(outputs(), batch())["policy"]
-    assert float(term.total) == pytest.approx(sum(surrogate(t, *clips) for t in TOKENS), rel=1e-5)
+    assert term.total.item() == pytest.approx(sum(surrogate(t, *clips) for t in TOKENS), rel=1e-5)
     assert term.weight == 1.0
     assert float(made.denominators(batch())["policy"]) == 4
     means = {name: float(total / count) for name, (total, count) in term.metrics.items()}
@@ -130,7 +130,7 @@ def test_the_policys_term(changes: dict[str, Any], clips: tuple[float, float, fl
 def test_the_critics_term(limit: float) -> None:
     term = objective(clip_range_value=limit, vf_coeff=0.3)(outputs(), batch())["value"]
     every = [value_loss(t, limit or None) for t in TOKENS]
-    assert float(term.total) == pytest.approx(sum(every), rel=1e-5)
+    assert term.total.item() == pytest.approx(sum(every), rel=1e-5)
     assert term.weight == 0.3
     if limit == 0.2:
         assert every != [value_loss(t, None) for t in TOKENS]  # the control
@@ -139,7 +139,7 @@ def test_the_critics_term(limit: float) -> None:
 
 def test_the_entropy_is_a_bonus() -> None:
     term = objective(entropy_coeff=0.01)(outputs(), batch())["entropy"]
-    assert float(term.total) == pytest.approx(-sum(t.entropy for t in TOKENS), rel=1e-5)
+    assert term.total.item() == pytest.approx(-sum(t.entropy for t in TOKENS), rel=1e-5)
     assert term.weight == 0.01
     assert "entropy" not in objective()(outputs(), batch())
 
@@ -148,7 +148,7 @@ def test_the_kl_in_the_loss_is_that_from_the_reference_at_the_controllers_coeffi
     made = objective(coefficient=0.7, kl_in="loss", kl_coeff=0.05)
     term = made(outputs(), batch())["kl"]
     gaps = [t.reference - t.now for t in TOKENS]
-    assert float(term.total) == pytest.approx(
+    assert term.total.item() == pytest.approx(
         sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-5
     )
     assert term.weight == 0.7
@@ -172,14 +172,14 @@ def test_sums_over_a_response_are_measured_by_the_longest_there_may_be() -> None
         {"policy": 1 / 8, "value": 0.4 / 8, "entropy": 0.01 / 8, "kl": 0.2 / 8}
     )
     wanted = sum(surrogate(t, 0.2, 0.2) for t in TOKENS)
-    assert float(terms["policy"].total) == pytest.approx(wanted, rel=1e-5)
+    assert terms["policy"].total.item() == pytest.approx(wanted, rel=1e-5)
     assert float(made.denominators(batch())["policy"]) == 2  # responses that count
 
 
 def test_means_of_responses_weigh_each_alike() -> None:
     made = objective(loss_reduction="sequence-mean")
     wanted = sum(sum(surrogate(t, 0.2, 0.2) for t in row) / len(row) for row in ROWS)
-    assert float(made(outputs(), batch())["policy"].total) == pytest.approx(wanted, rel=1e-5)
+    assert made(outputs(), batch())["policy"].total.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_while_the_critic_learns_alone_nothing_else_weighs() -> None:

@@ -262,6 +262,28 @@ def test_preference_rows_and_prompts_are_sealed_as_well(folder: Path) -> None:
         assert main(["data", "validate", str(path)]) == 2
 
 
+@pytest.mark.parametrize("name", ["f.txt", "f.rows"])
+def test_other_names_are_sealed_as_well(
+    folder: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = sealed(folder / name)
+    path.write_bytes(b" {" + path.read_bytes().replace(b"{", b"(", 1))
+    assert main(["data", "validate", str(path)]) == 2
+    assert f"not as {name}.manifest.json describes it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["f.txt.gz", "f.csv.gz", "f.tsv.gz"])
+def test_a_packed_file_that_was_cut_is_one_message(
+    folder: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = "".join(f"{'prompt' if n == 0 else n * 7919}\n" for n in range(5000))
+    whole = gzip.compress(text.encode())
+    for size in (len(whole) - 9, len(whole) // 2, 40, 5):
+        (folder / name).write_bytes(whole[:size])
+        assert main(["data", "validate", str(folder / name)]) == 2
+        assert "is cut off here" in capfd.readouterr().err
+
+
 def test_rows_of_an_evaluation_are_sealed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data, rows = sealed(folder / "data.jsonl"), folder / "rows"
     for name in ("one", "two"):

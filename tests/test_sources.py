@@ -88,7 +88,36 @@ def test_a_folder_as_hh_lays_it_out(tmp_path: Path):
     assert {s.origin for s in named} == {"hh-rlhf/harmless-base"}
 
 
+def test_the_file_that_a_folder_is_read_from_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    write_lines(tmp_path / "train.jsonl", PAIR)
+    with caplog.at_level("INFO", logger="rrhf"):
+        list(read_sets(str(tmp_path)))
+    assert f"{tmp_path}: reading train.jsonl" in caplog.text
+
+
 # Through `datasets`, without network.
+
+
+def test_which_split_of_a_saved_dataset_is_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    import datasets
+
+    splits = {
+        name: datasets.Dataset.from_list([{**PAIR, "prompt": name}]) for name in ("test", "train")
+    }
+    folder = tmp_path / "splits"
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    with caplog.at_level("INFO", logger="rrhf"):
+        assert [s.query for s in read_sets(str(folder))] == ["train"]
+    assert f"{folder}: reading the split train (of test, train)" in caplog.text
+    # A command without --split names the split's own folder.
+    assert [s.query for s in read_sets(str(folder / "test"))] == ["test"]
+    datasets.DatasetDict({"a": splits["test"], "b": splits["train"]}).save_to_disk(tmp_path / "ab")
+    with pytest.raises(UserError, match=r"has no split 'train'; choose one of a, b \(as .*ab/a\)"):
+        list(read_sets(str(tmp_path / "ab")))
 
 
 def test_a_saved_dataset_and_tables(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""`rrhf evaluate`: parse, call, print; what it does stands in `rrhf.evaluation.evaluate`."""
+"""`rrhf evaluate`: parse, call, print; the work is in `rrhf.evaluation.evaluate`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""`rrhf generate`: parse, call, print; what it does stands in `rrhf.generation.stage`."""
+"""`rrhf generate`: parse, call, print; the work is in `rrhf.generation.stage`."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, process_place
@@ -8,10 +10,22 @@ from rrhf.errors import EXIT_DONE
 
 
 def main(argv: list[str]) -> int:
+    from rrhf.data.prompt_text import prompt_text
     from rrhf.generation.config import GenerateConfig
 
     config = read_settings(GenerateConfig, argv, "rrhf generate")
     from rrhf.generation.stage import generate_file
 
-    print_once(f"Candidates: {generate_file(config, *process_place())}")
+    output = generate_file(config, *process_place())
+    if prompt_text(config.prompts) is not None:
+        print_once(_responses(output))
+    print_once(f"Candidates: {output}")
     return EXIT_DONE
+
+
+def _responses(output: Path) -> str:
+    """What was written to a prompt of the command line."""
+    from rrhf.data.candidate_files import read_candidate_sets
+
+    written = [c.response for s in read_candidate_sets(output) for c in s.candidates]
+    return "\n".join(f"[{number}] {text}" for number, text in enumerate(written, start=1))

@@ -1,7 +1,7 @@
 """The `rrhf` command: finds the command that was named, runs it, turns its end into an exit code.
 
 Commands are imported only when they are called, so that `rrhf --help` answers at once. Exit codes:
-0 done, 2 a mistake that the user can mend (one message, no traceback), 75 or 130 stopped by a
+0 done, 2 a mistake that the user can fix (one message, no traceback), 75 or 130 stopped by a
 signal after everything worth keeping was written, 1 anything else.
 """
 

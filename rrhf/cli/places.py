@@ -114,6 +114,19 @@ def _check_data(specs: str, config: Any) -> None:
     check_sources(specs, getattr(config, "split", None))
 
 
+def _check_prompts(specs: str, config: Any) -> None:
+    from rrhf.data.prompt_text import prompt_text
+
+    if prompt_text(specs) is not None:
+        return
+    try:
+        _check_data(specs, config)
+    except UserError as error:
+        if any(letter.isspace() for letter in specs):
+            raise
+        raise UserError(f"{error}; a prompt of one word is given as text:{specs}") from error
+
+
 def _check_responses(spec: str, config: Any) -> None:
     if spec != "dataset" and not Path(spec).is_file():
         raise UserError(
@@ -167,6 +180,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "model": _check_model,
     "scorer": _check_scorer,
     "data": _check_data,
+    "prompts": _check_prompts,
     "responses": _check_responses,
     "model or file": _check_model_or_file,
     "row": _check_row,

@@ -1,4 +1,4 @@
-"""`rrhf score`: parse, call, print; what it does stands in `rrhf.scoring.stage`."""
+"""`rrhf score`: parse, call, print; the work is in `rrhf.scoring.stage`."""
 
 from __future__ import annotations
 

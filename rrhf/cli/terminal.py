@@ -67,8 +67,8 @@ class Voice(logging.StreamHandler[Any]):
 def configure_logging() -> None:
     """The package's own messages go to stderr, one line each.
 
-    Of processes that a launcher started beside the first, those rooms alone may warn which speak of
-    their own share of the work; the others would only say again what the first one says.
+    In processes other than the first, only modules that report on their own share of the work may
+    warn; the other warnings would repeat those of the first process.
     """
     logging.basicConfig(level=logging.WARNING, handlers=[Voice()])
     logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.ERROR)

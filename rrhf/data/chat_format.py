@@ -43,6 +43,9 @@ _ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
+# What decoders put in place of bytes that are no character, or not all of one.
+_BROKEN_CHARACTER = "\ufffd"
+_MOST_BYTES = 4
 # A tokenizer that puts a blank before a text's first word does not do so after this anchor.
 _ANCHORS = ("\n", ":", ".")
 # Private-use characters: one that nobody wrote marks a special token's text in a user's words.
@@ -256,11 +259,14 @@ class ChatCodec:
     def decode_response(
         self, candidate_set: CandidateSet, prompt_ids: Sequence[int], ids: Sequence[int]
     ) -> str:
-        """The text in the prompt's context, without end id and without the format's blank."""
+        """The text in the prompt's context, without end id and without the format's blank.
+
+        One that ends inside a character, of which some bytes are missing, ends before it.
+        """
         kept = list(ids)
         while kept and kept[-1] in self.end_ids:
             kept.pop()
-        text = self.decode_tail(kept)
+        text = self._whole_characters(kept)
         if not text.strip():
             return ""
         separator = self._response_prefix(candidate_set, "")
@@ -275,6 +281,20 @@ class ChatCodec:
         return text[len(self._decode(context)) :] if context else text
 
     # Inside.
+
+    def _whole_characters(self, ids: Sequence[int]) -> str:
+        """The text of a piece of a response, up to the last character that is all there."""
+        text = self.decode_tail(ids)
+        if not text.endswith(_BROKEN_CHARACTER):
+            return text
+        # Some decoders give up a whole run of bytes for one that is missing: without the bytes of
+        # the broken character, the others can be read.
+        shorter = (
+            self.decode_tail(ids[:-count]) for count in range(1, _MOST_BYTES) if count < len(ids)
+        )
+        texts = [text.rstrip(_BROKEN_CHARACTER)]
+        texts += [one for one in shorter if not one.endswith(_BROKEN_CHARACTER)]
+        return max(texts, key=len)
 
     def _response_prefix(self, candidate_set: CandidateSet, text: str) -> str:
         separator = {"hh": " ", "alpaca": "\n"}.get(self.format_of(candidate_set), "")

@@ -39,7 +39,8 @@ _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP_MAGIC = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MEND_ROW = "mend the line, or remove it"
-_UNREADABLE = (EOFError, OSError, zlib.error)
+UNREADABLE = (EOFError, OSError, zlib.error)
+"""What reading raises where a gzip file is cut or damaged, or a disk fails."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,8 @@ def _scan(file: BinaryIO) -> Iterator[Row | Fault]:
         skipped = len(_BOM) if start == _BOM else 0
         whole = _Prefixed(start[skipped:], file, skipped)
         lead = whole.skip_space()
-    except _UNREADABLE as error:
-        yield _broken_bytes(1, error)
+    except UNREADABLE as error:
+        yield broken_bytes(1, error)
         return
     if lead == b"[":
         yield from _scan_array(whole)
@@ -293,7 +294,8 @@ class _Prefixed:
         return taken + self._file.readline(limit - len(taken))
 
 
-def _broken_bytes(line: int, error: Exception) -> Fault:
+def broken_bytes(line: int, error: Exception) -> Fault:
+    """The fault of a line behind which nothing can be read."""
     if isinstance(error, EOFError):
         return Fault(line, "the gzip file is cut off here; copy or make it again")
     if isinstance(error, _TooLarge):
@@ -318,8 +320,8 @@ def _scan_lines(file: _Prefixed) -> Iterator[Row | Fault]:
         line += 1
         try:
             data = file.readline(MAX_ROW_BYTES + 1)
-        except _UNREADABLE as error:
-            yield _broken_bytes(line, error)
+        except UNREADABLE as error:
+            yield broken_bytes(line, error)
             return
         if not data:
             return
@@ -431,8 +433,8 @@ def _scan_array(file: _Prefixed) -> Iterator[Row | Fault]:
             )
     except UnicodeDecodeError as error:
         yield Fault(window.line, _not_utf8(error, window.offset))
-    except _UNREADABLE as error:
-        yield _broken_bytes(window.line, error)
+    except UNREADABLE as error:
+        yield broken_bytes(window.line, error)
 
 
 def _array_fault(window: _ArrayText, mark: str) -> Fault:

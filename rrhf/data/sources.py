@@ -23,7 +23,7 @@ from typing import Any
 from rrhf.data.candidate_files import SeenIds, require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.columns import ColumnNames
-from rrhf.data.json_scan import Fault, Faults, scan_rows
+from rrhf.data.json_scan import Edited, Fault, Faults, scan_rows
 from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
 from rrhf.data.tables import (
     SEPARATORS,
@@ -34,7 +34,9 @@ from rrhf.data.tables import (
     text_rows,
 )
 from rrhf.errors import UserError
+from rrhf.files import file_digest
 from rrhf.records import CandidateSet
+from rrhf.seals import seal_difference
 
 __all__ = ["REGISTRY", "SourceCounts", "known_names", "read_sets", "register_source"]
 
@@ -47,12 +49,18 @@ Reader = Callable[[str | None, str | None], Rows]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
-_SUFFIXES = (*JSON_SUFFIXES, *_TABLE_KINDS, *SEPARATORS, TEXT_SUFFIX)
+DATA_SUFFIXES = (*JSON_SUFFIXES, *_TABLE_KINDS, *SEPARATORS, TEXT_SUFFIX)
 _DEFAULT_SPLIT = "train"
 
 
 def _file_rows(path: str) -> Rows:
     kind = kind_of_file(path)
+    if kind in SEPARATORS or kind == TEXT_SUFFIX:
+        # `rrhf data convert` writes JSON lines, with a manifest, under any name.
+        manifest = require_finished(path)
+        difference = manifest and seal_difference(path, manifest, file_digest(path))
+        if difference:
+            yield path, Edited(0, difference)
     if kind in SEPARATORS:
         for line, row in table_rows(path, SEPARATORS[kind]):
             yield f"{path}:{line}", row
@@ -74,6 +82,8 @@ def _folder_rows(path: str, split: str | None) -> Rows:
     for suffix in (*JSON_SUFFIXES, *SEPARATORS, TEXT_SUFFIX):
         file = os.path.join(path, f"{split or _DEFAULT_SPLIT}{suffix}")
         if os.path.isfile(file):
+            if split is None:
+                logger.info("%s: reading %s", path, os.path.basename(file))
             return _file_rows(file)
     return _dataset_rows(path, split, path)
 
@@ -120,11 +130,21 @@ def _dataset_rows(path: str, split: str | None, name: str, **options: Any) -> Ro
 def _choose_split(found: Any, split: str | None, name: str) -> Any:
     if not isinstance(found, Mapping):
         return found
+    names = [str(one) for one in found]
     if split is None:
-        split = next(iter(found)) if len(found) == 1 else _DEFAULT_SPLIT
+        split = names[0] if len(names) == 1 else _DEFAULT_SPLIT
+        logger.info("%s: reading the split %s (of %s)", name, split, ", ".join(names))
     if split not in found:
-        raise UserError(f"{name}: has no split {split!r}; choose one of {', '.join(found)}")
+        raise UserError(f"{name}: has no split {split!r}; {_choice(name, names)}")
     return found[split]
+
+
+def _choice(name: str, splits: list[str]) -> str:
+    """How to name a split: in the path of a saved dataset, which every command takes."""
+    folders = [os.path.join(name, split) for split in splits]
+    if all(os.path.isdir(folder) for folder in folders):
+        return f"choose one of {', '.join(splits)} (as {folders[0]})"
+    return f"choose one of {', '.join(splits)} (--split)"
 
 
 def _from_hub(hub_name: str, local_copy: str | None, split: str | None, **options: Any) -> Rows:
@@ -223,7 +243,7 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
     if path is not None:
         return name, _path_rows(path, split)
     parts = name.split("/")
-    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(_SUFFIXES)
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES)
     if looks_like_path:
         raise UserError(f"{name}: there is no such file or folder; check the path")
     if len(parts) < 2 or not all(parts):

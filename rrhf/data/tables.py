@@ -18,7 +18,7 @@ from rrhf.data.columns import (
     SCORE_LISTS,
     SCORES,
 )
-from rrhf.data.json_scan import Fault, open_bytes
+from rrhf.data.json_scan import UNREADABLE, Fault, broken_bytes, open_bytes
 from rrhf.errors import UserError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -81,14 +81,17 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, dict[str, Any] 
             ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
+        except UNREADABLE as error:
+            yield line, broken_bytes(line, error)
 
 
-def text_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def text_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Fault | None]]:
     """The prompts of a text file, one a line; None for a blank line.
 
     Raises:
         UserError: it is no UTF-8.
     """
+    number = 0
     with open_bytes(path) as binary:
         try:
             for number, line in enumerate(_decoded(binary), start=1):
@@ -96,17 +99,22 @@ def text_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
                 yield number, {PROMPT_COLUMN: text} if text.strip() else None
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
+        except UNREADABLE as error:
+            yield number + 1, broken_bytes(number + 1, error)
 
 
 def looks_like_json(path: str) -> bool:
     """Whether the first line of a file with a text's name is a JSON object."""
-    with open_bytes(path) as binary:
-        first = binary.readline(1 << 22).strip()
+    try:
+        with open_bytes(path) as binary:
+            first = binary.readline(1 << 22).strip()
+    except UNREADABLE:
+        return False
     if not first.startswith(b"{"):
         return False
     try:
         return isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -122,5 +130,5 @@ def _value(name: str, cell: str) -> Any:
         return None
     try:
         return json.loads(cell.strip().lower() if cell.strip() in ("True", "False") else cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         return cell

@@ -1,7 +1,7 @@
-"""The baseline of an evaluation, and whether its own row has to be measured.
+"""The baseline of an evaluation, and whether its own rows still have to be measured.
 
-Several policies are usually evaluated into one folder against the same baseline. Its row is
-measured with the first of them; later evaluations find it there.
+Several policies are usually evaluated into one folder against the same baseline. Its rows are
+measured with the first policy; later evaluations reuse them.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def _place(path: str) -> str:
 def standing_row(
     folder: str | Path, baseline: Baseline, made_with: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Path] | None:
-    """A row of the baseline in a folder that was made alike, with its file; None where none is.
+    """An existing row of the baseline that was made alike, with its file; None if there is none.
 
     Args:
         folder: of the rows.
-        baseline: whose row is looked for; its responses are part of `made_with`, so a policy that
-            was trained on since then is not taken for the same.
-        made_with: what the row would be made with.
+        baseline: whose row is wanted. Its responses are part of `made_with`, so a policy whose
+            weights have changed since does not match.
+        made_with: what a new row would say of how it was made.
     """
     wanted = json.loads(json_text(made_with))
     for path in sorted(Path(folder).glob("*.json")):
@@ -87,6 +87,6 @@ def standing_row(
 
 
 def is_own_samples(baseline: Baseline, folder: str | Path) -> bool:
-    """Whether given responses are those of a row in the folder, which a new row would replace."""
+    """Whether the given responses belong to a row in the folder that a new row would replace."""
     samples = Path(folder) / f"{file_stem(baseline.name)}{SAMPLES_SUFFIX}"
     return samples.exists() and same_place(str(samples), baseline.place)

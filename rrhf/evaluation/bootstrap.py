@@ -1,12 +1,12 @@
 """How sure a number is: bootstrap intervals over prompts, alone and paired.
 
-Prompts are what was drawn, responses to one prompt are not independent of each other; so whatever
-is measured is first gathered by prompt (`Measure`), and prompts are resampled. Intervals are
+Prompts are the sample; responses to one prompt are not independent of each other. So every metric
+is first gathered by prompt (`Measure`), and prompts are resampled. Intervals are
 percentile intervals whose percentiles are moved outwards so that a small sample gets Student's
 width (Hesterberg 2015, arXiv:1411.5279, section 4: the "expanded percentile"): with 10 prompts
-plain percentiles cover about .90 where .95 is said.
+plain percentiles cover about .90 where they claim .95.
 
-What it cannot know: an interval over prompts says nothing about other training seeds, and where
+What it does not cover: an interval over prompts says nothing about other training seeds, and where
 every prompt gave the same value it has no width at all.
 """
 
@@ -73,7 +73,7 @@ class Measure:
 
     @property
     def prompt_ids(self) -> list[str]:
-        """The prompts that count, in order."""
+        """The prompts with a weight above 0, in order."""
         if self.weights is None:
             return list(self.values)
         return [i for i in self.values if self.weights[i] > 0]

@@ -1,4 +1,4 @@
-"""The settings of `rrhf evaluate`; what they do stands in `rrhf.evaluation.evaluate`."""
+"""The settings of `rrhf evaluate`, which `rrhf.evaluation.evaluate` carries out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     empty = nobody."""
 
     gold: Literal["auto", "none", "help_desk"] = "auto"
-    """The world that knows the true worth of a response; auto: by where the prompts come from."""
+    """The world that knows how good a response really is; auto: decided by the prompts' origin."""
 
     reference_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither."""
@@ -95,10 +95,11 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     """How messages become text for policy and reference."""
 
     human_responses: str = field(default="", metadata={"names": "data"})
-    """Data for ppl_human; empty = the human responses beside the prompts."""
+    """Data for ppl_human; empty = the human responses that come with the prompts."""
 
     pairs: str = field(default="", metadata={"names": "data"})
-    """Data for p_i accuracy; empty = the chosen and rejected responses beside the prompts."""
+    """Data for p_i accuracy; empty = the chosen and rejected responses
+    that come with the prompts."""
 
     num_human_responses: int = 500
     """So many rows of human_responses and of pairs, where they are named; 0 = all."""

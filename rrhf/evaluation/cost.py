@@ -3,7 +3,7 @@
 Seconds depend on the machine and on what else it does; passes and tokens do not. One pass is one
 sequence through one model once (writing a response is one pass, scoring it another). What serving
 the policy costs (`serving_*`: all that was written and scored for each response that was kept; for
-best-of-N that is N of each) stands apart from what this evaluation spent on measuring it.
+best-of-N that is N of each) is kept apart from what this evaluation spent on measuring it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CostMeter:
         self.passes[model] = self.passes.get(model, 0) + count
 
     def as_dict(self) -> dict[str, Any]:
-        """What stands in a result; rates are None where nothing was written."""
+        """For a result file; rates are None where nothing was written."""
         generation = self.seconds.get("generation", 0.0)
         kept = self.responses if self.passes.get("policy") else 0
         serving = {

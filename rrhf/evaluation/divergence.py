@@ -1,11 +1,11 @@
-"""How far a policy has gone from its reference, in nats per response.
+"""How far a policy has moved from its reference, in nats per response.
 
 KL(policy || reference) = E over responses sampled from the policy of
 sum over tokens (log p - log p_ref). Its plain estimate is that mean, `kl` (k1 of J. Schulman,
 "Approximating KL divergence", 2020); `kl_k3`, the sum of r - 1 - log r with r = p_ref / p at every
 token, has the same expectation, is never negative and mostly varies less.
 
-Both models are read at the sampling temperature, on the very tokens that were sampled. Along greedy
+Both log-probs are taken at the sampling temperature, on the tokens that were sampled. Along greedy
 responses, or with top-k, top-p or a repetition penalty, the number is still a log-ratio but no
 longer the expectation: results say so in a note.
 """

@@ -2,8 +2,8 @@
 
 distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams of words over all n-grams, taken
 over all responses together. It falls with the amount of text, so it compares only rows with as many
-responses of like length; resampling would count every doubled prompt as repetition, so it carries
-no interval.
+responses of similar length. Resampling would count every doubled prompt as repetition, so it has no
+interval.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A row in the making, and what a finished one says of how it was made."""
+"""A row while it is being measured, and what a finished one says about how it was made."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Draft:
         counts: what was left out, and why.
         notes: what a reader of the numbers must know.
         cost: seconds, passes, tokens.
-        reference_logprobs: what the reference has read at temperature 1.
+        reference_logprobs: log-probs of the reference at temperature 1, so far.
     """
 
     name: str
@@ -85,7 +85,7 @@ def describe_decoding(params: SamplingParams, best_of: int = 1) -> dict[str, Any
 
 
 def fingerprint(sets: Sequence[CandidateSet]) -> str:
-    """16 hex digits that tell prompts and responses of two evaluations apart, in any order."""
+    """16 hex digits that identify prompts and responses, whatever their order."""
     digest = hashlib.sha256()
     for s in sorted(sets, key=lambda s: s.id):
         for text in (s.id, s.query, *(c.response for c in s.candidates)):

@@ -18,6 +18,7 @@ from typing import Any
 import rrhf
 from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.chat_format import ChatCodec
+from rrhf.data.prompt_formats import PromptFormats
 from rrhf.errors import UserError
 from rrhf.evaluation.baseline import (
     GIVEN,
@@ -64,7 +65,7 @@ BASELINE_SEED_STEP = 1_000_003
 class EvaluationResult:
     """Attributes:
     rows: what was measured, one dict a row.
-    files: where each row stands.
+    files: the file of each row.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -155,7 +156,7 @@ def _policy_rows(
 
 
 class _Models:
-    """Loads every model once, however many parts it plays."""
+    """Loads every model once, however many roles it has."""
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
@@ -209,7 +210,14 @@ def _fitting(
     if engine is None:
         return data, 0
     params = config.params(greedy=False)
-    kept = [s for s in data.sets if engine.encode_prompt(s, params) is not None]
+    kept = []
+    formats, num_cut = PromptFormats(engine.codec), 0
+    for s in data.sets:
+        formats.add(s)
+        ids = engine.encode_prompt(s, params)
+        if ids is not None:
+            kept.append(s)
+            num_cut += ids != engine.codec.encode_prompt(s)
     dropped = len(data.sets) - len(kept)
     if not kept:
         raise UserError(
@@ -218,6 +226,16 @@ def _fitting(
         )
     if dropped:
         logger.warning("%d of %d prompts do not fit and are left out", dropped, len(data.sets))
+    if num_cut:
+        logger.warning(
+            "%d of %d prompts are too long and lose their beginning (--max_prompt_tokens allows "
+            "more)",
+            num_cut,
+            len(data.sets),
+        )
+    if empty := formats.counts["empty"]:
+        logger.warning("%d of %d prompts ask nothing", empty, len(data.sets))
+    formats.tell(config.prompts)
     return replace(data, sets=kept), dropped
 
 
@@ -298,7 +316,7 @@ def _add_baseline_rows(
     dropped: int,
     result: EvaluationResult,
 ) -> None:
-    """Measure the baseline as the policy is measured, unless a row of it is there already."""
+    """Measure the baseline as the policy is measured, unless its rows already exist."""
     if same_place(baseline.place, config.model_name_or_path or config.responses):
         return
     greedy = {"greedy": (True,), "sample": (False,), "both": (False, True)}[config.decoding]

@@ -1,15 +1,15 @@
-"""Everything that is measured of a row: one evaluator holds what all rows share, so rows compare.
+"""Measures rows: one evaluator holds what all rows share, so that they can be compared.
 
-A row is a policy under one decoding, the best of N of a policy, or responses that are simply there
-(a data set's own, an earlier file). The evaluator holds prompts, scorer, gold, reference policy,
-baseline responses and human responses, loaded once; each row brings only its policy. A row is a
-dict, ready for JSON:
+A row is a policy under one decoding, the best of N of a policy, or responses that already exist
+(those of a data set, or of an earlier file). The evaluator holds prompts, scorer, gold, reference
+policy, baseline responses and human responses, loaded once; each row adds only its policy. A row is
+a dict, ready for JSON:
 
     {"name": "RRHF", "metrics": {"gold": {"mean": 0.47, "low": 0.40, "high": 0.54, "n": 200}, ...},
      "per_prompt": {...}, "made_with": {...}, "counts": {...}, "cost": {...}, "notes": [...]}
 
-`made_with` says what must agree between rows that are compared, `per_prompt` is what paired
-differences are made of. What a metric is, its own module says.
+`made_with` records what must agree between rows that are compared; paired differences are computed
+from `per_prompt`. Each metric is defined in its own module.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Evaluator:
         """Keep what all rows share.
 
         Args:
-            prompts: held-out prompts; candidates that they carry are not looked at.
+            prompts: held-out prompts; their candidates are ignored.
             scorer: for `reward`, `win_reward` and best-of-N.
             gold: the world, for `gold`, its parts and `win_gold`.
             reference: for `ppl_reference`, `kl` and lengths in tokens.
@@ -168,13 +168,13 @@ class Evaluator:
         kind: str = "written",
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Measure responses that are there already: a data set's own, or an earlier file's.
+        """Measure responses that already exist: those of a data set, or of an earlier file.
 
         Args:
             name: the row's name.
             sets: responses by prompt id; prompts of the evaluator that have none are counted,
                 other prompts are left out.
-            kind: what stands as their decoding.
+            kind: recorded as their decoding.
             extra: keys to add to the row.
         """
         draft = Draft(name)
@@ -190,7 +190,7 @@ class Evaluator:
     def set_baseline(self, name: str, sets: Sequence[CandidateSet]) -> None:
         """Responses that later rows are compared with, scored here if there is a scorer.
 
-        For a fair look at the baseline's own row, give it responses of another seed.
+        Sample them with another seed than the baseline's own row, or that row ties with itself.
         """
         wanted = {s.id for s in self.prompts}
         kept = [s for s in sets if s.id in wanted and s.candidates]
@@ -211,7 +211,7 @@ class Evaluator:
     def policy_measures(
         self, reader: LikelihoodReader, counts: dict[str, int]
     ) -> dict[str, Measure]:
-        """What depends on a policy but not on its decoding: `ppl_human`, `pi_accuracy`.
+        """Metrics that depend on a policy but not on its decoding: `ppl_human`, `pi_accuracy`.
 
         Args:
             reader: the policy.
@@ -318,5 +318,5 @@ class Evaluator:
 
 
 def _under_its_prompt(s: CandidateSet) -> CandidateSet:
-    """The set under an id that all rows of its prompt share: prompts are resampled, not rows."""
+    """The set under the id of its prompt, which all rows share: prompts are resampled, not rows."""
     return replace(s, id=set_id(s.query, s.messages))

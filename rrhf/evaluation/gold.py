@@ -1,8 +1,9 @@
-"""The true preference, where a world knows it, and what it saw in the responses.
+"""The true preference, where a world knows it, and the parts that it is made of.
 
-`gold` is the world's utility. The parts stand as shares of responses that have any of them
-(`part_myth`), and refusals apart for prompts that should and should not be refused. No scorer that
-a policy trained on is gold: only what it never saw tells learning from over-optimisation.
+`gold` is the world's utility. Each part is a share of the responses that show it (`part_myth`);
+refusals are counted separately for prompts that should and should not be refused. A scorer that a
+policy was trained on is not gold: only a judge that training never saw can tell learning from
+over-optimisation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
 
 
 class GoldWorld(Protocol):
-    """A world that knows the worth of a response, and what it is made of."""
+    """A world that knows how good a response is, and why."""
 
     def gold(self, s: CandidateSet, candidate: Candidate) -> float: ...
 

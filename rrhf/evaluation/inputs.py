@@ -1,7 +1,7 @@
 """What a row is measured on: held-out prompts, and the human responses that belong to them.
 
-Prompts are chosen by a hash of their id, not by their place, so that a sorted file gives a fair
-share, and the same ones whichever policy is measured. Human responses and pairs come from the
+Prompts are chosen by a hash of their id, not by their position, so that a sorted file gives a fair
+sample, and the same prompts for every policy. Human responses and pairs come from the
 prompts' own rows unless other data is named.
 """
 
@@ -87,7 +87,7 @@ def unique_prompts(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
 
 
 def choose(sets: Sequence[CandidateSet], count: int) -> list[CandidateSet]:
-    """So many sets (0 = all), by a hash of their ids, in their own order."""
+    """`count` sets (0 = all), chosen by a hash of their ids, in their original order."""
     if count == 0 or count >= len(sets):
         return list(sets)
     order = sorted(
@@ -97,7 +97,7 @@ def choose(sets: Sequence[CandidateSet], count: int) -> list[CandidateSet]:
 
 
 def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """Sets with only their human responses, rejected ones left out; without any, no set."""
+    """The sets that have human responses, with these alone; rejected ones are left out."""
     kept = []
     for s in sets:
         human = tuple(
@@ -113,7 +113,7 @@ def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
 def given_responses(
     spec: str, sets: Sequence[CandidateSet], source: str, accept_edited: bool = False
 ) -> list[CandidateSet]:
-    """Responses that are there already, by prompt.
+    """Responses that already exist, by prompt.
 
     Args:
         spec: "dataset" = the prompts' own rows, else a candidate file.
@@ -143,7 +143,7 @@ def given_responses(
 
 
 def find_world(gold: str, sets: Sequence[CandidateSet]) -> GoldWorld | None:
-    """The world that knows the worth of responses, by name; `auto` looks at where prompts are from.
+    """The world that knows how good responses are, by name; `auto` looks at the prompts' origin.
 
     Raises:
         UserError: an unknown name.

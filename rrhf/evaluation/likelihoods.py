@@ -1,9 +1,8 @@
-"""Log-probs of given responses under a model: what perplexity, KL and p_i accuracy are made of.
+"""Log-probs of given responses under a model: the basis of perplexity, KL and p_i accuracy.
 
-Rows go through the one door (`rrhf.models.logprobs.Policy`), those of one prompt together, so that
-its tokens pass the network once. Where a model is only served by padded rows, these come in batches
-of similar length, and how many fit into one is found from the vocabulary, because their logits are
-what fills the memory.
+Rows go through the forward interface (`rrhf.models.logprobs.Policy`), those of one prompt together,
+so that its tokens pass the network once. A model that only padded rows serve gets batches of
+similar length; their size follows from the vocabulary, because the logits fill the memory.
 """
 
 from __future__ import annotations
@@ -77,11 +76,11 @@ def read_logprobs(
 
 
 _found: WeakKeyDictionary[Any, dict[str, tuple[str, int | None]]] = WeakKeyDictionary()
-"""The engines that models were tried on: a model is read many times, and tried and told of once."""
+"""The interface of each model: a model is used many times, and checked and reported once."""
 
 
 def _policy(model: Any, temperature: float, engine: str) -> Policy:
-    """The model on an engine that is tried once for each model."""
+    """The model behind the forward interface; each model goes through the self-check once."""
     layouts = _found.setdefault(model, {})
     if engine not in layouts:
         with _frozen(model):  # it is only read
@@ -165,7 +164,7 @@ def row_key(row: Row) -> RowKey:
 
 
 class LikelihoodReader:
-    """A model and its codec as a reader of responses.
+    """Computes log-probs of responses with a model and its codec.
 
     Attributes:
         model: the Hugging Face model.
@@ -216,8 +215,8 @@ class LikelihoodReader:
         Args:
             rows: prompts and responses.
             temperature: divides the logits.
-            known: what was read before from the same weights at the same temperature: not computed
-                again; gets what is read now.
+            known: log-probs computed before with the same weights and temperature; they are not
+                computed again, and new ones are added.
         """
         known = {} if known is None else known
         keys = [row_key(row) for row in rows]

@@ -1,12 +1,12 @@
 """Three quantities that are all called perplexity, each under its own name.
 
 - `ppl_reference`: the policy's responses under the reference policy, given the prompt:
-  exp(nats / tokens) over all responses. How natural what it writes still is.
-- `ppl_human`: held-out human responses under the policy, given the prompt, likewise. How much of
-  the language the policy has kept.
+  exp(nats / tokens) over all responses. How natural its responses still are.
+- `ppl_human`: held-out human responses under the policy, given the prompt, likewise. How
+  much of the language the policy has kept.
 - `ppl_paper`: the RRHF paper's column (section 4, and its authors' word on their script): the
   response alone, line breaks as blanks, stripped, after BOS, under another model (gpt2-medium),
-  cut after some tokens (19 is the likeliest reading), 2 ** (mean of *nats*) for each text, mean
+  cut after some tokens (most likely 19), 2 ** (mean of *nats*) for each text, mean
   over texts. `ppl_paper_e` is the same with e instead of 2, as a perplexity should have it.
 
 They are not comparable with each other. In the first two a response is its text as the codec

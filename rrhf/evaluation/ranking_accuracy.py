@@ -18,7 +18,7 @@ from rrhf.records import CandidateSet
 @dataclass(frozen=True)
 class RankingAccuracy:
     """Attributes:
-    accuracy: share of pairs that are ranked rightly, ties half, by prompt.
+    accuracy: share of pairs ranked correctly, ties counting half, by prompt.
     tie: share of ties.
     dropped: pairs that did not fit into the model's window, or had no token to read.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation found, in a line; and what says that its figures mean little."""
+"""What an evaluation found, in a line, and signs that its figures mean little."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def signs_of_nothing(rows: Sequence[Row]) -> list[str]:
 
 
 def _first_of_policy(rows: Sequence[Row]) -> Row:
-    """The row after those of the baseline, which bear the same configuration in another name."""
+    """The first row of the policy; those of the baseline come before it."""
     measured = [
         config.get("model_name_or_path") or config.get("responses")
         for config in (row.get("config") or {} for row in rows)

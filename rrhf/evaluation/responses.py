@@ -1,7 +1,7 @@
-"""Writing the responses of a row, and reading them again under the reference.
+"""Samples the responses of a row, and computes their log-probs under the reference.
 
-Any engine serves. One that tells how it encodes a prompt and has a codec (the local one) also gives
-`kl`; what an engine keeps to itself is simply not measured.
+Any engine will do. One that can say how it encodes a prompt and has a codec (the local one) also
+gives `kl`; without them, `kl` is not measured.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def as_sets(
 def engine_prompt_ids(
     engine: Any, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> list[list[int]] | None:
-    """The prompts as the engine read them; None where it does not tell."""
+    """The prompts as the engine encoded them; None where it cannot say."""
     encode = getattr(engine, "encode_prompt", None)
     if encode is None:
         return None
@@ -68,7 +68,7 @@ def measure_divergence(
     params: SamplingParams,
     samples: Sequence[Sequence[Sample]],
 ) -> None:
-    """Add `kl` and `kl_k3` on the sampled tokens, or a note why they cannot be had."""
+    """Add `kl` and `kl_k3` on the sampled tokens, or a note why they cannot be computed."""
     prompt_ids = engine_prompt_ids(engine, prompts, params)
     codec = getattr(engine, "codec", None)
     if prompt_ids is None or codec is None:

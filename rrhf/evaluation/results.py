@@ -1,4 +1,4 @@
-"""Rows of an evaluation on disk: one JSON a row, its responses beside it as a candidate file.
+"""Rows of an evaluation on disk: one JSON file a row, its responses next to it as a candidate file.
 
 `NAME.json` holds the row (see `rrhf.evaluation.evaluator`), `NAME.samples.jsonl` the responses that
 were measured, with their scores. A row's values by prompt come back as `Measure`s, so that
@@ -50,7 +50,7 @@ def measure_from_json(value: Mapping[str, Any]) -> Measure:
 
 
 def file_stem(name: str) -> str:
-    """A row's name as the beginning of a file name."""
+    """A row's name in a form that a file name may have."""
     return re.sub(r"[^\w.+-]+", "_", name.strip()).strip("._") or "row"
 
 

@@ -2,7 +2,7 @@
 
 A score of None is left out and counted. Where the scorer fails on too many responses the evaluation
 stops, because a mean over what happened to be scored is not the mean; what exceeds the window of a
-reward model is no failure of it, and only told.
+reward model is not a failure, and is only reported.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def check_scored(
     if failed > max_unscored_fraction * total:
         raise UserError(
             f"scorer {name}: gave no score to {failed} of {total} responses (first: prompt "
-            f"{missing[0]}), more than max_unscored_fraction {max_unscored_fraction}; mend the "
+            f"{missing[0]}), more than max_unscored_fraction {max_unscored_fraction}; fix the "
             "scorer, or raise the fraction if the rest is what you want to measure"
         )
     if missing:
@@ -93,7 +93,7 @@ def _finite_or_none(score: float | None) -> float | None:
 
 
 def reward_measure(sets: Sequence[CandidateSet]) -> Measure:
-    """The mean score of a prompt's candidates; prompts without a scored one are left out."""
+    """The mean score of a prompt's candidates; prompts without any score are left out."""
     means = {}
     for s in sets:
         known = [score for score in s.scores if score is not None]

@@ -1,8 +1,8 @@
 """How often a response is better than a baseline's to the same prompt.
 
 Every response of a prompt meets every response of the baseline to it; a tie counts half and is
-reported beside. An independent sample of the baseline itself has a win rate of about one half,
-which is the check that nothing is wrong with the judge.
+reported as well. An independent sample of the baseline itself has a win rate of about one half,
+which checks that the judge is unbiased.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class WinRate:
     """Attributes:
     win: wins plus half the ties, 0..1, by prompt.
     tie: ties, 0..1, by prompt.
-    skipped: prompts that one side has no scored response to.
+    skipped: prompts to which one side has no scored response.
     """
 
     win: Measure

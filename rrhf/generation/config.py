@@ -62,9 +62,9 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
 
     model_name_or_path: str = field(metadata={"names": "model"})
     """The policy: a model folder, a run folder, or a hub name."""
-    prompts: str = field(metadata={"names": "data"})
+    prompts: str = field(metadata={"names": "prompts"})
     """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
-    several with commas."""
+    several with commas. Or a prompt itself, in several words, or as text:WORD."""
     output_file: str = field(metadata={"names": "output file"})
     """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
     length_penalty: float = 1.0

@@ -223,7 +223,8 @@ class LocalEngine:
         if not starts:
             return Sample(written.token_ids, written.logprobs, written.finish_reason, text)
         start = min(starts)
-        text = text[: max(0, start - (len(raw) - len(text)))]
+        lead = 0 if text[:start] == raw[:start] else 1  # the format's blank, which raw still has
+        text = text[: max(0, start - lead)]
         kept = _tokens_before(start, ids, self.codec.decode_tail)
         return Sample(
             written.token_ids[:kept],

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.data.jsonl import encode_row
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
+from rrhf.data.prompt_formats import PromptFormats
+from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.local import prompt_room
 from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window
 from rrhf.progress import tracked
-from rrhf.records import CandidateSet
+from rrhf.records import CandidateSet, plain_prompt
 from rrhf.sealed_folders import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Plan:
         batches: positions in `indices`, cut over the whole list; each is answered in one call.
         dropped: prompts left out, by reason.
         digest: SHA-256 over all prompts read.
+        counts: of the prompts read, how many are cut on the left, and how many ask nothing.
     """
 
     sets: Sequence[CandidateSet]
@@ -55,6 +58,7 @@ class Plan:
     batches: list[list[int]]
     dropped: dict[str, int]
     digest: str
+    counts: dict[str, int] = field(default_factory=dict)
 
     def prompts_of(self, batch: Iterable[int]) -> list[CandidateSet]:
         return [self.sets[self.indices[position]] for position in batch]
@@ -87,14 +91,7 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
     Raises:
         UserError: the source cannot be read, or no prompt fits.
     """
-    sets = load_sets(
-        config.prompts,
-        config.seed,
-        config.split,
-        counts,
-        accept_edited=config.accept_edited_files,
-        columns=config.columns,
-    )
+    sets = _read(config, counts)
     window = context_window(config.model_name_or_path)
     room = prompt_room(window, config.sampling_params(), config.max_prompt_tokens)
     count = min(len(sets), config.num_prompts or len(sets))
@@ -102,10 +99,16 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
     indices, ids, lengths = [], [], []
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
+    formats = PromptFormats(codec)
+    num_cut = 0
     for index in tracked(range(count), "read prompts", "prompt"):
         prompt = sets[index]
         digest.update(encode_row([prompt.id, candidate_set_to_row(prompt)]))
-        tokens = codec.encode_prompt(prompt, room)
+        formats.add(prompt)
+        tokens = codec.encode_prompt(prompt)
+        if tokens is not None and room is not None and len(tokens) > room:
+            tokens = codec.encode_prompt(prompt, room)
+            num_cut += bool(tokens)
         if not tokens:
             reason = "empty" if tokens == [] else f"last turn longer than {room} tokens"
             first.setdefault(reason, prompt.id)
@@ -128,10 +131,41 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
             reason,
             first[reason],
         )
+    if num_cut:
+        logger.warning(
+            "%s: %d of %d prompts are longer than %d tokens and lose their beginning "
+            "(--max_prompt_tokens allows more)",
+            config.prompts,
+            num_cut,
+            count,
+            room,
+        )
+    if formats.counts["empty"]:
+        logger.warning(
+            "%s: %d of %d prompts ask nothing", config.prompts, formats.counts["empty"], count
+        )
+    formats.tell(config.prompts)
     size = config.per_device_prompt_batch_size
     at_a_time = size if config.num_beams > 1 else size * BATCHES_OF_A_CALL
     batches = plan_batches(lengths, at_a_time, size * SORTED_BATCHES)
-    return Plan(sets, indices, ids, batches, dict(dropped), digest.hexdigest())
+    told = {"prompts_cut": num_cut, "prompts_empty": formats.counts["empty"]}
+    return Plan(sets, indices, ids, batches, dict(dropped), digest.hexdigest(), told)
+
+
+def _read(config: GenerateConfig, counts: SourceCounts) -> Sequence[CandidateSet]:
+    """The prompts of a source, or the one that the command line gives."""
+    text = prompt_text(config.prompts)
+    if text is None:
+        return load_sets(
+            config.prompts,
+            config.seed,
+            config.split,
+            counts,
+            accept_edited=config.accept_edited_files,
+            columns=config.columns,
+        )
+    counts.read = counts.kept = 1
+    return [plain_prompt(text)]
 
 
 def fingerprint(model_name_or_path: str) -> str:

@@ -29,7 +29,7 @@ from rrhf.records import CandidateSet, FinishReason
 STOP_CHECK_TOKENS = 8
 # Finished rows leave once they are this part of the batch: each leaving copies the others' past.
 LEAVING_FRACTION = 1 / 8
-# So much of the batch is free before others begin, so that prompts are read several at a time.
+# Admit new rows only when this share of the batch is free, so that prompts are read in batches.
 JOINING_FRACTION = 1 / 4
 # Prompts are read together where none is shorter than this part of the longest.
 SIMILAR_LENGTH = 1 / 2
@@ -183,7 +183,7 @@ class RowLoop:
             pulse(f"{len(self._finished)} of {self._num_rows} responses written")
 
     def _change_rows(self, decoder: Decoder, max_rows: int) -> None:
-        """Let finished rows leave and others begin, where it is worth it."""
+        """Let finished rows leave and new ones join, where it pays."""
         alive = [place for place, row in enumerate(self._rows) if not row.is_done]
         free = max_rows - len(alive)
         wanted = max(1, int(max_rows * JOINING_FRACTION)) if alive else 1

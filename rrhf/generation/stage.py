@@ -299,6 +299,7 @@ class _Stage:
             **self.parts.output_digest.as_dict(),
             **counts,
             "dropped_prompts": plan.dropped,
+            **plan.counts,
             "input": {"prompts": config.prompts, "sha256": plan.digest, **self.counts.as_dict()},
             "engine": f"{config.engine}:{config.model_name_or_path}",
             "settings": settings,

@@ -1,8 +1,8 @@
 """Were these rows made alike? Numbers compare only where they were.
 
 Prompts, scorer, decoding, reference, baseline, human responses and perplexity model must agree.
-Greedy rows may stand beside sampled ones, each row says which it is; responses that nobody decoded
-here (a data set's own) stand beside both.
+Greedy rows may be compared with sampled ones, since each row says which it is; so may responses
+that were not decoded here (those of a data set).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _KIND_KEYS = frozenset(
 
 
 def mixed(rows: Sequence[Row]) -> list[str]:
-    """What is not alike between the rows, one line for each thing; empty where all is well.
+    """The settings that differ between rows, one line each; empty where all agree.
 
-    A row that lacks something (a scorer, a baseline) differs from none in it: its cells are empty.
+    A row without a scorer or a baseline agrees with every row in it: its cells are empty.
     """
     differences = []
     for key in MUST_AGREE:

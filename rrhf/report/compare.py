@@ -1,10 +1,10 @@
-"""`rrhf compare`: rows of several evaluations as one table, and what each gained on a baseline row.
+"""`rrhf compare`: rows of several evaluations in one table, and their gains over a baseline row.
 
 Rows that were not made alike (`rrhf.report.agreement`) are refused, with what differs;
-`allow_mixed` shows them all the same.
+`allow_mixed` shows them anyway.
 
-Gains are paired: the same prompts are resampled for both rows, so that what prompts have in common
-cancels. They are measured from the row of the baseline that the rows were evaluated against, else
+Gains are paired: the same prompts are resampled for both rows, so that differences between prompts
+cancel. They are measured from the row of the baseline that the rows were evaluated against, else
 from that of their reference policy (`base_of`); the order of file names decides nothing.
 """
 
@@ -74,8 +74,8 @@ def compare(config: CompareConfig) -> Comparison:
         raise UserError(
             "these rows were not made alike:\n"
             + "\n".join(f"  {line}" for line in differences)
-            + "\nevaluate them on the same settings (--only_common_prompts mends different "
-            "prompts), or show them all the same with --allow_mixed"
+            + "\nevaluate them on the same settings (--only_common_prompts drops prompts "
+            "that only some rows have), or show them anyway with --allow_mixed"
         )
     names_files = any(not Path(place).is_dir() for place in config.rows)
     base: str | None = config.baseline or base_of(rows)
@@ -151,7 +151,7 @@ def compare_rows(
 
 
 def base_of(rows: Sequence[Row]) -> str | None:
-    """Name of the row that shows how it was before; None where no row does.
+    """Name of the row that others are compared with; None where no row is a baseline.
 
     It is the row of the baseline that others were evaluated against, else of their reference
     policy: by the model or file that it measured, else by its name; a sampled row before a greedy
@@ -174,8 +174,7 @@ def base_of(rows: Sequence[Row]) -> str | None:
 
 
 def measured(row: Row) -> str:
-    """The model or the file whose responses a row measured; empty where it does not say, and for
-    the best of N."""
+    """The model or file whose responses a row measured; empty where unknown, and for best-of-N."""
     config = row.get("config", {})
     if config.get("best_of_n", 1) > 1 or config.get("response_source"):
         return ""

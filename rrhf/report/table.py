@@ -1,7 +1,7 @@
 """Rows as a table: Markdown for a page, aligned columns for a terminal.
 
-A cell is "0.47 [0.40, 0.54]", mean and interval. Columns that no row fills are left out. Beside
-each title an arrow says which way is better, where there is a better.
+A cell is "0.47 [0.40, 0.54]", mean and interval. Columns that no row fills are left out. An arrow
+after a title says which way is better, where one is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 @dataclass(frozen=True)
 class Column:
     """Attributes:
-    title: what stands above it.
+    title: its heading.
     digits: after the point.
     better: "↑", "↓" or "" where neither is better in itself.
     """

@@ -1,4 +1,4 @@
-"""The one interface behind which every source of preference stands."""
+"""The interface of every source of preference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Scorer(Protocol):
     `finish_reason`, and applies its own tokenizer and template.
 
     Attributes:
-        name: what stands in manifests and tables, such as "reward_model:<folder>".
+        name: for manifests and tables, such as "reward_model:<folder>".
         normalized: True if scores were normalised (mean 0, deviation 1 on the training data).
     """
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rrhf.errors import UserError
 from rrhf.ranges import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
+from rrhf.seals import EditedFiles
 from rrhf.studies.method_table import METHODS
 
 _FOLD_RANGES = {
@@ -77,7 +78,7 @@ class MethodsConfig:
 
 
 @dataclass
-class HHRewardConfig:
+class HHRewardConfig(EditedFiles):
     """Reward models against plain baselines on preference pairs, in folds by first human turn."""
 
     data_path: str = field(metadata={"names": "data"})

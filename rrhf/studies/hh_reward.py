@@ -66,9 +66,11 @@ def run(config: HHRewardConfig) -> Path:
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same_settings(folder, asdict(config))
+    settings = asdict(config)
+    edited = settings.pop("accept_edited_files")
+    _require_same_settings(folder, settings)
     counts = SourceCounts()
-    found = pairs(load_sets(config.data_path, counts=counts), counts)
+    found = pairs(load_sets(config.data_path, counts=counts, accept_edited=edited), counts)
     share = 1 / config.num_folds
     folds = split_by_first_turn(
         found, {str(number): share for number in range(config.num_folds)}, config.seed
@@ -163,6 +165,7 @@ def _reward_model(
                 seed=config.seed,
                 logging_steps=10,
                 save_steps=100,
+                accept_edited_files=config.accept_edited_files,
                 save_total_limit=1,
                 resume_from_checkpoint=manifest is not None,
             )

@@ -1,9 +1,9 @@
-"""The best model so far, by a measure of the evaluations, kept whole in `best/` beside the last.
+"""The best model so far, by a measure of the evaluations, kept whole in `best/` next to the last.
 
 `best/` holds the models that were measured and a manifest with step, measure and value; it is
-staged and moved into place. A checkpoint names the step of the best it knows. So that resuming from
-it finds that very model again, a best that is overtaken stays, hidden, until a checkpoint knows the
-new one; and a best of steps that are undone makes place for it.
+staged and moved into place. A checkpoint names the step of the best it knows. So that a resumed
+run finds that model again, the previous best is kept, hidden, until a checkpoint records the new
+one; a best of steps that are undone is replaced by it.
 
 The same count of evaluations without gain ends a run early. Names and meaning are Hugging Face's:
 `metric_for_best_model`, `greater_is_better`, `load_best_model_at_end`, `early_stopping_patience`.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rrhf.data.collate import EncodedSet
 from rrhf.data.layouts import SourceCounts
+from rrhf.data.prompt_formats import PromptFormats
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.training.fitting import RowFitter
@@ -70,8 +71,14 @@ def encoded(
     Raises:
         UserError: no set yields an example; the text says why.
     """
+    formats = PromptFormats(encode.fitter.codec)
+
+    def encode_and_count(candidate_set: CandidateSet) -> EncodedSet | None:
+        formats.add(candidate_set)
+        return encode(candidate_set)
+
     try:
-        examples = EncodedExamples(sets, encode)
+        examples = EncodedExamples(sets, encode_and_count)
     except UserError as error:
         why = told_cases(encode.fitter)
         raise UserError(f"{name}: {error}" + (f": {'; '.join(why)}" if why else "")) from error
@@ -82,6 +89,7 @@ def encoded(
     rows = f" from {counted(read.read, 'row')}" if read else ""
     parts = [f"{purpose} on {used}{rows}", *told_rows(read), *told_cases(encode.fitter)]
     logger.info("%s: %s", name, "; ".join(parts))
+    formats.tell(name)
     return examples
 
 

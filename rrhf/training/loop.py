@@ -95,7 +95,7 @@ def run_training(
     """Train until the stream ends.
 
     Args:
-        model: the trainable root, whose `forward(batch)` is the one door; weights in float32.
+        model: the trainable root, called by `forward(batch)` alone; weights in float32.
         objective: the terms of the loss.
         stream: micro-batches of each optimiser step.
         config: steps, optimiser, logging, checkpoints.

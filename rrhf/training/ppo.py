@@ -1,4 +1,4 @@
-"""PPO with human feedback, and what runs on the same stream: its critic-free cousins, online RRHF.
+"""PPO with human feedback, and what runs on the same stream: critic-free methods, online RRHF.
 
 The policy answers prompts, a scorer scores the answers, the score minus a penalty for leaving the
 reference becomes a reward, and a few passes of the common loop move policy and critic; the parts

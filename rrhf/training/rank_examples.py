@@ -1,7 +1,7 @@
 """Scored candidates become the rows that ranking trains on.
 
 Which candidates count, what is cut and what is left out is decided here, once, and every case is
-counted: the counts stand in the run's manifest, and the first of each kind is logged.
+counted: the counts are in the run's manifest, and in a line of the log (`data_summary`).
 
 Two row layouts. The toolkit's own (`rrhf.training.fitting`) reserves room for the response and cuts
 prompts on the left by whole turns. The one of the program that was released with the RRHF paper

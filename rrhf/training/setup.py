@@ -165,7 +165,7 @@ def policy_on_engine(
     with_mean_logprobs: bool = False,
     entropy_has_gradient: bool = True,
 ) -> Policy:
-    """A causal language model behind the one door, on the engine that `--engine` names.
+    """A causal language model behind the forward interface, with the layout that `--engine` names.
 
     Args:
         bench: of the run.
@@ -186,7 +186,7 @@ def policy_on_engine(
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:
-    """Writes a Hugging Face model that stands inside the trained root.
+    """Writes a Hugging Face model that is part of the trained root.
 
     Args:
         bench: of the run.

@@ -60,7 +60,7 @@ class LiveStream(UpdateStream, Protocol):
     """A stream that makes its data while it is trained on."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it holds beside `state_dict`, the same on every rank."""
+        """Its tensors, which are not in `state_dict`; the same on every rank."""
         ...
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -126,7 +126,7 @@ class OfflineStream:
     """Passes over a fixed set of examples.
 
     Args:
-        examples: what to train on; `lengths` beside it where they are grouped by length.
+        examples: what to train on, with `lengths` where they are grouped by length.
         pad_id: filler of the batches.
         per_device_train_batch_size: prompts a micro-batch.
         gradient_accumulation_steps: micro-batches a step and rank; the product of both is the

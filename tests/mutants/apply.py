@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,10 @@ class Mutant:
             )
         changed = text.replace(self.old, self.new)
         try:
-            trees = [ast.dump(ast.parse(program)) for program in (text, changed)]
             compile(changed, self.file, "exec")
         except SyntaxError as error:
             raise StaleMutantError(f"{self.name}: {self.file} would not compile: {error}") from None
-        if trees[0] == trees[1]:
+        if _meaning(text) == _meaning(changed):
             raise StaleMutantError(f"{self.name}: the new text is the same program")
         return changed
 
@@ -66,3 +66,9 @@ class Mutant:
     def test_files(self) -> set[str]:
         """Below the repository's root."""
         return {f"tests/{name.partition('::')[0]}" for name in self.tests if ".py" in name}
+
+
+@functools.lru_cache(maxsize=32)
+def _meaning(program: str) -> str:
+    """The same for programs that differ in comments and white space alone."""
+    return ast.dump(ast.parse(program))

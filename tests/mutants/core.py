@@ -227,8 +227,8 @@ PARALLEL_FAULTS = [
     Mutant(
         "a tied weight is saved as a copy of its own",
         PARALLEL,
-        "first = {id(w): n for n, w in self._root.named_parameters()}",
-        "first = {id(w): n for n, w in self._root.named_parameters(remove_duplicate=False)}",
+        "state |= {name: state[first[id(weight)]] for name, weight in tied}",
+        "state |= {name: state[name] for name, weight in tied}",
         FSDP2,
     ),
     Mutant(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from rrhf.data.prompt_formats import PromptFormats
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.training.online.rollout import RolloutWriter
@@ -22,7 +23,9 @@ def fitting_prompts(
         UserError: none fits.
     """
     kept, left_out, cut = [], [], []
+    formats = PromptFormats(writer.codec)
     for prompt in prompts:
+        formats.add(prompt)
         if not writer.fits(prompt):
             left_out.append(prompt.id)
             continue
@@ -50,4 +53,9 @@ def fitting_prompts(
             len(prompts),
             cut[0],
         )
+    if formats.counts["empty"]:
+        logger.warning(
+            "%s: %d of %d prompts ask nothing", name, formats.counts["empty"], len(prompts)
+        )
+    formats.tell(name)
     return kept, len(cut)

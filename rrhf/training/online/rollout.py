@@ -114,6 +114,11 @@ class RolloutWriter:
             root, self._first_policy, codec, parallel, self._rows_at_a_time, config.bf16
         )
 
+    @property
+    def codec(self) -> ChatCodec:
+        """How prompts become tokens."""
+        return self._codec
+
     def fits(self, prompt: CandidateSet) -> bool:
         """Whether the prompt, cut by whole turns, leaves room for a response."""
         return self._engine.encode_prompt(prompt, self._config.sampling(0)) is not None

@@ -1,0 +1,68 @@
+"""In which form prompts reach a model, told in one line where `--chat_format auto` decides it.
+
+A plain text is a user's turn for a model with a chat template; the `query` of a candidate file
+without messages is taken as it is, whatever the model. Whoever meant it otherwise must be able to
+see it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from rrhf.data.chat_format import ChatCodec, conversation_of
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+
+class PromptFormats:
+    """Counts prompts by what is known of their turns.
+
+    Args:
+        codec: how they become tokens.
+
+    Attributes:
+        counts: "prompts", "plain" (a text that is nobody's turn yet), "as_they_stand" (a query
+            without messages), "empty" (nothing is asked).
+    """
+
+    def __init__(self, codec: ChatCodec) -> None:
+        self._codec = codec
+        self.counts: Counter[str] = Counter()
+
+    def add(self, prompt: CandidateSet) -> None:
+        self.counts["prompts"] += 1
+        self.counts["plain"] += prompt.is_plain
+        self.counts["as_they_stand"] += prompt.messages is None
+        self.counts["empty"] += not conversation_of(prompt)[-1].content.strip()
+
+    def tell(self, name: str) -> None:
+        """Say what `auto` makes of prompts that are no conversations; the data's name first."""
+        if self._codec.chat_format != "auto":
+            return
+        plain, as_they_stand = self.counts["plain"], self.counts["as_they_stand"]
+        if plain and self._codec.has_template:
+            self._say(
+                name,
+                plain,
+                "plain text: each becomes a user's turn in the model's chat template "
+                "(--chat_format raw sends them as they are)",
+            )
+        elif plain:
+            self._say(
+                name,
+                plain,
+                "plain text and go to the model as they are, for it has no chat template "
+                "(--chat_format alpaca wraps them)",
+            )
+        if as_they_stand and self._codec.has_template:
+            self._say(
+                name,
+                as_they_stand,
+                "queries without messages and go to the model as they are, without its chat "
+                "template (--chat_format chat_template makes each a user's turn)",
+            )
+
+    def _say(self, name: str, number: int, what: str) -> None:
+        logger.info("%s: %d of %d prompts are %s", name, number, self.counts["prompts"], what)
