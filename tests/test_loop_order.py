@@ -124,6 +124,14 @@ def steps_of(folder: Path, name: str) -> list[float]:
     return [row["step"] for row in rows(folder) if name in row]
 
 
+def test_the_main_rank_alone_writes(tmp_path: Path) -> None:
+    def join(parallel: Parallel) -> None:
+        parallel.rank = 1
+
+    go(tmp_path / "run", 3, Evaluation(), eval_steps=1, on_parallel=join)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+
+
 class Evaluation:
     """The first weight; notes when and how it is asked for."""
 
@@ -247,6 +255,16 @@ def test_a_step_that_was_evaluated_before_the_stop_is_not_evaluated_again(tmp_pa
     go(tmp_path / "run", 4, evaluate, eval_steps=2, resume_from_checkpoint=True)
     assert evaluate.calls == 1
     assert steps_of(tmp_path / "run", "eval_loss") == [2, 4]
+
+
+def test_a_signal_to_another_rank_ends_the_run_here_too(tmp_path: Path) -> None:
+    def join(parallel: Parallel) -> None:
+        parallel.max = lambda value: max(value, 130.0)  # type: ignore[method-assign]
+
+    with pytest.raises(StoppedBySignal, match="step 1 of 4") as stopping:
+        go(tmp_path / "run", 4, on_parallel=join)
+    assert stopping.value.exit_code == 130
+    assert [p.name for p in checkpoints_by_step(tmp_path / "run" / "checkpoints")] == ["step-1"]
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None:

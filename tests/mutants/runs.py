@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .apply import Mutant
-from .core import DDP, LOOP, TWO
+from .core import LOOP
 
 THE_LOOP, CHECKPOINT = "rrhf/training/loop.py", "rrhf/training/checkpoint.py"
 CHECKPOINT_FOLDERS = "rrhf/training/checkpoint_folders.py"
@@ -27,7 +27,7 @@ EVALUATED = (
     "test_best.py::test_evaluations_that_do_not_get_better_end_a_run",
     "test_best.py::test_ppo_keeps_its_best_policy_and_value",
 )
-PHASES = ("test_loop_order.py",)
+ORDER = ("test_loop_order.py",)
 CHECKPOINTS = ("test_checkpointer.py", "test_loop_order.py", "test_checkpoints.py")
 
 LOOP_FAULTS = [
@@ -144,7 +144,7 @@ LOOP_FAULTS = [
         THE_LOOP,
         "int(self.parallel.max(stop.exit_code))",
         "int(stop.exit_code)",
-        DDP,
+        ORDER,
     ),
     Mutant(
         "there is no evaluation at the end",
@@ -159,7 +159,7 @@ LOOP_FAULTS = [
         THE_LOOP,
         "num_tokens // self.parallel.world_size",
         "num_tokens",
-        (*PHASES, *DDP),
+        ORDER,
     ),
     Mutant(
         "a step is evaluated as often as it is asked for",
@@ -187,7 +187,7 @@ LOOP_FAULTS = [
         THE_LOOP,
         "if self.parallel.is_main:\n            self.folder.metrics.append(row)",
         "if True:\n            self.folder.metrics.append(row)",
-        TWO,
+        ORDER,
     ),
     Mutant(
         "a checkpoint forgets the best model",
