@@ -92,7 +92,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [1000, 100_000, 500_000])
+@pytest.mark.parametrize("size", [1000, 300_000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_says_what_is_free_without_its_own_file_and_goes_on_later(
     data: Path,

@@ -225,19 +225,18 @@ def test_faults_are_told_together_up_to_twenty():
 
 
 @pytest.mark.parametrize("blank", [b"\n", b" ", b" \n\t\r\n"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_reading_is_linear_in_white_space(tmp_path: Path, blank: bytes, packed: bool):
-    space = blank * (3_000_000 // len(blank))
+def test_reading_is_linear_in_white_space(tmp_path: Path, blank: bytes):
+    space = blank * (1_000_000 // len(blank))
     lines = space.count(b"\n")
     path = tmp_path / "f.json"
     for data in (
         space + b'{"a": 1}\n' + space + b'{"a": 2}',
         space + b'[{"a": 1},' + space + b'{"a": 2}]' + space,
     ):
-        path.write_bytes(gzip.compress(data, 1) if packed else data)
+        path.write_bytes(data)
         began = time.process_time()
         rows = [item for item in scan_rows(path) if isinstance(item, Row)]
-        assert time.process_time() - began < 10
+        assert time.process_time() - began < 3
         assert [row.value for row in rows] == [{"a": 1}, {"a": 2}]
         assert rows[0].line == lines + 1
         places = [json.loads(data[row.offset : row.offset + row.length]) for row in rows]

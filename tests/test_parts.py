@@ -316,6 +316,22 @@ def test_a_part_that_is_damaged_after_it_was_read_is_not_merged(tmp_path: Path) 
 # What killed processes leave.
 
 
+def test_a_part_that_was_never_begun_goes_with_the_next_call_of_any_rank(
+    candidates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(jsonl.os, "link", lambda *_: os._exit(0))
+        Parts(output).open_own(3)
+    os.waitpid(pid, 0)
+    assert [path.name.split(".")[:4] for path in tmp_path.iterdir()] == [
+        ["", "out", "rank3", "jsonl"]
+    ]
+    score_file(config_of(candidates, output))
+    assert leftovers(output) == []
+
+
 def test_temporary_files_of_killed_writers_go_with_the_next_write(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     pid = os.fork()

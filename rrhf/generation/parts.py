@@ -251,9 +251,12 @@ class Parts:
             path.unlink(missing_ok=True)
 
     def remove_half_written(self) -> None:
-        """Remove what killed processes left of output and manifest (`rrhf.files.replaced_file`)."""
-        remove_abandoned(self.output)
-        remove_abandoned(manifest_path(self.output))
+        """Remove what killed processes left of output, manifest and new parts."""
+        pattern = re.compile(r"\.(" + re.escape(self._stem) + r"\.rank\d+\.jsonl)\..*\.tmp")
+        matches = (pattern.fullmatch(path.name) for path in self.output.parent.iterdir())
+        parts = {self.output.with_name(match.group(1)) for match in matches if match}
+        for path in (self.output, manifest_path(self.output), *sorted(parts)):
+            remove_abandoned(path)
 
     @property
     def _stem(self) -> str:
