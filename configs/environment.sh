@@ -5,6 +5,13 @@
 # and activated. What is installed is remembered by the hash of setup.cfg and pyproject.toml, so a
 # second run starts at once.
 
+# shellcheck disable=SC2034 # for those who source this
+ranks=(python -m rrhf.cli.launch) # before a launcher: ends with the exit code of its ranks
+
+# A signal ends a script as it ends a command, once the program that it is waiting for has ended.
+trap 'exit 75' TERM
+trap 'exit 130' INT
+
 repository_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 environment_is_active() {
@@ -63,11 +70,28 @@ ensure_environment() {
     echo "Installing rrhf and what it needs (once; a few minutes where torch must be downloaded) ..." >&2
     local quiet=()
     [[ -t 1 ]] || quiet=(--quiet)
-    (
-        cd -- "$repository_root"
-        python -m pip install --disable-pip-version-check "${quiet[@]}" -e ".${extras:+[$extras]}"
-    ) >&2 || return
+    ended_by_signals install "${quiet[@]}" -e ".${extras:+[$extras]}" >&2 || return
     printf '%s\n' "$fingerprint" >"$stamp"
+}
+
+install() {
+    cd -- "$repository_root"
+    exec python -m pip install --disable-pip-version-check "$@"
+}
+
+# ended_by_signals COMMAND...: for what takes minutes: a signal ends it, with all that it started.
+ended_by_signals() {
+    local group status=0
+    set -m # a process group of its own
+    "$@" &
+    group=$!
+    set +m
+    trap 'kill -TERM -- "-$group" 2>/dev/null; wait "$group" || true; exit 75' TERM
+    trap 'kill -TERM -- "-$group" 2>/dev/null; wait "$group" || true; exit 130' INT
+    wait "$group" || status=$?
+    trap 'exit 75' TERM
+    trap 'exit 130' INT
+    return "$status"
 }
 
 # ensure_command: as above, but content with whatever environment already offers `rrhf`.

@@ -82,7 +82,7 @@ hand_over() {
                 echo "error: --launch $launch: no such file, and none of cpu, gpu, ddp, fsdp2, zero2, zero3" >&2
                 exit 2
             fi
-            command=(accelerate launch --config_file "$launch")
+            command=("${ranks[@]}" accelerate launch --config_file "$launch")
             [[ -z $processes ]] || command+=(--num_processes "$processes")
             command+=(-m rrhf.cli.main)
             ;;
@@ -96,7 +96,8 @@ hand_over() {
 spread_command() {
     local settings="$repository_root/configs/deepspeed_$launch.json"
     if ((gpus > 0)); then
-        command=(accelerate launch --config_file "$repository_root/configs/$launch.yaml")
+        command=("${ranks[@]}" accelerate launch)
+        command+=(--config_file "$repository_root/configs/$launch.yaml")
         if [[ $launch == zero* ]]; then
             command+=(--deepspeed_config_file "$settings")
         fi
@@ -110,6 +111,6 @@ spread_command() {
     if [[ $launch == zero* ]]; then # by itself accelerate would run ddp here
         export ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE="$settings"
     fi
-    command=(python -m torch.distributed.run --standalone
+    command=("${ranks[@]}" python -m torch.distributed.run --standalone
         --nproc_per_node "${processes:-2}" -m rrhf.cli.main)
 }

@@ -33,7 +33,7 @@ ensure_command
 gpus=$(count_gpus)
 if ((gpus > 1)); then
     # One process a GPU; each writes its share, the first one merges them in the order of the prompts.
-    exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
+    exec "${ranks[@]}" python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
         -m rrhf.cli.main response-gen "$@"
 fi
 exec rrhf response-gen "$@"

@@ -30,7 +30,7 @@ shift 2
 ensure_command
 gpus=$(count_gpus)
 if ((gpus > 1)); then
-    exec python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
+    exec "${ranks[@]}" python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
         -m rrhf.cli.main score --input_file "$input" --output_file "$output" "$@"
 fi
 exec rrhf score --input_file "$input" --output_file "$output" "$@"

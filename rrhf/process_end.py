@@ -11,12 +11,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rrhf.errors import EXIT_DONE, EXIT_FAULT
+
+END_FOLDER = "RRHF_RANK_ENDS"
+"""Environment variable: the folder in which each rank notes its exit code."""
 
 
 def run_process(work: Callable[[], int | None]) -> NoReturn:
@@ -25,6 +31,7 @@ def run_process(work: Callable[[], int | None]) -> NoReturn:
     Args:
         work: returns the exit code (None = done); an error ends the process with its traceback.
     """
+    note_end("")
     try:
         code = work()
     except SystemExit as end:
@@ -42,8 +49,12 @@ def run_process(work: Callable[[], int | None]) -> NoReturn:
 def end_process(code: int) -> NoReturn:
     """End this process with an exit code, once everything is written.
 
-    What was registered with `atexit` runs, and both streams are flushed, in every case.
+    What was registered with `atexit` runs, and both streams are flushed, in every case. SIGTERM
+    changes nothing any more.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note_end(str(code))
     if not is_one_of_several():
         sys.exit(code)
     try:
@@ -53,6 +64,13 @@ def end_process(code: int) -> NoReturn:
             with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
                 stream.flush()
         os._exit(code)
+
+
+def note_end(text: str) -> None:
+    """Tell the launcher, where it is ours (`rrhf.cli.launch`), that this rank lives, or its code:
+    torchrun and accelerate have but one code for whatever becomes of their ranks."""
+    if folder := os.environ.get(END_FOLDER):
+        Path(folder, f"rank-{os.environ.get('RANK', '0')}").write_text(text)
 
 
 def is_one_of_several() -> bool:

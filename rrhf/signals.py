@@ -1,14 +1,18 @@
 """SIGTERM and SIGINT as a wish to stop, honoured where nothing is lost.
 
 A signal is remembered and honoured at the next safe place. Work that may be thrown away at any
-time is handed to `StopRequest.run`, and is left at once. A second signal ends the process as if
-there were no handler. Outside the main thread signals cannot be caught, and nothing is. Standard
-library only.
+time is handed to `StopRequest.run`, and is left at once; so is, under `sigterm_interrupts`, what
+nobody else watches over: imports, evaluation, whole studies. A second signal ends the process as if
+there were no handler. One of several ranks ignores it: it may get one from each who ends it, and
+its launcher kills what takes too long. Outside the main thread signals cannot be caught, and
+nothing is. Standard library only.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +20,7 @@ from types import FrameType
 from typing import TypeVar
 
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal
+from rrhf.process_end import is_one_of_several
 
 T = TypeVar("T")
 
@@ -26,7 +31,7 @@ EXIT_CODES = {
 
 
 class Interrupted(BaseException):
-    """Leaves the work of `StopRequest.run`; no error, so nothing that cures errors catches it."""
+    """Leaves work at once; no error, so nothing that cures errors catches it."""
 
 
 class StopRequest:
@@ -99,8 +104,12 @@ def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
-        request.remember(number)
+        if not is_one_of_several():
+            second = before[number]
+            is_ours = isinstance(second, _Interrupting)
+            signal.signal(number, signal.SIG_DFL if is_ours else second)
+        if request.received is None:
+            request.remember(number)
 
     before = {number: signal.getsignal(number) for number in EXIT_CODES}
     try:
@@ -110,3 +119,37 @@ def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Interrupting:
+    """The handler of `sigterm_interrupts`."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL)
+        raise Interrupted
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM leave what runs by `Interrupted`, so that all of it cleans up after itself.
+
+    Where the interpreter would swallow it (within a `__del__` or a callback) the process ends there
+    and then with the same exit code. A second SIGTERM ends a single process without cleaning up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        if isinstance(what.exc_value, Interrupted):
+            os._exit(EXIT_STOPPED_BY_SIGTERM)
+        hook_before(what)
+
+    hook_before = sys.unraisablehook
+    before = signal.signal(signal.SIGTERM, _Interrupting())
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook_before
+        signal.signal(signal.SIGTERM, before)

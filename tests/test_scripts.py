@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +125,7 @@ TASK = ["train", "rank", "--model_name_or_path", MODEL, "--output_dir", OUT, "--
 PPO_TASK = ["train", "ppo", "--model_name_or_path", MODEL, "--reward_model_name_or_path", REWARD]
 PPO_TASK += ["--output_dir", OUT, "--train_datasets", DATA]
 EXTRA = ["--chat_format", "raw", "--note", "a  b;c"]
+RANKS = ["python", "-m", "rrhf.cli.launch"]
 
 
 def launched(machine: Machine, *words: str, **environment: str) -> list[str]:
@@ -155,7 +158,7 @@ def test_train_where_torch_cannot_use_the_gpus_says_so_and_goes_on(machine: Mach
 def test_train_on_many_gpus_is_launched_by_accelerate(machine: Machine):
     with_gpus(machine, 4)
     configs = machine.root / "configs"
-    start = ["accelerate", "launch", "--config_file"]
+    start = [*RANKS, "accelerate", "launch", "--config_file"]
     end = ["-m", "rrhf.cli.main", *TASK, "--config", "bf16", *EXTRA, "CUDA=unset"]
     assert launched(machine, *EXTRA) == [
         *[*start, str(configs / "fsdp2.yaml"), "--num_processes", "4", *end]
@@ -184,11 +187,11 @@ def test_train_counts_only_the_gpus_that_are_visible(machine: Machine, visible: 
     done = machine.run("train.sh", MODEL, OUT, DATA, CUDA_VISIBLE_DEVICES=visible)
     assert f"launch: {launch}\n" in done.stderr
     (call,) = machine.calls()
-    assert (call[0] == "accelerate") == (launch == "fsdp2")
+    assert ("accelerate" in call) == (launch == "fsdp2")
 
 
 def test_ddp_without_gpus_runs_on_two_cpu_processes(machine: Machine):
-    start = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    start = [*RANKS, "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     end = ["-m", "rrhf.cli.main", *TASK, "CUDA=unset"]
     assert launched(machine, "--launch", "ddp") == [*start, "2", *end]
     assert launched(machine, "--launch", "ddp", "--num_processes", "3") == [*start, "3", *end]
@@ -197,7 +200,15 @@ def test_ddp_without_gpus_runs_on_two_cpu_processes(machine: Machine):
 @pytest.mark.parametrize("launch", ["zero2", "zero3"])
 def test_deepspeed_without_gpus_runs_on_two_cpu_processes(machine: Machine, launch: str):
     """`accelerate launch` would start DDP, or two processes that know nothing of each other."""
-    start = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    start = [
+        *RANKS,
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     settings = f"DEEPSPEED={machine.root / 'configs' / f'deepspeed_{launch}.json'}"
     assert launched(machine, "--launch", launch, *EXTRA) == [
         *[*start, "-m", "rrhf.cli.main", *TASK, *EXTRA, "CUDA=unset", settings]
@@ -212,7 +223,7 @@ def test_ppo_is_launched_as_ranking_is(machine: Machine):
     done = machine.run("ppo.sh", *words, "--launch", "zero2", *EXTRA, PRESET="bf16-flash")
     assert done.returncode == 0 and "Training on 2 GPU(s), launch: zero2" in done.stderr
     configs = machine.root / "configs"
-    start = ["accelerate", "launch", "--config_file", str(configs / "zero2.yaml")]
+    start = [*RANKS, "accelerate", "launch", "--config_file", str(configs / "zero2.yaml")]
     start += ["--deepspeed_config_file", str(configs / "deepspeed_zero2.json")]
     start += ["--num_processes", "2", "-m", "rrhf.cli.main"]
     end = ["--config", "bf16-flash", *EXTRA, "CUDA=unset"]
@@ -276,7 +287,15 @@ def test_generation_and_scoring_hand_over(
     assert machine.calls() == [["rrhf", *task, *EXTRA, "CUDA=unset"]]
     with_gpus(machine, 3)
     assert machine.run(script, *words, *EXTRA).returncode == 0
-    start = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    start = [
+        *RANKS,
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "3",
+    ]
     assert machine.calls() == [[*start, "-m", "rrhf.cli.main", *task, *EXTRA, "CUDA=unset"]]
     done = machine.run(script, words[0])
     assert (done.returncode, machine.calls()) == (2, [])
@@ -368,3 +387,54 @@ def test_the_scripts_are_executable():
     for script in SCRIPTS:
         if not script.startswith("configs/"):  # those are sourced
             assert os.access(ROOT / script, os.X_OK), script
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_during_the_installation_ends_it_with_all_it_started(
+    machine: Machine, number: int, code: int
+) -> None:
+    """pip is there, with a compiler of its own; both go, and the installation is not remembered."""
+    alive = machine.root.parent / "alive"
+    pip = f"#!/bin/bash\nif [[ $2 != pip ]]; then echo {machine.root.parent}; exit; fi\n"
+    machine.stand_in("python", pip + f"sleep 600 & echo $! $$ >'{alive}.new'\n")
+    with (machine.bin / "python").open("a") as file:
+        file.write(f"mv '{alive}.new' '{alive}'\nwait\n")
+    script = subprocess.Popen(
+        ["bash", str(machine.root / "demo.sh")],
+        env=machine.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not alive.exists():
+        assert script.poll() is None
+        time.sleep(0.02)
+    script.send_signal(number)
+    assert script.wait(540) == code
+    for pid in alive.read_text().split():
+        assert is_gone(int(pid))
+    assert not list(machine.root.parent.glob(".rrhf-installed*"))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether it has ended; nobody may have reaped it yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    for _ in range(500):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_signal_while_the_devices_are_looked_at_ends_the_script(machine: Machine) -> None:
+    begun = machine.root.parent / "begun"
+    machine.stand_in("nvidia-smi", f"#!/bin/bash\ntouch '{begun}'\nsleep 0.5\n")
+    script = subprocess.Popen(
+        ["bash", str(machine.root / "train.sh"), MODEL, OUT, DATA],
+        env=machine.environment,
+        stdout=subprocess.DEVNULL,
+    )
+    while not begun.exists():
+        time.sleep(0.02)
+    script.terminate()
+    assert script.wait(540) == 75
+    assert machine.calls() == []

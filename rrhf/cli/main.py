@@ -19,12 +19,14 @@ from rrhf.errors import (
     EXIT_DONE,
     EXIT_FAULT,
     EXIT_STOPPED_BY_SIGINT,
+    EXIT_STOPPED_BY_SIGTERM,
     EXIT_USER_ERROR,
     NonFiniteError,
     StoppedBySignal,
     UserError,
 )
 from rrhf.process_end import run_process
+from rrhf.signals import Interrupted, sigterm_interrupts
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("rrhf.cli.demo", "the whole story on an embedded toy world, in minutes on a CPU"),
@@ -83,6 +85,18 @@ def run_command(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and say how it ended; returns the exit code."""
     configure_logging()
+    try:
+        with sigterm_interrupts():
+            return _told_end(argv)
+    except Interrupted:
+        print(
+            "stopped: SIGTERM came; what was finished stands, the rest is made by the same command",
+            file=sys.stderr,
+        )
+        return EXIT_STOPPED_BY_SIGTERM
+
+
+def _told_end(argv: Sequence[str] | None) -> int:
     try:
         try:
             return run_command(sys.argv[1:] if argv is None else argv)

@@ -9,14 +9,18 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rrhf.signals import caught_signals
+
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
 
 RunSeed = Callable[[int, Callable[[str], None]], Any]
 """Does everything of one seed, given the seed and what to tell of it."""
@@ -44,12 +48,25 @@ def run_seeds(
     context = multiprocessing.get_context("spawn")
     done: dict[int, Any] = {}
     with ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_quiet_worker) as pool:
-        waiting = {
-            pool.submit(_on_one_thread, run, seed, len(seeds), _say_line): seed for seed in seeds
-        }
-        for future in as_completed(waiting):
-            done[waiting[future]] = future.result()
-            say(f"seed {waiting[future]} is done ({len(done)} of {len(seeds)})")
+        try:
+            with caught_signals() as stop:  # so that each worker is started whole
+                waiting = {
+                    pool.submit(_on_one_thread, run, seed, len(seeds), _say_line): seed
+                    for seed in seeds
+                }
+            stop.raise_if_received("what was finished stands, the rest is made by the same command")
+            while waiting:
+                # Not for ever: a signal that comes just before would be answered after it only.
+                ended, _ = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+                for future in ended:
+                    seed = waiting.pop(future)
+                    done[seed] = future.result()
+                    say(f"seed {seed} is done ({len(done)} of {len(seeds)})")
+        except BaseException:  # nobody waits for the other seeds, least of all after a signal
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
     return [done[seed] for seed in seeds]
 
 
