@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import AlreadyFinished
@@ -51,7 +52,12 @@ def examples(count: int = 19) -> list[EncodedSet]:
 
 
 def train(
-    model: str, output_dir: str, resume: bool = False, examples_count: int = 19, **changes: Any
+    model: str,
+    output_dir: str,
+    resume: bool = False,
+    examples_count: int = 19,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    **changes: Any,
 ) -> TrainingOutcome:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 2,
@@ -87,6 +93,7 @@ def train(
             config,
             bench.run,
             bench.parallel,
+            evaluate,
             models=models,
         )
         finish_run(bench, outcome, models, {})

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -265,35 +265,9 @@ class Checkpointer:
 
 
 def _save_torch(value: Any, path: Path) -> None:
-    """As `torch.save`, but an error of the system comes out as itself: torch drops its reason."""
+    # Into an open file: where torch opens it, a full disk comes out as an error without a reason.
     with open(path, "wb") as file:
-        noting = _NotingErrors(file)
-        try:
-            torch.save(value, cast(BinaryIO, noting))
-        except RuntimeError as error:
-            raise noting.error or error from error
-
-
-class _NotingErrors:
-    """A file to write to that keeps the first error of doing so.
-
-    Attributes:
-        error: None before it.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
+        torch.save(value, file)
 
 
 def _random_state() -> dict[str, Any]:
