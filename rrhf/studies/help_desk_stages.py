@@ -47,7 +47,9 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 56
 MAX_LENGTH = 192
-STAGE_FILE = "stage.json"
+STAGE_FILE = ".stage.json"
+"""The note that a stage is done; hidden, since a stage's folder may be a sealed model folder."""
+_EARLIER_STAGE_FILE = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class HelpDeskStages:
         done = folder / STAGE_FILE
         self._num_begun += 1
         what = f"[{self._num_begun}/{self.num_stages}] {what}"
+        if (earlier := folder / _EARLIER_STAGE_FILE).is_file():
+            earlier.rename(done)
         if done.is_file():
             self.seconds[name] = float(json.loads(done.read_text())["seconds"])
             self.say(f"{what}: done before")
