@@ -116,8 +116,42 @@ class TestFlexAttention:
         build_policy(one, "auto")
         assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
+    def test_mixed_precision_is_one_precision(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Qwen3's norms leave queries and keys in float32 there, which a kernel refuses."""
+        seen: set[torch.dtype] = set()
+        inner = prefix_attention.attend_flex
+
+        def watched(*states: Any) -> torch.Tensor:
+            seen.update(state.dtype for state in states[:3])
+            return inner(*states)
+
+        monkeypatch.setattr(prefix_attention, "attend_flex", watched)
+        policy = build_policy(model("qwen3").requires_grad_(False), "flex_attention")
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            policy(RAGGED)
+        assert seen == {torch.bfloat16}
+
     def test_no_dropout_of_weights(self) -> None:
         one = model("gpt2").requires_grad_(False)
         policy = build_policy(one, "flex_attention").train()
         with pytest.raises(NotImplementedError, match="no dropout"):
             policy(RAGGED)
+
+
+def test_the_trial_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled attention refuses a backward pass that does."""
+    kept: list[bool] = []
+    inner = prefix_attention.attend
+
+    def watched(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def note(_: torch.Tensor) -> None:
+            kept.append(torch._C._autograd._get_current_graph_task_keep_graph())
+
+        if query.requires_grad:
+            query.register_hook(note)
+        return inner(query, *rest)
+
+    monkeypatch.setattr(prefix_attention, "attend", watched)
+    build_policy(model("llama"), "shared_prefix")
+    assert kept and not any(kept)

@@ -161,7 +161,9 @@ def misfit(fast: PackedTrunk, autocast: torch.dtype | None = None) -> str | None
             _probed(inner, trained) as probes,
         ):
             tried = beside()
-            gradients = probes.gradients(tried.found, tried.expected, _real_ids(batch))
+            is_one_pass = tried.found_hidden is tried.expected_hidden
+            ids = _real_ids(batch)
+            gradients = probes.gradients(tried.found, tried.expected, ids, is_one_pass)
     with torch.no_grad(), _undisturbed(fast.model, device, False):
         if not trained:
             tried = beside()
@@ -213,21 +215,22 @@ class _Probes:
         self.embedded.append((args[0], output))
 
     def gradients(
-        self, found: Tensor, expected: Tensor, ids: Tensor
+        self, found: Tensor, expected: Tensor, ids: Tensor, is_one_pass: bool
     ) -> list[tuple[Tensor, Tensor]]:
         """Of the numbers of an engine and of the reference, as vectors beside each other.
 
         Args:
             found, expected: [M].
             ids: [U] those that stand in the batch, ascending.
+            is_one_pass: both come from one forward pass, as where rows are beyond a window. The
+                graph is kept then alone: attention that was compiled does not allow it.
         """
         weights = torch.arange(len(found), device=found.device).mul(2.4).cos()
         sides = []
         for numbers in (found, expected):
             for tensor in (*self.small, *(output for _, output in self.embedded)):
                 tensor.grad = None
-            # Where rows are beyond a window, both may have come from one forward pass.
-            (numbers * weights).sum().backward(retain_graph=True)
+            (numbers * weights).sum().backward(retain_graph=is_one_pass)
             of_small = [
                 (torch.zeros_like(p) if p.grad is None else p.grad).float().flatten()
                 for p in self.small

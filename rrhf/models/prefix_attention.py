@@ -297,19 +297,18 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
         window = kwargs.get("sliding_window")
         shared_prefix.windows.append(window)
         softcap = kwargs.get("softcap")
+        states = varlen_attention.in_one_precision(query, key, value)
         if by_flex:
             mask = shared_prefix.block_mask(window)
-            return attend_flex(query, key, value, mask, scaling, dropout, softcap), None
+            q, k, v = states
+            return attend_flex(q, k, v, mask, scaling, dropout, softcap), None
         layout, more = shared_prefix.layout, (scaling, dropout, window, softcap)
         if base == FLASH:
-            states = varlen_attention.in_one_precision(query, key, value)
             kernel = varlen_attention.load_varlen()
             return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
-        if by_torch_varlen:
-            states = varlen_attention.in_one_precision(query, key, value)
-            if varlen_attention.serves(states):
-                kernel = varlen_attention.load_torch_varlen()
-                return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+        if by_torch_varlen and varlen_attention.serves(states):
+            kernel = varlen_attention.load_torch_varlen()
+            return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
         keeps_pieces = not shared_prefix.is_recomputed
         return attend(query, key, value, layout, *more, keeps_pieces), None
 

@@ -292,7 +292,7 @@ def as_flash(varlen_attn: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def in_one_precision(*tensors: Tensor) -> list[Tensor]:
-    """Query, key and value as the kernel takes them: norms of queries may have left float32."""
+    """Query, key and value as kernels take them: norms of queries may have left float32."""
     dtype, device = tensors[-1].dtype, tensors[-1].device.type
     if dtype == torch.float32 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

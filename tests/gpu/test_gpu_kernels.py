@@ -91,6 +91,8 @@ def test_the_check_itself(device: str) -> None:
 @pytest.mark.parametrize("more", MORE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_varlen_attention_of_torch(more: dict[str, Any], dtype: torch.dtype, cuda: str) -> None:
+    if "window_size" in more and torch.__version__ < "2.11":
+        pytest.skip("varlen attention of torch 2.10 has no sliding window")
     require_exact(load_torch_varlen(), cuda, dtype, **more)
 
 
@@ -135,11 +137,9 @@ def test_flex_attention(window: int | None, softcap: float | None, device: str) 
         expected = attend(query, key, value, layout, None, 0.0, window, softcap)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         if device == "cuda":
-            for x in (query, key, value):
-                one, other = (
-                    torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
-                    for y in (found, expected)
-                )
+            states, both = (query, key, value), (found, expected)
+            mine, theirs = (torch.autograd.grad(y.square().sum(), states) for y in both)
+            for one, other in zip(mine, theirs, strict=True):
                 assert float((one - other).norm() / other.norm()) < 1e-3
 
 
