@@ -27,6 +27,7 @@ from rrhf.cli.fields import flags_of, normalise, spellings
 from rrhf.cli.flags import parse_config, read_words
 from rrhf.cli.main import COMMANDS, main
 from rrhf.cli.train import STAGES
+from rrhf.cli.words import spelt_out
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.convert import ConvertConfig
 from rrhf.data.mixing import parse_mixture
@@ -488,7 +489,8 @@ def takes(command: str, words: Sequence[str]) -> bool:
 
 def somebody_takes(words: Sequence[str]) -> bool:
     if len(words) == 1:
-        return any(normalise(words[0]) in spellings(flags) for flags in FLAGS.values())
+        accepted = (spelt_out(flags, spellings(flags)) for flags in FLAGS.values())
+        return any(normalise(words[0]) in names for names in accepted)
     return any(takes(command, words) for command in FLAGS)
 
 

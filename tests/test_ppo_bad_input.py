@@ -99,7 +99,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["{world}/other_reward", "share the policy's vocabulary"],
     ),
     "a function and no critic": (
-        {"reward_model_name_or_path": "function:test_ppo_bad_input:gives_nan"},
+        {
+            "reward_model_name_or_path": "function:test_ppo_bad_input:gives_nan",
+            "share_trunk": "false",
+        },
         ["--reward_critic_model_name_or_path", "--share_trunk"],
     ),
     "a scorer that raises": (

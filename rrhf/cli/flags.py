@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 import yaml
 
 from rrhf.cli.config_text import MAX_BYTES, ConfigTextError, parse_json, parse_yaml
-from rrhf.cli.fields import Flag, flags_of, nearest, normalise, spellings
-from rrhf.cli.help_page import help_page, preset_names
+from rrhf.cli.elsewhere import what_serves
+from rrhf.cli.fields import Flag, flags_of, near, nearest, normalise, spellings
+from rrhf.cli.help_page import first_sentence, help_page, preset_names
 from rrhf.cli.pages import PAGES
 from rrhf.cli.values import (
     FALSE_WORDS,
@@ -35,6 +36,7 @@ from rrhf.cli.values import (
     is_boolean,
     is_sequence,
 )
+from rrhf.cli.words import meanings, spelt_out
 from rrhf.errors import EXIT_DONE, UserError
 
 T = TypeVar("T")
@@ -46,23 +48,37 @@ MAX_SHOWN = 200
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def parse_config(config_class: type[T], argv: Sequence[str], prog: str) -> T:
+def parse_config(
+    config_class: type[T],
+    argv: Sequence[str],
+    prog: str,
+    fixed: Mapping[str, Any] | None = None,
+) -> T:
     """Make a configuration from command-line words.
 
     Args:
         config_class: a dataclass whose fields carry docstrings.
         argv: the words after the command's name.
         prog: how the command is called, for the usage line.
+        fixed: values that follow from how it is called, such as the method of `rrhf train grpo`.
 
     Raises:
         UserError: an unknown or doubled name, a value of the wrong type, a missing value.
         SystemExit: after `--help`.
     """
     flags = flags_of(config_class)
+    fixed = fixed or {}
     if asks_for_help(argv):
-        print(help_asked_for(config_class, flags, argv, prog))
+        print(help_asked_for(config_class, flags, argv, prog, fixed))
         sys.exit(EXIT_DONE)
-    return build(config_class, flags, read_values(flags, argv, prog), prog)
+    values = read_values(flags, argv, prog)
+    for name, value in fixed.items():
+        if values.get(name, value) != value:
+            raise UserError(
+                f"{prog}: this is --{name} {value}, but --{name} {values[name]} is given; leave "
+                "out the one or the other"
+            )
+    return build(config_class, flags, values | dict(fixed), prog)
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -70,15 +86,19 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def help_asked_for(
-    config_class: type, flags: Mapping[str, Flag], argv: Sequence[str], prog: str
+    config_class: type,
+    flags: Mapping[str, Flag],
+    argv: Sequence[str],
+    prog: str,
+    fixed: Mapping[str, Any] | None = None,
 ) -> str:
     """The page that the words ask for: of all flags behind `--help all`, of a `--method` too."""
     place = next(place for place, word in enumerate(argv) if word in HELP_WORDS)
     every_flag = argv[place] == "--help=all" or list(argv[place + 1 : place + 2]) == ["all"]
     page = PAGES.get(config_class.__name__)
-    choice = None
-    if page is not None and page.chosen_by:
-        names = spellings(flags)
+    choice = (fixed or {}).get(page.chosen_by) if page is not None else None
+    if page is not None and page.chosen_by and choice is None:
+        names = spelt_out(flags, spellings(flags))
         for word, after in zip(argv, [*argv[1:], ""], strict=True):
             name, is_joined, joined = word.partition("=")
             if word.startswith("--") and names.get(normalise(name)) is flags[page.chosen_by]:
@@ -113,17 +133,40 @@ def build(
         raise UserError(f"{prog}: {error}") from error
 
 
-def unknown(name: str, names: Iterable[str], where: str, mark: str = "") -> UserError:
-    close = nearest(normalise(name), names)
-    hint = f"; did you mean {mark}{close}?" if close else "."
-    return UserError(f"{where}: unknown {'flag' if mark else 'key'} {name}{hint}")
+def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") -> str:
+    """What is said of a name that is none: what it may mean, what serves instead, or what is near.
+
+    Args:
+        name: as it was typed.
+        flags: of the command.
+        where: the command, or the file.
+        mark: two dashes for a flag, nothing for a key.
+    """
+    word = normalise(name)
+    kind = "flag" if mark else "key"
+    if meant := meanings(word, flags):
+        lines = (f"  {mark}{flag.name}: {first_sentence(flag.help)}" for flag in meant)
+        return "\n".join([f"{where}: {kind} {name} may mean", *lines])
+    if served := what_serves(word, flags):
+        return f"{where}: unknown {kind} {name}: {served}."
+    names = [*spellings(flags), "config"] if mark else spellings(flags)
+    if close := near(word, names):
+        return f"{where}: unknown {kind} {name}; did you mean {one_of(mark, close)}?"
+    pointer = f" `{where} --help all` lists all flags." if mark else ""
+    return f"{where}: unknown {kind} {name}.{pointer}"
+
+
+def one_of(mark: str, names: Sequence[str]) -> str:
+    *others, last = [f"{mark}{name}" for name in names]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def read_words(
     flags: Mapping[str, Flag], argv: Sequence[str], prog: str
 ) -> tuple[dict[str, Any], list[str]]:
     """The values that the words give by field name, and the files or presets that they name."""
-    names = spellings(flags)
+    names = spelt_out(flags, spellings(flags))
+    mistakes: list[str] = []
     positionals = [flag for flag in flags.values() if flag.positional]
     values: dict[str, Any] = {}
     configs: list[str] = []
@@ -145,7 +188,9 @@ def read_words(
             configs.append(joined if is_joined else one_word(words, name, "a file or preset", prog))
             continue
         if normalise(name) not in names:
-            raise unknown(name, [*names, "config"], prog, mark="--")
+            mistakes.append(unknown(name, flags, prog, mark="--"))
+            bare_words(words)
+            continue
         flag = names[normalise(name)]
         if flag.name in values:
             raise UserError(f"{prog}: {flag.name} is given twice, the second time by {name}.")
@@ -153,7 +198,18 @@ def read_words(
             positionals.remove(flag)
         given = joined if is_joined else following(words, flag, name, prog)
         values[flag.name] = checked(given, flag, f"{prog}: {name}")
+    refuse(mistakes)
     return values, configs
+
+
+def refuse(mistakes: Sequence[str]) -> None:
+    """Tell all unknown names at once.
+
+    Raises:
+        UserError: there are some.
+    """
+    if mistakes:
+        raise UserError("\n".join(mistakes))
 
 
 def following(words: list[str], flag: Flag, name: str, prog: str) -> Any:
@@ -242,13 +298,16 @@ def read_config_file(flags: Mapping[str, Flag], config: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected `name: value` lines, found a {type(content).__name__}.")
-    names = spellings(flags)
+    names = spelt_out(flags, spellings(flags))
+    mistakes: list[str] = []
     values: dict[str, Any] = {}
     for key, given in content.items():
         if normalise(str(key)) not in names:
-            raise unknown(str(key), names, where)
+            mistakes.append(unknown(str(key), flags, where))
+            continue
         flag = names[normalise(str(key))]
         if flag.name in values:
             raise UserError(f"{where}: {key} is given twice, the second time for {flag.name}.")
         values[flag.name] = checked(given, flag, f"{where}: {key}", from_words=False)
+    refuse(mistakes)
     return values

@@ -84,13 +84,18 @@ def row(flag: Flag) -> list[str]:
     head = f"  --{flag.name}"
     if flag.default is not False:  # as a bare word it is true
         head += f" {placeholder(flag.hint)}"
-    text = SENTENCE_END.split(flag.help, maxsplit=1)[0].rstrip(".")
+    text = first_sentence(flag.help)
     if flag.default is not MISSING and (flag.default or type(flag.default) in (int, float)):
         text += f" [{shown_value(flag.default)}]"
     start = f"{head}  ".ljust(TEXT_COLUMN)
     return textwrap.wrap(
         text, HELP_WIDTH, initial_indent=start, subsequent_indent=" " * TEXT_COLUMN
     ) or [head]
+
+
+def first_sentence(text: str) -> str:
+    """Without its full stop."""
+    return SENTENCE_END.split(text, maxsplit=1)[0].rstrip(".")
 
 
 def heading(prog: str, config_class: type, flags: Mapping[str, Flag]) -> list[str]:

@@ -71,15 +71,35 @@ def run_command(argv: Sequence[str]) -> int:
         print(f"rrhf {rrhf.__version__}")
         return EXIT_DONE
     if name not in COMMANDS:
-        from rrhf.cli.fields import nearest
-
-        hint = nearest(name, list(COMMANDS))
-        raise UserError(
-            f"unknown command {name!r}{f'; did you mean {hint!r}?' if hint else ''} "
-            f"Commands: {', '.join(COMMANDS)}."
-        )
+        name, rest = meant_by(name, rest)
     command = importlib.import_module(COMMANDS[name][0])
     return int(command.main(rest))
+
+
+def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
+    """The command and its words where another name was typed: `rrhf grpo`, `rrhf response_gen`.
+
+    Raises:
+        UserError: there is none; what serves instead, or is near, is said.
+    """
+    from rrhf.cli import elsewhere
+    from rrhf.cli.fields import near, normalise
+    from rrhf.cli.train import STAGES
+    from rrhf.cli.words import COMMAND_WORDS, stage_meant
+
+    plain = normalise(word).lower()
+    if plain.replace("_", "-") in COMMANDS:
+        return plain.replace("_", "-"), rest
+    if plain in COMMAND_WORDS:
+        first, *more = COMMAND_WORDS[plain]
+        return first, [*more, *rest]
+    if stage_meant(word, tuple(STAGES)) is not None or plain in elsewhere.STAGES:
+        return "train", [word, *rest]
+    if served := elsewhere.COMMANDS.get(plain):
+        raise UserError(f"rrhf {word}: {served}.")
+    close = near(word, COMMANDS)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    raise UserError(f"unknown command {word!r}{hint} Commands: {', '.join(COMMANDS)}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

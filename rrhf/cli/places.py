@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,14 +35,21 @@ from rrhf.model_paths import accept_edited_models, check_model_path
 T = TypeVar("T")
 
 
-def read_settings(config_class: type[T], argv: Sequence[str], prog: str) -> T:
+def read_settings(
+    config_class: type[T],
+    argv: Sequence[str],
+    prog: str,
+    fixed: Mapping[str, Any] | None = None,
+) -> T:
     """The settings that the words give, with every path in them looked at.
+
+    Args: as in `parse_config`.
 
     Raises:
         UserError: a mistake in a flag or in a path.
         SystemExit: after `--help`.
     """
-    config = parse_config(config_class, argv, prog)
+    config = parse_config(config_class, argv, prog, fixed)
     check_places(config)
     return config
 

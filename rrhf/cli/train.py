@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 
-from rrhf.cli.fields import nearest
+from rrhf.cli import elsewhere
+from rrhf.cli.fields import near, normalise
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, tell_repeats
+from rrhf.cli.words import STAGE_WORDS, stage_meant
 from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
 
 STAGES: dict[str, tuple[str, str, str]] = {
@@ -33,10 +35,20 @@ def usage() -> str:
             "",
             "stages:",
             *lines,
+            "  grpo, rloo, dr_grpo, reinforce_pp: ppo with that --method; rrhf: rank",
             "",
             "`rrhf train STAGE --help` lists its flags.",
         ]
     )
+
+
+def unknown_stage(word: str) -> UserError:
+    """What serves in its place, or what was probably meant."""
+    if served := elsewhere.STAGES.get(normalise(word).lower()):
+        return UserError(f"rrhf train {word}: {served}.")
+    close = near(word, [*STAGES, *STAGE_WORDS])
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return UserError(f"rrhf train: unknown stage {word!r}; {hint}Stages: {', '.join(STAGES)}.")
 
 
 def main(argv: list[str]) -> int:
@@ -46,13 +58,12 @@ def main(argv: list[str]) -> int:
     if stage in ("-h", "--help"):
         print(usage())
         return EXIT_DONE
-    if stage not in STAGES:
-        close = nearest(stage, STAGES)
-        hint = f"did you mean {close!r}? " if close else ""
-        raise UserError(f"rrhf train: unknown stage {stage!r}; {hint}Stages: {', '.join(STAGES)}.")
-    module_name, config_name, _ = STAGES[stage]
+    meant = stage_meant(stage, tuple(STAGES))
+    if meant is None:
+        raise unknown_stage(stage)
+    module_name, config_name, _ = STAGES[meant[0]]
     config_class = getattr(importlib.import_module(f"{module_name}_config"), config_name)
-    config = read_settings(config_class, rest, f"rrhf train {stage}")
+    config = read_settings(config_class, rest, f"rrhf train {stage}", meant[1])
     module = importlib.import_module(module_name)
     try:
         model = module.train(config)

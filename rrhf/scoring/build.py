@@ -50,7 +50,7 @@ def check_scorer(spec: str, options: RewardModelOptions | None = None) -> None:
     """
     options = options or RewardModelOptions()
     check_scorer_place(spec, options)
-    if not _is_made(spec) and options.reward_format != "trlx":
+    if not is_made(spec) and options.reward_format != "trlx":
         from rrhf.models.reward_model import require_reward_model
 
         require_reward_model(spec, options.trust_remote_code)
@@ -62,7 +62,7 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
     Raises:
         UserError: as there.
     """
-    if _is_made(spec):
+    if is_made(spec):
         prefix, _, rest = spec.partition(":")
         SCORERS[prefix](rest)
     elif options.reward_format == "trlx":
@@ -72,7 +72,7 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
         require_score_head(spec)
 
 
-def _is_made(spec: str) -> bool:
+def is_made(spec: str) -> bool:
     """Whether a prefix names the scorer, rather than a folder."""
     prefix, _, rest = spec.partition(":")
     return bool(rest) and prefix in SCORERS

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rrhf import ranges
 from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
 from rrhf.errors import UserError
+from rrhf.scoring.build import is_made
 
 if TYPE_CHECKING:
     from rrhf.training.ppo_config import PPOConfig
@@ -112,6 +113,13 @@ def check_combinations(config: PPOConfig) -> None:
         )
     if config.group_by_length:
         raise UserError("--group_by_length: a rollout is shuffled as a whole; leave it out")
+    scorer = config.reward_model_name_or_path
+    starts_from = config.reward_critic_model_name_or_path or not is_made(scorer)
+    if config.has_critic and not config.share_trunk and not starts_from:
+        raise UserError(
+            f"--reward_model_name_or_path {scorer}: no model that a critic could start from; give "
+            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
+        )
     if config.share_trunk and config.reward_critic_model_name_or_path:
         raise UserError(
             "--share_trunk puts the critic on the policy; leave out "

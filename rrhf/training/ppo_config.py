@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rrhf.generation.params import SamplingParams, check_params
+from rrhf.scoring.build import is_made
 from rrhf.training.config import GroupSettings, TrainingConfig
 from rrhf.training.offload_levels import parse_levels
-from rrhf.training.ppo_checks import check_combinations, check_ranges
+from rrhf.training.ppo_checks import GROUP_METHODS, check_combinations, check_ranges
 
 logger = logging.getLogger(__name__)
+
+GROUP_SIZE = 4
+"""Responses a prompt by default, where they are compared with each other."""
 
 
 @dataclass
@@ -44,8 +48,9 @@ class PPOConfig(TrainingConfig):
     reward_critic_model_name_or_path: str | None = field(default=None, metadata={"names": "model"})
     """Reward model that the critic starts from; by default reward_model_name_or_path."""
 
-    share_trunk: bool = False
-    """Put a value head, zero at first, on the policy's own trunk: less memory than a second one."""
+    share_trunk: bool | None = None
+    """Put a value head, zero at first, on the policy's own trunk: less memory than a second one. By
+    default only where the scorer is no model that a critic could start from."""
 
     detach_value_trunk: bool = False
     """With share_trunk: the value loss trains its head alone, and moves nothing of the policy."""
@@ -78,8 +83,9 @@ class PPOConfig(TrainingConfig):
     per_device_train_batch_size: int = 8
     """Responses in one forward on one device (rrhf: prompts with all their responses)."""
 
-    num_return_sequences: int = field(default=1, metadata={"aliases": ["rollout_n"]})
-    """Responses to each prompt, all of them trained on; rloo, grpo, dr_grpo and rrhf need 2."""
+    num_return_sequences: int = field(default=0, metadata={"aliases": ["rollout_n"]})
+    """Responses to each prompt, all of them trained on; 0 = 4 for rloo, grpo, dr_grpo and rrhf,
+    which need 2 at least, and 1 for the others."""
 
     rollout_size: int = 128
     """Responses in one rollout, on all devices together."""
@@ -220,6 +226,10 @@ class PPOConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_return_sequences == 0:
+            self.num_return_sequences = GROUP_SIZE if self.method in GROUP_METHODS else 1
+        if self.share_trunk is None:
+            self.share_trunk = self._needs_shared_trunk()
         parse_levels(self.offload_level)
         check_params(self.sampling(0))
         check_ranges(self)
@@ -238,6 +248,21 @@ class PPOConfig(TrainingConfig):
                     getattr(self, name),
                     off,
                 )
+
+    def _needs_shared_trunk(self) -> bool:
+        """Whether there is no model that a critic of its own could start from; it is said then."""
+        has_model = self.reward_critic_model_name_or_path or not is_made(
+            self.reward_model_name_or_path
+        )
+        if has_model or not self.has_critic:
+            return False
+        logger.info(
+            "%s is no model that a critic could start from, so the critic is a value head on the "
+            "policy's own trunk (--share_trunk); --reward_critic_model_name_or_path MODEL gives it "
+            "a trunk of its own, and a --method such as rloo needs no critic",
+            self.reward_model_name_or_path,
+        )
+        return True
 
     @property
     def best_metric(self) -> str:

@@ -21,7 +21,6 @@ from rrhf.models.reward_model import (
     require_reward_model,
     score_normalizer,
 )
-from rrhf.scoring.build import SCORERS
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
 from rrhf.training.online.ema import AveragedStream
 from rrhf.training.ppo_config import PPOConfig
@@ -97,11 +96,6 @@ def model_folders(
 def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
     """A value model from a reward model's weights, head and normaliser included."""
     path = config.reward_critic_model_name_or_path or config.reward_model_name_or_path
-    if path.partition(":")[0] in SCORERS:
-        raise UserError(
-            f"--reward_model_name_or_path {path}: no model that a critic could start from; give "
-            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
-        )
     require_reward_model(path, config.trust_remote_code)
     tokenizer = load_tokenizer(path, config.trust_remote_code)
     require_same_vocabulary(bench.tokenizer, tokenizer, path)
