@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rrhf.data import candidate_files
 from rrhf.data.candidate_files import (
     CandidateFile,
     SeenIds,
@@ -183,6 +184,29 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path):
     path.write_text("x" * 200)
     with pytest.raises(UserError, match="do not change a file while it is used"):
         file[1]
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_lines(tmp_path / "f.json", GOOD)
+    scan = candidate_files._scan_sets
+
+    def replacing(*arguments: object):
+        yield from scan(*arguments)
+        write_lines(tmp_path / "other.json", {**GOOD, "scores": [1, 9]}).rename(path)
+
+    monkeypatch.setattr(candidate_files, "_scan_sets", replacing)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        CandidateFile(path)
+
+
+@pytest.mark.parametrize("path", ["loop", "f.json/below"])
+def test_a_path_that_leads_nowhere(tmp_path: Path, path: str):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "f.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot be read|no such file"):
+        CandidateFile(tmp_path / path)
 
 
 def test_a_failing_write_leaves_file_and_manifest(tmp_path: Path):

@@ -111,6 +111,7 @@ THEIRS = {
     "rows of their own": b'{"query": "q", "responses": ["a"]}\n',
     "a last line without its end": b'{"id": "x"}\n{"id": "to',
     "one unfinished line": b'{"part": "of a machine',
+    "one that begins alike": FIRST_LINE[:19],
     "no JSON": b"dear diary\n",
     "an array": b'[{"a": 1}]\n',
     "nothing": b"",
@@ -179,6 +180,13 @@ def test_a_file_of_the_user_s_under_the_name_of_a_manifest_is_left_as_it_is(
     assert main(["data", "convert", candidates, output]) == 2
     assert theirs.read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
+
+
+def test_a_part_that_was_cut_in_its_first_line_is_begun_again(
+    candidates: str, output: Path, straight: bytes
+) -> None:
+    os.truncate(part_of(output), 30)
+    assert score_file(config_of(candidates, output)).read_bytes() == straight
 
 
 # Rows that were damaged.

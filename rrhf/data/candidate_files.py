@@ -171,12 +171,18 @@ class CandidateFile(IndexedSets):
         self._offsets = array("Q")
         self._lengths = array("Q")
         self._repeats: dict[int, str] = {}  # rows whose id tells an earlier one apart
+        before = _identity(path)
         for index, (row, candidate_set) in enumerate(_scan_sets(path, accept_edited)):
             self._offsets.append(row.offset)
             self._lengths.append(row.length)
             if "-" in candidate_set.id and not row.value.get("id"):
                 self._repeats[index] = candidate_set.id
         self._file = _seekable(path)
+        if _identity(path) != before:
+            self._file.close()
+            raise UserError(
+                f"{path}: was changed while it was read; do not change a file while it is used"
+            )
 
     @classmethod
     def spool(cls, sets: Iterable[CandidateSet], name: PathLike) -> CandidateFile:
@@ -219,6 +225,15 @@ class CandidateFile(IndexedSets):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _identity(path: PathLike) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _seekable(path: PathLike) -> BinaryIO:

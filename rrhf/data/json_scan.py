@@ -140,6 +140,8 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
         raise UserError(f"{path}: is a folder; name a .json or .jsonl file in it") from error
     except PermissionError as error:
         raise UserError(f"{path}: may not be read; check its permissions") from error
+    except OSError as error:  # a link to itself, a file where a folder should be
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     file = io.BufferedReader(raw, max(READ_BYTES, io.DEFAULT_BUFFER_SIZE))
     if file.peek(2)[:2] == _GZIP_MAGIC:
         return cast(BinaryIO, io.BufferedReader(cast(Any, _Gunzip(file))))

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 SYNC_EVERY_RECORDS = 32
 SYNC_EVERY_SECONDS = 1.0
+_SURE_BYTES = 20  # of a first line that was cut, to know it by
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _START_AGAIN = "start the same command again: what is missing is made again"
 
@@ -71,6 +72,11 @@ def encode_row(value: Any) -> bytes:
         if mark in text:
             data = data.replace(mark.encode("utf-8"), f"\\u{ord(mark):04x}".encode("ascii"))
     return data + b"\n"
+
+
+def begins_with(data: bytes, first: bytes) -> bool:
+    """Whether a file begins with a line, or was cut inside it where no chance would have it."""
+    return data.startswith(first) or (len(data) >= _SURE_BYTES and first.startswith(data))
 
 
 def _write_all(handle: int, data: bytes) -> None:
@@ -180,8 +186,7 @@ class JsonlAppender:
                 f"{self.path}: holds one JSON array, to which rows cannot be appended; choose "
                 "another output"
             )
-        is_torn = begins and self._first.startswith(begins)
-        if self._first and not is_torn and not begins.startswith(self._first):
+        if self._first and not begins_with(begins, self._first):
             raise UserError(
                 f"{self.path}: is there and was not written by this command, which keeps its "
                 "unfinished rows under this name; move it away, or choose another output"

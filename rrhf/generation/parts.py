@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rrhf.data.jsonl import JsonlAppender, encode_row
+from rrhf.data.jsonl import JsonlAppender, begins_with, encode_row
 from rrhf.errors import UserError
 from rrhf.files import Digest, manifest_path, remove_abandoned, replaced_file
 from rrhf.signals import StopRequest
@@ -279,7 +279,7 @@ def _is_part(path: Path) -> bool:
         return False
     finally:
         os.close(handle)
-    return bool(begins) and FIRST_LINE.startswith(begins)
+    return begins_with(begins, FIRST_LINE)
 
 
 @contextmanager
