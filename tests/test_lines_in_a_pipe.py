@@ -25,6 +25,8 @@ COMMANDS = {
     "generate": "generate --model_name_or_path model --prompts prompts.jsonl"
     " --output_file c.jsonl --max_new_tokens 4 --num_return_sequences 2",
     "score": "score c.jsonl s.jsonl --scorer rm",
+    "score_tied": "score c.jsonl t.jsonl --scorer function:ppo_cases:nothing",
+    "rank_tied": f"train rank {TRAIN} --data_path t.jsonl --output_dir rank_tied --max_steps 1",
     "rank": f"train rank {TRAIN} --data_path ranked.jsonl --eval_data_path ranked.jsonl"
     " --output_dir rank --max_steps 2",
     "ppo": f"train ppo {ROLLOUTS} --reward_model_name_or_path rm --eval_datasets prompts.jsonl"
@@ -154,5 +156,11 @@ def test_evaluate_tells_its_rows_and_ends_with_the_gain(said):
 
 
 def test_a_run_that_cannot_learn_says_so(said):
+    (line,) = [line for line in said["generate"] if line.startswith("no response ends")]
+    assert "all 12 were cut at --max_new_tokens 4" in line
+    (line,) = [line for line in said["score_tied"] if "all 12 scores are equal (0)" in line]
+    assert "--scorer function:ppo_cases:nothing" in line
+    (line,) = [line for line in said["rank_tied"] if "nothing to rank: no prompt has two" in line]
+    assert "6 prompts with equal scores alone, 0 with one candidate" in line
     (line,) = [line for line in said["tied"] if line.startswith("all scores are equal")]
     assert "in the only rollout all responses to a prompt got the same score (0)" in line

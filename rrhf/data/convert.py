@@ -125,8 +125,9 @@ def _write(
     else:
         rows = [prompt_row(item) for item in _shown(prompts(sets, counts=counts), len(sets))]
     if not rows:
+        why = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
         raise UserError(
-            f"{path}: no row could be written as {config.to} ({dict(counts.dropped)}); choose "
+            f"{path}: no row could be written as {config.to} ({why}); choose "
             "another form, or other data"
         )
     return _write_rows(path, rows, {**manifest, "view_counts": counts.as_dict()})

@@ -118,8 +118,9 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
         ids.append(prompt.id)
         lengths.append(len(tokens))
     if not ids:
+        why = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
         raise UserError(
-            f"{config.prompts}: no prompt is left of {count} ({dict(dropped)}); raise "
+            f"{config.prompts}: no prompt is left of {count}{f' ({why})' if why else ''}; raise "
             "max_prompt_tokens, or name other prompts"
         )
     for reason, number in dropped.items():
