@@ -11,7 +11,9 @@ import pytest
 import torch
 from ppo_cases import build_world
 from test_rollout import prompts, writer
+from tiny import byte_level_tokenizer
 
+from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
 from rrhf.models.logprobs import Policy
@@ -123,6 +125,8 @@ def test_of_a_response_that_is_cut_the_scorer_reads_what_stays(world: Path) -> N
 class Fitting:
     """Prompts of three letters or more do not fit, those of two are cut."""
 
+    codec = ChatCodec(byte_level_tokenizer(), "raw")
+
     def fits(self, prompt: CandidateSet) -> bool:
         return len(prompt.query) < 3
 
@@ -140,7 +144,7 @@ def test_prompts_that_do_not_fit_are_counted_and_candidates_forgotten(
         kept, cut = fitting_prompts(given, fitting, "file")
     assert [prompt.query for prompt in kept] == ["a", "bb", "f"] and cut == 1
     assert all(prompt.candidates == () for prompt in kept)
-    left_out, shortened = (record.getMessage() for record in caplog.records)
+    left_out, shortened = [record.getMessage() for record in caplog.records][:2]
     assert left_out.startswith("file: 3 of 6 prompts do not fit") and "ccc" in left_out
     assert shortened.startswith("file: 1 of 6 prompts are too long") and "bb" in shortened
     with pytest.raises(UserError, match="none of its 1 prompts"):
