@@ -34,6 +34,9 @@ LOG = "gpu.log"
 CHILD = ("-m", "benchmarks.gpu.child")
 """The program of a part's process."""
 
+PATIENCE_OF_A_CPU = 4
+"""How many times a part's budget it has there: nothing is measured, and others use the machine."""
+
 LEAST_SECONDS = 5.0
 """A part is not begun with less."""
 
@@ -85,7 +88,8 @@ def run(book: Book, setting: Setting, parts: list[str], seconds: float) -> int:
     cut: list[str] = []
     with open(book.folder / LOG, "a") as log, _stopped_by_signals():
         for part in parts:
-            left = min(PARTS[part][1], ends - time.monotonic())
+            patience = 1 if setting.on_gpu else PATIENCE_OF_A_CPU
+            left = min(patience * PARTS[part][1], ends - time.monotonic())
             print(f"{part}: {PARTS[part][0]}", flush=True)
             if book.is_complete(part):
                 print(f"  {len(book.items(part))} results kept", flush=True)
@@ -135,7 +139,7 @@ def _run_part(book: Book, setting: Setting, part: str, seconds: float, log: IO[s
                 child.wait()
         if is_late:
             if begun is not None:
-                book.put(part, begun, CUT, f"cut short after the part's {seconds:.0f} seconds")
+                book.put(part, begun, CUT, f"after the part's {seconds:.0f} seconds")
                 _say(book, part, begun)
             book.note(part, f"cut short: its {seconds:.0f} seconds were used up")
             return False

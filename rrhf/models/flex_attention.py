@@ -37,8 +37,9 @@ def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
         return seen if window is None else seen & (distance < window)
 
     count, device = len(group), group.device
-    on_gpu = device.type == "cuda"
-    return create_block_mask(sees, None, None, count, count, device=device, _compile=on_gpu)
+    create = _compiled_mask() if device.type == "cuda" else create_block_mask
+    found: BlockMask = create(sees, None, None, count, count, device=device)
+    return found
 
 
 def attend_flex(
@@ -87,3 +88,9 @@ def attend_flex(
 def _compiled() -> Any:
     # Otherwise each new length of a sequence would be compiled for itself, seconds at a time.
     return torch.compile(flex_attention, dynamic=True)
+
+
+@functools.cache
+def _compiled_mask() -> Any:
+    # Uncompiled it would hold a number for every token by every token, several times.
+    return torch.compile(create_block_mask)
