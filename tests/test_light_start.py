@@ -202,7 +202,11 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
                 wrong(command, name, p.missing)
         if command.startswith("train"):
             wrong(command, "output_dir", p.run, "--resume_from_checkpoint")
-            wrong(command, "attn_implementation", "flash_attention_2", "flash")
+            wrong(command, "attn_implementation", "flash_attention_2", "add --bf16")
+            wrong(
+                command, "attn_implementation", "flash_attention_2", "flash-attn is not installed"
+            )
+            cases[-1][0].append("--bf16")
         if command.startswith(("train", "generate", "evaluate")):
             wrong(command, "model_name_or_path", p.folder.name, "no such model folder")
     for command, name in (
@@ -220,6 +224,11 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
     wrong("train rank", "data_path", "rm-statc", "rm-static")
     wrong("train reward", "validation_datasets", p.missing)
     wrong("train ppo", "reward_critic_model_name_or_path", p.missing)
+    wrong("train sft", "num_train_epochs", "0", "must be above 0, or give --max_steps")
+    wrong("train sft", "report_to", "wandb", "wandb is not installed")
+    wrong("train rank", "engine", "varlen_attention", "add --bf16")
+    wrong("generate", "chat_format", "alpaka", "alpaca")
+    wrong("train ppo", "max_steps", "0", "--max_steps 0")
     wrong("evaluate", "baseline", p.missing)
     wrong("evaluate", "reference_model_name_or_path", p.missing)
     return cases

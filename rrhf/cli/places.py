@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -94,6 +95,12 @@ def _check_packages(config: Any) -> None:
         raise UserError(
             f"--attn_implementation {attention}: the package flash-attn is not installed; install "
             "rrhf[flash] on a machine with CUDA, or use sdpa"
+        )
+    tracker = getattr(config, "report_to", "none")
+    if tracker != "none" and tracker not in sys.modules and not importlib.util.find_spec(tracker):
+        raise UserError(
+            f"--report_to: the package {tracker} is not installed; pip install {tracker}, or leave "
+            "the flag out (metrics.jsonl is always written)"
         )
 
 

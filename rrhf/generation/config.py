@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
@@ -73,7 +74,7 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     """Base of all randomness."""
     round: int = 0
     """Number of the sampling round: another round draws other responses from the same seed."""
-    chat_format: str = "auto"
+    chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
     """How messages become text: auto, hh, alpaca, chat_template or raw."""
     split: str | None = None
     """Split of a named dataset."""

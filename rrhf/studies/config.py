@@ -105,7 +105,7 @@ class HHRewardConfig(EditedFiles):
     model_max_length: int = 256
     """Most tokens of prompt and reply; longer prompts lose turns, longer replies their end."""
 
-    chat_format: str = "hh"
+    chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "hh"
     """How conversations are rendered for the reward models."""
 
     seed: int = 0

@@ -214,11 +214,27 @@ class TrainingConfig(EditedFiles, ColumnOptions):
             raise UserError(
                 f"--max_steps {self.max_steps}: must be 1 or more, or -1 for whole epochs"
             )
+        if self.counts_epochs and self.num_train_epochs <= 0:
+            raise UserError(
+                f"--num_train_epochs {self.num_train_epochs}: must be above 0, or give --max_steps"
+            )
+        if self.attn_implementation.startswith("flash_attention") and not self.bf16:
+            raise UserError(
+                f"--attn_implementation {self.attn_implementation}: computes in half precision "
+                "only; add --bf16"
+            )
+        if self.engine == "varlen_attention" and not self.bf16:
+            raise UserError(f"--engine {self.engine}: computes in half precision only; add --bf16")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise UserError(
                 f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be 1 or more; leave it "
                 "out to cut steps by per_device_train_batch_size"
             )
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether num_train_epochs says when to end."""
+        return self.max_steps == -1
 
     @property
     def judges_evaluations(self) -> bool:

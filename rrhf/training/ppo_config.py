@@ -265,6 +265,10 @@ class PPOConfig(TrainingConfig):
         return True
 
     @property
+    def counts_epochs(self) -> bool:
+        return super().counts_epochs and self.num_rollouts == -1
+
+    @property
     def best_metric(self) -> str:
         return self.metric_for_best_model or "score"
 

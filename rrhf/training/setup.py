@@ -17,7 +17,6 @@ import rrhf
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, UserError
 from rrhf.model_paths import accept_edited_models
-from rrhf.models import varlen_attention
 from rrhf.models.engines import build_policy
 from rrhf.models.loading import (
     context_window,
@@ -64,18 +63,10 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
     """Open the run folder before anything slow happens, seed everything, load the tokenizer.
 
     Raises:
-        UserError: the folder holds another run, the tokenizer is missing, a length is impossible,
-            flash or varlen attention would have to compute in float32.
+        UserError: the folder holds another run, the tokenizer is missing, a length is impossible.
         AlreadyFinished: the run that is to be resumed is complete; every rank is told so.
     """
     started = time.monotonic()
-    if config.attn_implementation.startswith("flash_attention") and not config.bf16:
-        raise UserError(
-            f"--attn_implementation {config.attn_implementation}: computes in half precision only; "
-            "add --bf16"
-        )
-    if config.engine == varlen_attention.ENGINE and not config.bf16:
-        raise UserError(f"--engine {config.engine}: computes in half precision only; add --bf16")
     run = RunFolder(config.output_dir)
     if config.resume_from_checkpoint and (model := run.finished_model(config.as_dict())):
         raise AlreadyFinished(model)
