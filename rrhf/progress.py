@@ -14,6 +14,7 @@ One thread only: a bar or a line is written by the thread that does the work.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -46,7 +47,7 @@ class Progress:
         self._figures = ""
         self._started = self._told = _now()
         self._bar: Any = None
-        if logger.isEnabledFor(logging.INFO) and sys.stderr.isatty():
+        if logger.isEnabledFor(logging.INFO) and _can_draw():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, leave=not _active)
@@ -137,6 +138,18 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _can_draw() -> bool:
+    """Whether stderr is a terminal that a bar fits on; one without a size, as some tools open, is
+    given lines."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return True
+    return size.columns > 1 and size.lines > 1
 
 
 def _rate(per_second: float, unit: str) -> str:

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import pty
 
 import pytest
 
@@ -107,6 +109,16 @@ def test_a_terminal_gets_a_bar_instead_of_lines(clock, lines, monkeypatch):
     assert lines() == []
     assert "train" in screen.getvalue() and "2/3" in screen.getvalue()
     assert "loss 2.5" in screen.getvalue()
+
+
+def test_a_terminal_without_a_size_gets_lines(clock, lines, monkeypatch):
+    leader, follower = pty.openpty()  # of zero rows
+    with os.fdopen(leader), os.fdopen(follower, "w") as screen:
+        monkeypatch.setattr("sys.stderr", screen)
+        with Progress("train", 4, "step") as work:
+            clock[0] += 60
+            work.advance()
+    assert lines() == ["train: 1 of 4 steps, 60 s a step, 3 min 00 s left"]
 
 
 @pytest.mark.parametrize(
