@@ -34,6 +34,10 @@ class NonFiniteError(RuntimeError):
     """A loss, a gradient or a weight became NaN or infinite; nothing of it was kept."""
 
 
+class LostRank(Exception):
+    """Raised in a process that another one does not answer any more."""
+
+
 class StoppedBySignal(Exception):
     """Raised at a safe place after SIGTERM or SIGINT, once everything worth keeping is on disk."""
 

@@ -42,7 +42,7 @@ SETTINGS_FILE = "settings.json"
 """What a run was asked to do. Not `config.json`, by which Hugging Face knows a model folder."""
 _OLD_SETTINGS_FILE = "config.json"
 # What may differ between the calls of one run: how it is called, and where its folder stands now.
-_NOT_SETTINGS = ("resume_from_checkpoint", "output_dir", "accept_edited_files")
+_NOT_SETTINGS = ("resume_from_checkpoint", "output_dir", "accept_edited_files", "ddp_timeout")
 _MOST_CHANGES = 10
 # Folders of models that a run keeps on its way.
 _KEPT = ("policies", "reward_models", "best")

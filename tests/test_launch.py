@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from kills import child_environment
+from kills import TESTS, child_environment
+from ppo_cases import build_world
 from test_scripts import is_gone
 
+from rrhf.cli import launch
 from rrhf.errors import EXIT_FAULT
 
 RANK = """
@@ -28,6 +30,9 @@ def work():
     behaviour = sys.argv[2].split(",")[int(rank)]
     if behaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "stopped":
+        (place / rank).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
     if behaviour.isdigit():
         return int(behaviour)
     with sigterm_interrupts(), caught_signals() as stop:
@@ -165,3 +170,54 @@ def test_no_such_launcher_and_none_at_all(place: Path) -> None:
             capture_output=True,
         )
         assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(("how", "seconds"), [("stops", "2"), ("ends", "300")])
+def test_a_rank_that_does_not_answer_is_given_up(how: str, seconds: str, tmp_path: Path) -> None:
+    """One that stopped, after `ddp_timeout`; one that ended, at once."""
+    with (tmp_path / "told").open("w") as told:
+        process = subprocess.Popen(
+            [sys.executable, str(TESTS / "lost_rank.py"), how, seconds],
+            cwd=tmp_path,
+            env=child_environment() | {"CUDA_VISIBLE_DEVICES": ""},
+            stderr=told,
+        )
+        assert process.wait(250) == 1, (tmp_path / "told").read_text()
+    if how == "stops":
+        os.kill(int((tmp_path / "second").read_text()), signal.SIGKILL)
+    message = (tmp_path / "told").read_text()
+    assert f"has not answered for {seconds} s (--ddp_timeout)" in message
+    assert "Traceback" not in message
+
+
+def test_a_failed_rank_takes_one_along_that_hears_no_signal(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FAILED_SECONDS", 0.5)
+    monkeypatch.setenv("PYTHONPATH", child_environment()["PYTHONPATH"])
+    words = [sys.executable, str(place / "launcher.py"), str(place / "rank.py"), str(place)]
+    assert launch.launch([*words, "1,stopped"]) == 1
+    assert is_gone(int((place / "1").read_text()))
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_a_training_within_the_stated_time(tmp_path: Path) -> None:
+    """The whole command: its scorer stops the second rank for good."""
+    world = build_world(tmp_path / "world")
+    (tmp_path / "stops.py").write_text(
+        "import os, signal\n"
+        "def score(p, r, m):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    return [0.0] * len(r)\n"
+    )
+    words = [sys.executable, "-m", "rrhf.cli.launch", sys.executable, "-m", "torch.distributed.run"]
+    words += ["--standalone", "--nproc_per_node", "2", "-m", "rrhf.cli.main", "train", "ppo"]
+    words += ["--model_name_or_path", str(world / "model"), "--share_trunk"]
+    words += ["--train_datasets", str(world / "prompts.jsonl"), "--rollout_size", "6"]
+    words += ["--reward_model_name_or_path", "function:stops:score", "--max_new_tokens", "4"]
+    words += ["--model_max_length", "100", "--output_dir", "run", "--ddp_timeout", "5"]
+    environment = child_environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: rank 0: another rank has ended, or has not answered for 5 s" in done.stderr

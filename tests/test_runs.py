@@ -259,3 +259,12 @@ def test_of_many_changed_settings_the_first_are_told() -> None:
     assert lines[0] == "  setting_0 was 0 and is None" and len(lines) == 11
     assert "and 2 more" in lines[-1]
     assert told_changes(changed[:1]) == "  setting_0 was 0 and is None"
+
+
+def test_how_long_ranks_wait_is_no_setting_of_a_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open({"a": 1}, resume=False)
+    run.policy.mkdir()
+    run.finish({"model_folder": "policy"})
+    run.close()
+    assert RunFolder(tmp_path).finished_model({"a": 1, "ddp_timeout": 5.0}) == run.policy

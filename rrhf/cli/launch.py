@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +27,9 @@ from rrhf.signals import EXIT_CODES
 SHUTDOWN_SECONDS = 600
 """What ranks have for their last checkpoint, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says more or
 less."""
+
+FAILED_SECONDS = 20
+"""What the other ranks have to end once one has failed, before all are killed."""
 
 _LOOK_SECONDS = 0.05
 _PR_SET_CHILD_SUBREAPER = 36
@@ -64,8 +68,15 @@ def launch(command: Sequence[str]) -> int:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
             if came_before:
                 started.send_signal(received[0])
+            failed_at = math.inf
             while (status := started.poll()) is None:
                 time.sleep(_LOOK_SECONDS)  # a wait that a signal just missed would not hear of it
+                if failed_at == math.inf and _has_failed(Path(folder)):
+                    failed_at = time.monotonic()
+                if time.monotonic() - failed_at > FAILED_SECONDS:
+                    started.kill()
+                    _end_orphans(signal.SIGKILL, 0)
+                    failed_at = math.inf
             patience = float(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
             _end_orphans(received[0] if received else signal.SIGTERM, patience)
             codes = [int(path.read_text() or EXIT_FAULT) for path in Path(folder).iterdir()]
@@ -73,6 +84,12 @@ def launch(command: Sequence[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return _code_of(codes, status, received)
+
+
+def _has_failed(folder: Path) -> bool:
+    """Whether a rank ended in a way in which the others cannot save any more."""
+    failures = {str(EXIT_FAULT), str(EXIT_USER_ERROR)}
+    return any(path.read_text() in failures for path in folder.iterdir())
 
 
 def _code_of(codes: Sequence[int], status: int, received: Sequence[int]) -> int:

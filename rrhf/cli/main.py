@@ -21,6 +21,7 @@ from rrhf.errors import (
     EXIT_STOPPED_BY_SIGINT,
     EXIT_STOPPED_BY_SIGTERM,
     EXIT_USER_ERROR,
+    LostRank,
     NonFiniteError,
     StoppedBySignal,
     UserError,
@@ -132,6 +133,9 @@ def _told_end(argv: Sequence[str] | None) -> int:
     except StoppedBySignal as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
+    except LostRank as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAULT
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAULT

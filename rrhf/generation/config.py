@@ -9,7 +9,7 @@ from typing import Literal
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
-from rrhf.ranges import INDEX, SEED, check_ranges
+from rrhf.ranges import INDEX, POSITIVE, SEED, check_ranges
 from rrhf.seals import EditedFiles
 
 ENGINES = ("local",)
@@ -88,11 +88,13 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     """Attention kernel: sdpa, eager or flash_attention_2."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings."""
+    wait_seconds: float = 3600.0
+    """With several processes: give the others up when none has written a row for so long."""
 
     def __post_init__(self) -> None:
         self.stop_strings = tuple(self.stop_strings)
         self.sampling_params()
-        check_ranges(self, {"seed": SEED, "round": INDEX})
+        check_ranges(self, {"seed": SEED, "round": INDEX, "wait_seconds": POSITIVE})
         for name, least in (
             ("per_device_prompt_batch_size", 1),
             ("max_prompt_tokens", 1),

@@ -32,7 +32,7 @@ from rrhf.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-# A part that has not grown for so long belongs to a process that will never end it.
+# A part that has not grown for so long belongs to a process that will never end it: the default.
 STALLED_SECONDS = 3600.0
 
 FIRST_LINE = b'{"part": "unfinished rows, which the command that writes them takes up again"}\n'
@@ -94,12 +94,14 @@ class Parts:
 
     Attributes:
         output: the file that they become.
+        wait_seconds: other processes are given up when none has written for so long.
         output_digest: of that file, once `merge` has ended.
         places: where the row of each prompt stands, by id, as far as it has been read.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, wait_seconds: float = STALLED_SECONDS) -> None:
         self.output = output
+        self.wait_seconds = wait_seconds
         self.output_digest = Digest()
         self.places: dict[str, Place] = {}
         self._reached: dict[Path, _Reached] = {}
@@ -186,7 +188,7 @@ class Parts:
         Raises:
             StoppedBySignal: a signal came first.
             UserError: a row of this process' own is gone; a part was damaged; no part has grown for
-                an hour.
+                `wait_seconds`.
         """
         known = self.read_on()
         lost = sum(prompt_id not in self.places for prompt_id in own)
@@ -198,11 +200,12 @@ class Parts:
         grown_at = time.monotonic()
         while any(prompt_id not in self.places for prompt_id in ids):
             stop.raise_if_received(what_stands)
-            if time.monotonic() - grown_at > STALLED_SECONDS:
+            if time.monotonic() - grown_at > self.wait_seconds:
                 missing = sum(prompt_id not in self.places for prompt_id in ids)
                 raise UserError(
                     f"{self.output}: {missing} of {len(ids)} prompts are still missing and no "
-                    "other process has written for an hour; start the same command again"
+                    f"other process has written for {self.wait_seconds:g} s (--wait_seconds); "
+                    "start the same command again"
                 )
             time.sleep(POLL_SECONDS)
             if (now_known := self.read_on()) > known:

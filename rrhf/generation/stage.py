@@ -91,7 +91,9 @@ class _Stage:
         self.local_rank = local_rank
         self.stop = stop
         self.output = Path(config.output_file)
-        self.staged = StagedFile(self.output, "generate", rank, stop, config.accept_edited_files)
+        self.staged = StagedFile(
+            self.output, "generate", rank, stop, config.accept_edited_files, config.wait_seconds
+        )
         self.parts = self.staged.parts
         self.params = config.sampling_params()
         self.counts = SourceCounts()

@@ -46,6 +46,7 @@ class StagedFile:
         rank: which of the processes this is.
         stop: signals that came.
         accept_edited: leave a finished file also where it is not as its manifest describes it.
+        wait_seconds: give the other processes up when none has written for so long.
 
     Attributes:
         parts: what is done so far.
@@ -58,9 +59,10 @@ class StagedFile:
         rank: int,
         stop: StopRequest,
         accept_edited: bool = False,
+        wait_seconds: float = STALLED_SECONDS,
     ) -> None:
         self.output = output
-        self.parts = Parts(output)
+        self.parts = Parts(output, wait_seconds)
         self._stage = stage
         self._rank = rank
         self._is_first = rank == 0
@@ -210,7 +212,7 @@ class StagedFile:
 
         Raises:
             StoppedBySignal: a signal came first.
-            UserError: no part has grown for an hour, and process 0 has not ended the file.
+            UserError: no part has grown for `wait_seconds`, and process 0 has not ended the file.
         """
         known, grown_at = self.parts.num_bytes(), time.monotonic()
         while True:
@@ -222,10 +224,10 @@ class StagedFile:
             ):
                 return
             self._stop.raise_if_received("the other processes' parts stand as they are")
-            if time.monotonic() - grown_at > STALLED_SECONDS:
+            if time.monotonic() - grown_at > self.parts.wait_seconds:
                 raise UserError(
                     f"{self.output}: process 0 has not ended it, and no process has written for "
-                    f"an hour; {GO_ON}"
+                    f"{self.parts.wait_seconds:g} s (--wait_seconds); {GO_ON}"
                 )
             time.sleep(POLL_SECONDS)
             if (now_known := self.parts.num_bytes()) > known:
@@ -233,7 +235,8 @@ class StagedFile:
 
     def _wait_for_beginning(self, settings: Mapping[str, Any]) -> bool:
         """Wait until process 0 has accepted the same settings; True where all is done already."""
-        deadline = time.monotonic() + _BEGINNING_SECONDS
+        patience = min(_BEGINNING_SECONDS, self.parts.wait_seconds)
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             manifest = read_manifest(self.output)
             if manifest is not None and not differences(manifest.get("settings"), settings):
@@ -241,6 +244,5 @@ class StagedFile:
             self._stop.raise_if_received("nothing was begun")
             time.sleep(POLL_SECONDS)
         raise UserError(
-            f"{self.output}: process 0 has not begun within {_BEGINNING_SECONDS:.0f} s; see its "
-            "message"
+            f"{self.output}: process 0 has not begun within {patience:g} s; see its message"
         )

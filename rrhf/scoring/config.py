@@ -8,7 +8,7 @@ from typing import Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
-from rrhf.ranges import COUNT, INDEX, check_ranges
+from rrhf.ranges import COUNT, INDEX, POSITIVE, check_ranges
 from rrhf.seals import EditedFiles
 
 OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
@@ -88,8 +88,11 @@ class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     prompts_per_chunk: int = 64
     """Prompts that are scored together; a kill loses at most so many."""
 
+    wait_seconds: float = 3600.0
+    """With several processes: give the others up when none has written a row for so long."""
+
     def __post_init__(self) -> None:
-        check_ranges(self, OPTION_RANGES)
+        check_ranges(self, OPTION_RANGES | {"wait_seconds": POSITIVE})
         if self.prompts_per_chunk < 1:
             raise UserError(f"prompts_per_chunk = {self.prompts_per_chunk}: must be at least 1")
         if not 0 <= self.max_unscored_fraction <= 1:

@@ -132,7 +132,9 @@ class _Stage:
         self.local_rank = local_rank
         self.stop = stop
         self.output = Path(config.output_file)
-        self.staged = StagedFile(self.output, "score", rank, stop, config.accept_edited_files)
+        self.staged = StagedFile(
+            self.output, "score", rank, stop, config.accept_edited_files, config.wait_seconds
+        )
         self.parts = self.staged.parts
         self.counts = SourceCounts()
         self._built: Scorer | None = None

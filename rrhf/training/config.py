@@ -34,6 +34,7 @@ _RANGES = {
     "seed": SEED,
     "model_max_length": "[2, inf)",
     "lora_r": COUNT,
+    "ddp_timeout": POSITIVE,
     "lora_alpha": COUNT,
     "lora_dropout": BELOW_ONE,
     "logging_steps": INDEX,
@@ -202,6 +203,9 @@ class TrainingConfig(EditedFiles, ColumnOptions):
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also send metrics to this tracker; metrics.jsonl is always written."""
+
+    ddp_timeout: float = 1800.0
+    """With several processes: seconds after which one that waits for another gives it up."""
 
     def __post_init__(self) -> None:
         """Subclasses call it from theirs.

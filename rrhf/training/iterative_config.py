@@ -109,6 +109,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             policy="" if round_number == 1 else f"round-{round_number - 1}",
             chat_format=self.chat_format,
             accept_edited_files=self.accept_edited_files,
+            wait_seconds=self.ddp_timeout,
             columns=self.columns,
         )
 
@@ -133,6 +134,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             policy=name,
             chat_format=self.chat_format,
             accept_edited_files=self.accept_edited_files,
+            wait_seconds=self.ddp_timeout,
             columns=self.columns,
         )
 
@@ -149,6 +151,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             accept_edited_files=self.accept_edited_files,
+            wait_seconds=self.ddp_timeout,
         )
 
     def reward_options(self) -> RewardModelOptions:

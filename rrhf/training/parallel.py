@@ -16,21 +16,33 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
-from rrhf.errors import UserError
+from rrhf.errors import LostRank, UserError
 
 logger = logging.getLogger(__name__)
+
+_SIGNS_OF_A_LOST_RANK = (
+    "Timed out waiting",
+    "Timed out after",
+    "Wait timeout",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+)
+"""In what gloo and its store raise."""
 
 
 class Parallel:
@@ -38,22 +50,26 @@ class Parallel:
 
     Args:
         bf16: mixed precision in bfloat16.
+        timeout_seconds: a rank that waits so long for another gives it up.
 
     Raises:
         UserError: the launcher asked for sharding that this machine silently would not do.
     """
 
-    def __init__(self, bf16: bool = False) -> None:
+    def __init__(self, bf16: bool = False, timeout_seconds: float = 1800.0) -> None:
+        self._timeout_seconds = timeout_seconds
+        timeout = timedelta(seconds=timeout_seconds)
         deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
         on_cpu = not torch.cuda.is_available()
         if deepspeed and on_cpu:
-            _start_deepspeed_on_cpu()
+            _start_deepspeed_on_cpu(timeout)
         # One process may train several models in turn, each with its own precision.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
             cpu=on_cpu and not deepspeed,
             gradient_accumulation_steps=1,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -187,6 +203,26 @@ class Parallel:
         """The rows of every rank, in the order of the ranks, on every rank; they are pickled."""
         return rows if self.world_size == 1 else list(gather_object(rows))
 
+    @contextlib.contextmanager
+    def lost_ranks_told(self) -> Iterator[None]:
+        """Around all that ranks do together: gloo's ways of saying that one is gone become one.
+
+        Raises:
+            LostRank: another rank did not answer in time, or its end of the connection is closed.
+                On GPUs NCCL ends the process by itself, with a message of its own.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            is_lost = any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK)
+            if self.world_size == 1 or not is_lost:
+                raise
+            raise LostRank(
+                f"rank {self.rank}: another rank has ended, or has not answered for "
+                f"{self._timeout_seconds:g} s (--ddp_timeout); its own message, if it left one, "
+                "says why. Go on with --resume_from_checkpoint"
+            ) from error
+
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The precision of training, for a forward that does not pass the prepared root."""
         context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
@@ -307,7 +343,7 @@ def launched_place() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def _start_deepspeed_on_cpu() -> None:
+def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
     """Make the process group DeepSpeed's: by itself accelerate starts another one on CPUs."""
     try:
         import deepspeed
@@ -322,7 +358,7 @@ def _start_deepspeed_on_cpu() -> None:
         "where it seems to wait forever, a killed run has left a file named lock in %s",
         os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"),
     )
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, timeout=timeout)
 
 
 def _is_set(name: str) -> bool:

@@ -28,6 +28,7 @@ from rrhf.models.logprobs import Policy
 from rrhf.models.lora import add_lora
 from rrhf.models.saving import weights_below, write_model_folder
 from rrhf.runs import RunFolder
+from rrhf.signals import Interrupted
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
@@ -73,14 +74,15 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
     accept_edited_models(config)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     codec = ChatCodec(tokenizer, config.chat_format)
-    parallel = Parallel(config.bf16)
+    parallel = Parallel(config.bf16, config.ddp_timeout)
     if parallel.is_main:
         run.open(config.as_dict(), resume=config.resume_from_checkpoint)
     try:
-        parallel.barrier()
-        torch.manual_seed(config.seed)
-        yield Workbench(config, run, parallel, tokenizer, codec, started)
-    except UserError:
+        with parallel.lost_ranks_told():
+            parallel.barrier()
+            torch.manual_seed(config.seed)
+            yield Workbench(config, run, parallel, tokenizer, codec, started)
+    except (UserError, Interrupted):
         if parallel.is_main and run.is_bare:
             run.discard()
         raise
