@@ -21,6 +21,7 @@ from rrhf.files import Digest, PathLike, manifest_path
 
 logger = logging.getLogger(__name__)
 
+_WORDS = {"rows": "{} rows", "bytes": "{} bytes", "sha256": "SHA-256 {}"}
 ACCEPT_FLAG = "--accept_edited_files"
 
 
@@ -51,7 +52,7 @@ def seal_difference(
     """
     found = seal(digest, rows)
     told = [
-        f"{name} {_shown(manifest[name])} there, {_shown(now)} in the file"
+        _WORDS[name].format(_shown(now)) + f" instead of {_shown(manifest[name])}"
         for name, now in found.items()
         if manifest is not None and manifest.get(name) is not None and manifest[name] != now
     ]

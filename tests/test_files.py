@@ -13,6 +13,7 @@ import pytest
 
 from rrhf.errors import UserError
 from rrhf.files import (
+    FileLock,
     cut_torn_tail,
     explained_os_errors,
     manifest_path,
@@ -97,6 +98,14 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path):
     data = os.urandom(3_000_000)  # more than two chunks
     (tmp_path / "f").write_bytes(data)
     assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"\.lock: is a symbolic link"):
+        FileLock(tmp_path / ".lock").acquire("the folder")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 # Manifests.
