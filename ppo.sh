@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a policy on its own responses (PPO, its critic-free cousins, online RRHF): finds the
+# Train a policy on its own responses (PPO, critic-free methods, online RRHF): finds the
 # devices, chooses the launch, hands over to `rrhf train ppo`.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=configs/launch.sh

@@ -1,6 +1,6 @@
 """What a command says when it cannot go on, and the exit code that goes with it.
 
-A user's mistake is a `UserError`: one message that names the place, the value and the mend; the
+A user's mistake is a `UserError`: one message that names the place, the value and the fix; the
 command prints it without a traceback and exits with `EXIT_USER_ERROR`. Everything else that escapes
 is a fault of the program and keeps its traceback.
 """
@@ -15,7 +15,7 @@ EXIT_STOPPED_BY_SIGINT = 130
 
 
 class UserError(ValueError):
-    """Input, a flag or a setting that the user can mend; the text says where, what and how."""
+    """Input, a flag or a setting that the user can fix; the text says where, what and how."""
 
 
 class AlreadyFinished(Exception):

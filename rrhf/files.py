@@ -51,7 +51,7 @@ _WRITE_BYTES = 1 << 18
 
 @contextmanager
 def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn a full disk, a read-only place or a missing folder into a `UserError` with the mend.
+    """Turn a full disk, a read-only place or a missing folder into a `UserError` with the fix.
 
     Args:
         path: the file that is being written.

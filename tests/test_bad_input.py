@@ -116,7 +116,7 @@ def test_missing_folders_are_told(
         assert "Traceback" not in told
     assert "reward" in told  # a causal model where a reward model is needed
     assert not Path(out).exists() and not Path(run).exists()
-    # The mend is accepted in the same place: nothing that was refused stands in the way.
+    # The fix is accepted in the same place: nothing that was refused stands in the way.
     assert main(["score", str(data), out, "--scorer", "function:statistics:mean"]) == 2
     assert main([*train, "--model_name_or_path", model, "--data_path", str(data)]) == 0
 

@@ -1,4 +1,4 @@
-"""What cannot be loaded is said in one line, with the mend."""
+"""What cannot be loaded is said in one line, with the fix."""
 
 from __future__ import annotations
 

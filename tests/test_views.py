@@ -215,7 +215,7 @@ def test_fractions_below_one_leave_a_rest():
 
 @pytest.mark.parametrize("fractions", [{}, {"a": 0.7, "b": 0.4}, {"a": -0.1}, {"a": 1.5}])
 def test_fractions_that_are_none(fractions: dict[str, float]):
-    with pytest.raises(UserError, match="mend them"):
+    with pytest.raises(UserError, match="fix them"):
         split_by_first_turn([], fractions)
 
 

@@ -11,7 +11,7 @@ from rrhf.errors import EXIT_DONE, UserError
 from rrhf.seals import EditedFiles
 
 ACTIONS = {
-    "validate": "check files; every mistake with file, line, field and mend",
+    "validate": "check files; every mistake with file, line, field and fix",
     "convert": "any source to a candidate file, preference rows or prompts",
     "stats": "what a source holds: responses a prompt, ties, lengths, scores",
 }

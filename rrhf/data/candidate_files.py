@@ -7,7 +7,7 @@ array. Beside these keys a row may have `messages` (the conversation behind the 
 `origin`, and, one entry a response, `sources` and `finish_reasons`; keys that are not known are
 left alone. Scores may be missing or null where nothing has been scored yet.
 
-Every mistake of a file is told with file, line, field and mend, up to 20, in one message. Not
+Every mistake of a file is told with file, line, field and fix, up to 20, in one message. Not
 mistakes: an empty response, equal scores, a single response, rows with unequally many responses.
 
 Left out on purpose: other people's columns (`rrhf.data.sources`), and what a row is used for

@@ -1,6 +1,6 @@
 """One row of a candidate file: checked field by field, read into a record, and written again.
 
-Every message begins with "file:line: field:", says what is wrong, and ends with the mend.
+Every message begins with "file:line: field:", says what is wrong, and ends with the fix.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def kind_of(value: object) -> str:
 
 def text_fault(value: object) -> str | None:
     if not isinstance(value, str):
-        return f"must be a text, is {kind_of(value)}; put it in quotes, or mend the row"
+        return f"must be a text, is {kind_of(value)}; put it in quotes, or fix the row"
     if half := _SURROGATE.search(value):
         return (
             f"holds half a surrogate pair (\\u{ord(half.group()):04x} at character "
@@ -106,7 +106,7 @@ class RowReader:
         if value is None:
             return None
         if not isinstance(value, list):
-            self.fault(field, f"must be a list of {what}, is {kind_of(value)}; mend the row")
+            self.fault(field, f"must be a list of {what}, is {kind_of(value)}; fix the row")
             return None
         if responses is not None and len(value) != responses:
             self.fault(
@@ -126,7 +126,7 @@ class RowReader:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                self.fault(field, f"must be a number or null, is {kind_of(value)}; mend the score")
+                self.fault(field, f"must be a number or null, is {kind_of(value)}; fix the score")
             elif not _is_finite(value):
                 self.fault(
                     field,
@@ -142,13 +142,13 @@ class RowReader:
             return None
         if not isinstance(value, list) or not value:
             what = "an empty list" if value == [] else kind_of(value)
-            self.fault(field, f'must be a list of {{"role", "content"}}, is {what}; mend the row')
+            self.fault(field, f'must be a list of {{"role", "content"}}, is {what}; fix the row')
             return None
         turns = []
         for number, turn in enumerate(value):
             place = f"{field}[{number}]"
             if not isinstance(turn, dict):
-                self.fault(place, f'must be {{"role", "content"}}, is {kind_of(turn)}; mend it')
+                self.fault(place, f'must be {{"role", "content"}}, is {kind_of(turn)}; fix it')
                 continue
             role, content = turn.get("role"), turn.get("content")
             if not isinstance(role, str) or role not in ROLES:
@@ -207,7 +207,7 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
         where: "file:line", which begins every message.
 
     Raises:
-        RowError: a `UserError` with one line for each mistake: `file:line: field: what, mend`.
+        RowError: a `UserError` with one line for each mistake: `file:line: field: what, fix`.
     """
     if not isinstance(row, dict):
         raise RowError(

@@ -38,7 +38,7 @@ _BOM = codecs.BOM_UTF8
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP_MAGIC = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_MEND_ROW = "mend the line, or remove it"
+_FIX_ROW = "fix the line, or remove it"
 UNREADABLE = (EOFError, OSError, zlib.error)
 """What reading raises where a gzip file is cut or damaged, or a disk fails."""
 
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """A place that cannot be read, and why, with the mend."""
+    """A place that cannot be read, and why, with the fix."""
 
     line: int
     reason: str
@@ -102,7 +102,7 @@ class Faults:
             self.add(f"{place}: {what_to_do(fault.reason)}")
 
     def add(self, text: str) -> None:
-        """Add one fault: `file:line: field: what is wrong, how to mend`."""
+        """Add one fault: `file:line: field: what is wrong, how to fix`."""
         if len(self._lines) < MAX_FAULTS:
             self._lines.append(text)
         else:
@@ -328,7 +328,7 @@ def _scan_lines(file: _Prefixed) -> Iterator[Row | Fault]:
         if not data:
             return
         if len(data) > MAX_ROW_BYTES:
-            yield Fault(line, f"the line is longer than {MAX_ROW_BYTES:,} bytes; {_MEND_ROW}")
+            yield Fault(line, f"the line is longer than {MAX_ROW_BYTES:,} bytes; {_FIX_ROW}")
             return
         if data.strip():
             yield _parse_line(data, line, offset, column)
@@ -349,9 +349,9 @@ def _parse_line(data: bytes, line: int, offset: int, column: int) -> Row | Fault
                 "must be made again, or its last line removed)",
             )
         place = column + error.pos + 1
-        return Fault(line, f"is not JSON at column {place}: {error.msg}; {_MEND_ROW}")
+        return Fault(line, f"is not JSON at column {place}: {error.msg}; {_FIX_ROW}")
     except (ValueError, RecursionError) as error:
-        return Fault(line, f"is not JSON that can be read ({error}); {_MEND_ROW}")
+        return Fault(line, f"is not JSON that can be read ({error}); {_FIX_ROW}")
 
 
 class _ArrayText:
@@ -469,16 +469,16 @@ def _next_element(window: _ArrayText) -> Row | Fault:
             margin = len(window.text) - _LONGEST_ESCAPE
             is_cut = error.msg.startswith("Unterminated") or error.pos >= margin
             if is_cut and len(window.text) - window.position > MAX_ROW_BYTES:
-                reason = f"the row is longer than {MAX_ROW_BYTES:,} bytes; {_MEND_ROW}"
+                reason = f"the row is longer than {MAX_ROW_BYTES:,} bytes; {_FIX_ROW}"
                 return Fault(window.line, reason)
             if is_cut and window.more():
                 continue
             if error.msg.startswith("Unterminated") or _is_cut_word(window.text[error.pos :]):
                 return _array_fault(window, "")
             line = window.line + window.text.count("\n", window.position, error.pos)
-            return Fault(line, f"is not JSON: {error.msg}; mend the row, or remove it")
+            return Fault(line, f"is not JSON: {error.msg}; fix the row, or remove it")
         except (ValueError, RecursionError) as error:
-            return Fault(window.line, f"is not JSON that can be read ({error}); {_MEND_ROW}")
+            return Fault(window.line, f"is not JSON that can be read ({error}); {_FIX_ROW}")
         if _NUMBER_MAY_GO_ON.fullmatch(window.text, end) and window.more():
             continue
         window.row_done()

@@ -259,7 +259,7 @@ def _with_score(reading: Reading, reply: str, column: str) -> CandidateSet | Non
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise reading.wrong(
             column,
-            f"must be a number, is {kind_of(score)}; mend it, or leave the column out: --columns "
+            f"must be a number, is {kind_of(score)}; fix it, or leave the column out: --columns "
             f"unread={column}",
         )
     found = reading.find_prompt()
@@ -416,7 +416,7 @@ def read_row(
         RowError: with a line for each mistake.
     """
     if not isinstance(row, Mapping):
-        raise RowError([f"{where}: row: must be an object, is {kind_of(row)}; mend it"])
+        raise RowError([f"{where}: row: must be an object, is {kind_of(row)}; fix it"])
     counts.read += 1
     if missing := layout.missing_in(row):
         raise RowError(

@@ -112,7 +112,7 @@ def _parse_part(text: str) -> SourceSpec:
         )
     above, below = Fraction(match.group(1)), Fraction(match.group(2) or "1")
     if below == 0:
-        raise UserError(f"{text!r}: {proportion!r} divides by zero; mend the proportion")
+        raise UserError(f"{text!r}: {proportion!r} divides by zero; fix the proportion")
     value = above / below
     if value >= 0:
         return replace(spec, proportion=value)
@@ -224,7 +224,7 @@ def load_sets(
         wanted = spec.number_of_rows(len(part))
         rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
     if not any(rows):
-        raise UserError(f"{specs}: leaves no rows; mend the proportions, or name another source")
+        raise UserError(f"{specs}: leaves no rows; fix the proportions, or name another source")
     if len(parts) == 1 and rows[0] == list(range(len(parts[0]))):
         return parts[0]
     return Mixture(parts, rows)

@@ -103,7 +103,7 @@ def _dataset_rows(path: str, split: str | None, name: str, **options: Any) -> Ro
     """Rows through the `datasets` library: a hub name, a local folder, or a kind of table.
 
     Raises:
-        UserError: it cannot be had (no network, no such dataset or split), with the mend.
+        UserError: it cannot be had (no network, no such dataset or split), with the fix.
     """
     import datasets
 

@@ -237,7 +237,7 @@ def split_by_first_turn(
     total = math.fsum(fractions.values())
     if not fractions or total > 1 + 1e-9 or any(not 0 <= f <= 1 for f in fractions.values()):
         raise UserError(
-            f"fractions {dict(fractions)}: each must be between 0 and 1, together at most 1; mend "
+            f"fractions {dict(fractions)}: each must be between 0 and 1, together at most 1; fix "
             "them"
         )
     entries: dict[str, list[tuple[int, int, int]]] = {name: [] for name in fractions}

@@ -100,7 +100,7 @@ class ValueHead(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The trainable root of PPO and its cousins.
+    """The trainable root of PPO and the critic-free methods.
 
     Args:
         policy: the actor.

@@ -100,7 +100,7 @@ class FunctionScorer:
             ) from error
         except BaseException as error:
             raise UserError(
-                f"{self.name}: raised {_told(error)} ({_place(error)}); mend it, or let it return "
+                f"{self.name}: raised {_told(error)} ({_place(error)}); fix it, or let it return "
                 "None where a response cannot be scored"
             ) from error
         if results is None:
@@ -184,7 +184,7 @@ def load_function(target: str) -> Callable[..., Any]:
     except BaseException as error:
         raise UserError(
             f"{target}: the module {module_name!r} cannot be imported: it raised {_told(error)} "
-            f"({_place(error)}); mend it"
+            f"({_place(error)}); fix it"
         ) from error
     finally:
         if added and here in sys.path:

@@ -1,4 +1,4 @@
-"""Settings of the online methods on the embedded world: PPO, its critic-free cousins, online RRHF.
+"""Settings of the online methods on the embedded world: PPO, critic-free methods, online RRHF.
 
 All draw as many responses as one round of offline ranking (four for each alignment prompt), in
 rollouts of a hundred, and make two passes over each rollout, as offline ranking makes over its

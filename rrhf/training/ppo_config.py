@@ -1,4 +1,4 @@
-"""The settings of `rrhf train ppo`: PPO, its critic-free cousins and online ranking."""
+"""The settings of `rrhf train ppo`: PPO, critic-free methods and online ranking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP_SIZE = 4
 
 @dataclass
 class PPOConfig(TrainingConfig):
-    """Train a policy on its own responses to prompts: PPO with a critic, its cousins without one
+    """Train a policy on its own responses to prompts: PPO with a critic, methods without one
     (RLOO, GRPO, ...), or RRHF on the samples of the live policy. Leaves OUTPUT_DIR/policy."""
 
     model_name_or_path: str = field(

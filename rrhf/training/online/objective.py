@@ -20,7 +20,7 @@ from rrhf.training.update import Term
 
 
 class PPOObjective:
-    """PPO and its critic-free cousins, which differ in their advantages alone.
+    """PPO and critic-free methods, which differ in their advantages alone.
 
     Args:
         config: clips and weights.

@@ -301,7 +301,7 @@ class RolloutWriter:
         if failed > limit * counts["sampled"]:
             raise UserError(
                 f"{self._scorer.name}: {failed} of {counts['sampled']} responses could "
-                f"not be scored, more than --max_unscored_fraction {limit}; mend the scorer, or "
+                f"not be scored, more than --max_unscored_fraction {limit}; fix the scorer, or "
                 "raise the limit"
             )
         if too_long and not self._told_too_long:
