@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -106,6 +107,19 @@ def test_damage_is_passed_over_and_then_cleared_away(tmp_path: Path) -> None:
     assert state is not None and state["step"] == 1
     again.keeper.save(3, {})
     assert names(tmp_path) == ["step-1", "step-3"]
+
+
+@pytest.mark.parametrize("status", [None, "unfinished", True])
+def test_what_is_not_said_to_be_complete_is_not(tmp_path: Path, status: Any) -> None:
+    made = Made(tmp_path)
+    made.keeper.save(1, {})
+    manifest = made.keeper.save(2, {}) / "manifest.json"
+    said = json.loads(manifest.read_text())
+    del said["status"]
+    manifest.write_text(json.dumps(said if status is None else {**said, "status": status}))
+    assert "manifest.json says" in (damage_of(tmp_path / "step-2") or "")
+    state = Made(tmp_path).keeper.restore()
+    assert state is not None and state["step"] == 1
 
 
 @pytest.mark.parametrize(("saved", "now"), [(True, False), (False, True)])

@@ -303,6 +303,22 @@ def test_steps_are_left_out_only_where_some_were_left(
     assert (outcome.steps, outcome.stopped_early) == (3, is_early)
 
 
+def test_a_best_that_was_overtaken_is_kept_until_a_checkpoint_knows_the_new_one(
+    tmp_path: Path,
+) -> None:
+    """Each evaluation is better than the one before; checkpoints come after steps 2 and 4."""
+    run, hidden = tmp_path / "run", []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        hidden.append(sorted(path.name for path in run.glob(".best-step-*")))
+        return {"loss": -float(len(hidden))}
+
+    settings: dict[str, Any] = {"eval_steps": 1, "save_steps": 2, "save_best_model": True}
+    go(run, 5, evaluate, models=models(), metric_for_best_model="loss", **settings)
+    # Seen by the evaluation of each step; the best of step 2 is overtaken in step 3.
+    assert hidden[:4] == [[], [], [], [".best-step-2"]] and hidden[4] == []
+
+
 def test_models_on_the_way_are_kept(tmp_path: Path) -> None:
     go(tmp_path / "run", 5, models=models(), save_policy_steps=2)
     kept = sorted(path.name for path in (tmp_path / "run" / "policies").iterdir())

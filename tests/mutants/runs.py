@@ -222,7 +222,7 @@ LOOP_FAULTS = [
         THE_LOOP,
         "self.kept.after_checkpoint()",
         "pass",
-        ("test_best.py::test_ppo_keeps_its_best_policy_and_value", *EVALUATED),
+        ORDER,
     ),
     Mutant(
         "patience at its end does not end the run",
@@ -325,6 +325,8 @@ CHECKPOINT_FAULTS = [
         "            self._delete_old()\n            os.replace(staged, target)\n"
         "            sync_folder(self.folder)",
         CHECKPOINTS,
+        equivalent="of those that are whole the number to keep stays in any case, and after the "
+        "renaming it is counted again",
     ),
     Mutant(
         "the name of a new checkpoint is not synced",
