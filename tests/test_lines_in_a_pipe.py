@@ -22,6 +22,7 @@ COMMANDS = {
     " --output_dir sft --max_steps 3",
     "reward": f"train reward {TRAIN} --data_path pairs.jsonl --output_dir reward --max_steps 2"
     " --validation_fraction 0.4 --gradient_checkpointing true",
+    "convert": "data convert table.csv texts.jsonl",
     "generate": "generate --model_name_or_path model --prompts prompts.jsonl"
     " --output_file c.jsonl --max_new_tokens 4 --num_return_sequences 2",
     "score": "score c.jsonl s.jsonl --scorer rm",
@@ -68,6 +69,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         for row in rows
     ]
     write_lines(folder / "pairs.jsonl", pairs)
+    table = "".join(f"how to {i},yes {i},no {i}\n" for i in range(9))
+    (folder / "table.csv").write_text("prompt,chosen,rejected\n" + table)
     words = [f"{name}={command}" for name, command in COMMANDS.items()]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *words],
@@ -144,6 +147,12 @@ def test_generate_and_score_tell_rate_and_scores(said):
         r"s.jsonl: 12 of 12 candidates of 6 prompts have a score; mean score \S+ \[", lines[-2]
     )
     assert lines[-1] == "Scored candidates: s.jsonl"
+
+
+def test_a_table_is_read_without_the_bars_of_another_library(said):
+    *lines, last = said["convert"]
+    assert all(re.match(r"convert: \d of 9 rows", line) for line in lines), lines
+    assert last == "texts.jsonl: 9 rows"
 
 
 def test_evaluate_tells_its_rows_and_ends_with_the_gain(said):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,10 @@ def _dataset_rows(path: str, split: str | None, name: str, **options: Any) -> Ro
     """
     import datasets
 
+    if not sys.stderr.isatty():  # its bars would fill a log with pieces of lines
+        datasets.disable_progress_bars()
+        if not options and not os.path.isdir(path):
+            logger.info("%s: loading from the hub, or from its copy on this machine", name)
     try:
         if os.path.isdir(path) and any(
             os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")
