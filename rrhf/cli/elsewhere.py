@@ -196,7 +196,11 @@ FLAGS: dict[str, tuple[Sentence, ...]] = {
     "save_strategy": ("--save_steps N writes a checkpoint every N optimiser steps, 0 none",),
     "logging_strategy": ("--logging_steps N writes metrics every N optimiser steps",),
     "do_train": ("training needs no flag here",),
-    "per_device_eval_batch_size": ("evaluation takes batches of --per_device_train_batch_size",),
+    "per_device_eval_batch_size": (
+        "evaluation takes batches of --per_device_prompt_batch_size",
+        "evaluation takes batches of --per_device_train_batch_size",
+    ),
+    "min_learning_rate": ("it is a share of the peak here: --min_learning_rate_ratio",),
     "mini_batch_size": _STEP,
     "train_batch_size": _STEP,
     "ppo_mini_batch_size": _STEP,

@@ -55,7 +55,8 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "`rrhf COMMAND --help` lists the arguments of a command; `rrhf --version` the version.",
+            "`rrhf COMMAND --help` shows what a command must be given and what people change,",
+            "`--help all` every flag; `rrhf --version` shows the version.",
         ]
     )
 

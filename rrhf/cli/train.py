@@ -37,7 +37,7 @@ def usage() -> str:
             *lines,
             "  grpo, rloo, dr_grpo, reinforce_pp: ppo with that --method; rrhf: rank",
             "",
-            "`rrhf train STAGE --help` lists its flags.",
+            "`rrhf train STAGE --help` shows what people change, `--help all` every flag.",
         ]
     )
 
