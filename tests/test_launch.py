@@ -172,7 +172,10 @@ def test_no_such_launcher_and_none_at_all(place: Path) -> None:
         assert done.returncode == 2 and message in done.stderr
 
 
-@pytest.mark.parametrize(("how", "seconds"), [("stops", "2"), ("ends", "300")])
+@pytest.mark.parametrize(
+    ("how", "seconds"),
+    [("stops", "2"), pytest.param("ends", "300", marks=pytest.mark.slow)],
+)
 def test_a_rank_that_does_not_answer_is_given_up(how: str, seconds: str, tmp_path: Path) -> None:
     """One that stopped, after `ddp_timeout`; one that ended, at once."""
     with (tmp_path / "told").open("w") as told:
@@ -220,4 +223,5 @@ def test_a_stopped_rank_ends_a_training_within_the_stated_time(tmp_path: Path) -
     environment = child_environment() | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("the ranks have ended with exit code 1;")
     assert "error: rank 0: another rank has ended, or has not answered for 5 s" in done.stderr

@@ -76,7 +76,11 @@ def assert_stopped(process: subprocess.Popen[str]) -> None:
     assert "Traceback" not in told
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate", "demo", "train rank"]
+    + [pytest.param(other, marks=pytest.mark.slow) for other in ("train ppo", "generate")],
+)
 def test_while_torch_is_imported(command: str, world: Path, tmp_path: Path) -> None:
     process = start(command, world, tmp_path)
     wait_until(process, loads_torch)
@@ -186,3 +190,24 @@ def test_a_second_signal_to_a_rank_is_nothing_new(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_tests_themselves_end_so(tmp_path: Path) -> None:
+    """While a module is imported; test.sh becomes this process."""
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    (tmp_path / "test_long.py").write_text(
+        "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."],
+        cwd=tmp_path,
+        env=child_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(540) == 75

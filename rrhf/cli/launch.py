@@ -139,7 +139,11 @@ def main() -> int:
         print("usage: python -m rrhf.cli.launch COMMAND ...", file=sys.stderr)
         return EXIT_USER_ERROR
     try:
-        return launch(sys.argv[1:])
+        code = launch(sys.argv[1:])
+        if code != EXIT_DONE:  # a launcher ends with a long account of itself
+            said = "what the ranks said stands above the launcher's own account"
+            print(f"the ranks have ended with exit code {code}; {said}", file=sys.stderr)
+        return code
     except FileNotFoundError as error:
         print(f"error: {error.filename}: no such command", file=sys.stderr)
         return EXIT_USER_ERROR
