@@ -140,13 +140,13 @@ def test_generate_and_score_tell_rate_and_scores(said):
     progress = [line for line in lines if line.startswith("generate: 6 of 6 prompts")]
     assert progress and re.search(r"[\d.e+]+ tokens/s", progress[-1])
     assert re.match(r"c.jsonl: 12 responses to 6 prompts, [\d.]+ tokens each on average", lines[-2])
-    assert lines[-1] == "Candidates: c.jsonl"
+    assert lines[-1].startswith("Candidates: c.jsonl; `rrhf score c.jsonl c.scored.jsonl ")
     lines = said["score"]
     assert any(re.match(r"score: 6 of 6 prompts, mean score [\d.-]+", line) for line in lines)
     assert re.match(
         r"s.jsonl: 12 of 12 candidates of 6 prompts have a score; mean score \S+ \[", lines[-2]
     )
-    assert lines[-1] == "Scored candidates: s.jsonl"
+    assert lines[-1].startswith("Scored candidates: s.jsonl; `rrhf train rank ")
 
 
 def test_a_table_is_read_without_the_bars_of_another_library(said):

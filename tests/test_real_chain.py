@@ -45,7 +45,7 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     do(
         *["response-gen", model, out / "candidates", "--prompts", out / "data" / "policy.jsonl"],
         *["--num_prompts", 8, "--do_sample", "true", "--max_new_tokens", 24],
-        *["--scorer", out / "reward" / "reward_model", "--max_unscored_fraction", 0.2],
+        *["--scorer", out / "reward" / "reward_model"],
     )
     do(
         *["train", "rank", "--model_name_or_path", model, "--output_dir", out / "rrhf"],
@@ -55,7 +55,7 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     online = ["--reward_model_name_or_path", out / "reward" / "reward_model"]
     online += ["--train_datasets", out / "candidates" / "train_data.json", "--max_new_tokens", 24]
     online += ["--num_return_sequences", 2, "--rollout_size", 16, "--num_rollouts", 2]
-    online += ["--max_unscored_fraction", 0.2, "--learning_rate", 1e-3, *short]
+    online += ["--learning_rate", 1e-3, *short]
     for folder, kind in (
         ("online_rrhf", ["--method", "rrhf", "--per_device_train_batch_size", 4]),
         ("ppo_lora", ["--use_lora", "--share_trunk", "--per_device_train_batch_size", 8]),
@@ -64,7 +64,7 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         do("train", "ppo", *run, *online, *kind)
     shared = ["--prompts", out / "data" / "heldout.jsonl", "--num_prompts", 8]
     shared += ["--scorer", out / "reward" / "reward_model", "--output_dir", out / "rows"]
-    shared += ["--max_unscored_fraction", 0.2, "--max_new_tokens", 24]
+    shared += ["--max_new_tokens", 24]
     shared += ["--reference_model_name_or_path", model]
     shared += ["--baseline", model]
     do("evaluate", "--model_name_or_path", model, "--name", "base", *shared)

@@ -58,7 +58,9 @@ def test_responses_are_made_and_scored_and_a_policy_is_trained_on_them(workplace
     prompts = ["--prompts", "pairs; hh.jsonl", "--max_new_tokens", "6"]
     scorer = ["--scorer", "function:by_length:score"]
     made = run(workplace, "data_generation/response_gen.sh", "a policy", "out 1", *prompts, *scorer)
-    assert made.endswith("Ranked candidates: out 1/train_data.json\n")
+    told = made.splitlines()[-1]
+    assert told.startswith("Ranked candidates: out 1/train_data.json; `rrhf train rank ")
+    assert "--data_path 'out 1/train_data.json'" in told
     rows = [json.loads(line) for line in (workplace / "out 1/train_data.json").open()]
     assert len(rows) == 6
     for row in rows:

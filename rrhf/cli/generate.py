@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, process_place
+from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
 
 
@@ -19,7 +20,9 @@ def main(argv: list[str]) -> int:
     output = generate_file(config, *process_place())
     if prompt_text(config.prompts) is not None:
         print_once(_responses(output))
-    print_once(f"Candidates: {output}")
+    scored = output.with_name(f"{output.stem}.scored.jsonl")
+    step = next_step("rrhf", "score", output, scored, "--scorer", "REWARD_MODEL")
+    print_once(f"Candidates: {output}; `{step}` scores them")
     return EXIT_DONE
 
 

@@ -18,6 +18,7 @@ from rrhf.cli.fields import Flag, flags_of
 from rrhf.cli.flags import asks_for_help, build, help_asked_for, read_values
 from rrhf.cli.places import check_places
 from rrhf.cli.terminal import print_once, process_place, tell_repeats
+from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
 from rrhf.model_paths import require_models_as_written
 
@@ -73,7 +74,10 @@ def main(argv: list[str]) -> int:
     generate_file(generate_config, *process_place())
     score_file(score_config, *process_place())
     tell_repeats()
-    print_once(f"Ranked candidates: {Path(own.output_dir) / TRAIN_DATA}")
+    ranked = Path(own.output_dir) / TRAIN_DATA
+    words = ["--model_name_or_path", own.model_name_or_path, "--data_path", ranked]
+    step = next_step("rrhf", "train", "rank", *words, "--output_dir", "RUN")
+    print_once(f"Ranked candidates: {ranked}; `{step}` trains on them")
     return EXIT_DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, process_place
+from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
 
 
@@ -13,5 +14,8 @@ def main(argv: list[str]) -> int:
     config = read_settings(ScoreConfig, argv, "rrhf score")
     from rrhf.scoring.stage import score_file
 
-    print_once(f"Scored candidates: {score_file(config, *process_place())}")
+    output = score_file(config, *process_place())
+    words = ["--model_name_or_path", "MODEL", "--data_path", output, "--output_dir", "RUN"]
+    step = next_step("rrhf", "train", "rank", *words)
+    print_once(f"Scored candidates: {output}; `{step}` trains on them")
     return EXIT_DONE

@@ -75,7 +75,7 @@ def check_scored(
         raise UserError(
             f"scorer {name}: gave no score to {failed} of {total} responses (first: prompt "
             f"{missing[0]}), more than max_unscored_fraction {max_unscored_fraction}; fix the "
-            "scorer, or raise the fraction if the rest is what you want to measure"
+            "scorer, or measure the rest: the same command with --max_unscored_fraction 1"
         )
     if missing:
         logger.warning(

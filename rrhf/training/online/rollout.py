@@ -26,6 +26,7 @@ from typing import TypeVar
 
 import torch
 
+from rrhf.commands import command_of
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
@@ -301,8 +302,9 @@ class RolloutWriter:
         if failed > limit * counts["sampled"]:
             raise UserError(
                 f"{self._scorer.name}: {failed} of {counts['sampled']} responses could "
-                f"not be scored, more than --max_unscored_fraction {limit}; fix the scorer, or "
-                "raise the limit"
+                f"not be scored, more than --max_unscored_fraction {limit}; fix the scorer, or go "
+                "on without them: "
+                + command_of("rrhf train ppo", self._config, max_unscored_fraction=1.0)
             )
         if too_long and not self._told_too_long:
             self._told_too_long = True
