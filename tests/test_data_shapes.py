@@ -421,6 +421,18 @@ def test_a_mapping_that_cannot_be(
     assert words in capsys.readouterr().err
 
 
+def test_a_mapping_is_looked_at_before_anything_is_loaded(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "p"}\n')
+    monkeypatch.setattr("rrhf.generation.stage.generate_file", None)
+    words = ["--model_name_or_path", model, "--prompts", str(path)]
+    words += ["--output_file", str(tmp_path / "out.jsonl"), "--columns", "promt=p"]
+    assert main(["generate", *words]) == 2
+    assert "did you mean 'prompt'?" in capsys.readouterr().err
+
+
 def test_replies_that_their_row_calls_bad_are_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import is_first_process
+from rrhf.data.columns import parse_columns
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE, explained_os_errors, read_manifest
 from rrhf.model_paths import accept_edited_models, check_model_path
@@ -79,6 +80,7 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
     if resumes and any(kind == "run" and _is_finished(path) for kind, path in found):
         return
     _check_packages(config)
+    parse_columns(getattr(config, "columns", None))
     for kind, value in found:
         check = CHECKS.get(kind)
         for one in value if isinstance(value, (list, tuple)) else [value]:
