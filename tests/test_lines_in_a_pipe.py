@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from ppo_cases import save_prompts, save_reward_model
 from tiny import save_tiny
@@ -18,11 +19,12 @@ TRAIN = "--model_name_or_path model --model_max_length 64"
 ONLINE = f"{TRAIN} --train_datasets prompts.jsonl --max_new_tokens 4"
 ROLLOUTS = f"{ONLINE} --rollout_size 4 --per_device_train_batch_size 4"
 COMMANDS = {
+    # First, since transformers turns off the bars of `datasets` for those that come after it.
+    "convert": "data convert table.parquet texts.jsonl",
     "sft": f"train sft {TRAIN} --data_path pairs.jsonl --eval_data_path pairs.jsonl"
     " --output_dir sft --max_steps 3",
     "reward": f"train reward {TRAIN} --data_path pairs.jsonl --output_dir reward --max_steps 2"
     " --validation_fraction 0.4 --gradient_checkpointing true",
-    "convert": "data convert table.csv texts.jsonl",
     "generate": "generate --model_name_or_path model --prompts prompts.jsonl"
     " --output_file c.jsonl --max_new_tokens 4 --num_return_sequences 2",
     "score": "score c.jsonl s.jsonl --scorer rm",
@@ -69,8 +71,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         for row in rows
     ]
     write_lines(folder / "pairs.jsonl", pairs)
-    table = "".join(f"how to {i},yes {i},no {i}\n" for i in range(9))
-    (folder / "table.csv").write_text("prompt,chosen,rejected\n" + table)
+    columns = {name: [f"{name} {i}" for i in range(9)] for name in ("prompt", "chosen", "rejected")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "table.parquet")
     words = [f"{name}={command}" for name, command in COMMANDS.items()]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *words],
