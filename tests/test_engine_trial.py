@@ -10,7 +10,7 @@ from test_shared_prefix import RAGGED, model
 from torch import Tensor
 
 from rrhf.errors import UserError
-from rrhf.models import engine_trial, prefix_attention
+from rrhf.models import engine_trial, flex_attention, prefix_attention
 from rrhf.models.engines import FastPolicy, build_policy
 from rrhf.models.logprobs import Policy
 
@@ -131,6 +131,24 @@ class TestFlexAttention:
         with torch.autocast("cpu", torch.bfloat16):
             policy(RAGGED)
         assert seen == {torch.bfloat16}
+
+    def test_windows_and_caps_are_no_numbers_where_they_are_compiled(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Compiled for any length, a number becomes a symbol, which the kernel cannot have."""
+        held: list[Any] = []
+        inner = flex_attention.flex_attention
+
+        def watched(*states: Any, score_mod: Any, block_mask: Any, **more: Any) -> torch.Tensor:
+            for function in (score_mod, block_mask.mask_mod):
+                held.extend(cell.cell_contents for cell in function.__closure__)
+            return inner(*states, score_mod=score_mod, block_mask=block_mask, **more)
+
+        monkeypatch.setattr(flex_attention, "flex_attention", watched)
+        policy = build_policy(model("gemma2_window").requires_grad_(False), "flex_attention")
+        policy(RAGGED)
+        assert held
+        assert not [one for one in held if one is not None and not isinstance(one, torch.Tensor)]
 
     def test_no_dropout_of_weights(self) -> None:
         one = model("gpt2").requires_grad_(False)

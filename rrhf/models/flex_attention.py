@@ -29,12 +29,14 @@ def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
         window: how many positions back a token sees, itself included; None = all.
     """
     group, response, position = layout.group, layout.response, layout.position_ids[0]
+    # Compiled for any length at once, a number would become a symbol, which the kernel cannot have.
+    reach = None if window is None else position.new_tensor(window)
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_shared = (response[key] < 0) | (response[key] == response[query])
         distance = position[query] - position[key]
         seen = (group[query] == group[key]) & is_shared & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
+        return seen if reach is None else seen & (distance < reach)
 
     count, device = len(group), group.device
     create = _compiled_mask() if device.type == "cuda" else create_block_mask
@@ -67,16 +69,18 @@ def attend_flex(
     if dropout:
         raise NotImplementedError("FlexAttention has no dropout of attention weights")
 
+    bound = None if softcap is None else query.new_tensor(softcap, dtype=torch.float32)
+
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        assert softcap is not None
-        return torch.tanh(score / softcap) * softcap
+        assert bound is not None
+        return torch.tanh(score / bound) * bound
 
     attention = _compiled() if query.device.type == "cuda" else flex_attention
     found: Tensor = attention(
         query,
         key,
         value,
-        score_mod=None if softcap is None else capped,
+        score_mod=None if bound is None else capped,
         block_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
