@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,6 +316,22 @@ def test_the_context_of_an_instruction_is_part_of_the_prompt(tmp_path: Path) -> 
     assert main(["data", "convert", str(path), str(tmp_path / "out.jsonl")]) == 0
     first = next(iter(read_candidate_sets(tmp_path / "out.jsonl")))
     assert first.messages is not None and first.messages[0].content == f"{ASKED}\nin June"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rank"])
+def test_replies_without_scores_lead_to_the_command_that_scores_them(
+    stage: str, model: str, reward_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_shape(tmp_path, SHAPES["prompt, responses"])
+    given = ["--model_name_or_path", model, "--data_path", str(path), "--model_max_length", "100"]
+    given += ["--max_steps", "1", "--save_steps", "0"]
+    assert main(["train", stage, *given, "--output_dir", str(tmp_path / "a")]) == 2
+    command = capsys.readouterr().err.strip().rpartition("score the responses first: ")[2]
+    words = shlex.split(command.replace("REWARD_MODEL", reward_model))
+    scored = str(tmp_path / "scored.jsonl")
+    assert main([scored if word == "SCORED.jsonl" else word for word in words[1:]]) == 0
+    given[3] = scored
+    assert main(["train", stage, *given, "--output_dir", str(tmp_path / "b")]) == 0
 
 
 # What cannot be read says which column is missing, and the nearest name.

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from rrhf.commands import next_step
 from rrhf.data.collate import EncodedSet
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.prompt_formats import PromptFormats
@@ -40,6 +41,8 @@ _CASES = {
     "responses_stopped": ("response", "cut where the next turn begins"),
     "candidates_without_score": ("candidate", "left out without a score"),
 }
+# What views leave out for want of scores.
+_UNSCORED = ("nothing_scored", "no_ordered_pair", "several_unscored_responses")
 _USED = ("prompts", "prompts_used", "candidates_used", "responses_used")
 
 
@@ -80,7 +83,7 @@ def encoded(
     try:
         examples = EncodedExamples(sets, encode_and_count)
     except UserError as error:
-        why = told_cases(encode.fitter)
+        why = [*told_rows(read), *told_cases(encode.fitter), *_score_first(name, encode, read)]
         raise UserError(f"{name}: {error}" + (f": {'; '.join(why)}" if why else "")) from error
     used = counted(len(examples), "prompt")
     for what in ("candidate", "response"):
@@ -91,6 +94,16 @@ def encoded(
     logger.info("%s: %s", name, "; ".join(parts))
     formats.tell(name)
     return examples
+
+
+def _score_first(name: str, encode: Encoder, read: SourceCounts | None) -> list[str]:
+    """The command to go on with, where scores are what is missing."""
+    dropped = read.dropped if read is not None else {}
+    unscored = encode.fitter.counts["candidates_without_score"]
+    if not (unscored or any(dropped.get(reason) for reason in _UNSCORED)):
+        return []
+    step = next_step("rrhf", "score", name, "SCORED.jsonl", "--scorer", "REWARD_MODEL")
+    return [f"score the responses first: {step}"]
 
 
 def told_cases(fitter: RowFitter) -> list[str]:
