@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from rrhf.data import json_scan
-from rrhf.data.json_scan import Fault, Faults, Row, scan_rows
+from rrhf.data.json_scan import Edited, Fault, Faults, Row, scan_rows
 from rrhf.errors import UserError
+from rrhf.files import file_digest
 
 ROWS = [
     {"a": 1, "b": "é ü 漢字 😀"},
@@ -248,6 +249,18 @@ def test_a_column_counts_the_blanks_before_it(tmp_path: Path):
     path.write_bytes(b"\n\n   {'a': 1}\n")
     fault = only_fault(path)
     assert fault.line == 3 and "at column 5" in fault.reason
+    path.write_bytes(b"   {}\n{'a': 1}\n")
+    fault = only_fault(path)
+    assert fault.line == 2 and "at column 2" in fault.reason
+
+
+def test_a_file_with_a_fault_is_compared_to_its_end(tmp_path: Path):
+    path = tmp_path / "f.json"
+    path.write_bytes(b'[{"a": 1}, {"a": nope}' + b" " * 1_000_000 + b"]")
+    as_written = file_digest(path).as_dict()
+    assert [type(item) for item in scan_rows(path, as_written)] == [Row, Fault]
+    path.write_bytes(path.read_bytes()[:-1] + b"}")
+    assert [type(item) for item in scan_rows(path, as_written)] == [Row, Fault, Edited]
 
 
 @pytest.mark.parametrize("filling", [b"\n", b" ", b'{"a": 1}\n', b"x"])
