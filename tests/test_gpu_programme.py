@@ -54,7 +54,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[s
     calls.touch()
     monkeypatch.setattr(programme, "CHILD", (str(script),))
     monkeypatch.setenv("CALLS", str(calls))
-    monkeypatch.setenv("HANGS", "60")
+    monkeypatch.setenv("HANGS", "600")
     return lambda: calls.read_text().splitlines()
 
 
@@ -103,16 +103,16 @@ def test_a_process_that_dies_costs_one_item(
 def test_time_that_is_used_up(
     fake: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PARTS, "step", ("hangs", 1))
+    monkeypatch.setitem(PARTS, "step", ("hangs", 4))  # a busy machine still does "c" in it
     monkeypatch.setattr(programme, "PATIENCE_OF_A_CPU", 1)
     monkeypatch.setattr(programme, "LEAST_SECONDS", 0.1)
     output = tmp_path / "out"
     asked = [*TINY, "--output", str(output), "--parts", "step"]
     started = time.monotonic()
     assert main(asked) == programme.GO_ON
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300, "it waited for what hangs"
     assert statuses(output, "step") == {"c": "done", "hangs": "cut short"}
-    assert book_of(output)["step"]["note"] == "cut short: its 1 seconds were used up"
+    assert book_of(output)["step"]["note"] == "cut short: its 4 seconds were used up"
     monkeypatch.setenv("HANGS", "0")
     monkeypatch.setitem(PARTS, "step", ("hangs", 60))
     assert main(asked) == 0
@@ -139,13 +139,13 @@ sys.exit(programme.main({[*TINY[1:], "--output", str(output), "--parts", "step"]
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, start_new_session=True)
     try:
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + 500
         while time.monotonic() < ends:
             if (output / "gpu.json").exists() and "c" in statuses(output, "step"):
                 break
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == programme.GO_ON
+        assert process.wait(300) == programme.GO_ON
         assert statuses(output, "step")["c"] == "done"
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
