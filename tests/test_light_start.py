@@ -209,6 +209,11 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
             cases[-1][0].append("--bf16")
         if command.startswith(("train", "generate", "evaluate")):
             wrong(command, "model_name_or_path", p.folder.name, "no such model folder")
+    begun = p.folder / "rounds" / "round-1"
+    begun.mkdir(parents=True)
+    (begun / "candidates.jsonl.rank0.jsonl").write_text("{}\n")
+    (begun.parent / "manifest.json").write_text('{"status": "unfinished"}')
+    wrong("train iterative", "output_dir", str(begun.parent), "holds an unfinished run")
     for command, name in (
         ("score", "scorer"),
         ("evaluate", "scorer"),

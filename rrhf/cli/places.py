@@ -167,10 +167,13 @@ def _check_row(path: str, config: Any) -> None:
 def _check_run(path: str, config: Any) -> None:
     """A launcher's other processes may come when the first has already begun the run."""
     from rrhf.runs import RunFolder
+    from rrhf.training.iterative_config import IterativeConfig
+    from rrhf.training.rounds_folder import RoundsFolder
 
     _check_output(Path(path), is_folder=True)
     if is_first_process() and not config.resume_from_checkpoint:
-        RunFolder(path).require_free()
+        kind = RoundsFolder if isinstance(config, IterativeConfig) else RunFolder
+        kind(path).require_free()
 
 
 def _check_output(path: Path, is_folder: bool) -> None:

@@ -28,13 +28,13 @@ import torch
 import rrhf
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
-from rrhf.files import COMPLETE, UNFINISHED, read_manifest, write_manifest
+from rrhf.files import UNFINISHED, read_manifest, write_manifest
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
 from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
-from rrhf.runs import RunFolder, settings_file, told_changes
+from rrhf.runs import settings_file
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
@@ -44,91 +44,10 @@ from rrhf.training.iterative_config import IterativeConfig
 from rrhf.training.iterative_report import evaluation_report, in_a_line, round_report
 from rrhf.training.log_ratio import LogRatio
 from rrhf.training.parallel import launched_place
+from rrhf.training.rounds_folder import RoundsFolder
 from rrhf.training.setup import require_window
 
 logger = logging.getLogger(__name__)
-
-# What may differ when a run goes on: nothing here reaches the weights.
-_ADJUSTABLE = (
-    "num_rounds",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "report_to",
-    "per_device_prompt_batch_size",
-)
-
-
-class RoundsFolder(RunFolder):
-    """A run folder whose resumable states are its rounds."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
-        self.checkpoints = self.round(1)
-
-    def round(self, number: int) -> Path:
-        """Where a round stands; 0 = what is known of the policy of the start."""
-        return self.path / f"round-{number}"
-
-    def policy_after(self, number: int) -> Path:
-        """The policy that a round trained."""
-        return self.round(number) / "rank" / "policy"
-
-    @property
-    def is_bare(self) -> bool:
-        """True where no stage of a round has left anything either."""
-        return super().is_bare and not any(path.is_file() for path in self._of_rounds())
-
-    def discard(self) -> None:
-        """As a run folder does, with the empty folders of rounds."""
-        for path in sorted(self._of_rounds(), reverse=True):
-            path.rmdir()
-        super().discard()
-
-    def _of_rounds(self) -> Iterator[Path]:
-        for folder in self.path.glob("round-*"):
-            yield folder
-            yield from folder.rglob("*")
-
-    def has_finished(self, number: int) -> bool:
-        """Whether a round's training is complete."""
-        folder = self.policy_after(number)
-        manifest = read_manifest(folder.parent)
-        is_complete = manifest is not None and manifest.get("status") == COMPLETE
-        return is_complete and folder.is_dir()
-
-    def require_same_settings(self, config: IterativeConfig) -> None:
-        """Refuse to go on with settings that would make the rounds those of no single run.
-
-        Raises:
-            UserError: settings differ, or fewer rounds are asked for than there are.
-        """
-        changed = [
-            (name, was, now)
-            for name, was, now in self._changed_settings(config.as_dict())
-            if name not in _ADJUSTABLE
-        ]
-        if changed and not self.is_bare:
-            raise UserError(
-                f"{self.path}: its rounds were begun with other settings:\n"
-                + told_changes(changed)
-                + "\nGive the same, or choose another --output_dir"
-            )
-        if self.round(config.num_rounds + 1).exists():
-            raise UserError(
-                f"--num_rounds {config.num_rounds}: {self.path} has begun more rounds; the policy "
-                f"of that one is {self.policy_after(config.num_rounds)}"
-            )
-
-    def is_finished(self, config: IterativeConfig) -> bool:
-        """Whether all rounds are complete; asked before the folder is opened."""
-        manifest = read_manifest(self.path) if self.path.is_dir() else None
-        return (
-            manifest is not None
-            and manifest.get("status") == COMPLETE
-            and len(manifest.get("rounds", ())) == config.num_rounds
-            and self.policy.is_dir()
-        )
 
 
 def train(config: IterativeConfig) -> Path:
