@@ -29,6 +29,8 @@ LINE_SECONDS = 5.0
 
 T = TypeVar("T")
 _active: list[Progress] = []
+# When a line was written last, whatever the work; at first, when the first work began.
+_last_told: float | None = None
 
 
 class Progress:
@@ -45,7 +47,8 @@ class Progress:
         self.what, self.total, self.unit = what, total, unit
         self._done = self._done_before = done
         self._figures = ""
-        self._started = self._told = _now()
+        self._started = _now()
+        _told_since(self._started)
         self._bar: Any = None
         if logger.isEnabledFor(logging.INFO) and _can_draw():
             from tqdm import tqdm
@@ -65,11 +68,10 @@ class Progress:
 
     def _tell(self, detail: str) -> None:
         """Write the line, unless there was one a moment ago."""
-        if (now := _now()) - self._told < LINE_SECONDS:
+        global _last_told
+        if (now := _now()) - _told_since(now) < LINE_SECONDS:
             return
-        self._told = now
-        for outer in _active:
-            outer._told = now
+        _last_told = now
         logger.info("%s", self._line(now, detail))
 
     def _line(self, now: float, detail: str) -> str:
@@ -83,8 +85,6 @@ class Progress:
         return ", ".join(parts)
 
     def __enter__(self) -> Progress:
-        if _active:
-            self._told = _active[-1]._told  # the next line is due when the outer one's was
         _active.append(self)
         return self
 
@@ -97,6 +97,14 @@ class Progress:
         _active.remove(self)
         if self._bar is not None:
             self._bar.close()
+
+
+def _told_since(now: float) -> float:
+    """When the last line was written; many short pieces of work are told like a long one."""
+    global _last_told
+    if _last_told is None:
+        _last_told = now
+    return _last_told
 
 
 def pulse(detail: str) -> None:

@@ -16,6 +16,7 @@ def clock(monkeypatch):
     """A clock that tests set."""
     now = [100.0]
     monkeypatch.setattr(progress, "_now", lambda: now[0])
+    monkeypatch.setattr(progress, "_last_told", None)
     return now
 
 
@@ -80,6 +81,14 @@ def test_work_within_work_is_told_at_one_pace(clock, lines):
         "evaluate: 3 of 3 prompts, 2 s a prompt",
         "evaluate: 3 of 3 prompts, 2 s a prompt",
     ]
+
+
+def test_many_short_pieces_of_work_are_not_silent(clock, lines):
+    for number in range(4):
+        with Progress(f"part {number}", 1, "step") as work:
+            clock[0] += 3
+            work.advance()
+    assert lines() == ["part 1: 1 of 1 steps, 3 s a step", "part 3: 1 of 1 steps, 3 s a step"]
 
 
 def test_an_error_ends_the_work(clock, lines):
