@@ -288,6 +288,7 @@ def test_what_killed_saves_left_is_swept_on_resuming(
     for name in (".staged-policy", ".doomed-policy", ".staged-best", ".offload-0", ".offload-1"):
         (run / name).mkdir()
         (run / name / "weights").write_bytes(b"half")
+    (run / ".best-step-2" / "policy").mkdir(parents=True)  # of calls that looked for a best
     for name in ("checkpoints/.staged-4", "checkpoints/.doomed-step-1", "policies/.staged-step-2"):
         (run / name).mkdir(parents=True)
     (run / ".probe.12345").touch()

@@ -159,6 +159,7 @@ def test_twenty_random_kills_change_no_bit(model: str, straight: Path, tmp_path:
                 continue
             assert answer["exit"] == 0
             assert same_bits(run, straight)
+            assert [path.name for path in run.rglob(".*")] == [".lock"]
             for path in sorted(run.rglob("*"), reverse=True):
                 path.unlink() if path.is_file() else path.rmdir()
         assert zygote.run()["exit"] == 0

@@ -208,8 +208,18 @@ class BestModel:
         return self.folder.with_name(f"{_OVERTAKEN}{step}")
 
     def _overtaken(self) -> list[Path]:
-        pattern = re.compile(re.escape(_OVERTAKEN) + r"\d+")
-        return [path for path in self.folder.parent.iterdir() if pattern.fullmatch(path.name)]
+        return _hidden_ones(self.folder.parent)
+
+
+def forget_hidden(run: Path) -> None:
+    """Remove the hidden models of a finished run, where earlier calls looked for a best."""
+    for path in _hidden_ones(run):
+        _remove(path)
+
+
+def _hidden_ones(run: Path) -> list[Path]:
+    pattern = re.compile(re.escape(_OVERTAKEN) + r"\d+")
+    return [path for path in run.iterdir() if pattern.fullmatch(path.name)]
 
 
 def _copy(source: Path, target: Path) -> None:

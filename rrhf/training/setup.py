@@ -29,6 +29,7 @@ from rrhf.models.lora import add_lora
 from rrhf.models.saving import weights_below, write_model_folder
 from rrhf.runs import RunFolder
 from rrhf.signals import Interrupted
+from rrhf.training.best import forget_hidden
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome
 from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
@@ -237,6 +238,8 @@ def finish_run(
         )
     if best is not None:
         best.settle()
+    elif bench.parallel.is_main:
+        forget_hidden(bench.run.path)
     bench.parallel.barrier()
     seconds = time.monotonic() - bench.started
     rollout = extra.get("last_rollout")
