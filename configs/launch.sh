@@ -88,7 +88,9 @@ hand_over() {
             ;;
     esac
 
-    echo "$what on $gpus GPU(s), launch: $launch" >&2
+    local devices="$gpus GPU(s)"
+    if ((gpus == 0)) || [[ $launch == cpu ]]; then devices="the CPU"; fi
+    echo "$what on $devices, launch: $launch" >&2
     exec "${command[@]}" "${task[@]}" "${precision[@]}" "${flags[@]}"
 }
 

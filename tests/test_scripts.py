@@ -217,7 +217,8 @@ def test_deepspeed_without_gpus_runs_on_two_cpu_processes(machine: Machine, laun
 
 def test_ppo_is_launched_as_ranking_is(machine: Machine):
     words = [MODEL, REWARD, OUT, DATA]
-    assert machine.run("ppo.sh", *words, *EXTRA).returncode == 0
+    done = machine.run("ppo.sh", *words, *EXTRA)
+    assert done.returncode == 0 and "Training on the CPU, launch: cpu" in done.stderr
     assert machine.calls() == [["rrhf", *PPO_TASK, *EXTRA, "CUDA="]]
     with_gpus(machine, 2)
     done = machine.run("ppo.sh", *words, "--launch", "zero2", *EXTRA, PRESET="bf16-flash")
