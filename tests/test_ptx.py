@@ -118,12 +118,29 @@ class Steps:
     def observe(self, metrics: dict[str, float]) -> None:
         self.total_steps = 2
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": 1, "total_steps": self.total_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total_steps = state["total_steps"]
+
 
 class Demonstrations:
     total_steps = 4
 
+    def __init__(self) -> None:
+        self.step = 0
+
     def __iter__(self) -> Any:
-        yield from ([f"demonstration {n}"] for n in range(4))
+        while self.step < 4:
+            self.step += 1
+            yield [f"demonstration {self.step - 1}"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
 
 
 def test_experience_comes_last_in_a_step_and_its_end_is_the_streams() -> None:
@@ -135,3 +152,17 @@ def test_experience_comes_last_in_a_step_and_its_end_is_the_streams() -> None:
     assert stream.total_steps == 4
     stream.observe({})
     assert stream.total_steps == 2
+
+
+def test_both_streams_go_on_where_they_were_saved() -> None:
+    def made() -> Any:
+        parts: list[Any] = [Steps(), Demonstrations()]
+        return PtxStream(*parts)
+
+    stream = made()
+    next(iter(stream))
+    stream.observe({})
+    resumed = made()
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.total_steps == 2
+    assert next(iter(resumed))[0] == "demonstration 1"
