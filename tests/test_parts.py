@@ -139,10 +139,13 @@ def test_a_file_of_the_user_s_under_the_name_of_another_rank_s_part_stays(
     for rank, data in enumerate(THEIRS.values(), start=1):
         part_of(output, rank).write_bytes(data)
     (tmp_path / "out.rank99.jsonl").mkdir()
+    (tmp_path / "target").write_bytes(FIRST_LINE)
+    part_of(output, 98).symlink_to(tmp_path / "target")
     assert score_file(config_of(candidates, output)).read_bytes() == straight
     for rank, data in enumerate(THEIRS.values(), start=1):
         assert part_of(output, rank).read_bytes() == data
     assert (tmp_path / "out.rank99.jsonl").is_dir()
+    assert part_of(output, 98).is_symlink()
 
 
 @pytest.mark.parametrize("content", [None, b"mine\n", b"", FIRST_LINE])

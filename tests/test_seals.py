@@ -246,6 +246,7 @@ def test_a_finished_output_that_was_damaged_is_not_called_complete(
     words = commands(model, str(data), str(folder))[stage]
     output = folder / ("s.jsonl" if stage == "score" else "g.jsonl")
     assert main(words) == 0
+    assert len(CandidateFile(output)) == 6, "what is written is what its manifest says"
     whole = output.read_bytes()
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
     assert main(words) == 2
