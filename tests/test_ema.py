@@ -90,7 +90,7 @@ def test_it_begins_with_the_first_weights_and_moves_a_share_of_the_way() -> None
         "policy.frozen": 5.0,
         "other": 0.0,
     }
-    assert float(model.own) == 4.0  # nothing of the training is changed
+    assert model.own.item() == 4.0  # nothing of the training is changed
 
 
 @pytest.mark.parametrize("after", [0, 1])
