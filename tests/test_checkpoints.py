@@ -128,6 +128,21 @@ def test_a_damaged_one_takes_no_place_of_a_whole_one(
     assert checkpoint_damage(run / "checkpoints" / "step-3") is None
 
 
+def test_a_damaged_one_that_is_written_anew_stays(model: str, tmp_path: Path) -> None:
+    """By the user's own command: the last step's checkpoint is damaged, and saved again."""
+    run, data = tmp_path / "run", write_lines(tmp_path / "data.jsonl", ranked_rows(6))
+    words = ["train", "sft", "--model_name_or_path", model, "--data_path", str(data)]
+    words += ["--output_dir", str(run), "--max_steps", "4", "--save_steps", "2"]
+    words += ["--model_max_length", "100"]
+    assert main(words) == 0
+    shutil.move(run / "policy", tmp_path / "policy")
+    DAMAGES["weights flipped"](run / "checkpoints" / "step-4")
+    assert main([*words, "--resume_from_checkpoint"]) == 0
+    assert [p.name for p in checkpoints_by_step(run / "checkpoints")] == ["step-2", "step-4"]
+    assert checkpoint_damage(run / "checkpoints" / "step-4") is None
+    assert same_weights(run / "policy", tmp_path / "policy")
+
+
 @pytest.mark.parametrize(
     "kind", ["manifest torn", "only a status", "weights flipped", "entry null", "files a list"]
 )

@@ -101,6 +101,7 @@ class Checkpointer:
                 shutil.rmtree(target)
             os.replace(staged, target)
             sync_folder(self.folder)
+            self._passed_over = [path for path in self._passed_over if path != target]
             self._delete_old()
         self._parallel.barrier()
         return target
