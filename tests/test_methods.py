@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from method_rows import around, row
 
 from rrhf.cli.main import main
 from rrhf.report.training_cost import TrainingCost
+from rrhf.studies import methods
+from rrhf.studies.config import MethodsConfig
 from rrhf.studies.help_desk_online import OF_METHOD, online_config
 from rrhf.studies.methods import write_report
 from rrhf.studies.methods_study import METHODS, MethodsStudy, SeedResult
@@ -94,6 +98,25 @@ def test_mistakes_cost_nothing(
     assert main(["study", "methods", *target, *words]) == 2
     assert words[0] in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_pictures_without_matplotlib_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    trained: list[object] = []
+    monkeypatch.setattr(methods, "run_seeds", lambda *what: trained.append(what))
+    target = ["--output_dir", str(tmp_path / "x")]
+    for call in (["compare", "--world", "help_desk"], ["study", "methods"]):
+        assert main([*call, *target]) == 2
+        told = capsys.readouterr().err
+        assert "matplotlib is not installed; install rrhf[report]" in told
+    assert not trained and not (tmp_path / "x").exists()
+    assert not MethodsConfig(methods=["best-of-n-sft"]).draws_pictures  # without a curve
 
 
 @pytest.mark.slow

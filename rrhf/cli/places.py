@@ -1,4 +1,4 @@
-"""What the words of a command line name: homes are filled in, and what is missing is told at once.
+"""What the words of a command line name: homes are filled in; what is missing is reported at once.
 
 A field says in its metadata what it `names`:
 
@@ -12,8 +12,9 @@ A field says in its metadata what it `names`:
     output file, output folder
     place          any other path
 
-Nothing here imports torch, so that a mistake is told before it is loaded. What only transformers or
-a network can judge (a hub name, a config of an unknown kind) passes, and is judged later.
+Nothing here imports torch, so that a mistake is reported before it is loaded. What only
+transformers or a network can judge (a hub name, a config of an unknown kind) passes, and is judged
+later.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def _check_packages(config: Any) -> None:
             f"--attn_implementation {attention}: the package flash-attn is not installed; install "
             "rrhf[flash] on a machine with CUDA, or use sdpa"
         )
+    if getattr(config, "draws_pictures", False) and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("pictures: the package matplotlib is not installed; install rrhf[report]")
     tracker = getattr(config, "report_to", "none")
     if tracker != "none" and tracker not in sys.modules and not importlib.util.find_spec(tracker):
         raise UserError(

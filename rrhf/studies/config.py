@@ -23,7 +23,7 @@ _FOLD_RANGES = {
 
 @dataclass
 class DemoConfig:
-    """Settings of `rrhf demo`."""
+    """Run every stage on the embedded help-desk world and print the table."""
 
     output_dir: str = field(default="runs/demo", metadata={"names": "output folder"})
     """Where policy, samples and table go; a stopped demonstration goes on from there."""
@@ -43,7 +43,7 @@ class DemoConfig:
 
 @dataclass
 class MethodsConfig:
-    """Settings of `rrhf compare --world` and `rrhf study methods`."""
+    """Train and compare all methods on the embedded help-desk world."""
 
     world: Literal["help_desk"] = "help_desk"
     """The world to compare the methods on."""
@@ -75,6 +75,11 @@ class MethodsConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether some method has a curve, so that the report needs the extra `report`."""
+        return any(METHODS[method].curve for method in self.methods or METHODS)
 
 
 @dataclass
