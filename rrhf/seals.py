@@ -2,9 +2,9 @@
 
 A stage that writes a data file puts its rows, bytes and SHA-256 into the manifest (the seal); a
 stage that reads it counts and hashes what it reads anyway and compares at the end. So a copy that
-was cut, a bit that flipped and a score that was edited are told before anything is made of them.
-Editing a file is a user's right: `--accept_edited_files` takes it as it is, with a warning. A file
-without a manifest, and what a manifest does not mention, is not checked.
+was cut, a bit that flipped or a score that was edited is detected before the data is used. Editing
+a file is a user's right: `--accept_edited_files` takes it as it is, with a warning. A file without
+a manifest, and what a manifest does not mention, is not checked.
 
 Standard library only.
 """
@@ -27,7 +27,7 @@ ACCEPT_FLAG = "--accept_edited_files"
 
 @dataclass(kw_only=True)
 class EditedFiles:
-    """What is read."""
+    """Changed input files."""
 
     accept_edited_files: bool = False
     """Read files that were changed since they were written, with a warning. By default a file that

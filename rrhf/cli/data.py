@@ -19,9 +19,9 @@ ACTIONS = {
 
 @dataclass
 class ValidateConfig(EditedFiles, ColumnOptions):
-    """What `rrhf data validate` does."""
+    """Check files: how each is read, what it holds, every mistake."""
 
-    data: list[str] = field(metadata={"names": "data", "aliases": ["file"]})
+    file: list[str] = field(metadata={"names": "data", "positional": True, "aliases": ["data"]})
     """The files to check, of any layout."""
     split: str | None = None
     """The split, where a folder or a named dataset is checked."""
@@ -29,7 +29,7 @@ class ValidateConfig(EditedFiles, ColumnOptions):
 
 @dataclass
 class StatsConfig(EditedFiles, ColumnOptions):
-    """What `rrhf data stats` does."""
+    """Measure a data source: responses, ties, lengths, scores."""
 
     data: str = field(metadata={"names": "data", "positional": True})
     """What to measure: a path, a known name, owner/name of the hub, or a mixture of such."""
@@ -78,13 +78,9 @@ def validate(argv: list[str]) -> int:
     from rrhf.data.sources import SourceCounts, read_sets
     from rrhf.data.uses import count_uses, describe_uses
 
-    bare = 0
-    while bare < len(argv) and not argv[bare].startswith("--"):
-        bare += 1
-    words = ["--data", *argv[:bare], *argv[bare:]] if bare else argv
-    config = parse_config(ValidateConfig, words, "rrhf data validate")
+    config = parse_config(ValidateConfig, argv, "rrhf data validate")
     mistakes = []
-    for path in config.data:
+    for path in config.file:
         counts = SourceCounts()
         try:
             sets = read_sets(

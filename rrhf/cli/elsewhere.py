@@ -134,6 +134,10 @@ _EVALUATION: tuple[Sentence, ...] = (
 _DROPOUT = "dropout is always off"
 _DTYPE = ("--bf16 computes in bfloat16; otherwise it is float32",)
 _WORKERS = ("rows are encoded when they are needed; no workers are started",)
+_RECOMPUTE: tuple[Sentence, ...] = (
+    ("share_trunk", "--gradient_checkpointing covers policy and critic"),
+    "no critic is trained here; --gradient_checkpointing saves memory in the model",
+)
 _ATTENTION = ("it is --attn_implementation flash_attention_2",)
 _VLLM = (
     "responses are sampled by the model in this process (--engine local); there is no vLLM",
@@ -239,6 +243,8 @@ FLAGS: dict[str, tuple[Sentence, ...]] = {
     "overwrite_output_dir": (
         "a folder that holds a run is never overwritten; --resume_from_checkpoint goes on with it",
     ),
+    "critic_recompute": _RECOMPUTE,
+    "critic_gradient_checkpointing": _RECOMPUTE,
     "ref_model": ("the reference is the policy as it was at the start",),
     "ref_model_path": ("the reference is the policy as it was at the start",),
 }

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,13 +97,16 @@ def help_asked_for(
     every_flag = argv[place] == "--help=all" or list(argv[place + 1 : place + 2]) == ["all"]
     page = PAGES.get(config_class.__name__)
     choice = (fixed or {}).get(page.chosen_by) if page is not None else None
+    flags = dict(flags) | {
+        name: replace(flags[name], default=value) for name, value in (fixed or {}).items()
+    }
     if page is not None and page.chosen_by and choice is None:
         names = spelt_out(flags, spellings(flags))
         for word, after in zip(argv, [*argv[1:], ""], strict=True):
             name, is_joined, joined = word.partition("=")
             if word.startswith("--") and names.get(normalise(name)) is flags[page.chosen_by]:
                 choice = joined if is_joined else after
-    return help_page(prog, config_class, flags, every_flag, choice)
+    return help_page(prog, config_class, flags, every_flag, choice, is_fixed=bool(fixed))
 
 
 def read_values(flags: Mapping[str, Flag], argv: Sequence[str], prog: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def help_page(
     flags: Mapping[str, Flag],
     every_flag: bool = False,
     choice: str | None = None,
+    is_fixed: bool = False,
 ) -> str:
     """What `--help` shows.
 
@@ -47,15 +48,21 @@ def help_page(
         flags: what the command takes, also of other classes.
         every_flag: show all of them.
         choice: the value of the field that chooses among methods; None = its default.
+        is_fixed: the command's name makes that choice, so that there are no others.
     """
     page = PAGES.get(config_class.__name__)
     if page is None or every_flag:
         return full_page(prog, config_class, flags)
-    return short_page(prog, config_class, flags, page, choice)
+    return short_page(prog, config_class, flags, page, choice, is_fixed)
 
 
 def short_page(
-    prog: str, config_class: type, flags: Mapping[str, Flag], page: Page, choice: str | None
+    prog: str,
+    config_class: type,
+    flags: Mapping[str, Flag],
+    page: Page,
+    choice: str | None,
+    is_fixed: bool,
 ) -> str:
     """One screen."""
     lines = [*heading(prog, config_class, flags)]
@@ -66,7 +73,8 @@ def short_page(
         if choice is None or choice not in page.by_choice:
             choice = str(chosen.default)
         others = ", ".join(name for name in page.by_choice if name != choice)
-        title = f"settings of --{chosen.name} {choice} (add one of {others} to see its own)"
+        hint = "" if is_fixed else f" (add one of {others} to see its own)"
+        title = f"settings of --{chosen.name} {choice}{hint}"
         sections[title] = [flags[name] for name in page.by_choice[choice]]
     for title, found in sections.items():
         lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]
@@ -132,7 +140,7 @@ def full_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
     presets = ", ".join(preset_names())
     config = f"A YAML or JSON file of such values, or a preset ({presets}); flags override it."
     lines += ["every command:", "  --config FILE|PRESET", indented(config)]
-    lines += ["  --help", indented("The flags that people change; with the word all, this page.")]
+    lines += ["  --help", indented("Show help; `--help all` lists every flag.")]
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ UNREAD = "unread"
 
 @dataclass
 class ColumnOptions:
-    """The flag that every command with a data source has."""
+    """Column names."""
 
     columns: str | None = field(default=None, kw_only=True)
     """What the data's columns are called, where not as this toolkit knows them, such as

@@ -40,7 +40,7 @@ Form = Literal["candidates", "preference", "prompts"]
 
 @dataclass
 class ConvertConfig(EditedFiles, ColumnOptions):
-    """What `rrhf data convert` does."""
+    """Convert a data source, or split it by first human turn."""
 
     data: str = field(metadata={"names": "data", "positional": True})
     """What to read: a path, a known name, owner/name of the hub, or a mixture of such

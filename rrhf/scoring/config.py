@@ -76,7 +76,8 @@ class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
         kw_only=True,
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
-    """Who scores: a reward model's folder or hub name, function:module:name, or gold:help_desk."""
+    """Who scores: folder, run folder or hub name of a reward model, function:module:name, or
+    gold:help_desk."""
 
     only_missing: bool = False
     """Keep the scores that candidates have, and score the others."""

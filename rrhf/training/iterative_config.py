@@ -24,8 +24,8 @@ class IterativeConfig(SamplingOptions, RankSettings):
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
-    """What scores responses: a reward model's folder or hub name, function:module:name, or
-    gold:help_desk."""
+    """What scores responses: folder, run folder or hub name of a reward model,
+    function:module:name, or gold:help_desk."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}

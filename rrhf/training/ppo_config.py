@@ -26,7 +26,7 @@ class PPOConfig(TrainingConfig):
     model_name_or_path: str = field(
         metadata={"names": "model", "aliases": ["model_name", "actor_model_name_or_path"]}
     )
-    """Folder or hub name of the policy to start from; it is the reference too."""
+    """Folder, run folder or hub name of the policy to start from; it is the reference too."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
@@ -36,8 +36,8 @@ class PPOConfig(TrainingConfig):
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
-    """What scores responses: a reward model's folder (its tokenizer may differ from the policy's),
-    function:module:name, or gold:help_desk."""
+    """What scores responses: folder, run folder or hub name of a reward model (its tokenizer may
+    differ from the policy's), function:module:name, or gold:help_desk."""
 
     method: Literal["ppo", "rloo", "grpo", "dr_grpo", "reinforce_pp", "rrhf"] = field(
         default="ppo", metadata={"aliases": ["rl_algorithm"]}
@@ -46,7 +46,8 @@ class PPOConfig(TrainingConfig):
     the live policy (OP-k)."""
 
     reward_critic_model_name_or_path: str | None = field(default=None, metadata={"names": "model"})
-    """Reward model that the critic starts from; by default reward_model_name_or_path."""
+    """Folder, run folder or hub name of the reward model that the critic starts from; by default
+    reward_model_name_or_path."""
 
     share_trunk: bool | None = None
     """Put a value head, zero at first, on the policy's own trunk: less memory than a second one. By
