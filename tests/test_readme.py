@@ -81,6 +81,14 @@ def test_the_stages_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch)
         "reward/reward_model",
     ):
         assert (place / f"train-{made}" / "model.safetensors").is_file()
+    for stage in ("sft", "reward", "rank", "iterative", "ppo"):
+        settings = ["--config", f"train-{stage}/settings.json"]
+        assert main(["train", stage, *settings]) == 2  # the folder holds that run
+        assert main(["train", stage, *settings, "--output_dir", f"again-{stage}"]) == 0
+        model = "reward_model" if stage == "reward" else "policy"
+        first, second = (place / f"{run}-{stage}" / model for run in ("train", "again"))
+        weights = "model.safetensors"
+        assert (first / weights).read_bytes() == (second / weights).read_bytes(), stage
     scored = list(read_candidate_sets(place / "scored.jsonl"))
     assert len(scored) == 24 and all(None not in s.scores for s in scored)
     assert "| reward" in (place / "table.md").read_text()
