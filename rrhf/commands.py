@@ -49,4 +49,4 @@ def _words(value: Any) -> Sequence[str]:
         return [str(one) for one in value]
     if value is None or isinstance(value, (bool, dict)):
         return [json.dumps(value) if value is not None else "none"]
-    return [f"{value:g}" if isinstance(value, float) else str(value)]
+    return [str(value)]  # of a float all digits: the command must mean the same number

@@ -52,6 +52,18 @@ def test_as_many_may_lack_a_score_as_the_limit_says(world: Path) -> None:
         writer(world, **some, max_unscored_fraction=0.33).write(prompts(world), number=0)
 
 
+def all_none(prompts: Any, responses: Any, messages: Any) -> list[None]:
+    return [None for _ in responses]
+
+
+def test_where_nothing_has_a_score_the_scorer_is_named(world: Path) -> None:
+    name = "function:test_rollout_edges:all_none"
+    made = writer(world, reward_model_name_or_path=name, max_unscored_fraction=1.0)
+    with pytest.raises(UserError, match=f"{name}: scored none of the 6 responses") as told:
+        made.write(prompts(world), number=0)
+    assert "6 without a score" in str(told.value) and "are empty" not in str(told.value)
+
+
 def test_each_time_that_a_prompt_occurs_it_is_answered_anew(world: Path) -> None:
     one = prompts(world)[0]
     found = answers(writer(world, **SCORER).write([one] * 4, number=0))

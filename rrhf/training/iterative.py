@@ -201,6 +201,8 @@ class _Rounds:
             output_file=str(folder / "log_ratios.jsonl"),
             scorer=ratio.name,
             max_unscored_fraction=1.0,
+            accept_edited_files=self.config.accept_edited_files,
+            wait_seconds=self.config.ddp_timeout,
         )
         score_file(config, *self.place, make_scorer=ratio.scorer)
 

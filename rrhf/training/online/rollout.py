@@ -22,7 +22,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from rrhf.generation.local import LocalEngine
 from rrhf.models.logprobs import Policy, PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
+from rrhf.runs import RunFolder
 from rrhf.scoring.scorer import Scorer, is_too_long
 from rrhf.signals import StopRequest
 from rrhf.training.online.experience import RolloutRow
@@ -300,11 +301,13 @@ class RolloutWriter:
         limit, too_long = self._config.max_unscored_fraction, counts["too_long_to_score"]
         failed = counts["unscored"] - too_long
         if failed > limit * counts["sampled"]:
+            changes: dict[str, Any] = {"max_unscored_fraction": 1.0}
+            if not RunFolder(self._config.output_dir).is_bare:  # else it is discarded
+                changes["resume_from_checkpoint"] = True
             raise UserError(
                 f"{self._scorer.name}: {failed} of {counts['sampled']} responses could "
                 f"not be scored, more than --max_unscored_fraction {limit}; fix the scorer, or go "
-                "on without them: "
-                + command_of("rrhf train ppo", self._config, max_unscored_fraction=1.0)
+                "on without them: " + command_of("rrhf train ppo", self._config, **changes)
             )
         if too_long and not self._told_too_long:
             self._told_too_long = True
@@ -314,6 +317,12 @@ class RolloutWriter:
                 self._scorer.name,
                 too_long,
                 counts["sampled"],
+            )
+        if not rows and failed:
+            raise UserError(
+                f"{self._scorer.name}: scored none of the {counts['sampled']} responses of a "
+                f"rollout ({failed} without a score, {too_long} beyond its window, "
+                f"{counts['empty']} empty), so there is nothing to learn from; fix the scorer"
             )
         if not rows and too_long:
             raise UserError(
