@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class TrainingOutcome:
         evaluation: the last evaluation, or empty.
         best: the best of them, where one was looked for.
         stopped_early: the evaluations did not get better, and steps are left out.
+        keep: writes a checkpoint of the last step where there is none; every rank must call it.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class TrainingOutcome:
     evaluation: dict[str, float]
     best: BestModel | None = None
     stopped_early: bool = False
+    keep: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 def run_training(
@@ -91,6 +93,7 @@ def run_training(
     samples: SampleTable | None = None,
     phases: Phases | None = None,
     on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
+    held: contextlib.ExitStack | None = None,
 ) -> TrainingOutcome:
     """Train until the stream ends.
 
@@ -108,6 +111,7 @@ def run_training(
         samples: that the stream and the evaluation fill.
         phases: measures each step as the phase "train"; what it finds enters the step's row.
         on_optimizer: is given the prepared optimiser.
+        held: where signals go on being noted after the steps, until it is closed.
 
     Raises:
         UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation; none
@@ -132,7 +136,8 @@ def run_training(
     else:
         loop.cut_back(0, {})
     open_tracker = contextlib.closing(build_tracker(config, run.path, parallel.is_main))
-    with open_tracker as tracker, caught_signals(stop) as stop:
+    with open_tracker as tracker, contextlib.ExitStack() as ours:
+        stop = (ours if held is None else held).enter_context(caught_signals(stop))
         if samples is not None:
             samples.send_to(tracker)
         return loop.run(stream, evaluate, tracker, stop)
@@ -219,6 +224,7 @@ class _Loop:
             evaluation=self.evaluation,
             best=self.kept.best,
             stopped_early=self.step != stream.total_steps,
+            keep=lambda: self._save(stream),
         )
 
     def _train(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rrhf.errors import NonFiniteError
+from rrhf.errors import NonFiniteError, UserError
 from rrhf.models.finite import non_finite_in_folder
 from rrhf.staged_folders import remove_unfinished, saved_folder
 from rrhf.training.parallel import Parallel
@@ -53,12 +53,21 @@ class ModelFolders:
         return [name for name in self.writers if name not in self.unmeasured]
 
     def write(self, parallel: Parallel, into: Path) -> None:
-        """Put every model into a folder, each whole or not at all; every rank must call it."""
+        """Put every model into a folder, each whole or not at all; every rank must call it.
+
+        Raises:
+            UserError: no space, or the place cannot be written; on every rank.
+        """
         weights = full_weights(parallel)
+        failure: Exception | None = None
         if parallel.is_main:
-            for name, write in self.writers.items():
-                saved_folder(into / name, _bound(write, into, weights))
-        parallel.barrier()
+            try:
+                for name, write in self.writers.items():
+                    saved_folder(into / name, _bound(write, into, weights))
+            except Exception as error:
+                failure = error
+        if parallel.any(failure is not None):
+            raise failure or UserError(f"{into}: process 0 could not write a model; it says why")
 
 
 def full_weights(parallel: Parallel) -> Weights:

@@ -32,7 +32,6 @@ from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.scoring.scorer import LocalScorer
-from rrhf.signals import StopRequest
 from rrhf.training.fitting import RowFitter
 from rrhf.training.loop import run_training
 from rrhf.training.offline import token_budget
@@ -77,7 +76,7 @@ def train(config: PPOConfig) -> Path:
     )
     check_scorer(config.reward_model_name_or_path, scoring)
     with opened_workbench(config) as bench, _offload(config, bench) as offload:
-        stop = StopRequest()
+        stop = bench.stop
         phases = Phases(
             peak_meter(bench.parallel.device), offload.enter if offload.levels else None
         )
@@ -159,6 +158,7 @@ def train(config: PPOConfig) -> Path:
             samples,
             phases,
             offload.add_optimizer,
+            bench.held,
         )
         stream.signs.finish()
         if stream.rollouts_cut:

@@ -178,6 +178,8 @@ def train(config: RankConfig) -> Path:
             bench.parallel,
             held_out_evaluation(bench, objective, held_out_examples),
             models,
+            stop=bench.stop,
+            held=bench.held,
         )
         return finish_run(
             bench,

@@ -231,6 +231,8 @@ def train(config: RewardConfig) -> Path:
             bench.parallel,
             held_out_evaluation(bench, objective, held_out_examples, held_out_metrics),
             models,
+            stop=bench.stop,
+            held=bench.held,
         )
         return finish_run(
             bench,

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import rrhf
 from rrhf.data.chat_format import ChatCodec
-from rrhf.errors import AlreadyFinished, UserError
+from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.engines import build_policy
 from rrhf.models.loading import (
@@ -28,7 +28,7 @@ from rrhf.models.logprobs import Policy
 from rrhf.models.lora import add_lora
 from rrhf.models.saving import weights_below, write_model_folder
 from rrhf.runs import RunFolder
-from rrhf.signals import Interrupted
+from rrhf.signals import Interrupted, StopRequest
 from rrhf.training.best import forget_hidden
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome
@@ -50,6 +50,8 @@ class Workbench:
         tokenizer: of the model.
         codec: the token boundary.
         started: `time.monotonic()` at the start.
+        stop: notes the signals that come from the first step until the run is finished.
+        held: what notes them.
     """
 
     config: TrainingConfig
@@ -58,6 +60,8 @@ class Workbench:
     tokenizer: PreTrainedTokenizerBase
     codec: ChatCodec
     started: float
+    stop: StopRequest = field(default_factory=StopRequest)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 @contextlib.contextmanager
@@ -82,7 +86,9 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
         with parallel.lost_ranks_told():
             parallel.barrier()
             torch.manual_seed(config.seed)
-            yield Workbench(config, run, parallel, tokenizer, codec, started)
+            bench = Workbench(config, run, parallel, tokenizer, codec, started)
+            with bench.held:
+                yield bench
     except (UserError, Interrupted):
         if parallel.is_main and run.is_bare:
             run.discard()
@@ -211,8 +217,19 @@ def finish_run(
         models: of the trainer.
         extra: what else the manifest should say (counts of dropped data and the like).
         num_held_out, num_rollout_prompts: for the intervals of the summary, as in `summary`.
+
+    Raises:
+        UserError: no space for a model; there is a checkpoint of the last step, if that fits.
+        StoppedBySignal: a signal came meanwhile; the run is finished.
     """
-    models.write(bench.parallel, bench.run.path)
+    try:
+        models.write(bench.parallel, bench.run.path)
+    except Exception:
+        try:
+            outcome.keep()
+        except Exception as error:
+            logger.warning("the last step has no checkpoint either: %s", error)
+        raise
     best = outcome.best
     is_best = False
     if best is not None and bench.config.load_best_model_at_end:
@@ -247,4 +264,7 @@ def finish_run(
         "%s",
         summary(outcome, seconds, bench.run.path, num_held_out, rollout, num_rollout_prompts),
     )
-    return bench.run.path / models.main
+    main = bench.run.path / models.main
+    if code := int(bench.parallel.max(bench.stop.exit_code)):
+        raise StoppedBySignal(code, f"the run is finished; its model is in {main}")
+    return main

@@ -152,6 +152,8 @@ def train(config: SFTConfig) -> Path:
             bench.parallel,
             held_out_evaluation(bench, objective, held_out_examples, _measured),
             models,
+            stop=bench.stop,
+            held=bench.held,
         )
         return finish_run(
             bench,
