@@ -1,5 +1,6 @@
 """Signs that a run cannot learn: seen in time, said once, with the figure and the flag."""
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -88,7 +89,8 @@ def test_a_good_run_says_nothing(said):
 def test_group_methods_compare_within_a_prompt(said):
     assert nothing_compares(SAME_IN_GROUPS, is_grouped=True)
     assert not nothing_compares(SAME_IN_GROUPS, is_grouped=False)
-    assert not nothing_compares(rows([1.0], [1.0]), is_grouped=True)  # nothing to compare with
+    assert nothing_compares(rows([1.0], [2.0]), is_grouped=True)  # nothing to compare with
+    assert not nothing_compares(rows([1.0], [2.0, 3.0]), is_grouped=True)
     assert not nothing_compares(rows([1.0]), is_grouped=False)
     for method, times in (("ppo", 0), ("grpo", 1), ("rrhf", 2)):
         signs = watch(method)
@@ -96,3 +98,53 @@ def test_group_methods_compare_within_a_prompt(said):
             signs.see(GOOD, SAME_IN_GROUPS)
         assert len(said()) == times
     assert "all responses to a prompt got the same score, so" in said()[-1]
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo", "rrhf"])
+def test_prompts_with_one_scored_response_each_are_told(method, said):
+    signs = watch(method)
+    for _ in range(3):
+        signs.see(GOOD, rows([1.0], [3.0]))
+    (line,) = said()
+    assert "in 3 rollouts in a row no prompt had two" in line and "--num_return_sequences" in line
+    ppo = watch("ppo")
+    for _ in range(3):
+        ppo.see(GOOD, rows([1.0], [3.0]))
+    assert len(said()) == 1
+
+
+def saved(signs):
+    return json.loads(json.dumps(signs.state_dict()))
+
+
+def test_what_was_seen_before_a_stop_counts_after_it(said):
+    blind = GOOD | {"explained_variance": -1.0}
+    before = watch()
+    for _ in range(3):
+        before.see(GOOD, DIFFERENT)
+    after = watch()
+    after.load_state_dict(saved(before), GOOD)
+    after.see(blind, DIFFERENT)
+    after.finish()
+    assert said() == []
+    for _ in range(2):
+        before.see(GOOD, SAME)
+    after = watch()
+    after.load_state_dict(saved(before), GOOD)
+    after.see(GOOD, SAME)
+    (line,) = said()
+    assert "in 3 rollouts in a row" in line
+    again = watch()
+    again.load_state_dict(saved(after), GOOD)
+    again.see(GOOD, SAME)
+    again.finish()
+    assert len(said()) == 1
+
+
+def test_a_run_stopped_in_its_last_rollout_still_tells_its_figure(said):
+    before = watch()
+    before.see(GOOD | {"explained_variance": -0.5}, DIFFERENT)
+    after = watch()
+    after.load_state_dict(saved(before), GOOD | {"explained_variance": -0.5})
+    after.finish()
+    assert "in the only rollout (last -0.5;" in said()[0]

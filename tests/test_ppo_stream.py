@@ -330,6 +330,20 @@ def test_what_the_cursor_depends_on_must_be_what_it_was(changes: dict[str, Any],
         stream(**changes).load_state_dict(state)
 
 
+def test_signs_of_a_run_without_learning_are_saved_and_older_states_lack_them() -> None:
+    made = stream(Writer(left_out=1), num_rollouts=3)
+    next(iter(made))
+    state = json.loads(json.dumps(made.state_dict()))
+    resumed = stream(Writer(left_out=1), num_rollouts=3)
+    resumed.load_state_dict(state)
+    assert resumed.signs.state_dict() == made.signs.state_dict()
+    assert resumed.signs.state_dict()["rollouts"] == 1
+    del state["signs"]
+    older = stream(Writer(left_out=1), num_rollouts=3)
+    older.load_state_dict(state)
+    assert older.signs.state_dict()["rollouts"] == 1
+
+
 def test_responses_to_one_prompt_stand_together_in_a_minibatch() -> None:
     made = stream(
         num_prompts=6, num_return_sequences=2, rollout_size=12, per_device_train_batch_size=6

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rrhf.training.online.experience import RolloutRow
 from rrhf.training.ppo_checks import GROUP_METHODS
@@ -34,6 +35,7 @@ class NoLearning:
         self._in_a_row = dict.fromkeys(ROLLOUTS, 0)
         self._said: set[str] = set()
         self._last: Mapping[str, float] = {}
+        self._is_lone = False
         self._words: dict[str, Callable[[], str]] = {
             "endless": self._endless,
             "tied": self._tied,
@@ -52,9 +54,11 @@ class NoLearning:
         """
         self._rollouts += 1
         self._last = metrics
+        is_grouped = self._config.method in GROUP_METHODS
+        self._is_lone = is_grouped and not compared(rows, is_grouped)
         signs = {
             "endless": metrics["finished_fraction"] == 0.0,
-            "tied": nothing_compares(rows, self._config.method in GROUP_METHODS),
+            "tied": nothing_compares(rows, is_grouped),
             "blind": not is_warm_up and metrics.get("explained_variance", 1.0) <= 0.0,
         }
         for sign, is_there in signs.items():
@@ -67,6 +71,29 @@ class NoLearning:
         for sign, times in self._in_a_row.items():
             if times and times == self._rollouts:
                 self._say(sign)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen and said so far."""
+        return {
+            "rollouts": self._rollouts,
+            "in_a_row": dict(self._in_a_row),
+            "said": sorted(self._said),
+            "is_lone": self._is_lone,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], last: Mapping[str, float]) -> None:
+        """Go on watching.
+
+        Args:
+            state: of `state_dict`; of what it lacks, only that the rollouts were without a sign is
+                assumed.
+            last: the metrics of the last rollout that was seen.
+        """
+        self._rollouts = int(state["rollouts"])
+        self._in_a_row |= state.get("in_a_row", {})
+        self._said = set(state.get("said", ()))
+        self._is_lone = bool(state.get("is_lone", False))
+        self._last = last
 
     def _say(self, sign: str) -> None:
         if sign not in self._said:
@@ -82,6 +109,13 @@ class NoLearning:
         )
 
     def _tied(self) -> str:
+        if self._is_lone:
+            return (
+                f"nothing can be compared: in {self._times('tied')} no prompt had two responses "
+                "with different scores, and in the last one none had two with a score, so there is "
+                "nothing to learn from; look at what is left out (empty_fraction and "
+                "unscored_fraction in metrics.jsonl), or sample more (--num_return_sequences)"
+            )
         what, score = "every response got the same score", f" ({self._last['score']:.4g})"
         if self._config.method in GROUP_METHODS:
             what = "all responses to a prompt got the same score"
@@ -106,14 +140,19 @@ class NoLearning:
 
 
 def nothing_compares(rows: Sequence[RolloutRow], is_grouped: bool) -> bool:
-    """Whether no two responses that are compared with each other differ in score.
+    """Whether a rollout teaches nothing, since no two of its responses can be told apart by score.
 
     Args:
         rows: of a rollout.
-        is_grouped: only responses to the same prompt are compared.
+        is_grouped: only responses to the same prompt are compared, and one alone teaches nothing.
     """
+    groups = compared(rows, is_grouped)
+    return (is_grouped or bool(groups)) and all(len(set(scores)) == 1 for scores in groups)
+
+
+def compared(rows: Sequence[RolloutRow], is_grouped: bool) -> list[list[float]]:
+    """Scores that are compared with each other, two or more in each list."""
     groups: dict[int, list[float]] = {}
     for row in rows:
         groups.setdefault(row.prompt if is_grouped else 0, []).append(row.score)
-    compared = [scores for scores in groups.values() if len(scores) >= _TO_COMPARE]
-    return bool(compared) and all(len(set(scores)) == 1 for scores in compared)
+    return [scores for scores in groups.values() if len(scores) >= _TO_COMPARE]

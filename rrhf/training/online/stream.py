@@ -184,6 +184,7 @@ class PPOStream:
             "place": self._place,
             "rollout_metrics": self.rollout_metrics,
             "counts": dict(self.counts),
+            "signs": self.signs.state_dict(),
             "max_tokens_per_batch": None if self._budget is None else self._budget.tokens,
             "kl_controller": self._controller.state_dict(),
             "normalizer": None if normalizer is None else normalizer.state_dict(),
@@ -205,6 +206,8 @@ class PPOStream:
         self._number, self._place = int(state["rollout"]), int(state["place"])
         self.rollout_metrics = dict(state["rollout_metrics"])
         self.counts = Counter(state["counts"])
+        signs = state.get("signs", {"rollouts": self._number + 1})  # earlier versions kept none
+        self.signs.load_state_dict(signs, self.rollout_metrics)
         self._controller.load_state_dict(state["kl_controller"])
         if state["normalizer"] is not None:
             self.normalizer = normalizer_from_state(state["normalizer"])
