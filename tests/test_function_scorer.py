@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import signal
@@ -16,7 +17,7 @@ from rrhf.cli.main import main
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring.function import FunctionScorer
-from rrhf.scoring.stage import ScoreConfig, score_file
+from rrhf.scoring.stage import ScoreConfig, score_file, scorer_fingerprint
 from rrhf.training import ppo
 
 numbers = itertools.count()
@@ -207,3 +208,46 @@ def test_training_does_not_end_well_either(
         ppo.train(
             settings(world, tmp_path / "run", reward_model_name_or_path=scorer, share_trunk=True)
         )
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "functools.partial(each, 1.0)",
+        "functools.lru_cache(each_of_three)",
+        "Scorer()",
+    ],
+)
+def test_whatever_can_be_called_is_a_scorer(
+    scorer: str, module: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""
+import functools
+def each(value, p, r, m):
+    return [value] * len(r)
+def each_of_three(p, r, m):
+    return [1.0]
+class Scorer:
+    def __call__(self, p, r, m):
+        return each(1.0, p, r, m)
+score = {scorer}
+"""
+    target = f"{module(text)}:score"
+    fingerprint = scorer_fingerprint(f"function:{target}")
+    assert fingerprint == hashlib.sha256(text.encode()).hexdigest()
+    if "lru_cache" not in scorer:  # lists cannot be cached: the function's own mistake
+        assert score(data, target) == 0
+
+
+@pytest.mark.parametrize("target", ["math:hypot", "builtins:max"])
+def test_functions_without_source_have_a_fingerprint(target: str) -> None:
+    assert scorer_fingerprint(f"function:{target}")
+
+
+def test_a_module_beside_the_function_s_is_found_while_it_runs(
+    module: Any, data: Path, tmp_path: Path
+) -> None:
+    text = "def score(p, r, m):\n    import beside_it\n    return [1.0] * len(r)\n"
+    target = f"{module(text)}:score"
+    (tmp_path / "beside_it.py").write_text("")
+    assert score(data, target) == 0

@@ -17,7 +17,8 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class FunctionScorer:
     normalized = False
 
     def __init__(self, target: str) -> None:
+        self._folder = str(Path.cwd())
         self._function = load_function(target)
         self._require_three_arguments(target)
         self.name = f"function:{target}"
@@ -88,9 +90,10 @@ class FunctionScorer:
     def _called(self, *arguments: Any) -> list[Any]:
         """What the function returned, as a list; a generator runs here, so it may raise here."""
         try:
-            found = self._function(*arguments)
-            results = iter(found) if hasattr(found, "__iter__") else None
-            values = [] if results is None else list(results)
+            with _importable(self._folder):
+                found = self._function(*arguments)
+                results = iter(found) if hasattr(found, "__iter__") else None
+                values = [] if results is None else list(results)
         except NOT_ITS_OWN:
             raise
         except SystemExit as error:
@@ -161,13 +164,10 @@ def load_function(target: str) -> Callable[..., Any]:
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise UserError(f"{target!r}: name a function as module:function")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, attribute, None)
+        with _importable(str(Path.cwd())):
+            module = importlib.import_module(module_name)
+            function = getattr(module, attribute, None)
     except NOT_ITS_OWN:
         raise
     except ImportError as error:
@@ -186,12 +186,40 @@ def load_function(target: str) -> Callable[..., Any]:
             f"{target}: the module {module_name!r} cannot be imported: it raised {_told(error)} "
             f"({_place(error)}); fix it"
         ) from error
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
     if not callable(function):
         raise UserError(f"{target}: {module_name} has no function {attribute!r}")
     return function
+
+
+def source_file(target: str) -> str | None:
+    """The file that the function comes from, else that of its module; None for a built-in module.
+
+    Args:
+        target: "module:function".
+
+    Raises:
+        UserError: as `load_function`.
+    """
+    function = load_function(target)
+    try:
+        found = inspect.getsourcefile(function)
+    except (TypeError, OSError):  # a partial, an instance, a cached or a compiled function
+        found = None
+    file = found or getattr(sys.modules.get(target.partition(":")[0]), "__file__", None)
+    return file if file and Path(file).is_file() else None
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Modules of this folder can be imported meanwhile."""
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,6 @@ Left out on purpose: what scores mean (`rrhf.scoring.build` names who gives them
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
 import time
 from collections import Counter
@@ -409,9 +408,9 @@ def scorer_fingerprint(spec: str) -> str:
     if path.is_file():
         return sha256_file(path)
     if spec.startswith("function:"):
-        from rrhf.scoring.function import load_function
+        from rrhf.scoring.function import source_file
 
-        source = inspect.getsourcefile(load_function(spec.removeprefix("function:")))
+        source = source_file(spec.removeprefix("function:"))
         return spec if source is None else sha256_file(source)
     return fingerprint(spec)
 
