@@ -70,12 +70,12 @@ ensure_environment() {
     echo "Installing rrhf and what it needs (once; a few minutes where torch must be downloaded) ..." >&2
     local quiet=()
     [[ -t 1 ]] || quiet=(--quiet)
-    ended_by_signals install "${quiet[@]}" -e ".${extras:+[$extras]}" >&2 || return
+    ended_by_signals install_package "${quiet[@]}" -e ".${extras:+[$extras]}" >&2 || return
     printf '%s\n' "$fingerprint" >"$stamp"
 }
 
-install() {
-    cd -- "$repository_root"
+install_package() {
+    cd -- "$repository_root" || exit
     exec python -m pip install --disable-pip-version-check "$@"
 }
 
