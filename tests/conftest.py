@@ -25,7 +25,13 @@ _came: list[int] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """SIGTERM ends the tests as it ends a command; workers end with who started them."""
+    """SIGTERM ends the tests as it ends a command; workers end with who started them.
+
+    Tests that send SIGINT need programs that are not deaf to it: a shell starts a background job
+    with SIGINT ignored, and what the job starts inherits that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
