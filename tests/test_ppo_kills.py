@@ -24,7 +24,7 @@ BACKWARD = "rrhf.training.parallel:Parallel.backward"
 BEFORE_STEP = "rrhf.training.parallel:Parallel.take_step"
 AFTER_STEP = "rrhf.training.update:Update._metrics"
 SAVE_TORCH = "rrhf.training.checkpoint:_save_torch"
-SEAL = "rrhf.training.checkpoint:seal"
+SEAL = "rrhf.training.checkpoint:seal_folder"
 SYNC = "rrhf.training.checkpoint:sync_folder"
 DELETE = "rrhf.training.checkpoint:Checkpointer._delete_old"
 # Three rollouts of four steps, each step saved. Calls are counted from the resumption.
