@@ -73,7 +73,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def check_model_path(name_or_path: str | Path) -> None:
-    """A path that looks local must exist: otherwise a hub would be asked for a typing error.
+    """A path that looks local must exist, so that a typo is not looked up on the hub.
 
     Raises:
         UserError: the folder is missing, or holds no config.json, or is a run without a model.

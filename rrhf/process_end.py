@@ -1,4 +1,4 @@
-"""The end of a whole process: everything flushed, and a rank's interpreter not taken down.
+"""Ends a process cleanly: flushes output, and skips interpreter shutdown in a rank.
 
 Gloo's threads outlive `destroy_process_group` and may ask for the interpreter's lock while the
 interpreter ends. CPython 3.11 answers by unwinding such a thread, through code that forbids it

@@ -44,7 +44,7 @@ class FullDisk(Exception):
 
 @contextmanager
 def telling_need(needed_bytes: int) -> Iterator[None]:
-    """Around what writes so many bytes: a full disk becomes a `FullDisk` that knows them."""
+    """Context manager: turns a full disk into a `FullDisk` that knows the bytes needed."""
     try:
         yield
     except Exception as error:
@@ -55,7 +55,7 @@ def telling_need(needed_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def no_trace_of_failure(staged: Path) -> Iterator[None]:
-    """Around what fills a staged folder: removes it where that fails, and tells of a full disk.
+    """Context manager for filling a staged folder: removes it on failure, reports a full disk.
 
     Args:
         staged: the folder.

@@ -1,4 +1,4 @@
-"""The door gives the log-probs that a plain forward of each row alone gives."""
+"""The forward interface gives the log-probs that a plain forward of each row alone gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reward model's door, its head, and the folder that it is saved as."""
+"""The reward model's forward interface, its head, and the folder that it is saved as."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Cross-entropy on demonstrations, as totals and counts.
 
-Works on log-probs that the model's one door has already gathered, so it never sees the vocabulary.
-Label smoothing needs one more number a position: the mean log-prob over the vocabulary.
+Works on log-probs that the model's forward interface has already gathered, so it never sees the
+vocabulary. Label smoothing needs one more number a position: the mean log-prob over the vocabulary.
 
 Legend: N rows, T positions.
 """

@@ -47,7 +47,7 @@ class EncodedSet:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the one door of every model takes.
+    """What the one forward interface of every model takes.
 
     Attributes:
         prompt_ids: [B, P] int64, padded on the left.

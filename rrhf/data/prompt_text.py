@@ -10,7 +10,7 @@ MARK = "text:"
 
 
 def prompt_text(spec: str) -> str | None:
-    """The prompt that a word of the command line is, or None where it names data.
+    """The prompt that a command-line word contains, or None where it names data.
 
     `text:` marks one. Else it must hold a blank, and some part of it, cut at commas, must name
     nothing that data could come from: no path, no known name, no single word.

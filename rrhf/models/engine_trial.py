@@ -6,9 +6,9 @@ masks that are silently wrong. Where the model will be trained, one backward pas
 kernel may have none, or a wrong one (activation checkpointing that runs another kernel again).
 `auto` then goes on to the next layout, with one warning that names the difference.
 
-The trial leaves no trace: no gradients, no draws from the random generators, no changed modes. Nor
-does it need memory that grows with the model: gradients are taken of what the embeddings give and
-of the smallest weights alone (norms, biases, adapters; in a tiny model everything).
+The self-check leaves no trace: no gradients, no draws from the random generators, no changed modes.
+Nor does it need memory that grows with the model: gradients are taken of what the embeddings give
+and of the smallest weights alone (norms, biases, adapters; in a tiny model everything).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faster ways through the policies' one door.
+"""Faster ways behind the policies' one forward interface.
 
 An engine is how a batch passes the network: `padded` is the reference (`Policy`), the others go by
 a layout of `packed_trunk`, each tried on the model before it is used. All of them but the reference
@@ -30,7 +30,7 @@ from rrhf.models.prefix_attention import Prefix
 
 
 class FastPolicy(PackedTrunk, Policy):
-    """A causal language model behind the one door, by one of the faster layouts.
+    """A causal language model behind the one forward interface, by one of the faster layouts.
 
     Args:
         model: a Hugging Face causal language model, bare or with adapters. Its attention

@@ -5,8 +5,8 @@ which nobody sees anybody, so several prompts with their responses fit in one se
 part of the mask, soft-capping changes the scores.
 
 Meant for CUDA, where torch compiles it. On a CPU torch runs it as it is written, without a backward
-pass; so a model that is trained there cannot use it, and its trial says so. Not measured, not run
-on CUDA.
+pass; so a model that is trained there cannot use it, and its self-check says so. Not measured, not
+run on CUDA.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one door of every policy: a batch in, the log-probs of its responses out.
+"""The one forward interface of every policy: a batch in, the log-probs of its responses out.
 
 Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
 `Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
@@ -21,7 +21,7 @@ from rrhf.data.collate import TokenBatch
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What the door returns.
+    """What the forward interface returns.
 
     Attributes:
         logprobs: [N, R] float32, nats: log P(token | prompt, earlier tokens); 0 at padding.
@@ -36,7 +36,7 @@ class PolicyOutputs:
 
 
 class Policy(nn.Module):
-    """A causal language model behind the one door.
+    """A causal language model behind the one forward interface.
 
     Args:
         model: a Hugging Face causal language model.
@@ -105,7 +105,8 @@ def logprobs_of_logits(
     with_mean_logprobs: bool = False,
     entropy_has_gradient: bool = True,
 ) -> PolicyOutputs:
-    """What the door returns, from the logits [N, R, V] that predict the batch's response tokens."""
+    """What the forward interface returns, from the logits [N, R, V] that predict the response
+    tokens of the batch."""
     logits = logits.float() / temperature
     response_mask = batch.response_mask
     chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Policy and value model as one trainable root: what PPO trains, behind the one door.
+"""Policy and value model as one trainable root: what PPO trains, behind the one forward interface.
 
 A batch goes in; log-probs, values and entropies of its response tokens come out. The value of a
 token is that of the state *before* it, read at the position that predicts it, so the first value
@@ -40,7 +40,7 @@ VALUE_PREFIX = "value."
 
 @dataclass(frozen=True)
 class ActorCriticOutputs:
-    """What the door returns.
+    """What the forward interface returns.
 
     Attributes:
         logprobs: [N, R] float32, nats; 0 at padding, and everywhere where only values were asked.

@@ -1,4 +1,4 @@
-"""Faster ways through the reward models' door: every prompt once, as policies have them.
+"""Faster ways behind the reward models' forward interface: every prompt once, as in policies.
 
 Scores are read at the very tokens that padded rows would be read at. A response's last token is fed
 where scores are read there, and left away where only the states before tokens are asked for.
@@ -30,7 +30,7 @@ LAYOUTS = ("shared_prefix", "varlen_attention", "flex_attention", "dense_mask")
 
 
 class FastRewardModel(PackedTrunk, RewardModel):
-    """A sequence classifier behind the reward models' door, by one of the faster layouts.
+    """A sequence classifier behind their forward interface, by one of the faster layouts.
 
     Args:
         model: a causal model for sequence classification, bare or with adapters. Its attention

@@ -1,6 +1,6 @@
 """What a reward model's folder says of itself before a weight is read.
 
-No import of torch: a mistake in a path is told before it is loaded.
+No import of torch: a mistake in a path is reported before it is loaded.
 """
 
 from __future__ import annotations

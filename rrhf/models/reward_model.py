@@ -1,4 +1,4 @@
-"""The reward model: any causal language model's trunk with one linear head, behind one door.
+"""The reward model: a language model's trunk with a linear head, behind one forward interface.
 
 A batch goes in, one raw score for each response comes out. The score is read at the last token that
 belongs to the row, found from lengths and never from pad ids: where pad and EOS are one id, the
@@ -44,7 +44,7 @@ CHAT_FORMAT_KEY = "rrhf_chat_format"
 
 
 class RewardModel(nn.Module):
-    """A sequence classifier with one label behind the one door.
+    """A sequence classifier with one label behind that forward interface.
 
     Args:
         model: a causal model for sequence classification, bare or with adapters.

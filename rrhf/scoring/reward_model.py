@@ -51,8 +51,8 @@ class RowScorer:
     """The part that every local reward model shares: rows of ids in, raw scores out.
 
     Args:
-        model: behind the one door, on its device. One of `build_reward_model`'s faster engines
-            gets rows in groups.
+        model: behind the one forward interface, on its device. One of `build_reward_model`'s
+            faster engines gets rows in groups.
         pad_id: filler.
         max_batch_tokens: tokens of one forward, padding included.
     """

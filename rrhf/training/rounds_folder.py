@@ -1,6 +1,6 @@
 """The run folder of `rrhf train iterative`, whose resumable states are its rounds.
 
-No import of torch: that a folder is taken is told before it is loaded.
+No import of torch: that a folder is taken is reported before it is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A moving average of the policy's weights, kept beside a run: often steadier than the last ones.
+"""A moving average of the policy's weights, kept next to a run: often steadier than the last ones.
 
 average = beta * average + (1 - beta) * weights, after every optimiser step, in float32, whole on
 every rank. It wraps a stream, because a stream is what hears of every step and what a checkpoint

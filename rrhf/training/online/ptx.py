@@ -1,4 +1,4 @@
-"""Demonstrations beside experience: PPO-ptx, which keeps the policy a language model.
+"""Demonstrations next to experience: PPO-ptx, which keeps the policy a language model.
 
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
 demonstrations, whose cross-entropy is one more term. It wraps an objective and a stream and knows

@@ -1,7 +1,8 @@
 """What the trained root and the reference say of responses that were sampled.
 
 In float32 the log-probs that sampling left are the old log-probs, and nothing is read for them but
-a trial: one response of every rank, its longest, passes the trainer's forward in every rollout.
+a self-check: one response of every rank, its longest, passes the trainer's forward in every
+rollout.
 Where that differs on any rank (as under bf16 always) the trainer's are taken for all. Then values
 are read, of a trunk that policy and critic share without the policy's head; then the reference.
 """
