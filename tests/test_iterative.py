@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -139,11 +141,15 @@ def log_prob(folder: Path, query: str, response: str, ended: bool, temperature: 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_penalty_is_the_log_ratio_of_two_policies(
-    temperature: float, world: Path, tmp_path: Path
+    temperature: float, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = {"kl_coeff": 0.1, "temperature": temperature}
-    train_again(str(world), str(tmp_path / "run"), **changes)
+    with caplog.at_level(logging.INFO, "rrhf"):
+        train_again(str(world), str(tmp_path / "run"), **changes)
     folder = tmp_path / "run" / "round-2"
+    told = [line for line in caplog.messages if line.startswith(f"{folder / 'log_ratios.jsonl'}: ")]
+    assert len(told) == 1 and "score" not in told[0]
+    assert re.search(r"prompts have a log-ratio; mean log-ratio .* nats$", told[0]), told
     policies = tmp_path / "run" / "round-1/rank/policy", world / "model"
     scored, data = rows_of(folder / "scored.jsonl"), rows_of(folder / "train_data.json")
     by_prompt = []

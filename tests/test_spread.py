@@ -24,6 +24,13 @@ def test_the_mean_is_over_prompts_with_its_interval():
     )
 
 
+def test_what_is_no_score_is_named_with_its_unit():
+    found = ScoreSpread("log-ratio", "nats")
+    assert str(found) == "no log-ratio"
+    found.add([2.0, 4.0])
+    assert str(found) == "mean log-ratio 3, from 2 to 4 nats"
+
+
 @pytest.mark.parametrize(
     ("prompts", "told", "fault"),
     [

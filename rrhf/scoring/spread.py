@@ -14,13 +14,18 @@ _LEAST_PROMPTS = 3
 class ScoreSpread:
     """Takes the scores of one prompt after the other; None = no score.
 
+    Args:
+        quantity: what the scores are.
+        unit: of that; "" = none.
+
     Attributes:
         num_scores: scores that are known.
         num_compared: prompts with at least two of them.
         num_tied: of these, the prompts whose scores are all equal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quantity: str = "score", unit: str = "") -> None:
+        self.quantity, self.unit = quantity, unit
         self.num_scores = self.num_compared = self.num_tied = 0
         self._low, self._high = math.inf, -math.inf
         self._prompts, self._sum, self._squares = 0, 0.0, 0.0  # of the prompts' means
@@ -42,7 +47,7 @@ class ScoreSpread:
     def __str__(self) -> str:
         """ "mean score 0.42 [0.38, 0.46], from -1.2 to 2.3": the interval is over prompts."""
         if not self.num_scores:
-            return "no score"
+            return f"no {self.quantity}"
         n = self._prompts
         mean = self._sum / n
         interval = ""
@@ -50,7 +55,8 @@ class ScoreSpread:
             variance = max(self._squares - n * mean * mean, 0.0) / (n - 1)
             half = Z * math.sqrt(variance / n)
             interval = f" [{mean - half:.4g}, {mean + half:.4g}]"
-        return f"mean score {mean:.4g}{interval}, from {self._low:.4g} to {self._high:.4g}"
+        ends = f"from {self._low:.4g} to {self._high:.4g} {self.unit}".rstrip()
+        return f"mean {self.quantity} {mean:.4g}{interval}, {ends}"
 
     def fault(self) -> str | None:
         """Why ranking would learn nothing from these scores; None where it can."""

@@ -229,7 +229,8 @@ class _Stage:
                     num_done += 1
                     known = [score for score in after.scores if score is not None]
                     num_scores, total_score = num_scores + len(known), total_score + sum(known)
-                    progress.advance(figures=f"mean score {total_score / max(num_scores, 1):.4g}")
+                    mean = total_score / max(num_scores, 1)
+                    progress.advance(figures=f"mean {_measured(scorer)[0]} {mean:.4g}")
                 self._require_few_failures(failed, found)
 
     def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:
@@ -329,7 +330,7 @@ class _Stage:
         mine = [found.ids[place] for chunk in self._chunks(found) for place in chunk]
         self.parts.wait_for(found.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
-        seconds, spread = 0.0, ScoreSpread()
+        seconds, spread = 0.0, ScoreSpread(*_measured(scorer))
         for row in self.parts.rows(found.ids):
             counts.update(row["counts"])
             seconds += row["seconds"]
@@ -379,11 +380,12 @@ class _Stage:
                 _window_of(scorer),
             )
         logger.info(
-            "%s: %d of %d candidates of %d prompts have a score; %s",
+            "%s: %d of %d candidates of %d prompts have a %s; %s",
             self.output,
             counts["scored_candidates"],
             counts["candidates"],
             len(found.ids),
+            spread.quantity,
             spread,
         )
 
@@ -392,6 +394,11 @@ def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
     """Candidates of some part rows that the scorer failed on."""
     counts = [row["counts"] for row in rows]
     return sum(count["unscored"] - count.get("too_long_to_score", 0) for count in counts)
+
+
+def _measured(scorer: Scorer) -> tuple[str, str]:
+    """What a scorer's numbers are, and their unit: scores without one, unless it says otherwise."""
+    return getattr(scorer, "quantity", "score"), getattr(scorer, "unit", "")
 
 
 def _window_of(scorer: Scorer) -> str:

@@ -70,6 +70,7 @@ class LogRatioScorer:
     """
 
     normalized = False
+    quantity, unit = "log-ratio", "nats"
 
     def __init__(self, ratio: LogRatio, device: torch.device) -> None:
         config = ratio.sampling
