@@ -193,12 +193,39 @@ def _read_raw_sample(reading: Reading) -> CandidateSet | None:
     )
     if column == "dialogue":
         return _conversation(reading, turns)
+    if len(replies) == 1 and _is_unwanted(reading):
+        return None
     return reading.made(turns, replies)
+
+
+def _is_unwanted(reading: Reading) -> bool:
+    """Whether `label` calls the row's one reply a bad one; such a row is counted as dropped.
+
+    Raises:
+        RowError: the label is no truth value: neither 0 or 1 nor true or false.
+    """
+    value = reading.row.get("label")
+    if isinstance(value, str):
+        label: Any = {"true": True, "false": False}.get(value.strip().lower())
+    else:
+        label = value if isinstance(value, (int, float)) and value in (0, 1) else None
+    if value is None or label:
+        return False
+    if label is None:
+        raise reading.wrong(
+            "label",
+            f"is {value!r:.30}; must be true or false, or 1 or 0 (is the reply a good one?); fix "
+            "it, or leave the column out: --columns unread=label",
+        )
+    reading.counts.drop("unwanted_reply", reading.where)
+    return True
 
 
 def _conversation(reading: Reading, turns: tuple[Message, ...]) -> CandidateSet | None:
     """A demonstration where the assistant has the last word, else a prompt."""
     before, reply = _without_reply(turns)
+    if len(before) < len(turns) and _is_unwanted(reading):
+        return None
     prompt = reading.prompt(before)
     if prompt is None:
         return None
@@ -225,8 +252,7 @@ def _read_reply(reading: Reading) -> CandidateSet | None:
     if column is None:
         return _read_prompt_where_null(reading)
     value = row[column]
-    if row.get("label") is False:
-        reading.counts.drop("unwanted_reply", reading.where)
+    if _is_unwanted(reading):
         return None
     if isinstance(value, list) and not (value and isinstance(value[0], dict)):
         return read_replies_of(reading, column)

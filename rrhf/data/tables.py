@@ -129,6 +129,7 @@ def _value(name: str, cell: str) -> Any:
     if cell.strip().lower() in ("", "none", "null", "nan"):
         return None
     try:
-        return json.loads(cell.strip().lower() if cell.strip() in ("True", "False") else cell)
+        plain = cell.strip().lower()
+        return json.loads(plain if plain in ("true", "false") else cell)
     except (ValueError, RecursionError):
         return cell
