@@ -412,6 +412,21 @@ def test_a_later_row_with_replies_that_the_first_lacks_is_a_mistake(
     )
 
 
+@pytest.mark.parametrize("name", ["rewards", "ranks", "ranking"])
+def test_scores_that_only_a_later_row_has_are_not_lost(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    row = {"query": "q", "responses": ["a", "b"]}
+    rows = [row, {**row, name: None}, {**row, name: [1, 2]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = f"{path}:3: {name}: is missing in the file's first row"
+    for words in (["validate", str(path)], ["stats", str(path)], ["convert", str(path), str(out)]):
+        assert main(["data", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["data", "stats", str(path), "--columns", f"unread={name}"]) == 0
+
+
 def test_a_column_may_be_left_out_on_purpose(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "p", "respones": ["a"]}\n')

@@ -25,6 +25,9 @@ from rrhf.records import (
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_VALUE = object()
 
+# A file whose first row has one of these is no candidate file, but has its scores there.
+OTHER_SCORES = ("rewards", "ranks", "ranking")
+
 
 class RowError(UserError):
     """One row's mistakes; the text has a line for each, `faults` the lines apart."""
@@ -56,6 +59,16 @@ def text_fault(value: object) -> str | None:
             f"{half.start() + 1}), which no tokenizer reads; remove it, or write the whole pair"
         )
     return None
+
+
+def not_in_first_row(row: Mapping[str, Any], where: str, names: Sequence[str]) -> list[str]:
+    """What to say of columns that would decide how the file is read, had its first row them."""
+    return [
+        f"{where}: {name}: is missing in the file's first row, so that it is not read; give it in "
+        f"every row, or leave it out: --columns unread={name}"
+        for name in names
+        if row.get(name) is not None
+    ]
 
 
 class RowReader:
@@ -214,6 +227,7 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
             [f'{where}: row: must be an object {{"query", "responses", ...}}, is {kind_of(row)}']
         )
     reader = RowReader(row, where)
+    reader.faults += not_in_first_row(row, where, OTHER_SCORES)
     query = reader.text("query")
     responses = reader.texts("responses")
     number = None if responses is None else len(responses)

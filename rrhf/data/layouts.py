@@ -31,7 +31,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rrhf.data.candidate_rows import RowError, kind_of, parse_candidate_set, text_fault
+from rrhf.data.candidate_rows import (
+    OTHER_SCORES,
+    RowError,
+    kind_of,
+    not_in_first_row,
+    parse_candidate_set,
+    text_fault,
+)
 from rrhf.data.chat_format import parse_hh_transcript
 from rrhf.data.columns import (
     CONVERSATIONS,
@@ -371,7 +378,7 @@ _ANY_PROMPT = "|".join((*PROMPTS, *CONVERSATIONS))
 
 # In this order: a row may have the columns of several, the first one counts.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout(CANDIDATES, ("query", "responses"), _read_candidates, ("rewards", "ranks", "ranking")),
+    Layout(CANDIDATES, ("query", "responses"), _read_candidates, OTHER_SCORES),
     Layout(
         "numbered preference",
         ("prompt", "response_0", "response_1", "better_response_id"),
@@ -444,6 +451,8 @@ def read_row(
     if not isinstance(row, Mapping):
         raise RowError([f"{where}: row: must be an object, is {kind_of(row)}; fix it"])
     counts.read += 1
+    if late := not_in_first_row(row, where, layout.without):
+        raise RowError(late)
     if missing := layout.missing_in(row):
         raise RowError(
             [
