@@ -23,6 +23,7 @@ from tiny import save_tiny
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.data.mixing import load_sets
 from rrhf.files import read_manifest
 from rrhf.records import CandidateSet
 
@@ -425,6 +426,30 @@ def test_scores_that_only_a_later_row_has_are_not_lost(
         assert main(["data", *words]) == 2
         assert said in capsys.readouterr().err
     assert main(["data", "stats", str(path), "--columns", f"unread={name}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "p"}, {"query": "q", "responses": ["a"]}, {"query": "q"}]
+)
+def test_columns_that_are_not_read_are_named_of_every_row_once(
+    row: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    rows = [{**row, "a": 1}, {**row, "b": 2}, {**row, "b": 3, "a": 4}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "validate", str(path)]) == 0
+    assert "  columns that are not read: a, b\n" in capsys.readouterr().out
+    with caplog.at_level("INFO", logger="rrhf"):
+        load_sets(str(path))
+    told = [record.message for record in caplog.records if "not read" in record.message]
+    assert sorted(", ".join(line.rpartition("read: ")[2] for line in told)) == sorted("a, b")
+    assert main(["data", "convert", str(path), str(out)]) == 0
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["source_counts"]["columns_not_read"] == {str(path): ["a", "b"]}
 
 
 def test_a_column_may_be_left_out_on_purpose(tmp_path: Path) -> None:

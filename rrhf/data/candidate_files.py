@@ -158,7 +158,10 @@ class CandidateFile(IndexedSets):
     Attributes:
         path: the file, or what the spooled rows came from.
         manifest: the file's manifest, or None.
+        columns: what any of the rows has, in the order of their coming; none of spooled sets.
     """
+
+    columns: tuple[str, ...] = ()
 
     def __init__(self, path: PathLike, accept_edited: bool = False) -> None:
         """Open and check the whole file; arguments as `read_candidate_sets` has them.
@@ -172,11 +175,14 @@ class CandidateFile(IndexedSets):
         self._lengths = array("Q")
         self._repeats: dict[int, str] = {}  # rows whose id tells an earlier one apart
         before = _identity(path)
+        columns: dict[str, None] = {}
         for index, (row, candidate_set) in enumerate(_scan_sets(path, accept_edited)):
             self._offsets.append(row.offset)
             self._lengths.append(row.length)
+            columns.update(dict.fromkeys(row.value))
             if "-" in candidate_set.id and not row.value.get("id"):
                 self._repeats[index] = candidate_set.id
+        self.columns = tuple(columns)
         self._file = _seekable(path)
         if _identity(path) != before:
             self._file.close()

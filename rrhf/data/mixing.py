@@ -239,12 +239,12 @@ def _open_part(
     names: ColumnNames,
 ) -> Sequence[CandidateSet]:
     place = spec.path or spec.name
-    if not new_ids and not names and (first := _first_candidate_row(place)) is not None:
+    if not new_ids and not names and _first_candidate_row(place) is not None:
         file = CandidateFile(place, accept_edited)
         counts.read += len(file)
         counts.kept += len(file)
         counts.layouts[CANDIDATES] += len(file)
-        counts.name_unread(place, [name for name in first if name not in CANDIDATE_COLUMNS])
+        counts.name_unread(place, [x for x in file.columns if x not in CANDIDATE_COLUMNS])
         return file
     sets = read_sets(spec.name, split, counts, spec.path, accept_edited, names)
     if new_ids:

@@ -79,12 +79,12 @@ class SourceCounts:
         }
 
     def name_unread(self, source: str, columns: list[str]) -> None:
-        """Remember, and log once a source, which columns of its first row were not read."""
-        if source in self.unread:
-            return
-        self.unread[source] = columns
-        if columns:
-            logger.info("%s: columns that are not read: %s", source or "data", ", ".join(columns))
+        """Remember, and log once a source and column, which columns of a row were not read."""
+        known = self.unread.setdefault(source, [])
+        new = [name for name in columns if name not in known]
+        known += new
+        if new:
+            logger.info("%s: columns that are not read: %s", source or "data", ", ".join(new))
 
 
 class Reading:
