@@ -334,7 +334,7 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
     """The manifest of a data file or folder; None where there is none.
 
     `X.json` and `X.jsonl` share the place of their manifest, so one that names the other file,
-    which still stands there, is not this file's.
+    which still stands there or is being made, is not this file's.
 
     Raises:
         UserError: the manifest is there but cannot be read, or is of a newer schema.
@@ -359,10 +359,55 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
             f"{place}: schema_version {version!r} is newer than {SCHEMA_VERSION}, which this "
             "version reads; update rrhf"
         )
-    named = value.get("file")
-    if isinstance(named, str) and named != Path(path).name and (place.parent / named).exists():
-        return None
-    return value
+    return None if _is_of_another_file(path, value) else value
+
+
+def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest in the place of this file's is another's, not renamed with its file."""
+    named = manifest.get("file")
+    if not isinstance(named, str) or named == Path(path).name:
+        return False
+    is_being_made = manifest.get("status") == UNFINISHED
+    return is_being_made or manifest_path(path).with_name(named).exists()
+
+
+def require_own_manifest_place(path: PathLike) -> None:
+    """Refuse an output whose manifest would stand where that of another file does.
+
+    An output whose manifest stands there already may be gone on with.
+
+    Raises:
+        UserError: there is another file, `X.jsonl` beside `X.json`, or one is being made.
+    """
+    target = Path(path)
+    place = manifest_path(target)
+    try:
+        standing = json.loads(place.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        standing = None
+    manifest = standing if isinstance(standing, dict) else {}
+    if manifest.get("file") == target.name:
+        return
+    stem = place.name.removesuffix(".manifest.json")
+    names = [stem + suffix for suffix in ("", ".json", ".jsonl", ".json.gz", ".jsonl.gz")]
+    others = [n for n in names if n != target.name and target.with_name(n).is_file()]
+    if _is_of_another_file(target, manifest):
+        others.insert(0, manifest["file"])
+    if others:
+        suffix = target.name.removeprefix(stem)
+        raise UserError(
+            f"{path}: its manifest would be {place.name}, which belongs to {others[0]} beside it; "
+            f"choose another name, such as {stem}-2{suffix}"
+        )
+
+
+def is_same_file(one: PathLike, other: PathLike) -> bool:
+    """Whether two paths mean the same file, links and spellings resolved; it may be missing."""
+    first, second = (Path(path).expanduser() for path in (one, other))
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return os.path.realpath(first) == os.path.realpath(second)
 
 
 def forget_manifest(path: PathLike) -> None:

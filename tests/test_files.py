@@ -19,6 +19,7 @@ from rrhf.files import (
     manifest_path,
     read_manifest,
     replaced_file,
+    require_own_manifest_place,
     sha256_file,
     write_json,
     write_manifest,
@@ -140,7 +141,10 @@ def test_a_manifest_that_names_another_file_is_that_files(tmp_path: Path):
         (tmp_path / name).write_text("{}")
     write_manifest(tmp_path / "x.json", {"status": "unfinished"})
     assert read_manifest(tmp_path / "x.jsonl") is None
-    (tmp_path / "x.json").unlink()  # renamed with its manifest: now it can only be x.jsonl's
+    (tmp_path / "x.json").unlink()  # it is being made
+    assert read_manifest(tmp_path / "x.jsonl") is None
+    write_manifest(tmp_path / "x.json", {"status": "complete"})
+    # Renamed with its manifest: now it can only be x.jsonl's.
     assert read_manifest(tmp_path / "x.jsonl") is not None
 
 
@@ -158,3 +162,16 @@ def test_a_torn_line_longer_than_a_chunk_is_found(tmp_path: Path):
     path.write_bytes(b'{"a": 1}\n' + b'{"b": "' + b"x" * 2_500_000)
     assert cut_torn_tail(path) == 2_500_007
     assert path.read_bytes() == b'{"a": 1}\n'
+
+
+@pytest.mark.parametrize("other", ["x.jsonl", "x", "x.jsonl.gz", "x.json.gz"])
+def test_an_output_does_not_take_the_place_of_another_files_manifest(tmp_path: Path, other: str):
+    require_own_manifest_place(tmp_path / "x.json")
+    (tmp_path / other).write_text("{}")
+    with pytest.raises(UserError, match=rf"belongs to {other} .* such as x-2\.json$"):
+        require_own_manifest_place(tmp_path / "x.json")
+    write_manifest(tmp_path / "x.json", {"status": "unfinished"})  # begun before
+    require_own_manifest_place(tmp_path / "x.json")
+    (tmp_path / other).unlink()
+    with pytest.raises(UserError, match=r"belongs to x\.json beside it"):
+        require_own_manifest_place(tmp_path / "x.jsonl")

@@ -320,6 +320,21 @@ def test_inputs_that_are_unfinished_or_the_output_are_refused(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_file_whose_manifest_would_be_another_one_s_is_refused(tmp_path: Path) -> None:
+    scorer = "function:test_score_stage:length_of"
+    raw = tmp_path / "c.jsonl"
+    write_candidate_sets(raw, some_sets(), {})
+    before = manifest_path(raw).read_bytes()
+    with pytest.raises(UserError, match=r"belongs to c\.jsonl"):
+        score_file(config_of(str(raw), tmp_path / "c.json", scorer))
+    assert manifest_path(raw).read_bytes() == before
+    manifest_path(raw).unlink()
+    with pytest.raises(UserError, match=r"belongs to c\.jsonl"):
+        score_file(config_of(str(raw), tmp_path / "c.json", scorer))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl"]
+    score_file(config_of(str(raw), tmp_path / "d.json", scorer))
+
+
 def test_mistakes_leave_no_file_behind(candidates: str, tmp_path: Path) -> None:
     base = language_model_folder(tmp_path / "lm")
     raw = tmp_path / "raw.jsonl"

@@ -26,6 +26,7 @@ from rrhf.files import (
     explained_os_errors,
     forget_manifest,
     replaced_file,
+    require_own_manifest_place,
     sha256_file,
     write_manifest,
 )
@@ -94,6 +95,8 @@ def convert(config: ConvertConfig) -> dict[str, int]:
             os.makedirs(config.output, exist_ok=True)
         parts = split_by_first_turn(sets, config.parts, config.seed)
         outputs = {str(Path(config.output) / f"{name}.jsonl"): part for name, part in parts.items()}
+    for path in outputs:
+        require_own_manifest_place(path)
     manifest = {
         "made_by": "rrhf data convert",
         "data": config.data,

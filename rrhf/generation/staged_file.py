@@ -22,6 +22,7 @@ from rrhf.files import (
     file_digest,
     manifest_path,
     read_manifest,
+    require_own_manifest_place,
     write_manifest,
 )
 from rrhf.generation.parts import POLL_SECONDS, STALLED_SECONDS, PartAppender, Parts
@@ -147,6 +148,7 @@ class StagedFile:
         """
         if not self._is_first:
             return self._wait_for_beginning(settings)
+        require_own_manifest_place(self.output)
         self.parts.remove_half_written()
         manifest = read_manifest(self.output)
         place = manifest_path(self.output)
