@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -175,6 +176,38 @@ def test_a_failed_convert_leaves_the_output(
         assert main(["data", "convert", *words]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("output", ["hh.jsonl", "sub/../hh.jsonl", "link.jsonl"])
+def test_the_file_that_is_read_is_not_replaced(
+    hh_file: Path, output: str, capsys: pytest.CaptureFixture[str]
+):
+    (hh_file.parent / "sub").mkdir()
+    (hh_file.parent / "link.jsonl").symlink_to(hh_file)
+    before = hh_file.read_bytes()
+    assert main(["data", "convert", f"{hh_file}:0.5", f"{hh_file.parent}/{output}"]) == 2
+    assert "is the file that is read; choose another" in capsys.readouterr().err
+    parts = ["--parts", "{hh: 0.5, other: 0.5}"]
+    assert main(["data", "convert", str(hh_file), str(hh_file.parent), *parts]) == 2
+    assert hh_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.parquet", "x.csv.gz"])
+def test_names_of_other_formats_are_refused(
+    hh_file: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["data", "convert", str(hh_file), str(tmp_path / name)]) == 2
+    assert "name it .jsonl" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("form", ["candidates", "preference", "prompts"])
+def test_gz_is_packed(hh_file: Path, tmp_path: Path, form: str):
+    packed, plain = tmp_path / "packed.jsonl.gz", tmp_path / "plain.jsonl"
+    for path in (packed, plain):
+        assert main(["data", "convert", str(hh_file), str(path), "--to", form]) == 0
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
+    assert main(["data", "stats", str(packed)]) == 0
 
 
 def test_nothing_to_write_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -582,6 +582,15 @@ def test_mistakes_are_told_before_anything_is_loaded(change, word):
         GenerateConfig(**{"model_name_or_path": "m", "prompts": "p", "output_file": "o", **change})
 
 
+def test_the_prompts_are_not_the_output(tmp_path):
+    mine = tmp_path / "in.jsonl"
+    mine.write_text('{"prompt": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to(mine)
+    for output in (mine, tmp_path / "x" / ".." / "in.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(UserError, match="is the file that is read; choose another"):
+            config_of("m", str(mine), output)
+
+
 def test_a_missing_model_or_file_leaves_nothing_behind(model_folder, prompts, tmp_path):
     with pytest.raises(UserError, match="no such model folder"):
         generate_file(config_of(str(tmp_path / "gone"), prompts, tmp_path / "a" / "out.jsonl"))

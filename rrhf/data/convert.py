@@ -7,6 +7,7 @@ the hashes of the local files that it was made from.
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.columns import ColumnOptions
 from rrhf.data.jsonl import encode_row
 from rrhf.data.layouts import SourceCounts
-from rrhf.data.mixing import load_sets, parse_mixture
+from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
 from rrhf.data.views import pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.files import (
@@ -35,6 +36,8 @@ from rrhf.records import CandidateSet
 from rrhf.seals import EditedFiles, seal
 
 _PART_NAME = re.compile(r"[\w+-](?:[\w .+-]{0,98}[\w+-])?")
+
+_OTHER_FORMATS = (".csv", ".tsv", ".parquet", ".arrow")
 
 Form = Literal["candidates", "preference", "prompts"]
 
@@ -71,6 +74,20 @@ class ConvertConfig(EditedFiles, ColumnOptions):
                 )
             if isinstance(share, bool) or not isinstance(share, (int, float)):
                 raise UserError(f"--parts: {name}: {share!r} is no share; give a number like 0.5")
+        for path in self.files():
+            require_not_read(path, self.data, "output")
+        kind = Path(self.output.removesuffix(".gz")).suffix
+        if not self.parts and kind in _OTHER_FORMATS:
+            raise UserError(
+                f"output {self.output}: JSON lines are written, which {kind} is no name for; "
+                "name it .jsonl or .jsonl.gz"
+            )
+
+    def files(self) -> list[str]:
+        """The files to write: the output, or one for each part."""
+        if not self.parts:
+            return [self.output]
+        return [str(Path(self.output) / f"{name}.jsonl") for name in self.parts]
 
 
 def convert(config: ConvertConfig) -> dict[str, int]:
@@ -167,8 +184,13 @@ def _turns(item: CandidateSet) -> list[dict[str, str]]:
 
 def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> int:
     with replaced_file(path) as file:
-        for row in rows:
-            file.write(encode_row(row))
+        lines = (encode_row(row) for row in rows)
+        if path.endswith(".gz"):
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+                for line in lines:
+                    packed.write(line)
+        else:
+            file.writelines(lines)
         forget_manifest(path)
     sealed = seal(file.digest, len(rows))
     write_manifest(path, {"status": COMPLETE, **manifest, **sealed})

@@ -38,6 +38,7 @@ from rrhf.data.layouts import (
 )
 from rrhf.data.sources import JSON_SUFFIXES, open_rows, read_sets
 from rrhf.errors import UserError
+from rrhf.files import is_same_file
 from rrhf.records import CandidateSet, set_id
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,29 @@ def parse_mixture(specs: str | Sequence[str]) -> list[SourceSpec]:
             "no data named; give a path, or name[:proportion[:path]], several separated by commas"
         )
     return parts
+
+
+def require_not_read(output: str, specs: str, name: str = "output_file") -> None:
+    """Refuse an output that is one of the files that a mixture reads, however it is spelt.
+
+    A mixture that cannot be read is left to whoever reads it.
+
+    Args:
+        output: the file that is to be written.
+        specs: the mixture.
+        name: of the setting that gives the output.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        parts = parse_mixture(specs)
+    except UserError:
+        return
+    for spec in parts:
+        place = os.path.expanduser(spec.path or spec.name)
+        if os.path.isfile(place) and is_same_file(place, output):
+            raise UserError(f"{name} {output}: is the file that is read; choose another")
 
 
 def _parse_part(text: str) -> SourceSpec:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from rrhf.data.columns import ColumnOptions
+from rrhf.data.mixing import require_not_read
+from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import INDEX, POSITIVE, SEED, check_ranges
@@ -109,6 +111,8 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
                 f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
                 "drop the .gz of its name"
             )
+        if prompt_text(self.prompts) is None:
+            require_not_read(self.output_file, self.prompts)
 
     def sampling_params(self) -> SamplingParams:
         """The settings of an engine.

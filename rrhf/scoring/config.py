@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
+from rrhf.files import is_same_file
 from rrhf.ranges import COUNT, INDEX, POSITIVE, check_ranges
 from rrhf.seals import EditedFiles
 
@@ -105,7 +105,7 @@ class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
                 f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
                 "drop the .gz of its name"
             )
-        if Path(self.output_file).absolute() == Path(self.input_file).absolute():
+        if is_same_file(self.output_file, self.input_file):
             raise UserError(
                 f"output_file {self.output_file}: is the file that is read; choose another"
             )
