@@ -168,6 +168,13 @@ def _step_of(line: bytes) -> float:
     return step if isinstance(step, (int, float)) else -math.inf
 
 
+def _not_ours(path: Path) -> UserError:
+    return UserError(
+        f"{path}: was not written by a run, which would overwrite it; move it elsewhere, or choose "
+        "another --output_dir"
+    )
+
+
 def told_changes(changed: Sequence[tuple[str, Any, Any]]) -> str:
     """Lines of (name, value before, value now); of many, as from another command, the first."""
     lines = [f"  {name} was {was!r} and is {now!r}" for name, was, now in changed[:_MOST_CHANGES]]
@@ -230,8 +237,9 @@ class RunFolder:
 
         Raises:
             UserError: another process holds the folder; it cannot be written; it holds a run and
-                `resume` is off.
+                `resume` is off; files of the names that a run writes are not of one.
         """
+        self._require_ours()
         with explained_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._probe()
@@ -291,11 +299,12 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
 
     def require_free(self) -> None:
-        """Refuse a folder that holds a run already.
+        """Refuse a folder that holds a run already, or files that would be overwritten.
 
         Raises:
             UserError: it does.
         """
+        self._require_ours()
         earlier = self._earlier_run()
         if earlier is None:
             return
@@ -305,6 +314,15 @@ class RunFolder:
             else "continue it with --resume_from_checkpoint, or"
         )
         raise UserError(f"{self.path}: holds {earlier} run; {way} choose another --output_dir")
+
+    def _require_ours(self) -> None:
+        """Refuse a manifest.json or settings.json that no run wrote."""
+        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        if manifest is not None:
+            if manifest.get("status") not in (COMPLETE, UNFINISHED):
+                raise _not_ours(manifest_path(self.path))
+        elif self._settings_path.exists() and not are_settings(self._settings_path):
+            raise _not_ours(self._settings_path)
 
     def _earlier_run(self) -> str | None:
         """ "a finished" or "an unfinished" where the folder holds a run, else None."""
@@ -363,7 +381,15 @@ class RunFolder:
         """Say that the run is whole: the manifest, written after everything else."""
         self.metrics.sync()
         self.samples.sync()
-        write_manifest(self.path, {"status": COMPLETE, **manifest})
+        had = {_HAD: True} if self._has_had_checkpoints() else {}
+        write_manifest(self.path, {"status": COMPLETE, **manifest, **had})
+
+    def drop_checkpoints(self) -> None:
+        """Delete them where nothing is to go on from them: none of them is lost then."""
+        manifest = read_manifest(self.path)
+        if manifest is not None and manifest.pop(_HAD, None):
+            write_manifest(self.path, manifest)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the folder; without `finish` before, its manifest goes on saying unfinished."""

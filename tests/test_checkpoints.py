@@ -197,6 +197,19 @@ def power_cut(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     monkeypatch.setattr(PolicyHistory, "save", cut_power)
 
 
+def test_a_finished_run_that_lost_all_does_not_begin_anew(
+    finished: Path, model: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "policy")
+    shutil.rmtree(run / "checkpoints")
+    before = metrics_of(run)
+    with pytest.raises(UserError, match="the run had checkpoints, and none is there any more"):
+        training_job.train(model, str(run), resume=True, **FOUR_STEPS)
+    assert metrics_of(run) == before
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     finished: Path, model: str, tmp_path: Path
 ) -> None:

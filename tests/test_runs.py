@@ -127,9 +127,32 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path):
 )
 def test_what_a_killed_run_left_is_not_overwritten(tmp_path: Path, left: str):
     (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / left).write_text("{}\n")
+    (tmp_path / left).write_text('{"output_dir": "run"}\n')
     with pytest.raises(UserError, match="an unfinished run"):
         RunFolder(tmp_path).open({}, resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("manifest.json", '{"name": "my web app"}'),
+        ("manifest.json", '{"status": "fine"}'),
+        ("settings.json", '{"editor": "mine"}'),
+        ("settings.json", "// of another program"),
+        ("settings.json", "[]"),
+    ],
+)
+def test_files_of_other_programs_are_left_alone(
+    tmp_path: Path, name: str, text: str, resume: bool
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: .* choose another --output_dir"):
+        RunFolder(tmp_path).open({"output_dir": str(tmp_path)}, resume)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, text)]
+    if not resume:
+        with pytest.raises(UserError, match=rf"{name}: .* choose another --output_dir"):
+            RunFolder(tmp_path).require_free()
 
 
 def test_other_files_in_the_folder_are_no_run(tmp_path: Path):
@@ -182,6 +205,21 @@ def test_a_finished_run_is_known_by_its_settings(tmp_path: Path):
         run.finished_model({**again, "seed": 2})
     run.policy.rmdir()  # the last checkpoint can make it again
     assert run.finished_model(again) is None
+
+
+def test_a_finished_run_remembers_that_it_had_checkpoints(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open({}, resume=False)
+    run.note_checkpoint()
+    run.finish({})
+    run.close()
+    run.open({}, resume=True)
+    with pytest.raises(UserError, match="none is there any more"):
+        run.require_no_lost_checkpoints()
+    run.drop_checkpoints()  # on purpose: not lost
+    run.require_no_lost_checkpoints()
+    assert not run.checkpoints.exists()
+    run.close()
 
 
 def test_resume_of_nothing_begins(tmp_path: Path):

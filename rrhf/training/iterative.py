@@ -34,7 +34,7 @@ from rrhf.generation.stage import generate_file
 from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
-from rrhf.runs import settings_file
+from rrhf.runs import RunFolder, settings_file
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
@@ -154,7 +154,7 @@ class _Rounds:
             logger.info("%s from %s", where, start)
             self._do(where, lambda: rank.train(ranking))
         if self.is_main:  # no later round goes on with this one's optimiser
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            RunFolder(run).drop_checkpoints()
 
     def _evaluated(self, number: int) -> dict[str, Any] | None:
         """What a round's policy answers to held-out prompts, and what the scorer says of it."""
