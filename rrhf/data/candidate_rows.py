@@ -140,7 +140,7 @@ class RowReader:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 self.fault(field, f"must be a number or null, is {kind_of(value)}; fix the score")
-            elif not _is_finite(value):
+            elif not is_finite(value):
                 self.fault(
                     field,
                     f"is {value!r:.30}, no finite number; give the score, or null where there is "
@@ -203,7 +203,8 @@ class RowReader:
         return values
 
 
-def _is_finite(value: int | float) -> bool:
+def is_finite(value: int | float) -> bool:
+    """Whether a number can be held as a finite float, which an integer may be too large for."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond what a float can hold

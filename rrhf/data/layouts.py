@@ -34,6 +34,7 @@ from typing import Any
 from rrhf.data.candidate_rows import (
     OTHER_SCORES,
     RowError,
+    is_finite,
     kind_of,
     not_in_first_row,
     parse_candidate_set,
@@ -294,6 +295,12 @@ def _with_score(reading: Reading, reply: str, column: str) -> CandidateSet | Non
             column,
             f"must be a number, is {kind_of(score)}; fix it, or leave the column out: --columns "
             f"unread={column}",
+        )
+    if not is_finite(score):
+        raise reading.wrong(
+            column,
+            f"is {score!r:.30}, no finite number; give the score, or leave the column out: "
+            f"--columns unread={column}",
         )
     found = reading.find_prompt()
     if found is None:
