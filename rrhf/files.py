@@ -49,6 +49,22 @@ _CHUNK_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 18
 
 
+def with_home_folder(path: PathLike) -> Path:
+    """A path with the home folder in place of its `~` or `~name`.
+
+    Raises:
+        UserError: nobody here has that name, and no file has it either.
+    """
+    text = os.fspath(path)
+    found = Path(os.path.expanduser(text))
+    if found.parts and found.parts[0].startswith("~") and not found.exists():
+        raise UserError(
+            f"{text}: {found.parts[0]} is no home folder here; give the whole path, or ./{text} "
+            "where the name itself begins with ~"
+        )
+    return found
+
+
 @contextmanager
 def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn a full disk, a read-only place or a missing folder into a `UserError` with the fix.

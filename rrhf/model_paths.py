@@ -14,11 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, read_manifest
+from rrhf.files import COMPLETE, read_manifest, with_home_folder
 from rrhf.runs import are_settings, settings_file
 from rrhf.sealed_folders import MANIFEST, DamagedManifest, differences, our_manifest
 from rrhf.seals import ACCEPT_FLAG
@@ -31,8 +32,14 @@ MODEL_FILE = "config.json"
 MODEL_NAMES = ("policy", "reward_model")
 """Where a run's main model stands."""
 
-# What a loader may read; a note or a picture that a user adds is no part of a model.
-_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", ".bin", ".py")
+# What a loader may open; a note or a picture that a user adds is no part of a model.
+_LOADED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"),
+    *("*.py", "*.jinja", "chat_template.*", "additional_chat_templates/*"),
+    *("*.model", "*.spm", "*.bpe", "*.tiktoken", "*vocab*.json", "*vocab*.txt", "dict.txt"),
+    *("merges*.txt", "tokenizer*.json", "normalizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "*config.json", "*.index.json"),
+)
 # What a setting that may be a model says that it names.
 _MODEL_KINDS = ("model", "scorer", "model or file")
 
@@ -54,7 +61,7 @@ def model_folder(name_or_path: str | Path) -> str:
         UserError: a run folder that holds no model, or several of which none is the main one.
     """
     text = str(name_or_path)
-    path = Path(text).expanduser()
+    path = with_home_folder(text)
     plain = str(path) if text.startswith("~") else text
     if not path.is_dir() or holds_model(path):
         return plain
@@ -79,7 +86,7 @@ def check_model_path(name_or_path: str | Path) -> None:
         UserError: the folder is missing, or holds no config.json, or is a run without a model.
     """
     text = str(name_or_path)
-    given = Path(text).expanduser()
+    given = with_home_folder(text)
     looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or given.exists()
     if not looks_local:
         return
@@ -158,7 +165,7 @@ def _local_models(config: Any) -> Iterator[Path]:
         named = getattr(config, item.name)
         if item.metadata.get("names") in _MODEL_KINDS or item.name == "reward_base":
             for path in named if isinstance(named, list) else [named]:
-                if path and Path(path).expanduser().is_dir():
+                if path and with_home_folder(path).is_dir():
                     yield Path(model_folder(path))
 
 
@@ -169,8 +176,13 @@ def _told(folder: Path, manifest: Mapping[str, Any], deep: bool) -> list[str]:
     return [
         difference
         for name, difference in differences(folder, manifest, deep)
-        if name is None or name in known or name.endswith(_MODEL_SUFFIXES)
+        if name is None or name in known or _is_loaded(name)
     ]
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether a loader may open a file, given by its path in the model folder."""
+    return any(fnmatchcase(name, one) or fnmatchcase(Path(name).name, one) for one in _LOADED)
 
 
 def _main_model(run: Path) -> str | None:

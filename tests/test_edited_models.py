@@ -58,6 +58,12 @@ DAMAGES: dict[str, Damage] = {
     "more weights added": added("model-00002-of-00002.safetensors"),
     "pickled weights added": added("pytorch_model.bin"),
     "a template added": added("chat_template.jinja", b"{{ messages }}"),
+    "a vocabulary added": added("vocab.json"),
+    "merges added": added("merges.txt"),
+    "a list of words added": added("vocab.txt"),
+    "special tokens added": added("added_tokens.json"),
+    "an index of weights added": added("model.safetensors.index.json"),
+    "a versioned tokenizer added": added("tokenizer.4.0.json"),
     "code added": added("modeling.py", b"import os"),
 }
 
@@ -124,7 +130,11 @@ def test_small_files_and_sizes_are_looked_at_first(
 
 def test_what_no_loader_reads_may_be_added(world: Path, tmp_path: Path) -> None:
     folder = copied(world, "policy", tmp_path)
-    for name in ("README.md", "LICENSE", "loss.png", ".DS_Store", ".config.json.swp"):
+    (folder / "eval").mkdir()
+    for name in (
+        *("README.md", "LICENSE", "loss.png", ".DS_Store", ".config.json.swp"),
+        *("notes.txt", "notes.json", "requirements.txt", "eval/results.json"),
+    ):
         (folder / name).write_text("of the user's own")
     assert load_causal_lm(folder).num_parameters() > 0
 

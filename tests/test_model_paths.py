@@ -13,12 +13,14 @@ from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rrhf.cli.flags import with_home
 from rrhf.cli.main import main
 from rrhf.errors import UserError
 from rrhf.files import read_manifest, write_manifest
-from rrhf.model_paths import check_model_path, model_folder
+from rrhf.model_paths import check_model_path, model_folder, require_as_written
 from rrhf.models.loading import load_causal_lm
 from rrhf.runs import RunFolder, settings_file
+from rrhf.scoring.stage import scorer_fingerprint
 
 torch.set_num_threads(1)
 
@@ -65,6 +67,30 @@ def test_home_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model_folder("~/policy_run") == str(world / "policy_run" / "policy")
     assert model_folder("~/model") == str(world / "model")
     assert load_causal_lm("~/model").num_parameters() > 0
+
+
+def test_the_home_folder_of_nobody_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, output = "--model_name_or_path=~nosuchuser/x", "--output_dir=o"
+    for words in (
+        ["train", "sft", model, output, "--data_path=d"],
+        ["train", "sft", "--model_name_or_path=m", "--output_dir=~nosuchuser/x", "--data_path=d"],
+        ["train", "sft", "--config=~nosuchuser/x"],
+        ["score", "--input_file=i", "--output_file=o", "--scorer=~nosuchuser/x"],
+    ):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert told.count("error: ") == 1 and "Traceback" not in told
+        assert "~nosuchuser/x: ~nosuchuser is no home folder here" in told
+    assert not list(tmp_path.iterdir())
+    for look in (model_folder, check_model_path, require_as_written, scorer_fingerprint):
+        with pytest.raises(UserError, match="~nosuchuser is no home folder here"):
+            look("~nosuchuser/x")
+    (tmp_path / "~nosuchuser").mkdir()
+    (tmp_path / "~nosuchuser" / "x").touch()  # a name of its own
+    assert with_home("~nosuchuser/x") == model_folder("~nosuchuser/x") == "~nosuchuser/x"
 
 
 def test_runs_of_earlier_versions_are_known(world: Path, tmp_path: Path) -> None:

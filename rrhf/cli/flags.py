@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -38,6 +37,7 @@ from rrhf.cli.values import (
 )
 from rrhf.cli.words import meanings, spelt_out
 from rrhf.errors import EXIT_DONE, UserError
+from rrhf.files import with_home_folder
 
 T = TypeVar("T")
 
@@ -264,13 +264,15 @@ def with_home(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     home = os.path.expanduser("~")
-    value = os.path.expanduser(value)
+    if value.startswith("~"):
+        with_home_folder(value)  # or refused
+        value = os.path.expanduser(value)
     return re.sub(r"(?<=[,:])(\s*)~(?=/|$)", lambda found: found.group(1) + home, value)
 
 
 def read_config_text(config: str) -> str:
     """The text of a configuration file, or of a preset where the name is one."""
-    path = Path(config).expanduser()
+    path = with_home_folder(config)
     if path.is_file():
         try:
             with open(path, encoding="utf-8") as file:

@@ -35,6 +35,7 @@ from rrhf.files import (
     manifest_path,
     read_manifest,
     sha256_file,
+    with_home_folder,
     write_manifest,
 )
 from rrhf.generation.parts import PartAppender
@@ -411,7 +412,7 @@ def scorer_fingerprint(spec: str) -> str:
     Raises:
         UserError: it names a function that is not there.
     """
-    path = Path(spec).expanduser()
+    path = with_home_folder(spec)
     if path.is_file():
         return sha256_file(path)
     if spec.startswith("function:"):
