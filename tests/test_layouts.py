@@ -260,3 +260,41 @@ def test_later_rows_follow_the_first():
     query = find_layout({"query": "q"}, "f:1")
     with pytest.raises(RowError, match="missing in the file's first row"):
         read_row(query, {"query": "q", "responses": []}, "f:2", SourceCounts())
+
+
+Q, A, B = ("user", "q"), ("assistant", "a"), ("assistant", "b")
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": chat(Q)},
+        {"messages": chat(Q, A)},
+        {"messages": chat(Q), "answer": "a"},
+        {"prompt": chat(Q), "chosen": chat(A), "rejected": chat(B)},
+        {"prompt": chat(Q), "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": chat(A), "rejected": chat(B)},
+        {"prompt": "q", "chosen": chat(Q, A), "rejected": chat(Q, B)},
+        {"chosen": chat(Q, A), "rejected": chat(Q, B)},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": chat(Q), "completion": chat(A)},
+        {"dialogue": ["q", "a"]},
+        {"input": "q", "output": "a"},
+    ],
+)
+def test_a_system_column_comes_first_in_every_conversation(row: dict, column: str):
+    counts = SourceCounts()
+    found = read({**row, column: "Be kind."}, counts)
+    assert found is not None
+    assert found.messages == (Message("system", "Be kind."), Message("user", "q"))
+    assert [c.response for c in found.candidates] in (["a"], ["a", "b"], [])
+    assert column not in counts.unread[""]
+
+
+def test_turns_with_a_system_turn_keep_it_and_the_column_is_named():
+    counts = SourceCounts()
+    found = read({"messages": chat(("system", "own"), Q, A), "system": "other"}, counts)
+    assert found is not None
+    assert found.messages == (Message("system", "own"), Message("user", "q"))
+    assert counts.unread[""] == ["system"]

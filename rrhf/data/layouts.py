@@ -105,7 +105,8 @@ def _pair_of_conversations(
     prompt = reading.prompt(chosen[0])
     if prompt is None:
         return None
-    return reading.made(prompt, ((CHOSEN_SOURCE, chosen[1]), (REJECTED_SOURCE, rejected[1])))
+    replies = ((CHOSEN_SOURCE, chosen[1]), (REJECTED_SOURCE, rejected[1]))
+    return reading.made(reading.with_system(prompt), replies)
 
 
 def _read_preference(reading: Reading) -> CandidateSet | None:
@@ -203,7 +204,7 @@ def _read_raw_sample(reading: Reading) -> CandidateSet | None:
         return _conversation(reading, turns)
     if len(replies) == 1 and _is_unwanted(reading):
         return None
-    return reading.made(turns, replies)
+    return reading.made(reading.with_system(turns), replies)
 
 
 def _is_unwanted(reading: Reading) -> bool:
@@ -237,7 +238,8 @@ def _conversation(reading: Reading, turns: tuple[Message, ...]) -> CandidateSet 
     prompt = reading.prompt(before)
     if prompt is None:
         return None
-    return reading.made(prompt, ((CHOSEN_SOURCE, reply),) if len(before) < len(turns) else ())
+    replies = ((CHOSEN_SOURCE, reply),) if len(before) < len(turns) else ()
+    return reading.made(reading.with_system(prompt), replies)
 
 
 def _read_messages(reading: Reading) -> CandidateSet | None:

@@ -201,12 +201,22 @@ class Reading:
             query = (Message("user", asked),) if isinstance(asked, str) else asked
         if query is None:
             return None
+        if isinstance(query, str):
+            turns = self.with_system((Message("user", query),))
+            return (query if len(turns) == 1 else turns), query_format
+        return self.with_system(query), query_format
+
+    def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The turns after the text of the row's system column, unless they have one of their own.
+
+        Raises:
+            RowError: the column holds no text.
+        """
+        if any(turn.role == "system" for turn in turns):
+            return turns
         system = self.reader.text(first_of(self.row, SYSTEM) or SYSTEM[0], default="")
         self.raise_faults()
-        if system.strip():
-            turns = (Message("user", query),) if isinstance(query, str) else query
-            query = (Message("system", system), *turns)
-        return query, query_format
+        return (Message("system", system), *turns) if system.strip() else turns
 
     def _context(self) -> str:
         """What an instruction is about."""
