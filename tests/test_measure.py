@@ -1,5 +1,7 @@
 """Held-out losses are sums over global counts, as in training."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_llama
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.progress import Progress
 from rrhf.training.measure import measure
 from rrhf.training.parallel import Parallel
 from rrhf.training.update import Term
@@ -57,3 +60,16 @@ def test_measure_leaves_no_gradient() -> None:
     policy = Policy(tiny_llama())
     measure(policy, TwoTerms(), EXAMPLES, 2, 2, Parallel())
     assert all(p.grad is None for p in policy.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_progress_on_two_ranks_ends_at_the_number_of_examples(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Progress, "advance", lambda self, count=1: told.append(count))
+    parallel: Any = Parallel()
+    parallel.rank, parallel.world_size = 0, 2
+    parallel.sum = lambda rows: rows
+    measure(Policy(tiny_llama()), TwoTerms(), EXAMPLES[:count], 2, 1, parallel)
+    assert sum(told) == count

@@ -58,8 +58,13 @@ def measure(
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
+    told = 0
     with Progress("evaluate", len(examples), "example") as progress:
         for batch in (batch for batches in stream for batch in batches):
+            # Counted where it was collated; a filler of another rank is no example.
+            examples_done = int((batch.prompt_weights > 0).sum()) * parallel.world_size
+            examples_done = min(examples_done, len(examples) - told)
+            told += examples_done
             batch = batch.to(parallel.device)
             denominators = objective.denominators(batch)
             for name, term in objective(model(batch), batch).items():
@@ -67,7 +72,7 @@ def measure(
                 _add(losses, name, term.total, denominators[name])
                 for key, (total, count) in term.metrics.items():
                     _add(metrics, key, total, count)
-            progress.advance(int((batch.prompt_weights > 0).sum()) * parallel.world_size)
+            progress.advance(examples_done)
     rows = [*losses.values(), *metrics.values()]
     summed = parallel.sum(torch.stack(rows))
     means = [float(total / count) if count else 0.0 for total, count in summed]
