@@ -587,3 +587,21 @@ def test_a_cell_holds_tabs_and_line_breaks_in_quotes(tmp_path: Path) -> None:
     assert main(["data", "convert", str(path), str(out)]) == 0
     [found] = read_candidate_sets(out)
     assert (found.query, found.candidates[0].response) == ("a\tb\nc", 'say "hi"')
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('\ufeff{"prompt": "p"}\n', 1),
+        ('\n \n{"prompt": "p"}\n', 1),
+        ('[{"prompt": "p"},\n{"prompt": "q"}]\n', 2),
+        ("[INST] p\n[1]\n", 2),
+        ("[1, 2]\n", 1),
+    ],
+)
+def test_a_text_that_is_json_is_read_as_json(text: str, prompts: int, tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_text(text)
+    found = load_sets(str(path))
+    assert len(found) == prompts
+    assert (found[0].query == "p") == ("prompt" in text)

@@ -298,3 +298,30 @@ def test_turns_with_a_system_turn_keep_it_and_the_column_is_named():
     assert found is not None
     assert found.messages == (Message("system", "own"), Message("user", "q"))
     assert counts.unread[""] == ["system"]
+
+
+T = "\n\nHuman: q\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": chat(Q), "chosen": chat(Q, A), "rejected": chat(Q, B)},
+        {"prompt": chat(Q), "chosen": chat(Q, A), "rejected": chat(B)},
+        {"prompt": "q", "chosen": f"{T}a", "rejected": f"{T}b"},
+        {"question": "q", "chosen": f"{T}a", "rejected": f"{T}b"},
+        {"prompt": chat(Q), "completion": chat(Q, A)},
+        {"prompt": "q", "completion": chat(Q, A)},
+    ],
+)
+@pytest.mark.parametrize("system", [None, "s"])
+def test_a_prompt_that_the_replies_repeat_is_not_doubled(row: dict, system: str | None):
+    found = kept({**row, "system": system})
+    first = (Message("system", "s"),) if system else ()
+    assert found.messages == (*first, Message("user", "q"))
+    assert replies(found) == pair("a", "b")[: len(found.candidates)]
+
+
+def test_an_empty_list_of_replies_has_been_read():
+    row = {"instruction": "q", "completions": [], "correct_answers": ["None"]}
+    assert kept(row).candidates == ()

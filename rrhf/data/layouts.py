@@ -124,8 +124,18 @@ def _read_preference(reading: Reading) -> CandidateSet | None:
             return None
         prompt = (Message("user", found[0]),) if isinstance(found[0], str) else found[0]
     return _pair_of_conversations(
-        reading, _without_reply(prompt + chosen), _without_reply(prompt + rejected)
+        reading, _without_reply(_joined(prompt, chosen)), _without_reply(_joined(prompt, rejected))
     )
+
+
+def _joined(prompt: tuple[Message, ...], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The prompt and the turns behind it, which may repeat it, with or without its system turn."""
+    asked = tuple(turn for turn in prompt if turn.role != "system")
+    if turns[: len(prompt)] == prompt:
+        return turns
+    if asked and turns[: len(asked)] == asked:
+        return prompt[: len(prompt) - len(asked)] + turns
+    return prompt + turns
 
 
 def _read_text_preference(reading: Reading) -> CandidateSet | None:
@@ -142,11 +152,24 @@ def _read_text_preference(reading: Reading) -> CandidateSet | None:
     if not isinstance(given, str):
         assert not isinstance(query, str), "a conversation is no text"
         return _pair_of_conversations(reading, (query, chosen), (query, rejected))
+    if all(_repeats(given, text) for text in (chosen, rejected)):
+        return _read_transcripts(reading)
     if chosen.startswith(given) and rejected.startswith(given):
         chosen, rejected = chosen[len(given) :], rejected[len(given) :]
     if is_hh_prompt(given):
         chosen, rejected = chosen.removeprefix(" "), rejected.removeprefix(" ")
     return reading.made(query, ((CHOSEN_SOURCE, chosen), (REJECTED_SOURCE, rejected)), query_format)
+
+
+def _repeats(prompt: str, text: str) -> bool:
+    """Whether a text is an HH transcript in which a plain prompt is the user's first or last turn
+    before the reply."""
+    if not text.lstrip("\n").startswith("Human:"):
+        return False
+    turns, reply = _without_reply(parse_hh_transcript(text))
+    asked = Message("user", prompt.strip())
+    ends = [Message(turn.role, turn.content.strip()) for turn in (*turns[:1], *turns[-1:])]
+    return bool(reply) and asked in ends
 
 
 def _holds_transcripts(reading: Reading) -> bool:
@@ -273,7 +296,7 @@ def _read_reply(reading: Reading) -> CandidateSet | None:
             return None
         asked = found[0]
         before = (Message("user", asked),) if isinstance(asked, str) else asked
-        return _conversation(reading, before + turns)
+        return _conversation(reading, _joined(before, turns))
     reply = reading.reader.text(column)
     reading.raise_faults()
     found = reading.find_prompt()
@@ -442,6 +465,12 @@ def _holds_objects(row: Mapping[str, Any]) -> bool:
     return isinstance(replies, list) and any(isinstance(x, (dict, list)) for x in replies)
 
 
+def _has_reply_list(reading: Reading) -> bool:
+    """Whether a list of replies was read, be it empty."""
+    row = reading.row
+    return any(name in row.read and isinstance(row.get(name), list) for name in REPLY_LISTS)
+
+
 def read_row(
     layout: Layout, row: Any, where: str, counts: SourceCounts, source: str = ""
 ) -> CandidateSet | None:
@@ -473,7 +502,9 @@ def read_row(
     found = layout.read(reading)
     if found is None:
         return None
-    if not found.candidates and (fault := replies_not_read(reading.row, where)):
+    if not (found.candidates or _has_reply_list(reading)) and (
+        fault := replies_not_read(reading.row, where)
+    ):
         raise RowError([fault])
     counts.kept += 1
     counts.layouts[layout.name] += 1

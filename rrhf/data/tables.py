@@ -104,17 +104,17 @@ def text_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Fault | None]]:
 
 
 def looks_like_json(path: str) -> bool:
-    """Whether the first line of a file with a text's name is a JSON object."""
+    """Whether a file with a text's name holds JSON: a first line with an object, or an array."""
     try:
         with open_bytes(path) as binary:
-            first = binary.readline(1 << 22).strip()
-    except UNREADABLE:
-        return False
-    if not first.startswith(b"{"):
-        return False
-    try:
-        return isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
+            first = binary.readline(1 << 22).removeprefix(b"\xef\xbb\xbf").strip()
+            while not first and (line := binary.readline(1 << 22)):
+                first = line.strip()
+            if first.startswith(b"["):
+                rows = json.loads(first + binary.read())
+                return bool(rows) and all(isinstance(row, dict) for row in rows)
+            return first.startswith(b"{") and isinstance(json.loads(first), dict)
+    except (*UNREADABLE, ValueError, RecursionError):
         return False
 
 
