@@ -93,6 +93,17 @@ def test_validate_tells_every_mistake_of_every_file(
     assert "Traceback" not in output.err
 
 
+def test_validate_refuses_a_file_that_leaves_no_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
+    assert main(["data", "validate", str(path)]) == 2
+    output = capsys.readouterr()
+    assert "good" not in output.out
+    assert f"{path}: leaves no rows: all 1 are left out (1 equal_replies)" in output.err
+
+
 # convert
 
 

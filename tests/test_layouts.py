@@ -325,3 +325,30 @@ def test_a_prompt_that_the_replies_repeat_is_not_doubled(row: dict, system: str 
 def test_an_empty_list_of_replies_has_been_read():
     row = {"instruction": "q", "completions": [], "correct_answers": ["None"]}
     assert kept(row).candidates == ()
+
+
+@pytest.mark.parametrize(
+    ("entries", "field"),
+    [
+        ([chat(A, ("user", "b"))], "responses[0][1].role"),
+        (
+            [[{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]],
+            "responses[0][1].role",
+        ),
+        ([[{"content": "a"}]], "responses[0][0].role"),
+        ([{"text": "a", "score": 1}, {"text": "b", "reward": 2}], "responses[1].score"),
+        ([{"text": "a", "rank": 1}, {"text": "b", "rating": 2}], "responses[0].rating"),
+    ],
+)
+def test_a_reply_that_is_not_the_assistants_or_scored_otherwise_is_a_mistake(
+    entries: list, field: str
+):
+    with pytest.raises(RowError) as caught:
+        read({"prompt": "p", "responses": entries})
+    assert caught.value.faults[0].startswith(f"f:1: {field}: is ")
+
+
+def test_the_last_turn_of_a_reply_is_read_in_either_form():
+    turn = {"from": "gpt", "value": "b"}
+    found = kept({"prompt": "q", "responses": [chat(Q, A), [turn]]})
+    assert [c.response for c in found.candidates] == ["a", "b"]

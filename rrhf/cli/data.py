@@ -95,6 +95,12 @@ def validate(argv: list[str]) -> int:
             mistakes.append(str(error))
             continue
         dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
+        if counts.kept == 0:
+            mistakes.append(
+                f"{path}: leaves no rows: all {counts.read} are left out ({dropped}); fix the "
+                "rows, or name another source"
+            )
+            continue
         left_out = f"; left out: {dropped}" if dropped else ""
         print(f"{path}: good, {counts.kept} of {counts.read} rows{left_out}")
         for line in describe_uses(path, counts, uses):

@@ -169,7 +169,7 @@ class Reading:
         """A conversation, whoever has the last word; ShareGPT's `from` and `value` are read too."""
         value = self.row.get(column)
         if isinstance(value, list):
-            value = [_as_turn(turn) for turn in value]
+            value = [as_turn(turn) for turn in value]
         reader = RowReader({column: value}, self.where)
         turns = reader.turns(column)
         self.reader.faults += reader.faults
@@ -223,7 +223,8 @@ class Reading:
         return self.reader.text(first_of(self.row, ("input", "context")) or "input", default="")
 
 
-def _as_turn(turn: Any) -> Any:
+def as_turn(turn: Any) -> Any:
+    """A turn under the keys `role` and `content`, where it has ShareGPT's."""
     if isinstance(turn, dict) and "from" in turn and "value" in turn:
         return {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
     return turn

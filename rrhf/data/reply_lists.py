@@ -14,7 +14,7 @@ from typing import Any
 
 from rrhf.data.candidate_rows import RowReader, kind_of, text_fault
 from rrhf.data.columns import REPLIES, REPLY_LISTS, SCORE_LISTS, SCORES, first_of
-from rrhf.data.reading import Reading
+from rrhf.data.reading import Reading, as_turn
 from rrhf.records import Candidate, CandidateSet
 
 _TEXT_KEYS = (*REPLIES, "text", "content", "value")
@@ -105,7 +105,15 @@ def _text_of(reading: Reading, entry: Any, place: str) -> str:
         entry, place = entry[key], f"{place}.{key}"
     elif isinstance(entry, list) and entry and isinstance(entry[-1], dict):
         # The reply as a conversation, which has one turn, or repeats the prompt before it.
-        entry, place = entry[-1].get("content"), f"{place}[{len(entry) - 1}].content"
+        turn, place = as_turn(entry[-1]), f"{place}[{len(entry) - 1}]"
+        if turn.get("role") != "assistant":
+            reading.reader.fault(
+                f"{place}.role",
+                f"is {kind_of(turn.get('role'))}; the last turn is the reply, so it must be the "
+                "assistant's",
+            )
+            return ""
+        entry, place = turn.get("content"), f"{place}.content"
     if reason := text_fault(entry):
         reading.reader.fault(place, reason)
         return ""
@@ -129,6 +137,14 @@ def _scores(reading: Reading, column: str, entries: Sequence[Any]) -> Sequence[f
     if not keys:
         return [None] * len(entries)
     key = keys[0]
+    for number, entry in enumerate(entries):
+        other = first_of(entry, keys) if isinstance(entry, dict) else None
+        if other is not None and entry.get(key) is None:
+            reading.reader.fault(
+                f"{column}[{number}].{key}",
+                f"is missing, but {other!r} is there; give every reply its {key!r}, or name the "
+                f"score that all have: --columns {key}=KEY",
+            )
     nested = [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
     # Read under the name that a message must show.
     inner = RowReader({f"{column}[].{key}": nested}, reading.where)
