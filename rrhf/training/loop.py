@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from rrhf.data.collate import TokenBatch
-from rrhf.errors import NonFiniteError, StoppedBySignal
+from rrhf.errors import NonFiniteError, StoppedBySignal, UserError
 from rrhf.models.finite import first_non_finite
 from rrhf.progress import Progress, figures
-from rrhf.runs import RunFolder
+from rrhf.runs import RunFolder, told_changes
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.training.best import BestModel
 from rrhf.training.checkpoint import Checkpointer
@@ -32,7 +32,12 @@ from rrhf.training.held_out_figures import held_out_figures
 from rrhf.training.kept_models import KeptModels
 from rrhf.training.model_folders import ModelFolders
 from rrhf.training.offload import TRAIN
-from rrhf.training.optim import build_optimizer, build_scheduler
+from rrhf.training.optim import (
+    apply_settings,
+    build_optimizer,
+    build_scheduler,
+    optimizer_settings,
+)
 from rrhf.training.parallel import Parallel
 from rrhf.training.phases import Phases, as_metrics
 from rrhf.training.sample_table import SampleTable
@@ -162,6 +167,7 @@ class _Loop:
         self.update = Update(model, optimizer, objective, parallel, config.max_grad_norm, run.path)
         self.config, self.folder = config, run
         self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
+        self.settings = optimizer_settings(optimizer)
         self.phases: Phases | None = None
         self.step = 0
         self.saved_step = -1
@@ -186,7 +192,33 @@ class _Loop:
         if isinstance(stream, LiveStream):
             stream.load_tensors(state["tensors"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self._take_changed_settings(state)
         self.cut_back(self.step, state)
+
+    def _take_changed_settings(self, state: dict[str, Any]) -> None:
+        """What the optimiser is told now holds, not what it was told before the checkpoint.
+
+        Raises:
+            UserError: it changed, and the optimiser is sharded.
+        """
+        is_sharded, now = self.parallel.is_sharded, self.settings
+        before = state.get("optimizer_settings")  # earlier checkpoints have none
+        if before is None:
+            before = now if is_sharded else optimizer_settings(self.optimizer)
+        if before == now:
+            return
+        if is_sharded:
+            changed = [
+                (name, was[name], its[name])
+                for was, its in zip(before, now, strict=False)
+                for name in its
+                if was[name] != its[name]
+            ]
+            raise UserError(
+                f"resume: the optimiser's settings changed:\n{told_changes(changed)}\nA sharded "
+                "optimiser goes on with its own; give the same, or start without sharding"
+            )
+        apply_settings(self.optimizer, self.scheduler, now)
 
     def cut_back(self, step: int, state: dict[str, Any]) -> None:
         """Forget what the run folder holds of steps after `step`; no state = of all."""
@@ -317,6 +349,7 @@ class _Loop:
             {
                 "stream": stream.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
+                "optimizer_settings": self.settings,
                 "metrics": self.metrics,
                 "evaluation": self.evaluation,
                 "evaluated_step": self.evaluated_step,

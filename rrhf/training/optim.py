@@ -95,3 +95,37 @@ def _schedule(
 
 def _delayed(factor: Callable[[int], float], frozen_steps: int) -> Callable[[int], float]:
     return lambda step: 0.0 if step < frozen_steps else factor(step)
+
+
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the settings say of each parameter group, as plain values; after `build_scheduler`."""
+    return [
+        {
+            "learning_rate": float(group["initial_lr"]),
+            "weight_decay": float(group["weight_decay"]),
+            "betas": [float(beta) for beta in group["betas"]],
+            "eps": float(group["eps"]),
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer, scheduler: Any, settings: list[dict[str, Any]]
+) -> None:
+    """Let a restored optimiser go on with these settings, at the step where its schedule stands.
+
+    Args:
+        optimizer: with the moments of the steps before.
+        scheduler: its own, restored too.
+        settings: of each group, as `optimizer_settings` gives them.
+    """
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, factor, own in zip(optimizer.param_groups, factors, settings, strict=True):
+        group["initial_lr"] = own["learning_rate"]
+        group["lr"] = own["learning_rate"] * factor
+        group["weight_decay"] = own["weight_decay"]
+        group["betas"] = tuple(own["betas"])
+        group["eps"] = own["eps"]
+    scheduler.base_lrs = [own["learning_rate"] for own in settings]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
