@@ -340,6 +340,19 @@ def test_a_second_policy_finds_the_baselines_rows_and_another_setting_makes_them
     assert any(path.stat().st_mtime_ns != before for path, before in written.items())
 
 
+def test_an_edited_row_of_the_baseline_is_refused_unless_accepted(folder):
+    options = {"baseline": str(folder / "sft" / "policy"), "scorer": SCORER, "decoding": "greedy"}
+    evaluate(config(folder, **options))
+    (path,) = (p for p in folder.glob("out/sft*.json") if not p.name.endswith("manifest.json"))
+    row = json.loads(path.read_text())
+    row["metrics"]["reward"]["mean"] = 99.0
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"accept_edited_files"):
+        evaluate(config(folder, **options, name="other"))
+    accepted = evaluate(config(folder, **options, name="other", accept_edited_files=True))
+    assert accepted.rows[0]["metrics"]["reward"]["mean"] == 99.0
+
+
 def test_a_policy_that_is_the_baseline_has_one_row(folder):
     sft = str(folder / "sft" / "policy")
     result = evaluate(

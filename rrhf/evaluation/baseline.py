@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.evaluation.results import SAMPLES_SUFFIX, file_stem, is_row, try_json
+from rrhf.evaluation.results import SAMPLES_SUFFIX, file_stem, is_row, load_row, try_json
 from rrhf.files import json_text
 from rrhf.model_paths import model_folder
 from rrhf.records import CandidateSet
@@ -64,7 +64,10 @@ def _place(path: str) -> str:
 
 
 def standing_row(
-    folder: str | Path, baseline: Baseline, made_with: Mapping[str, Any]
+    folder: str | Path,
+    baseline: Baseline,
+    made_with: Mapping[str, Any],
+    accept_edited: bool = False,
 ) -> tuple[dict[str, Any], Path] | None:
     """An existing row of the baseline that was made alike, with its file; None if there is none.
 
@@ -82,7 +85,7 @@ def standing_row(
         config = row.get("config") or {}
         place = config.get("model_name_or_path") or config.get("responses") or ""
         if config.get("best_of_n", 1) == 1 and same_place(str(place), baseline.place):
-            return row, path
+            return load_row(path, accept_edited), path
     return None
 
 

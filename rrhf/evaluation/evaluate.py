@@ -325,7 +325,12 @@ def _add_baseline_rows(
     ]
     if baseline.sets is not None:
         kinds = [GIVEN]
-    standing = [standing_row(config.output_dir, baseline, evaluator.made_with(k)) for k in kinds]
+    standing = [
+        standing_row(
+            config.output_dir, baseline, evaluator.made_with(kind), config.accept_edited_files
+        )
+        for kind in kinds
+    ]
     if all(standing):
         for row, path in filter(None, standing):
             logger.info("%s: the baseline's row is already in %s", row["name"], path)
