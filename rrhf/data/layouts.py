@@ -173,7 +173,7 @@ def _repeats(prompt: str, text: str) -> bool:
 
 
 def _holds_transcripts(reading: Reading) -> bool:
-    """Whether `chosen` is a whole HH transcript, beside which a conversation is a repetition."""
+    """Whether `chosen` is a whole HH transcript, which repeats the conversation."""
     chosen = reading.row["chosen"]
     return isinstance(chosen, str) and chosen.lstrip("\n").startswith("Human:")
 

@@ -2,7 +2,7 @@
 
 The list stands in a column such as `responses` or `completions`. An entry is a text, a turn or two
 of a conversation, or an object with the reply, its score and who wrote it, as UltraFeedback and
-Nectar have them. Scores come from a list beside the replies, or from the objects. Ranks (1 = best)
+Nectar have them. Scores come from a list next to the replies, or from the objects. Ranks (1 = best)
 become the scores -1, -2, ...: only their order is known. `ranking` is a list of the replies
 themselves, the best first.
 """
