@@ -479,3 +479,20 @@ def slowly(candidates: str, output: str, model: str) -> None:
 
 if __name__ == "__main__":
     quickly(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
+
+
+def test_other_patience_does_not_make_another_file(candidates: str, tmp_path: Path) -> None:
+    """How long processes wait for each other says nothing of the scores."""
+    output, function = tmp_path / "scored.jsonl", "function:test_score_stage:length_of"
+    score_file(config_of(candidates, output, function, wait_seconds=5.0))
+    before = output.read_bytes(), manifest_path(output).read_bytes()
+    score_file(config_of(candidates, output, function, wait_seconds=50.0))
+    assert (output.read_bytes(), manifest_path(output).read_bytes()) == before
+
+
+def test_a_file_of_before_these_settings_is_complete(candidates: str, tmp_path: Path) -> None:
+    """What is no setting of the scores may not stand among them: older files lack it."""
+    output, function = tmp_path / "scored.jsonl", "function:test_score_stage:length_of"
+    score_file(config_of(candidates, output, function))
+    settings = json.loads(manifest_path(output).read_text())["settings"]
+    assert settings.keys() & {"wait_seconds", "accept_edited_files", "columns"} == set()

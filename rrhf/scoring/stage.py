@@ -62,6 +62,7 @@ _NOT_SETTINGS = (
     "max_unscored_fraction",
     "accept_edited_files",
     "columns",
+    "wait_seconds",
 )
 
 
