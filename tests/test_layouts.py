@@ -124,8 +124,8 @@ def test_trl_conversations():
     )
 
 
-@pytest.mark.parametrize("better", [0, 1])
-def test_numbered_preferences(better: int):
+@pytest.mark.parametrize("better", [0, 1, 0.0, 1.0])
+def test_numbered_preferences(better: float):
     row = {"prompt": "Q", "response_0": "a", "response_1": "b", "better_response_id": better}
     found = kept({**row, "is_response_0_safe": True})
     assert found.messages == (Message("user", "Q"),)

@@ -186,10 +186,10 @@ def _read_numbered_preference(reading: Reading) -> CandidateSet | None:
     if isinstance(better, bool) or better not in (0, 1):
         reading.reader.fault("better_response_id", f"is {kind_of(better)}; must be 0 or 1")
     reading.raise_faults()
-    assert isinstance(better, int), "any other type has been refused"
+    assert isinstance(better, (int, float)), "any other type has been refused"
+    chosen = replies.pop(int(better))  # a table with gaps has 1.0 for 1
     return reading.made(
-        (Message("user", prompt),),
-        ((CHOSEN_SOURCE, replies[better]), (REJECTED_SOURCE, replies[1 - better])),
+        (Message("user", prompt),), ((CHOSEN_SOURCE, chosen), (REJECTED_SOURCE, replies[0]))
     )
 
 
