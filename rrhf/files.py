@@ -184,6 +184,11 @@ class DigestedWriter(io.BufferedWriter):
         super().__init__(raw, _WRITE_BYTES)
         self.digest = raw.digest
 
+    def sync(self) -> None:
+        """Force what was written to the disk: from here on it cannot lack space."""
+        self.flush()
+        os.fsync(self.fileno())
+
 
 @contextmanager
 def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[DigestedWriter]:
@@ -208,8 +213,7 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
         try:
             with file:
                 yield file
-                file.flush()
-                os.fsync(handle)
+                file.sync()
                 os.replace(temporary, target)  # still locked: nobody takes it for abandoned
         except BaseException as error:
             temporary.unlink(missing_ok=True)

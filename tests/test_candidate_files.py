@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -222,6 +223,25 @@ def test_a_failing_write_leaves_file_and_manifest(tmp_path: Path):
         write_candidate_sets(path, broken(), {"seed": 2})
     assert (path.read_bytes(), manifest_path(path).read_bytes()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.json", "f.manifest.json"]
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_file_and_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What the buffer still holds is written last, and may be what does not fit."""
+    path = tmp_path / "f.json"
+    write_candidate_sets(path, sample_sets(3), {"seed": 1})
+    before = path.read_bytes(), manifest_path(path).read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for broken in ("rrhf.files._DigestedFile.write", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, full)
+            with pytest.raises(UserError, match="no space left"):
+                write_candidate_sets(path, sample_sets(5), {"seed": 2})
+        assert (path.read_bytes(), manifest_path(path).read_bytes()) == before, broken
 
 
 def test_a_kill_before_the_manifest_leaves_no_old_manifest(

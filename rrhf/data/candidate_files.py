@@ -304,6 +304,7 @@ def write_candidate_sets(
             for item in _unique(sets, ids):
                 file.write(encode_row(candidate_set_to_row(item)))
                 rows, candidates, scored = _count(item, rows, candidates, scored)
+        file.sync()
         # From here on the old manifest would vouch for rows that it does not know.
         forget_manifest(path)
     written = {

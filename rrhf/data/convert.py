@@ -191,6 +191,7 @@ def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, A
                     packed.write(line)
         else:
             file.writelines(lines)
+        file.sync()
         forget_manifest(path)
     sealed = seal(file.digest, len(rows))
     write_manifest(path, {"status": COMPLETE, **manifest, **sealed})

@@ -73,6 +73,7 @@ def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: Pa
     data = (json_text(row, indent=2) + "\n").encode("utf-8", "backslashreplace")
     with replaced_file(path, len(data)) as file:
         file.write(data)
+        file.sync()
         # From here on the old manifest would vouch for a row that it does not know.
         forget_manifest(path)
     write_manifest(path, {"status": COMPLETE, "row": row["name"], **seal(file.digest)})
