@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tiny import byte_level_tokenizer, save_tiny, sentencepiece_like_tokenizer
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.chat_format import ChatCodec
+from rrhf.data.mixing import load_sets
 from rrhf.data.prompt_text import prompt_text
 from rrhf.files import read_manifest
 from rrhf.generation.local import LocalEngine
@@ -161,8 +164,14 @@ def test_a_row_that_asks_nothing_is_left_out_and_counted(
         ("First this, then that, please", "First this, then that, please"),
         ("text:Hello", "Hello"),
         ("tell me of /etc/hosts, alpaca", "tell me of /etc/hosts, alpaca"),
+        ("Hello, world", "Hello, world"),
+        ("Yes, no, maybe", "Yes, no, maybe"),
         ("alpaca", None),
         ("alpaca:0.5, rm-static", None),
+        ("alpacca, rm-static", None),
+        ("alpacca:0.5, helpful_harmles", None),
+        ("rm-static, mine", None),
+        ("some/thing, other/thing", None),
         ("no such file.jsonl", None),
         ("./my prompts", None),
         ("some/thing", None),
@@ -189,12 +198,36 @@ def test_generate_answers_a_prompt_of_the_command_line(
     assert all(f"[{i}] {c.response}" in shown for i, c in enumerate(found.candidates, start=1))
 
 
-def test_one_word_that_names_nothing_says_how_a_prompt_is_given(
-    models: dict[bool, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "asked", ["Hello", "what is in my file.jsonl", "alpacca, rm-static", "a:b"]
+)
+def test_what_names_nothing_says_how_a_prompt_is_given(
+    asked: str, models: dict[bool, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--model_name_or_path", models[False], "--output_file", str(tmp_path / "o.jsonl")]
-    assert main(["generate", *given, "--prompts", "Hello"]) == 2
-    assert "text:Hello" in capsys.readouterr().err
+    assert main(["generate", *given, "--prompts", asked]) == 2
+    said = capsys.readouterr().err.strip()
+    words = shlex.split(said.rpartition("a prompt itself is given as ")[2])
+    assert words == ["--prompts", f"text:{asked}"]
+    assert prompt_text(words[1]) == asked
+
+
+@pytest.mark.parametrize("words", [["evaluate", "--prompts"], ["train", "ppo", "--prompts"]])
+def test_a_text_where_data_are_named_says_how_it_becomes_a_file(
+    words: list[str],
+    models: dict[bool, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--model_name_or_path", models[False], "--output_dir", "out"]
+    given += ["--scorer" if "evaluate" in words else "--reward_model", "gold:help_desk"]
+    assert main([*words, "What's this, then?", *given]) == 2
+    command = capsys.readouterr().err.strip().rpartition("and name that: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    [found] = load_sets("prompts.txt")
+    assert found.query == "What's this, then?"
 
 
 # Responses that end inside a character.

@@ -129,21 +129,29 @@ def _check_scorer(spec: str, config: Any) -> None:
 
 def _check_data(specs: str, config: Any) -> None:
     from rrhf.data.mixing import check_sources
+    from rrhf.data.prompt_text import as_file_of_prompts, prompt_text
 
-    check_sources(specs, getattr(config, "split", None))
+    try:
+        check_sources(specs, getattr(config, "split", None))
+    except UserError as error:
+        if prompt_text(specs) is None:
+            raise
+        raise UserError(
+            f"{specs!r}: is a text, and here data are named; put prompts into a file, one a line, "
+            f"and name that: {as_file_of_prompts(specs)}"
+        ) from error
 
 
 def _check_prompts(specs: str, config: Any) -> None:
-    from rrhf.data.prompt_text import prompt_text
+    from rrhf.data.mixing import check_sources
+    from rrhf.data.prompt_text import as_prompt, prompt_text
 
     if prompt_text(specs) is not None:
         return
     try:
-        _check_data(specs, config)
+        check_sources(specs, getattr(config, "split", None))
     except UserError as error:
-        if any(letter.isspace() for letter in specs):
-            raise
-        raise UserError(f"{error}; a prompt of one word is given as text:{specs}") from error
+        raise UserError(f"{error}; a prompt itself is given as {as_prompt(specs)}") from error
 
 
 def _check_responses(spec: str, config: Any) -> None:

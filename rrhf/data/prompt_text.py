@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 
+from rrhf.commands import next_step
 from rrhf.data.sources import DATA_SUFFIXES, known_names
 
 MARK = "text:"
@@ -13,23 +15,51 @@ def prompt_text(spec: str) -> str | None:
     """The prompt that a command-line word contains, or None where it names data.
 
     `text:` marks one. Else it must hold a blank, and some part of it, cut at commas, must name
-    nothing that data could come from: no path, no known name, no single word.
+    nothing that data could come from: no path, no known name or slip of one, no owner/name.
     """
     if spec.startswith(MARK):
         return spec.removeprefix(MARK)
-    if os.path.exists(spec) or not any(letter.isspace() for letter in spec.strip()):
+    if os.path.exists(spec) or not _has_blank(spec.strip()):
         return None
     parts = [part.strip() for part in spec.split(",") if part.strip()]
-    return None if all(_may_name_data(part) for part in parts) else spec
+    if not parts or all(_may_name_data(part) for part in parts):
+        return None
+    # One name among single words makes the others slips of names.
+    if any(_names_data(part) for part in parts) and not any(map(_has_blank, parts)):
+        return None
+    return spec
 
 
-def _may_name_data(part: str) -> bool:
+def as_prompt(spec: str) -> str:
+    """The flag that gives a text as a prompt, ready to be pasted."""
+    return next_step("--prompts", f"{MARK}{spec}")
+
+
+def as_file_of_prompts(spec: str) -> str:
+    """The command that writes a text into a file of prompts, ready to be pasted."""
+    return f"{next_step('echo', spec)} > prompts.txt"
+
+
+def _has_blank(text: str) -> bool:
+    return any(letter.isspace() for letter in text)
+
+
+def _names_data(part: str) -> bool:
+    """Whether nothing but data is called so."""
     name = part.partition(":")[0]
     return (
-        not any(letter.isspace() for letter in part)
-        or part.startswith((".", "/", "~"))
+        part.startswith((".", "/", "~"))
         or name.endswith(DATA_SUFFIXES)
         or os.path.exists(part)
         or os.path.exists(name)
         or name in known_names()
+    )
+
+
+def _may_name_data(part: str) -> bool:
+    """Whether data may be called so: a name there is, a slip of one, or owner/name of the hub."""
+    name = part.partition(":")[0]
+    return _names_data(part) or (
+        not _has_blank(part)
+        and ("/" in name or bool(difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6)))
     )
