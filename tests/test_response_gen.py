@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rrhf.cli.flags import read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.response_gen import ResponseGenConfig, all_flags, stage_values
 from rrhf.errors import UserError
+from rrhf.generation.config import GenerateConfig
+from rrhf.scoring.config import ScoreConfig
 
 
 @dataclass
@@ -119,3 +122,51 @@ def test_an_unknown_flag_names_the_nearest_of_either_stage():
         split("--scorr", "x")
     with pytest.raises(UserError, match="--num_beams"):
         split("--num_beam", "4")
+
+
+FLAGS = all_flags(GenerateConfig, ScoreConfig)
+
+
+def another_value(name: str) -> list[str]:
+    """The words that give a flag a value that is not its default."""
+    for word in ("7", "true", "false", "first_eos", "raw", "trlx", "padded"):
+        try:
+            [value] = read_values({name: FLAGS[name]}, [f"--{name}", word], "x").values()
+        except UserError:
+            continue
+        if value != FLAGS[name].default:
+            return [f"--{name}", word]
+    raise AssertionError(f"no word fits {name}")
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS.keys() - {"diverse_beam", "model_name_or_path"}))
+def test_each_flag_that_is_offered_reaches_every_stage_that_has_it(name: str):
+    # Any flag of the search takes the place of the published one as a whole.
+    search = ["--num_beams" if name == "diversity_penalty" else "--diversity_penalty", "1"]
+    own = ["--model_name_or_path", "m", "--output_dir"]
+    words = ["7"] if name == "output_dir" else ["o", *another_value(name)]
+    before = stage_values(FLAGS, GenerateConfig, ScoreConfig, [*own, "o", *search])[1:]
+    after = stage_values(FLAGS, GenerateConfig, ScoreConfig, [*own, *words, *search])[1:]
+    reached = {
+        (stage, key)
+        for stage, old, new in zip(("generate", "score"), before, after, strict=True)
+        for key in new
+        if old.get(key) != new[key]
+    }
+    stages = {"generate": GenerateConfig, "score": ScoreConfig}
+    prefixed = {
+        f"{stage}_{f.name}": (stage, f.name) for stage in stages for f in fields(stages[stage])
+    }
+    has_it = {(s, name) for s, kind in stages.items() if name in kind.__dataclass_fields__}
+    if name == "output_dir":
+        has_it = {("generate", "output_file"), ("score", "input_file"), ("score", "output_file")}
+    elif name == "columns":  # of the prompts; what was generated has known names
+        has_it = {("generate", "columns")}
+    assert reached == ({prefixed[name]} if name in prefixed else has_it)
+
+
+def test_a_name_that_means_two_things_is_offered_for_each_stage_alone():
+    assert "engine" not in FLAGS and {"generate_engine", "score_engine"} <= FLAGS.keys()
+    words = ["m", "o", "--engine", "padded"]
+    with pytest.raises(UserError, match=r"(?s)may mean.*--generate_engine.*--score_engine"):
+        stage_values(FLAGS, GenerateConfig, ScoreConfig, words)

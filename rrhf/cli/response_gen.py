@@ -1,7 +1,8 @@
 """`rrhf response-gen MODEL OUT_DIR [true|false]`: `rrhf generate`, then `rrhf score`, in one go.
 
 It takes the flags of both. A name that both know, such as `bf16`, goes to both; `generate_bf16` and
-`score_bf16` reach one of them. Prompts and sampling are those of RRHF's published script unless
+`score_bf16` reach one of them. A name that means different things there, such as `engine`, has the
+two longer spellings alone. Prompts and sampling are those of RRHF's published script unless
 told otherwise: Dahoas/rm-static, diverse beam search, four responses beside the data set's two.
 """
 
@@ -85,14 +86,19 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
     """The flags of both stages, but for those that this command sets itself."""
     ours = flags_of(ResponseGenConfig)
     stages = {"generate": flags_of(generate), "score": flags_of(score)}
-    hidden = {"input_file", "output_file"}
+    for name in ("input_file", "output_file"):
+        for found in stages.values():
+            found.pop(name, None)
+    stages["score"].pop("columns", None)  # of the prompts; what was generated has known names
     flags = dict(ours)
     for name in [name for stage in stages.values() for name in stage]:
-        if name in ours or name in hidden:
+        if name in ours:
             continue
         holders = {stage: found[name] for stage, found in stages.items() if name in found}
         first = next(iter(holders.values()))
-        flags[name] = dataclasses.replace(first, positional=False)
+        means_one_thing = all(flag.hint == first.hint for flag in holders.values())
+        if means_one_thing:
+            flags[name] = dataclasses.replace(first, positional=False)
         if len(holders) > 1:
             for stage, flag in holders.items():
                 flags[f"{stage}_{name}"] = dataclasses.replace(
@@ -100,9 +106,11 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
                     name=f"{stage}_{name}",
                     aliases=(),
                     positional=False,
-                    help=f"As {name}, for `rrhf {stage}` alone.",
+                    help=f"As {name}, for `rrhf {stage}` alone." if means_one_thing else flag.help,
                 )
     flags["prompts"] = dataclasses.replace(flags["prompts"], default=PROMPTS)
+    if "columns" in flags:
+        flags["columns"] = dataclasses.replace(flags["columns"], aliases=("generate_columns",))
     return flags
 
 
@@ -120,7 +128,7 @@ def stage_values(
     to_generate = {"prompts": PROMPTS, **search, **_share(values, "generate", flags_of(generate))}
     to_generate |= {"model_name_or_path": own.model_name_or_path, "output_file": generated}
     to_score = _share(values, "score", flags_of(score))
-    to_score.pop("columns", None)  # of the prompts; what was generated is called as it should be
+    to_score.pop("columns", None)  # of the prompts, as in `all_flags`
     to_score |= {
         "input_file": generated,
         "output_file": str(Path(own.output_dir) / TRAIN_DATA),
