@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from best_job import keeper
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
 from rrhf.cli.main import main
+from rrhf.errors import UserError
 from rrhf.files import read_manifest
 from rrhf.staged_folders import saved_folder
-from rrhf.training import loop, model_folders, sft
+from rrhf.training import best, loop, model_folders, sft
 
 torch.set_num_threads(1)
 
@@ -102,6 +104,50 @@ def test_where_the_model_cannot_be_written_its_step_is_kept(
     assert main([*words(model, tmp_path), "--resume_from_checkpoint"]) == 0
     assert same_weights(run / "policy", straight)
     assert len(metrics_of(run)) == 4
+
+
+def test_where_the_best_cannot_be_copied_the_last_step_is_kept(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A disk that is full for the second copy of the model."""
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    run = tmp_path / "run"
+    given = [*words(model, tmp_path), "--load_best_model_at_end", "true", "--eval_steps", "2"]
+    given += ["--eval_data_path", str(tmp_path / "data.jsonl"), "--save_policy_steps", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(best, "_copy", full)
+        assert main(given) == 2
+    assert "bytes free on the disk" in capsys.readouterr().err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
+    assert (read_manifest(run) or {})["status"] == "unfinished"
+    monkeypatch.setattr(loop, "Update", no_update(loop.Update))
+    assert main([*given, "--resume_from_checkpoint"]) == 0
+    manifest = read_manifest(run) or {}
+    assert manifest["model_is"] == "best"
+    step = manifest["best"]["step"]
+    assert same_weights(run / "policy", run / "policies" / f"step-{step:06d}")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_hears_that_the_best_could_not_be_copied(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    kept = keeper(tmp_path)
+    kept.judge(1, {"loss": 1.0})
+    monkeypatch.setattr(kept._parallel, "rank", rank)
+    monkeypatch.setattr(kept._parallel, "any", lambda flag: True)
+    monkeypatch.setattr(best, "_copy", full)
+    with pytest.raises(UserError, match="bytes free" if rank == 0 else "process 0 could not"):
+        kept.copy_to(tmp_path)
 
 
 def no_update(kind: type) -> type:

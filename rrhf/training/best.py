@@ -91,11 +91,16 @@ class BestModel:
         counts = is_best and gain > self._config.early_stopping_threshold
         # Agreed, so that no rank goes on alone where sums differ in their last bit.
         is_best, counts = self._parallel.any(is_best), self._parallel.any(counts)
+        before = self.step, self.value, self.evaluations_without_gain
         self.evaluations_without_gain = 0 if counts else self.evaluations_without_gain + 1
         if is_best:
-            overtaken, self.step, self.value = self.step, step, value
-            if self._is_kept:
-                self._replace(overtaken)
+            self.step, self.value = step, value
+            try:
+                if self._is_kept:
+                    self._replace(before[0])
+            except Exception:  # the best is what it was
+                self.step, self.value, self.evaluations_without_gain = before
+                raise
         return is_best
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,16 +142,24 @@ class BestModel:
 
         Args:
             folder: of the run.
+
+        Raises:
+            UserError: no space, or the place cannot be written; on every rank.
         """
         is_there = self.step is not None and self._is_there(self.step)
+        failure: Exception | None = None
         if is_there and self._parallel.is_main:
-            for name in self._models.measured:
-                source = self.folder / name
-                saved_folder(
-                    folder / name,
-                    lambda staged, s=source: _copy(s, staged),  # type: ignore[misc]
-                )
-        self._parallel.barrier()
+            try:
+                for name in self._models.measured:
+                    source = self.folder / name
+                    saved_folder(
+                        folder / name,
+                        lambda staged, s=source: _copy(s, staged),  # type: ignore[misc]
+                    )
+            except Exception as error:
+                failure = error
+        if self._parallel.any(failure is not None):
+            raise failure or UserError(f"{folder}: process 0 could not write a model; it says why")
         return is_there
 
     def _replace(self, overtaken: int | None) -> None:

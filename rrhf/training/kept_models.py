@@ -70,7 +70,8 @@ class KeptModels:
             self._history.save(step)
 
     def after_evaluation(self, step: int, evaluation: Mapping[str, float]) -> None:
-        if self.best is None:
+        """Judge it; one without figures says nothing, and does not count for the patience."""
+        if self.best is None or not evaluation:
             return
         self.best.judge(step, evaluation)
         if self.is_over:

@@ -71,7 +71,8 @@ class TrainingOutcome:
         evaluation: the last evaluation, or empty.
         best: the best of them, where one was looked for.
         stopped_early: the evaluations did not get better, and steps are left out.
-        keep: writes a checkpoint of the last step where there is none; every rank must call it.
+        keep: writes a checkpoint of the last step where there is none, after a failure; every rank
+            must call it.
     """
 
     model: nn.Module
@@ -256,7 +257,7 @@ class _Loop:
             evaluation=self.evaluation,
             best=self.kept.best,
             stopped_early=self.step != stream.total_steps,
-            keep=lambda: self._save(stream),
+            keep=lambda: self.keep(stream),
         )
 
     def _train(
@@ -271,7 +272,9 @@ class _Loop:
         rollout: dict[str, float] = {}
         with Progress("train", stream.total_steps, "step", self.step) as progress:
             if evaluate is not None and self.step and self._is_due(self.config.eval_steps):
-                self._evaluate(evaluate, tracker)  # left undone where a signal came during it
+                self._evaluate(
+                    evaluate, tracker, stream
+                )  # left undone where a signal came during it
             for batches in () if self.kept.is_over else stream:
                 if isinstance(stream, LiveStream) and (news := stream.take_news()):
                     rollout = news
@@ -296,7 +299,7 @@ class _Loop:
                 self._require_finite()
                 self.kept.after_step(self.step)
                 if evaluate is not None and self._is_due(self.config.eval_steps):
-                    self._evaluate(evaluate, tracker)
+                    self._evaluate(evaluate, tracker, stream)
                 if signalled := self._signalled(stop):
                     raise StoppedBySignal(signalled, "a signal came during the step")
                 if self._is_due(self.config.save_steps):
@@ -304,7 +307,7 @@ class _Loop:
                 if self.kept.is_over:
                     break
             if evaluate is not None:
-                self._evaluate(evaluate, tracker)
+                self._evaluate(evaluate, tracker, stream)
         return tokens
 
     @property
@@ -320,24 +323,51 @@ class _Loop:
         return row | as_metrics(self.phases.take()), num_tokens
 
     def _evaluate(
-        self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker
+        self,
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        tracker: Tracker,
+        stream: UpdateStream,
     ) -> None:
-        """Once for each step, however often it is asked for."""
+        """Once for each step, however often it is asked for; where it fails, the step is kept."""
         if self.evaluated_step == self.step:
             return
+        before = self.evaluation, self.evaluated_step
+        offset = self.folder.metrics.offset if self.parallel.is_main else 0
+        try:
+            self._measure(evaluate, tracker)
+        except StoppedBySignal:
+            raise
+        except Exception:
+            # To be measured again on resuming. Of several ranks one may have failed alone.
+            if self.parallel.world_size == 1:
+                self.evaluation, self.evaluated_step = before
+                self.folder.metrics.truncate_to(offset)
+                self.keep(stream)
+            raise
+
+    def _measure(self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker) -> None:
         self.model.eval()
         with torch.no_grad():
             self.evaluation, self.evaluated_step = evaluate(self.model), self.step
         self.model.train()
-        row = {f"eval_{name}": value for name, value in self.evaluation.items()}
-        self._log({"step": self.step, **row}, tracker)
-        logger.info("step %d, held out: %s", self.step, held_out_figures(self.evaluation))
+        if self.evaluation:
+            row = {f"eval_{name}": value for name, value in self.evaluation.items()}
+            self._log({"step": self.step, **row}, tracker)
+        told = held_out_figures(self.evaluation) or "no figures"
+        logger.info("step %d, held out: %s", self.step, told)
         self.kept.after_evaluation(self.step, self.evaluation)
 
     def _log(self, row: dict[str, float], tracker: Tracker) -> None:
         if self.parallel.is_main:
             self.folder.metrics.append(row)
             tracker.log(row, self.step)
+
+    def keep(self, stream: UpdateStream) -> None:
+        """Write a checkpoint after a failure, which is what is to be told."""
+        try:
+            self._save(stream)
+        except Exception as error:
+            logger.warning("step %d has no checkpoint either: %s", self.step, error)
 
     def _save(self, stream: UpdateStream) -> None:
         if self.saved_step == self.step:

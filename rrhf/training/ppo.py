@@ -43,7 +43,7 @@ from rrhf.training.online.experience import build_experience
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.prompts import fitting_prompts
 from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
-from rrhf.training.online.rollout import RolloutWriter
+from rrhf.training.online.rollout import RolloutWriter, UnusableRollout
 from rrhf.training.online.stream import PPOStream
 from rrhf.training.phases import Phases, as_table, over_ranks, peak_meter
 from rrhf.training.ppo_checks import EVALUATION_MEASURES
@@ -230,10 +230,26 @@ def _evaluation(
     stream: PPOStream,
     samples: SampleTable,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Answers held-out prompts once each, always by the same draws."""
+    """Answers held-out prompts once each, always by the same draws.
+
+    Without enough scores there are no figures: that is no reason to lose what was trained.
+    """
+    has_warned = False
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        rollout = writer.write(prompts, EVALUATION_ROUND, samples_per_prompt=1)
+        nonlocal has_warned
+        try:
+            rollout = writer.write(prompts, EVALUATION_ROUND, samples_per_prompt=1)
+        except UnusableRollout as error:
+            if not has_warned:
+                has_warned = True
+                logger.warning(
+                    "step %d: --eval_datasets %s gives no figures: %s; this is the only warning",
+                    stream.steps_done,
+                    config.eval_datasets,
+                    error.reason,
+                )
+            return {}
         experience = build_experience(rollout.rows, config, controller.coefficient)
         samples.show_evaluation(stream.steps_done, prompts, rollout.rows, experience)
         found = experience.metrics

@@ -222,18 +222,21 @@ def finish_run(
         UserError: no space for a model; there is a checkpoint of the last step, if that fits.
         StoppedBySignal: a signal came meanwhile; the run is finished.
     """
+    best = outcome.best
+    wants_best = best is not None and bench.config.load_best_model_at_end
+    is_best = False
     try:
         models.write(bench.parallel, bench.run.path)
+        if best is not None and wants_best:
+            is_best = best.copy_to(bench.run.path)
     except Exception:
-        try:
-            outcome.keep()
-        except Exception as error:
-            logger.warning("the last step has no checkpoint either: %s", error)
+        outcome.keep()
         raise
-    best = outcome.best
-    is_best = False
-    if best is not None and bench.config.load_best_model_at_end:
-        is_best = best.copy_to(bench.run.path)
+    if wants_best and not is_best:
+        logger.warning(
+            "--load_best_model_at_end: there is no best model, so %s is that of the last step",
+            bench.run.path / models.main,
+        )
     if bench.parallel.is_main:
         bench.run.finish(
             {

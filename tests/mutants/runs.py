@@ -149,7 +149,8 @@ LOOP_FAULTS = [
     Mutant(
         "there is no evaluation at the end",
         THE_LOOP,
-        "            if evaluate is not None:\n                self._evaluate(evaluate, tracker)\n"
+        "            if evaluate is not None:\n"
+        "                self._evaluate(evaluate, tracker, stream)\n"
         "        return tokens",
         "        return tokens",
         EVALUATED,
@@ -171,8 +172,8 @@ LOOP_FAULTS = [
     Mutant(
         "the model stays in eval mode after an evaluation",
         THE_LOOP,
-        "        self.model.train()\n        row =",
-        "        row =",
+        "        self.model.train()\n        if self.evaluation",
+        "        if self.evaluation",
         EVALUATED,
     ),
     Mutant(

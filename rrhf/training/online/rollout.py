@@ -51,6 +51,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class UnusableRollout(UserError):
+    """Too many responses lack a score, or none is left; every rank raises it.
+
+    Attributes:
+        reason: without what to do about it.
+    """
+
+    def __init__(self, reason: str, cure: str) -> None:
+        super().__init__(reason + cure)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Rollout:
     """What all ranks have sampled together.
@@ -142,7 +154,7 @@ class RolloutWriter:
             samples_per_prompt: by default as the settings have it.
 
         Raises:
-            UserError: too many responses could not be scored, or all were left out.
+            UnusableRollout: too many responses could not be scored, or all were left out.
             StoppedBySignal: a signal came on some rank; on all of them.
         """
         places = list(range(self._parallel.rank, len(prompts), self._parallel.world_size))
@@ -304,10 +316,11 @@ class RolloutWriter:
             changes: dict[str, Any] = {"max_unscored_fraction": 1.0}
             if not RunFolder(self._config.output_dir).is_bare:  # else it is discarded
                 changes["resume_from_checkpoint"] = True
-            raise UserError(
+            raise UnusableRollout(
                 f"{self._scorer.name}: {failed} of {counts['sampled']} responses could "
-                f"not be scored, more than --max_unscored_fraction {limit}; fix the scorer, or go "
-                "on without them: " + command_of("rrhf train ppo", self._config, **changes)
+                f"not be scored, more than --max_unscored_fraction {limit}",
+                "; fix the scorer, or go on without them: "
+                + command_of("rrhf train ppo", self._config, **changes),
             )
         if too_long and not self._told_too_long:
             self._told_too_long = True
@@ -319,21 +332,24 @@ class RolloutWriter:
                 counts["sampled"],
             )
         if not rows and failed:
-            raise UserError(
+            raise UnusableRollout(
                 f"{self._scorer.name}: scored none of the {counts['sampled']} responses of a "
                 f"rollout ({failed} without a score, {too_long} beyond its window, "
-                f"{counts['empty']} empty), so there is nothing to learn from; fix the scorer"
+                f"{counts['empty']} empty)",
+                ", so there is nothing to learn from; fix the scorer",
             )
         if not rows and too_long:
-            raise UserError(
+            raise UnusableRollout(
                 f"{self._scorer.name}: none of the {counts['sampled']} responses of a rollout fits "
-                "its window; take a reward model with a longer one, or lower --model_max_length or "
-                "--max_new_tokens"
+                "its window",
+                "; take a reward model with a longer one, or lower --model_max_length or "
+                "--max_new_tokens",
             )
         if not rows:
-            raise UserError(
+            raise UnusableRollout(
                 f"all {counts['sampled']} responses of a rollout are empty: the policy ends before "
-                "its first word; check --chat_format, or start from a fine-tuned policy"
+                "its first word",
+                "; check --chat_format, or start from a fine-tuned policy",
             )
 
 
