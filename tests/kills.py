@@ -1,20 +1,26 @@
 """Kill a job at a chosen moment, many times, at the price of one import.
 
-`Zygote` starts one Python process that imports torch and the job's module once; each `run` forks a
-child from it that does the job and may be killed after some seconds, at its n-th file operation
-below a folder, or before the n-th call of a function. Fresh processes matter: torch forbids a
-backward pass in a child of a process that has already done one.
+One Python process for all tests of a worker imports torch and the jobs' modules once, and loads a
+model once, which imports and compiles more. Each `Zygote.run` forks a child from it that does the
+job and may be killed after some seconds, at its n-th file operation below a folder, or before the
+n-th call of a function. That process computes nothing: torch forbids a backward pass in a child of
+a process that has already done one.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
+import importlib.util
 import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -38,14 +44,7 @@ class Zygote:
     """
 
     def __init__(self, job: str, arguments: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), job, json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=child_environment(),
-        )
-        assert self._answer()["ready"]
+        self._job = {"job": job, "arguments": arguments}
 
     def run(
         self,
@@ -67,25 +66,30 @@ class Zygote:
             {"signal": n or 0, "exit": code or None, "seconds": s, "operations": operations seen
             below `folder` if the job came to its end}.
         """
-        order = {
-            "after": kill_after_seconds,
-            "operation": kill_at_operation,
-            "folder": str(folder) if folder else None,
-            "number": int(number),
-            "call": kill_at_call,
-        }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        return self._ask(
+            after=kill_after_seconds,
+            operation=kill_at_operation,
+            folder=str(folder) if folder else None,
+            number=int(number),
+            call=kill_at_call,
+        )
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        while line := self._process.stdout.readline():
-            if line.startswith("ANSWER "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                return answer
-        raise AssertionError("the parent of the jobs died; its message is above")
+    def run_ranks(self, count: int = 2) -> list[int]:
+        """Do the job in processes that know of each other as the ranks of a launcher do.
+
+        Returns:
+            The exit code of each, minus the number of the signal where one ended it.
+        """
+        codes: list[int] = self._ask(ranks=count)["exits"]
+        return codes
+
+    def _ask(self, **how: Any) -> dict[str, Any]:
+        order = {**self._job, **how, "environment": child_environment(), "place": os.getcwd()}
+        process = _parent()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        return _answer(process)
 
     def __enter__(self) -> Zygote:
         return self
@@ -96,8 +100,39 @@ class Zygote:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if kind is not None:  # perhaps with an answer on its way, which belongs to nobody else
+            _end_parent()
+
+
+@functools.cache
+def _parent() -> subprocess.Popen[str]:
+    """The process that forks the jobs of all zygotes; it ends with the orders that it reads."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+    )
+    assert _answer(process)["ready"]
+    return process
+
+
+@atexit.register
+def _end_parent() -> None:
+    if _parent.cache_info().currsize:
+        _parent().kill()
+        _parent().communicate()
+        _parent.cache_clear()
+
+
+def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if line.startswith("ANSWER "):
+            answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+            return answer
+    raise AssertionError("the parent of the jobs died; its message is above")
 
 
 class OperationCounter:
@@ -153,21 +188,21 @@ class OperationCounter:
 
 
 def _serve() -> None:
-    module, _, function = sys.argv[1].partition(":")
-    arguments = json.loads(sys.argv[2])
-    import torch
-
-    torch.set_num_threads(1)
-    job = getattr(importlib.import_module(module), function)
+    _warm_up()
     _say({"ready": True})
     for line in sys.stdin:
         order = json.loads(line)
+        module, _, function = order["job"].partition(":")
+        job = getattr(importlib.import_module(module), function)
+        if "ranks" in order:
+            _say({"exits": _ranks(job, order)})
+            continue
         read_end, write_end = os.pipe()
         started = time.monotonic()
         child = os.fork()
         if child == 0:
             os.close(read_end)
-            _do(job, arguments, order, write_end)
+            _killable(job, order, write_end)
         os.close(write_end)
         if order["after"] is not None:
             _kill_later(child, order["after"], order["number"])
@@ -184,26 +219,65 @@ def _serve() -> None:
         )
 
 
-def _do(job: Any, arguments: dict[str, Any], order: dict[str, Any], write_end: int) -> None:
+def _warm_up() -> None:
+    """What every job would import and compile again in its child: half a second of each."""
+    import torch
+    from tiny import save_tiny
+
+    from rrhf.models.loading import load_causal_lm
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        load_causal_lm(save_tiny(Path(folder) / "model"))
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed")  # as accelerate does where it is installed
+
+
+def _ranks(job: Any, order: dict[str, Any]) -> list[int]:
+    """Their port is held until they are gone; the first may listen on it, as this one does not."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+        known |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(order["ranks"]))
+        children = []
+        for rank in range(order["ranks"]):
+            order["environment"] |= known | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            children.append(os.fork())
+            if children[-1] == 0:
+                os._exit(_do(job, order))
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _killable(job: Any, order: dict[str, Any], write_end: int) -> None:
     counter = None
     if order["folder"]:
         counter = OperationCounter(order["folder"], order["operation"])
         counter.install()
     if order["call"]:
         _die_before_call(*order["call"])
+    code = _do(job, order)
+    os.write(write_end, str(counter.count if counter else 0).encode())
+    os._exit(code)
+
+
+def _do(job: Any, order: dict[str, Any]) -> int:
+    """The job, in the child; its exit code."""
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    os.chdir(order["place"])
     code = 0
     try:
-        job(**arguments)
+        job(**order["arguments"])
     except BaseException as error:
         code = getattr(error, "exit_code", 1)
         if code == 1:
             import traceback
 
             traceback.print_exc()
-    os.write(write_end, str(counter.count if counter else 0).encode())
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
 def _die_before_call(target: str, number: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import two_ranks
+from kills import Zygote
 from tiny import save_tiny
 from torch import nn
 from trainer_cases import metrics_of, ranked_rows, train, write_lines
@@ -69,9 +68,10 @@ def test_engines_that_would_be_ignored_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The gradient of every case on two ranks, from one fresh process that forks."""
+    """The gradient of every case on two ranks, from processes of their own."""
     out = tmp_path_factory.mktemp("ranks")
-    subprocess.run([sys.executable, two_ranks.__file__, str(out)], check=True, timeout=540)
+    with Zygote("two_ranks:rank_of_two", {"out": str(out)}) as zygote:
+        assert zygote.run_ranks() == [0, 0]
     return dict(torch.load(out / "gradients.pt"))
 
 

@@ -6,15 +6,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import training_job
-from kills import TESTS, Zygote, child_environment
+from kills import Zygote
 from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import Tensor
@@ -109,11 +107,9 @@ def test_accumulation_does_not_change_the_training(
 
 def test_two_processes_train_like_one(model: str, straight: Path, tmp_path: Path) -> None:
     """19 prompts, 4 a step: the last step of an epoch leaves a rank short."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", str(TESTS / "training_job.py"), model, str(tmp_path / "two")]
-    environment = child_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = "training_job:train_two_processes"
+    with Zygote(job, {"model": model, "output_dir": str(tmp_path / "two")}) as zygote:
+        assert zygote.run_ranks() == [0, 0]
     for mine, theirs in zip(rows(tmp_path / "two"), rows(straight), strict=True):
         assert math.isclose(mine["loss"], theirs["loss"], rel_tol=1e-5)
         assert mine["length"] == theirs["length"]

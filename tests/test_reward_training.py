@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from kills import Zygote, child_environment
+from kills import Zygote
 from reward_cases import conversation, language_model_folder
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +31,6 @@ from rrhf.data.views import split_by_first_turn
 from rrhf.errors import AlreadyFinished, UserError
 from rrhf.models.loading import load_tokenizer
 from rrhf.models.reward_model import RewardModel, load_reward_model, score_normalizer
-from rrhf.process_end import run_process
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training import reward
@@ -574,11 +571,9 @@ def test_two_processes_train_like_one(model: str, tmp_path: Path) -> None:
     """14 prompts, 6 a step: a rank falls short, in training and on the held-out part."""
     data = str(write_lines(tmp_path / "ranked.jsonl", ranked_rows(18)))
     shared(model, data, str(tmp_path / "one"), 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", __file__, model, data, str(tmp_path / "two")]
-    environment = child_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = {"model": model, "data": data, "output": str(tmp_path / "two"), "accumulation": 1}
+    with Zygote("test_reward_training:shared", settings) as zygote:
+        assert zygote.run_ranks() == [0, 0]
     for mine, theirs in zip(timeless(tmp_path / "two"), timeless(tmp_path / "one"), strict=True):
         # Sums over two ranks round differently, and Adam makes a little more of it each step.
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
@@ -680,8 +675,3 @@ def test_both_spellings_of_the_data_flags_are_taken() -> None:
 def test_impossible_settings_are_told(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings(**changes)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_process(lambda: shared(*sys.argv[1:4], 1))

@@ -7,15 +7,13 @@ import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import Zygote, child_environment
+from kills import Zygote
 from reward_cases import conversation, language_model_folder, reward_model_folder
 
 from rrhf.cli.main import run_command
@@ -407,15 +405,10 @@ def test_sigterm_keeps_what_is_done(
 def test_processes_share_the_work_and_write_the_same_bytes(
     candidates: str, model: str, straight: Path, tmp_path: Path
 ) -> None:
-    output, world_size = tmp_path / "out.jsonl", 2
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, candidates, str(output), model, str(rank), str(world_size)],
-            env=child_environment(),
-        )
-        for rank in range(world_size)
-    ]
-    assert [process.wait(timeout=540) for process in processes] == [0] * world_size
+    output = tmp_path / "out.jsonl"
+    arguments = {"candidates": candidates, "output": str(output), "model": model}
+    with Zygote("test_score_stage:as_rank", arguments) as zygote:
+        assert zygote.run_ranks() == [0, 0]
     assert output.read_bytes() == straight.read_bytes()
     assert leftovers(output) == []
 
@@ -465,6 +458,11 @@ def quickly(candidates: str, output: str, model: str, rank: int = 0, world_size:
     score_file(config_of(candidates, output, model), rank, world_size)
 
 
+def as_rank(candidates: str, output: str, model: str) -> None:
+    """The job as one process of several does it."""
+    quickly(candidates, output, model, *(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")))
+
+
 def slowly(candidates: str, output: str, model: str) -> None:
     """The job with a pause between rows, so that kills fall between them too."""
     part_row = stage_module._Stage._part_row
@@ -475,10 +473,6 @@ def slowly(candidates: str, output: str, model: str) -> None:
 
     stage_module._Stage._part_row = paused  # type: ignore[method-assign]
     quickly(candidates, output, model)
-
-
-if __name__ == "__main__":
-    quickly(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
 
 
 def test_other_patience_does_not_make_another_file(candidates: str, tmp_path: Path) -> None:

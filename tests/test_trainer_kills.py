@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from kills import TESTS, Zygote, child_environment
+from kills import Zygote
 from safetensors.torch import load_file
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
@@ -62,12 +60,9 @@ def test_two_processes_train_like_one(stage: str, model: str, data: str, tmp_pat
     from trainer_cases import train
 
     train(stage, model, data, str(tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", str(TESTS / "trainer_cases.py")]
-    command += [stage, model, data, str(tmp_path / "two")]
-    environment = child_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = {"stage": stage, "model": model, "data": data, "output_dir": str(tmp_path / "two")}
+    with Zygote("trainer_cases:train_two_processes", settings) as zygote:
+        assert zygote.run_ranks() == [0, 0]
     for mine, theirs in zip(
         metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"), strict=True
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf.errors import AlreadyFinished
-from rrhf.process_end import run_process
 from rrhf.training import rank, sft  # here, so that forked jobs need not import them
 
 WORDS = ("plants", "alive", "ask", "friend", "help", "again", "now", "quick", "fox", "lazy dog")
@@ -78,10 +76,5 @@ def train(stage: str, model: str, data: str, output_dir: str, **changes: Any) ->
 
 
 def train_two_processes(stage: str, model: str, data: str, output_dir: str) -> None:
-    """One rank of two, under torchrun; the same global batch as `train`."""
-    torch.set_num_threads(1)
+    """One rank of two; the same global batch as `train`."""
     train(stage, model, data, output_dir, gradient_accumulation_steps=1)
-
-
-if __name__ == "__main__":
-    run_process(lambda: train_two_processes(*sys.argv[1:5]))

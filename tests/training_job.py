@@ -14,7 +14,6 @@ from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import AlreadyFinished
 from rrhf.files import UNFINISHED, write_manifest
 from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.process_end import run_process
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome, run_training
 from rrhf.training.model_folders import ModelFolders
@@ -113,12 +112,5 @@ def unfinish(run: Path) -> None:
 
 
 def train_two_processes(model: str, output_dir: str) -> None:
-    """One rank of two, under torchrun; the same global batch as `train`'s default."""
-    torch.set_num_threads(1)
+    """One rank of two; the same global batch as `train`'s default."""
     train(model, output_dir, gradient_accumulation_steps=1)
-
-
-if __name__ == "__main__":
-    import sys
-
-    run_process(lambda: train_two_processes(sys.argv[1], sys.argv[2]))

@@ -1,10 +1,9 @@
-"""Two ranks on one machine, spread by DDP and by FSDP2: started as a program of its own."""
+"""Two ranks on one machine, spread by DDP and by FSDP2."""
 
 from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from transformers import LlamaForSequenceClassification
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.engines import build_policy
 from rrhf.models.reward_engines import build_reward_model
-from rrhf.process_end import run_process
 
 
 def batch(rank: int) -> TokenBatch:
@@ -73,13 +71,11 @@ def gradient(rank: int, spread: Callable[[nn.Module], nn.Module], root: nn.Modul
     return torch.cat(parts)
 
 
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    child = os.fork()  # before anything has started a thread
-    rank = 0 if child else 1
+def rank_of_two(out: str) -> None:
+    rank = int(os.environ["RANK"])
     faulthandler.dump_traceback_later(500, exit=True)  # neither rank waits for the other for ever
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(out / "store"), 2), rank=rank, world_size=2
+        "gloo", store=dist.FileStore(f"{out}/store", 2), rank=rank, world_size=2
     )
     found = {
         f"{make.__name__} {spread.__name__} {engine}": gradient(rank, spread, make(engine))
@@ -88,10 +84,4 @@ def main(out: Path) -> None:
         for engine in ("shared_prefix", "dense_mask")
     }
     if rank == 0:
-        torch.save(found, out / "gradients.pt")
-    if child and os.waitpid(child, 0)[1]:
-        sys.exit("the other rank failed")
-
-
-if __name__ == "__main__":
-    run_process(lambda: main(Path(sys.argv[1])))
+        torch.save(found, Path(out) / "gradients.pt")
