@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rrhf.errors import AlreadyFinished, UserError
 from rrhf.files import read_manifest, write_manifest
 from rrhf.training import iterative, rank
 from rrhf.training.iterative import best_round
+from rrhf.training.rounds_folder import RoundsFolder
 
 JOB = "iterative_cases:train_again"
 NUM_KILLS = 12
@@ -374,3 +376,29 @@ def test_two_processes_train_like_one(
     losses = [[r["training"]["loss"] for r in report["rounds"]] for report in reports if report]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
     assert reports[1] is not None and reports[1]["status"] == "complete"
+
+
+def test_a_later_process_waits_for_the_first_to_open_the_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it began before would be taken for an earlier run, and the command be refused."""
+    config = settings(world, tmp_path / "run")
+    first = RoundsFolder(tmp_path / "run")
+    found: list[Any] = []
+    monkeypatch.setattr(iterative, "launched_place", lambda: (1, 2, 1))
+    monkeypatch.setattr(iterative._Rounds, "run", lambda rounds: found.append(first.is_bare))
+    timer = threading.Timer(0.5, lambda: first.open(config.as_dict(), resume=False))
+    timer.start()
+    iterative.train(config)
+    assert found and (tmp_path / "run" / "settings.json").exists()
+    timer.join()
+    first.close()
+
+
+def test_a_later_process_does_not_wait_for_ever(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iterative, "launched_place", lambda: (1, 2, 1))
+    with pytest.raises(UserError, match=r"process 0 has not begun within 0\.2 s"):
+        iterative.train(settings(world, tmp_path / "run", ddp_timeout=0.2))
+    assert not (tmp_path / "run").exists()

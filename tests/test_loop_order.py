@@ -17,7 +17,7 @@ from trainer_cases import metrics_of
 from rrhf.data.collate import TokenBatch, collate
 from rrhf.errors import StoppedBySignal
 from rrhf.runs import RunFolder
-from rrhf.training.checkpoint import checkpoints_by_step
+from rrhf.training.checkpoint import Checkpointer, checkpoints_by_step
 from rrhf.training.config import TrainingConfig
 from rrhf.training.loop import TrainingOutcome, run_training
 from rrhf.training.model_folders import ModelFolders
@@ -130,6 +130,21 @@ def test_the_main_rank_alone_writes(tmp_path: Path) -> None:
 
     go(tmp_path / "run", 3, Evaluation(), eval_steps=1, on_parallel=join)
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+
+
+@pytest.mark.parametrize("first_goes_on", [False, True])
+def test_the_first_rank_says_whether_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_goes_on: bool
+) -> None:
+    """A late rank looks for a run where the first has begun one; each alone would wait for ever."""
+
+    def join(parallel: Parallel) -> None:
+        monkeypatch.setattr(parallel, "gather", lambda rows: [first_goes_on, *rows])
+
+    restored: list[Checkpointer] = []
+    monkeypatch.setattr(Checkpointer, "restore", lambda one: restored.append(one))
+    go(tmp_path / "run", 1, on_parallel=join, resume_from_checkpoint=not first_goes_on)
+    assert len(restored) == first_goes_on
 
 
 class Evaluation:

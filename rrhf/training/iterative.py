@@ -73,6 +73,8 @@ def train(config: IterativeConfig) -> Path:
         folder.open(config.as_dict(), config.resume_from_checkpoint)
     try:
         with caught_signals() as stop:
+            if not is_main:
+                folder.wait_until_open(config, stop)
             return _Rounds(config, folder, place, stop).run()
     except UserError:
         if is_main and folder.is_bare:

@@ -137,7 +137,9 @@ def run_training(
     )
     loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
     loop.samples, loop.phases = samples, phases
-    if config.resume_from_checkpoint:
+    # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun: a
+    # late one sees what the first has just begun.
+    if parallel.gather([config.resume_from_checkpoint])[0]:
         loop.resume(stream)
     else:
         loop.cut_back(0, {})

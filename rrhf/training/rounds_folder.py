@@ -5,13 +5,17 @@ No import of torch: that a folder is taken is reported before it is loaded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, read_manifest
+from rrhf.files import COMPLETE, UNFINISHED, read_manifest
 from rrhf.runs import RunFolder, told_changes
+from rrhf.signals import StopRequest
 from rrhf.training.iterative_config import IterativeConfig
+
+_POLL_SECONDS = 0.05
 
 # What may differ when a run goes on: nothing here reaches the weights.
 _ADJUSTABLE = (
@@ -84,6 +88,29 @@ class RoundsFolder(RunFolder):
                 f"--num_rounds {config.num_rounds}: {self.path} has begun more rounds; the policy "
                 f"of that one is {self.policy_after(config.num_rounds)}"
             )
+
+    def wait_until_open(self, config: IterativeConfig, stop: StopRequest) -> None:
+        """Return once process 0 has opened the folder: it would take what another process begins
+        there before it for an earlier run.
+
+        Raises:
+            StoppedBySignal: a signal came first.
+            UserError: it has not been opened for `ddp_timeout`.
+        """
+        deadline = time.monotonic() + config.ddp_timeout
+        while not self._is_open(config):
+            stop.raise_if_received("nothing was begun")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path}: process 0 has not begun within {config.ddp_timeout:g} s "
+                    "(--ddp_timeout); see its message"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _is_open(self, config: IterativeConfig) -> bool:
+        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        is_begun = manifest is not None and manifest.get("status") == UNFINISHED
+        return is_begun or self.is_finished(config)  # all that was left needed one process
 
     def is_finished(self, config: IterativeConfig) -> bool:
         """Whether all rounds are complete; asked before the folder is opened."""
