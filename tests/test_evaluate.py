@@ -375,6 +375,19 @@ def test_rows_of_one_name_do_not_replace_each_other(folder):
     assert compare(CompareConfig([str(folder / "out")])).baseline == "rrhf (baseline)"
 
 
+@pytest.mark.parametrize("name", ["sft", "sft greedy"])
+def test_the_baselines_rows_do_not_replace_those_of_another_model(folder, name):
+    options = {"scorer": SCORER, "decoding": "both" if name == "sft" else "sample"}
+    made = evaluate(config(folder, name=name, **options)).files
+    before = [path.read_bytes() for path in made]
+    baseline = str(folder / "sft" / "policy")
+    again = evaluate(config(folder, baseline=baseline, **options | {"decoding": "both"}))
+    names = [row["name"] for row in again.rows]
+    assert names == ["sft (baseline)", "sft (baseline) greedy", "rrhf", "rrhf greedy"]
+    assert [path.read_bytes() for path in made] == before
+    assert evaluate(config(folder, baseline=baseline, **options)).rows[0]["name"] == names[0]
+
+
 def test_a_baseline_of_given_responses_gets_a_row(folder):
     evaluate(config(folder, decoding="sample", name="first", output_dir=str(folder / "elsewhere")))
     file = str(folder / "elsewhere" / "first.samples.jsonl")

@@ -82,11 +82,28 @@ def standing_row(
         row = try_json(path)
         if not is_row(row) or row["made_with"] != wanted:
             continue
-        config = row.get("config") or {}
-        place = config.get("model_name_or_path") or config.get("responses") or ""
-        if config.get("best_of_n", 1) == 1 and same_place(str(place), baseline.place):
+        is_plain = (row.get("config") or {}).get("best_of_n", 1) == 1
+        if is_plain and same_place(_measured(row), baseline.place):
             return load_row(path, accept_edited), path
     return None
+
+
+def is_name_of_another(folder: str | Path, name: str, place: str) -> bool:
+    """Whether a row in the folder that is not the baseline's stands where its rows would.
+
+    Args:
+        folder: of the rows.
+        name: of the baseline's rows.
+        place: the baseline.
+    """
+    rows = [try_json(Path(folder) / f"{file_stem(one)}.json") for one in (name, f"{name} greedy")]
+    return any(is_row(row) and not same_place(_measured(row), place) for row in rows)
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    """The model or file whose responses a row measured; empty where unknown."""
+    config = row.get("config") or {}
+    return str(config.get("model_name_or_path") or config.get("responses") or "")
 
 
 def is_own_samples(baseline: Baseline, folder: str | Path) -> bool:

@@ -23,6 +23,7 @@ from rrhf.errors import UserError
 from rrhf.evaluation.baseline import (
     GIVEN,
     Baseline,
+    is_name_of_another,
     is_own_samples,
     name_of_responses,
     policy_name,
@@ -300,9 +301,9 @@ def _set_baseline(
             raise UserError(
                 f"{config.baseline}: answers none of the prompts; name a baseline on the same ones"
             )
-    if label == name and not same_place(
-        config.baseline, config.model_name_or_path or config.responses
-    ):
+    measured = config.model_name_or_path or config.responses
+    is_other = label == name and not same_place(config.baseline, measured)
+    if is_other or is_name_of_another(config.output_dir, label, config.baseline):
         label = f"{label} (baseline)"
     evaluator.set_baseline(said, sets)
     return Baseline(config.baseline, label, None if is_policy else sets)
