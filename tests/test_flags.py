@@ -261,6 +261,28 @@ def test_a_tilde_is_the_home_folder_where_a_path_may_stand(
     assert parsed == Named(read, [read])
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("Explain this, ~/.bashrc please", "Explain this, ~/.bashrc please"),
+        ("What is in here: ~/a?", "What is in here: ~/a?"),
+        ("text:~/a", "text:~/a"),
+        ("~/a.jsonl,alpaca:1:~/b c.jsonl", "/home/me/a.jsonl,alpaca:1:/home/me/b c.jsonl"),
+        ("~/my prompts.jsonl", "/home/me/my prompts.jsonl"),
+    ],
+)
+def test_a_tilde_in_a_prompt_is_a_tilde(
+    written: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass
+    class Asked:
+        prompts: str = field(default="", metadata={"names": "prompts"})
+        """Prompts, or a prompt itself."""
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_config(Asked, ["--prompts", written], "x") == Asked(read)
+
+
 def test_later_files_override_earlier_ones(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("steps: 1\nmode: released\n")
     (tmp_path / "b.json").write_text('{"steps": 2, "train-data": "d"}')

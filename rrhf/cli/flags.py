@@ -246,11 +246,20 @@ def checked(given: Any, flag: Flag, where: str, from_words: bool = True) -> Any:
     except ConfigTextError as error:
         raise UserError(f"{where}: {error}") from error
     if fits:
-        return with_home(value) if flag.names else value
+        return with_home(value) if flag.names and not is_prompt(flag, value) else value
     shown = repr(" ".join(given) if from_words and isinstance(given, list) else given)
     if len(shown) > MAX_SHOWN:
         shown = f"{shown[:MAX_SHOWN]}..."
     raise UserError(f"{where}: {shown} does not fit; expected {expected(flag.hint)}.")
+
+
+def is_prompt(flag: Flag, value: Any) -> bool:
+    """Whether the value is a prompt itself, in place of what names data."""
+    if flag.names != "prompts" or not isinstance(value, str):
+        return False
+    from rrhf.data.prompt_text import prompt_text
+
+    return prompt_text(value) is not None
 
 
 def with_home(value: Any) -> Any:
