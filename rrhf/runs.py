@@ -321,6 +321,11 @@ class RunFolder:
         if manifest is not None:
             if manifest.get("status") not in (COMPLETE, UNFINISHED):
                 raise _not_ours(manifest_path(self.path))
+            if "files" in manifest:  # that of a sealed folder, such as a run's policy/
+                raise UserError(
+                    f"{self.path}: holds a model, and a run would write over its manifest.json; "
+                    "name the run's own folder to go on with it, or choose another --output_dir"
+                )
         elif self._settings_path.exists() and not are_settings(self._settings_path):
             raise _not_ours(self._settings_path)
 

@@ -19,6 +19,7 @@ from rrhf.files import (
     read_manifest,
 )
 from rrhf.runs import MetricsLog, RunFolder, told_changes
+from rrhf.sealed_folders import seal_folder
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -153,6 +154,19 @@ def test_files_of_other_programs_are_left_alone(
     if not resume:
         with pytest.raises(UserError, match=rf"{name}: .* choose another --output_dir"):
             RunFolder(tmp_path).require_free()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_model_folder_is_no_run(tmp_path: Path, resume: bool):
+    """The folder of a run's model: resuming there would write over what vouches for the model."""
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    (policy / "config.json").write_text('{"model_type": "llama"}')
+    seal_folder(policy)
+    before = {path.name: path.read_bytes() for path in policy.iterdir()}
+    with pytest.raises(UserError, match=r"policy: holds a model.*name the run's own folder"):
+        RunFolder(policy).open({"output_dir": "x"}, resume=resume)
+    assert {path.name: path.read_bytes() for path in policy.iterdir()} == before
 
 
 def test_other_files_in_the_folder_are_no_run(tmp_path: Path):
