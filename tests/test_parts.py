@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.files import manifest_path, replaced_file, write_json
 from rrhf.generation.parts import FIRST_LINE, PartAppender, Parts, decode_part_row, encode_part_row
+from rrhf.generation.staged_file import StagedFile
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file
@@ -359,3 +361,34 @@ def test_temporary_files_of_killed_writers_go_with_the_next_write(tmp_path: Path
         assert len(list(tmp_path.glob(".x.jsonl.*.tmp"))) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
     assert path.read_bytes() == b"mine"
+
+
+def test_a_part_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
+    """One without a share may open its part only when the first has ended the file."""
+    parts = Parts(tmp_path / "out.jsonl")
+    with parts.open_own(0) as own, parts.open_own(1) as held:
+        parts.open_own(2).close()
+        parts.remove(0)
+        assert not own.path.exists() and not parts.path_of(2).exists()
+        held.append({"id": "a"})
+        held.flush()
+    parts.remove(0)
+    assert parts.paths() == []
+
+
+def test_a_process_without_a_share_outlives_the_end_of_the_first(
+    candidates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first makes and ends the whole file between two steps of the second."""
+    output = tmp_path / "out.jsonl"
+    config = replace(config_of(candidates, output), prompts_per_chunk=NUM_PROMPTS)
+    begun = StagedFile._wait_for_beginning
+
+    def late(staged: StagedFile, settings: Any) -> bool:
+        score_file(config, 0, 2)
+        begun(staged, settings)
+        return False  # as it was a moment before
+
+    monkeypatch.setattr(StagedFile, "_wait_for_beginning", late)
+    score_file(config, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.manifest.json"]

@@ -12,6 +12,7 @@ agree with it is made again by the next call; one that is damaged while the call
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -249,9 +250,17 @@ class Parts:
                 yield row
         self.output_digest = file.digest
 
-    def remove(self) -> None:
+    def remove(self, rank: int) -> None:
+        """Remove the parts of a process and of those that have ended; a living one, which may not
+        have noticed yet that all is done, removes its own.
+
+        Args:
+            rank: whose part is open here.
+        """
+        own = self.path_of(rank)
         for path in self.paths():
-            path.unlink(missing_ok=True)
+            if path == own or not _is_held(path):
+                path.unlink(missing_ok=True)
 
     def remove_half_written(self) -> None:
         """Remove what killed processes left of output, manifest and new parts."""
@@ -283,6 +292,23 @@ def _is_part(path: Path) -> bool:
     finally:
         os.close(handle)
     return begins_with(begins, FIRST_LINE)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process has locked a part; never where the disk cannot lock files."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # gone meanwhile
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextmanager

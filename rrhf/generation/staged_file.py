@@ -123,7 +123,7 @@ class StagedFile:
                 part.remove_if_bare()
                 raise
             if self._is_first:
-                self.parts.remove()
+                self.parts.remove(self._rank)
             else:
                 part.path.unlink(missing_ok=True)
 

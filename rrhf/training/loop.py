@@ -137,8 +137,8 @@ def run_training(
     )
     loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
     loop.samples, loop.phases = samples, phases
-    # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun: a
-    # late one sees what the first has just begun.
+    # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun,
+    # and a late one sees what the first has just begun.
     if parallel.gather([config.resume_from_checkpoint])[0]:
         loop.resume(stream)
     else:
