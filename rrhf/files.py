@@ -22,9 +22,11 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +45,36 @@ UNFINISHED = "unfinished"
 PathLike = str | os.PathLike[str]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_WRONG_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+_FIXES = {
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "choose an output that you may write to"
+    ),
+    **dict.fromkeys(
+        _WRONG_KIND,
+        "a file stands where a folder is needed, or a folder where a file is; choose another path",
+    ),
+    errno.ELOOP: "is a symbolic link, and what it points to must not be written; remove the link, "
+    "or choose another output",
+    errno.ENAMETOOLONG: "choose a shorter name: temporary files next to it have a longer one",
+    errno.EMFILE: "this process may not open more files; raise its limit (ulimit -n)",
+    errno.ENFILE: "this machine may not open more files; end other programs",
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO),
+        "check the disk, or choose an output on another one",
+    ),
+    errno.EFBIG: "a file may not grow so large there (ulimit -f, or the disk's own limit); choose "
+    "an output on another disk",
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "end the program that uses it"),
+    **dict.fromkeys(
+        (errno.EINVAL, errno.ENOTSUP), "its disk takes no such file or name; choose another output"
+    ),
+}
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_NO_WORKING_FOLDER = (
+    "the folder that this was started in does not exist any more; start it elsewhere"
+)
+_OPEN_STREAM = re.compile(r"/dev/std(in|out|err)|(/dev|/proc/[^/]+)/fd/\d+")
 _LOCK_IS_HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _CHUNK_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 18
@@ -67,7 +98,9 @@ def with_home_folder(path: PathLike) -> Path:
 
 @contextmanager
 def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn a full disk, a read-only place or a missing folder into a `UserError` with the fix.
+    """Turn what the system says of a place that cannot be written into a `UserError` with the fix.
+
+    Errors without a number of the file system's pass through.
 
     Args:
         path: the file that is being written.
@@ -76,29 +109,93 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
     try:
         yield
     except OSError as error:
-        if isinstance(error.filename, str):
-            path = error.filename
         if error.errno in _NO_SPACE:
             needed = "an unknown number of" if needed_bytes is None else f"{needed_bytes:,}"
             raise _no_space(path, needed) from error
-        if error.errno == errno.ELOOP:
-            raise UserError(
-                f"{path}: is a symbolic link, and what it points to must not be written; remove "
+        if error.errno != errno.ENOENT and error.errno not in _FIXES:
+            raise
+        named = error.filename if isinstance(error.filename, str) else os.fspath(path)
+        raise UserError(_refusal(os.fspath(path), _without_temporary(named), error)) from error
+
+
+def _refusal(given: str, path: str, error: OSError) -> str:
+    """What to say of a path that the system refuses; `given` is the one that was asked for."""
+    for link in (given, path):
+        if os.path.islink(link) and not os.path.exists(link):
+            return (
+                f"{link}: is a symbolic link that leads nowhere (to {os.readlink(link)}); remove "
                 "the link, or choose another output"
-            ) from error
-        if error.errno in _NOT_WRITABLE:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); "
-                "choose an output that you may write to"
-            ) from error
-        if error.errno == errno.ENOENT and not Path(path).absolute().parent.exists():
-            raise UserError(f"{path}: its folder does not exist; make the folder first") from error
-        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"{path}: {error.strerror}: a file stands where a folder is needed, or a folder "
-                "where a file is; choose another path"
-            ) from error
-        raise
+            )
+    if error.errno == errno.ENOENT:
+        if not _has_working_folder():
+            return _NO_WORKING_FOLDER
+        if not os.path.exists(os.path.dirname(os.path.abspath(path))):
+            return f"{path}: its folder does not exist; make the folder first"
+        return (
+            f"{path}: cannot be written ({error.strerror}): its folder takes no new files, or "
+            "something removed it meanwhile; choose another output"
+        )
+    if error.errno == errno.ELOOP:
+        return f"{path}: {_FIXES[errno.ELOOP]}"
+    if error.errno in _WRONG_KIND:
+        return f"{path}: {error.strerror}: {_FIXES[error.errno]}"
+    return f"{path}: cannot be written ({error.strerror}); {_FIXES[error.errno or 0]}"
+
+
+def require_working_folder() -> None:
+    """Refuse to work where relative paths mean nothing.
+
+    Raises:
+        UserError: the folder that the process was started in is removed.
+    """
+    if not _has_working_folder():
+        raise UserError(_NO_WORKING_FOLDER)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _without_temporary(path: str) -> str:
+    """The path that a temporary file is made for; any other path as it is."""
+    folder, name = os.path.split(path)
+    found = _TEMPORARY.fullmatch(name)
+    return os.path.join(folder, found.group(1)) if found else path
+
+
+def special_file(path: PathLike) -> str | None:
+    """What stands at a path where it is neither file nor folder, links followed: "a pipe"."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    kinds = {
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode))
+
+
+def require_plain_output(path: PathLike) -> None:
+    """Refuse to write over a pipe, a socket, a device, or what a process has open (`/dev/stdout`).
+
+    Raises:
+        UserError: one of them stands there.
+    """
+    kind = special_file(path)
+    if kind is None and _OPEN_STREAM.fullmatch(os.fspath(path)):
+        kind = "an open stream"
+    if kind:
+        raise UserError(
+            f"{path}: is {kind}, where only a file can be written; remove it, or choose another "
+            "output"
+        )
 
 
 def _no_space(path: PathLike, needed: str) -> UserError:
@@ -111,13 +208,23 @@ def _no_space(path: PathLike, needed: str) -> UserError:
 
 def _free_bytes(path: PathLike) -> str:
     """The free bytes of the disk that holds `path`, as text; "unknown" where it cannot be asked."""
-    place = Path(path).absolute()
+    place = Path(os.path.realpath(path)) if _has_working_folder() else Path(path)
     for folder in (place, *place.parents):
         try:
             return f"{shutil.disk_usage(folder).free:,}"
         except OSError:
             continue
     return "unknown"
+
+
+def make_folder(path: PathLike) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        UserError: as `explained_os_errors`.
+    """
+    with explained_os_errors(path):
+        os.makedirs(path, exist_ok=True)
 
 
 def sync_folder(path: PathLike) -> None:
@@ -203,10 +310,12 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
         needed_bytes: its size, where it is known.
 
     Raises:
-        UserError: as `explained_os_errors`; the free space is measured without the temporary file.
+        UserError: as `explained_os_errors`, where the free space is measured without the temporary
+            file; or a pipe, a socket or a device stands there.
     """
-    target = Path(os.path.realpath(path))
+    require_plain_output(path)
     with explained_os_errors(path):
+        target = Path(os.path.realpath(path))
         remove_abandoned(target)
         temporary, handle = locked_temporary(target)
         file = DigestedWriter(handle)
@@ -361,7 +470,7 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
     """
     place = manifest_path(path)
     try:
-        value = json.loads(place.read_bytes())
+        value = json.loads(manifest_bytes(place))
     except FileNotFoundError:
         return None
     except NotADirectoryError:
@@ -380,6 +489,18 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
             "version reads; update rrhf"
         )
     return None if _is_of_another_file(path, value) else value
+
+
+def manifest_bytes(place: Path) -> bytes:
+    """What stands in a manifest's place.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a pipe, which nobody waits for, or the like.
+    """
+    if kind := special_file(place):
+        raise ValueError(f"it is {kind}")
+    return place.read_bytes()
 
 
 def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
@@ -402,7 +523,7 @@ def require_own_manifest_place(path: PathLike) -> None:
     target = Path(path)
     place = manifest_path(target)
     try:
-        standing = json.loads(place.read_bytes())
+        standing = json.loads(manifest_bytes(place))
     except (OSError, ValueError, RecursionError):
         standing = None
     manifest = standing if isinstance(standing, dict) else {}
@@ -437,8 +558,9 @@ def forget_manifest(path: PathLike) -> None:
         UserError: what stands there is no manifest, but somebody else's file.
     """
     place = manifest_path(path)
+    require_plain_output(place)
     try:
-        value = json.loads(place.read_bytes())
+        value = json.loads(manifest_bytes(place))
     except FileNotFoundError:
         return
     except (ValueError, RecursionError):  # half of a manifest
@@ -465,6 +587,7 @@ class FileLock:
             what: what is locked, as the message names it, such as "the run folder runs/a".
         """
         assert self._handle is None, f"{self.path} is locked by this object already"
+        require_plain_output(self.path)
         with explained_os_errors(self.path):
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -506,6 +629,7 @@ def cut_torn_tail(path: PathLike) -> int:
 
     A last line that lacks only its newline (a whole JSON object) is kept and gets its newline.
     """
+    require_plain_output(path)
     with explained_os_errors(path), open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         end = size

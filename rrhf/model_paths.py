@@ -12,6 +12,7 @@ only.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, read_manifest, with_home_folder
+from rrhf.files import COMPLETE, read_manifest, special_file, with_home_folder
 from rrhf.runs import are_settings, settings_file
 from rrhf.sealed_folders import MANIFEST, DamagedManifest, differences, our_manifest
 from rrhf.seals import ACCEPT_FLAG
@@ -83,7 +84,8 @@ def check_model_path(name_or_path: str | Path) -> None:
     """A path that looks local must exist, so that a typo is not looked up on the hub.
 
     Raises:
-        UserError: the folder is missing, or holds no config.json, or is a run without a model.
+        UserError: the folder is missing, or holds no config.json, or is a run without a model; a
+            file of the model may not be read.
     """
     text = str(name_or_path)
     given = with_home_folder(text)
@@ -100,7 +102,24 @@ def check_model_path(name_or_path: str | Path) -> None:
         inner = [path / name for name in MODEL_NAMES if holds_model(path / name)]
         hint = f"; did you mean {inner[0]}?" if inner else ""
         raise UserError(f"{text}: the folder has no config.json, so it holds no model{hint}")
+    _require_readable(path)
     require_as_written(path, deep=False)
+
+
+def _require_readable(folder: Path) -> None:
+    """Name the first file of a model that no loader could open."""
+    for path in sorted(folder.iterdir()):
+        if not _is_loaded(path.name):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path}: is a symbolic link that leads nowhere (to {path.readlink()}); copy the "
+                "model's folder again, with what its links point to"
+            )
+        if kind := special_file(path):
+            raise UserError(f"{path}: is {kind}, where a model has a file; put the file there")
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise UserError(f"{path}: may not be read; check its permissions")
 
 
 def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:

@@ -63,6 +63,8 @@ def settings_file(run: PathLike) -> Path | None:
 
 def are_settings(path: Path) -> bool:
     """Whether a file holds the settings of a run, rather than the config of a model."""
+    if not path.is_file():
+        return False
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

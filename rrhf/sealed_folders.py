@@ -17,7 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rrhf.files import COMPLETE, SCHEMA_VERSION, sha256_file, sync_folder, write_manifest
+from rrhf.files import (
+    COMPLETE,
+    SCHEMA_VERSION,
+    manifest_bytes,
+    sha256_file,
+    sync_folder,
+    write_manifest,
+)
 
 MANIFEST = "manifest.json"
 # A manifest of ours has most of these; other programs may have files of that name too.
@@ -78,7 +85,7 @@ def our_manifest(folder: Path, is_ours: bool = False) -> dict[str, Any] | None:
         DamagedManifest: it cannot be read, or is of a newer version.
     """
     try:
-        value = json.loads((folder / MANIFEST).read_bytes())
+        value = json.loads(manifest_bytes(folder / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError, RecursionError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,164 @@ def test_a_second_run_in_the_same_folder_is_refused_and_loses_nothing(
     assert main(command) == 2
     assert "--resume_from_checkpoint" in capsys.readouterr().err
     assert (tmp_path / "run" / "policy" / "model.safetensors").read_bytes() == weights
+
+
+SCORER = "function:test_bad_input:by_length"
+WRITERS = {
+    "generate": "generate --model_name_or_path MODEL --prompts DATA --output_file OUT.jsonl",
+    "score": f"score DATA OUT.jsonl --scorer {SCORER}",
+    "response-gen": f"response-gen MODEL OUT --prompts DATA --scorer {SCORER}",
+    "data convert": "data convert DATA OUT.jsonl",
+    "data convert --to": "data convert DATA OUT.jsonl --to prompts",
+    "data convert --parts": "data convert DATA OUT --parts a=0.5",
+    "train sft": "train sft --model_name_or_path MODEL --data_path DATA --output_dir OUT",
+    "train rank": "train rank --model_name_or_path MODEL --data_path DATA --output_dir OUT",
+    "train reward": "train reward --model_name_or_path MODEL --data_path DATA --output_dir OUT",
+    "train ppo": "train ppo --model_name_or_path MODEL --train_datasets DATA --output_dir OUT "
+    f"--reward_model_name_or_path {SCORER}",
+    "train iterative": "train iterative --model_name_or_path MODEL --train_datasets DATA "
+    f"--output_dir OUT --reward_model_name_or_path {SCORER}",
+    "evaluate": "evaluate --model_name_or_path MODEL --prompts DATA --output_dir OUT",
+    "evaluate --responses": "evaluate --responses DATA --prompts DATA --output_dir OUT",
+    "compare": "compare ROWS --output OUT.jsonl",
+    "demo": "demo --output_dir OUT",
+    "study methods": "study methods --output_dir OUT",
+    "study hh-reward": "study hh-reward --data_path DATA --output_dir OUT --trunks MODEL",
+}
+
+
+def by_length(prompts: list[str], responses: list[str], messages: object) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def sources(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the words of `WRITERS` stand for, but for the output."""
+    folder = tmp_path_factory.mktemp("sources")
+    data, rows = str(folder / "data.jsonl"), str(folder / "rows")
+    Path(data).write_bytes(lines(*({**GOOD, "query": f"How are you, {n}?"} for n in range(6))))
+    words = ["--responses", data, "--prompts", data, "--scorer", SCORER, "--output_dir", rows]
+    assert main(["evaluate", *words]) == 0
+    return {"MODEL": model, "DATA": data, "ROWS": rows}
+
+
+@pytest.fixture
+def places(sources: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return {**sources, "OUT": str(tmp_path / "out")}
+
+
+def words_of(command: str, places: dict[str, str]) -> list[str]:
+    words = []
+    for word in WRITERS[command].replace("a=0.5", "PARTS").split():
+        for name, place in places.items():
+            if word in (name, f"{name}.jsonl"):
+                word = place + word.removeprefix(name)
+                break
+        words.append("{a: 0.5, b: 0.5}" if word == "PARTS" else word)
+    return words
+
+
+def refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    capfd.readouterr()
+    assert main(words) == 2, words
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and told.count("error: ") == 1, told
+    return told
+
+
+def no_link(place: Path) -> Path:
+    place.symlink_to(place.parent / "gone" / "x")
+    return place
+
+
+def no_pipe(place: Path) -> Path:
+    os.mkfifo(place)
+    return place
+
+
+OUTPUTS = {
+    "procfs": lambda place: Path("/proc/x/o" + place.suffix),
+    "link": no_link,
+    "pipe": no_pipe,
+    "long name": lambda place: place.with_name("n" * 300 + place.suffix),
+    "under a file": lambda place: Path(__file__) / place.name,
+    "NUL": lambda place: place.with_name("a\0b" + place.suffix),
+    "no UTF-8": lambda place: place.with_name("\udcff" + place.suffix),
+    "device": lambda place: Path("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_cannot_be_written_is_one_message(
+    command: str, places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for kind, make in OUTPUTS.items():
+        place = tmp_path / ("out.jsonl" if "OUT.jsonl" in WRITERS[command] else "out")
+        bad = make(place)
+        words = [str(bad) if w == str(place) else w for w in words_of(command, places)]
+        refused(words, capfd)
+        assert (kind == "link") == place.is_symlink() and (kind == "pipe") == place.is_fifo()
+        place.unlink(missing_ok=True)
+        assert not list(tmp_path.iterdir()), kind
+
+
+INPUTS = {
+    "pipe": "is a pipe",
+    "unfed.csv": "is a pipe",
+    "/dev/stdin": "",
+    "/dev/zero": "is a device",
+    "/proc/x": "",
+}
+
+
+@pytest.mark.parametrize("command", [name for name in WRITERS if "DATA" in WRITERS[name]])
+@pytest.mark.parametrize("given", INPUTS)
+def test_what_can_be_read_but_once_is_no_input(
+    command: str,
+    given: str,
+    places: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    place = Path(given) if given.startswith("/") else tmp_path / given
+    if not given.startswith("/"):
+        os.mkfifo(place)
+    told = refused(words_of(command, {**places, "DATA": str(place)}), capfd)
+    assert str(place) in told and INPUTS[given] in told, told
+
+
+def test_a_model_whose_files_cannot_be_read_is_one_message(
+    places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, word in (
+        ("config.json", "config.json"),
+        ("manifest.json", "it is a pipe"),
+        ("tokenizer.json", "is a pipe"),
+        ("model.safetensors", "is a pipe"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(places["MODEL"], folder)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        words = words_of("generate", {**places, "MODEL": str(folder)})
+        assert word in refused(words, capfd)
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "gone")
+    assert "leads nowhere" in refused(words, capfd)
+    long = words_of("generate", {**places, "MODEL": "m" * 300})
+    assert "File name too long" in refused(long, capfd)
+    empty = words_of("generate", {**places, "MODEL": ""})
+    assert "--model_name_or_path: is empty" in refused(empty, capfd)
+
+
+def test_a_working_folder_that_was_removed_is_named(
+    places: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    os.chdir("here")
+    (tmp_path / "here").rmdir()
+    assert "does not exist any more" in refused(["data", "convert", "a.jsonl", "b.jsonl"], capfd)

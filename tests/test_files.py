@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from rrhf.files import (
     FileLock,
     cut_torn_tail,
     explained_os_errors,
+    forget_manifest,
     manifest_path,
     read_manifest,
     replaced_file,
     require_own_manifest_place,
+    require_plain_output,
     sha256_file,
     write_json,
     write_manifest,
@@ -90,9 +93,96 @@ def test_the_file_that_the_system_names_is_the_one_named(tmp_path: Path):
         raise OSError(errno.EACCES, "Permission denied", "/elsewhere")
 
 
-def test_a_programs_own_os_error_passes_through(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), explained_os_errors(tmp_path / "v.json"):
-        (tmp_path / "missing").read_bytes()
+def test_an_error_that_is_no_file_s_passes_through(tmp_path: Path):
+    with pytest.raises(ConnectionRefusedError), explained_os_errors(tmp_path / "v.json"):
+        raise OSError(errno.ECONNREFUSED, "Connection refused")
+    with pytest.raises(OSError, match="no number"), explained_os_errors(tmp_path / "v.json"):
+        raise OSError("no number")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ENOENT", "takes no new files"),
+        ("EACCES", "may write to"),
+        ("EPERM", "may write to"),
+        ("EROFS", "may write to"),
+        ("ENOTDIR", "choose another path"),
+        ("EISDIR", "choose another path"),
+        ("EEXIST", "choose another path"),
+        ("ENOTEMPTY", "choose another path"),
+        ("ENAMETOOLONG", "choose a shorter name"),
+        ("ELOOP", "remove the link"),
+        ("ENOSPC", "make room"),
+        ("EDQUOT", "make room"),
+        ("EFBIG", "ulimit -f"),
+        ("EMFILE", "ulimit -n"),
+        ("ENFILE", "end other programs"),
+        ("EIO", "check the disk"),
+        ("ESTALE", "check the disk"),
+        ("EBUSY", "end the program"),
+        ("EINVAL", "choose another output"),
+    ],
+)
+@pytest.mark.parametrize("names_it", [True, False])
+def test_what_the_system_refuses_is_one_message(
+    tmp_path: Path, name: str, words: str, names_it: bool
+):
+    number, path = getattr(errno, name), tmp_path / "v.json"
+    with pytest.raises(UserError, match=rf"v\.json: .*{words}") as told, explained_os_errors(path):
+        error = OSError(number, os.strerror(number))
+        if names_it:  # as a failed write of a temporary file has it
+            error.filename = str(tmp_path / ".v.json.12.0123abcd.tmp")
+        raise error
+    assert ".tmp" not in str(told.value)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path):
+    link = tmp_path / "v.json"
+    link.symlink_to(tmp_path / "gone" / "v.json")
+    with pytest.raises(UserError, match=r"v\.json: is a symbolic link that leads nowhere"):
+        write_json(link, 1)
+
+
+def test_a_folder_that_is_removed_while_its_file_is_written(tmp_path: Path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with (
+        pytest.raises(UserError, match=r"v\.json: its folder does not exist"),
+        replaced_file(folder / "v.json") as file,
+    ):
+        file.write(b"1")
+        shutil.rmtree(folder)
+
+
+def test_a_working_folder_that_is_removed_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    os.chdir("here")
+    (tmp_path / "here").rmdir()
+    with pytest.raises(UserError, match="was started in does not exist any more"):
+        write_json("v.json", 1)
+
+
+def test_a_pipe_is_no_output_and_no_manifest(tmp_path: Path):
+    """Each of these waited for a reader or a writer, or replaced the pipe."""
+    for name in ("v.json", ".lock", "x.manifest.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe"):
+        write_json(tmp_path / "v.json", 1)
+    with pytest.raises(UserError, match="is a pipe"):
+        FileLock(tmp_path / ".lock").acquire("the folder")
+    with pytest.raises(UserError, match="it is a pipe"):
+        read_manifest(tmp_path / "x.json")
+    with pytest.raises(UserError, match="is a pipe"):
+        forget_manifest(tmp_path / "x.json")
+    assert all(path.is_fifo() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
+def test_devices_and_open_streams_are_no_outputs(path: str):
+    with pytest.raises(UserError, match="where only a file can be written"):
+        require_plain_output(path)
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path):

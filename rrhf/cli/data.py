@@ -111,10 +111,11 @@ def validate(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> int:
+    from rrhf.cli.places import read_settings
     from rrhf.data.convert import ConvertConfig
     from rrhf.data.convert import convert as run
 
-    for path, rows in run(parse_config(ConvertConfig, argv, "rrhf data convert")).items():
+    for path, rows in run(read_settings(ConvertConfig, argv, "rrhf data convert")).items():
         print(f"{path}: {rows} rows")
     return EXIT_DONE
 

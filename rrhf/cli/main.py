@@ -26,6 +26,7 @@ from rrhf.errors import (
     StoppedBySignal,
     UserError,
 )
+from rrhf.files import require_working_folder
 from rrhf.process_end import run_process
 from rrhf.signals import Interrupted, sigterm_interrupts
 
@@ -74,6 +75,7 @@ def run_command(argv: Sequence[str]) -> int:
         return EXIT_DONE
     if name not in COMMANDS:
         name, rest = meant_by(name, rest)
+    require_working_folder()
     command = importlib.import_module(COMMANDS[name][0])
     return int(command.main(rest))
 

@@ -10,6 +10,7 @@ A field says in its metadata what it `names`:
     row            what `rrhf evaluate` wrote, or a folder of it
     run            the folder that a training writes
     output file, output folder
+    output         a file, or a folder where the configuration has parts
     place          any other path
 
 Nothing here imports torch, so that a mistake is reported before it is loaded. What only
@@ -22,20 +23,24 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import is_first_process
 from rrhf.data.columns import parse_columns
+from rrhf.data.json_scan import require_plain_input
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, explained_os_errors, read_manifest
+from rrhf.files import COMPLETE, explained_os_errors, read_manifest, require_plain_output
 from rrhf.model_paths import accept_edited_models, check_model_path
 
 T = TypeVar("T")
+
+_READ = ("model", "scorer", "responses", "model or file", "row", "place")
 
 
 def read_settings(
@@ -69,24 +74,54 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
     Raises:
         UserError: something is not there, is not what it should be, or cannot be written.
     """
-    accept_edited_models(config)
+    for item in fields(config):
+        is_required = item.default is MISSING and item.default_factory is MISSING
+        if "names" in item.metadata and is_required and not getattr(config, item.name):
+            raise UserError(f"--{item.name}: is empty; give a path or a name")
     found = [
-        (kind, value)
+        (kind, one)
         for item in fields(config)
         if (kind := item.metadata.get("names"))
         and (value := getattr(config, item.name))
         and item.name not in made_later
+        for one in (value if isinstance(value, (list, tuple)) else [value])
     ]
+    for kind, one in found:
+        _require_name(one)
+        if kind in _READ:
+            _require_reachable(one)
+    accept_edited_models(config)
     resumes = getattr(config, "resume_from_checkpoint", False)
     if resumes and any(kind == "run" and _is_finished(path) for kind, path in found):
         return
     _check_packages(config)
     parse_columns(getattr(config, "columns", None))
-    for kind, value in found:
-        check = CHECKS.get(kind)
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if check is not None:
-                check(one, config)
+    for kind, one in found:
+        if check := CHECKS.get(kind):
+            check(one, config)
+
+
+def _require_name(text: str) -> None:
+    """Refuse what the libraries that read and write models and data cannot name."""
+    if "\0" in text:
+        raise UserError(f"{text!r}: holds a NUL character, which no path can; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!r}: is not UTF-8; choose or make a path that is") from error
+
+
+def _require_reachable(path: str) -> None:
+    """Say what the system says of a path that it does not even look at; one may be missing."""
+    place = os.path.expanduser(path)
+    try:
+        is_folder = stat.S_ISDIR(os.stat(place).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if is_folder and not os.access(place, os.R_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{path}: may not be read; check its permissions")
 
 
 def _check_packages(config: Any) -> None:
@@ -155,6 +190,7 @@ def _check_prompts(specs: str, config: Any) -> None:
 
 
 def _check_responses(spec: str, config: Any) -> None:
+    require_plain_input(spec)
     if spec != "dataset" and not Path(spec).is_file():
         raise UserError(
             f"{spec}: there is no such file of responses; check the path, or give the word dataset "
@@ -163,11 +199,13 @@ def _check_responses(spec: str, config: Any) -> None:
 
 
 def _check_model_or_file(path: str, config: Any) -> None:
+    require_plain_input(path)
     if not Path(path).is_file():
         check_model_path(path)
 
 
 def _check_row(path: str, config: Any) -> None:
+    require_plain_input(path)
     if not Path(path).exists():
         raise UserError(
             f"{path}: there is no such file or folder; name what `rrhf evaluate` wrote, or the "
@@ -193,7 +231,13 @@ def _check_output(path: Path, is_folder: bool) -> None:
     def refuse(number: int, place: Path) -> None:
         raise OSError(number, os.strerror(number), str(place))
 
+    if not is_folder:
+        require_plain_output(path)
     with explained_os_errors(path):
+        if path.is_symlink() and not path.exists():
+            target = Path(os.path.realpath(path))
+            if is_folder or target.is_symlink() or not target.parent.is_dir():
+                refuse(errno.ENOENT, path)
         if is_folder and path.exists() and not path.is_dir():
             refuse(errno.ENOTDIR, path)
         if not is_folder and path.is_dir():
@@ -216,5 +260,6 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "row": _check_row,
     "run": _check_run,
     "output file": lambda path, config: _check_output(Path(path), is_folder=False),
+    "output": lambda path, config: _check_output(Path(path), is_folder=bool(config.parts)),
     "output folder": lambda path, config: _check_output(Path(path), is_folder=True),
 }

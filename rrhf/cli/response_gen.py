@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
     # Both are built before the first stage starts, so that a mistake in the second costs nothing.
     score_config = build(ScoreConfig, flags_of(ScoreConfig), score, PROG)
     generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
+    check_places(own)
     check_places(generate_config)
     check_places(score_config, made_later=("input_file",))
     require_models_as_written(score_config)

@@ -7,6 +7,7 @@ switches (-W, PYTHONWARNINGS) bring them back.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -70,6 +71,8 @@ def configure_logging() -> None:
     In processes other than the first, only modules that report on their own share of the work may
     warn; the other warnings would repeat those of the first process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, handlers=[Voice()])
     logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     for name in () if is_first_process() else _OWN_SHARE:

@@ -49,7 +49,7 @@ class ConvertConfig(EditedFiles, ColumnOptions):
     data: str = field(metadata={"names": "data", "positional": True})
     """What to read: a path, a known name, owner/name of the hub, or a mixture of such
     (name[:proportion[:path]], separated by commas)."""
-    output: str = field(metadata={"names": "place", "positional": True})
+    output: str = field(metadata={"names": "output", "positional": True})
     """The file to write; with --parts, a folder that gets one file a part."""
     to: Form = "candidates"
     """candidates: RRHF's rows query, responses, scores; preference: TRL's rows prompt, chosen,

@@ -23,7 +23,7 @@ from json.decoder import JSONDecoder
 from typing import Any, BinaryIO, cast
 
 from rrhf.errors import UserError
-from rrhf.files import Digest, PathLike
+from rrhf.files import Digest, PathLike, special_file
 from rrhf.seals import seal_difference, warn_accepted, what_to_do
 
 MAX_FAULTS = 20
@@ -130,8 +130,9 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
         digest: is given the bytes of the file as they are read from the disk.
 
     Raises:
-        UserError: there is no such file, or it may not be read.
+        UserError: there is no such file, it may not be read, or it is a pipe or a device.
     """
+    require_plain_input(path)
     try:
         raw = _DigestedRead(path, digest)
     except FileNotFoundError as error:
@@ -146,6 +147,19 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
     if file.peek(2)[:2] == _GZIP_MAGIC:
         return cast(BinaryIO, io.BufferedReader(cast(Any, _Gunzip(file))))
     return file
+
+
+def require_plain_input(path: PathLike) -> None:
+    """Refuse to read what is no file, such as `/dev/stdin` of a pipe or the shell's `<(...)`.
+
+    Raises:
+        UserError: it is a pipe, a socket or a device.
+    """
+    if kind := special_file(path):
+        raise UserError(
+            f"{path}: is {kind}, and data are read more than once; write them to a file, and name "
+            "that"
+        )
 
 
 class _DigestedRead(io.FileIO):

@@ -27,6 +27,7 @@ from rrhf.files import (
     is_at,
     locked_temporary,
     remove_abandoned,
+    require_plain_output,
     sync_folder,
 )
 
@@ -102,7 +103,8 @@ class JsonlAppender:
         bytes_cut: how many bytes of an unfinished last line were cut on opening.
 
     Raises:
-        UserError: it is somebody else's, a link, an array or gzip, or another process writes it.
+        UserError: it is somebody else's, a link, no file, an array or gzip, or another process
+            writes it.
     """
 
     def __init__(self, path: PathLike, first: bytes = b"") -> None:
@@ -112,6 +114,7 @@ class JsonlAppender:
         self._first = first
         self._pending = 0
         self._synced_at = time.monotonic()
+        require_plain_output(path)
         with explained_os_errors(path):
             remove_abandoned(path)
             self._handle: int | None = self._open()

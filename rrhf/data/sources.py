@@ -24,7 +24,7 @@ from typing import Any
 from rrhf.data.candidate_files import SeenIds, require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.columns import ColumnNames
-from rrhf.data.json_scan import Edited, Fault, Faults, scan_rows
+from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
 from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
 from rrhf.data.tables import (
     SEPARATORS,
@@ -94,6 +94,7 @@ def _path_rows(path: str, split: str | None) -> Rows:
         return _folder_rows(path, split)
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such file or folder; check the path")
+    require_plain_input(path)
     kind = _TABLE_KINDS.get(Path(path).suffix)
     if kind is not None:
         return _dataset_rows(kind, _DEFAULT_SPLIT, path, data_files=path)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rrhf.files import replaced_file
+from rrhf.files import make_folder, replaced_file
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
 from rrhf.studies.config import DemoConfig
@@ -49,6 +49,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Pa
     """Do every seed and write the table; returns the table's path."""
     started = time.monotonic()
     folder = Path(config.output_dir)
+    make_folder(folder)
     run = partial(run_seed, folder, config.size)
     by_seed = run_seeds(run, range(config.seeds), config.jobs, say)
     rows = pooled_rows(by_seed)

@@ -37,7 +37,7 @@ from rrhf.data.mixing import load_sets
 from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
-from rrhf.files import COMPLETE, read_manifest, write_json
+from rrhf.files import COMPLETE, make_folder, read_manifest, write_json
 from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_engines import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
@@ -65,7 +65,7 @@ def run(config: HHRewardConfig) -> Path:
         UserError: data or a trunk is missing, or the folder was begun with other settings.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     settings = asdict(config)
     edited = settings.pop("accept_edited_files")
     _require_same_settings(folder, settings)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rrhf.files import replaced_file, write_json
+from rrhf.files import make_folder, replaced_file, write_json
 from rrhf.report.method_figures import (
     Point,
     draw_gold_against_reward,
@@ -48,6 +48,7 @@ def run(config: MethodsConfig, say: Callable[[str], None] = logger.info) -> Path
     """Do every seed, then write the page; returns its path."""
     started = time.monotonic()
     folder = Path(config.output_dir)
+    make_folder(folder)
     methods = ["sft", *(config.methods or METHODS)]
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     by_seed = run_seeds(partial(_run_seed, folder, config.size, methods), seeds, config.jobs, say)
