@@ -512,6 +512,21 @@ def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
     return is_being_made or manifest_path(path).with_name(named).exists()
 
 
+def manifest_owner(path: PathLike) -> str | None:
+    """The name of another file whose manifest stands where this file's would; None without one."""
+    manifest = _standing_manifest(manifest_path(path))
+    return manifest["file"] if _is_of_another_file(path, manifest) else None
+
+
+def _standing_manifest(place: Path) -> dict[str, Any]:
+    """What stands in a manifest's place, whatever it says; empty where that is no object."""
+    try:
+        value = json.loads(manifest_bytes(place))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def require_own_manifest_place(path: PathLike) -> None:
     """Refuse an output whose manifest would stand where that of another file does.
 
@@ -522,18 +537,13 @@ def require_own_manifest_place(path: PathLike) -> None:
     """
     target = Path(path)
     place = manifest_path(target)
-    try:
-        standing = json.loads(manifest_bytes(place))
-    except (OSError, ValueError, RecursionError):
-        standing = None
-    manifest = standing if isinstance(standing, dict) else {}
-    if manifest.get("file") == target.name:
+    if _standing_manifest(place).get("file") == target.name:
         return
     stem = place.name.removesuffix(".manifest.json")
     names = [stem + suffix for suffix in ("", ".json", ".jsonl", ".json.gz", ".jsonl.gz")]
     others = [n for n in names if n != target.name and target.with_name(n).is_file()]
-    if _is_of_another_file(target, manifest):
-        others.insert(0, manifest["file"])
+    if owner := manifest_owner(target):
+        others.insert(0, owner)
     if others:
         suffix = target.name.removeprefix(stem)
         raise UserError(

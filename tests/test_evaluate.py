@@ -414,3 +414,22 @@ def test_evaluate_then_compare_shows_before_and_after(folder, capsys):
     capsys.readouterr()
     assert main(["compare", str(folder / "out")]) == 0
     assert "Gain on sft (paired" in capsys.readouterr().out
+
+
+def test_a_row_does_not_take_the_manifest_of_responses_next_to_it(folder):
+    """`out/given.json` and `out/given.jsonl` would both have `given.manifest.json`."""
+    given = folder / "out" / "given.jsonl"
+    given.parent.mkdir()
+    write_candidate_sets(given, list(read_candidate_sets(folder / "prompts.jsonl")))
+    sealed = {path.name: path.read_bytes() for path in given.parent.iterdir()}
+    rows = {"model_name_or_path": "", "responses": str(given), "scorer": SCORER}
+    with pytest.raises(UserError, match=r"given\.manifest\.json.*given\.jsonl.*give --name"):
+        evaluate(config(folder, **rows))
+    with pytest.raises(UserError, match="give another --output_dir"):
+        evaluate(config(folder, baseline=str(given)))
+    with pytest.raises(UserError, match="give --name"):
+        evaluate(config(folder, name="given"))
+    assert sealed == {path.name: path.read_bytes() for path in given.parent.iterdir()}
+    for _ in range(2):  # its own manifest is no obstacle
+        evaluate(config(folder, **rows, name="given row"))
+    assert list(read_candidate_sets(given))

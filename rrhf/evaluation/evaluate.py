@@ -44,7 +44,7 @@ from rrhf.evaluation.inputs import (
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.evaluation.reached import signs_of_nothing
-from rrhf.evaluation.results import save_row
+from rrhf.evaluation.results import require_free_place, save_row
 from rrhf.files import explained_os_errors, read_manifest
 from rrhf.generation.local import LocalEngine
 from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
@@ -199,9 +199,24 @@ def _check_places(config: EvaluateConfig) -> None:
     if config.baseline and is_model_folder(config.baseline):
         check_model_path(config.baseline)
     folder = Path(config.output_dir)
+    _require_free_places(config)
     with explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # without a name that a kill could leave
+
+
+def _require_free_places(config: EvaluateConfig) -> None:
+    """The rows and the baseline's must not take the manifests of responses in their folder."""
+    name, baseline = _row_name(config), config.baseline
+    is_policy = bool(config.model_name_or_path) and config.best_of_n == 1
+    greedy = [f"{name} greedy"] if is_policy and config.decoding != "sample" else []
+    for row in [name, *greedy]:
+        require_free_place(row, config.output_dir, "give --name, or another --output_dir")
+    if baseline and not same_place(baseline, config.model_name_or_path or config.responses):
+        of_responses = not is_model_folder(baseline)
+        label = name_of_responses(baseline) if of_responses else policy_name(baseline)
+        if label != name:
+            require_free_place(label, config.output_dir, "give another --output_dir")
 
 
 def _fitting(

@@ -20,9 +20,11 @@ from rrhf.files import (
     COMPLETE,
     Digest,
     PathLike,
-    explained_os_errors,
     forget_manifest,
     json_text,
+    make_folder,
+    manifest_owner,
+    manifest_path,
     read_manifest,
     replaced_file,
     write_manifest,
@@ -54,15 +56,39 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name.strip()).strip("._") or "row"
 
 
+def require_free_place(
+    name: str, folder: PathLike, fix: str = "choose another name or folder"
+) -> None:
+    """Refuse a row whose manifest would replace that of responses with the same stem.
+
+    Args:
+        name: of the row.
+        folder: of its file.
+        fix: what a message says is to be done.
+
+    Raises:
+        UserError: such a file is there.
+    """
+    path = Path(folder) / f"{file_stem(name)}.json"
+    if owner := manifest_owner(path):
+        raise UserError(
+            f"{path}: the row {name!r} would have the manifest {manifest_path(path).name}, which "
+            f"belongs to {owner} next to it; {fix}"
+        )
+
+
 def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: PathLike) -> Path:
     """Write a row and its responses, each with its manifest; a row never stands without responses.
 
     Returns:
         The row's file.
+
+    Raises:
+        UserError: as `require_free_place`; the folder cannot be written.
     """
     folder = Path(folder)
-    with explained_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    require_free_place(row["name"], folder)
+    make_folder(folder)
     stem = file_stem(str(row["name"]))
     write_candidate_sets(
         folder / f"{stem}{SAMPLES_SUFFIX}",
