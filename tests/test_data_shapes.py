@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,11 @@ from tiny import save_tiny
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.data.columns import parse_columns
 from rrhf.data.mixing import load_sets
+from rrhf.data.sources import SourceCounts, read_sets
+from rrhf.data.uses import count_uses, describe_uses
+from rrhf.errors import UserError
 from rrhf.files import read_manifest
 from rrhf.records import CandidateSet
 
@@ -363,6 +367,10 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"prompt": "p", "responses": [{"words": "a"}]},
         ("responses[0]", "words", "--columns response=KEY"),
     ),
+    "an object whose reply is null": (
+        {"prompt": "p", "completions": [{"response": "a"}, {"response": None}]},
+        ("completions[1].response: is null; give the text of the reply",),
+    ),
     "ranks of whom": (
         {"prompt": "p", "responses": ["a", "b"], "ranking": [2, 1]},
         ("ranking", "--columns ranks=ranking"),
@@ -384,6 +392,10 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"conversations": [{"from": "tool", "value": "a"}]},
         ("conversations[0].role", '"tool"'),
     ),
+    "a speaker that is no text": (
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        ("conversations[0].role: is a list; must be one of",),
+    ),
 }
 
 
@@ -400,6 +412,44 @@ def test_what_would_be_emptied_is_refused_with_the_missing_column(
     assert all(word in error for word in words), error
     assert main(["data", "convert", str(path), str(tmp_path / "out.jsonl")]) == 2
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands inside a row, at any depth."""
+    keys = range(len(value)) if isinstance(value, list) else value
+    for key in keys if isinstance(value, (list, dict)) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def with_value(row: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = row.copy()
+    changed[path[0]] = with_value(row[path[0]], path[1:], value)
+    return changed
+
+
+@pytest.mark.parametrize("value", [None, 7, True, "", [], ["x"], {"a": 1}], ids=json.dumps)
+def test_whatever_stands_in_a_row_is_counted_or_refused_with_its_place(
+    value: Any, tmp_path: Path
+) -> None:
+    path, tried = tmp_path / "data.jsonl", 0
+    for shape in SHAPES.values():
+        names = parse_columns(shape.flags[1] if shape.flags else None)
+        for place in places(shape.row):
+            rows = [shape.row, with_value(shape.row, place, value)]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            counts = SourceCounts(is_quiet=True)
+            try:
+                found = list(read_sets(str(path), counts=counts, columns=names))
+            except UserError as error:
+                assert all(line.startswith(f"{path}:2: ") for line in str(error).splitlines())
+            else:
+                assert len(found) == counts.kept == 2 - counts.dropped.total()
+                assert describe_uses(str(path), counts, count_uses(found))
+            tried += 1
+    assert tried > 150
 
 
 def test_a_later_row_with_replies_that_the_first_lacks_is_a_mistake(

@@ -226,7 +226,9 @@ class Reading:
 def as_turn(turn: Any) -> Any:
     """A turn under the keys `role` and `content`, where it has ShareGPT's."""
     if isinstance(turn, dict) and "from" in turn and "value" in turn:
-        return {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
+        speaker = turn["from"]
+        role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        return {"role": role, "content": turn["value"]}
     return turn
 
 

@@ -94,6 +94,12 @@ def _text_of(reading: Reading, entry: Any, place: str) -> str:
     """The reply that an entry holds; "" (told) where it holds none."""
     if isinstance(entry, dict):
         key = first_of(entry, _TEXT_KEYS)
+        empty = [name for name in _TEXT_KEYS if name in entry]
+        if key is None and empty:
+            reading.reader.fault(
+                f"{place}.{empty[0]}", "is null; give the text of the reply, or take the entry out"
+            )
+            return ""
         if key is None:
             reading.reader.fault(
                 place,
