@@ -29,7 +29,7 @@ from rrhf.data.sources import SourceCounts, read_sets
 from rrhf.data.uses import count_uses, describe_uses
 from rrhf.errors import UserError
 from rrhf.files import read_manifest
-from rrhf.records import CandidateSet
+from rrhf.records import CandidateSet, Message
 
 torch.set_num_threads(1)
 
@@ -637,6 +637,128 @@ def test_a_cell_holds_tabs_and_line_breaks_in_quotes(tmp_path: Path) -> None:
     assert main(["data", "convert", str(path), str(out)]) == 0
     [found] = read_candidate_sets(out)
     assert (found.query, found.candidates[0].response) == ("a\tb\nc", 'say "hi"')
+
+
+def printed(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+CELLS: dict[str, tuple[dict[str, Any], list[tuple[str, str, float | None]]]] = {
+    "messages": ({"messages": turns(ASKED, A)}, DEMONSTRATION),
+    "shared": ({"conversations": shared_gpt(ASKED, A)}, DEMONSTRATION),
+    "pair": ({"chosen": turns(ASKED, A), "rejected": turns(ASKED, B)}, PAIR),
+    "prompt": ({"prompt": turns(ASKED), "chosen": A, "rejected": B}, PAIR),
+    "completion": ({"prompt": turns(ASKED), "completion": turns(ASKED, A)[1:]}, DEMONSTRATION),
+    "replies": ({"prompt": turns(ASKED), "responses": [A, B], "scores": [1, None]}, None),
+    "query": ({"query": turns(ASKED), "responses": [A, "it's"], "scores": [0.5, 2]}, None),
+}
+
+
+def write_cells(path: Path, row: dict[str, Any], form: Callable[[Any], str], mark: str) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, delimiter=mark)
+        table.writerows([[*row], [form(value) for value in row.values()]])
+
+
+@pytest.mark.parametrize("form", [cell, printed])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_holds_a_list_as_json_or_as_python_prints_it(
+    name: str, form: Callable[[Any], str], tmp_path: Path
+) -> None:
+    row, replies = CELLS[name]
+    write_cells(path := tmp_path / "data.csv", row, form, ",")
+    [found] = load_sets(str(path))
+    assert found.messages == (Message("user", ASKED),)
+    assert triples(found) == (
+        replies or [("", text, s) for text, s in zip(row["responses"], row["scores"], strict=True)]
+    )
+
+
+def test_columns_of_other_names_hold_lists_too(tmp_path: Path) -> None:
+    write_cells(path := tmp_path / "data.csv", {"frage": ASKED, "texte": [A, B]}, cell, ",")
+    [found] = load_sets(str(path), columns="prompt=frage,responses=texte")
+    assert [c.response for c in found.candidates] == [A, B]
+
+
+def test_conversations_as_text_are_read_in_files_of_json_too(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    row = {"chosen": json.dumps(turns(ASKED, A)), "rejected": json.dumps(turns(ASKED, B))}
+    path.write_text(json.dumps(row) + "\n")
+    [found] = load_sets(str(path))
+    assert triples(found) == PAIR
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user"}]',
+        '[{"role": "user", "content": "a"}] is what I sent',
+        '[{"value": 1, "name": "x"}]',
+        '["role", "content"]',
+    ],
+)
+def test_a_text_with_brackets_stays_a_text(text: str, tmp_path: Path) -> None:
+    write_cells(path := tmp_path / "data.csv", {"prompt": text, "response": text}, str, ",")
+    [found] = load_sets(str(path))
+    assert (found.query, found.candidates[0].response) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("responses", "['a' 'b']"),
+        ("responses", "[a, b]"),
+        ("responses", "['a', open('x')]"),
+        ("responses", "[" * 300),
+        ("responses", "[" * 30000 + "]" * 30000),
+        ("scores", "[1. 2.]"),
+        ("scores", "[1.0, nan]"),
+        ("messages", "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b'}]"),
+        ("chosen", "[{'role': 'user', 'content': 'a'} {'role': 'assistant', 'content': 'b'}]"),
+        ("chosen", '[{"role": "user", "content": "a", }, {"role": assistant}]'),
+    ],
+)
+def test_a_list_that_cannot_be_read_back_is_refused(
+    column: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": ASKED, "responses": '["a", "b"]', "rejected": "c", column: text}
+    write_cells(path := tmp_path / "data.csv", row, str, ",")
+    assert main(["data", "validate", str(path), "--columns", "unread=rejected"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}:2: {column}: " in error and error.count("error: ") == 1
+    assert "json.dumps" in error or "must be a list" in error
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".CSV", ".tsv", ".Tsv.GZ"])
+def test_a_table_shows_its_separator_in_its_first_line(
+    mark: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"data{suffix}"
+    write_cells(path, {"prompt": "a, b; c\td|e", "response": A}, str, mark)
+    if suffix.endswith("GZ"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    [found] = load_sets(str(path))
+    assert (found.query, triples(found)) == ("a, b; c\td|e", DEMONSTRATION)
+    write_cells(path, {"frage": ASKED, "antwort": A}, str, mark)
+    [found] = load_sets(str(path), columns="prompt=frage,response=antwort")
+    assert (found.query, triples(found)) == (ASKED, DEMONSTRATION)
+
+
+@pytest.mark.parametrize("header", ["prompt", '"prompt"', "prompt,a;b;c", "\n\nprompt"])
+def test_a_table_of_few_columns_is_not_cut_elsewhere(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f"{header}\nwhat; now{',' if ',' in header else ''}\n")
+    assert [found.query for found in load_sets(str(path))] == ["what; now"]
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".Json", ".TXT", ".PARQUET"])
+def test_the_case_of_a_suffix_does_not_count(suffix: str, tmp_path: Path) -> None:
+    shape = Shape({"prompt": ASKED}, [], "generate", True, (), suffix.lower())
+    path = tmp_path / f"data{suffix}"
+    write_shape(tmp_path, shape).rename(path)
+    sets = load_sets(str(path))
+    assert len(sets) == 4 and {found.origin for found in sets} <= {"data", path.name}
 
 
 @pytest.mark.parametrize(

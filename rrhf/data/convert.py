@@ -76,7 +76,7 @@ class ConvertConfig(EditedFiles, ColumnOptions):
                 raise UserError(f"--parts: {name}: {share!r} is no share; give a number like 0.5")
         for path in self.files():
             require_not_read(path, self.data, "output")
-        kind = Path(self.output.removesuffix(".gz")).suffix
+        kind = Path(self.output.lower().removesuffix(".gz")).suffix
         if not self.parts and kind in _OTHER_FORMATS:
             raise UserError(
                 f"output {self.output}: JSON lines are written, which {kind} is no name for; "

@@ -278,7 +278,7 @@ def _open_part(
 
 def _first_candidate_row(path: str) -> dict[str, Any] | None:
     """The first row that can be read, where it is a candidate file's; else None."""
-    if not os.path.isfile(path) or not path.endswith(JSON_SUFFIXES):
+    if not os.path.isfile(path) or not path.lower().endswith(JSON_SUFFIXES):
         return None
     for item in scan_rows(path):
         if not isinstance(item, Fault):

@@ -49,7 +49,7 @@ def _names_data(part: str) -> bool:
     name = part.partition(":")[0]
     return (
         part.startswith((".", "/", "~"))
-        or name.endswith(DATA_SUFFIXES)
+        or name.lower().endswith(DATA_SUFFIXES)
         or os.path.exists(part)
         or os.path.exists(name)
         or name in known_names()

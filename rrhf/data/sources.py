@@ -23,6 +23,7 @@ from typing import Any
 
 from rrhf.data.candidate_files import SeenIds, require_finished
 from rrhf.data.candidate_rows import RowError
+from rrhf.data.cells import TextCells, with_lists
 from rrhf.data.columns import ColumnNames
 from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
 from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
@@ -95,7 +96,7 @@ def _path_rows(path: str, split: str | None) -> Rows:
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such file or folder; check the path")
     require_plain_input(path)
-    kind = _TABLE_KINDS.get(Path(path).suffix)
+    kind = _TABLE_KINDS.get(Path(path).suffix.lower())
     if kind is not None:
         return _dataset_rows(kind, _DEFAULT_SPLIT, path, data_files=path)
     return _file_rows(path)
@@ -249,7 +250,7 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
     if path is not None:
         return name, _path_rows(path, split)
     parts = name.split("/")
-    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(DATA_SUFFIXES)
+    looks_like_path = name.startswith((".", "/", "~")) or name.lower().endswith(DATA_SUFFIXES)
     if looks_like_path:
         raise UserError(f"{name}: there is no such file or folder; check the path")
     if len(parts) < 2 or not all(parts):
@@ -272,7 +273,8 @@ def _hub_rows(name: str, hub_name: str, split: str | None, options: dict[str, An
 def _origin_of_path(path: str) -> str:
     name = Path(path).name
     for suffix in (".gz", ".jsonl", ".json"):
-        name = name.removesuffix(suffix)
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
     return name
 
 
@@ -310,10 +312,13 @@ def read_sets(
         if isinstance(row, Fault):
             faults.add_fault(where, row)
         else:
+            is_table = isinstance(row, TextCells)
             if columns and isinstance(row, Mapping):
                 row = columns.rename(row, where)
-            layout = layout or find_layout(row, where)
             try:
+                if isinstance(row, Mapping):
+                    row = with_lists(row, where, is_table)
+                layout = layout or find_layout(row, where)
                 found = read_row(layout, row, where, counts, path or spec)
             except RowError as error:
                 for text in error.faults:

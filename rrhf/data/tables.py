@@ -1,48 +1,47 @@
 """Files that are no JSON: tables with a header line (CSV, TSV), and texts with one prompt a line.
 
-All cells are text, except where a column is known to hold a number, a truth value or a list: there
-a cell is read as JSON. What cannot be read becomes a `Fault` with its line.
+All cells are text here; `rrhf.data.cells` reads the lists and numbers among them. What cannot be
+read becomes a `Fault` with its line.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
-from rrhf.data.columns import (
-    CONVERSATIONS,
-    REPLY_LISTS,
-    SCORE_LISTS,
-    SCORES,
-)
+from rrhf.data.cells import TextCells
+from rrhf.data.columns import KNOWN
 from rrhf.data.json_scan import UNREADABLE, Fault, broken_bytes, open_bytes
 from rrhf.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+OTHERS = (";", "\t", "|", ",")
 TEXT_SUFFIX = ".txt"
 PROMPT_COLUMN = "prompt"
 
 _MAX_CELL_CHARACTERS = 1 << 26
-_NOT_TEXT = frozenset(
-    {
-        *(*CONVERSATIONS, *REPLY_LISTS, *SCORE_LISTS, *SCORES, "rank", "ranking"),
-        *("better_response_id", "better", "label", "sources", "finish_reasons"),
-    }
-)
 
 
 def kind_of_file(path: str) -> str | None:
     """The suffix that decides how a file is read, that of packing left out; None = not here."""
-    name = path.removesuffix(".gz")
+    name = path.lower().removesuffix(".gz")
     suffixes = (*SEPARATORS, TEXT_SUFFIX)
     return next((suffix for suffix in suffixes if name.endswith(suffix)), None)
 
 
-def table_rows(path: str, separator: str) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
+def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fault]]:
     """The rows of a table under its first line's names, each with its line.
+
+    Args:
+        path: the file.
+        separator: that of its suffix; its first line may show another.
 
     Raises:
         UserError: it is no UTF-8, or a quote is not closed.
@@ -50,10 +49,18 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, dict[str, Any] 
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     with open_bytes(path) as binary:
         # Cells may hold line breaks, so that lines are the csv module's to find.
-        reader = csv.reader(_decoded(binary), delimiter=separator, strict=True)
+        text = _decoded(binary)
+        header: list[str] = []
         names: list[str] | None = None
         line = 1
+        reader = None
         try:
+            while not header or (not header[-1].strip() and header[-1]):
+                header.append(text.readline())
+            found = _separator_of(header[-1], separator)
+            if found != separator:
+                logger.info("%s: the columns are separated by %r", path, found)
+            reader = csv.reader(itertools.chain(header, text), delimiter=found, strict=True)
             for cells in reader:
                 place, line = line, reader.line_num + 1
                 if not cells:
@@ -73,8 +80,9 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, dict[str, Any] 
                         ),
                     )
                 else:
-                    yield place, {n: _value(n, c) for n, c in zip(names, cells, strict=True)}
+                    yield place, TextCells(zip(names, cells, strict=True))
         except csv.Error as error:
+            assert reader is not None, "nothing else raises this"
             raise UserError(
                 f'{path}:{reader.line_num}: {error}; a cell that begins with a quote (") ends with '
                 'one, and has "" for each quote in it'
@@ -122,14 +130,18 @@ def _decoded(binary: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
 
 
-def _value(name: str, cell: str) -> Any:
-    """A cell; where no text is expected, what JSON makes of it."""
-    if name not in _NOT_TEXT:
-        return cell
-    if cell.strip().lower() in ("", "none", "null", "nan"):
-        return None
-    try:
-        plain = cell.strip().lower()
-        return json.loads(plain if plain in ("true", "false") else cell)
-    except (ValueError, RecursionError):
-        return cell
+def _separator_of(header: str, own: str) -> str:
+    """The separator under which a header line has most known names; its suffix's, if none has more.
+
+    A spreadsheet whose numbers have decimal commas separates the columns of a .csv by semicolons.
+    """
+
+    def fit(separator: str) -> tuple[int, bool]:
+        try:
+            [cells] = csv.reader([header], delimiter=separator, strict=True)
+        except (csv.Error, ValueError):
+            return (0, False)
+        return sum(name.strip() in KNOWN for name in cells), len(cells) > 1
+
+    # max gives the first of equals.
+    return max((own, *(other for other in OTHERS if other != own)), key=fit)

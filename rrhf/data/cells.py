@@ -1,0 +1,148 @@
+"""Lists that stand as text in a cell: JSON, or what Python prints, as pandas writes it.
+
+In a table every cell is text. Where a number, a truth value or a list is expected, the cell is read
+as one. In the other columns of prompts and replies a text is a conversation only where all of it is
+a list of turns; in files that are no tables this holds for prompts and pairs, not for single
+replies, which may be such a list. What numpy prints has no commas, so that it cannot be read back
+(two texts next to each other would become one); it is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Mapping
+from typing import Any
+
+from rrhf.data.candidate_rows import RowError
+from rrhf.data.columns import (
+    CONVERSATIONS,
+    PROMPTS,
+    REPLIES,
+    REPLY_LISTS,
+    SCORE_LISTS,
+    SCORES,
+)
+
+MAX_PYTHON_CHARACTERS = 1 << 22
+
+_NOT_TEXT = frozenset(
+    {
+        *(*CONVERSATIONS, *REPLY_LISTS, *SCORE_LISTS, *SCORES, "rank", "ranking"),
+        *("better_response_id", "better", "label", "sources", "finish_reasons"),
+    }
+)
+_LISTS = frozenset({*CONVERSATIONS, *REPLY_LISTS, *SCORE_LISTS, "ranking"})
+_MAY_HOLD_TURNS = frozenset({*CONVERSATIONS, *PROMPTS, "chosen", "rejected"}) - {"query"}
+_TURN_KEYS = (("role", "content"), ("from", "value"))
+_LIKE_TURNS = re.compile(
+    r"""\s*\[\s*\{\s*(['"])(?:role|from|content|value)\1\s*:.*\]\s*""", re.DOTALL
+)
+_LIKE_LIST = re.compile(r"(?s)\s*\[.*\]\s*")
+
+
+class TextCells(dict[str, Any]):
+    """A row of a table: all of it is text."""
+
+
+def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[str, Any]:
+    """The row with values in place of the texts that stand for them.
+
+    Args:
+        row: under known names.
+        where: its place, which begins every message.
+        is_table: all cells are text.
+
+    Raises:
+        RowError: a cell looks like a list and is none that can be read.
+    """
+    columns = _MAY_HOLD_TURNS | {"query", *REPLIES} if is_table else _MAY_HOLD_TURNS
+    changed: dict[str, Any] = {}
+    faults = []
+    for name, value in row.items():
+        if not isinstance(value, str):
+            continue
+        try:
+            if is_table and name in _NOT_TEXT:
+                changed[name] = _value(value, name in _LISTS)
+            elif name in columns and (turns := _turns(value)) is not None:
+                changed[name] = turns
+        except ValueError as error:
+            faults.append(f"{where}: {name}: {error}")
+    if faults:
+        raise RowError(faults)
+    found = {**row, **changed}
+    if "query" in changed and "prompt" not in found:  # a `query` is a text
+        found["prompt"] = found.pop("query")
+    return found
+
+
+def _turns(text: str) -> list[Any] | None:
+    """The conversation that a text is, None where it is any other text.
+
+    Raises:
+        ValueError: it seems to be one, and cannot be read.
+    """
+    if not _LIKE_TURNS.fullmatch(text):
+        return None
+    if not any(all(re.search(f"['\"]{key}['\"]", text) for key in keys) for keys in _TURN_KEYS):
+        return None
+    found = _list(text)
+    is_one = all(
+        isinstance(turn, dict) and any(turn.keys() >= set(keys) for keys in _TURN_KEYS)
+        for turn in found
+    )
+    return found if is_one else None
+
+
+def _value(cell: str, is_list: bool) -> Any:
+    """What JSON makes of a cell; text where it makes nothing of it."""
+    plain = cell.strip().lower()
+    if plain in ("", "none", "null", "nan"):
+        return None
+    try:
+        return json.loads(plain if plain in ("true", "false") else cell)
+    except (ValueError, RecursionError):
+        return _list(cell) if is_list and _LIKE_LIST.fullmatch(cell) else cell
+
+
+def _list(text: str) -> list[Any]:
+    """The list that a text holds, as JSON or as Python prints it.
+
+    Raises:
+        ValueError: it is neither; the message says what to do.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = _printed_list(text)
+    if not isinstance(found, list):
+        raise ValueError(_UNREADABLE)
+    return found
+
+
+_UNREADABLE = (
+    "begins like a list, but can be read neither as JSON nor as what Python prints (numpy leaves "
+    "the commas out); write the column with json.dumps (an array with json.dumps(x.tolist()))"
+)
+
+
+def _printed_list(text: str) -> Any:
+    if len(text) > MAX_PYTHON_CHARACTERS:
+        raise ValueError(
+            f"is a list as Python prints it, of {len(text)} characters, and more than "
+            f"{MAX_PYTHON_CHARACTERS} are not read; write the column with json.dumps"
+        )
+    try:
+        before = None
+        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
+            if token.type == before == tokenize.STRING:
+                raise ValueError(_UNREADABLE)
+            if token.type not in (tokenize.NL, tokenize.NEWLINE):
+                before = token.type
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError, TypeError):
+        raise ValueError(_UNREADABLE) from None
