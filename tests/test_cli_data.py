@@ -160,6 +160,40 @@ def test_convert_into_parts(
     assert said.count(f"{out / 'reward.jsonl'}: {len(queries[0])} rows") == 1
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("{a: 0, b: 0.5}", "a: 0 is no share"),
+        ("{a: 0.5, b: -1}", "b: -1 is no share"),
+        ("{a: 0.5, b: -0.0}", "b: -0.0 is no share"),
+        ("{a: 2}", "a: 2 is no share"),
+        ("{a: .nan}", "a: nan is no share"),
+        ("{a: .inf}", "a: inf is no share"),
+        ("{a: 0.7, b: 0.6}", "add up to 1.3"),
+        ("{}", "names no part"),
+        ("{a: 0.5, b: 1.0e-9}", "b.jsonl: no row falls into this part"),
+    ],
+)
+def test_parts_that_would_be_empty_are_refused_before_anything_is_written(
+    parts: str, message: str, hh_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "parts"
+    assert main(["data", "convert", str(hh_file), str(out), "--parts", parts]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error: ") == 1
+    assert not out.exists()
+
+
+def test_a_part_without_pairs_leaves_no_other_behind(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "responses": ["a", "b"], "scores": [1, 1]} for i in range(20)]
+    rows[0]["scores"] = [0, 1]
+    path, out = tmp_path / "data.jsonl", tmp_path / "parts"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--to", "preference", "--parts", "{a: 0.5, b: 0.5}"]
+    assert main(["data", "convert", str(path), str(out), *words]) == 2
+    assert not out.exists()
+
+
 def test_convert_makes_new_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "joined.jsonl"
     row = {"query": "q", "responses": ["a"], "id": "x"}

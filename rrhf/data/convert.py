@@ -8,6 +8,7 @@ the hashes of the local files that it was made from.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,7 +66,23 @@ class ConvertConfig(EditedFiles, ColumnOptions):
     """Decides which rows a proportion draws, and where a first turn goes with --parts."""
 
     def __post_init__(self) -> None:
-        for name, share in (self.parts or {}).items():
+        if self.parts is not None:
+            self._check_parts(self.parts)
+        for path in self.files():
+            require_not_read(path, self.data, "output")
+        kind = Path(self.output.lower().removesuffix(".gz")).suffix
+        if not self.parts and kind in _OTHER_FORMATS:
+            raise UserError(
+                f"output {self.output}: JSON lines are written, which {kind} is no name for; "
+                "name it .jsonl or .jsonl.gz"
+            )
+
+    def _check_parts(self, parts: dict[str, float]) -> None:
+        if not parts:
+            raise UserError(
+                "--parts: names no part; write '{train: 0.9, test: 0.1}', or leave it out"
+            )
+        for name, share in parts.items():
             if isinstance(name, bool) or not _PART_NAME.fullmatch(str(name)):
                 raise UserError(
                     f"--parts: {name!r} cannot name a part, which becomes a file of the output "
@@ -74,13 +91,14 @@ class ConvertConfig(EditedFiles, ColumnOptions):
                 )
             if isinstance(share, bool) or not isinstance(share, (int, float)):
                 raise UserError(f"--parts: {name}: {share!r} is no share; give a number like 0.5")
-        for path in self.files():
-            require_not_read(path, self.data, "output")
-        kind = Path(self.output.lower().removesuffix(".gz")).suffix
-        if not self.parts and kind in _OTHER_FORMATS:
+            if not 0 < share <= 1:
+                raise UserError(
+                    f"--parts: {name}: {share!r} is no share; give one above 0 and at most 1, or "
+                    "leave the part out"
+                )
+        if (total := math.fsum(parts.values())) > 1 + 1e-9:
             raise UserError(
-                f"output {self.output}: JSON lines are written, which {kind} is no name for; "
-                "name it .jsonl or .jsonl.gz"
+                f"--parts: the shares add up to {total:g}; give shares that add up to at most 1"
             )
 
     def files(self) -> list[str]:
@@ -106,12 +124,14 @@ def convert(config: ConvertConfig) -> dict[str, int]:
         accept_edited=config.accept_edited_files,
         columns=config.columns,
     )
-    outputs: dict[str, Sequence[CandidateSet]] = {config.output: sets}
+    found: dict[str, Sequence[CandidateSet]] = {config.output: sets}
+    if config.parts:
+        parts = split_by_first_turn(sets, config.parts, config.seed)
+        found = {str(Path(config.output) / f"{name}.jsonl"): part for name, part in parts.items()}
+    outputs = {path: _view(config, path, part) for path, part in found.items()}
     if config.parts:
         with explained_os_errors(config.output):
             os.makedirs(config.output, exist_ok=True)
-        parts = split_by_first_turn(sets, config.parts, config.seed)
-        outputs = {str(Path(config.output) / f"{name}.jsonl"): part for name, part in parts.items()}
     for path in outputs:
         require_own_manifest_place(path)
     manifest = {
@@ -124,8 +144,14 @@ def convert(config: ConvertConfig) -> dict[str, int]:
         "source_counts": counts.as_dict(),
     }
     written = {}
-    for path, chosen in outputs.items():
-        written[path] = _write(config, path, chosen, manifest)
+    for path, (chosen, view_counts) in outputs.items():
+        shown = _shown(chosen, len(chosen))
+        if config.to == "candidates":
+            written[path] = int(write_candidate_sets(path, shown, manifest)["rows"])
+            continue
+        as_row = preference_row if config.to == "preference" else prompt_row
+        about = {**manifest, "view_counts": view_counts.as_dict()}
+        written[path] = _write_rows(path, [as_row(item) for item in shown], about)
     return written
 
 
@@ -134,23 +160,31 @@ def _input_hashes(data: str) -> dict[str, str]:
     return {place: sha256_file(place) for place in places if os.path.isfile(place)}
 
 
-def _write(
-    config: ConvertConfig, path: str, sets: Sequence[CandidateSet], manifest: dict[str, Any]
-) -> int:
+def _view(
+    config: ConvertConfig, path: str, sets: Sequence[CandidateSet]
+) -> tuple[Sequence[CandidateSet], SourceCounts]:
+    """What is written of a part, and what is left out of it.
+
+    Raises:
+        UserError: nothing of it can be written.
+    """
     counts = SourceCounts()
-    if config.to == "candidates":
-        return int(write_candidate_sets(path, _shown(sets, len(sets)), manifest)["rows"])
+    if not sets:
+        raise UserError(
+            f"{path}: no row falls into this part; give it a larger share, or take more data or "
+            "another --seed"
+        )
     if config.to == "preference":
-        rows = [preference_row(pair) for pair in _shown(pairs(sets, counts), len(sets))]
-    else:
-        rows = [prompt_row(item) for item in _shown(prompts(sets, counts=counts), len(sets))]
-    if not rows:
+        sets = pairs(sets, counts)
+    elif config.to == "prompts":
+        sets = prompts(sets, counts=counts)
+    if not sets:
         why = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
         raise UserError(
             f"{path}: no row could be written as {config.to} ({why}); choose "
             "another form, or other data"
         )
-    return _write_rows(path, rows, {**manifest, "view_counts": counts.as_dict()})
+    return sets, counts
 
 
 def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
