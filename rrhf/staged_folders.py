@@ -2,7 +2,8 @@
 
 Whatever fails on the way, nothing half-written stays: what is staged goes, and a full disk is told
 with its name and what was needed, measured after that. A killed process leaves its staged folder
-to the next one. Standard library only.
+to the next one, which puts it in its place where it is whole and nothing else stands there.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rrhf.errors import UserError
 from rrhf.files import explained_os_errors, sync_folder
-from rrhf.sealed_folders import seal_folder
+from rrhf.sealed_folders import damage_of, seal_folder
 
 STAGED, DOOMED = ".staged-", ".doomed-"
 """How names begin of folders that are being filled, and of those that are being removed."""
@@ -155,8 +156,8 @@ def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: no space, or the place cannot be written.
     """
-    staged = target.with_name(f"{STAGED}{target.name}")
-    old = target.with_name(f"{DOOMED}{target.name}")
+    put_back(target)
+    staged, old = _beside(target)
     for leftover in (staged, old):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -173,9 +174,32 @@ def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(old)
 
 
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a folder is filled, and where an older one goes until the new one has its place."""
+    return target.with_name(f"{STAGED}{target.name}"), target.with_name(f"{DOOMED}{target.name}")
+
+
+def put_back(target: Path) -> None:
+    """Give a name its folder again, after a kill between the two renamings of `saved_folder`.
+
+    The new one where it is whole, else the older one.
+    """
+    staged, old = _beside(target)
+    if target.exists() or not (staged.is_dir() and old.is_dir()):
+        return
+    for path in (staged, old):
+        if damage_of(path) is None:
+            os.replace(path, target)
+            sync_folder(target.parent)
+            return
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed saves and deletions left in a folder."""
+    """Delete what killed saves and deletions left in a folder, once `put_back` had its turn."""
     if folder.is_dir():
+        for path in [*folder.iterdir()]:
+            if path.name.startswith(DOOMED):
+                put_back(folder / path.name.removeprefix(DOOMED))
         for path in folder.iterdir():
             if path.name.startswith((STAGED, DOOMED)) and path.is_dir():
                 shutil.rmtree(path)
