@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import shlex
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from rrhf.data.sources import SourceCounts, read_sets
 from rrhf.data.uses import count_uses, describe_uses
 from rrhf.errors import UserError
 from rrhf.files import read_manifest
-from rrhf.records import CandidateSet, Message
+from rrhf.records import CandidateSet, Message, plain_prompt
 
 torch.set_num_threads(1)
 
@@ -777,3 +778,16 @@ def test_a_text_that_is_json_is_read_as_json(text: str, prompts: int, tmp_path: 
     found = load_sets(str(path))
     assert len(found) == prompts
     assert (found[0].query == "p") == ("prompt" in text)
+
+
+def test_a_count_of_prompts_does_not_hold_them() -> None:
+    """`data validate` reads files that do not fit into memory."""
+    sets = (plain_prompt(f"{number} {'x' * 1_000_000}") for number in [*range(40), 7])
+    tracemalloc.start()
+    try:
+        found = count_uses(sets)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (found["prompts"], found["different_prompts"]) == (41, 40)
+    assert peak < 15_000_000

@@ -5,6 +5,7 @@ For `rrhf data validate`, which says it before anything is trained.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -20,10 +21,11 @@ def count_uses(sets: Iterable[CandidateSet]) -> Counter[str]:
     """Prompts, conversations among them, replies, scored ones, and what each view would show."""
     found: Counter[str] = Counter()
     ignored = SourceCounts(is_quiet=True)
-    seen: set[str] = set()
+    seen: set[bytes] = set()  # hashes: prompts may be more than fit into memory
     for s in sets:
         found["prompts"] += 1
-        key = s.query if s.messages is None else repr(s.messages)
+        what = s.query if s.messages is None else repr(s.messages)
+        key = hashlib.blake2b(what.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         found["different_prompts"] += key not in seen
         seen.add(key)
         found["as_they_stand"] += s.messages is None
