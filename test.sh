@@ -10,4 +10,5 @@ cd -- "$repository_root"
 workers=$(env -u OMP_NUM_THREADS nproc)
 # One thread a worker: the models are tiny, and workers that share cores slow each other down.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec python -m pytest -n "$((workers < 8 ? workers : 8))" "$@"
+# A file at a time: what its tests share is made once.
+exec python -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile "$@"

@@ -1,7 +1,9 @@
-"""Fixtures for every test: data that may not be there, and small files."""
+"""For every test: data that may not be there, where files are written, what runs first."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,16 @@ def shared_data() -> Path:
         pytest.skip(f"no data for checks at {_SHARED_DATA}")
     return _SHARED_DATA
 
+
+_MEMORY = Path("/dev/shm")
+_LEAST_ROOM = 4 * 2**30
+
+# By seconds. Workers take a file at a time: one that takes a minute may not be the last.
+# fmt: off
+_LONGEST = [
+    "demo", "real_chain", "iterative", "sharded_training", "story_scripts", "coming_from", "ppo",
+]
+# fmt: on
 
 _came: list[int] = []
 
@@ -40,6 +52,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not hasattr(config, "workerinput"):
         signal.signal(signal.SIGTERM, stop)
+    config.option.loadscopereorder = False  # of pytest-xdist, by the number of tests
+    if {"TMPDIR", "PYTEST_DEBUG_TEMPROOT"}.isdisjoint(os.environ) and _has_room(_MEMORY):
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(_MEMORY)
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether tests can write there; a disk takes a minute to sync and remove all their files."""
+    if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < _LEAST_ROOM:
+        return False
+    return not os.statvfs(folder).f_flag & os.ST_NOEXEC  # scripts that stand in for programs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first."""
+    places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -333,7 +333,8 @@ def test_test_installs_its_own_extra_and_runs_pytest_on_the_cores(machine: Machi
     install, call = machine.calls()
     assert install == install_of(machine, "[test]")
     workers = str(min(os.cpu_count() or 1, 8, len(os.sched_getaffinity(0))))
-    assert call == ["python", "-m", "pytest", "-n", workers, "-k", "a b", "CUDA=unset"]
+    by_file = ["--dist", "loadfile"]
+    assert call == ["python", "-m", "pytest", "-n", workers, *by_file, "-k", "a b", "CUDA=unset"]
 
 
 def test_a_failed_installation_stops_the_script_and_is_tried_again(machine: Machine):
