@@ -79,6 +79,7 @@ def validate(argv: list[str]) -> int:
     from rrhf.data.uses import count_uses, describe_uses
 
     config = parse_config(ValidateConfig, argv, "rrhf data validate")
+    columns = parse_columns(config.columns)
     mistakes = []
     for path in config.file:
         counts = SourceCounts()
@@ -88,7 +89,7 @@ def validate(argv: list[str]) -> int:
                 config.split,
                 counts,
                 accept_edited=config.accept_edited_files,
-                columns=parse_columns(config.columns),
+                columns=columns,
             )
             uses = count_uses(sets)
         except UserError as error:
@@ -105,6 +106,7 @@ def validate(argv: list[str]) -> int:
         print(f"{path}: good, {counts.kept} of {counts.read} rows{left_out}")
         for line in describe_uses(path, counts, uses):
             print(f"  {line}")
+    mistakes = mistakes or columns.never_seen(", ".join(config.file))
     if mistakes:
         raise UserError("\n".join(mistakes))
     return EXIT_DONE

@@ -45,6 +45,9 @@ UNREAD = "unread"
 class ColumnOptions:
     """Column names."""
 
+    # Another file of the same command may be what `columns` is for. No setting of a user's.
+    columns_may_miss = False
+
     columns: str | None = field(default=None, kw_only=True)
     """What the data's columns are called, where not as this toolkit knows them, such as
     prompt=question,response=reply; unread=NAME leaves a column out."""
@@ -57,10 +60,12 @@ class ColumnNames:
     Attributes:
         source: known name -> what the data call it.
         unread: columns that nobody wants.
+        seen: the columns of the rows renamed so far, and the keys of their objects that were.
     """
 
     source: Mapping[str, str] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
+    seen: set[str] = field(default_factory=set, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.source or self.unread)
@@ -76,6 +81,7 @@ class ColumnNames:
         """
         if not self:
             return row
+        self.seen.update(map(str, row))
         known_as = {theirs: ours for ours, theirs in self.source.items()}
         covered = {ours for ours, theirs in self.source.items() if theirs in row}
         renamed = {
@@ -85,12 +91,29 @@ class ColumnNames:
         }
         missing = [(ours, theirs) for ours, theirs in self.source.items() if theirs not in row]
         for ours, theirs in missing:
-            if not _rename_nested(renamed, ours, theirs) and ours not in row:
+            if _rename_nested(renamed, ours, theirs):
+                self.seen.add(theirs)
+            elif ours not in row:
                 raise UserError(
                     f"{where}: {theirs}: is missing (--columns {ours}={theirs}); the columns are "
                     f"{', '.join(map(str, row))}{near_hint(theirs, row)}"
                 )
         return renamed
+
+    def never_seen(self, data: str) -> list[str]:
+        """What to say of names that no row had, after all rows.
+
+        Args:
+            data: what was read.
+        """
+        given = [*self.source.items(), *((UNREAD, name) for name in sorted(self.unread))]
+        return [
+            f"--columns {ours}={theirs}: no row of {data} has a column {theirs!r}"
+            f"{near_hint(theirs, sorted(self.seen))}; the columns are "
+            f"{', '.join(sorted(self.seen))}"
+            for ours, theirs in given
+            if theirs not in self.seen
+        ]
 
 
 def _rename_nested(row: dict[str, Any], ours: str, theirs: str) -> bool:
@@ -137,6 +160,16 @@ def parse_columns(text: str | None) -> ColumnNames:
             raise UserError(f"--columns {text}: names {ours!r} twice; give one column for it")
         else:
             source[ours] = theirs
+    given = [*((theirs, ours) for ours, theirs in source.items()), *((n, UNREAD) for n in unread)]
+    uses: dict[str, list[str]] = {}
+    for theirs, ours in given:
+        uses.setdefault(theirs, []).append(ours)
+    for theirs, names in uses.items():
+        if len(names) > 1:
+            raise UserError(
+                f"--columns {text}: gives the column {theirs!r} to {' and to '.join(names)}; a "
+                "column is one thing, so name another for all but one"
+            )
     return ColumnNames(source, frozenset(unread))
 
 
@@ -199,8 +232,9 @@ def looks_like_replies(name: str) -> bool:
 
 def near_hint(name: str, known: Iterable[str]) -> str:
     """Words that name the nearest known name; empty where none is near."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    names = [str(one) for one in known]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    return "" if name in names or not near else f" (did you mean {near[0]!r}?)"
 
 
 def replies_not_read(row: TrackedRow, where: str) -> str | None:

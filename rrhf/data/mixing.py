@@ -219,6 +219,7 @@ def load_sets(
     new_ids: bool = False,
     accept_edited: bool = False,
     columns: str | None = None,
+    columns_may_miss: bool = False,
 ) -> Sequence[CandidateSet]:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -231,9 +232,11 @@ def load_sets(
             prompts.
         accept_edited: read files also where they are not as their manifests describe them.
         columns: what the columns are called (`rrhf.data.columns`), where not as they are known.
+        columns_may_miss: only warn of a name that no row has: these are not the only data.
 
     Raises:
-        UserError: as `rrhf.data.sources.read_sets`, or nothing is left.
+        UserError: as `rrhf.data.sources.read_sets`, no row has a column that `columns` names, or
+            nothing is left.
     """
     counts = SourceCounts() if counts is None else counts
     names = parse_columns(columns)
@@ -247,6 +250,10 @@ def load_sets(
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
+    for told in names.never_seen(str(specs)) if parts else ():
+        if not columns_may_miss:
+            raise UserError(told)
+        logger.warning("%s", told)
     if not any(rows):
         raise UserError(f"{specs}: leaves no rows; fix the proportions, or name another source")
     if len(parts) == 1 and rows[0] == list(range(len(parts[0]))):

@@ -62,14 +62,15 @@ def load_evaluation_data(
         columns: what the columns are called, where not as they are known.
     """
     load = partial(load_sets, split=split, accept_edited=accept_edited, columns=columns)
+    load_other = partial(load, columns_may_miss=True)
     sets = choose(unique_prompts(load(prompts)), num_prompts)
     human = own_references(sets)
     if human_responses:
-        human = choose(demonstrations(load(human_responses)), num_human_responses)
+        human = choose(demonstrations(load_other(human_responses)), num_human_responses)
     marked = [s for s in sets if any(c.source == REJECTED_SOURCE for c in s.candidates)]
     found = list(pairs(marked)) if marked else []
     if preference_pairs:
-        found = choose(pairs(load(preference_pairs)), num_human_responses)
+        found = choose(pairs(load_other(preference_pairs)), num_human_responses)
     return EvaluationData(sets, human, found)
 
 

@@ -164,6 +164,7 @@ def _read(config: GenerateConfig, counts: SourceCounts) -> Sequence[CandidateSet
             counts,
             accept_edited=config.accept_edited_files,
             columns=config.columns,
+            columns_may_miss=config.columns_may_miss,
         )
     counts.read = counts.kept = 1
     return [plain_prompt(text)]

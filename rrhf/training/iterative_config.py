@@ -116,7 +116,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
     def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
         """How a policy answers the held-out prompts: one draw each, without filters or beams."""
         assert self.eval_datasets is not None, "there is nothing to evaluate on"
-        return GenerateConfig(
+        config = GenerateConfig(
             policy,
             self.eval_datasets,
             str(output),
@@ -137,6 +137,8 @@ class IterativeConfig(SamplingOptions, RankSettings):
             wait_seconds=self.ddp_timeout,
             columns=self.columns,
         )
+        config.columns_may_miss = True  # they may be meant for the data to train on
+        return config
 
     def scoring(self, candidates: Path, output: Path) -> ScoreConfig:
         """How candidates get their scores."""

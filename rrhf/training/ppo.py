@@ -92,7 +92,11 @@ def train(config: PPOConfig) -> Path:
         held_out: Sequence[CandidateSet] = ()
         if config.eval_datasets:
             held_out = load_sets(
-                config.eval_datasets, config.seed, accept_edited=edited, columns=config.columns
+                config.eval_datasets,
+                config.seed,
+                accept_edited=edited,
+                columns=config.columns,
+                columns_may_miss=True,
             )
         root = build_root(config, bench)
         reference = build_reference(config, bench)
@@ -265,7 +269,13 @@ def _demonstrations(
     assert config.ptx_datasets is not None, "there are no demonstrations"
     edited = config.accept_edited_files
     sets = demonstrations(
-        load_sets(config.ptx_datasets, config.seed, accept_edited=edited, columns=config.columns)
+        load_sets(
+            config.ptx_datasets,
+            config.seed,
+            accept_edited=edited,
+            columns=config.columns,
+            columns_may_miss=True,
+        )
     )
     encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
 

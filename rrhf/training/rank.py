@@ -147,7 +147,11 @@ def train(config: RankConfig) -> Path:
         held_out = None
         if config.eval_data_path:
             held_out = load_sets(
-                config.eval_data_path, config.seed, accept_edited=edited, columns=config.columns
+                config.eval_data_path,
+                config.seed,
+                accept_edited=edited,
+                columns=config.columns,
+                columns_may_miss=True,
             )
         model = load_trainable_causal_lm(config)
         window = context_window(model)

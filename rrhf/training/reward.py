@@ -266,6 +266,7 @@ def _load(
             counts=held_out_counts,
             accept_edited=edited,
             columns=config.columns,
+            columns_may_miss=True,
         )
         return groups, ranked_groups(others, held_out_counts)
     if config.validation_fraction == 0:

@@ -126,7 +126,11 @@ def train(config: SFTConfig) -> Path:
         held_out = None
         if config.eval_data_path:
             others = load_sets(
-                config.eval_data_path, config.seed, accept_edited=edited, columns=config.columns
+                config.eval_data_path,
+                config.seed,
+                accept_edited=edited,
+                columns=config.columns,
+                columns_may_miss=True,
             )
             held_out = demonstrations(others)
         policy = _policy(config, bench)
