@@ -28,8 +28,8 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,36 @@ def make_folder(path: PathLike) -> None:
     """
     with explained_os_errors(path):
         os.makedirs(path, exist_ok=True)
+
+
+def missing_folders(path: PathLike) -> list[Path]:
+    """A folder and those above it that are not there, the innermost first."""
+    folder = Path(path)
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def remove_empty(folders: Iterable[PathLike]) -> None:
+    """Remove folders in this order, up to the first that is not empty or not there."""
+    with suppress(OSError):
+        for folder in folders:
+            os.rmdir(folder)
+
+
+@contextmanager
+def made_folder(path: PathLike) -> Iterator[None]:
+    """Make a folder to work in; where the work ends in an error, take back what is empty of it.
+
+    Raises:
+        UserError: as `explained_os_errors`.
+    """
+    with explained_os_errors(path):
+        made = missing_folders(path)
+    try:
+        make_folder(path)
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 def sync_folder(path: PathLike) -> None:

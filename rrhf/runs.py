@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,8 +27,11 @@ from rrhf.files import (
     cut_torn_tail,
     explained_os_errors,
     json_text,
+    make_folder,
     manifest_path,
+    missing_folders,
     read_manifest,
+    remove_empty,
     write_json,
     write_manifest,
 )
@@ -206,6 +208,7 @@ class RunFolder:
         self.samples = MetricsLog(self.path / "samples.jsonl")
         self._lock = FileLock(self.path / ".lock")
         self._settings_path = self.path / SETTINGS_FILE
+        self._made: list[Path] = []
 
     def finished_model(self, config: Mapping[str, Any]) -> Path | None:
         """The model's folder where a run with these settings is complete here, else None.
@@ -242,11 +245,12 @@ class RunFolder:
                 `resume` is off; files of the names that a run writes are not of one.
         """
         self._require_ours()
-        with explained_os_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._probe()
-        self._lock.acquire(f"the run folder {self.path}")
+        self._made = missing_folders(self.path)
+        is_locked_before = self._lock.path.exists()
+        make_folder(self.path)
         try:
+            self._probe()
+            self._lock.acquire(f"the run folder {self.path}")
             if not resume:
                 self.require_free()
             else:
@@ -261,6 +265,9 @@ class RunFolder:
                 old.unlink()
         except BaseException:
             self._lock.release()
+            if not is_locked_before:
+                self._lock.path.unlink(missing_ok=True)
+            remove_empty([*([self.checkpoints] if self._made else []), *self._made])
             raise
 
     def note_checkpoint(self) -> None:
@@ -364,9 +371,8 @@ class RunFolder:
             path.unlink(missing_ok=True)
         self._lock.release()
         (self.path / ".lock").unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path):
-            with suppress(OSError):  # something else of the user's is in it
-                folder.rmdir()
+        remove_empty([self.checkpoints])
+        remove_empty([self.path, *self._made[1:]])  # unless something else of the user's is in it
 
     def _changed_settings(self, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """(name, value before, value now) of each setting that is not what the run had."""

@@ -155,20 +155,25 @@ def test_a_second_run_in_the_same_folder_is_refused_and_loses_nothing(
 
 SCORER = "function:test_bad_input:by_length"
 WRITERS = {
-    "generate": "generate --model_name_or_path MODEL --prompts DATA --output_file OUT.jsonl",
+    "generate": "generate --model_name_or_path MODEL --prompts DATA --output_file OUT.jsonl "
+    "--max_new_tokens 4",
     "score": f"score DATA OUT.jsonl --scorer {SCORER}",
-    "response-gen": f"response-gen MODEL OUT --prompts DATA --scorer {SCORER}",
+    "response-gen": f"response-gen MODEL OUT --prompts DATA --scorer {SCORER} --max_new_tokens 4",
     "data convert": "data convert DATA OUT.jsonl",
     "data convert --to": "data convert DATA OUT.jsonl --to prompts",
     "data convert --parts": "data convert DATA OUT --parts a=0.5",
-    "train sft": "train sft --model_name_or_path MODEL --data_path DATA --output_dir OUT",
-    "train rank": "train rank --model_name_or_path MODEL --data_path DATA --output_dir OUT",
-    "train reward": "train reward --model_name_or_path MODEL --data_path DATA --output_dir OUT",
+    "train sft": "train sft --model_name_or_path MODEL --data_path DATA --output_dir OUT "
+    "--model_max_length 64",
+    "train rank": "train rank --model_name_or_path MODEL --data_path DATA --output_dir OUT "
+    "--model_max_length 64",
+    "train reward": "train reward --model_name_or_path MODEL --data_path DATA --output_dir OUT "
+    "--model_max_length 64",
     "train ppo": "train ppo --model_name_or_path MODEL --train_datasets DATA --output_dir OUT "
-    f"--reward_model_name_or_path {SCORER}",
+    f"--reward_model_name_or_path {SCORER} --model_max_length 64 --max_new_tokens 4",
     "train iterative": "train iterative --model_name_or_path MODEL --train_datasets DATA "
-    f"--output_dir OUT --reward_model_name_or_path {SCORER}",
-    "evaluate": "evaluate --model_name_or_path MODEL --prompts DATA --output_dir OUT",
+    f"--output_dir OUT --scorer {SCORER} --model_max_length 64 --max_new_tokens 4",
+    "evaluate": "evaluate --model_name_or_path MODEL --prompts DATA --output_dir OUT "
+    "--max_new_tokens 4",
     "evaluate --responses": "evaluate --responses DATA --prompts DATA --output_dir OUT",
     "compare": "compare ROWS --output OUT.jsonl",
     "demo": "demo --output_dir OUT",
@@ -312,3 +317,60 @@ def test_a_working_folder_that_was_removed_is_named(
     os.chdir("here")
     (tmp_path / "here").rmdir()
     assert "does not exist any more" in refused(["data", "convert", "a.jsonl", "b.jsonl"], capfd)
+
+
+# Refused before any work: nothing is left behind.
+
+BAD_VALUES = {
+    "no model": {"MODEL": "NOT_A_MODEL"},
+    "a model that cannot be loaded": {"MODEL": "TORN_MODEL"},
+    "no rows": {"DATA": "EMPTY", "ROWS": "EMPTY"},
+    "faulty rows": {"DATA": "FAULTY", "ROWS": "FAULTY"},
+    "no scorer": {SCORER: "function:test_bad_input:gone"},
+}
+
+
+@pytest.fixture(scope="module")
+def bad_places(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bad-places")
+    (folder / "NOT_A_MODEL").mkdir()
+    (folder / "EMPTY").touch()
+    (folder / "FAULTY").write_bytes(lines(GOOD, {**GOOD, "responses": 7}))
+    shutil.copytree(model, folder / "TORN_MODEL")
+    (folder / "TORN_MODEL" / "model.safetensors").write_bytes(b"torn")
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        (command, value)
+        for command in WRITERS
+        for value, changes in BAD_VALUES.items()
+        if set(changes) & set(WRITERS[command].split())
+        # The study loads a trunk after the folds of its baselines, which are kept.
+        if (command, value) != ("study hh-reward", "a model that cannot be loaded")
+    ],
+)
+def test_a_refused_command_leaves_nothing_behind(
+    command: str,
+    value: str,
+    places: dict[str, str],
+    bad_places: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    changes = BAD_VALUES[value]
+    out = str(tmp_path / "new" / "folders" / "out")
+    words = words_of(command, {**places, "OUT": out})
+    for word, bad in changes.items():
+        bad = bad_places.get(bad, bad)
+        words = [bad if found == places.get(word, word) else found for found in words]
+    told = refused(words, capfd)
+    assert any(bad_places.get(bad, bad.rpartition(":")[2]) in told for bad in changes.values()), (
+        told
+    )
+    assert not list(tmp_path.rglob("*")), sorted(tmp_path.rglob("*"))
+    Path(out).parent.mkdir(parents=True)
+    refused(words, capfd)
+    assert not list(Path(out).parent.iterdir()), sorted(tmp_path.rglob("*"))

@@ -45,7 +45,7 @@ from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.evaluation.reached import signs_of_nothing
 from rrhf.evaluation.results import require_free_place, save_row
-from rrhf.files import explained_os_errors, read_manifest
+from rrhf.files import explained_os_errors, made_folder, read_manifest
 from rrhf.generation.local import LocalEngine
 from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
 from rrhf.models.loading import (
@@ -81,6 +81,13 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     """
     accept_edited_models(config)
     _check_places(config)
+    with made_folder(config.output_dir):
+        with explained_os_errors(config.output_dir):
+            tempfile.TemporaryFile(dir=config.output_dir).close()  # no name that a kill could leave
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     data = load_evaluation_data(
         config.prompts,
         config.num_prompts,
@@ -198,11 +205,7 @@ def _check_places(config: EvaluateConfig) -> None:
             check_model_path(path)
     if config.baseline and is_model_folder(config.baseline):
         check_model_path(config.baseline)
-    folder = Path(config.output_dir)
     _require_free_places(config)
-    with explained_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # without a name that a kill could leave
 
 
 def _require_free_places(config: EvaluateConfig) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.layouts import SourceCounts
-from rrhf.files import COMPLETE, explained_os_errors, write_manifest
+from rrhf.files import COMPLETE, made_folder, write_manifest
 from rrhf.generation.build import EngineSettings, build_engine
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
@@ -68,9 +68,7 @@ def generate_file(
     output = Path(config.output_file)
     accept_edited_models(config)
     check_model_path(config.model_name_or_path)
-    with explained_os_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with caught_signals() as stop:
+    with made_folder(output.parent), caught_signals() as stop:
         return _Stage(config, rank, world_size, local_rank, stop).run()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -98,7 +99,7 @@ def load_model(
         kwargs: handed on to `from_pretrained`.
 
     Raises:
-        UserError: no folder, no safetensors, an unknown dtype or attention.
+        UserError: no folder, no safetensors or damaged ones, an unknown dtype or attention.
     """
     check_model_path(name_or_path)
     require_as_written(name_or_path)
@@ -115,6 +116,11 @@ def load_model(
                 use_safetensors=True,
                 **kwargs,
             )
+    except SafetensorError as error:
+        raise UserError(
+            f"{name_or_path}: its weights are damaged ({error}); copy the folder again from where "
+            "it is whole, or train it again"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
             raise UserError(

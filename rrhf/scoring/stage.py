@@ -31,7 +31,7 @@ from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.files import (
     COMPLETE,
-    explained_os_errors,
+    made_folder,
     manifest_path,
     read_manifest,
     sha256_file,
@@ -92,9 +92,7 @@ def score_file(
     """
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     output = Path(config.output_file)
-    with explained_os_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with caught_signals() as stop:
+    with made_folder(output.parent), caught_signals() as stop:
         return _Stage(config, rank, world_size, local_rank, stop, make_scorer).run()
 
 

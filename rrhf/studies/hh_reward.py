@@ -65,7 +65,6 @@ def run(config: HHRewardConfig) -> Path:
         UserError: data or a trunk is missing, or the folder was begun with other settings.
     """
     folder = Path(config.output_dir)
-    make_folder(folder)
     settings = asdict(config)
     edited = settings.pop("accept_edited_files")
     _require_same_settings(folder, settings)
@@ -75,6 +74,8 @@ def run(config: HHRewardConfig) -> Path:
     folds = split_by_first_turn(
         found, {str(number): share for number in range(config.num_folds)}, config.seed
     )
+    make_folder(folder)
+    write_json(folder / SETTINGS_FILE, settings)
     methods = [SHORTER, NGRAMS, *(Path(trunk).name for trunk in config.trunks)]
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     with Progress("folds", config.num_folds * len(methods), "run") as progress:
@@ -104,7 +105,6 @@ def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
                     f"{folder}: was begun with {name} {before.get(name)!r}, now it is "
                     f"{value!r}; choose another --output_dir"
                 )
-    write_json(folder / SETTINGS_FILE, settings)
 
 
 def _one_fold(
