@@ -409,9 +409,9 @@ def rows_in_parts(monkeypatch) -> list[int]:
     counted: list[int] = []
     true_remove = Parts.remove
 
-    def remove(self) -> None:
+    def remove(self, rank: int) -> None:
         counted.append(sum(path.read_bytes().count(b"\n") - 1 for path in self.paths()))
-        true_remove(self)
+        true_remove(self, rank)
 
     monkeypatch.setattr(Parts, "remove", remove)
     return counted
