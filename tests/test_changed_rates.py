@@ -15,6 +15,8 @@ from tiny import save_tiny
 from trainer_cases import metrics_of
 
 from rrhf.errors import UserError
+from rrhf.training import loop
+from rrhf.training.checkpoint import Checkpointer
 from rrhf.training.config import GroupSettings, TrainingConfig
 from rrhf.training.optim import (
     apply_settings,
@@ -69,6 +71,41 @@ def test_a_changed_rate_is_that_of_a_run_begun_with_it(
     assert groups_of(run) == groups_of(other) != groups_of(finished)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "constant"},
+        {"warmup_ratio": 0.9},
+        {"lr_scheduler_type": "cosine", "min_learning_rate_ratio": 0.5, "learning_rate": 3e-3},
+    ],
+)
+def test_the_first_step_follows_a_changed_schedule(
+    changed: dict[str, Any],
+    finished: Path,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[list[float]] = []
+    update = loop.Update.__call__
+
+    def noted(self: loop.Update, *args: Any) -> Any:
+        taken.append([group["lr"] for group in self.optimizer.param_groups])
+        return update(self, *args)
+
+    monkeypatch.setattr(loop.Update, "__call__", noted)
+    run, other = at_step_two(finished, tmp_path / "run"), tmp_path / "other"
+    training_job.train(model, str(other), **FOUR_STEPS, **changed)
+    begun = taken[:]
+    taken.clear()
+    training_job.train(model, str(run), resume=True, **FOUR_STEPS, **changed)
+    before, after = ([row["learning_rate"] for row in metrics_of(r)] for r in (finished, other))
+    assert before[2:] != after[2:] and taken == begun[2:] == [[rate] * 2 for rate in after[2:]]
+    assert [row["learning_rate"] for row in metrics_of(run)] == before[:2] + after[2:]
+    assert groups_of(run) == groups_of(other)
+
+
 def test_a_rate_of_zero_moves_nothing(finished: Path, model: str, tmp_path: Path) -> None:
     run = at_step_two(finished, tmp_path / "run")
     training_job.train(model, str(run), resume=True, **FOUR_STEPS, learning_rate=0.0)
@@ -86,8 +123,6 @@ def test_an_unchanged_one_keeps_every_bit(finished: Path, model: str, tmp_path: 
 def test_sharded_weights_refuse_it_before_anything_is_cut(
     finished: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rrhf.training.checkpoint import Checkpointer
-
     run = at_step_two(finished, tmp_path / "run")
     before = metrics_of(run)
     restore = Checkpointer.restore
@@ -101,6 +136,48 @@ def test_sharded_weights_refuse_it_before_anything_is_cut(
     with pytest.raises(UserError, match=r"(?s)learning_rate was 0.01 and is 0.003.*sharded"):
         training_job.train(model, str(run), resume=True, **FOUR_STEPS, learning_rate=3e-3)
     assert metrics_of(run) == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 3e-3}, {"weight_decay": 0.2}])
+def test_sharded_weights_without_their_settings_are_warned_of(
+    changes: dict[str, float],
+    finished: Path,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A checkpoint of an earlier version: of a rate the schedule knows, of the rest nobody does."""
+    run = at_step_two(finished, tmp_path / "run")
+    before = metrics_of(run)
+    restore = Checkpointer.restore
+
+    def as_sharded(self: Checkpointer) -> Any:
+        state = restore(self)
+        assert state is not None and state.pop("optimizer_settings")
+        monkeypatch.setattr(Parallel, "is_sharded", True)
+        return state
+
+    def stop(*args: Any) -> None:
+        raise InterruptedError("it would go on")
+
+    monkeypatch.setattr(Checkpointer, "restore", as_sharded)
+    monkeypatch.setattr(loop.Update, "__call__", stop)
+    refused = "learning_rate" in changes
+    with pytest.raises(
+        UserError if refused else InterruptedError,
+        match=r"learning_rate was 0.01 and is 0.003" if refused else "it would go on",
+    ):
+        training_job.train(model, str(run), resume=True, **FOUR_STEPS, **changes)
+    told = [r.message for r in caplog.records if "an earlier version wrote" in r.message]
+    assert len(told) == (not refused)
+    if not refused:
+        rest = "betas (0.9, 0.95), eps 1e-08"
+        decay = changes.get("weight_decay", 0.0)
+        assert f"goes on with weight_decay 0.0, {rest} (the flags" in told[0]
+        assert f"the flags give weight_decay {decay}, betas [0.9, 0.95], eps" in told[0]
+        assert "--weight_decay, --adam_beta1, --adam_beta2 or --adam_epsilon" in told[0]
+    assert metrics_of(run) == (before if refused else before[:2])
 
 
 class TwoGroups(TrainingConfig):

@@ -36,6 +36,7 @@ from rrhf.training.optim import (
     apply_settings,
     build_optimizer,
     build_scheduler,
+    follow_schedule,
     optimizer_settings,
 )
 from rrhf.training.parallel import Parallel
@@ -199,29 +200,53 @@ class _Loop:
         self.cut_back(self.step, state)
 
     def _take_changed_settings(self, state: dict[str, Any]) -> None:
-        """What the optimiser is told now holds, not what it was told before the checkpoint.
+        """What optimiser and schedule are told now holds, not what they were told before.
 
         Raises:
-            UserError: it changed, and the optimiser is sharded.
+            UserError: the optimiser's settings changed, and it is sharded.
         """
         is_sharded, now = self.parallel.is_sharded, self.settings
         before = state.get("optimizer_settings")  # earlier checkpoints have none
-        if before is None:
-            before = now if is_sharded else optimizer_settings(self.optimizer)
-        if before == now:
-            return
+        if before is None and is_sharded:
+            before = [{"learning_rate": rate} for rate in self.scheduler.base_lrs]
+        elif before is None:
+            before = optimizer_settings(self.optimizer)
         if is_sharded:
             changed = [
                 (name, was[name], its[name])
                 for was, its in zip(before, now, strict=False)
-                for name in its
+                for name in was
                 if was[name] != its[name]
             ]
-            raise UserError(
-                f"resume: the optimiser's settings changed:\n{told_changes(changed)}\nA sharded "
-                "optimiser goes on with its own; give the same, or start without sharding"
-            )
-        apply_settings(self.optimizer, self.scheduler, now)
+            if changed:
+                raise UserError(
+                    f"resume: the optimiser's settings changed:\n{told_changes(changed)}\nA "
+                    "sharded optimiser goes on with its own; give the same, or start without "
+                    "sharding"
+                )
+            if "optimizer_settings" not in state:
+                self._warn_of_unknown_settings()
+        elif before != now:
+            apply_settings(self.optimizer, self.scheduler, now)
+        follow_schedule(self.optimizer, self.scheduler)
+
+    def _warn_of_unknown_settings(self) -> None:
+        """A sharded optimiser keeps its own, and its checkpoint does not say which they are."""
+
+        def told(groups: list[dict[str, Any]]) -> str:
+            """Each kind of group once."""
+            names = ("weight_decay", "betas", "eps")
+            kinds = (", ".join(f"{name} {group.get(name)}" for name in names) for group in groups)
+            return "; ".join(dict.fromkeys(kinds))
+
+        logger.warning(
+            "resume: an earlier version wrote this checkpoint, without the settings of its sharded "
+            "optimiser, so it cannot be told whether --weight_decay, --adam_beta1, --adam_beta2 or "
+            "--adam_epsilon changed; it goes on with %s (the flags give %s). Give the values of "
+            "the run so far; to change them, begin a new run",
+            told(self.optimizer.param_groups),
+            told(self.settings),
+        )
 
     def cut_back(self, step: int, state: dict[str, Any]) -> None:
         """Forget what the run folder holds of steps after `step`; no state = of all."""

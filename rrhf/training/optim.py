@@ -120,12 +120,26 @@ def apply_settings(
         scheduler: its own, restored too.
         settings: of each group, as `optimizer_settings` gives them.
     """
-    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, factor, own in zip(optimizer.param_groups, factors, settings, strict=True):
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
         group["initial_lr"] = own["learning_rate"]
-        group["lr"] = own["learning_rate"] * factor
         group["weight_decay"] = own["weight_decay"]
         group["betas"] = tuple(own["betas"])
         group["eps"] = own["eps"]
     scheduler.base_lrs = [own["learning_rate"] for own in settings]
+    follow_schedule(optimizer, scheduler)
+
+
+def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Let a restored optimiser take its next step at the rate of the schedule as it is now.
+
+    What it was restored with is the rate of the schedule that it had; the two are the same to the
+    last bit where nothing changed.
+
+    Args:
+        optimizer: restored.
+        scheduler: its own, restored too.
+    """
+    groups = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, rate, factor in groups:
+        group["lr"] = rate * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
