@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trainer_cases import ranked_rows, write_lines
 from transformers import LlamaForSequenceClassification
 
 from rrhf.algorithms.normalizers import RunningMeanStd
+from rrhf.cli.main import main
 from rrhf.errors import AlreadyFinished, StoppedBySignal
 from rrhf.models.reward_model import set_score_normalizer
 from rrhf.process_end import run_process
@@ -55,6 +56,18 @@ def save_prompts(path: Path, count: int = 6) -> Path:
     return write_lines(
         path, [{"query": row["query"], "responses": []} for row in ranked_rows(count)]
     )
+
+
+def save_runs(folder: Path, runs: Mapping[str, str], training: Sequence[object]) -> Path:
+    """model/, data.jsonl, prompts.jsonl, and a run for each name: of the stage that is given."""
+    save_tiny(folder / "model")
+    data = write_lines(folder / "data.jsonl", ranked_rows(6))
+    save_prompts(folder / "prompts.jsonl", 3)
+    for run, stage in runs.items():
+        words = ["train", stage, "--model_name_or_path", folder / "model", "--data_path", data]
+        words += ["--output_dir", folder / run, *training]
+        assert main([str(word) for word in words]) == 0
+    return folder
 
 
 def save_demonstrations(folder: Path) -> Path:

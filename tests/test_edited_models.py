@@ -22,9 +22,7 @@ from damage import (
     removed,
     replaced_by_other_weights,
 )
-from ppo_cases import build_world, save_prompts, settings
-from tiny import save_tiny
-from trainer_cases import ranked_rows, write_lines
+from ppo_cases import build_world, save_runs, settings
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
@@ -75,14 +73,8 @@ def do(*words: object) -> int:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/ of another program, data, and the runs policy/ and reward/."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny(folder / "model")
-    data = write_lines(folder / "data.jsonl", ranked_rows(6))
-    save_prompts(folder / "prompts.jsonl", 3)
-    for stage, run in (("rank", "policy"), ("reward", "reward")):
-        words = ["train", stage, "--model_name_or_path", folder / "model", "--data_path", data]
-        assert do(*words, "--output_dir", folder / run, *TRAINING) == 0
-    return folder
+    runs = {"policy": "rank", "reward": "reward"}
+    return save_runs(tmp_path_factory.mktemp("world"), runs, TRAINING)
 
 
 def copied(world: Path, run: str, to: Path) -> Path:

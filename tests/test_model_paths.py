@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppo_cases import save_prompts
-from tiny import save_tiny
-from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
+from ppo_cases import save_runs
+from trainer_cases import metrics_of, same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf.cli.flags import with_home
@@ -34,16 +33,8 @@ def do(*words: object) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, data.jsonl, prompts.jsonl and two runs: policy_run/ and reward_run/."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny(folder / "model")
-    data = write_lines(folder / "data.jsonl", ranked_rows(6))
-    save_prompts(folder / "prompts.jsonl", 3)
-    for stage, run in (("rank", "policy_run"), ("reward", "reward_run")):
-        do(
-            *["train", stage, "--model_name_or_path", folder / "model", "--data_path", data],
-            *["--output_dir", folder / run, *TRAINING],
-        )
-    return folder
+    runs = {"policy_run": "rank", "reward_run": "reward"}
+    return save_runs(tmp_path_factory.mktemp("world"), runs, TRAINING)
 
 
 def as_earlier_versions_had_it(run: Path) -> None:

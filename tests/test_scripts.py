@@ -126,6 +126,7 @@ PPO_TASK = ["train", "ppo", "--model_name_or_path", MODEL, "--reward_model_name_
 PPO_TASK += ["--output_dir", OUT, "--train_datasets", DATA]
 EXTRA = ["--chat_format", "raw", "--note", "a  b;c"]
 RANKS = ["python", "-m", "rrhf.cli.launch"]
+TORCHRUN = [*RANKS, "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def launched(machine: Machine, *words: str, **environment: str) -> list[str]:
@@ -191,24 +192,15 @@ def test_train_counts_only_the_gpus_that_are_visible(machine: Machine, visible: 
 
 
 def test_ddp_without_gpus_runs_on_two_cpu_processes(machine: Machine):
-    start = [*RANKS, "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     end = ["-m", "rrhf.cli.main", *TASK, "CUDA=unset"]
-    assert launched(machine, "--launch", "ddp") == [*start, "2", *end]
-    assert launched(machine, "--launch", "ddp", "--num_processes", "3") == [*start, "3", *end]
+    assert launched(machine, "--launch", "ddp") == [*TORCHRUN, "2", *end]
+    assert launched(machine, "--launch", "ddp", "--num_processes", "3") == [*TORCHRUN, "3", *end]
 
 
 @pytest.mark.parametrize("launch", ["zero2", "zero3"])
 def test_deepspeed_without_gpus_runs_on_two_cpu_processes(machine: Machine, launch: str):
     """`accelerate launch` would start DDP, or two processes that know nothing of each other."""
-    start = [
-        *RANKS,
-        "python",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    start = [*TORCHRUN, "2"]
     settings = f"DEEPSPEED={machine.root / 'configs' / f'deepspeed_{launch}.json'}"
     assert launched(machine, "--launch", launch, *EXTRA) == [
         *[*start, "-m", "rrhf.cli.main", *TASK, *EXTRA, "CUDA=unset", settings]
@@ -288,15 +280,7 @@ def test_generation_and_scoring_hand_over(
     assert machine.calls() == [["rrhf", *task, *EXTRA, "CUDA=unset"]]
     with_gpus(machine, 3)
     assert machine.run(script, *words, *EXTRA).returncode == 0
-    start = [
-        *RANKS,
-        "python",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "3",
-    ]
+    start = [*TORCHRUN, "3"]
     assert machine.calls() == [[*start, "-m", "rrhf.cli.main", *task, *EXTRA, "CUDA=unset"]]
     done = machine.run(script, words[0])
     assert (done.returncode, machine.calls()) == (2, [])
