@@ -105,20 +105,56 @@ def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not is_one_of_several():
-            second = before[number]
-            is_ours = isinstance(second, _Interrupting)
-            signal.signal(number, signal.SIG_DFL if is_ours else second)
+            before[number].put_back(or_default=True)
         if request.received is None:
             request.remember(number)
 
-    before = {number: signal.getsignal(number) for number in EXIT_CODES}
+    before = {number: _Handler(number) for number in EXIT_CODES}
     try:
         for number in EXIT_CODES:
             signal.signal(number, handle)
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for handler in before.values():
+            handler.put_back()
+
+
+class _Handler:
+    """What answers a signal now, to be put back; also where no Python installed it."""
+
+    def __init__(self, number: int) -> None:
+        self._number, self._handler = number, signal.getsignal(number)
+        self._address = _native_handler(number) if self._handler is None else None
+
+    def put_back(self, or_default: bool = False) -> None:
+        """Let it answer again.
+
+        Args:
+            or_default: rather than a handler of ours that interrupts, what the system does.
+        """
+        is_ours = or_default and isinstance(self._handler, _Interrupting)
+        is_default = is_ours or self._handler is None
+        signal.signal(self._number, signal.SIG_DFL if is_default else self._handler)
+        if self._address is not None:
+            _set_native_handler(self._number, self._address)
+
+
+def _native_handler(number: int) -> int | None:
+    """The address of a handler that Python knows nothing of."""
+    import ctypes
+
+    get = ctypes.pythonapi.PyOS_getsig
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
+    address: int | None = get(number)
+    return address
+
+
+def _set_native_handler(number: int, address: int) -> None:
+    import ctypes
+
+    put = ctypes.pythonapi.PyOS_setsig
+    put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    put(number, address)
 
 
 class _Interrupting:
@@ -146,10 +182,11 @@ def sigterm_interrupts() -> Iterator[None]:
         hook_before(what)
 
     hook_before = sys.unraisablehook
-    before = signal.signal(signal.SIGTERM, _Interrupting())
+    before = _Handler(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, _Interrupting())
     sys.unraisablehook = unraisable
     try:
         yield
     finally:
         sys.unraisablehook = hook_before
-        signal.signal(signal.SIGTERM, before)
+        before.put_back()

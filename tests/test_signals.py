@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal
-from rrhf.signals import caught_signals
+from rrhf.signals import (
+    _native_handler,
+    _set_native_handler,
+    caught_signals,
+    sigterm_interrupts,
+)
 
 BOTH = pytest.mark.parametrize(
     ("number", "code"),
@@ -97,3 +105,42 @@ def test_handlers_are_put_back_where_no_signal_came():
     with caught_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.fixture
+def native() -> Iterator[int]:
+    """A handler in C for SIGTERM, of which Python knows that it is none of its own."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler = kind(lambda number: None)
+    address = ctypes.cast(handler, ctypes.c_void_p).value
+    assert address is not None
+    before = signal.getsignal(signal.SIGTERM)
+    _set_native_handler(signal.SIGTERM, address)
+    yield address
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("catching", [caught_signals, sigterm_interrupts])
+def test_a_handler_in_c_is_put_back(
+    catching: Any, native: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = signal.getsignal
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: None if number == signal.SIGTERM else known(number)
+    )
+    with catching():
+        assert _native_handler(signal.SIGTERM) != native
+    assert _native_handler(signal.SIGTERM) == native
+
+
+def test_a_second_signal_goes_to_a_handler_in_c(
+    native: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = signal.getsignal
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: None if number == signal.SIGTERM else known(number)
+    )
+    with caught_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert _native_handler(signal.SIGTERM) == native
