@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -257,6 +258,7 @@ def _killable(job: Any, order: dict[str, Any], write_end: int) -> None:
 
 def _do(job: Any, order: dict[str, Any]) -> int:
     """The job, in the child; its exit code."""
+    gc.freeze()  # what the parent has imported stays, and is long to look through for garbage
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["place"])
