@@ -324,18 +324,34 @@ def test_the_context_of_an_instruction_is_part_of_the_prompt(tmp_path: Path) -> 
     assert first.messages is not None and first.messages[0].content == f"{ASKED}\nin June"
 
 
+@pytest.mark.parametrize("form", ["file", "mixture", "own names"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "rank"])
 def test_replies_without_scores_lead_to_the_command_that_scores_them(
-    stage: str, model: str, reward_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    form: str,
+    model: str,
+    reward_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = write_shape(tmp_path, SHAPES["prompt, responses"])
-    given = ["--model_name_or_path", model, "--data_path", str(path), "--model_max_length", "100"]
+    path = str(write_shape(tmp_path, SHAPES["prompt, responses"]))
+    names = []
+    if form == "mixture":
+        path = f"{path}:0.5,{path}:2"
+    elif form == "own names":
+        text = Path(path).read_text().replace('"prompt"', '"meine Frage"')
+        Path(path).write_text(text)
+        names = ["--columns", "prompt=meine Frage"]
+    given = ["--model_name_or_path", model, "--data_path", path, "--model_max_length", "100"]
     given += ["--max_steps", "1", "--save_steps", "0"]
-    assert main(["train", stage, *given, "--output_dir", str(tmp_path / "a")]) == 2
+    assert main(["train", stage, *given, *names, "--output_dir", str(tmp_path / "a")]) == 2
     command = capsys.readouterr().err.strip().rpartition("score the responses first: ")[2]
     words = shlex.split(command.replace("REWARD_MODEL", reward_model))
     scored = str(tmp_path / "scored.jsonl")
     assert main([scored if word == "SCORED.jsonl" else word for word in words[1:]]) == 0
+    assert main(["data", "validate", *path.split(":0.5")[:1], *names]) == 0
+    words = shlex.split(capsys.readouterr().out.partition("have no score: ")[2].splitlines()[0])
+    assert words[-2:] == (names or ["--scorer", "REWARD_MODEL"])
     given[3] = scored
     assert main(["train", stage, *given, "--output_dir", str(tmp_path / "b")]) == 0
 

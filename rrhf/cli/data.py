@@ -104,7 +104,7 @@ def validate(argv: list[str]) -> int:
             continue
         left_out = f"; left out: {dropped}" if dropped else ""
         print(f"{path}: good, {counts.kept} of {counts.read} rows{left_out}")
-        for line in describe_uses(path, counts, uses):
+        for line in describe_uses(path, counts, uses, config.columns):
             print(f"  {line}")
     mistakes = mistakes or columns.never_seen(", ".join(config.file))
     if mistakes:

@@ -110,7 +110,7 @@ class ColumnNames:
         return [
             f"--columns {ours}={theirs}: no row of {data} has a column {theirs!r}"
             f"{near_hint(theirs, sorted(self.seen))}; the columns are "
-            f"{', '.join(sorted(self.seen))}"
+            f"{', '.join(sorted(self.seen))}; fix the name, or leave it out"
             for ours, theirs in given
             if theirs not in self.seen
         ]
@@ -130,6 +130,11 @@ def _rename_nested(row: dict[str, Any], ours: str, theirs: str) -> bool:
             ]
             found = True
     return found
+
+
+def columns_flag(text: str | None) -> list[str]:
+    """The words with which another command reads the same data."""
+    return ["--columns", text] if text else []
 
 
 def parse_columns(text: str | None) -> ColumnNames:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rrhf.commands import next_step
+from rrhf.data.columns import columns_flag
 from rrhf.data.reading import SourceCounts
 from rrhf.data.views import demonstrations, pairs
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
@@ -40,7 +41,9 @@ def count_uses(sets: Iterable[CandidateSet]) -> Counter[str]:
     return found
 
 
-def describe_uses(path: str, counts: SourceCounts, uses: Counter[str]) -> list[str]:
+def describe_uses(
+    path: str, counts: SourceCounts, uses: Counter[str], columns: str | None = None
+) -> list[str]:
     """Lines that say how a file was read and what each command will find in it."""
     lines = [f"read as: {', '.join(counts.layouts)}"]
     if unread := [name for names in counts.unread.values() for name in names]:
@@ -61,7 +64,8 @@ def describe_uses(path: str, counts: SourceCounts, uses: Counter[str]) -> list[s
     lines.append(f"train sft: {_or_nothing(uses['demonstrations'], 'demonstrations')}")
     ranked = _or_nothing(uses["ordered"], "prompts whose replies have an order")
     if uses["without_order"]:
-        step = next_step("rrhf", "score", path, "SCORED.jsonl", "--scorer", "REWARD_MODEL")
+        words = [path, "SCORED.jsonl", "--scorer", "REWARD_MODEL", *columns_flag(columns)]
+        step = next_step("rrhf", "score", *words)
         ranked += f"; {uses['without_order']} replies have no score: {step}"
     lines.append(f"train reward, train rank: {ranked}")
     return lines

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rrhf.commands import next_step
 from rrhf.data.collate import EncodedSet
+from rrhf.data.columns import columns_flag
 from rrhf.data.layouts import SourceCounts
 from rrhf.data.prompt_formats import PromptFormats
 from rrhf.errors import UserError
@@ -61,6 +62,7 @@ def encoded(
     encode: Encoder,
     read: SourceCounts | None = None,
     purpose: str = "training",
+    columns: str | None = None,
 ) -> EncodedExamples:
     """The examples of candidate sets, with a sentence about them in the log.
 
@@ -70,6 +72,7 @@ def encoded(
         encode: makes and counts examples.
         read: what became of the rows of the source, where it is known.
         purpose: "training", or "evaluating".
+        columns: what the data's columns are called, for the command that scores them.
 
     Raises:
         UserError: no set yields an example; the text says why.
@@ -83,7 +86,11 @@ def encoded(
     try:
         examples = EncodedExamples(sets, encode_and_count)
     except UserError as error:
-        why = [*told_rows(read), *told_cases(encode.fitter), *_score_first(name, encode, read)]
+        why = [
+            *told_rows(read),
+            *told_cases(encode.fitter),
+            *_score_first(name, encode, read, columns),
+        ]
         raise UserError(f"{name}: {error}" + (f": {'; '.join(why)}" if why else "")) from error
     used = counted(len(examples), "prompt")
     for what in ("candidate", "response"):
@@ -96,13 +103,16 @@ def encoded(
     return examples
 
 
-def _score_first(name: str, encode: Encoder, read: SourceCounts | None) -> list[str]:
+def _score_first(
+    name: str, encode: Encoder, read: SourceCounts | None, columns: str | None
+) -> list[str]:
     """The command to go on with, where scores are what is missing."""
     dropped = read.dropped if read is not None else {}
     unscored = encode.fitter.counts["candidates_without_score"]
     if not (unscored or any(dropped.get(reason) for reason in _UNSCORED)):
         return []
-    step = next_step("rrhf", "score", name, "SCORED.jsonl", "--scorer", "REWARD_MODEL")
+    words = [name, "SCORED.jsonl", "--scorer", "REWARD_MODEL", *columns_flag(columns)]
+    step = next_step("rrhf", "score", *words)
     return [f"score the responses first: {step}"]
 
 

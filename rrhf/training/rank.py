@@ -156,7 +156,7 @@ def train(config: RankConfig) -> Path:
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window)
-        examples = encoded(config.data_path, sets, encode, read)
+        examples = encoded(config.data_path, sets, encode, read, columns=config.columns)
         counts: dict[str, Any] = {
             **dict(sorted(encode.counts.items())),
             "read": read.as_dict(),

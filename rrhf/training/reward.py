@@ -197,7 +197,7 @@ def train(config: RewardConfig) -> Path:
             reads_padding=config.reads_padding,
         )
         encode, encode_held_out = _encoder(config, bench), _encoder(config, bench)
-        examples = encoded(config.data_path, sets, encode, counts)
+        examples = encoded(config.data_path, sets, encode, counts, columns=config.columns)
         held_out_examples = None
         if held_out:
             name = str(config.validation_datasets or config.data_path)

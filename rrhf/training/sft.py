@@ -135,7 +135,7 @@ def train(config: SFTConfig) -> Path:
             held_out = demonstrations(others)
         policy = _policy(config, bench)
         encode = _encoder(config, bench)
-        examples = encoded(config.data_path, sets, encode, read)
+        examples = encoded(config.data_path, sets, encode, read, columns=config.columns)
         counts: dict[str, Any] = {
             **dict(sorted(encode.fitter.counts.items())),
             "read": read.as_dict(),
