@@ -144,11 +144,29 @@ def scores(module: Any, body: str) -> list[list[float | None]]:
         ("(1 / 0 for _ in r)", "raised ZeroDivisionError: division by zero"),
         ("(sys.exit(0) for _ in r)", r"called sys\.exit\(0\)"),
         ("later()", "returned <coroutine object later"),
+        ("{1: 1.0, 2: 2.0}", r"returned \{1: 1.0, 2: 2.0\}; it must return a list"),
+        ("dict(zip(r, [1, 2]))", r"returned \{'a': 1, 'b': 2\}; it must return a list"),
+        ("{'scores': [1, 2]}", r"returned \{'scores': \[1, 2\]\}; it must return a list"),
+        ("{1.0, 2.0}", "returned {1.0, 2.0}; it must return a list"),
+        ("frozenset({1.0, 2.0})", "returned frozenset"),
+        ("'12'", "returned '12'; it must return a list"),
+        ("b'12'", "returned b'12'; it must return a list"),
+        ("r", "result 0 is 'a', no number"),
+        ("[[1], [2]]", r"result 0 is \[1\], no number"),
+        ("[[1, 2]]", "returned 1 results for 2 responses"),
+        ("[{'score': 1}] * 2", r"result 0 is \{'score': 1\}, no number"),
+        ("None", "returned None; it must return a list"),
+        ("3", "returned 3; it must return a list"),
+        ("(x for x in [1])", "returned 1 results for 2 responses"),
+        ("[1, 2, 3]", "returned more than 2 results for 2 responses"),
+        ("itertools.count()", "returned more than 2 results for 2 responses"),
+        ("map(str, [1, 2])", "result 0 is '1', no number"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:coroutine")
 def test_odd_results_are_told(result: str, message: str, module: Any) -> None:
     text = f"""
+import itertools
 import sys
 from fractions import Fraction
 

@@ -17,8 +17,9 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from rrhf.records import CandidateSet
 from rrhf.signals import Interrupted
 
 logger = logging.getLogger(__name__)
+
+# These can be gone through, but what comes out are keys, in any order, or bytes.
+NO_LISTS = (Mapping, Set, str, bytes, bytearray, memoryview)
 
 NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
 """What may come out of a user's code without being its mistake."""
@@ -72,7 +76,7 @@ class FunctionScorer:
                 responses.append(candidate.response)
                 messages.append(turns)
         wanted = len(prompts)  # the function may change its lists
-        found = self._validated(self._called(prompts, responses, messages), wanted)
+        found = self._validated(self._called(wanted, prompts, responses, messages), wanted)
         results = iter(found)
         return [[next(results) for _ in s.candidates] for s in sets]
 
@@ -87,12 +91,17 @@ class FunctionScorer:
                 f"{error}; give it these three parameters"
             ) from None
 
-    def _called(self, *arguments: Any) -> list[Any]:
-        """What the function returned, as a list; a generator runs here, so it may raise here."""
+    def _called(self, wanted: int, *arguments: Any) -> list[Any]:
+        """What the function returned, as a list; a generator runs here, so it may raise here.
+
+        Of one that may have no end, at most one result too many is taken.
+        """
         try:
             with _importable(self._folder):
                 found = self._function(*arguments)
-                results = iter(found) if hasattr(found, "__iter__") else None
+                results = None
+                if hasattr(found, "__iter__") and not isinstance(found, NO_LISTS):
+                    results = found if hasattr(found, "__len__") else islice(found, wanted + 1)
                 values = [] if results is None else list(results)
         except NOT_ITS_OWN:
             raise
@@ -109,14 +118,15 @@ class FunctionScorer:
         if results is None:
             raise UserError(
                 f"{self.name}: returned {shown(found)}; it must return a list of numbers, one for "
-                "each response"
+                "each response, in order"
             )
         return values
 
     def _validated(self, values: list[Any], wanted: int) -> list[float | None]:
         if len(values) != wanted:
+            number = str(len(values)) if len(values) < wanted else f"more than {wanted}"
             raise UserError(
-                f"{self.name}: returned {len(values)} results for {wanted} responses; it must "
+                f"{self.name}: returned {number} results for {wanted} responses; it must "
                 "return one for each, in order"
             )
         return [self._number(value, place) for place, value in enumerate(values)]
