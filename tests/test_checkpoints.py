@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import training_job
 from damage import (
@@ -25,14 +27,21 @@ from damage import (
     removed,
     replaced_by_other_weights,
 )
+from safetensors import safe_open
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
+from rrhf.models import finite
 from rrhf.sealed_folders import damage_of
 from rrhf.training import checkpoint
-from rrhf.training.checkpoint_folders import checkpoint_damage, checkpoints_by_step, newest_whole
+from rrhf.training.checkpoint_folders import (
+    WEIGHTS,
+    checkpoint_damage,
+    checkpoints_by_step,
+    newest_whole,
+)
 
 torch.set_num_threads(1)
 
@@ -169,6 +178,49 @@ def test_where_all_are_damaged_the_run_stops(
     assert after.keys() == before.keys()
     assert {p.name for p in before if before[p] != after[p]} <= {"settings.json"}
     assert [row["step"] for row in metrics_of(run)] == [1, 2]
+
+
+def test_no_more_than_one_weight_of_a_checkpoint_is_in_memory(
+    finished: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where it is looked at nor where it is taken up."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        alive[:] = [one for one in alive if one() is not None] + [weakref.ref(tensor)]
+        most = max(most, len(alive))
+        return tensor
+
+    class Opened:
+        def __init__(self, path: Path, **options: Any) -> None:
+            self.file, self.is_ours = safe_open(path, **options), Path(path).name == WEIGHTS
+
+        def __enter__(self) -> Opened:
+            self.opened = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return list(self.opened.keys())
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            tensor = self.opened.get_tensor(name)
+            return note(tensor) if self.is_ours else tensor
+
+        def get_tensors(self) -> dict[str, torch.Tensor]:
+            return {name: self.get_tensor(name) for name in self.keys()}
+
+    run = stopped_copy(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    for place in (finite, checkpoint, safetensors.torch):
+        monkeypatch.setattr(place, "safe_open", Opened, raising=False)
+    training_job.train(model, str(run), resume=True, **FOUR_STEPS)
+    assert most in (1, 2)  # one more while a name still holds the one before
+    assert same_weights(run / "policy", finished / "policy")
 
 
 def test_where_all_are_gone_the_run_stops_too(finished: Path, model: str, tmp_path: Path) -> None:

@@ -39,8 +39,15 @@ def first_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]
 def non_finite_in_folder(folder: Path) -> str | None:
     """As `first_non_finite`, of all safetensors files in a model folder: "file: name", or None."""
     for path in sorted(folder.rglob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if first_non_finite({name: file.get_tensor(name)}) is not None:
-                    return f"{path.relative_to(folder)}: {name}"
+        if (name := non_finite_in_file(path)) is not None:
+            return f"{path.relative_to(folder)}: {name}"
+    return None
+
+
+def non_finite_in_file(path: Path) -> str | None:
+    """As `first_non_finite`, of a safetensors file, of which one weight at a time is in memory."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if first_non_finite({name: file.get_tensor(name)}) is not None:
+                return str(name)
     return None

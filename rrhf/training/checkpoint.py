@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -242,16 +243,18 @@ class Checkpointer:
 
     @torch.no_grad()
     def _load_weights(self, path: Path) -> None:
-        saved = load_file(path)
+        """One weight after the other, so that memory never holds all of them twice."""
         mine = {n: p for n, p in self._root().named_parameters() if p.requires_grad}
-        if saved.keys() != mine.keys():
-            different = sorted(saved.keys() ^ mine.keys())
-            raise UserError(
-                f"{path}: holds other weights than this model trains (first: {different[0]}); "
-                "resume with the model and LoRA settings that the checkpoint had"
-            )
-        for name, value in saved.items():
-            mine[name].copy_(value)
+        with safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+            if saved != mine.keys():
+                different = sorted(saved ^ mine.keys())
+                raise UserError(
+                    f"{path}: holds other weights than this model trains (first: {different[0]}); "
+                    "resume with the model and LoRA settings that the checkpoint had"
+                )
+            for name, weight in mine.items():
+                weight.copy_(file.get_tensor(name))
 
     def _delete_old(self) -> None:
         """Keep the newest whole ones; what was found damaged goes too."""

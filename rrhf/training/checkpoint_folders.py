@@ -6,11 +6,9 @@ import logging
 import re
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE
-from rrhf.models.finite import first_non_finite
+from rrhf.models.finite import non_finite_in_file
 from rrhf.sealed_folders import DamagedManifest, damage_of, our_manifest
 
 logger = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
     for name in (STATE, RANDOM) if is_sharded else (STATE, RANDOM, WEIGHTS, OPTIMIZER):
         if name not in sealed:
             return f"{name} was never written"
-    if not is_sharded and (weight := first_non_finite(load_file(checkpoint / WEIGHTS))) is not None:
+    if not is_sharded and (weight := non_finite_in_file(checkpoint / WEIGHTS)) is not None:
         return f"its weights are not finite (first: {weight})"
     return None
 

@@ -266,8 +266,8 @@ CHECKPOINT_FAULTS = [
     Mutant(
         "a checkpoint may lack weights that are trained",
         CHECKPOINT,
-        "if saved.keys() != mine.keys():",
-        "if saved.keys() - mine.keys():",
+        "if saved != mine.keys():",
+        "if saved - mine.keys():",
         CHECKPOINTS,
     ),
     Mutant(
