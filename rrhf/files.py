@@ -1,8 +1,8 @@
 """Files that are whole or not there, and the manifests that vouch for them.
 
 The idea is one rule: the manifest is written last. A data file `X.json` has `X.manifest.json`
-beside it, a folder has `manifest.json` inside; "status" says "complete" or "unfinished", and
-whoever reads a hand-over looks there first. Every small file is written beside its place, synced
+next to it, a folder has `manifest.json` inside; "status" says "complete" or "unfinished", and
+whoever reads a hand-over looks there first. Every small file is written next to its place, synced
 and moved over, so that a kill at any moment leaves the old file or the new one, never half of one.
 A file that is written as it goes has one writer (`FileLock`), and what a killed one left of a line
 is cut (`cut_torn_tail`). Bytes are counted and hashed while they are written, so that a manifest
@@ -365,7 +365,7 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
 
 
 def locked_temporary(target: Path) -> tuple[Path, int]:
-    """A new file beside `target`, and its handle, which holds its lock where the disk has locks."""
+    """A new file next to `target` and its handle, which holds its lock where the disk has locks."""
     while True:
         name = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         temporary = target.with_name(name)
@@ -377,7 +377,7 @@ def locked_temporary(target: Path) -> tuple[Path, int]:
 
 
 def remove_abandoned(target: PathLike) -> None:
-    """Remove temporary files of `replaced_file` beside a target whose writers were killed."""
+    """Remove temporary files of `replaced_file` next to a target whose writers were killed."""
     target = Path(target)
     for path in target.parent.glob(f".{escape(target.name)}.*.tmp"):
         try:
@@ -563,7 +563,7 @@ def require_own_manifest_place(path: PathLike) -> None:
     An output whose manifest stands there already may be gone on with.
 
     Raises:
-        UserError: there is another file, `X.jsonl` beside `X.json`, or one is being made.
+        UserError: there is another file, `X.jsonl` next to `X.json`, or one is being made.
     """
     target = Path(path)
     place = manifest_path(target)
@@ -577,7 +577,7 @@ def require_own_manifest_place(path: PathLike) -> None:
     if others:
         suffix = target.name.removeprefix(stem)
         raise UserError(
-            f"{path}: its manifest would be {place.name}, which belongs to {others[0]} beside it; "
+            f"{path}: its manifest would be {place.name}, which belongs to {others[0]} next to it; "
             f"choose another name, such as {stem}-2{suffix}"
         )
 

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: filled beside their place, sealed, and moved into it.
+"""Folders that are whole or not there: filled next to their place, sealed, and moved into it.
 
 Whatever fails on the way, nothing half-written stays: what is staged goes, and a full disk is told
 with its name and what was needed, measured after that. A killed process leaves its staged folder
@@ -147,7 +147,7 @@ def size_of(folder: Path) -> int:
 
 
 def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place, seal it, and move it there, in place of an older one.
+    """Fill a folder next to its place, seal it, and move it there, in place of an older one.
 
     Args:
         target: such as `policy/`.

@@ -173,7 +173,7 @@ def group_centred_rewards(rewards: Tensor, valid: Tensor) -> Tensor:
     # Equal rewards say nothing, exactly: a rounding error over a tiny deviation would shout.
     high = torch.where(valid, wide, torch.full_like(wide, -torch.inf)).amax(-1, keepdim=True)
     low = torch.where(valid, wide, torch.full_like(wide, torch.inf)).amin(-1, keepdim=True)
-    is_equal = high <= low  # False beside a NaN, which must come out as one
+    is_equal = high <= low  # False where one is NaN, which must come out as one
     centred = torch.where(valid & ~is_equal, wide - mean, torch.zeros_like(wide))
     return centred.to(rewards.dtype)
 

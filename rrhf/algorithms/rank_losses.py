@@ -4,7 +4,7 @@ RRHF (Yuan et al. 2023, arXiv:2304.05302) is two terms: a hinge over every order
 prompt's candidates, and cross-entropy on the best one. Both are given per prompt; the loop divides
 by a count summed over all ranks and micro-batches, so how a batch is cut cannot change the loss.
 
-Besides the paper's loss stands the one that the authors' released program computes
+In addition to the paper's loss there is the one that the authors' released program computes
 (`released_rrhf_loss`), which differs and is the one behind the published numbers. Losses with a
 reference policy or with probabilities over whole rankings are not here.
 

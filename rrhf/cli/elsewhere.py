@@ -25,7 +25,7 @@ STAGES: dict[str, str] = {
     "orpo": "there is no ORPO; `rrhf train rank` has both of its halves, cross-entropy on the best "
     "response and a term that ranks the others below it",
     "slic": "there is no SLiC; `rrhf train rank` is its nearest relative, a hinge on sequence "
-    "likelihoods with cross-entropy beside it",
+    "likelihoods with cross-entropy added",
     "kto": "there is no KTO; give the desirable response of a prompt the score 1 and the others 0, "
     "and `rrhf train rank` learns that order",
     "online_dpo": "there is no online DPO; `rrhf train ppo --method rrhf` ranks the responses of "

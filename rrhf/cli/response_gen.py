@@ -3,7 +3,7 @@
 It takes the flags of both. A name that both know, such as `bf16`, goes to both; `generate_bf16` and
 `score_bf16` reach one of them. A name that means different things there, such as `engine`, has the
 two longer spellings alone. Prompts and sampling are those of RRHF's published script unless
-told otherwise: Dahoas/rm-static, diverse beam search, four responses beside the data set's two.
+told otherwise: Dahoas/rm-static, diverse beam search, four responses next to the data set's two.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     {"query": "...", "responses": ["...", "..."], "scores": [0.3, -1.2]}
 
 That is what RRHF published and reads, and it is read here unchanged, as lines or as one JSON
-array. Beside these keys a row may have `messages` (the conversation behind the query), `id`,
+array. In addition a row may have `messages` (the conversation behind the query), `id`,
 `origin`, and, one entry a response, `sources` and `finish_reasons`; keys that are not known are
 left alone. Scores may be missing or null where nothing has been scored yet.
 
@@ -285,7 +285,7 @@ def write_candidate_sets(
     Args:
         path: where to.
         sets: what, taken one at a time.
-        manifest: what is to be known beside the counts (engine, scorer, seed, what was dropped).
+        manifest: what else to record (engine, scorer, seed, what was dropped).
 
     Returns:
         The manifest as written: "rows", "candidates", "scored_candidates", "bytes" and "sha256"

@@ -178,7 +178,7 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> Tensor:
 def _pad_numbers(
     values: Sequence[Tensor | Sequence[float]], rows: Sequence[Sequence[int]]
 ) -> Tensor:
-    """[N, R] float32 beside the padded responses."""
+    """[N, R] float32, aligned with the padded responses."""
     padded = torch.zeros((len(rows), max(len(ids) for ids in rows)), dtype=torch.float32)
     for row, numbers, ids in zip(padded, values, rows, strict=True):
         assert len(numbers) == len(ids), "a token extra has one number for each response token"

@@ -88,7 +88,7 @@ def _read_transcripts(reading: Reading) -> CandidateSet | None:
         except ValueError:
             raise reading.wrong(
                 column,
-                'has no "\\n\\nHuman:" turn; give whole transcripts, or a column `prompt` beside '
+                'has no "\\n\\nHuman:" turn; give whole transcripts, or a column `prompt` next to '
                 "the two replies",
             ) from None
     return _pair_of_conversations(reading, *conversations)
@@ -446,7 +446,7 @@ def find_layout(row: Any, where: str) -> Layout:
             return layout
     named = ", ".join(f"{name}{near_hint(name, KNOWN)}" for name in row) or "none"
     replies = [name for name in row if name in (*REPLIES, *REPLY_LISTS, "ranking")]
-    missing = f"; a column with the prompt is missing beside {replies[0]!r}" if replies else ""
+    missing = f"; a column with the prompt is missing next to {replies[0]!r}" if replies else ""
     known = "; ".join(", ".join(layout.columns) for layout in LAYOUTS)
     raise UserError(
         f"{where}: row: its columns ({named}) are none that can be read{missing}; say which is "

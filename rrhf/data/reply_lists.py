@@ -35,7 +35,7 @@ def read_replies_of(reading: Reading, column: str) -> CandidateSet | None:
     if reading.row.get("ranking") is not None:
         raise reading.wrong(
             "ranking",
-            f"stands beside {column!r}, so what it ranks is not clear; if it gives the place of "
+            f"stands next to {column!r}, so what it ranks is not clear; if it gives the place of "
             "each reply (1 = best): --columns ranks=ranking; if it holds the replies themselves, "
             f"the best first: --columns unread={column}",
         )

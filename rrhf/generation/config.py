@@ -20,7 +20,7 @@ ENGINES = ("local",)
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """How responses are drawn, for how many prompts, and what is kept beside them."""
+    """How responses are drawn, for how many prompts, and what is kept with them."""
 
     num_return_sequences: int = 4
     """Responses for each prompt."""
@@ -69,7 +69,7 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
     several with commas. Or a prompt itself, in several words, or as text:WORD."""
     output_file: str = field(metadata={"names": "output file"})
-    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
+    """The candidate file to write (.jsonl); its manifest goes next to it, written last."""
     length_penalty: float = 1.0
     """Ended beams are ranked by score / length ** length_penalty."""
     seed: int = 0

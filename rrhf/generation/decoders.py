@@ -125,7 +125,7 @@ def _random_texts(model: Any) -> list[list[int]]:
 
 
 def _joined_on_the_way(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
-    """The logits behind each of three texts: [3, V]. The first one has another row beside it that
+    """The logits behind each of three texts: [3, V]. The first one is run with another row that
     leaves, and when it does the third begins."""
     first, second, third = texts
     (one, two), begin = decoder.read([first[:5], second[:3]])

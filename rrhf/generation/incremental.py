@@ -140,7 +140,7 @@ class IncrementalModel:
         """After `read`, rows of the prompts that are named; later, those that go on.
 
         Raises:
-            AssertionError: a row begins beside others that are on their way.
+            AssertionError: a row begins while others are on their way.
         """
         assert self._is_new or None not in sources, "plain rows begin together"
         rows = list(handles) if self._is_new else [row for row in sources if row is not None]

@@ -39,7 +39,7 @@ def prompt_room(
     Args:
         window: positions that the model knows, or None.
         params: the settings; max_new_tokens is kept free.
-        max_prompt_tokens: a limit beside it, or None.
+        max_prompt_tokens: a limit in addition to the window, or None.
 
     Raises:
         UserError: max_new_tokens alone fills the window.

@@ -1,6 +1,6 @@
 """Results of several processes, row by row on disk, and their merging in the order of the prompts.
 
-While `X.jsonl` is being made, process r appends its rows to `X.rank<r>.jsonl` beside it, each with
+While `X.jsonl` is being made, process r appends its rows to `X.rank<r>.jsonl` next to it, each with
 the id of its prompt and what is counted about it. A part survives a kill at any moment; the parts
 of all processes together say what is done, also when fewer or more processes go on later. Once they
 hold every prompt, one process writes `X.jsonl` whole, its manifest after it, and removes the parts.

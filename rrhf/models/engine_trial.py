@@ -45,7 +45,7 @@ BASES = {name: base for over in ATTENTION.values() for base, name in over.items(
 """What an attention of our own stands over."""
 
 TOLERANCE = 1e-4
-"""By how much an engine may differ from padded rows in float32, beside 1e-5 of the number."""
+"""By how much an engine may differ from padded rows in float32, plus 1e-5 of the number."""
 
 HIDDEN_TOLERANCE = 1e-3
 """Share of a hidden state by which it may differ: in new weights, log-probs hardly tell."""
@@ -217,7 +217,7 @@ class _Probes:
     def gradients(
         self, found: Tensor, expected: Tensor, ids: Tensor, is_one_pass: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Of the numbers of an engine and of the reference, as vectors beside each other.
+        """Of the numbers of an engine and of the reference, as vectors side by side.
 
         Args:
             found, expected: [M].

@@ -110,7 +110,7 @@ def fetch(config: FetchConfig) -> Path:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """An empty hidden folder beside `target`, removed at the end, or by the call after a kill.
+    """An empty hidden folder next to `target`, removed at the end, or by the call after a kill.
 
     Raises:
         UserError: another process is using it, or something else has its name.

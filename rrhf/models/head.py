@@ -7,7 +7,7 @@ and mean log-prob, without a table of all logits where that would be large. Thre
   forward pass already (q - [target], q = softmax), so that the backward pass only multiplies;
 - *recomputed*: nothing of that size stays, each chunk is made again in the backward pass;
 - *frozen*: a head that is not trained leaves the gradient towards its hidden state, ready to be
-  scaled, so that nothing is multiplied again (for log-probs; entropy may be watched beside them).
+  scaled, so that nothing is multiplied again (for log-probs; entropy may be watched too).
 
 Rows whose gradient is exactly zero are left out of the backward pass: in RRHF that is every
 candidate that is neither the best of its prompt nor in a violated pair.

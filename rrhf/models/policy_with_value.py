@@ -1,4 +1,4 @@
-"""Policy and value model as one trainable root: what PPO trains, behind the one forward interface.
+"""The actor-critic: policy and value model as one module, behind the one forward interface.
 
 A batch goes in; log-probs, values and entropies of its response tokens come out. The value of a
 token is that of the state *before* it, read at the position that predicts it, so the first value
@@ -100,7 +100,7 @@ class ValueHead(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The trainable root of PPO and the critic-free methods.
+    """The trainable actor-critic of PPO and the critic-free methods.
 
     Args:
         policy: the actor.
@@ -218,7 +218,7 @@ def write_value_folder(
         policy_folder: the policy as it was saved; with one trunk its weights are the critic's too.
         tokenizer: of both.
         pad_id: as in `init_reward_model`.
-        state_dict: the root's weights in full, where the root itself holds shards only.
+        state_dict: the actor-critic's weights in full, where it holds shards only.
     """
     value = root.value
     assert value is not None, "there is no critic to write"

@@ -50,7 +50,7 @@ def names_classifier(architectures: Sequence[str]) -> bool:
 
 
 def config_folder(path: str | Path, base: str | Path | None) -> Path:
-    """Where config.json (and the tokenizer) stands: beside the weights, or with the base model.
+    """Where config.json (and the tokenizer) stands: next to the weights, or with the base model.
 
     Raises:
         UserError: in neither place.
@@ -63,7 +63,7 @@ def config_folder(path: str | Path, base: str | Path | None) -> Path:
     if base is not None:
         raise UserError(f"--reward_base {base}: holds no config.json; give the base model's folder")
     raise UserError(
-        f"{path}: --reward_format trlx: no config.json beside the weights; name the folder of the "
+        f"{path}: --reward_format trlx: no config.json next to the weights; name the folder of the "
         "base model (its config and tokenizer) with --reward_base"
     )
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rrhf.staged_folders import telling_need
 
 # How peft names what it wraps: the whole model, a layer with adapters, and a layer that is trained
-# in full (such as a new head) beside its original.
+# in full (such as a new head) next to its original.
 _WHOLE = "base_model.model."
 _WRAPPED = ".base_layer"
 _ORIGINAL, _TRAINED = ".original_module.", ".modules_to_save.default."
@@ -30,7 +30,7 @@ def write_model_folder(
     Args:
         folder: exists and is empty.
         model: the Hugging Face model; with LoRA the adapters are merged into a copy of the
-            weights, and stand alone in `adapter/` beside.
+            weights, and stand alone in `adapter/` next to the model.
         tokenizer: of the model.
         state_dict: full weights, where the model itself holds shards only.
     """

@@ -27,7 +27,7 @@ from rrhf.models.reward_folders import config_folder, weight_files
 from rrhf.models.reward_model import HEAD
 
 PUBLISHED_HEAD = "v_head."
-# Masks that old versions of these models stored beside their weights.
+# Masks that old versions of these models stored with their weights.
 _STORED_BUFFERS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 
 

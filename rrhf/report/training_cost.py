@@ -16,7 +16,7 @@ from typing import Any
 from rrhf.files import read_manifest
 
 FROZEN_ONLINE = 2
-"""Beside what they train, online methods hold the reference policy and the reward model."""
+"""In addition to what they train, online methods hold the reference policy and the reward model."""
 
 
 @dataclass(frozen=True)

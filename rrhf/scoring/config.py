@@ -70,7 +70,7 @@ class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     """The candidates: a candidate file, or anything else that holds responses (pairs, HH)."""
 
     output_file: str = field(kw_only=True, metadata={"names": "output file", "positional": True})
-    """The candidate file to write (.jsonl); its manifest goes beside it, written last."""
+    """The candidate file to write (.jsonl); its manifest goes next to it, written last."""
 
     scorer: str = field(
         kw_only=True,

@@ -220,7 +220,7 @@ class RewardModelScorer:
         return not isinstance(self._encode(s, candidate, {}), str)
 
     def describe(self) -> dict[str, object]:
-        """What a manifest records beside the name."""
+        """What a manifest records in addition to the name."""
         normalizer = self._normalizer
         return {
             "codec": self.codec.describe(),
@@ -338,7 +338,7 @@ class TrlxScorer:
         return scores
 
     def describe(self) -> dict[str, object]:
-        """What a manifest records beside the name."""
+        """What a manifest records in addition to the name."""
         return {"max_length": self._max_length, "double_blank": self._double_blank}
 
     def text_of(self, s: CandidateSet, candidate: Candidate) -> str:

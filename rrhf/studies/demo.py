@@ -3,7 +3,7 @@
 Nothing is fetched: data, gold preference and model are the embedded world's. Seeds run one after
 the other, or side by side on several cores, and are told together: every prompt of every seed
 counts once in an interval, so the intervals cover prompts, not the luck of so few seeds (the spread
-over seeds stands beside them in `table.md`).
+over seeds stands next to them in `table.md`).
 """
 
 from __future__ import annotations

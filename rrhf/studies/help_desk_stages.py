@@ -58,7 +58,7 @@ class Recipe:
 
     Attributes:
         samples_per_prompt: N of the candidates, and of best-of-N.
-        rrhf_weight: of the rank term beside a token-mean SFT term.
+        rrhf_weight: of the rank term, which is added to a token-mean SFT term.
         rrhf_learning_rate, rrhf_epochs: of the first round; the second makes one pass.
         test_samples: sampled responses a test prompt.
     """

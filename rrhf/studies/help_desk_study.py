@@ -1,4 +1,4 @@
-"""One seed of the demonstration: ranking offline, twice, and PPO beside it.
+"""One seed of the demonstration: ranking offline, twice, and PPO to compare with.
 
 SFT and reward model -> round-1/ -> best-of-n/ and rrhf/ -> round-2/ -> rrhf-2/ -> evaluation/
                      -> ppo/ ------------------------------------------------------^

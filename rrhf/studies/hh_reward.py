@@ -1,7 +1,7 @@
 """Does a small reward model know which reply people preferred, and better than counting words?
 
 K folds of preference pairs, cut by the first human turn, so that no dialogue stands on both sides.
-In each fold a reward model is trained on the others from every trunk that is named, beside two
+In each fold a reward model is trained on the others from every trunk that is named, next to two
 plain rivals that see the reply alone: "the shorter reply is chosen", and a Bradley-Terry model on
 hashed words and pairs of words. Every pair is tested once, in its own fold; a pair that a model
 cannot read (it does not fit), and a tie, count one half. Intervals and differences are bootstrapped

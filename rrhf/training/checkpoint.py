@@ -57,7 +57,7 @@ class Checkpointer:
     Args:
         folder: `checkpoints/` of the run.
         parallel: ranks and engine.
-        model: the prepared trainable root.
+        model: the prepared trainable module.
         optimizer: the prepared optimiser.
         keep: complete checkpoints that stay; at least 1.
     """
@@ -87,7 +87,7 @@ class Checkpointer:
         Args:
             step: its number.
             state: plain values: stream, scheduler, metrics.
-            tensors: what the stream holds beside them, the same on every rank.
+            tensors: what the stream holds in addition, the same on every rank.
         """
         target = self.folder / f"step-{step}"
         staged = self.folder / f"{STAGED}{step}"

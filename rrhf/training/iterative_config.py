@@ -31,7 +31,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
     """Prompts: a file, a registered name, name[:proportion[:path]], several with commas. Responses
-    that stand beside them (human:chosen, human:rejected) are ranked with the samples of every
+    that stand with them (human:chosen, human:rejected) are ranked with the samples of every
     round, unless add_dataset_responses is false."""
 
     num_rounds: int = 2

@@ -64,7 +64,7 @@ class TrainingOutcome:
     """What a finished training leaves.
 
     Attributes:
-        model: the trained root, unwrapped.
+        model: the trained module, unwrapped.
         steps: optimiser steps done in all.
         seconds: wall time of this process, resumed parts not counted.
         tokens: response and prompt tokens that went through the model in this process.
@@ -105,7 +105,7 @@ def run_training(
     """Train until the stream ends.
 
     Args:
-        model: the trainable root, called by `forward(batch)` alone; weights in float32.
+        model: the trainable module, called by `forward(batch)` alone; weights in float32.
         objective: the terms of the loss.
         stream: micro-batches of each optimiser step.
         config: steps, optimiser, logging, checkpoints.

@@ -1,4 +1,4 @@
-"""The models of a run as plain folders: the last ones, and those that stay beside them.
+"""The models of a run as plain folders: the last ones, and those that are kept in addition.
 
 A trainer says once how its models are written (`ModelFolders`); the end of the run and the loop
 call it. A folder is staged and moved into place whole, so what stands under its own name is whole.
@@ -20,8 +20,8 @@ from rrhf.staged_folders import remove_unfinished, saved_folder
 from rrhf.training.parallel import Parallel
 
 Weights = dict[str, Tensor] | None
-"""The trained root's weights in full, on the main rank, where each rank holds shards of them; else
-None: then the root itself has them."""
+"""The trained module's weights in full on the main rank, where each rank holds shards of them; None
+where the module itself has them."""
 
 WriteModel = Callable[[Path, Path, Weights], None]
 """Fills an empty folder. Given: the folder, the one that holds the models written before it, and
@@ -71,7 +71,7 @@ class ModelFolders:
 
 
 def full_weights(parallel: Parallel) -> Weights:
-    """The root's weights in full where they are spread, else None; every rank must call it."""
+    """The module's weights in full where they are spread, else None; every rank must call it."""
     return parallel.full_state_dict() if parallel.is_sharded else None
 
 

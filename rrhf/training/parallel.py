@@ -108,7 +108,7 @@ class Parallel:
 
     @property
     def weights_are_whole(self) -> bool:
-        """True where each rank holds all weights, and may use the root's parts by itself."""
+        """True where each rank holds all weights, and may use the module's parts by itself."""
         return not self.is_sharded or (self.kind == "DEEPSPEED" and self._zero_stage < 3)
 
     @property
@@ -118,19 +118,19 @@ class Parallel:
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The trainable root and its optimiser, spread as the launcher asked."""
+        """The trainable module and its optimiser, spread as the launcher asked."""
         if self.kind == "DEEPSPEED":  # it clips by itself, so it must be told here
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
-        # FSDP2 cuts at the layers that the root names; ours stand inside it.
+        # FSDP2 cuts at the layers that the module names; ours stand inside it.
         model._no_split_modules = sorted(layer_classes(model))  # type: ignore[assignment]
         self._root, spread_optimizer = self.accelerator.prepare(model, optimizer)
         self._require_spread(self._root)
         return self._root, spread_optimizer
 
     def _require_spread(self, root: nn.Module) -> None:
-        """What accelerate made of the root must be what the launch is called."""
+        """What accelerate made of the module must be what the launch is called."""
         if self.kind == "FSDP":
             whole = [n for n, p in root.named_parameters() if not isinstance(p, DTensor)]
             assert not whole, f"FSDP left {whole[0]} and {len(whole) - 1} other weights whole"
@@ -247,7 +247,7 @@ class Parallel:
         self.accelerator.wait_for_everyone()
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The trainable root without the engine's wrapping."""
+        """The trainable module without the engine's wrapping."""
         unwrapped: nn.Module = self.accelerator.unwrap_model(model)
         return unwrapped
 
@@ -265,9 +265,9 @@ class Parallel:
                 yield name, self._whole(weight)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights of the root in full, on the main rank; every rank must call it.
+        """All weights of the module in full, on the main rank; every rank must call it.
 
-        From the root as `prepare` gave it; trained weights are float32 even where an engine
+        From the module as `prepare` gave it; trained weights are float32 even where an engine
         computes with 16 bits.
         """
         if self.kind == "DEEPSPEED":
@@ -311,7 +311,7 @@ class Parallel:
         return weight.detach()
 
     def _reshard(self) -> None:
-        """FSDP's root keeps its weights whole after a forward without a backward."""
+        """FSDP's outermost module keeps its weights whole after a forward without a backward."""
         if self.kind == "FSDP":
             for module in self._root.modules():
                 if isinstance(module, FSDPModule):

@@ -8,8 +8,8 @@ et al. 2024, arXiv:2403.17031, found to matter.
 `--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
 the policy is refreshed every `rollout_size / batch` steps.
 
-Under FSDP2 and DeepSpeed the trained root is spread over the ranks; the frozen reference and reward
-model, and a copy of the policy to sample from where weights are spread, are whole on each.
+Under FSDP2 and DeepSpeed the trained actor-critic is spread over the ranks. The frozen reference,
+the reward model and a copy of the policy to sample from are whole on each rank.
 """
 
 from __future__ import annotations

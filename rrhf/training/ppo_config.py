@@ -189,7 +189,7 @@ class PPOConfig(TrainingConfig):
     (k3, nats per token); 0 = never. Not kl_target, which is adaptive_kl's."""
 
     rrhf_weight: float = 1.0
-    """rrhf: weight of the rank term beside cross-entropy on the best response."""
+    """rrhf: weight of the rank term, next to cross-entropy on the best response."""
 
     length_penalty: float = 1.0
     """rrhf: responses are ranked by log-prob / tokens ** this."""

@@ -75,7 +75,7 @@ def held_out_metrics(
     """A reward model's figures; every rank must call it and gets the same answer.
 
     Args:
-        model: the prepared root, in eval mode.
+        model: the prepared module, in eval mode.
         objective: of its training.
         examples: held-out prompts.
         pad_id: filler of the batches.

@@ -186,12 +186,12 @@ def policy_on_engine(
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:
-    """Writes a Hugging Face model that is part of the trained root.
+    """Writes a Hugging Face model that is part of the trained module.
 
     Args:
         bench: of the run.
         model: with the trained weights, or with shards of them.
-        prefix: of its parameters' names within the root.
+        prefix: of its parameters' names within that module.
     """
 
     def write(folder: Path, beside: Path, weights: Weights) -> None:

@@ -52,7 +52,7 @@ class Objective(Protocol):
 
 
 class Update:
-    """Forward, backward and step of the prepared root.
+    """Forward, backward and step of the prepared module.
 
     Args:
         model, optimizer: as `Parallel.prepare` gave them.

@@ -25,7 +25,7 @@ class AveragedStream:
 
     Args:
         inner: any live stream.
-        module: the policy inside the root.
+        module: the policy inside the actor-critic.
         beta: 0 = the last weights, towards 1 = ever longer memory.
         parallel: knows where the weights are.
     """
@@ -77,10 +77,10 @@ class AveragedStream:
         }
 
     def averaged(self, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """The root's weights in full with the averages in the place of the policy's trained ones.
+        """The actor-critic's weights in full, with averages in place of the policy's trained ones.
 
         Args:
-            weights: of the root.
+            weights: of the actor-critic.
             prefix: of the policy's names among them.
         """
         # A tied weight has several names, and its average the first of them.

@@ -3,7 +3,7 @@
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
 demonstrations, whose cross-entropy is one more term. It wraps an objective and a stream and knows
 nothing else of them. A demonstration says so in its batch's `extras`; for it the wrapped terms are
-zero times what the root returned, so that every weight takes part in every backward pass.
+zero times what the actor-critic returned, so that every weight takes part in every backward pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the trained root and the reference say of responses that were sampled.
+"""What the trained actor-critic and the reference say of responses that were sampled.
 
 In float32 the log-probs that sampling left are the old log-probs, and nothing is read for them but
 a self-check: one response of every rank, its longest, passes the trainer's forward in every
@@ -54,7 +54,7 @@ class Reader:
     """Fills drafts in.
 
     Args:
-        root: the trained root, in eval mode while it reads.
+        root: the trained actor-critic, in eval mode while it reads.
         reference: what the first policy says.
         codec: pad and end ids.
         parallel: ranks.

@@ -1,12 +1,12 @@
 """A rollout: the live policy answers prompts, and everything that is to be known of the answers.
 
 Each rank answers its share of the prompts; then the rows come together, so that all ranks hold the
-whole rollout. Where weights are spread, a rank writes with a whole copy (`whole_copy`), so nobody
-waits for another's longest response; what is then read passes the root itself, and ranks with less
-to read join in with fillers.
+whole rollout. Where weights are spread, a rank samples with a whole copy (`whole_copy`), so nobody
+waits for another's longest response. The log-prob pass then goes through the actor-critic itself;
+ranks with fewer rows join in with fillers.
 
-The ids that were sampled are the ids that are trained on; what root and reference say of them is
-`reading`'s.
+The ids that were sampled are the ids that are trained on. `reading` asks the actor-critic and the
+reference for their log-probs.
 
 Responses without a token (a stop string at once) and those that could not be scored are left out
 and counted. A signal drops a rollout, on all ranks, also where one alone got it: at once, or, where
@@ -82,7 +82,7 @@ class RolloutWriter:
     """Samples, scores and reads responses of the policy as it is at that moment.
 
     Args:
-        root: the trained root itself, which stays live under any wrapping; not spread yet.
+        root: the trained actor-critic itself, which stays live under any wrapping; not spread yet.
         reference: a frozen copy of the first policy, whole on each rank; None = the policy's own
             weights, adapters off.
         codec: the token boundary.
@@ -271,7 +271,7 @@ class RolloutWriter:
 
     def _read(self, drafts: Sequence[Draft]) -> None:
         """Old log-probs and values, then reference log-probs."""
-        # The root's forward may be one that all ranks must do together.
+        # The actor-critic's forward may be one that all ranks must do together.
         run = self._alone if self._parallel.world_size == 1 else _do
         with self._phases("read") as spent, self._parallel.autocast():
             run(lambda: self._reader.read(drafts))

@@ -2,8 +2,8 @@
 
 A rank that samples asks for as many forwards as its longest response has tokens, and under sharding
 each would be a call that all ranks must join; so each samples from weights of its own. They are
-brought up to date before a rollout, one weight at a time. The price is memory: beside its piece of
-weights, gradients and optimiser, each rank holds the policy once more (without gradients).
+brought up to date before a rollout, one weight at a time. The price is memory: each rank holds its
+piece of weights, gradients and optimiser, and the whole policy once more (without gradients).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class WholeCopy:
     """Follows a policy at a distance.
 
     Args:
-        policy: inside the trained root, not spread yet.
+        policy: inside the trained actor-critic, not spread yet.
         parallel: knows where its weights are.
 
     Attributes:
