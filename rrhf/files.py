@@ -98,9 +98,9 @@ def with_home_folder(path: PathLike) -> Path:
 
 @contextmanager
 def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn what the system says of a place that cannot be written into a `UserError` with the fix.
+    """Turn the system's refusal to write somewhere into a `UserError` with the fix.
 
-    Errors without a number of the file system's pass through.
+    Errors that have nothing to do with files pass through.
 
     Args:
         path: the file that is being written.
@@ -119,7 +119,7 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
 
 
 def _refusal(given: str, path: str, error: OSError) -> str:
-    """What to say of a path that the system refuses; `given` is the one that was asked for."""
+    """The message for a path that the system refuses; `given` is what was asked for."""
     for link in (given, path):
         if os.path.islink(link) and not os.path.exists(link):
             return (
@@ -168,7 +168,10 @@ def _without_temporary(path: str) -> str:
 
 
 def special_file(path: PathLike) -> str | None:
-    """What stands at a path where it is neither file nor folder, links followed: "a pipe"."""
+    """The kind of a pipe, socket or device, such as "a pipe"; None of a file or folder, or nothing.
+
+    Links are followed.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):

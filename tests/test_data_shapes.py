@@ -374,7 +374,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "replies without a prompt": (
         {"responses": ["a", "b"], "scores": [1, 2]},
-        ("a column with the prompt is missing beside 'responses'", "--columns prompt="),
+        ("a column with the prompt is missing next to 'responses'", "--columns prompt="),
     ),
     "nothing that is known": (
         {"instrution": "p", "body": "a"},

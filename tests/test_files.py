@@ -263,5 +263,5 @@ def test_an_output_does_not_take_the_place_of_another_files_manifest(tmp_path: P
     write_manifest(tmp_path / "x.json", {"status": "unfinished"})  # begun before
     require_own_manifest_place(tmp_path / "x.json")
     (tmp_path / other).unlink()
-    with pytest.raises(UserError, match=r"belongs to x\.json beside it"):
+    with pytest.raises(UserError, match=r"belongs to x\.json next to it"):
         require_own_manifest_place(tmp_path / "x.jsonl")

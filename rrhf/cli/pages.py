@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Page:
-    """The choice for one command.
+    """Which flags the help page of one command shows.
 
     Attributes:
         common: fields that people change, in the order in which they are shown; those that must be
-            given stand before them anyway.
+            given come first.
         example: a call that works, of the command `{prog}`.
         chosen_by: the field whose value chooses among `by_choice`; "" where there is none.
         by_choice: for each of its values, the further fields that it is tuned by.

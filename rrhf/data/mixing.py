@@ -159,10 +159,13 @@ def check_sources(specs: str | Sequence[str], split: str | None = None) -> None:
 
 
 def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
-    """Which rows of `size` make `wanted`: whole copies, then a draw without replacement, in order.
+    """Indices of `wanted` rows out of `size`: whole copies, then a draw without replacement.
+
+    Returns:
+        The indices, in order within each copy and within the draw.
 
     Raises:
-        UserError: rows are wanted of nothing.
+        UserError: rows are wanted of an empty source.
     """
     if wanted == 0:
         return []

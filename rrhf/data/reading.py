@@ -124,7 +124,7 @@ class Reading:
         replies: Sequence[tuple[str, str]] = (),
         query_format: QueryFormat = "hh",
     ) -> CandidateSet | None:
-        """The set, or None (counted) where its replies are of no use.
+        """The candidate set; None, and counted, where its replies cannot be used.
 
         Args:
             query: the conversation, or a text that is taken as it is.

@@ -119,7 +119,7 @@ def paired_difference(
 
 
 def percentiles(n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Which percentiles of the resamples end the interval: shares in 0..1.
+    """The two percentiles of the resamples (0..1) between which the interval lies.
 
     Phi(-sqrt(n / (n - 1)) * t), t the Student quantile of the wanted level with n - 1 degrees.
     """

@@ -101,10 +101,10 @@ def weight_distance(model: Any, reference: Any) -> float | None:
 
 
 def stored_weight_distance(folder: str | Path, reference: str | Path) -> float | None:
-    """As `weight_distance`, of two model folders: the weights as stored, one at a time in memory.
+    """`weight_distance` of two model folders, reading the stored weights one at a time.
 
     Returns:
-        None also where one of them is no folder with safetensors.
+        As `weight_distance`; None also where one of the two is no folder with safetensors.
     """
     with ExitStack() as opened:
         return _distance(_StoredWeights(folder, opened), _StoredWeights(reference, opened))

@@ -140,7 +140,7 @@ class PaperPerplexity:
 
 
 def paper_measures(mean_nats: Mapping[str, Sequence[float]]) -> dict[str, Measure]:
-    """Both bases from the texts' mean nats by prompt."""
+    """Perplexities with base 2 and base e, from the mean nats of each prompt's texts."""
     two = {i: float(np.mean(np.exp2(np.asarray(v)))) for i, v in mean_nats.items()}
     e = {i: float(np.mean(np.exp(np.asarray(v)))) for i, v in mean_nats.items()}
     return {"ppl_paper": Measure(two), "ppl_paper_e": Measure(e)}

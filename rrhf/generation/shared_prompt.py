@@ -369,7 +369,7 @@ class _Attention:
         return torch.softmax(scores, dim=-1, dtype=wide)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, heads, P, D] each, causally, within the window."""
+        """Causal attention within the window; all three are [B, heads, P, D]."""
         length, is_grouped = q.shape[2], q.shape[1] != k.shape[1]
         is_narrow = self.window is not None and self.window < length
         if self.softcap is None and not is_narrow:

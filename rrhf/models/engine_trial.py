@@ -201,7 +201,7 @@ def _share(found: Tensor, expected: Tensor) -> Tensor:
 
 
 class _Probes:
-    """What gradients are looked at: small weights, and what the embeddings give."""
+    """Where gradients are compared: small weights, and the outputs of the embeddings."""
 
     def __init__(self, small: list[nn.Parameter]) -> None:
         self.small = small

@@ -119,10 +119,10 @@ def declared_window(config: Any) -> int | None:
 
 
 def exchange_attention(inner: Any, over: dict[str, str]) -> None:
-    """Put attention of our own in the place of the model's.
+    """Replace the model's attention by one of ours.
 
     Raises:
-        NotImplementedError: it does not stand over the model's.
+        NotImplementedError: there is none for the kind of attention that the model has.
     """
     current = inner.config._attn_implementation
     if current in over.values():

@@ -359,7 +359,7 @@ class TrlxScorer:
 def _frozen(
     model: Any, engine: str, first_end_id: int | None, device: torch.device | str | None
 ) -> RewardModel:
-    """Behind the forward interface, on its device, frozen."""
+    """The model with the forward interface, moved to its device and frozen."""
     model = model.to(device or resolve_device()).requires_grad_(False)
     return build_reward_model(model, engine, first_end_id=first_end_id)
 

@@ -257,8 +257,8 @@ def fit_bradley_terry(rows: Tensor, l2: float) -> Tensor:
 
 
 def choose_l2(sets: Sequence[CandidateSet], seed: int) -> float:
-    """The penalty that does best on a fifth of the training pairs, cut by first turn; the test fold
-    has no part in it."""
+    """The penalty that does best on a fifth of the training pairs, split off by first turn; the
+    test fold is not looked at."""
     parts = split_by_first_turn(sets, {"inner": 0.8, "choice": 0.2}, seed + 1)
     inner, choice = differences(list(parts["inner"])), differences(list(parts["choice"]))
     right = {

@@ -57,7 +57,7 @@ def finished(out: Path) -> list[Method]:
 
 
 def row_files(out: Path) -> list[str]:
-    """Names of their rows' files, as the large table has them."""
+    """Names of the online methods' row files, as the large table expects them."""
     return [f"{method.row}{kind}" for method in finished(out) for kind in ("", SAMPLES, "_greedy")]
 
 

@@ -45,7 +45,7 @@ class Store(Protocol):
         ...
 
     def kept(self, name: str, like: Tensor) -> Tensor:
-        """As `put` returned it, where nothing has changed since."""
+        """The tensor that `put` returned for this name; nothing may have changed since."""
         ...
 
     def fetch(self, tensor: Tensor, is_constant: bool) -> Tensor:

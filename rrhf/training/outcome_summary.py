@@ -1,4 +1,4 @@
-"""What a finished training reached, in a line for a reader.
+"""One line that says what a finished training reached.
 
 Left out on purpose: where the model is, which the command prints on stdout as its result.
 """

@@ -36,7 +36,7 @@ class PeakMeter(Protocol):
     what: str
 
     def give_back(self) -> None:
-        """Hand memory that is free, but kept for the next to ask, to the system."""
+        """Return to the system memory that is reserved but not in use."""
         ...
 
     def forget(self) -> None: ...
@@ -162,9 +162,10 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[Spent]:
-        """Measure what is done within; what it yields takes the tokens, and is filled at the end.
+        """Measure the time and memory of the body as one phase.
 
-        A phase that is left by an exception counts too.
+        Yields a `Spent`: the body adds its tokens, the rest is filled in when it ends, by an
+        exception too.
         """
         if name != self._last:
             if self._prepare is not None:

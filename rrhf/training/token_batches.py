@@ -285,7 +285,7 @@ def _orders(prompts: Sequence[int], longest: Sequence[int]) -> Iterator[list[int
 
 
 def _fitting_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
-    """Best fit, rows of one prompt together as far as they fit."""
+    """Fills batches by best fit; keeps the rows of a prompt together where they fit."""
     whole = [(cost(places), places) for places in _by_prompt(range(len(sizes)), sizes)]
 
     def fill(limit: int) -> list[list[int]]:
