@@ -91,8 +91,15 @@ def test_responses_are_made_and_scored_and_a_policy_is_trained_on_them(workplace
     assert (workplace / "run; one/policy/model.safetensors").read_bytes() != before
 
 
-def test_two_processes_train_the_same_policy_as_one(workplace: Path):
+def test_two_processes_train_the_same_policy_as_one(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script starts the two; the one is the command that it would start."""
     from safetensors.torch import load_file
+
+    from rrhf.cli.main import main
+
+    monkeypatch.chdir(workplace)
 
     with (workplace / "data.json").open("w") as file:
         for number in range(4):
@@ -100,9 +107,10 @@ def test_two_processes_train_the_same_policy_as_one(workplace: Path):
             file.write(json.dumps({"query": f"{number}?", "responses": texts, "scores": [2, 3, 1]}))
             file.write("\n")
     steps = ["--max_steps", "2", "--model_max_length", "128"]
-    one = ["a policy", "one", "data.json", *steps, "--per_device_train_batch_size", "2"]
+    one = ["--model_name_or_path", "a policy", "--output_dir", "one", "--data_path", "data.json"]
+    one += [*steps, "--per_device_train_batch_size", "2"]
     two = ["a policy", "two", "data.json", *steps, "--per_device_train_batch_size", "1"]
-    run(workplace, "train.sh", *one)
+    assert main(["train", "rank", *one]) == 0
     run(workplace, "train.sh", *two, "--launch", "ddp")
     weights = [load_file(workplace / name / "policy/model.safetensors") for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
