@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from rrhf.cli.data import SERVED
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import CandidateFile, read_candidate_sets
 from rrhf.data.layouts import SourceCounts
@@ -158,6 +160,41 @@ def test_convert_into_parts(
     assert not queries[0] & queries[1] and len(queries[0] | queries[1]) == 30
     said = capsys.readouterr().out + caplog.text
     assert said.count(f"{out / 'reward.jsonl'}: {len(queries[0])} rows") == 1
+
+
+@pytest.mark.parametrize("action", SERVED)
+def test_an_action_of_another_name_leads_to_the_command(
+    action: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, hh_file: Path
+) -> None:
+    assert main(["data", action, "x"]) == 2
+    words = shlex.split(capsys.readouterr().err.partition("`rrhf ")[2].partition("`")[0])
+    places = {"FILE": str(hh_file), "A.jsonl,B.jsonl:0.5": f"{hh_file},{hh_file}:0.5"}
+    places |= {"OUT.jsonl": str(tmp_path / "o.jsonl"), "OUT_DIR": str(tmp_path / "o")}
+    places |= {"SCORED.jsonl": str(tmp_path / "s.jsonl"), "REWARD_MODEL": "gold:help_desk"}
+    places |= {"FILE:1000/-1": f"{hh_file}:10/-1"}
+    words = [places.get(word, word) for word in words]
+    if words[0] == "score":  # that scorer knows nothing of these prompts
+        words += ["--max_unscored_fraction", "1"]
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("mixture", ["{}:0.5", "{0},{0}", "{0}, {0}:2"])
+def test_a_check_reads_whole_files(
+    mixture: str, hh_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "validate", mixture.format(hh_file)]) == 2
+    words = shlex.split(capsys.readouterr().err.partition("are checked: ")[2])
+    assert words[3:] == [str(hh_file)] * (1 + mixture.count(","))
+    assert main(words[1:]) == 0
+
+
+@pytest.mark.parametrize("proportion", ["1e12", "-1000000000000", "1e9"])
+def test_more_copies_than_memory_holds_are_refused(
+    proportion: str, hh_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"{hh_file}:{proportion}", str(tmp_path / "out.jsonl")]
+    assert main(["data", "convert", *words]) == 2
+    assert "so lower its proportion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -721,6 +721,23 @@ def test_a_cell_holds_a_list_as_json_or_as_python_prints_it(
     )
 
 
+def test_columns_without_a_name_are_named_by_their_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(",prompt,response,\n0,p,a,\n")
+    assert main(["data", "validate", str(path)]) == 0
+    assert "columns that are not read: column 1, column 4\n" in capsys.readouterr().out
+
+
+def test_the_speakers_of_a_conversation_may_have_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    row = [{"from": "Human", "value": ASKED}, {"from": "GPT", "value": A}]
+    path.write_text(json.dumps({"conversations": row}) + "\n")
+    [found] = load_sets(str(path))
+    assert found.messages == (Message("user", ASKED),) and triples(found) == DEMONSTRATION
+
+
 def test_columns_of_other_names_hold_lists_too(tmp_path: Path) -> None:
     write_cells(path := tmp_path / "data.csv", {"frage": ASKED, "texte": [A, B]}, cell, ",")
     [found] = load_sets(str(path), columns="prompt=frage,responses=texte")

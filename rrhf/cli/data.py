@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rrhf.cli.flags import nearest, parse_config
+from rrhf.commands import next_step
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import EXIT_DONE, UserError
 from rrhf.seals import EditedFiles
@@ -14,6 +16,17 @@ ACTIONS = {
     "validate": "check files; every mistake with file, line, field and fix",
     "convert": "any source to a candidate file, preference rows or prompts",
     "stats": "what a source holds: responses a prompt, ties, lengths, scores",
+}
+
+
+# Actions that people look for, and what does it.
+_CONVERTS = "`rrhf data convert {} OUT.jsonl`"
+SERVED = {
+    **dict.fromkeys(("mix", "merge", "concat", "combine"), _CONVERTS.format("A.jsonl,B.jsonl:0.5")),
+    **dict.fromkeys(("sample", "subset", "head"), _CONVERTS.format("FILE:1000/-1")),
+    "split": "`rrhf data convert FILE OUT_DIR --parts '{train: 0.9, test: 0.1}'`",
+    "rank": "`rrhf score FILE SCORED.jsonl --scorer REWARD_MODEL`",
+    **dict.fromkeys(("check", "inspect", "show", "info"), "`rrhf data validate FILE`"),
 }
 
 
@@ -68,6 +81,8 @@ def main(argv: list[str]) -> int:
         return convert(rest)
     if action == "stats":
         return stats(rest)
+    if action in SERVED:
+        raise UserError(f"rrhf data: there is no action {action!r}; {SERVED[action]} does that")
     close = nearest(action, ACTIONS)
     hint = f"did you mean {close!r}? " if close else ""
     raise UserError(f"rrhf data: unknown action {action!r}; {hint}Actions: {', '.join(ACTIONS)}.")
@@ -81,6 +96,7 @@ def validate(argv: list[str]) -> int:
     config = parse_config(ValidateConfig, argv, "rrhf data validate")
     columns = parse_columns(config.columns)
     mistakes = []
+    _require_whole_files(config.file)
     for path in config.file:
         counts = SourceCounts()
         try:
@@ -110,6 +126,20 @@ def validate(argv: list[str]) -> int:
     if mistakes:
         raise UserError("\n".join(mistakes))
     return EXIT_DONE
+
+
+def _require_whole_files(given: Sequence[str]) -> None:
+    """Shares and commas mean nothing to a check, which reads every row of each file.
+
+    Raises:
+        UserError: a mixture was given; the message ends with the command for its files.
+    """
+    from rrhf.data.mixing import SourceSpec, parse_mixture
+
+    specs = [spec for one in given for spec in parse_mixture(one)]
+    if specs != [SourceSpec(one) for one in given]:
+        step = next_step("rrhf", "data", "validate", *(spec.path or spec.name for spec in specs))
+        raise UserError(f"{' '.join(given)}: is a mixture, and whole files are checked: {step}")
 
 
 def convert(argv: list[str]) -> int:

@@ -43,6 +43,9 @@ from rrhf.records import CandidateSet, set_id
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS = 10**8
+"""So many rows can be made of a smaller source by repeating it."""
+
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _PROPORTION = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?")
 
@@ -252,6 +255,11 @@ def load_sets(
         part = _open_part(spec, split, counts, new_ids, accept_edited, names)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
+        if wanted > max(len(part), MOST_ROWS):
+            raise UserError(
+                f"{spec.name}: {wanted:,} rows are asked for of a source that has {len(part):,}; "
+                f"at most {MOST_ROWS:,} are made by copying, so lower its proportion"
+            )
         rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
     for told in names.never_seen(str(specs)) if parts else ():
         if not columns_may_miss:

@@ -227,8 +227,10 @@ def as_turn(turn: Any) -> Any:
     """A turn under the keys `role` and `content`, where it has ShareGPT's."""
     if isinstance(turn, dict) and "from" in turn and "value" in turn:
         speaker = turn["from"]
-        role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-        return {"role": role, "content": turn["value"]}
+        if isinstance(speaker, str):  # "Human" too
+            speaker = speaker.lower()
+            speaker = _SPEAKERS.get(speaker, speaker)
+        return {"role": speaker, "content": turn["value"]}
     return turn
 
 

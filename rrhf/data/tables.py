@@ -66,7 +66,8 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fau
                 if not cells:
                     continue
                 if names is None:
-                    names = [name.strip() for name in cells]
+                    # pandas leaves its index without a name.
+                    names = [name.strip() or f"column {i}" for i, name in enumerate(cells, 1)]
                     if len(set(names)) < len(names):
                         raise UserError(f"{path}:{place}: two columns have one name: {names}")
                 elif len(cells) != len(names):
