@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models import varlen_attention
+from rrhf.models.kernel_trial import KernelTrial, card, watched
 from rrhf.models.onednn_linear import exchange_linears
 from rrhf.models.packed_trunk import ATTENTION, Beside, PackedTrunk, declared_window, inner_model
 from rrhf.models.prefix_attention import Prefix
@@ -71,8 +72,9 @@ def first_that_fits(
     """The first layout of an engine that serves this model, and says so; None where none does.
 
     Args:
-        model: not yet spread over processes, where it will compute. Flash attention cannot be tried
-            on weights that still lie on the CPU; there the layouts are tried over sdpa.
+        model: not yet spread over processes, where it will compute. Kernels of varlen attention
+            cannot be tried on weights that still lie on the CPU; there the layouts are tried over
+            sdpa, and the kernel on the card with the same queries, keys and values.
         engine: `auto`, or the layout to take.
         make: puts the model on a layout.
         layouts: those that there are for this kind of model; None = all.
@@ -92,15 +94,23 @@ def first_that_fits(
     # Flash attention knows no float32; all else is best tried in the weights' own precision.
     is_half = (is_flash or is_torch_varlen) and is_on_gpu
     needs_half = is_half and inner.dtype == torch.float32
+    trial = None
+    if (is_flash or is_torch_varlen) and not is_on_gpu and (device := card()) is not None:
+        own = varlen_attention.load_varlen if is_flash else varlen_attention.load_torch_varlen
+        trial = KernelTrial(own, device)
     failures: list[str] = []
     fast: Fast | None = None
     for layout in AUTO_OVER.get(base, AUTO) if engine == "auto" else (engine,):
         if layouts is not None and layout not in layouts:
             continue
         try:
-            _set_attention(inner, "sdpa" if is_away else base)
+            # Flash attention takes no dense mask, which a trial over sdpa would not show.
+            _set_attention(inner, "sdpa" if is_away and layout != "dense_mask" else base)
             fast = make(layout)
-            failure = misfit(fast, torch.bfloat16 if needs_half else None)
+            with watched(trial):
+                failure = misfit(fast, torch.bfloat16 if needs_half else None)
+            if trial is not None:
+                failure = failure or trial.failure
         # Whatever the model's own code makes of it, this engine is not for it.
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"

@@ -309,6 +309,8 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
         if by_torch_varlen and varlen_attention.serves(states):
             kernel = varlen_attention.load_torch_varlen()
             return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+        if varlen_attention.on_attention is not None:
+            varlen_attention.on_attention((query, key, value), layout, more)
         keeps_pieces = not shared_prefix.is_recomputed
         return attend(query, key, value, layout, *more, keeps_pieces), None
 

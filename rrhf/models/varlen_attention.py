@@ -45,6 +45,10 @@ DEVICES = ("cuda",)
 HALF = (torch.bfloat16, torch.float16)
 """What torch's kernel computes in."""
 
+on_attention: Callable[[Sequence[Tensor], SharedPrefix, Sequence[Any]], None] | None = None
+"""Is shown query, key and value, layout and settings of attention that SDPA computes: a trial of
+the kernel on another device (`rrhf.models.kernel_trial`)."""
+
 
 @dataclass(frozen=True)
 class Calls:
