@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -112,3 +113,28 @@ def test_a_share_is_a_number(tmp_path: Path, share: str, capfd: pytest.CaptureFi
     words = ["data", "convert", str(tmp_path / "d.jsonl"), str(tmp_path / "out")]
     assert main([*words, "--parts", f"{{a: {share}}}"]) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_settings_come_from_a_pipe_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As bash gives them by `--config <(...)`; a launcher's processes cannot share a pipe."""
+    (tmp_path / "data.jsonl").write_text(
+        '{"query": "a", "responses": ["b", "c"], "scores": [1, 2]}'
+    )
+    words = ["data", "convert", str(tmp_path / "data.jsonl"), str(tmp_path / "out.jsonl")]
+
+    def code() -> int:
+        reader, writer = os.pipe()
+        os.write(writer, b"to: prompts\n")
+        os.close(writer)
+        try:
+            return main([*words, "--config", f"/dev/fd/{reader}"])
+        finally:
+            os.close(reader)
+
+    assert code() == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"prompt": "a"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert code() == 2
+    assert "is a pipe, which several processes cannot read" in capfd.readouterr().err

@@ -27,6 +27,7 @@ from rrhf.cli.elsewhere import what_serves
 from rrhf.cli.fields import Flag, flags_of, near, nearest, normalise, spellings
 from rrhf.cli.help_page import first_sentence, help_page, preset_names
 from rrhf.cli.pages import PAGES
+from rrhf.cli.terminal import process_place
 from rrhf.cli.values import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -37,7 +38,7 @@ from rrhf.cli.values import (
 )
 from rrhf.cli.words import meanings, spelt_out
 from rrhf.errors import EXIT_DONE, UserError
-from rrhf.files import with_home_folder
+from rrhf.files import special_file, with_home_folder
 
 T = TypeVar("T")
 
@@ -280,9 +281,17 @@ def with_home(value: Any) -> Any:
 
 
 def read_config_text(config: str) -> str:
-    """The text of a configuration file, or of a preset where the name is one."""
+    """The text of a configuration file, or of a preset where the name is one.
+
+    It may come from a pipe, such as the shell's `<(...)`, which a single process reads once.
+    """
     path = with_home_folder(config)
-    if path.is_file():
+    kind = special_file(path)
+    if kind and process_place()[1] > 1:
+        raise UserError(
+            f"--config {config}: is {kind}, which several processes cannot read; name a file"
+        )
+    if path.is_file() or kind:
         try:
             with open(path, encoding="utf-8") as file:
                 return file.read(MAX_BYTES + 1)  # one more, so that the parser can tell
