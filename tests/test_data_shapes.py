@@ -388,6 +388,14 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"prompt": "p", "completions": [{"response": "a"}, {"response": None}]},
         ("completions[1].response: is null; give the text of the reply",),
     ),
+    "ranks by another name": (
+        {"prompt": "p", "responses": ["a", "b"], "rank": [2, 1]},
+        ("rank: is not read, but holds a number for each reply", "--columns ranks=rank "),
+    ),
+    "scores by another name": (
+        {"query": "p", "responses": ["a", "b"], "human_rating": [2, 1.5]},
+        ("--columns scores=human_rating", "--columns unread=human_rating"),
+    ),
     "ranks of whom": (
         {"prompt": "p", "responses": ["a", "b"], "ranking": [2, 1]},
         ("ranking", "--columns ranks=ranking"),
@@ -414,6 +422,21 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("conversations[0].role: is a list; must be one of",),
     ),
 }
+
+
+@pytest.mark.parametrize("column", ["num_tokens", "score", "rating", "rank"])
+def test_a_list_by_another_name_is_read_where_it_is_named_or_left_out(
+    column: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    for row in ({"prompt": "p"}, {"query": "p"}):
+        row |= {"responses": ["a", "b"], column: [3, 1]}
+        path.write_text(json.dumps(row) + "\n")
+        assert load_sets(str(path), columns=f"ranks={column}")[0].scores == (-3.0, -1.0)
+        assert load_sets(str(path), columns=f"scores={column}")[0].scores == (3.0, 1.0)
+        assert load_sets(str(path), columns=f"unread={column}")[0].scores == (None, None)
+        path.write_text(json.dumps({**row, "scores": [1, 2]}) + "\n")
+        assert load_sets(str(path))[0].scores == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -26,6 +26,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_VALUE = object()
 
 # A file whose first row has one of these is no candidate file, but has its scores there.
+_RANK_WORDS = {"rank", "place", "position"}
+_SCORE_WORDS = _RANK_WORDS | {
+    *("score", "reward", "rating", "ratings", "label", "labels", "preference", "preferences"),
+}
+
 OTHER_SCORES = ("rewards", "ranks", "ranking")
 
 
@@ -69,6 +74,32 @@ def not_in_first_row(row: Mapping[str, Any], where: str, names: Sequence[str]) -
         for name in names
         if row.get(name) is not None
     ]
+
+
+def unread_scores(row: Mapping[str, Any], where: str, num_replies: int) -> list[str]:
+    """What to say of columns that nobody reads and that seem to score replies without scores.
+
+    Args:
+        row: as it stands in the file.
+        where: its place, which begins every message.
+        num_replies: how many replies it has, none of them scored.
+    """
+    told = []
+    for name, value in row.items():
+        words = set(re.split(r"[^a-z]+", str(name).lower()))
+        if (
+            isinstance(value, list)
+            and len(value) == num_replies > 1
+            and words & _SCORE_WORDS
+            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+        ):
+            known = "ranks" if words & _RANK_WORDS else "scores"
+            told.append(
+                f"{where}: {name}: is not read, but holds a number for each reply, and they have "
+                f"no scores; if it scores them: --columns {known}={name} (scores: higher is "
+                f"better; ranks: 1 is best), else: --columns unread={name}"
+            )
+    return told
 
 
 class RowReader:
@@ -233,6 +264,8 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
     responses = reader.texts("responses")
     number = None if responses is None else len(responses)
     scores = reader.scores(number)
+    if number and not any(isinstance(score, (int, float)) for score in scores or ()):
+        reader.faults += unread_scores(row, where, number)
     messages = reader.messages()
     finish_reasons = reader.finish_reasons(number)
     sources = reader.sources(number)

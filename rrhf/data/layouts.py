@@ -39,6 +39,7 @@ from rrhf.data.candidate_rows import (
     not_in_first_row,
     parse_candidate_set,
     text_fault,
+    unread_scores,
 )
 from rrhf.data.chat_format import parse_hh_transcript
 from rrhf.data.columns import (
@@ -506,6 +507,10 @@ def read_row(
         fault := replies_not_read(reading.row, where)
     ):
         raise RowError([fault])
+    if not any(candidate.score is not None for candidate in found.candidates):
+        unread = {name: row[name] for name in reading.row.unread}
+        if faults := unread_scores(unread, where, len(found.candidates)):
+            raise RowError(faults)
     counts.kept += 1
     counts.layouts[layout.name] += 1
     counts.name_unread(source, reading.row.unread)
