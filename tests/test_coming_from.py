@@ -68,6 +68,8 @@ SCRIPTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "response_gen.sh": ("response-gen", ("--model_name_or_path", "--output_dir")),
     "scoring_responses.sh": ("score", ("--input_file", "--output_file")),
 }
+# test_story_scripts starts these; here their commands are run without a process for each.
+SCRIPTS_WITH_A_STORY = ("train.sh", "response_gen.sh", "scoring_responses.sh")
 
 
 def config_classes() -> dict[str, type]:
@@ -294,10 +296,11 @@ def test_the_commands_of_a_section_run_and_make_what_they_say(
             Path(words[1]).write_text(filled(step.content, things))
             continue
         words = made_smaller(words)
-        if words[0] == "bash":
+        if words[0] == "bash" and Path(words[1]).name not in SCRIPTS_WITH_A_STORY:
             run_script(words)
         else:
-            assert main(words[1:]) == 0, shlex.join(words)
+            command, arguments = command_of(words)
+            assert main([*command.split(), *arguments]) == 0, shlex.join(words)
         look_at(*command_of(words))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -11,18 +12,31 @@ from safetensors.torch import load_file
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.evaluation.bootstrap import paired_difference
+from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.results import load_row, measure_from_json
 from rrhf.models.loading import load_causal_lm
 from rrhf.report.pooling import pooled_rows
+from rrhf.studies import help_desk_evaluation, help_desk_online
 from rrhf.studies.demo import DemoConfig, run_demo
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+@pytest.fixture(scope="module", params=["shorter", pytest.param("whole", marks=pytest.mark.slow)])
+def demo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """Shorter: PPO has seven rollouts of ten, and perplexities are those of fewer texts."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     said: list[str] = []
-    run_demo(DemoConfig(output_dir=str(folder), size="smoke"), said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "shorter":
+            patch.setitem(help_desk_online.NUM_ROLLOUTS, "smoke", 7)
+            patch.setattr(help_desk_evaluation, "Evaluator", with_fewer_texts)
+        run_demo(DemoConfig(output_dir=str(folder), size="smoke"), said.append)
     return folder, said
+
+
+def with_fewer_texts(prompts: Any, *, human: Any, pairs: Any, **settings: Any) -> Evaluator:
+    return Evaluator(prompts, human=human[:40], pairs=pairs[:50], **settings)
 
 
 def row(folder: Path, name: str) -> dict:

@@ -44,12 +44,13 @@ COMMANDS = {
 }
 
 SCRIPT = """
-import sys
+import gc, sys
 from rrhf import progress
 from rrhf.cli.main import main
 progress.LINE_SECONDS = 0.0
 for command in sys.argv[1:]:
     name, _, words = command.partition("=")
+    gc.freeze()  # what is imported is long to look through for garbage
     print(f"=== {name}", flush=True)
     code = main(words.split())
     sys.stderr.flush()
