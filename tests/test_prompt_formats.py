@@ -223,11 +223,12 @@ def test_a_text_where_data_are_named_says_how_it_becomes_a_file(
     monkeypatch.chdir(tmp_path)
     given = ["--model_name_or_path", models[False], "--output_dir", "out"]
     given += ["--scorer" if "evaluate" in words else "--reward_model", "gold:help_desk"]
-    assert main([*words, "What's this, then?", *given]) == 2
+    asked = r"What's this \n\c, then? 100 %s"
+    assert main([*words, asked, *given]) == 2
     command = capsys.readouterr().err.strip().rpartition("and name that: ")[2]
     subprocess.run(command, shell=True, check=True)
     [found] = load_sets("prompts.txt")
-    assert found.query == "What's this, then?"
+    assert found.query == asked
 
 
 # Responses that end inside a character.

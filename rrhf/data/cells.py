@@ -126,7 +126,8 @@ def _list(text: str) -> list[Any]:
 
 _UNREADABLE = (
     "begins like a list, but can be read neither as JSON nor as what Python prints (numpy leaves "
-    "the commas out); write the column with json.dumps (an array with json.dumps(x.tolist()))"
+    "the commas out, and nan is no value); write the column with json.dumps (an array with "
+    "json.dumps(x.tolist()))"
 )
 
 

@@ -37,7 +37,7 @@ def as_prompt(spec: str) -> str:
 
 def as_file_of_prompts(spec: str) -> str:
     """The command that writes a text into a file of prompts, ready to be pasted."""
-    return f"{next_step('echo', spec)} > prompts.txt"
+    return next_step("printf", r"%s\n", spec) + " > prompts.txt"
 
 
 def _has_blank(text: str) -> bool:
