@@ -20,8 +20,29 @@ def first_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]
     Args:
         weights: by name, or pairs as `named_parameters` gives them; whole numbers are left out.
     """
+    names, ends = _ends(weights)
+    if not names:
+        return None
+    # Moved at once: each transfer makes a GPU's queue run empty.
+    finite = torch.stack(ends).isfinite().all(1).tolist()
+    return next((name for name, good in zip(names, finite, strict=True) if not good), None)
+
+
+@torch.no_grad()
+def has_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Tensor:
+    """1.0 where `first_non_finite` finds one, else 0.0; still on the weights' device, float64."""
+    _, ends = _ends(weights)
+    if not ends:
+        return torch.zeros((), dtype=torch.float64)
+    return (~torch.stack(ends).isfinite().all()).double()
+
+
+def _ends(
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+) -> tuple[list[str], list[Tensor]]:
+    """Names, and [2] smallest and largest of each, on one device: NaN where it holds one."""
     names: list[str] = []
-    ends: list[Tensor] = []  # [2] smallest and largest of each: NaN where it holds one
+    ends: list[Tensor] = []
     for name, weight in weights.items() if isinstance(weights, Mapping) else weights:
         share = weight.to_local() if isinstance(weight, DTensor) else weight
         share = getattr(share, "ds_tensor", share)  # DeepSpeed's stage 3
@@ -29,11 +50,7 @@ def first_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]
             share = share.float() if share.dtype.itemsize == 1 else share  # no order of its own
             names.append(name)
             ends.append(torch.stack(torch.aminmax(share.detach())).double())
-    if not names:
-        return None
-    # Moved at once: each transfer makes a GPU's queue run empty.
-    finite = torch.stack([pair.to(ends[0].device) for pair in ends]).isfinite().all(1).tolist()
-    return next((name for name, good in zip(names, finite, strict=True) if not good), None)
+    return names, [pair.to(ends[0].device) for pair in ends]
 
 
 def non_finite_in_folder(folder: Path) -> str | None:

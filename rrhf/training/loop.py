@@ -422,14 +422,14 @@ class _Loop:
         self.kept.after_checkpoint()
 
     def _require_finite(self) -> None:
-        """Look at the trained weights before anything of this step is kept: one read of them.
+        """Before anything of this step is kept.
 
         Raises:
-            NonFiniteError: one is NaN or infinite, on any rank.
+            NonFiniteError: a trained weight is NaN or infinite, on any rank.
         """
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        found = first_non_finite(trained)
-        if self.parallel.any(found is not None):
+        if self.update.left_non_finite:
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            found = first_non_finite(trained)
             kept = f"step {self.saved_step}" if self.saved_step > 0 else "no step yet"
             raise NonFiniteError(
                 f"step {self.step}: the weights are not finite (first: {found or 'elsewhere'}), so "

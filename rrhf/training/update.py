@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import NonFiniteError
+from rrhf.models.finite import has_non_finite
 from rrhf.progress import pulse
 from rrhf.training.parallel import Parallel
 
@@ -60,6 +61,10 @@ class Update:
         parallel: ranks and engine.
         max_grad_norm: gradients are scaled down to it; 0 = never.
         folder: gets the batch of a step that was not finite.
+
+    Attributes:
+        left_non_finite: after the last step, some rank holds a trained weight that is NaN or
+            infinite.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Update:
     ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.parallel, self.max_grad_norm, self.folder = parallel, max_grad_norm, folder
+        self.left_non_finite = False
 
     def __call__(self, batches: list[TokenBatch], step: int) -> tuple[dict[str, float], int]:
         """Do step number `step`; returns its metrics and its tokens over all ranks.
@@ -143,10 +149,14 @@ class Update:
         """Means over ranks and micro-batches; the loss as it entered the gradient."""
         names = sorted(totals)
         num_tokens = sum(_num_tokens(batch) for batch in batches)
-        counted = torch.tensor([[float(num_tokens), 0.0]], dtype=torch.float64)
-        # All at once: each transfer makes a GPU's queue run empty.
-        stacked = torch.stack([totals[name] for name in names]).cpu()
-        summed = self.parallel.sum(torch.cat([stacked, counted]))
+        trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        stacked = [totals[name] for name in names]
+        spoiled = has_non_finite(trained).to(stacked[0].device)
+        # All at once: each transfer makes a GPU's queue run empty, and each sum waits for ranks.
+        on_host = torch.stack([*stacked, torch.stack([torch.zeros_like(spoiled), spoiled])]).cpu()
+        on_host[-1, 0] = num_tokens
+        summed = self.parallel.sum(on_host)
+        self.left_non_finite = bool(summed[-1, 1] > 0)
         values = dict(zip(names, summed[:-1].tolist(), strict=True))
         losses = {
             name: _ratio(values.pop(_TERM + name)[0], float(denominators[name])) for name in weights

@@ -84,8 +84,8 @@ UPDATE_FAULTS = [
     Mutant(
         "metrics are this rank's",
         UPDATE,
-        "summed = self.parallel.sum(torch.cat([stacked, counted]))",
-        "summed = torch.cat([stacked, counted])",
+        "summed = self.parallel.sum(on_host)",
+        "summed = on_host",
         TWO,
     ),
     Mutant(
