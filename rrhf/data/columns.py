@@ -263,7 +263,7 @@ def replies_not_read(row: TrackedRow, where: str) -> str | None:
 
 
 def _missing_partner(row: TrackedRow, names: list[str]) -> str:
-    """The column that a pair or a list of scores lacks."""
+    """What a message says of the column that would complete a pair or a list of scores."""
     if ("chosen" in names) != ("rejected" in names):
         return f"; column {'rejected' if 'chosen' in names else 'chosen'!r} is missing"
     lists = [name for name in names if name in (*SCORE_LISTS, "ranking")]

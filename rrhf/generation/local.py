@@ -1,7 +1,7 @@
 """The engine that samples from a model in this process, tokens first.
 
-N responses of a prompt share one reading of it, finished rows leave the batch, prompts of one batch
-have similar lengths. What comes out does not depend on that: see `rrhf.generation.sampling` for the
+A prompt is read once for its N responses, finished rows leave the batch, prompts of one batch have
+similar lengths. The responses do not depend on that: see `rrhf.generation.sampling` for the
 randomness, and responses are cut out by token index, never by comparing text. A response ends at an
 end id, or before a stop string: its ids are then those that lie wholly before the stop string, its
 text ends exactly before it.

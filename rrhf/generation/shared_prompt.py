@@ -45,7 +45,7 @@ class _Past:
 
 
 class SharedPromptModel:
-    """Rows on their way; prompts may be read, and rows may join or leave, at any token.
+    """The rows that are being sampled. At any token prompts may be read and rows may join or leave.
 
     A prompt that was read is named by a number, its handle, until it is released.
 
@@ -297,7 +297,7 @@ class _Rows:
         return own
 
     def _lay_grid(self, places: list[int], size: int, device: torch.device | None) -> None:
-        """Where rows stand when each prompt has its own line of as many."""
+        """Places the rows in a grid: a line for each prompt, all lines of the same length."""
         counts = [0] * size
         slots = []
         for place in places:

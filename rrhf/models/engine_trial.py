@@ -111,7 +111,7 @@ def first_that_fits(
                 failure = misfit(fast, torch.bfloat16 if needs_half else None)
             if trial is not None:
                 failure = failure or trial.failure
-        # Whatever the model's own code makes of it, this engine is not for it.
+        # Any exception means that this engine does not support the model.
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         if failure is None:

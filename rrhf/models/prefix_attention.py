@@ -218,7 +218,7 @@ def _response_mask(
 
 
 def _without_themselves(mask: Tensor, slots: Slots) -> Tensor:
-    """[L, keys] or [rows, 1, L, keys] with blind tokens hidden from themselves."""
+    """The mask, [L, keys] or [rows, 1, L, keys], with blind tokens hidden from themselves."""
     if slots.blind is None:
         return mask
     steps = torch.arange(slots.width, device=mask.device)

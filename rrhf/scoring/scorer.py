@@ -29,10 +29,10 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class LocalScorer(Scorer, Protocol):
-    """One whose model runs in this process.
+    """A scorer whose model runs in this process.
 
     Attributes:
-        model: the frozen module; its weights may be elsewhere between two calls of `score`.
+        model: the frozen module; its weights may be offloaded between two calls of `score`.
     """
 
     model: Any

@@ -156,7 +156,7 @@ class Checkpointer:
             write_json(staged / STATE, state)
 
     def _needed_bytes(self, tensors: dict[str, torch.Tensor]) -> int:
-        """What the tensors of a checkpoint take; of sharded ones about, as AdamW keeps them."""
+        """Bytes of a checkpoint's tensors; where they are sharded, an estimate for AdamW."""
         weights = self._trained_weights()
         if self._parallel.is_sharded:
             return 3 * sum(weight.nbytes for weight in weights.values())

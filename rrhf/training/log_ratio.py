@@ -42,7 +42,7 @@ class LogRatio:
 
     @property
     def name(self) -> str:
-        """Short, and other where anything differs that the log-ratios depend on."""
+        """A short name that changes with anything that the log-ratios depend on."""
         config = self.sampling
         parts = [
             fingerprint(config.model_name_or_path),

@@ -245,7 +245,7 @@ _Fill = Callable[[int], list[list[int]]]
 
 
 def _padded_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
-    """Stretches of an order of the prompts, the one of several that pads least at the budget."""
+    """Cuts several orders of the prompts into batches; takes the order with least padding."""
     prompts = [size.prompt for size in sizes]
     longest = [max(size.responses) for size in sizes]
     rows = [len(size.responses) for size in sizes]
@@ -343,7 +343,7 @@ def _halves(places: Sequence[int], sizes: Sequence[Size], cost: _Cost) -> list[l
 
 
 def _by_prompt(places: Iterable[int], sizes: Sequence[Size]) -> list[list[int]]:
-    """Those of one prompt together, in the order in which they first come."""
+    """Groups rows by prompt, in the order in which the prompts first occur."""
     found: dict[Hashable, list[int]] = {}
     for place in places:
         key = sizes[place].same_prompt

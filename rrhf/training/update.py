@@ -41,7 +41,7 @@ class Term:
 
 
 class Objective(Protocol):
-    """What one paradigm is."""
+    """What one training paradigm optimises."""
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
         """A scalar for each term name, from the batch alone."""

@@ -65,7 +65,7 @@ class RolloutRow:
 
 @dataclass(frozen=True)
 class Experience:
-    """What a rollout teaches.
+    """Training examples and metrics from one rollout.
 
     Attributes:
         sets: to train on.
@@ -159,7 +159,7 @@ def build_experience(
     kl_coefficient: float,
     normalizer: Normalizer | None = None,
 ) -> Experience:
-    """What a rollout teaches.
+    """Turn one rollout into training examples and metrics.
 
     Args:
         rows: of all ranks, by prompt and sample; at least one.

@@ -140,7 +140,7 @@ class NoLearning:
 
 
 def nothing_compares(rows: Sequence[RolloutRow], is_grouped: bool) -> bool:
-    """Whether a rollout teaches nothing, since no two of its responses can be told apart by score.
+    """Whether nothing can be learnt from a rollout: no two of its responses differ in score.
 
     Args:
         rows: of a rollout.

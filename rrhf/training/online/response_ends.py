@@ -1,11 +1,11 @@
-"""How sampled responses end: cut at a stop token, and those without worth counted.
+"""How sampled responses end: truncates at a stop token; counts degenerate responses.
 
 Cut at a token: a response ends behind the first token with a given text (a full stop, a newline)
-at or after a given place; what the policy wrote behind it is forgotten (Ziegler et al. 2019,
+at or after a given place; what the policy wrote behind it is dropped (Ziegler et al. 2019,
 arXiv:1909.08593, section 2.4). The place depends on nothing that comes later, so what is kept was
 sampled by the policy as it stands. Nothing is put in place of an EOS that was not sampled.
 
-A loop is an answer that ends in the same few tokens again and again.
+A response loops where it ends in the same few tokens again and again.
 """
 
 from __future__ import annotations

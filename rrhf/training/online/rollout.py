@@ -363,7 +363,7 @@ def _num_tokens(drafts: Sequence[Draft]) -> int:
 
 
 def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """A prompt that occurs again gets an id of its own: equal ids would draw equal responses."""
+    """Gives a repeated prompt an id of its own: equal ids would draw equal responses."""
     seen: Counter[str] = Counter()
     renamed = []
     for prompt in prompts:
