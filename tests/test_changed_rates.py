@@ -13,6 +13,7 @@ import training_job
 from safetensors.torch import load_file
 from tiny import save_tiny
 from trainer_cases import metrics_of
+from training_job import FOUR_STEPS
 
 from rrhf.errors import UserError
 from rrhf.training import loop
@@ -27,7 +28,6 @@ from rrhf.training.optim import (
 from rrhf.training.parallel import Parallel
 
 torch.set_num_threads(1)
-FOUR_STEPS: dict[str, Any] = {"num_train_epochs": 0.8, "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("finished") / "run"
-    training_job.train(model, str(run), **FOUR_STEPS)
-    return run
+    return training_job.finished_run(model, tmp_path_factory.mktemp("finished"))
 
 
 def at_step_two(finished: Path, run: Path) -> Path:

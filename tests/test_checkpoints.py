@@ -30,6 +30,7 @@ from damage import (
 from safetensors import safe_open
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
+from training_job import FOUR_STEPS
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
@@ -77,13 +78,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps, with checkpoints 2 and 4."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    training_job.train(model, str(run), **FOUR_STEPS)
-    return run
-
-
-FOUR_STEPS: dict[str, Any] = {"num_train_epochs": 0.8, "save_steps": 2}
+    return training_job.finished_run(model, tmp_path_factory.mktemp("finished"))
 
 
 def stopped_copy(finished: Path, run: Path) -> Path:

@@ -26,6 +26,8 @@ from rrhf.training.setup import (
 from rrhf.training.streams import OfflineStream
 from rrhf.training.update import Term
 
+FOUR_STEPS: dict[str, Any] = {"num_train_epochs": 0.8, "save_steps": 2}
+
 
 class TokenLikelihood:
     """The simplest objective: the mean negative log-prob of the response tokens."""
@@ -114,3 +116,9 @@ def unfinish(run: Path) -> None:
 def train_two_processes(model: str, output_dir: str) -> None:
     """One rank of two; the same global batch as `train`'s default."""
     train(model, output_dir, gradient_accumulation_steps=1)
+
+
+def finished_run(model: str, folder: Path) -> Path:
+    """A run of four steps, with checkpoints 2 and 4."""
+    train(model, str(folder / "run"), **FOUR_STEPS)
+    return folder / "run"
