@@ -26,6 +26,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rrhf import signals
+from rrhf.errors import EXIT_STOPPED_BY_SIGTERM
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -194,10 +197,12 @@ def _serve() -> None:
             continue
         read_end, write_end = os.pipe()
         started = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the child can answer it
         child = os.fork()
         if child == 0:
             os.close(read_end)
             _killable(job, order, write_end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.close(write_end)
         if order["after"] is not None:
             _kill_later(child, order["after"], order["number"])
@@ -264,7 +269,11 @@ def _do(job: Any, order: dict[str, Any]) -> int:
     os.chdir(order["place"])
     code = 0
     try:
-        job(**order["arguments"])
+        with signals.sigterm_interrupts():  # as every command is under from its first moment on
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            job(**order["arguments"])
+    except signals.Interrupted:
+        code = EXIT_STOPPED_BY_SIGTERM
     except BaseException as error:
         code = getattr(error, "exit_code", 1)
         if code == 1:
