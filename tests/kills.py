@@ -88,6 +88,8 @@ class Zygote:
 
     def _ask(self, **how: Any) -> dict[str, Any]:
         order = {**self._job, **how, "environment": child_environment(), "place": os.getcwd()}
+        if _parent().poll() is not None:
+            _end_parent()
         process = _parent()
         assert process.stdin is not None
         process.stdin.write(json.dumps(order) + "\n")
@@ -113,10 +115,16 @@ def _parent() -> subprocess.Popen[str]:
         env=child_environment(),
     )
     assert _answer(process)["ready"]
+    atexit.register(_end_own_parent, os.getpid())
     return process
 
 
-@atexit.register
+def _end_own_parent(owner: int) -> None:
+    """At the end of this process; a fork of it that runs its exit functions leaves it alone."""
+    if os.getpid() == owner:
+        _end_parent()
+
+
 def _end_parent() -> None:
     if _parent.cache_info().currsize:
         _parent().kill()

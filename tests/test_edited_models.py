@@ -32,6 +32,7 @@ from rrhf.models.reward_model import load_reward_model
 from rrhf.sealed_folders import damage_of
 from rrhf.training import ppo
 from rrhf.training.best import BestModel
+from rrhf.training.parallel import Parallel
 
 torch.set_num_threads(1)
 
@@ -329,7 +330,7 @@ def test_a_damaged_best_does_not_become_the_outcome(online_run: Path, tmp_path: 
     before = (run / "policy" / "model.safetensors").read_bytes()
     best = object.__new__(BestModel)
     best.folder, best.step = run / "best", 2
-    best._parallel = type("Alone", (), {"is_main": True, "barrier": lambda self: None})()
+    best._parallel = Parallel()
     best._models = type("Models", (), {"measured": ["policy", "value"]})()
     with pytest.raises(UserError, match=r"best/policy: is not as its manifest\.json"):
         best.copy_to(run)
