@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.harness import ROOT, NotMeasured, children_seconds, lines, timed
 from benchmarks.shapes import Shape
-from rrhf.worlds.help_desk import HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversation_texts, tiny_size
 
 SETTINGS = {"before": "a checkout of an earlier version, to compare whole commands with"}
@@ -165,7 +165,7 @@ class _Command:
 
     def warm_up(self) -> None:
         """Compile the sources, and have them and the packages at hand."""
-        self._python(["-c", "import rrhf.training.rank"], self.folder)
+        self._python(["-c", "import rrhf.training.methods.rank"], self.folder)
 
     def __call__(self) -> None:
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:

@@ -21,7 +21,7 @@ from benchmarks.harness import lines, timed
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training_step import TrainingStep, compared
 from rrhf.data.collate import TokenBatch
-from rrhf.models.engines import build_policy
+from rrhf.models.forward.layouts import build_policy
 
 CASES = {
     "V32k": replace(SHAPES["S1"], vocabulary=32768, responses=(64, 64)),

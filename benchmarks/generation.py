@@ -29,14 +29,14 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 
 from benchmarks.harness import lines, timed
 from benchmarks.shapes import Shape
-from rrhf.generation.decoders import Decoder
 from rrhf.generation.engine import Sample, SamplingParams
-from rrhf.generation.incremental import IncrementalModel
-from rrhf.generation.local import LocalEngine
-from rrhf.generation.row_loop import ByParams, Job, Row, RowLoop
-from rrhf.generation.shared_prompt import SharedPromptModel, in_place
-from rrhf.models import onednn_linear
-from rrhf.models.onednn_linear import fast_linears
+from rrhf.generation.local.decoders import Decoder
+from rrhf.generation.local.engine import LocalEngine
+from rrhf.generation.local.incremental import IncrementalModel
+from rrhf.generation.local.row_loop import ByParams, Job, Row, RowLoop
+from rrhf.generation.local.shared_prompt import SharedPromptModel, in_place
+from rrhf.models.forward import onednn_linear
+from rrhf.models.forward.onednn_linear import fast_linears
 from rrhf.records import CandidateSet
 
 PAD, END = 0, 2

@@ -29,7 +29,7 @@ from benchmarks.rrhf_step import Step
 from benchmarks.shapes import Shape
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
-from rrhf.models.engines import FastPolicy, build_policy
+from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.loading import check_attention, enable_checkpointing
 
 TABLE = "gpu"

@@ -20,10 +20,9 @@ from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import Shape
 from benchmarks.training_step import TrainingStep, compared
 from rrhf.data.collate import EncodedSet, collate
-from rrhf.models.engines import build_policy
-from rrhf.models.logprobs import Policy
-from rrhf.training.rank import RankConfig, RankObjective
-from rrhf.training.token_batches import (
+from rrhf.models.forward.layouts import build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.training.core.token_batches import (
     PADDED,
     SHARED,
     Size,
@@ -32,6 +31,7 @@ from rrhf.training.token_batches import (
     micro_batches,
     tokens_of,
 )
+from rrhf.training.methods.rank import RankConfig, RankObjective
 
 QUERIES_OF_A_BATCH = 4
 

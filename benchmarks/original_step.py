@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from rrhf.data.collate import TokenBatch
-from rrhf.models.logprobs import PolicyOutputs
+from rrhf.models.forward.logprobs import PolicyOutputs
 
 
 class OriginalStyle(nn.Module):

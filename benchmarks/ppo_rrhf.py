@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.workers import Gate
-from rrhf.training import ppo
+from rrhf.training.online import ppo
 from rrhf.training.online.rollout import Rollout, RolloutWriter
 
 CRITICS: dict[str, dict[str, Any]] = {

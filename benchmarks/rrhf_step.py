@@ -23,11 +23,11 @@ from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training_step import EXACT, TrainingStep, compared
 from rrhf.data.collate import TokenBatch
-from rrhf.models.engines import FastPolicy, build_policy
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.onednn_linear import exchange_linears
 from rrhf.models.loading import enable_checkpointing
-from rrhf.models.logprobs import Policy
-from rrhf.models.onednn_linear import exchange_linears
-from rrhf.training.rank import RankConfig, RankObjective
+from rrhf.training.methods.rank import RankConfig, RankObjective
 
 CASES = SHAPES
 GOALS = {"S1": 3.0, "S3": 4.0, "S5": 4.2, "S4": 3.8, "S6": 1.8, "B6": 7.0}

@@ -17,7 +17,7 @@ from benchmarks.original_step import OriginalStyle
 from benchmarks.rrhf_step import Step, every_pair_violated
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training_step import compared
-from rrhf.models.engines import build_policy
+from rrhf.models.forward.layouts import build_policy
 
 TABLE = "scaling"
 MIDDLE = SHAPES["S1"]

@@ -20,10 +20,10 @@ from transformers import LlamaForSequenceClassification
 from benchmarks.harness import lines, timed
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.training_step import EXACT, TrainingStep, compared
-from rrhf.models.reward_engines import build_reward_model
+from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel
 from rrhf.scoring.reward_model import RowScorer
-from rrhf.training.reward import RewardConfig, RewardObjective
+from rrhf.training.methods.reward import RewardConfig, RewardObjective
 
 
 @dataclass(frozen=True)

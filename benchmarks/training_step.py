@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from rrhf.models import onednn_linear
+from rrhf.models.forward import onednn_linear
 
 EXACT = 1e-5
 """By how much a loss and a gradient may differ, relatively, in float32."""

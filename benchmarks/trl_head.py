@@ -14,7 +14,7 @@ from benchmarks.original_step import OriginalStyle
 from benchmarks.rrhf_step import Step, every_pair_violated
 from benchmarks.shapes import SHAPES
 from benchmarks.training_step import compared
-from rrhf.models.engines import build_policy
+from rrhf.models.forward.layouts import build_policy
 
 CASES = {"S1": SHAPES["S1"], "S1_32k": replace(SHAPES["S1"], vocabulary=32768)}
 GOALS = {"S1": 4.0, "S1_32k": 8.0}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness import ROOT, NotMeasured
 from benchmarks.original_step import right_padded
 from rrhf.data.collate import TokenBatch
-from rrhf.models.logprobs import PolicyOutputs
+from rrhf.models.forward.logprobs import PolicyOutputs
 
 FOLDER = ROOT / "trl116"
 SETTINGS = {

@@ -3,7 +3,7 @@
 The manifest is written last (`rrhf.files` has the rule), so that it says whether the run is whole.
 In a run over several processes one of them alone opens the run folder.
 
-Left out on purpose: checkpoints (`rrhf.training.checkpoint` knows what a state is). Standard
+Left out on purpose: checkpoints (`rrhf.training.core.checkpoint` knows what a state is). Standard
 library only.
 """
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.files import write_json
-from rrhf.training.best import BestModel
-from rrhf.training.config import TrainingConfig
-from rrhf.training.model_folders import ModelFolders, Weights
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.best import BestModel
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.model_folders import ModelFolders, Weights
+from rrhf.training.core.parallel import Parallel
 
 LOSSES = (5.0, 4.0, 6.0, 3.0, 2.0)
 """Of steps 1, 2, ...; a checkpoint follows every second."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
-from rrhf.models import varlen_attention
+from rrhf.models.forward import varlen_attention
 
 
 def flash_attn_varlen_func(

@@ -16,8 +16,8 @@ from trainer_cases import WORDS, write_lines
 
 from rrhf.errors import AlreadyFinished
 from rrhf.process_end import run_process
-from rrhf.training import iterative
-from rrhf.training.iterative_config import IterativeConfig
+from rrhf.training.rounds import iterative
+from rrhf.training.rounds.iterative_config import IterativeConfig
 
 
 def build_world(folder: Path) -> Path:

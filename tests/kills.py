@@ -164,7 +164,7 @@ class OperationCounter:
             fsync(handle)
 
         os.fsync = counted_fsync
-        checkpoint = importlib.import_module("rrhf.training.checkpoint")
+        checkpoint = importlib.import_module("rrhf.training.core.checkpoint")
         for name, place in (("save_file", 1), ("_save_torch", 1)):
             setattr(checkpoint, name, self._halved(getattr(checkpoint, name), place))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rrhf.errors import LostRank
 from rrhf.process_end import run_process
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.parallel import Parallel
 
 
 def one_rank() -> int:

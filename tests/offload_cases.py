@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rrhf.training.offload import FileStore, Offload
-from rrhf.training.phases import Phases, peak_meter
+from rrhf.training.core.offload import FileStore, Offload
+from rrhf.training.core.phases import Phases, peak_meter
 
 
 def measure(folder: str) -> None:

@@ -21,7 +21,7 @@ from rrhf.cli.main import main
 from rrhf.errors import AlreadyFinished, StoppedBySignal
 from rrhf.models.reward_model import set_score_normalizer
 from rrhf.process_end import run_process
-from rrhf.training import ppo
+from rrhf.training.online import ppo
 
 
 def has_e(prompts: Sequence[str], responses: Sequence[str], messages: Any) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.parallel import Parallel
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 5.0

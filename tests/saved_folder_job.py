@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import rrhf.training.checkpoint  # noqa: F401  here, so that forked jobs need not import it
+import rrhf.training.core.checkpoint  # noqa: F401  here, so that forked jobs need not import it
 from rrhf.staged_folders import remove_unfinished, saved_folder
 
 

@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rrhf.errors import StoppedBySignal
-from rrhf.generation.local import LocalEngine
-from rrhf.training import ppo, rank, sft
+from rrhf.generation.local.engine import LocalEngine
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.update import NonFiniteError, Term
+from rrhf.training.methods import rank, sft
+from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
-from rrhf.training.parallel import Parallel
-from rrhf.training.streams import OfflineStream
-from rrhf.training.update import NonFiniteError, Term
 
 prepared: list[dict[str, Any]] = []
 """What became of each trainable root."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrhf.generation.beam_search import BeamSearch, BeamSettings
-from rrhf.generation.incremental import IncrementalModel
+from rrhf.generation.local.beam_search import BeamSearch, BeamSettings
+from rrhf.generation.local.incremental import IncrementalModel
 
 END = 0
 

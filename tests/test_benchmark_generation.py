@@ -29,7 +29,7 @@ def test_wrong_log_probs_and_wrong_greedy_tokens_are_found(monkeypatch):
         peers.check("shared_prompt")
     monkeypatch.setattr(generation.ByParams, "__call__", lambda s, x, *a: true(s, -x, *a))
     monkeypatch.setattr(
-        "rrhf.generation.row_loop.ByParams.__call__", lambda *a: true(a[0], -a[1], *a[2:])
+        "rrhf.generation.local.row_loop.ByParams.__call__", lambda *a: true(a[0], -a[1], *a[2:])
     )
     with pytest.raises(AssertionError, match="greedy"):
         peers.require_greedy_equal()

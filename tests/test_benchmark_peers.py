@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import dpo_pair, harness, trl_head, trl_peer
 from benchmarks.shapes import Shape
 from rrhf.data.collate import EncodedSet, collate
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.logprobs import Policy
 
 TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 asked: list[Tensor] = []

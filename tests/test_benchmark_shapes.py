@@ -12,7 +12,7 @@ import torch
 from benchmarks import demo_speed, gpu_step, harness, peak_memory, scaling
 from benchmarks.everything import one_case
 from benchmarks.shapes import Shape
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.logprobs import Policy
 
 TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 

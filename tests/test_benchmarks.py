@@ -17,7 +17,7 @@ from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import Shape
 from benchmarks.tables import TABLES
 from rrhf.data.collate import EncodedSet, collate
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.logprobs import Policy
 
 TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rrhf import sealed_folders
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.sealed_folders import damage_of
-from rrhf.training import ppo, reward, sft
+from rrhf.training.methods import reward, sft
+from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
 
 

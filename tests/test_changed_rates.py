@@ -16,16 +16,16 @@ from trainer_cases import metrics_of
 from training_job import FOUR_STEPS
 
 from rrhf.errors import UserError
-from rrhf.training import loop
-from rrhf.training.checkpoint import Checkpointer
-from rrhf.training.config import GroupSettings, TrainingConfig
-from rrhf.training.optim import (
+from rrhf.training.core import loop
+from rrhf.training.core.checkpoint import Checkpointer
+from rrhf.training.core.config import GroupSettings, TrainingConfig
+from rrhf.training.core.optim import (
     apply_settings,
     build_optimizer,
     build_scheduler,
     optimizer_settings,
 )
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.parallel import Parallel
 
 torch.set_num_threads(1)
 

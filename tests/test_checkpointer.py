@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from rrhf.errors import UserError
 from rrhf.sealed_folders import damage_of
 from rrhf.staged_folders import remove_unfinished, saved_folder
-from rrhf.training.checkpoint import Checkpointer
-from rrhf.training.checkpoint_folders import checkpoints_by_step
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.checkpoint import Checkpointer
+from rrhf.training.core.checkpoint_folders import checkpoints_by_step
+from rrhf.training.core.parallel import Parallel
 
 
 class Made:

@@ -36,8 +36,8 @@ from rrhf.cli.main import main
 from rrhf.errors import UserError
 from rrhf.models import finite
 from rrhf.sealed_folders import damage_of
-from rrhf.training import checkpoint
-from rrhf.training.checkpoint_folders import (
+from rrhf.training.core import checkpoint
+from rrhf.training.core.checkpoint_folders import (
     WEIGHTS,
     checkpoint_damage,
     checkpoints_by_step,
@@ -236,7 +236,7 @@ def power_cut(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     """Ends the run of the test above at step 3, when a policy is to be kept."""
     if request.node.name != "test_where_all_are_gone_the_run_stops_too":
         return
-    from rrhf.training.model_folders import PolicyHistory
+    from rrhf.training.core.model_folders import PolicyHistory
 
     def cut_power(self: PolicyHistory, step: int) -> None:
         raise RuntimeError("a power cut")

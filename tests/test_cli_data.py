@@ -12,7 +12,7 @@ import pytest
 from rrhf.cli.data import SERVED
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import CandidateFile, read_candidate_sets
-from rrhf.data.layouts import SourceCounts
+from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.stats import measure_sets
 from rrhf.files import read_manifest

@@ -15,7 +15,7 @@ import rrhf
 from rrhf.cli import main as cli
 from rrhf.cli import train
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
-from rrhf.training import sft
+from rrhf.training.methods import sft
 
 
 def command_that(monkeypatch: pytest.MonkeyPatch, run: object) -> None:

@@ -14,7 +14,7 @@ from test_rollout import prompts, writer
 
 from rrhf.commands import command_of
 from rrhf.errors import UserError
-from rrhf.training import iterative
+from rrhf.training.rounds import iterative
 
 
 def value_of(command: str, flag: str) -> str:

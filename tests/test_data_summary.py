@@ -7,13 +7,13 @@ from evaluation_cases import prompt, reply
 from tiny import byte_level_tokenizer
 
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.layouts import SourceCounts
+from rrhf.data.formats import SourceCounts
 from rrhf.errors import UserError
-from rrhf.training.data_summary import _CASES, counted, encoded
-from rrhf.training.fitting import RowFitter
-from rrhf.training.rank_examples import RankEncoder
-from rrhf.training.reward_examples import PreferenceEncoder
-from rrhf.training.sft import SFTEncoder
+from rrhf.training.methods.data_summary import _CASES, counted, encoded
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.rank_examples import RankEncoder
+from rrhf.training.methods.reward_examples import PreferenceEncoder
+from rrhf.training.methods.sft import SFTEncoder
 
 
 def fitter(length: int = 40, **options: object) -> RowFitter:

@@ -30,9 +30,9 @@ from rrhf.model_paths import check_model_path, require_as_written
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.reward_model import load_reward_model
 from rrhf.sealed_folders import damage_of
-from rrhf.training import ppo
-from rrhf.training.best import BestModel
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.best import BestModel
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.online import ppo
 
 torch.set_num_threads(1)
 

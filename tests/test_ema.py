@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.ema import AveragedStream
-from rrhf.training.parallel import Parallel
 
 
 class Tied(nn.Module):

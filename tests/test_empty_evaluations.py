@@ -20,11 +20,11 @@ from rrhf.errors import UserError
 from rrhf.files import read_manifest
 from rrhf.records import CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
-from rrhf.training import loop
-from rrhf.training.best import BestModel
+from rrhf.training.core import loop
+from rrhf.training.core.best import BestModel
+from rrhf.training.online.ppo import EVALUATION_ROUND
 from rrhf.training.online.reading import Draft
 from rrhf.training.online.rollout import RolloutWriter
-from rrhf.training.ppo import EVALUATION_ROUND
 
 torch.set_num_threads(1)
 

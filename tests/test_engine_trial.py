@@ -10,9 +10,10 @@ from test_shared_prefix import RAGGED, model
 from torch import Tensor
 
 from rrhf.errors import UserError
-from rrhf.models import engine_trial, flex_attention, prefix_attention
-from rrhf.models.engines import FastPolicy, build_policy
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward import flex_attention, prefix_attention
+from rrhf.models.forward import self_check as engine_trial
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
 
 
 class _Wrong(torch.autograd.Function):

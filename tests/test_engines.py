@@ -16,7 +16,7 @@ from torch import nn
 from trainer_cases import metrics_of, ranked_rows, train, write_lines
 
 from rrhf.errors import UserError
-from rrhf.training.sft import SFTConfig
+from rrhf.training.methods.sft import SFTConfig
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_run_is_the_run_of_padded_rows(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Step by step, as far as float32 lets two orders of the same sums go together."""
-    caplog.set_level("INFO", "rrhf.models.engine_trial")
+    caplog.set_level("INFO", "rrhf.models.forward.self_check")
     runs = {}
     for engine in ("padded", "auto"):
         out = tmp_path / engine

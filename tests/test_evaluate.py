@@ -16,7 +16,7 @@ from rrhf.evaluation.results import load_row
 from rrhf.files import write_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
 from rrhf.report.compare import CompareConfig, compare
-from rrhf.worlds.help_desk import HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 
 SCORER = "function:evaluate_scorer:by_length"
 

@@ -17,9 +17,9 @@ from rrhf.evaluation.draft import fingerprint
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.generation.engine import Sample, SamplingParams
-from rrhf.generation.local import LocalEngine
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
-from rrhf.worlds.help_desk import GoldScorer, HelpDesk
+from rrhf.worlds.help_desk.world import GoldScorer, HelpDesk
 
 SAMPLED = SamplingParams(num_return_sequences=2, max_new_tokens=6, seed=3)
 GREEDY = SamplingParams(num_return_sequences=1, max_new_tokens=6, do_sample=False)

@@ -17,7 +17,7 @@ from rrhf.evaluation.inputs import (
     unique_prompts,
 )
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
-from rrhf.worlds.help_desk import HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 
 PROMPTS = [prompt(f"question {i}") for i in range(40)]
 

@@ -23,7 +23,7 @@ from rrhf.evaluation.ranking_accuracy import ranking_accuracy
 from rrhf.evaluation.reward import keep_best, reward_measure, score_sets
 from rrhf.evaluation.win_rate import win_rate
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
-from rrhf.worlds.help_desk import HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 
 # Win rate
 

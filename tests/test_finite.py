@@ -17,10 +17,10 @@ from trainer_cases import metrics_of, ranked_rows, write_lines
 from rrhf.cli.main import main
 from rrhf.errors import NonFiniteError
 from rrhf.models.finite import first_non_finite, has_non_finite, non_finite_in_folder
-from rrhf.training import ppo
-from rrhf.training.model_folders import ModelFolders, Weights
-from rrhf.training.parallel import Parallel
-from rrhf.training.update import Update
+from rrhf.training.core.model_folders import ModelFolders, Weights
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.update import Update
+from rrhf.training.online import ppo
 
 torch.set_num_threads(1)
 

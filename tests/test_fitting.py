@@ -6,8 +6,8 @@ from tiny import byte_level_tokenizer
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.records import Candidate, CandidateSet, Message
-from rrhf.training.config import check_response_limit
-from rrhf.training.fitting import RowFitter, known_scores
+from rrhf.training.core.config import check_response_limit
+from rrhf.training.methods.fitting import RowFitter, known_scores
 
 LONG = " garden" * 40
 

@@ -363,11 +363,11 @@ def test_nearest_is_silent_where_nothing_is_near():
 
 
 CONFIGS = [
-    ("rrhf.training.sft", "SFTConfig"),
-    ("rrhf.training.reward", "RewardConfig"),
-    ("rrhf.training.rank", "RankConfig"),
-    ("rrhf.training.iterative", "IterativeConfig"),
-    ("rrhf.training.ppo", "PPOConfig"),
+    ("rrhf.training.methods.sft", "SFTConfig"),
+    ("rrhf.training.methods.reward", "RewardConfig"),
+    ("rrhf.training.methods.rank", "RankConfig"),
+    ("rrhf.training.rounds.iterative", "IterativeConfig"),
+    ("rrhf.training.online.ppo", "PPOConfig"),
     ("rrhf.generation.stage", "GenerateConfig"),
     ("rrhf.scoring.stage", "ScoreConfig"),
     ("rrhf.evaluation.evaluate", "EvaluateConfig"),
@@ -387,7 +387,7 @@ def test_every_field_of_every_configuration_is_documented(module: str, name: str
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_fits_the_rank_trainer(preset: str):
-    rank = importlib.import_module("rrhf.training.rank")
+    rank = importlib.import_module("rrhf.training.methods.rank")
     given = ["--model_name_or_path", "m", "--output_dir", "o", "--data_path", "d"]
     config = parse_config(rank.RankConfig, [*given, "--config", preset], "rrhf train rank")
     assert config.learning_rate > 0

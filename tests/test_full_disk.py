@@ -19,8 +19,8 @@ from rrhf.cli.main import main
 from rrhf.data import jsonl
 from rrhf.data.candidate_files import CandidateFile, write_candidate_sets
 from rrhf.errors import UserError
-from rrhf.generation.parts import FIRST_LINE
 from rrhf.records import Candidate, CandidateSet, set_id
+from rrhf.stages.parts import FIRST_LINE
 
 Usage = namedtuple("Usage", "total used free")
 SCORER = "function:test_full_disk:by_length"

@@ -18,7 +18,7 @@ from rrhf.cli.main import main
 from rrhf.errors import UserError
 from rrhf.sealed_folders import damage_of
 from rrhf.staged_folders import FullDisk, full_disk, saved_folder, telling_need
-from rrhf.training.checkpoint_folders import checkpoints_by_step
+from rrhf.training.core.checkpoint_folders import checkpoints_by_step
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ from rrhf.errors import StoppedBySignal, UserError
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring.function import FunctionScorer
 from rrhf.scoring.stage import ScoreConfig, score_file, scorer_fingerprint
-from rrhf.training import ppo
+from rrhf.training.online import ppo
 
 numbers = itertools.count()
 

@@ -21,11 +21,11 @@ import rrhf.generation.stage as stage_module
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
 from rrhf.files import manifest_path, read_manifest
-from rrhf.generation.local import LocalEngine
-from rrhf.generation.parts import Parts
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.plan import fingerprint, plan_batches
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.records import Candidate, CandidateSet, Message, set_id
+from rrhf.stages.parts import Parts
 
 NUM_PROMPTS = 23
 

@@ -11,12 +11,12 @@ import torch
 from test_shared_prompt import CONFIGS, model_of, random_ids
 from transformers import LlamaConfig
 
-from rrhf.generation import decoders
-from rrhf.generation.decoders import Verdict, decoding
 from rrhf.generation.engine import SamplingParams
-from rrhf.generation.incremental import IncrementalModel
-from rrhf.generation.local import LocalEngine
-from rrhf.generation.shared_prompt import SharedPromptModel
+from rrhf.generation.local import decoders
+from rrhf.generation.local.decoders import Verdict, decoding
+from rrhf.generation.local.engine import LocalEngine
+from rrhf.generation.local.incremental import IncrementalModel
+from rrhf.generation.local.shared_prompt import SharedPromptModel
 from rrhf.records import CandidateSet
 
 END, PAD = 2, 0

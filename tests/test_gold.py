@@ -2,8 +2,8 @@
 
 import pytest
 
-from rrhf.worlds.gold import Request, read_reply, read_request, utility
-from rrhf.worlds.help_desk_texts import BENIGN_TOPICS, HARMFUL_TOPICS
+from rrhf.worlds.help_desk.gold import Request, read_reply, read_request, utility
+from rrhf.worlds.help_desk.texts import BENIGN_TOPICS, HARMFUL_TOPICS
 
 ONE = Request("dog", 1, False)
 TWO = Request("dog", 2, False)

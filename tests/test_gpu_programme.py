@@ -21,7 +21,7 @@ from benchmarks.gpu import layouts, programme, training
 from benchmarks.gpu.book import Book, report
 from benchmarks.gpu.parts import PARTS
 from benchmarks.harness import ROOT
-from rrhf.models.engines import FastPolicy
+from rrhf.models.forward.layouts import FastPolicy
 
 TINY = ["gpu", "--tiny", "--device", "cpu"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from rrhf.models import head as head_module
-from rrhf.models.head import token_statistics
-from rrhf.models.logit_shape import LogitShape, logit_shape
+from rrhf.models.forward import head as head_module
+from rrhf.models.forward.head import token_statistics
+from rrhf.models.forward.logit_shape import LogitShape, logit_shape
 
 M, H, V = 150, 16, 70
 FORMS: dict[str, dict[str, int]] = {

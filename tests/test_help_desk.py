@@ -8,10 +8,10 @@ import pytest
 
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet, Message, set_id
-from rrhf.worlds import help_desk_texts as texts
-from rrhf.worlds.gold import read_request
-from rrhf.worlds.help_desk import GoldScorer, HelpDesk
-from rrhf.worlds.help_desk_grammar import PROFILES
+from rrhf.worlds.help_desk import texts
+from rrhf.worlds.help_desk.gold import read_request
+from rrhf.worlds.help_desk.grammar import PROFILES
+from rrhf.worlds.help_desk.world import GoldScorer, HelpDesk
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from rrhf.cli.pages import PAGES
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.generation.config import GenerateConfig
 from rrhf.scoring.config import ScoreConfig
-from rrhf.training.iterative_config import IterativeConfig
-from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.rank_config import RankConfig
-from rrhf.training.reward_config import RewardConfig
-from rrhf.training.sft_config import SFTConfig
+from rrhf.training.methods.rank_config import RankConfig
+from rrhf.training.methods.reward_config import RewardConfig
+from rrhf.training.methods.sft_config import SFTConfig
+from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.rounds.iterative_config import IterativeConfig
 
 ONE_SCREEN = 60
 COMMANDS: dict[str, type] = {

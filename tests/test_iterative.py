@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rrhf.cli.main import main
 from rrhf.errors import AlreadyFinished, UserError
 from rrhf.files import read_manifest, write_manifest
-from rrhf.training import iterative, rank
-from rrhf.training.iterative import best_round
-from rrhf.training.rounds_folder import RoundsFolder
+from rrhf.training.methods import rank
+from rrhf.training.rounds import iterative
+from rrhf.training.rounds.iterative import best_round
+from rrhf.training.rounds.rounds_folder import RoundsFolder
 
 JOB = "iterative_cases:train_again"
 NUM_KILLS = 12

@@ -16,10 +16,11 @@ from test_torch_varlen import calls, torch_2_11, torch_2_13
 from torch import Tensor
 
 from rrhf.errors import UserError
-from rrhf.models import engine_trial, varlen_attention
-from rrhf.models.engines import FastPolicy, build_policy
-from rrhf.models.logprobs import Policy
-from rrhf.models.varlen_attention import as_flash
+from rrhf.models.forward import self_check as engine_trial
+from rrhf.models.forward import varlen_attention
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.varlen_attention import as_flash
 
 torch.set_num_threads(1)
 

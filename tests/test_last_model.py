@@ -19,7 +19,8 @@ from rrhf.cli.main import main
 from rrhf.errors import UserError
 from rrhf.files import read_manifest
 from rrhf.staged_folders import saved_folder
-from rrhf.training import best, loop, model_folders, sft
+from rrhf.training.core import best, loop, model_folders
+from rrhf.training.methods import sft
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rrhf.data.candidate_rows import RowError
-from rrhf.data.layouts import LAYOUTS, SourceCounts, find_layout, read_row
+from rrhf.data.formats import LAYOUTS, SourceCounts, find_layout, read_row
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet, Message, set_id
 

@@ -22,9 +22,9 @@ from transformers import (
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.generation.engine import SamplingParams
-from rrhf.generation.incremental import IncrementalModel
-from rrhf.generation.local import LocalEngine
-from rrhf.generation.shared_prompt import SharedPromptModel
+from rrhf.generation.local.engine import LocalEngine
+from rrhf.generation.local.incremental import IncrementalModel
+from rrhf.generation.local.shared_prompt import SharedPromptModel
 from rrhf.records import CandidateSet, Message
 
 TEXTS = ["the cat sat on the mat and the dog ran", "a man and a hat ran to the sea. The end!"]

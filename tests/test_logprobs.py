@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.models.forward.logprobs import Policy
 from rrhf.models.loading import enable_checkpointing
-from rrhf.models.logprobs import Policy
 
 SETS = [
     EncodedSet([5, 6, 7, 8], [[8, 9, 1], [10, 1]]),

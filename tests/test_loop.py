@@ -20,11 +20,11 @@ from torch import Tensor
 from rrhf.data.collate import TokenBatch, collate
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.files import read_manifest
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.logprobs import Policy
 from rrhf.sealed_folders import damage_of
-from rrhf.training.checkpoint_folders import checkpoints_by_step, is_complete
-from rrhf.training.streams import OfflineStream
-from rrhf.training.update import NonFiniteError, Term
+from rrhf.training.core.checkpoint_folders import checkpoints_by_step, is_complete
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.update import NonFiniteError, Term
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from trainer_cases import metrics_of
 from rrhf.data.collate import TokenBatch, collate
 from rrhf.errors import StoppedBySignal
 from rrhf.runs import RunFolder
-from rrhf.training.checkpoint import Checkpointer, checkpoints_by_step
-from rrhf.training.config import TrainingConfig
-from rrhf.training.loop import TrainingOutcome, run_training
-from rrhf.training.model_folders import ModelFolders
-from rrhf.training.parallel import Parallel
-from rrhf.training.phases import MonotoneMeter, Phases
-from rrhf.training.streams import LiveStream
+from rrhf.training.core.checkpoint import Checkpointer, checkpoints_by_step
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.loop import TrainingOutcome, run_training
+from rrhf.training.core.model_folders import ModelFolders
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.phases import MonotoneMeter, Phases
+from rrhf.training.core.streams import LiveStream
 
 TOKENS = 14
 """Of a step: every row with its prompt."""

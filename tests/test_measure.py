@@ -8,11 +8,11 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch
-from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.progress import Progress
-from rrhf.training.measure import measure
-from rrhf.training.parallel import Parallel
-from rrhf.training.update import Term
+from rrhf.training.core.measure import measure
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.update import Term
 
 EXAMPLES = [EncodedSet([3 + i, 4], [[5 + t + i for t in range(i % 4 + 1)]]) for i in range(7)]
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import mixed_queries
 from benchmarks.mixed_queries import Lengths, Queries
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.logprobs import Policy
 
 TINY = Queries.drawn((32, 2, 64), 0, Lengths(9, 0.6, 3, 40), Lengths(5, 0.6, 2, 30))
 

@@ -15,8 +15,8 @@ from trainer_cases import same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf.errors import StoppedBySignal
-from rrhf.training import ppo
-from rrhf.training.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.online import ppo
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from trainer_cases import metrics_of, same_weights
 
 from rrhf.errors import UserError
-from rrhf.training import ppo
-from rrhf.training.offload import (
+from rrhf.training.core.offload import (
     FileStore,
     HostStore,
     Offload,
     build_store,
 )
-from rrhf.training.offload_levels import LEVELS, parse_levels
+from rrhf.training.core.offload_levels import LEVELS, parse_levels
+from rrhf.training.online import ppo
 
 COMBINATIONS = [
     "freeze_model",

@@ -10,10 +10,10 @@ import torch
 from test_shared_prefix import MODELS, RAGGED, model, require_equal, step
 from torch import Tensor, nn
 
-from rrhf.models import onednn_linear
-from rrhf.models.engines import build_policy
-from rrhf.models.logprobs import Policy
-from rrhf.models.onednn_linear import (
+from rrhf.models.forward import onednn_linear
+from rrhf.models.forward.layouts import build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.onednn_linear import (
     LEAST_WEIGHTS,
     OneDnnLinear,
     exchange_linears,

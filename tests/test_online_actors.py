@@ -16,17 +16,17 @@ from torch import Tensor
 from rrhf.algorithms.normalizers import normalize
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import UserError
+from rrhf.models.forward.logprobs import Policy
 from rrhf.models.loading import load_causal_lm
-from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic, ValueModel
 from rrhf.models.reward_model import load_reward_model, score_normalizer
+from rrhf.training.core.setup import Workbench, opened_workbench
 from rrhf.training.online.actors import (
     _classifier_pad_id,
     build_reference,
     build_root,
     model_folders,
 )
-from rrhf.training.setup import Workbench, opened_workbench
 
 BATCH = collate([EncodedSet([5, 6, 7], [[8, 9, 1], [4, 1]]), EncodedSet([9], [[3, 3, 1]])], 2)
 SHARED: dict[str, Any] = {"share_trunk": True}

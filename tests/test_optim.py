@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rrhf.errors import UserError
-from rrhf.training.config import TrainingConfig
-from rrhf.training.optim import build_optimizer, build_scheduler
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.optim import build_optimizer, build_scheduler
 
 PEAK, TOTAL, WARMUP = 0.3, 20, 4
 

@@ -5,9 +5,9 @@ import math
 import pytest
 from torch import nn
 
-from rrhf.training.held_out_figures import fraction_interval, held_out_figures
-from rrhf.training.loop import TrainingOutcome
-from rrhf.training.outcome_summary import mean_interval, summary
+from rrhf.training.core.held_out_figures import fraction_interval, held_out_figures
+from rrhf.training.core.loop import TrainingOutcome
+from rrhf.training.core.outcome_summary import mean_interval, summary
 
 
 def outcome(metrics, evaluation=None, stopped_early=False):

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models.logprobs import Policy
-from rrhf.models.packed_rows import PackedPolicy, fill_bins, pack_rows, require_packing
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.packed_rows import PackedPolicy, fill_bins, pack_rows, require_packing
 
 
 def batch(device: str = "cpu") -> TokenBatch:

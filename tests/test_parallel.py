@@ -22,10 +22,10 @@ from transformers import LlamaForSequenceClassification
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models.logprobs import Policy
-from rrhf.models.reward_engines import build_reward_model
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel
-from rrhf.training.parallel import Parallel, launched_place, sharded_bf16
+from rrhf.training.core.parallel import Parallel, launched_place, sharded_bf16
 
 BATCH = collate(
     [EncodedSet([5, 6, 7], [[8, 9, 1], [4, 1]]), EncodedSet([9], [[3, 3, 3, 1]])], pad_id=2

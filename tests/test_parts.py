@@ -19,12 +19,12 @@ from rrhf.data import jsonl
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.files import manifest_path, replaced_file, write_json
-from rrhf.generation.parts import FIRST_LINE, PartAppender, Parts, decode_part_row, encode_part_row
-from rrhf.generation.staged_file import StagedFile
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest
+from rrhf.stages.parts import FIRST_LINE, PartAppender, Parts, decode_part_row, encode_part_row
+from rrhf.stages.staged_file import StagedFile
 
 NUM_PROMPTS = 12
 SCORER = "function:test_parts:by_length"

@@ -12,9 +12,8 @@ import torch
 from ppo_cases import build_world, save_demonstrations, settings
 from trainer_cases import metrics_of
 
-from rrhf.training import phases as phases_room
-from rrhf.training import ppo
-from rrhf.training.phases import (
+from rrhf.training.core import phases as phases_room
+from rrhf.training.core.phases import (
     MonotoneMeter,
     Phases,
     Spent,
@@ -23,6 +22,7 @@ from rrhf.training.phases import (
     over_ranks,
     peak_meter,
 )
+from rrhf.training.online import ppo
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "ppo_metrics.md"
 

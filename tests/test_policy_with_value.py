@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models.engines import build_policy
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.layouts import build_policy
+from rrhf.models.forward.logprobs import Policy
 from rrhf.models.policy_with_value import (
     ActorCritic,
     ValueHead,

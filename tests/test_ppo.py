@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rrhf.cli import main as cli
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import StoppedBySignal, UserError
-from rrhf.models.logprobs import Policy
-from rrhf.training import ppo
+from rrhf.models.forward.logprobs import Policy
+from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
 
 BANDIT: dict[str, Any] = {

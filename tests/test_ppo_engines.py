@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification
 from rrhf.algorithms.kl import build_kl_controller
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import TokenBatch
-from rrhf.models.engines import FastPolicy, build_policy
+from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.loading import disable_dropout, enable_checkpointing
 from rrhf.models.policy_with_value import ActorCritic, ValueHead, ValueModel, as_reference
-from rrhf.models.reward_engines import FastRewardModel
-from rrhf.training import ppo
+from rrhf.models.reward_layouts import FastRewardModel
+from rrhf.training.online import ppo
 from rrhf.training.online.objective import PPOObjective
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma2"]

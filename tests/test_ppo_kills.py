@@ -17,16 +17,16 @@ from trainer_cases import metrics_of, same_weights
 JOB = "ppo_cases:train_again"
 NUM_RANDOM_KILLS = 20
 
-SAMPLE = "rrhf.generation.row_loop:pick_tokens"
+SAMPLE = "rrhf.generation.local.row_loop:pick_tokens"
 SCORE = "rrhf.scoring.reward_model:RowScorer.score_rows"
 READ = "rrhf.training.online.reading:Reader._read_batch"
-BACKWARD = "rrhf.training.parallel:Parallel.backward"
-BEFORE_STEP = "rrhf.training.parallel:Parallel.take_step"
-AFTER_STEP = "rrhf.training.update:Update._metrics"
-SAVE_TORCH = "rrhf.training.checkpoint:_save_torch"
-SEAL = "rrhf.training.checkpoint:seal_folder"
-SYNC = "rrhf.training.checkpoint:sync_folder"
-DELETE = "rrhf.training.checkpoint:Checkpointer._delete_old"
+BACKWARD = "rrhf.training.core.parallel:Parallel.backward"
+BEFORE_STEP = "rrhf.training.core.parallel:Parallel.take_step"
+AFTER_STEP = "rrhf.training.core.update:Update._metrics"
+SAVE_TORCH = "rrhf.training.core.checkpoint:_save_torch"
+SEAL = "rrhf.training.core.checkpoint:seal_folder"
+SYNC = "rrhf.training.core.checkpoint:sync_folder"
+DELETE = "rrhf.training.core.checkpoint:Checkpointer._delete_old"
 # Three rollouts of four steps, each step saved. Calls are counted from the resumption.
 KILLS = [
     # Rollout 0, and the steps 1 to 4.

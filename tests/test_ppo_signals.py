@@ -17,10 +17,9 @@ from ppo_cases import build_world, settings, without_clock
 from trainer_cases import metrics_of, same_weights
 
 from rrhf.errors import StoppedBySignal
-from rrhf.generation import row_loop
+from rrhf.generation.local import row_loop
 from rrhf.scoring.reward_model import RewardModelScorer
-from rrhf.training import ppo
-from rrhf.training.online import reading
+from rrhf.training.online import ppo, reading
 
 SETTINGS: dict[str, Any] = {
     "normalize_reward": True,

@@ -19,10 +19,10 @@ from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
+from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.rollout import Rollout
 from rrhf.training.online.stream import UPDATE_KL, PPOStream
-from rrhf.training.parallel import Parallel
 
 
 @dataclass

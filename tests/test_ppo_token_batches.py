@@ -17,10 +17,10 @@ from trainer_cases import metrics_of, same_weights
 
 from rrhf.data.collate import EncodedSet
 from rrhf.errors import StoppedBySignal
-from rrhf.training import ppo
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.token_batches import SHARED, TokenBudget
+from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
-from rrhf.training.parallel import Parallel
-from rrhf.training.token_batches import SHARED, TokenBudget
 
 GROUPED: dict[str, Any] = {"method": "rloo", "num_return_sequences": 4, "engine": "shared_prefix"}
 

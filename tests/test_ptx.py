@@ -15,7 +15,7 @@ from trainer_cases import metrics_of, same_weights
 from rrhf.algorithms.kl import FixedKLController
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.policy_with_value import ActorCriticOutputs
-from rrhf.training import ppo
+from rrhf.training.online import ppo
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
 

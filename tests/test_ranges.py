@@ -20,11 +20,11 @@ from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.studies.config import DemoConfig, HHRewardConfig, MethodsConfig
-from rrhf.training.iterative_config import IterativeConfig
-from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.rank_config import RankConfig
-from rrhf.training.reward_config import RewardConfig
-from rrhf.training.sft_config import SFTConfig
+from rrhf.training.methods.rank_config import RankConfig
+from rrhf.training.methods.reward_config import RewardConfig
+from rrhf.training.methods.sft_config import SFTConfig
+from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.rounds.iterative_config import IterativeConfig
 
 ONLINE = {"train_datasets": "p", "reward_model_name_or_path": "r"}
 CONFIGS: dict[type, dict[str, Any]] = {

@@ -20,13 +20,13 @@ from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.loading import load_tokenizer
-from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.training import rank
-from rrhf.training.fitting import RowFitter
-from rrhf.training.rank import RankConfig, RankObjective
-from rrhf.training.rank_examples import RankEncoder
-from rrhf.training.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.methods import rank
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.rank_examples import RankEncoder
 
 PAD = 2
 

@@ -7,8 +7,8 @@ from tiny import byte_level_tokenizer
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.records import Candidate, CandidateSet
-from rrhf.training.fitting import RowFitter
-from rrhf.training.rank_examples import (
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.rank_examples import (
     RankEncoder,
     cut_at_next_speaker,
     is_provided,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rrhf.data.collate import TokenBatch
 from rrhf.generation.engine import Sample
 from rrhf.models.policy_with_value import ActorCriticOutputs
+from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.reading import Draft, Reader
-from rrhf.training.parallel import Parallel
 
 
 class Codec:

@@ -15,7 +15,7 @@ import torch
 from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.sources import read_sets
 from rrhf.generation.engine import SamplingParams
-from rrhf.generation.local import LocalEngine
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.records import CandidateSet, Message
 

@@ -14,7 +14,7 @@ from tiny import byte_level_tokenizer
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.models.loading import load_tokenizer
-from rrhf.training import ppo
+from rrhf.training.online import ppo
 from rrhf.training.online.experience import build_experience
 from rrhf.training.online.response_ends import StopToken, is_loop
 

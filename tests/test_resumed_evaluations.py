@@ -13,7 +13,7 @@ from torch import nn
 from trainer_cases import metrics_of, same_weights
 
 from rrhf.errors import StoppedBySignal
-from rrhf.training.checkpoint import Checkpointer
+from rrhf.training.core.checkpoint import Checkpointer
 
 torch.set_num_threads(1)
 

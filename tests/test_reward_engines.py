@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
+from rrhf.models.forward.shared_prefix import dense_mask, lay_out
 from rrhf.models.loading import enable_checkpointing
 from rrhf.models.policy_with_value import ValueModel
-from rrhf.models.reward_engines import FastRewardModel, build_reward_model
+from rrhf.models.reward_layouts import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import RewardModel
-from rrhf.models.shared_prefix import dense_mask, lay_out
-from rrhf.training.reward import RewardConfig, RewardObjective
+from rrhf.training.methods.reward import RewardConfig, RewardObjective
 
 SEQUENCE, TOKENS, MEANS = "sequence-wise", "token-wise", "average"
 
@@ -105,7 +105,7 @@ def require_equal(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -
 
 
 def asked(loss_type: str) -> dict[str, bool]:
-    """As `rrhf.training.reward.train` builds them."""
+    """As `rrhf.training.methods.reward.train` builds them."""
     config = RewardConfig("", "", data_path="", loss_type=loss_type)
     return {"per_token": config.reads_tokens, "reads_padding": config.reads_padding}
 
@@ -331,7 +331,7 @@ def test_attention_that_is_not_exchangeable_goes_by_a_mask(
 
 
 def test_a_leak_between_responses_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rrhf.models import prefix_attention
+    from rrhf.models.forward import prefix_attention
 
     monkeypatch.setattr(
         prefix_attention,

@@ -25,7 +25,7 @@ from rrhf.cli.flags import parse_config
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.data.layouts import SourceCounts
+from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import split_by_first_turn
 from rrhf.errors import AlreadyFinished, UserError
@@ -33,12 +33,12 @@ from rrhf.models.loading import load_tokenizer
 from rrhf.models.reward_model import RewardModel, load_reward_model, score_normalizer
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
-from rrhf.training import reward
-from rrhf.training.fitting import RowFitter
-from rrhf.training.parallel import Parallel
-from rrhf.training.reward import RewardConfig, RewardObjective
-from rrhf.training.reward_examples import PreferenceEncoder, figures, held_out_metrics
-from rrhf.training.score_watch import ScoreWatch
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.methods import reward
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.reward import RewardConfig, RewardObjective
+from rrhf.training.methods.reward_examples import PreferenceEncoder, figures, held_out_metrics
+from rrhf.training.methods.score_watch import ScoreWatch
 
 PAD, EOS = 2, 1
 LOSS_TYPES = ("sequence-wise", "token-wise", "per_sample", "average", "last_token")

@@ -15,18 +15,18 @@ from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.generation.local import LocalEngine
-from rrhf.models.engines import FastPolicy, build_policy
+from rrhf.generation.local.engine import LocalEngine
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
 from rrhf.models.loading import load_causal_lm, load_tokenizer
-from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic, ValueHead, ValueModel
 from rrhf.models.reward_model import load_reward_model
 from rrhf.records import CandidateSet, FinishReason
 from rrhf.scoring.build import build_scorer
 from rrhf.scoring.reward_model import RewardModelScorer
+from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.experience import RolloutRow, build_experience, pack, unpack
 from rrhf.training.online.rollout import RolloutWriter
-from rrhf.training.parallel import Parallel
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from tiny import byte_level_tokenizer
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.logprobs import Policy
 from rrhf.records import CandidateSet
+from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.prompts import fitting_prompts
 from rrhf.training.online.reading import Draft
 from rrhf.training.online.response_ends import StopToken
 from rrhf.training.online.rollout import Rollout, RolloutWriter
 from rrhf.training.online.whole_copy import WholeCopy
-from rrhf.training.parallel import Parallel
 
 SCORER: dict[str, Any] = {"reward_model_name_or_path": "function:ppo_cases:nothing"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rrhf.generation.engine import SamplingParams
-from rrhf.generation.row_loop import ByParams, Job, RowLoop
+from rrhf.generation.local.row_loop import ByParams, Job, RowLoop
 from rrhf.records import CandidateSet
 
 VOCABULARY, END = 40, 39

@@ -14,10 +14,11 @@ from test_rollout import hand_made_rows
 
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.runs import MetricsLog
-from rrhf.training import ppo, tracking
+from rrhf.training.core import tracking
+from rrhf.training.core.tracking import Tracker, as_markdown
+from rrhf.training.online import ppo
 from rrhf.training.online.experience import build_experience
-from rrhf.training.sample_table import SampleTable, as_text
-from rrhf.training.tracking import Tracker, as_markdown
+from rrhf.training.online.sample_table import SampleTable, as_text
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from rrhf.errors import UserError
-from rrhf.generation.params import SamplingParams, check_params
-from rrhf.generation.sampling import (
+from rrhf.generation.local.sampling import (
     draw_tokens,
     forbid_tokens,
     keep_top_k,
@@ -21,6 +20,7 @@ from rrhf.generation.sampling import (
     sample_uniforms,
     temperature_logprobs,
 )
+from rrhf.generation.params import SamplingParams, check_params
 
 PARAMS = SamplingParams(max_new_tokens=40)
 

@@ -18,14 +18,14 @@ from transformers import AutoTokenizer
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
-from rrhf.models import onednn_linear
+from rrhf.models.forward import onednn_linear
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 from rrhf.scoring.build import RewardModelOptions, build_scorer
 from rrhf.scoring.function import FunctionScorer
 from rrhf.scoring.reward_model import RewardModelScorer, row_batch
 from rrhf.scoring.scorer import Scorer
-from rrhf.worlds.help_desk import GoldScorer, HelpDesk
+from rrhf.worlds.help_desk.world import GoldScorer, HelpDesk
 
 # float32 sums in another order, scores of order 1
 CLOSE = 1e-5

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import UserError
-from rrhf.models.logprobs import Policy
-from rrhf.models.packed_rows import PackedPolicy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.packed_rows import PackedPolicy
 from rrhf.records import Candidate, CandidateSet
-from rrhf.training import sft
-from rrhf.training.fitting import RowFitter
-from rrhf.training.sft import SFTConfig, SFTEncoder, SFTObjective
+from rrhf.training.methods import sft
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.sft import SFTConfig, SFTEncoder, SFTObjective
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_packing_changes_no_loss(model_folder: Path, data: Path, tmp_path: Path)
 def test_a_model_that_cannot_pack_is_refused_before_training(
     model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rrhf.models.packed_rows.TOLERANCE", -1.0)
+    monkeypatch.setattr("rrhf.models.forward.packed_rows.TOLERANCE", -1.0)
     with pytest.raises(UserError, match="--packing"):
         run(model_folder, data, tmp_path / "run", packing=True, max_steps=1)
     run(model_folder, data, tmp_path / "other", packing=False, max_steps=1)

@@ -18,8 +18,8 @@ from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rrhf.errors import UserError
-from rrhf.training.checkpoint import Checkpointer
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.checkpoint import Checkpointer
+from rrhf.training.core.parallel import Parallel
 
 pytestmark = pytest.mark.timeout(600)  # the first test of an engine does all its trainings
 

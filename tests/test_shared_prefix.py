@@ -29,12 +29,13 @@ from transformers import (
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models import engine_trial, packed_trunk, prefix_attention
-from rrhf.models.engine_trial import misfit
-from rrhf.models.engines import FastPolicy, build_policy
-from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.models.shared_prefix import dense_mask, lay_out
-from rrhf.training.rank import RankConfig, RankObjective
+from rrhf.models.forward import packed_trunk, prefix_attention
+from rrhf.models.forward import self_check as engine_trial
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.self_check import misfit
+from rrhf.models.forward.shared_prefix import dense_mask, lay_out
+from rrhf.training.methods.rank import RankConfig, RankObjective
 
 V = 80
 SMALL: dict[str, Any] = {

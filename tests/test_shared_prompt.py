@@ -19,10 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from rrhf.generation import decoders
-from rrhf.generation.decoders import decoding
-from rrhf.generation.incremental import IncrementalModel
-from rrhf.generation.shared_prompt import NAME, SharedPromptModel, in_place
+from rrhf.generation.local import decoders
+from rrhf.generation.local.decoders import decoding
+from rrhf.generation.local.incremental import IncrementalModel
+from rrhf.generation.local.shared_prompt import NAME, SharedPromptModel, in_place
 
 _SIZES = {
     "vocab_size": 64,

@@ -14,10 +14,10 @@ from kills import Zygote
 
 from rrhf.data.candidate_files import CandidateFile, write_candidate_sets
 from rrhf.files import manifest_path
-from rrhf.generation.parts import Parts, decode_part_row
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file
+from rrhf.stages.parts import Parts, decode_part_row
 
 NUM_PROMPTS, NUM_CANDIDATES, NUM_KILLS = 1000, 4, 200
 SCORER = "function:test_stage_kills:checksum"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rrhf.errors import UserError
-from rrhf.generation import staged_file
-from rrhf.generation.parts import FIRST_LINE
-from rrhf.generation.staged_file import StagedFile
 from rrhf.signals import StopRequest
+from rrhf.stages import staged_file
+from rrhf.stages.parts import FIRST_LINE
+from rrhf.stages.staged_file import StagedFile
 
 SETTINGS = {"model": "m"}
 

@@ -10,7 +10,7 @@ import pytest
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
-from rrhf.training.streams import EncodedExamples, OfflineStream
+from rrhf.training.core.streams import EncodedExamples, OfflineStream
 
 EXAMPLES = [EncodedSet([100 + i] * (i % 5 + 1), [[i, 1]]) for i in range(23)]
 

@@ -28,7 +28,7 @@ def _environment():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONWARNINGS")}
 
 
-LOG = "import logging, warnings; log = logging.getLogger('rrhf.training.rank')\n"
+LOG = "import logging, warnings; log = logging.getLogger('rrhf.training.methods.rank')\n"
 
 
 def test_a_warning_is_shown_once_and_its_count_at_the_end():
@@ -53,7 +53,7 @@ def test_lines_of_progress_may_be_alike():
 def test_other_processes_speak_of_their_own_share_alone(rank, lines):
     code = LOG + (
         "log.warning('3 prompts do not fit'); logging.getLogger('rrhf.progress').info('1 of 2')\n"
-        "log.error('broken'); logging.getLogger('rrhf.generation.local').warning('no memory')\n"
+        "log.error('broken'); logging.getLogger('rrhf.generation.local.engine').warning('no memory')\n"
     )
     said = run(code, RANK=rank)
     assert len(said) == lines and said[-2:] == ["broken", "no memory"]

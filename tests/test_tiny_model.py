@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rrhf.errors import UserError
-from rrhf.worlds.help_desk import HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversation_texts
 
 

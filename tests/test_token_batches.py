@@ -22,18 +22,13 @@ from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
-from rrhf.models.engines import build_policy
-from rrhf.models.packed_rows import PackedPolicy
-from rrhf.models.packed_trunk import ATTENTION
-from rrhf.training import rank, reward, sft
-from rrhf.training.measure import measure
-from rrhf.training.parallel import Parallel
-from rrhf.training.rank import RankConfig, RankObjective
-from rrhf.training.reward import RewardConfig
-from rrhf.training.reward_examples import _shares
-from rrhf.training.sft import SFTConfig
-from rrhf.training.streams import OfflineStream
-from rrhf.training.token_batches import (
+from rrhf.models.forward.layouts import build_policy
+from rrhf.models.forward.packed_rows import PackedPolicy
+from rrhf.models.forward.packed_trunk import ATTENTION
+from rrhf.training.core.measure import measure
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.token_batches import (
     _LAYOUTS,
     PACKED,
     PADDED,
@@ -48,6 +43,11 @@ from rrhf.training.token_batches import (
     told,
     warn_of_lone,
 )
+from rrhf.training.methods import rank, reward, sft
+from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.reward import RewardConfig
+from rrhf.training.methods.reward_examples import _shares
+from rrhf.training.methods.sft import SFTConfig
 
 LAYOUTS = (SHARED, PACKED, PADDED)
 

@@ -15,13 +15,13 @@ from test_shared_prefix import RAGGED, SHAPES, model, require_equal, step
 from torch import Tensor
 
 from rrhf.errors import UserError
-from rrhf.models import varlen_attention
-from rrhf.models.engines import FastPolicy, build_policy
-from rrhf.models.logprobs import Policy
-from rrhf.models.reward_engines import build_reward_model
-from rrhf.models.shared_prefix import lay_out
-from rrhf.models.varlen_attention import as_flash, attend_varlen, calls_of
-from rrhf.training.rank import RankConfig
+from rrhf.models.forward import varlen_attention
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.shared_prefix import lay_out
+from rrhf.models.forward.varlen_attention import as_flash, attend_varlen, calls_of
+from rrhf.models.reward_layouts import build_reward_model
+from rrhf.training.methods.rank import RankConfig
 
 exact = flash_stand_in.flash_attn_varlen_func
 calls: list[torch.dtype] = []

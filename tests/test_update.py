@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.training.parallel import Parallel
-from rrhf.training.update import NonFiniteError, Term, Update
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.update import NonFiniteError, Term, Update
 
 WEIGHTS = (0.3, -0.2, 0.5, 0.1)
 RATE = 0.1

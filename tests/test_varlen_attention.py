@@ -12,12 +12,12 @@ from test_shared_prefix import RAGGED, SHAPES, at_the_edge, batch, model, requir
 from transformers import PreTrainedModel
 
 from rrhf.errors import UserError
-from rrhf.models import varlen_attention
-from rrhf.models.engine_trial import BASES
-from rrhf.models.engines import FastPolicy, build_policy
-from rrhf.models.logprobs import Policy
-from rrhf.models.shared_prefix import dense_mask, lay_out
-from rrhf.models.varlen_attention import _as_laid, _prompts_first, calls_of
+from rrhf.models.forward import varlen_attention
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.self_check import BASES
+from rrhf.models.forward.shared_prefix import dense_mask, lay_out
+from rrhf.models.forward.varlen_attention import _as_laid, _prompts_first, calls_of
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from rrhf.cli.main import main
 from rrhf.cli.train import STAGES
 from rrhf.errors import UserError
 from rrhf.report.config import CompareConfig
-from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.rank_config import RankConfig
+from rrhf.training.methods.rank_config import RankConfig
+from rrhf.training.online.ppo_config import PPOConfig
 
 FLAGS = {command: flags_for(command) for command in COMMANDS}
 PPO = ["--model=m", "--output_dir=o", "--train_datasets=d", "--scorer=r"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf.errors import AlreadyFinished
-from rrhf.training import rank, sft  # here, so that forked jobs need not import them
+from rrhf.training.methods import rank, sft
 
 WORDS = ("plants", "alive", "ask", "friend", "help", "again", "now", "quick", "fox", "lazy dog")
 

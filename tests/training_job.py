@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import AlreadyFinished
 from rrhf.files import UNFINISHED, write_manifest
-from rrhf.models.logprobs import Policy, PolicyOutputs
-from rrhf.training.config import TrainingConfig
-from rrhf.training.loop import TrainingOutcome, run_training
-from rrhf.training.model_folders import ModelFolders
-from rrhf.training.setup import (
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.loop import TrainingOutcome, run_training
+from rrhf.training.core.model_folders import ModelFolders
+from rrhf.training.core.setup import (
     finish_run,
     load_trainable_causal_lm,
     model_writer,
     opened_workbench,
 )
-from rrhf.training.streams import OfflineStream
-from rrhf.training.update import Term
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.update import Term
 
 FOUR_STEPS: dict[str, Any] = {"num_train_epochs": 0.8, "save_steps": 2}
 

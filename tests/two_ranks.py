@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForSequenceClassification
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.models.engines import build_policy
-from rrhf.models.reward_engines import build_reward_model
+from rrhf.models.forward.layouts import build_policy
+from rrhf.models.reward_layouts import build_reward_model
 
 
 def batch(rank: int) -> TokenBatch:

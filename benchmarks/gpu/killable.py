@@ -51,7 +51,7 @@ def deterministic() -> None:
 def main(step: int, count_file: Path, arguments: list[str]) -> int:
     """The exit code of the command, if it comes to its end."""
     from rrhf.cli.main import main as command
-    from rrhf.training.parallel import Parallel
+    from rrhf.training.core.parallel import Parallel
 
     deterministic()
     taken = 0

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from benchmarks.gpu.setting import Setting, check, require_gpu, require_package
 from benchmarks.harness import NotMeasured
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.models.engines import FastPolicy
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.layouts import FastPolicy
+from rrhf.models.forward.logprobs import Policy
 
 ROUNDING = 2.0**-24
 HALF_FACTOR = 2.0

@@ -18,7 +18,7 @@ from benchmarks.gpu import parts
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu_step import peak_of
 from benchmarks.harness import NotMeasured, stopwatch
-from rrhf.models import varlen_attention
+from rrhf.models.forward import varlen_attention
 
 PACKAGES = (
     "torch",

@@ -15,7 +15,7 @@ from benchmarks.generation import _Ids
 from benchmarks.gpu.setting import Setting, check
 from benchmarks.gpu_step import GpuCase
 from benchmarks.shapes import Shape
-from rrhf.generation.local import LocalEngine
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.params import SamplingParams
 from rrhf.records import CandidateSet
 

@@ -216,8 +216,8 @@ def _check_row(path: str, config: Any) -> None:
 def _check_run(path: str, config: Any) -> None:
     """A launcher's other processes may come when the first has already begun the run."""
     from rrhf.runs import RunFolder
-    from rrhf.training.iterative_config import IterativeConfig
-    from rrhf.training.rounds_folder import RoundsFolder
+    from rrhf.training.rounds.iterative_config import IterativeConfig
+    from rrhf.training.rounds.rounds_folder import RoundsFolder
 
     _check_output(Path(path), is_folder=True)
     if is_first_process() and not config.resume_from_checkpoint:

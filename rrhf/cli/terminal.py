@@ -16,7 +16,7 @@ from collections import Counter
 from typing import Any
 
 _PROGRESS = "rrhf.progress"
-_OWN_SHARE = ("rrhf.generation.local", "rrhf.scoring.function", "rrhf.scoring.reward_model")
+_OWN_SHARE = ("rrhf.generation.local.engine", "rrhf.scoring.function", "rrhf.scoring.reward_model")
 # What torch.cuda warns of is the machine's, such as a driver that is too old.
 _LIBRARIES = r"(?!torch\.cuda)(accelerate|datasets|deepspeed|peft|torch|transformers)(\.|$)"
 

@@ -15,15 +15,23 @@ from rrhf.cli.words import STAGE_WORDS, stage_meant
 from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
 
 STAGES: dict[str, tuple[str, str, str]] = {
-    "sft": ("rrhf.training.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
-    "reward": ("rrhf.training.reward", "RewardConfig", "a reward model on pairs or ranked groups"),
-    "rank": ("rrhf.training.rank", "RankConfig", "a policy on ranked candidates (RRHF)"),
+    "sft": ("rrhf.training.methods.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
+    "reward": (
+        "rrhf.training.methods.reward",
+        "RewardConfig",
+        "a reward model on pairs or ranked groups",
+    ),
+    "rank": ("rrhf.training.methods.rank", "RankConfig", "a policy on ranked candidates (RRHF)"),
     "iterative": (
-        "rrhf.training.iterative",
+        "rrhf.training.rounds.iterative",
         "IterativeConfig",
         "a policy by RRHF in rounds: sample, score, rank, and again (IP-n)",
     ),
-    "ppo": ("rrhf.training.ppo", "PPOConfig", "a policy on its own answers: PPO, online RRHF"),
+    "ppo": (
+        "rrhf.training.online.ppo",
+        "PPOConfig",
+        "a policy on its own answers: PPO, online RRHF",
+    ),
 }
 
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.columns import ColumnOptions
+from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
-from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
 from rrhf.data.views import pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError

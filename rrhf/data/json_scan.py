@@ -6,7 +6,7 @@ byte-order mark and carriage returns are accepted. What cannot be read becomes a
 line, so that a reader can tell all of them at once instead of one a run.
 
 Left out on purpose: writing (`rrhf.data.jsonl`), and what a row must hold
-(`rrhf.data.candidate_rows`, `rrhf.data.layouts`).
+(`rrhf.data.candidate_rows`, `rrhf.data.formats`).
 """
 
 from __future__ import annotations

@@ -28,14 +28,14 @@ from typing import Any
 
 from rrhf.data.candidate_files import CandidateFile, SeenIds
 from rrhf.data.columns import ColumnNames, parse_columns
-from rrhf.data.indexed_sets import IndexedSets
-from rrhf.data.json_scan import Fault, scan_rows
-from rrhf.data.layouts import (
+from rrhf.data.formats import (
     CANDIDATE_COLUMNS,
     CANDIDATES,
     SourceCounts,
     is_candidate_row,
 )
+from rrhf.data.indexed_sets import IndexedSets
+from rrhf.data.json_scan import Fault, scan_rows
 from rrhf.data.sources import JSON_SUFFIXES, open_rows, read_sets
 from rrhf.errors import UserError
 from rrhf.files import is_same_file

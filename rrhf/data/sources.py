@@ -1,7 +1,7 @@
 """Where data come from: registered names, own files and folders, and the Hugging Face hub.
 
 Whatever the place, rows arrive as dictionaries with the place they stand at; their columns tell how
-they are read (`rrhf.data.layouts`). `read_sets` yields records one at a time and counts what it
+they are read (`rrhf.data.formats`). `read_sets` yields records one at a time and counts what it
 leaves out. Names that people know are one dictionary; `register_source` adds to it.
 
 What is asked for is found in this order: a file or folder of that path, a registered name or alias,
@@ -25,8 +25,8 @@ from rrhf.data.candidate_files import SeenIds, require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.cells import TextCells, with_lists
 from rrhf.data.columns import ColumnNames
+from rrhf.data.formats import Layout, SourceCounts, find_layout, read_row
 from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
-from rrhf.data.layouts import Layout, SourceCounts, find_layout, read_row
 from rrhf.data.tables import (
     SEPARATORS,
     TEXT_SUFFIX,

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rrhf.data.chat_format import conversation_of
+from rrhf.data.formats import SourceCounts
 from rrhf.data.indexed_sets import IndexedSets
-from rrhf.data.layouts import SourceCounts
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 

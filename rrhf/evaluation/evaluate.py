@@ -46,7 +46,7 @@ from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.evaluation.reached import signs_of_nothing
 from rrhf.evaluation.results import require_free_place, save_row
 from rrhf.files import explained_os_errors, made_folder, read_manifest
-from rrhf.generation.local import LocalEngine
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
 from rrhf.models.loading import (
     load_causal_lm,

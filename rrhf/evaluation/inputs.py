@@ -155,7 +155,7 @@ def find_world(gold: str, sets: Sequence[CandidateSet]) -> GoldWorld | None:
         return None
     if gold not in ("auto", "help_desk"):
         raise UserError(f"gold {gold!r}: choose one of auto, none, help_desk")
-    from rrhf.worlds.help_desk import HelpDesk
+    from rrhf.worlds.help_desk.world import HelpDesk
 
     return HelpDesk("smoke")
 

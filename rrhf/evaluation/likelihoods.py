@@ -1,6 +1,6 @@
 """Log-probs of given responses under a model: the basis of perplexity, KL and p_i accuracy.
 
-Rows go through the forward interface (`rrhf.models.logprobs.Policy`), those of one prompt together,
+Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`), those of one prompt together,
 so that its tokens pass the network once. A model that only padded rows serve gets batches of
 similar length; their size follows from the vocabulary, because the logits fill the memory.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.models.engines import FastPolicy, build_policy
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.onednn_linear import fast_linears
 from rrhf.models.loading import context_window
-from rrhf.models.logprobs import Policy
-from rrhf.models.onednn_linear import fast_linears
 from rrhf.progress import Progress
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.row_groups import batches_of, group_batch, group_by
@@ -49,7 +49,7 @@ def read_logprobs(
         pad_id: filler.
         temperature: divides the logits.
         max_logits: numbers that the logits of a batch of padded rows may have.
-        engine: as in `rrhf.models.engines.build_policy`.
+        engine: as in `rrhf.models.forward.layouts.build_policy`.
 
     Returns:
         For each row [T] float32 on the CPU, nats.

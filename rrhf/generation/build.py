@@ -10,7 +10,7 @@ import torch
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.generation.engine import GenerationEngine
-from rrhf.generation.local import LocalEngine
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.loading import load_causal_lm, resolve_device
 
 

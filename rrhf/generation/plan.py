@@ -12,14 +12,14 @@ from typing import Any
 
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
+from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
-from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.prompt_formats import PromptFormats
 from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.local import prompt_room
+from rrhf.generation.local.engine import prompt_room
 from rrhf.model_paths import model_folder
 from rrhf.models.loading import context_window
 from rrhf.progress import tracked

@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerBase
 from rrhf.algorithms.normalizers import Normalizer, normalize
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
-from rrhf.models.logprobs import Policy
-from rrhf.models.reward_engines import build_reward_model
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import HEAD, init_reward_model
 from rrhf.models.saving import weights_below, write_model_folder
 
@@ -60,7 +60,7 @@ class ValueModel(nn.Module):
     Args:
         model: a sequence classifier with one label, bare or with adapters.
         normalizer: whose mean and deviation put raw values on the scale of the scores; fixed.
-        engine: as in `rrhf.models.reward_engines.build_reward_model`.
+        engine: as in `rrhf.models.reward_layouts.build_reward_model`.
 
     Raises:
         UserError: the engine does not serve the model.

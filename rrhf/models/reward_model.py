@@ -34,8 +34,8 @@ from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.model_paths import check_model_path, model_folder
+from rrhf.models.forward.packed_trunk import inner_model
 from rrhf.models.loading import disable_dropout, load_model
-from rrhf.models.packed_trunk import inner_model
 from rrhf.models.reward_folders import names_classifier, require_classifier
 
 HEAD = "score"

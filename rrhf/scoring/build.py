@@ -79,7 +79,7 @@ def is_made(spec: str) -> bool:
 
 
 def _gold(rest: str) -> Scorer:
-    from rrhf.worlds.help_desk import GoldScorer
+    from rrhf.worlds.help_desk.world import GoldScorer
 
     if rest != "help_desk":
         raise UserError(f"gold:{rest}: the world with a gold preference is gold:help_desk")

@@ -24,10 +24,10 @@ from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.model_paths import model_folder
+from rrhf.models.forward.onednn_linear import fast_linears
 from rrhf.models.loading import context_window, load_tokenizer, resolve_device
-from rrhf.models.onednn_linear import fast_linears
-from rrhf.models.reward_engines import FastRewardModel, build_reward_model
 from rrhf.models.reward_folders import config_folder
+from rrhf.models.reward_layouts import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
     RewardModel,
@@ -145,7 +145,7 @@ class RewardModelScorer:
         attn_implementation: as transformers spells it.
         trust_remote_code: run code that the folder brings.
         device: where; by default the first GPU or the CPU.
-        engine: as in `rrhf.models.reward_engines.build_reward_model`.
+        engine: as in `rrhf.models.reward_layouts.build_reward_model`.
 
     Attributes:
         name, normalized, model: as `rrhf.scoring.scorer.LocalScorer`.

@@ -25,8 +25,8 @@ import torch
 
 from rrhf.commands import command_of
 from rrhf.data.candidate_rows import candidate_set_to_row
+from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
-from rrhf.data.layouts import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 from rrhf.files import (
@@ -38,9 +38,7 @@ from rrhf.files import (
     with_home_folder,
     write_manifest,
 )
-from rrhf.generation.parts import PartAppender
 from rrhf.generation.plan import fingerprint
-from rrhf.generation.staged_file import GO_ON, StagedFile
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress, tracked
@@ -50,6 +48,8 @@ from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.scorer import Scorer, is_too_long
 from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
+from rrhf.stages.parts import PartAppender
+from rrhf.stages.staged_file import GO_ON, StagedFile
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.training.ppo_checks import GROUP_METHODS
-from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.online.ppo_checks import GROUP_METHODS
+from rrhf.training.online.ppo_config import PPOConfig
 
 SAMPLES_PER_PROMPT = 4
 ROLLOUT_SIZE = 100

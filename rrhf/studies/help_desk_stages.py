@@ -26,7 +26,7 @@ from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished
 from rrhf.files import COMPLETE, write_json, write_manifest
-from rrhf.generation.local import LocalEngine
+from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.saving import write_model_folder
@@ -34,8 +34,9 @@ from rrhf.runs import settings_file
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.staged_folders import saved_folder
 from rrhf.studies.help_desk_online import online_config
-from rrhf.training import ppo, rank, reward, sft
-from rrhf.worlds.help_desk import HelpDesk
+from rrhf.training.methods import rank, reward, sft
+from rrhf.training.online import ppo
+from rrhf.worlds.help_desk.world import HelpDesk
 from rrhf.worlds.tiny_model import (
     build_tiny_llama,
     build_tokenizer,

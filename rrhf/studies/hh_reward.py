@@ -32,22 +32,22 @@ from torch.nn.functional import logsigmoid
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
-from rrhf.data.layouts import SourceCounts
+from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
 from rrhf.files import COMPLETE, make_folder, read_manifest, write_json
 from rrhf.models.loading import load_tokenizer, resolve_device
-from rrhf.models.reward_engines import build_reward_model
+from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.runs import SETTINGS_FILE, settings_file
 from rrhf.studies.config import HHRewardConfig
-from rrhf.training.fitting import RowFitter
-from rrhf.training.reward import RewardConfig, train
-from rrhf.training.reward_examples import PreferenceEncoder
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.reward import RewardConfig, train
+from rrhf.training.methods.reward_examples import PreferenceEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from transformers import (
 
 from benchmarks.gpu.layouts import HALF_FACTOR, distances, numbers
 from rrhf.errors import UserError
-from rrhf.models.engines import FastPolicy, build_policy
-from rrhf.models.logprobs import Policy
+from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import Policy
 
 LAYOUTS = ("rows", "shared_prefix", "dense_mask")
 

@@ -13,12 +13,12 @@ from flash_stand_in import flash_attn_varlen_func as exact
 from test_shared_prefix import RAGGED, SHAPES
 from torch import Tensor
 
-from rrhf.models.flex_attention import attend_flex, block_mask
-from rrhf.models.head import token_statistics
-from rrhf.models.logit_shape import LogitShape
-from rrhf.models.prefix_attention import attend
-from rrhf.models.shared_prefix import lay_out
-from rrhf.models.varlen_attention import load_torch_varlen, load_varlen
+from rrhf.models.forward.flex_attention import attend_flex, block_mask
+from rrhf.models.forward.head import token_statistics
+from rrhf.models.forward.logit_shape import LogitShape
+from rrhf.models.forward.prefix_attention import attend
+from rrhf.models.forward.shared_prefix import lay_out
+from rrhf.models.forward.varlen_attention import load_torch_varlen, load_varlen
 
 QUERIES, KEYS = (5, 1, 130, 33), (9, 1, 400, 40)
 """Tokens of each row: more keys than queries, as where a response reads its prompt."""

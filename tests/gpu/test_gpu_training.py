@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, write_lines
 
-from rrhf.training import rank
-from rrhf.training.offload import HostStore, build_store
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.offload import HostStore, build_store
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.methods import rank
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_memory_is_given_back(cuda: str) -> None:
 
 def test_random_states_of_the_device_come_back(tmp_path: Path, device: str) -> None:
     """What a checkpoint keeps of the generators makes the next draws the same."""
-    from rrhf.training.checkpoint import _random_state, _set_random_state
+    from rrhf.training.core.checkpoint import _random_state, _set_random_state
 
     torch.manual_seed(4)
     torch.rand(3, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .apply import Mutant
 
-UPDATE, PARALLEL = "rrhf/training/update.py", "rrhf/training/parallel.py"
+UPDATE, PARALLEL = "rrhf/training/core/update.py", "rrhf/training/core/parallel.py"
 
 LOOP = "test_loop.py::"
 STEPS = ("test_update.py",)

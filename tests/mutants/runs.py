@@ -5,8 +5,8 @@ from __future__ import annotations
 from .apply import Mutant
 from .core import LOOP
 
-THE_LOOP, CHECKPOINT = "rrhf/training/loop.py", "rrhf/training/checkpoint.py"
-CHECKPOINT_FOLDERS = "rrhf/training/checkpoint_folders.py"
+THE_LOOP, CHECKPOINT = "rrhf/training/core/loop.py", "rrhf/training/core/checkpoint.py"
+CHECKPOINT_FOLDERS = "rrhf/training/core/checkpoint_folders.py"
 SEALS, STAGED = "rrhf/sealed_folders.py", "rrhf/staged_folders.py"
 
 WHOLE_RUNS = (

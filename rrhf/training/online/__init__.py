@@ -2,5 +2,5 @@
 
     rollout -> experience -> stream (-> ptx, ema) -> the loop -> the next rollout
 
-`rrhf.training.ppo` puts the parts together.
+`rrhf.training.online.ppo` puts the parts together.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rrhf.errors import UserError
+from rrhf.models.forward.logprobs import Policy
 from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
-from rrhf.models.logprobs import Policy
 from rrhf.models.policy_with_value import (
     ActorCritic,
     ValueHead,
@@ -21,10 +21,8 @@ from rrhf.models.reward_model import (
     require_reward_model,
     score_normalizer,
 )
-from rrhf.training.model_folders import ModelFolders, Weights, WriteModel
-from rrhf.training.online.ema import AveragedStream
-from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.setup import (
+from rrhf.training.core.model_folders import ModelFolders, Weights, WriteModel
+from rrhf.training.core.setup import (
     Workbench,
     load_trainable_causal_lm,
     model_writer,
@@ -32,6 +30,8 @@ from rrhf.training.setup import (
     policy_on_engine,
     prepare_trainable,
 )
+from rrhf.training.online.ema import AveragedStream
+from rrhf.training.online.ppo_config import PPOConfig
 
 
 def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:

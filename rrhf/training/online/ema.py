@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
-from rrhf.training.parallel import Parallel
-from rrhf.training.streams import LiveStream
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import LiveStream
 
 _PREFIX = "average."
 

@@ -30,7 +30,7 @@ from rrhf.algorithms.rewards import (
     token_rewards,
 )
 from rrhf.data.collate import EncodedSet, padded_groups
-from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.online.ppo_config import PPOConfig
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rrhf.training.online.experience import RolloutRow
-from rrhf.training.ppo_checks import GROUP_METHODS
-from rrhf.training.ppo_config import PPOConfig
+from rrhf.training.online.ppo_checks import GROUP_METHODS
+from rrhf.training.online.ppo_config import PPOConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from rrhf.algorithms.kl import KLController, token_kl
 from rrhf.algorithms.masked import masked_sum
 from rrhf.data.collate import TokenBatch
 from rrhf.models.policy_with_value import ActorCriticOutputs
-from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.update import Term
+from rrhf.training.core.update import Term
+from rrhf.training.online.ppo_config import PPOConfig
 
 
 class PPOObjective:

@@ -18,10 +18,10 @@ from torch import Tensor
 from rrhf.algorithms.cross_entropy import cross_entropy
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.models.policy_with_value import ActorCriticOutputs
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.update import Term
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.stream import PPOStream
-from rrhf.training.streams import OfflineStream
-from rrhf.training.update import Term
 
 _MARK = "is_demonstration"
 

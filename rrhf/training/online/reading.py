@@ -19,10 +19,10 @@ from torch import Tensor
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.generation.engine import Sample
-from rrhf.models.logprobs import PolicyOutputs
+from rrhf.models.forward.logprobs import PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic
 from rrhf.progress import pulse
-from rrhf.training.parallel import Parallel
+from rrhf.training.core.parallel import Parallel
 
 logger = logging.getLogger(__name__)
 

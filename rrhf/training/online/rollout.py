@@ -31,20 +31,20 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
-from rrhf.generation.local import LocalEngine
-from rrhf.models.logprobs import Policy, PolicyOutputs
+from rrhf.generation.local.engine import LocalEngine
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
 from rrhf.runs import RunFolder
 from rrhf.scoring.scorer import Scorer, is_too_long
 from rrhf.signals import StopRequest
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.phases import Phases, Spent, over_ranks, peak_meter
 from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.online.reading import Draft, Reader
 from rrhf.training.online.response_ends import StopToken, is_loop
 from rrhf.training.online.whole_copy import WholeCopy
-from rrhf.training.parallel import Parallel
-from rrhf.training.phases import Phases, Spent, over_ranks, peak_meter
-from rrhf.training.ppo_config import PPOConfig
 
 logger = logging.getLogger(__name__)
 

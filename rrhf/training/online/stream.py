@@ -7,7 +7,7 @@ changed none of that: what is saved then is the state before it, and resuming ma
 
 The prompts of a rollout follow from (seed, its number), the order of a pass from (seed, its number,
 the pass). A rollout is cut into equally many minibatches, whether or not responses were left out;
-a minibatch is cut over ranks and micro-batches as in `rrhf.training.streams`, with the responses to
+a minibatch is cut over ranks and micro-batches as in `rrhf.training.core.streams`, with the responses to
 one prompt side by side, since engines that share prompts then compute it once.
 """
 
@@ -28,15 +28,9 @@ from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
-from rrhf.training.online.experience import build_experience, pack, unpack
-from rrhf.training.online.no_learning import NoLearning
-from rrhf.training.online.objective import PPOObjective
-from rrhf.training.online.rollout import RolloutWriter
-from rrhf.training.parallel import Parallel
-from rrhf.training.phases import as_metrics
-from rrhf.training.ppo_config import PPOConfig
-from rrhf.training.sample_table import SampleTable
-from rrhf.training.token_batches import (
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.phases import as_metrics
+from rrhf.training.core.token_batches import (
     PADDED,
     Size,
     TokenBudget,
@@ -46,6 +40,12 @@ from rrhf.training.token_batches import (
     told,
     warn_of_lone,
 )
+from rrhf.training.online.experience import build_experience, pack, unpack
+from rrhf.training.online.no_learning import NoLearning
+from rrhf.training.online.objective import PPOObjective
+from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.online.rollout import RolloutWriter
+from rrhf.training.online.sample_table import SampleTable
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import copy
 
 import torch
 
-from rrhf.models.logprobs import Policy
-from rrhf.training.parallel import Parallel
+from rrhf.models.forward.logprobs import Policy
+from rrhf.training.core.parallel import Parallel
 
 
 class WholeCopy:

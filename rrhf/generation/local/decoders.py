@@ -1,0 +1,142 @@
+"""Which way a model takes tokens: rows that share prompts where it can, plain rows otherwise.
+
+The shared way is tried once on each model, on a few random tokens with everything that happens to
+rows: prompts of different lengths, several samples, a row that leaves, one that comes later. What
+it cannot serve (attention that is not exchangeable, layers with a state of their own, position
+biases) shows there, is said once, and the model goes the plain way.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from rrhf.generation.local.incremental import IncrementalModel
+from rrhf.generation.local.shared_prompt import SharedPromptModel, in_place
+from rrhf.models.forward.onednn_linear import fast_linears
+from rrhf.models.forward.packed_trunk import declared_window
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
+"""Share of the logits' own spread by which they may differ: in float32, in half precision."""
+
+STEPS_WORTH_PACKING = 32
+"""Where a row takes so many tokens, weights are copied for faster products first."""
+
+
+class Decoder(Protocol):
+    """Takes tokens for rows; each row belongs to a prompt, which is read before its rows begin."""
+
+    @property
+    def can_join(self) -> bool:
+        """Whether prompts may be read and rows begin while others are on their way."""
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        """Handles of the prompts, and the logits of a first response token: [B, V]."""
+
+    def release(self, handles: Sequence[int]) -> None:
+        """These prompts will have no more rows."""
+
+    def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
+        """The next rows: which each continues (None = it begins), and its prompt's handle."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token [R] to each row; returns the logits of the next: [R, V]."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of trying the shared way on a model.
+
+    Attributes:
+        misfit: why it does not serve the model; None where it does.
+        window: longer rows go the plain way: the config tells of a window, its layers do not.
+    """
+
+    misfit: str | None
+    window: int | None = None
+
+
+_VERDICTS: WeakKeyDictionary[Any, Verdict] = WeakKeyDictionary()
+
+
+@contextmanager
+def decoding(
+    model: Any, pad_id: int, longest: int, num_steps: int = 0
+) -> Iterator[Callable[[], Decoder]]:
+    """Prepare a model for writing; gives what makes its decoders, one for each batch.
+
+    Args:
+        model: a Hugging Face causal language model, in eval mode; its weights stay as they are.
+        pad_id: filler of plain rows.
+        longest: tokens that a row may come to have, prompt included.
+        num_steps: about how many tokens a row will take; preparation may cost more for many.
+    """
+    if model not in _VERDICTS:
+        _VERDICTS[model] = verdict = _tried(model, pad_id)
+        if verdict.misfit is not None:
+            logger.warning(
+                "generation: %s goes by plain rows, since with shared prompts %s",
+                type(model).__name__,
+                verdict.misfit,
+            )
+    verdict = _VERDICTS[model]
+    if verdict.misfit is None and (verdict.window is None or longest <= verdict.window):
+        with in_place(model), fast_linears(model, num_steps >= STEPS_WORTH_PACKING):
+            yield lambda: SharedPromptModel(model)
+    else:
+        yield lambda: IncrementalModel(model, pad_id)
+
+
+@torch.no_grad()
+def _tried(model: Any, pad_id: int) -> Verdict:
+    try:
+        texts = _random_texts(model)
+        expected = IncrementalModel(model, pad_id).start(texts).float()
+        with in_place(model), fast_linears(model):
+            decoder = SharedPromptModel(model)
+            found = _joined_on_the_way(decoder, texts).float()
+        window = None if any(decoder.windows) else declared_window(model.config)
+    # Whatever the model's own code makes of it, the shared way is not for it.
+    except Exception as error:
+        return Verdict(f"there is {type(error).__name__}: {error}")
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-12)
+    share = float(((found - expected).norm(dim=-1) / spread).max())
+    is_half = model.dtype.itemsize < 4 or torch.is_autocast_enabled(expected.device.type)
+    if not share <= (HALF_TOLERANCE if is_half else TOLERANCE):
+        return Verdict(f"logits differ by {share:.2g} of their spread")
+    return Verdict(None, window)
+
+
+def _random_texts(model: Any) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    size = int(model.get_input_embeddings().weight.shape[0])
+    return [torch.randint(size, (length,), generator=generator).tolist() for length in (9, 7, 6)]
+
+
+def _joined_on_the_way(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
+    """The logits behind each of three texts: [3, V]. The first one is run with another row that
+    leaves, and when it does the third begins."""
+    first, second, third = texts
+    (one, two), begin = decoder.read([first[:5], second[:3]])
+    device = begin.device
+    decoder.arrange([None, None, None], [one, one, two])
+    for step in range(2):
+        tokens = [first[5 + step], first[step], second[3 + step]]
+        decoder.step(torch.tensor(tokens, device=device))
+    (three,), _ = decoder.read([third[:4]])
+    decoder.arrange([0, 2, None], [one, two, three])
+    for step in range(2):
+        tokens = [first[7 + step], second[5 + step], third[4 + step]]
+        logits = decoder.step(torch.tensor(tokens, device=device))
+    return logits

@@ -1,0 +1,280 @@
+"""The engine that samples from a model in this process, tokens first.
+
+A prompt is read once for its N responses, finished rows leave the batch, prompts of one batch have
+similar lengths. The responses do not depend on that: see `rrhf.generation.local.sampling` for the
+randomness, and responses are cut out by token index, never by comparing text. A response ends at an
+end id, or before a stop string: its ids are then those that lie wholly before the stop string, its
+text ends exactly before it.
+
+Left out on purpose: weights that are spread over devices, and engines behind a network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rrhf.data.chat_format import ChatCodec
+from rrhf.errors import UserError
+from rrhf.generation.engine import Sample, SamplingParams
+from rrhf.generation.local.beam_search import BeamSearch, BeamSettings, Hypothesis
+from rrhf.generation.local.decoders import Decoder, decoding
+from rrhf.generation.local.row_loop import ByParams, Chooser, Job, RowLoop, Written
+from rrhf.generation.params import check_params
+from rrhf.models.loading import context_window
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+
+def prompt_room(
+    window: int | None, params: SamplingParams, max_prompt_tokens: int | None
+) -> int | None:
+    """Tokens that a prompt may have so that a whole response still fits; None = no limit.
+
+    Args:
+        window: positions that the model knows, or None.
+        params: the settings; max_new_tokens is kept free.
+        max_prompt_tokens: a limit in addition to the window, or None.
+
+    Raises:
+        UserError: max_new_tokens alone fills the window.
+    """
+    if window is None:
+        return max_prompt_tokens
+    room = window - params.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens = {params.max_new_tokens}: leaves no room for a prompt in the "
+            f"model's window of {window} tokens; lower it"
+        )
+    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
+
+
+class LocalEngine:
+    """Samples from a Hugging Face causal language model.
+
+    Attributes:
+        name: "local:<model>".
+        model: the model; put into eval mode while it writes, gradients off.
+        codec: text to ids and back.
+        max_batch_rows: responses written at the same time, at most.
+        max_prompt_tokens: longer prompts lose whole turns on the left; None = as the model's
+            window allows.
+        chooser: what chooses tokens, from the settings and the ids that end a response.
+    """
+
+    chooser: Callable[[SamplingParams, frozenset[int]], Chooser] = ByParams
+
+    def __init__(
+        self,
+        model: Any,
+        codec: ChatCodec,
+        max_batch_rows: int = 32,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        assert max_batch_rows >= 1, "a batch holds at least one row"
+        self.name = f"local:{getattr(model.config, 'name_or_path', '') or 'model'}"
+        self.model = model
+        self.codec = codec
+        self.max_batch_rows = max_batch_rows
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def prompt_room(self, params: SamplingParams) -> int | None:
+        """As the function of this name, for this model."""
+        return prompt_room(context_window(self.model), params, self.max_prompt_tokens)
+
+    def encode_prompt(self, prompt: CandidateSet, params: SamplingParams) -> list[int] | None:
+        """The prompt's ids, cut by whole turns to the room; None where it does not fit."""
+        return self.codec.encode_prompt(prompt, self.prompt_room(params)) or None
+
+    def generate(
+        self, prompts: Sequence[CandidateSet], params: SamplingParams
+    ) -> list[list[Sample]]:
+        """N samples for each prompt, in order.
+
+        Raises:
+            UserError: settings that exclude each other; a prompt that does not fit (ask
+                `encode_prompt` first); no memory for a single response.
+        """
+        check_params(params)
+        jobs = []
+        for prompt in prompts:
+            ids = self.encode_prompt(prompt, params)
+            if ids is None:
+                raise UserError(
+                    f"prompt {prompt.id}: is empty, or its last turn does not fit into "
+                    f"{self.prompt_room(params)} tokens; shorten it, or raise max_prompt_tokens"
+                )
+            stops = (*self.codec.stop_strings(prompt), *params.stop_strings)
+            jobs.append(Job(prompt, ids, stops, params.num_return_sequences))
+        if not jobs:
+            return []
+        places = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].ids))
+        ordered = [jobs[place] for place in places]  # so that neighbours are of similar length
+        with _evaluating(self.model), torch.no_grad():
+            if params.num_beams > 1:
+                written = self._search_beams(ordered, params)
+            else:
+                written = self._sample_rows(ordered, params)
+        rows_of = dict(zip(places, written, strict=True))
+        return [
+            [self._sample_of(job, row) for row in rows_of[place]] for place, job in enumerate(jobs)
+        ]
+
+    def _sample_rows(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
+        """Ancestral or greedy decoding; where memory does not suffice, of half as many rows."""
+        end_ids = frozenset(self.codec.end_ids)
+        loop = RowLoop(jobs, params, end_ids, self._holds_any, self.chooser(params, end_ids))
+        max_rows = self.max_batch_rows
+        longest = len(jobs[0].ids) + params.max_new_tokens
+        with decoding(self.model, self.codec.pad_id, longest, params.max_new_tokens) as new_decoder:
+            while not loop.is_done:
+                try:
+                    loop.run(new_decoder(), max_rows)
+                except (MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    rows = loop.put_back()
+                    if rows <= 1:
+                        raise _no_memory(jobs[0], params) from error
+                    max_rows = rows // 2
+                    logger.warning("no memory for %d rows at a time; trying half as many", rows)
+        return loop.written()
+
+    def _holds_any(self, ids: list[int], stops: tuple[str, ...]) -> bool:
+        text = self.codec.decode_tail(ids)
+        return any(stop in text for stop in stops)
+
+    def _search_beams(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
+        """Beam search of some prompts at a time; where memory does not suffice, of half of them."""
+        count = max(1, self.max_batch_rows // params.num_beams)
+        parts = [jobs[start : start + count] for start in range(0, len(jobs), count)]
+        longest = len(jobs[0].ids) + params.max_new_tokens
+        written: list[list[Written]] = []
+        with decoding(self.model, self.codec.pad_id, longest, params.max_new_tokens) as new_decoder:
+            while parts:
+                part = parts.pop(0)
+                try:
+                    written += self._search_part(part, params, new_decoder())
+                except (MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    if len(part) == 1:
+                        raise _no_memory(part[0], params) from error
+                    rows, half = len(part) * params.num_beams, len(part) // 2
+                    parts[:0] = [part[:half], part[half:]]
+                    logger.warning("no memory for %d rows at a time; trying half as many", rows)
+        return written
+
+    def _search_part(
+        self, jobs: list[Job], params: SamplingParams, decoder: Decoder
+    ) -> list[list[Written]]:
+        """The best hypotheses of each job, the best first; log-probs are at the temperature."""
+        settings = BeamSettings(
+            num_beams=params.num_beams,
+            num_beam_groups=params.num_beam_groups,
+            diversity_penalty=params.diversity_penalty,
+            length_penalty=params.length_penalty,
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+        )
+        tail_tokens = max((len(s.encode()) for job in jobs for s in job.stops), default=0) + 1
+
+        def stops(prompt: int, tokens: Sequence[int]) -> bool:
+            return self._holds_any(list(tokens[-tail_tokens:]), jobs[prompt].stops)
+
+        has_stops = any(job.stops for job in jobs)
+        search = BeamSearch(len(jobs), settings, self.codec.end_ids, stops if has_stops else None)
+        handles, logits = decoder.read([job.ids for job in jobs])
+        logits = logits.repeat_interleave(params.num_beams, dim=0)
+        owners = [handle for handle in handles for _ in range(params.num_beams)]
+        is_first = True
+        while True:
+            searching = search.searching
+            scaled = logits.float() / params.temperature
+            rows, tokens = search.advance(torch.log_softmax(scaled, dim=-1))
+            if search.is_done:
+                break
+            decoder.release([handles[p] for p in searching if p not in search.searching])
+            sources = rows.tolist()
+            owners = [owners[row] for row in sources]
+            decoder.arrange([None] * len(sources) if is_first else sources, owners)
+            is_first = False
+            logits = decoder.step(tokens)
+        return [
+            [
+                Written(torch.tensor(h.tokens), torch.tensor(h.logprobs), h.finish_reason)
+                for h in _enough(search.best(place, job.count), job)
+            ]
+            for place, job in enumerate(jobs)
+        ]
+
+    def _sample_of(self, job: Job, written: Written) -> Sample:
+        """The response cut at its first stop string, with its text."""
+        ids = written.token_ids.tolist()
+        text = self.codec.decode_response(job.prompt, job.ids, ids)
+        raw = self.codec.decode_tail(ids)
+        starts = [place for stop in job.stops if (place := raw.find(stop)) >= 0]
+        if not starts:
+            return Sample(written.token_ids, written.logprobs, written.finish_reason, text)
+        start = min(starts)
+        lead = 0 if text[:start] == raw[:start] else 1  # the format's blank, which raw still has
+        text = text[: max(0, start - lead)]
+        kept = _tokens_before(start, ids, self.codec.decode_tail)
+        return Sample(
+            written.token_ids[:kept],
+            written.logprobs[:kept],
+            "stop",
+            text if text.strip() else "",
+        )
+
+
+def _tokens_before(
+    position: int, ids: Sequence[int], decode: Callable[[Sequence[int]], str]
+) -> int:
+    """How many of the first tokens lie wholly before a position of the decoded text."""
+    low, high = 0, len(ids)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(decode(ids[:middle])) <= position:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
+    if len(hypotheses) < job.count:
+        raise UserError(
+            f"prompt {job.prompt.id}: beam search found {len(hypotheses)} hypotheses where "
+            f"{job.count} were asked for; raise max_new_tokens, or lower num_return_sequences"
+        )
+    return hypotheses
+
+
+def _no_memory(job: Job, params: SamplingParams) -> UserError:
+    return UserError(
+        f"prompt {job.prompt.id}: no memory for one response of {params.max_new_tokens} tokens "
+        f"after {len(job.ids)}; lower max_new_tokens or max_prompt_tokens"
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

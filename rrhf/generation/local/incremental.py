@@ -1,0 +1,161 @@
+"""A causal language model fed one token a row at a time, its past kept.
+
+The prompt of many responses is computed once and its past repeated; rows that are finished leave
+the batch. Prompts are padded on the left; positions and mask are given explicitly, so that padding
+changes nothing but the last bits of a float. The past of full-attention layers grows in place
+instead of being copied at every token.
+
+Left out on purpose: what is chosen from the logits (`rrhf.generation.local.sampling`, `.beam_search`).
+
+Shapes: B prompts, R rows, P prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """The past of one layer in a buffer with room: a new token is written, the rest stays put."""
+
+    room = 64
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [R, heads, new tokens, dim]; returns all of them."""
+        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            self._buffers: tuple[Tensor, Tensor] | None = None
+            return key_states, value_states
+        assert self.values is not None, "keys and values come together"
+        length = self.keys.shape[-2]
+        needed = length + key_states.shape[-2]
+        # Rows that were repeated or selected since are tensors of their own, outside the buffer.
+        in_place = self._buffers is not None and self.keys.data_ptr() == self._buffers[0].data_ptr()
+        if self._buffers is None or not in_place or self._buffers[0].shape[-2] < needed:
+            self._buffers = (
+                self._with_room(self.keys, needed),
+                self._with_room(self.values, needed),
+            )
+        key_buffer, value_buffer = self._buffers
+        key_buffer[:, :, length:needed] = key_states
+        value_buffer[:, :, length:needed] = value_states
+        self.keys, self.values = key_buffer[:, :, :needed], value_buffer[:, :, :needed]
+        return self.keys, self.values
+
+    def _with_room(self, states: Tensor, needed: int) -> Tensor:
+        rows, heads, length, dim = states.shape
+        buffer = states.new_empty(rows, heads, needed + self.room, dim)
+        buffer[:, :, :length] = states
+        return buffer
+
+
+def empty_cache(model: Any) -> DynamicCache:
+    """A cache for the model, growing in place where a layer attends to everything."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids [B, P] with padding on the left, and the mask [B, P] int64, 1 at real tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[place, width - len(row) :] = 1
+    return ids, mask
+
+
+class IncrementalModel:
+    """Rows of one batch on their way; prompts are read anew for each batch.
+
+    Args:
+        model: a Hugging Face causal language model, in eval mode.
+        pad_id: filler on the left of shorter prompts; never attended to.
+    """
+
+    can_join = False
+
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self._model = model
+        self._pad_id = pad_id
+        self._device = next(model.parameters()).device
+        accepted = inspect.signature(model.forward).parameters
+        takes_anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        self._takes_positions = takes_anything or "position_ids" in accepted
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts; returns the logits of each one's first response token: [B, V]."""
+        ids, mask = pad_left(prompts, self._pad_id)
+        self._mask = mask.to(self._device)
+        self._next_position = self._mask.sum(dim=-1)  # [B]
+        self._cache = empty_cache(self._model)
+        positions = (self._mask.cumsum(dim=-1) - 1).clamp_(min=0)
+        return self._forward(ids.to(self._device), positions)
+
+    def repeat(self, times: int) -> None:
+        """Each row becomes `times` rows, side by side."""
+        if times > 1:
+            self._cache.batch_repeat_interleave(times)
+            self._mask = self._mask.repeat_interleave(times, dim=0)
+            self._next_position = self._next_position.repeat_interleave(times, dim=0)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; a row may come twice or not at all."""
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+        self._next_position = self._next_position[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token [R] to each row; returns the logits of the next: [R, V]."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=-1)
+        positions = self._next_position[:, None]
+        self._next_position = self._next_position + 1
+        return self._forward(tokens[:, None], positions)
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        """As `start`, in the words of `rrhf.generation.local.decoders.Decoder`; ends the last batch."""
+        logits = self.start(prompts)
+        self._is_new = True
+        return list(range(len(prompts))), logits
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Nothing: prompts stay with their rows."""
+
+    def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
+        """After `read`, rows of the prompts that are named; later, those that go on.
+
+        Raises:
+            AssertionError: a row begins while others are on their way.
+        """
+        assert self._is_new or None not in sources, "plain rows begin together"
+        rows = list(handles) if self._is_new else [row for row in sources if row is not None]
+        if rows != list(range(len(self._next_position))):
+            self.select(torch.tensor(rows, device=self._device))
+        self._is_new = False
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        given: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        outputs = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **given,
+            **self._keep,
+        )
+        return outputs.logits[:, -1]

@@ -1,0 +1,285 @@
+"""The loop that writes responses, token by token, in a batch that stays full.
+
+Rows that are finished leave, and the next samples take their places while the others go on, as far
+as the decoder lets rows begin on the way. What comes out does not depend on that: a row's tokens
+follow from its own uniform numbers and its own past.
+
+Left out on purpose: beams (`rrhf.generation.local.engine`), and what a stop string does to a text.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rrhf.generation.engine import SamplingParams
+from rrhf.generation.local.decoders import Decoder
+from rrhf.generation.local.sampling import pick_tokens, sample_uniforms
+from rrhf.progress import pulse
+from rrhf.records import CandidateSet, FinishReason
+
+# Text is looked at for stop strings every so many tokens; what was written beyond one is cut off.
+STOP_CHECK_TOKENS = 8
+# Finished rows leave once they are this part of the batch: each leaving copies the others' past.
+LEAVING_FRACTION = 1 / 8
+# Admit new rows only when this share of the batch is free, so that prompts are read in batches.
+JOINING_FRACTION = 1 / 4
+# Prompts are read together where none is shorter than this part of the longest.
+SIMILAR_LENGTH = 1 / 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt.
+
+    Attributes:
+        prompt: the set.
+        ids: its prompt as tokens.
+        stops: strings before which a response ends.
+        count: how many samples.
+    """
+
+    prompt: CandidateSet
+    ids: list[int]
+    stops: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A response as the loop left it: [T] ids and log-probs, not yet cut at a stop string."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    finish_reason: FinishReason
+
+
+@dataclass(eq=False)
+class Row:
+    """One response on its way.
+
+    Attributes:
+        job: number of its prompt.
+        sample: which of the prompt's samples it is.
+        uniforms: what decides its tokens; empty where nothing is drawn.
+        token_ids, logprobs: so far.
+        is_done: it takes no more.
+    """
+
+    job: int
+    sample: int
+    uniforms: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    is_done: bool = False
+
+
+class Chooser(Protocol):
+    """Chooses the next token of every row: [R] ids, and their log-probs [R]."""
+
+    def __call__(
+        self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class ByParams:
+    """The chooser that does what the settings say; `end_ids` do not come before their time."""
+
+    params: SamplingParams
+    end_ids: frozenset[int]
+
+    def __call__(
+        self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `pick_tokens`, from the model's logits [R, V]."""
+        uniforms = None
+        if self.params.do_sample:
+            now = [0.0 if row.is_done else row.uniforms[len(row.token_ids)] for row in rows]
+            uniforms = torch.tensor(now, dtype=torch.float64, device=logits.device)
+        least = self.params.min_new_tokens
+        early = [place for place, row in enumerate(rows) if len(row.token_ids) < least]
+        return pick_tokens(
+            logits, self.params, uniforms, self.end_ids if early else (), seen, early
+        )
+
+
+class RowLoop:
+    """Writes the samples of some prompts; goes on after `put_back` where a decoder failed.
+
+    Args:
+        jobs: the prompts; those that come first begin first.
+        params: the settings.
+        end_ids: tokens that end a response.
+        is_stopped: whether ids hold one of some strings.
+        choose: the next tokens.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        params: SamplingParams,
+        end_ids: frozenset[int],
+        is_stopped: Callable[[list[int], tuple[str, ...]], bool],
+        choose: Chooser,
+    ) -> None:
+        self._jobs, self._params, self._end_ids = jobs, params, end_ids
+        self._is_stopped, self._choose = is_stopped, choose
+        self._waiting = deque(
+            Row(number, sample) for number, job in enumerate(jobs) for sample in range(job.count)
+        )
+        self._num_rows = len(self._waiting)
+        self._rows: list[Row] = []  # as the decoder has them
+        self._beginning: list[Row] = []  # soon with them
+        self._finished: list[Row] = []
+        self._handles: dict[int, int] = {}  # of the prompts held
+        self._first: dict[int, Tensor] = {}  # and the logits [V] of their first token
+        self._seen: Tensor | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything is written."""
+        return not self._waiting and not self._rows
+
+    def written(self) -> list[list[Written]]:
+        """Of each prompt, its samples in order."""
+        found: list[list[Written]] = [[] for _ in self._jobs]
+        for row in sorted(self._finished, key=lambda row: (row.job, row.sample)):
+            reason: FinishReason = "stop" if row.token_ids[-1] in self._end_ids else "length"
+            ids, logprobs = torch.tensor(row.token_ids), torch.tensor(row.logprobs)
+            found[row.job].append(Written(ids, logprobs, reason))
+        return found
+
+    def put_back(self) -> int:
+        """What was on its way will begin anew, with another decoder; returns how many rows."""
+        rows = [*self._rows, *self._beginning]
+        unfinished = sorted((r.job, r.sample) for r in rows if not r.is_done)
+        self._waiting.extendleft(Row(*one) for one in reversed(unfinished))
+        self._rows, self._beginning, self._seen = [], [], None
+        self._handles.clear()
+        self._first.clear()
+        return len(rows)
+
+    def run(self, decoder: Decoder, max_rows: int) -> None:
+        """Write until all is written.
+
+        Args:
+            decoder: a new one.
+            max_rows: on their way at the same time, at most.
+        """
+        while True:
+            self._change_rows(decoder, max_rows)
+            if not self._rows:
+                return
+            tokens = torch.tensor([row.token_ids[-1] for row in self._rows], device=self._device)
+            self._take(decoder.step(tokens), self._rows, self._seen)
+            pulse(f"{len(self._finished)} of {self._num_rows} responses written")
+
+    def _change_rows(self, decoder: Decoder, max_rows: int) -> None:
+        """Let finished rows leave and new ones join, where it pays."""
+        alive = [place for place, row in enumerate(self._rows) if not row.is_done]
+        free = max_rows - len(alive)
+        wanted = max(1, int(max_rows * JOINING_FRACTION)) if alive else 1
+        if self._waiting and free >= wanted and (decoder.can_join or not alive):
+            self._begin(decoder, free)
+        elif len(alive) > len(self._rows) * (1 - LEAVING_FRACTION):
+            return
+        order: list[tuple[int | None, Row]] = [(place, self._rows[place]) for place in alive]
+        order += [(None, row) for row in self._beginning]
+        self._rows, self._beginning = [row for _, row in order], []
+        if self._params.repetition_penalty != 1.0 and order:
+            self._seen = torch.stack([self._seen_by(row) for row in self._rows])
+        self._forget_prompts(decoder)
+        if order:
+            handles = [self._handles[row.job] for row in self._rows]
+            decoder.arrange([place for place, _ in order], handles)
+
+    def _begin(self, decoder: Decoder, free: int) -> None:
+        """Read the next prompts and take the first token of their rows, as many as find room."""
+        if not decoder.can_join:
+            self._handles.clear()
+            self._first.clear()
+            count = self._jobs[self._waiting[0].job].count
+            free = max(free // count * count, min(count, free))
+        while self._waiting and len(self._beginning) < free:
+            room = min(free - len(self._beginning), len(self._waiting))
+            fresh = [self._waiting.popleft() for _ in range(room)]
+            done_before = len(self._beginning)
+            self._beginning += fresh
+            self._read(decoder, sorted({row.job for row in fresh}))
+            if self._params.do_sample:
+                for row in fresh:
+                    prompt_id = self._jobs[row.job].prompt.id
+                    row.uniforms = sample_uniforms(self._params, prompt_id, row.sample).tolist()
+            seen = None
+            if self._params.repetition_penalty != 1.0:
+                seen = torch.stack([self._seen_by(row) for row in fresh])
+            self._take(torch.stack([self._first[row.job] for row in fresh]), fresh, seen)
+            going_on = [row for row in fresh if not row.is_done]
+            self._beginning[done_before:] = going_on
+            if not decoder.can_join:
+                return
+
+    def _read(self, decoder: Decoder, jobs: list[int]) -> None:
+        """Read the prompts that are not held yet, those of similar length together."""
+        jobs = [job for job in jobs if job not in self._handles]
+        while jobs:
+            longest = len(self._jobs[jobs[0]].ids)
+            part = jobs
+            if decoder.can_join:
+                part = [j for j in jobs if len(self._jobs[j].ids) >= longest * SIMILAR_LENGTH]
+            handles, logits = decoder.read([self._jobs[job].ids for job in part])
+            self._device = logits.device
+            self._handles.update(zip(part, handles, strict=True))
+            self._first.update(zip(part, logits, strict=True))
+            jobs = [job for job in jobs if job not in self._handles]
+
+    def _forget_prompts(self, decoder: Decoder) -> None:
+        """Let go of the prompts that have no row and none to come; rows wait prompt by prompt."""
+        needed = {row.job for row in self._rows}
+        needed |= {self._waiting[0].job} if self._waiting else set()
+        gone = [job for job in self._handles if job not in needed]
+        decoder.release([self._handles.pop(job) for job in gone])
+        for job in gone:
+            del self._first[job]
+
+    def _take(self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None) -> None:
+        """Choose a token for each row, and see which are finished by it."""
+        tokens, logprobs = self._choose(logits, rows, seen)
+        if seen is not None:
+            seen[torch.arange(len(rows), device=seen.device), tokens] = True
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if row.is_done:
+                continue
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            row.is_done = self._is_finished(row)
+            if row.is_done:
+                self._finished.append(row)
+
+    def _is_finished(self, row: Row) -> bool:
+        length, stops = len(row.token_ids), self._jobs[row.job].stops
+        if length == self._params.max_new_tokens or row.token_ids[-1] in self._end_ids:
+            return True
+        return bool(stops) and length % STOP_CHECK_TOKENS == 0 and self._holds_stop(row, stops)
+
+    def _holds_stop(self, row: Row, stops: tuple[str, ...]) -> bool:
+        """Only the end is read, the rest was read before; a find is checked on the whole."""
+        tail_tokens = STOP_CHECK_TOKENS + max(len(stop.encode()) for stop in stops)
+        if not self._is_stopped(row.token_ids[-tail_tokens:], stops):
+            return False
+        return self._is_stopped(row.token_ids, stops)
+
+    def _seen_by(self, row: Row) -> Tensor:
+        """[V] True where prompt or response holds the token."""
+        seen = torch.zeros_like(self._first[row.job], dtype=torch.bool)
+        ids = [*self._jobs[row.job].ids, *row.token_ids]
+        seen[torch.tensor(ids, device=seen.device)] = True
+        return seen

@@ -1,0 +1,100 @@
+"""Attention over shared prompts by FlexAttention: one call under a mask of blocks.
+
+The mask says token by token who sees whom; FlexAttention leaves out the blocks of the sequence in
+which nobody sees anybody, so several prompts with their responses fit in one sequence. Windows are
+part of the mask, soft-capping changes the scores.
+
+Meant for CUDA, where torch compiles it. On a CPU torch runs it as it is written, without a backward
+pass; so a model that is trained there cannot use it, and its self-check says so. Not measured, not
+run on CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from rrhf.models.forward.shared_prefix import SharedPrefix
+
+
+def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
+    """Who sees whom, of the whole sequence.
+
+    Args:
+        layout: of the sequence.
+        window: how many positions back a token sees, itself included; None = all.
+    """
+    group, response, position = layout.group, layout.response, layout.position_ids[0]
+    # Compiled for any length at once, a number would become a symbol, which the kernel cannot have.
+    reach = None if window is None else position.new_tensor(window)
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_shared = (response[key] < 0) | (response[key] == response[query])
+        distance = position[query] - position[key]
+        seen = (group[query] == group[key]) & is_shared & (distance >= 0)
+        return seen if reach is None else seen & (distance < reach)
+
+    count, device = len(group), group.device
+    create = _compiled_mask() if device.type == "cuda" else create_block_mask
+    found: BlockMask = create(sees, None, None, count, count, device=device)
+    return found
+
+
+def attend_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of the whole sequence.
+
+    Args:
+        query: [1, heads, T, D].
+        key, value: [1, key heads, T, D].
+        mask: of the layout, and of the layer's window.
+        scaling: of the scores; None = 1 / sqrt(D).
+        dropout: must be 0; it has none.
+        softcap: bound of the scores, or None.
+
+    Returns:
+        [1, T, heads, D].
+    """
+    if dropout:
+        raise NotImplementedError("FlexAttention has no dropout of attention weights")
+
+    bound = None if softcap is None else query.new_tensor(softcap, dtype=torch.float32)
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        assert bound is not None
+        return torch.tanh(score / bound) * bound
+
+    attention = _compiled() if query.device.type == "cuda" else flex_attention
+    found: Tensor = attention(
+        query,
+        key,
+        value,
+        score_mod=None if bound is None else capped,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return found.transpose(1, 2)
+
+
+@functools.cache
+def _compiled() -> Any:
+    # Otherwise each new length of a sequence would be compiled for itself, seconds at a time.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@functools.cache
+def _compiled_mask() -> Any:
+    # Uncompiled it would hold a number for every token by every token, several times.
+    return torch.compile(create_block_mask)

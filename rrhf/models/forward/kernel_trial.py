@@ -1,0 +1,113 @@
+"""A kernel of varlen attention on the card, where the model that is to use it is not there yet.
+
+Weights that will be spread over processes wait on the CPU: the engine's self-check runs there, over
+SDPA, because the card may be too small for all of them. What it cannot see, the kernel, is tried
+meanwhile: of each kind of attention that the model has (heads, scale, window), its own queries,
+keys and values go through the kernel on the card, forward and backward, and are compared with SDPA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from rrhf.models.forward import varlen_attention
+from rrhf.models.forward.prefix_attention import attend
+from rrhf.models.forward.shared_prefix import SharedPrefix
+from rrhf.models.forward.varlen_attention import Calls, attend_varlen, calls_of
+
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
+"""Shares of a norm by which bfloat16 may differ from float32: it rounds by 0.4 %."""
+
+
+def card() -> torch.device | None:
+    """Where a model that is still on the CPU will compute; None where that is the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class KernelTrial:
+    """Compares, and remembers the first difference.
+
+    Args:
+        load: gives the kernel, with the signature of flash_attn.flash_attn_varlen_func.
+        device: that it runs on.
+
+    Attributes:
+        failure: how it differs from SDPA; None where it does not.
+        kinds: of attention that were tried.
+    """
+
+    def __init__(self, load: Callable[[], Any], device: torch.device) -> None:
+        self._load, self._device = load, device
+        self.failure: str | None = None
+        self.kinds: set[tuple[Any, ...]] = set()
+
+    def __call__(
+        self, states: Sequence[Tensor], layout: SharedPrefix, settings: Sequence[Any]
+    ) -> None:
+        scaling, _, window, softcap = settings
+        kind = (scaling, window, softcap, *(x.shape for x in states))
+        if kind in self.kinds or self.failure is not None:
+            return
+        self.kinds.add(kind)
+        # With hooks of its own: those of activation checkpointing must not meet these tensors.
+        own_hooks = saved_tensors_hooks(lambda x: x, lambda x: x)
+        device = states[0].device.type
+        with torch.enable_grad(), torch.autocast(device, enabled=False), own_hooks:
+            expected = _with_gradients(
+                [x.detach().float() for x in states],
+                lambda q, k, v: attend(q, k, v, layout, scaling, 0.0, window, softcap, False),
+            )
+            calls = _moved(calls_of(layout), self._device)
+            found = _with_gradients(
+                [x.detach().to(self._device, torch.bfloat16) for x in states],
+                lambda *own: attend_varlen(
+                    own, layout, calls, self._load(), scaling, 0.0, window, softcap
+                ),
+            )
+        names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+        for name, mine, its in zip(names, found, expected, strict=True):
+            share = float((mine - its).norm() / its.norm().clamp_min(1e-12))
+            limit = OUTPUT_TOLERANCE if name == "output" else GRADIENT_TOLERANCE
+            if not share <= limit:
+                self.failure = (
+                    f"the kernel on {self._device} differs from SDPA by {share:.2g} of the {name}"
+                )
+                return
+
+
+def _with_gradients(states: list[Tensor], attention: Callable[..., Tensor]) -> list[Tensor]:
+    """What attention gives, and the gradients of a fixed weighting of it; float32, on the CPU."""
+    for state in states:
+        state.requires_grad_()
+    output = attention(*states)
+    weights = torch.arange(output.numel(), device=output.device).mul(2.4).cos().view_as(output)
+    gradients = torch.autograd.grad((output.float() * weights).sum(), states)
+    return [x.detach().float().cpu() for x in (output, *gradients)]
+
+
+def _moved(calls: Calls, device: torch.device) -> Calls:
+    there: dict[str, Any] = {}
+    for one in fields(calls):
+        if isinstance(value := getattr(calls, one.name), Tensor):
+            there[one.name] = value.to(device)
+    return replace(calls, **there)
+
+
+@contextlib.contextmanager
+def watched(trial: KernelTrial | None) -> Iterator[None]:
+    """Show a trial all attention meanwhile; None = nothing is tried."""
+    before = varlen_attention.on_attention
+    varlen_attention.on_attention = trial
+    try:
+        yield
+    finally:
+        varlen_attention.on_attention = before

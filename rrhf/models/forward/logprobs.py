@@ -1,0 +1,157 @@
+"""The one forward interface of every policy: a batch in, the log-probs of its responses out.
+
+Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
+`Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
+silently leaves gradients unsynchronised. The engine here is the reference: one padded row for each
+response, the head applied at response positions only; `rrhf.models.forward.layouts` has faster ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rrhf.data.collate import TokenBatch
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What the forward interface returns.
+
+    Attributes:
+        logprobs: [N, R] float32, nats: log P(token | prompt, earlier tokens); 0 at padding.
+        mean_logprobs: [N, R] float32: the mean of the log-probs of all V tokens at each position
+            (label smoothing needs it); 0 at padding; None unless asked for.
+        entropy: [N, R] float32, nats; 0 at padding; None unless asked for.
+    """
+
+    logprobs: Tensor
+    mean_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Policy(nn.Module):
+    """A causal language model behind the one forward interface.
+
+    Args:
+        model: a Hugging Face causal language model.
+        temperature: the sampling temperature; it divides the logits here too.
+        with_entropy: also return the entropy of each position.
+        with_mean_logprobs: also return the mean log-prob over the vocabulary.
+        entropy_has_gradient: False where the entropy is only looked at.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        with_mean_logprobs: bool = False,
+        entropy_has_gradient: bool = True,
+    ) -> None:
+        super().__init__()
+        assert temperature > 0, "a temperature of zero has no log-probs"
+        self.model = model
+        self.temperature = temperature
+        self.with_entropy = with_entropy
+        self.with_mean_logprobs = with_mean_logprobs
+        self.entropy_has_gradient = entropy_has_gradient
+
+    def forward(self, batch: TokenBatch) -> PolicyOutputs:
+        """Log-probs of every response token of the batch."""
+        width = batch.response_ids.shape[1]
+        ids, mask, position_ids = batch.full_rows()
+        # The last column predicts nothing that is asked for.
+        logits = response_logits(
+            self.model, ids[:, :-1], mask[:, :-1], position_ids[:, :-1], width
+        )  # [N, R, V]
+        return self._of_logits(logits, batch)
+
+    def with_hidden(self, batch: TokenBatch) -> tuple[PolicyOutputs, Tensor]:
+        """What `forward` gives, and the hidden states [N, R, H] that predict the response tokens:
+        the last layer's, after the final norm. What stands at padding means nothing."""
+        logits, hidden = response_logits_and_hidden(self.model, batch)
+        return self._of_logits(logits, batch), hidden
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """The hidden states of `with_hidden`, with as little of the head as the model allows."""
+        ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
+        arguments = _arguments(self.model, ids, mask, position_ids, 1)
+        outputs = self.model(**arguments, output_hidden_states=True)
+        found: Tensor = outputs.hidden_states[-1][:, -batch.response_ids.shape[1] :]
+        return found
+
+    def _of_logits(self, logits: Tensor, batch: TokenBatch) -> PolicyOutputs:
+        return logprobs_of_logits(
+            logits,
+            batch,
+            self.temperature,
+            self.with_entropy,
+            self.with_mean_logprobs,
+            self.entropy_has_gradient,
+        )
+
+
+def logprobs_of_logits(
+    logits: Tensor,
+    batch: TokenBatch,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_mean_logprobs: bool = False,
+    entropy_has_gradient: bool = True,
+) -> PolicyOutputs:
+    """What the forward interface returns, from the logits [N, R, V] that predict the response
+    tokens of the batch."""
+    logits = logits.float() / temperature
+    response_mask = batch.response_mask
+    chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
+    normaliser = torch.logsumexp(logits, dim=-1)
+    logprobs = (chosen - normaliser).masked_fill(~response_mask, 0.0)
+    mean_logprobs = entropy = None
+    if with_mean_logprobs:
+        mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
+    if with_entropy:
+        logs = logits - normaliser[..., None]
+        logs = logs if entropy_has_gradient else logs.detach()
+        entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
+    return PolicyOutputs(logprobs, mean_logprobs, entropy)
+
+
+def response_logits(
+    model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
+) -> Tensor:
+    """Logits of the last `count` columns: [N, count, V], in the model's own type."""
+    logits: Tensor = model(**_arguments(model, ids, mask, position_ids, count)).logits
+    return logits[:, -count:]
+
+
+def response_logits_and_hidden(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Logits [N, R, V] that predict the response tokens, and the hidden states [N, R, H] they
+    come from: the last layer's, after the final norm."""
+    count = batch.response_ids.shape[1]
+    ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
+    arguments = _arguments(model, ids, mask, position_ids, count)
+    outputs = model(**arguments, output_hidden_states=True)
+    return outputs.logits[:, -count:], outputs.hidden_states[-1][:, -count:]
+
+
+def _arguments(
+    model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
+) -> dict[str, Any]:
+    accepted = _accepted_arguments(model)
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = position_ids
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = count
+    return arguments
+
+
+def _accepted_arguments(model: nn.Module) -> set[str]:
+    base = getattr(model, "get_base_model", lambda: model)()
+    return set(inspect.signature(base.forward).parameters)

@@ -1,0 +1,189 @@
+"""Another engine behind the forward interface: several rows in one, no padding between them.
+
+Rows are laid end to end in bins of a fixed width; positions restart at zero in each, from which
+transformers builds attention that stays inside a row. That holds only without a cache and without a
+two-dimensional mask (with either, rows would silently see each other), and only for models whose
+attention transformers builds; `require_packing` tries it on the model at hand. Same batch in, same
+log-probs out, so an objective cannot tell the difference.
+
+For SFT, where every row has a prompt of its own. Groups of responses to one prompt would carry the
+prompt once for each of them.
+
+Legend: N rows, R response tokens, M response tokens of the whole batch, W width of a bin.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.errors import UserError
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+
+TOLERANCE = 1e-3
+"""Nats by which packed and padded log-probs may differ in float32; leaks make tenths and more."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Where everything of a batch lies.
+
+    Attributes:
+        ids: [bins, W], zeros behind the last row.
+        position_ids: [bins, W], restarting at each row; the filler behind the last goes on anyhow,
+            since no row looks at what comes after it.
+        predicted_from: [M] place, in the flattened bins, whose logits predict a response token.
+        row: [M] the batch row of that token.
+        column: [M] its column among the row's response tokens.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    predicted_from: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def fill_bins(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows into as few bins as first-fit finds, longest first; a row beyond `width` gets its own.
+
+    Returns:
+        For each bin, which rows it holds.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        place = next((b for b, free in enumerate(room) if lengths[row] <= free), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(width)
+        bins[place].append(row)
+        room[place] -= lengths[row]
+    return bins
+
+
+def pack_rows(batch: TokenBatch, width: int) -> PackedRows:
+    """Lay the rows `[prompt | response]` of a batch end to end.
+
+    A response's last token is left away: nothing is predicted from it.
+
+    Args:
+        batch: any.
+        width: tokens of a bin, where no row is longer.
+    """
+    prompt_lengths = batch.prompt_lengths.tolist()
+    response_lengths = batch.response_lengths.tolist()
+    prompts = batch.prompt_index.tolist()
+    lengths = [prompt_lengths[prompts[n]] + r - 1 for n, r in enumerate(response_lengths)]
+    bins = fill_bins(lengths, width)
+    used = max(sum(lengths[row] for row in rows) for rows in bins)
+    ids = batch.response_ids.new_zeros(len(bins), used)
+    position_ids = torch.arange(used).repeat(len(bins), 1)
+    predicted_from, row_of, column_of = [], [], []
+    for number, rows in enumerate(bins):
+        start = 0
+        for row in rows:
+            length, prompt_length = lengths[row], prompt_lengths[prompts[row]]
+            end, count = start + length, response_lengths[row]
+            prompt = batch.prompt_ids[prompts[row], -prompt_length:]
+            ids[number, start:end] = torch.cat([prompt, batch.response_ids[row, : count - 1]])
+            position_ids[number, start:end] = torch.arange(length)
+            first = number * used + start + prompt_length - 1
+            predicted_from.append(torch.arange(first, first + count))
+            row_of.append(torch.full((count,), row))
+            column_of.append(torch.arange(count))
+            start = end
+    device = ids.device
+    return PackedRows(
+        ids,
+        position_ids.to(device),
+        torch.cat(predicted_from).to(device),
+        torch.cat(row_of).to(device),
+        torch.cat(column_of).to(device),
+    )
+
+
+class PackedPolicy(Policy):
+    """A causal language model that reads packed rows; otherwise as `Policy`.
+
+    Args:
+        model: a Hugging Face causal language model.
+        width: tokens of a bin, such as `model_max_length`.
+        one_bin: everything in a single bin, which is what flash attention reads without padding.
+        with_mean_logprobs: also return the mean log-prob over the vocabulary.
+
+    Raises:
+        UserError: the model takes no position ids.
+    """
+
+    layout = "packed"
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        width: int,
+        one_bin: bool = False,
+        with_mean_logprobs: bool = False,
+    ) -> None:
+        super().__init__(model, with_mean_logprobs=with_mean_logprobs)  # type: ignore[arg-type]
+        base = getattr(model, "get_base_model", lambda: model)()
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            raise UserError(
+                f"--packing: {type(base).__name__} takes no position ids, so rows that share one "
+                "could not be told apart; leave --packing out"
+            )
+        self.width = width
+        self.one_bin = one_bin
+
+    def forward(self, batch: TokenBatch) -> PolicyOutputs:
+        """Log-probs of every response token of the batch."""
+        packed = pack_rows(batch, 1 << 60 if self.one_bin else self.width)
+        logits = self.model(
+            input_ids=packed.ids, position_ids=packed.position_ids, use_cache=False
+        ).logits
+        logits = logits.flatten(0, 1)[packed.predicted_from].float() / self.temperature  # [M, V]
+        normaliser = torch.logsumexp(logits, dim=-1)
+        targets = batch.response_ids[packed.row, packed.column]
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        place = (packed.row, packed.column)
+        grid = logprobs.new_zeros(batch.response_ids.shape)
+        mean_logprobs = None
+        if self.with_mean_logprobs:
+            mean_logprobs = grid.index_put(place, logits.mean(-1) - normaliser)
+        return PolicyOutputs(grid.index_put(place, logprobs), mean_logprobs)
+
+
+@torch.no_grad()
+def require_packing(policy: PackedPolicy) -> None:
+    """Try packing on a few ids, so that a model whose rows leak into each other is refused.
+
+    Args:
+        policy: not yet spread over processes, on the CPU or one device, with ordinary attention.
+
+    Raises:
+        UserError: packed and padded rows give different log-probs.
+    """
+    device = next(policy.parameters()).device
+    sets = [
+        EncodedSet([5, 6, 7], [[8, 9]]),
+        EncodedSet([9, 8], [[7, 6, 5]]),
+        EncodedSet([7], [[5]]),
+    ]
+    batch = collate(sets, pad_id=0).to(device)
+    was_training = policy.training
+    policy.eval()
+    padded = Policy.forward(policy, batch).logprobs
+    packed = policy(batch).logprobs
+    policy.train(was_training)
+    difference = float((padded - packed).abs().max())
+    if difference > TOLERANCE:
+        raise UserError(
+            f"--packing: with this model packed rows see each other (log-probs differ by "
+            f"{difference:.2g} nats); leave --packing out"
+        )

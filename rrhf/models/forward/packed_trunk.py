@@ -1,0 +1,144 @@
+"""A model's trunk on one of the faster layouts.
+
+A layout says how a batch passes the network: `shared_prefix` computes every prompt once through
+attention of our own, `varlen_attention` does so through torch's varlen attention, `flex_attention`
+through FlexAttention and `dense_mask` through a mask of all tokens by all tokens; `rows` are padded
+rows. Policies (`engines`) and reward models
+(`reward_engines`) go by the same ones, each tried on the model at hand before it is used
+(`engine_trial`).
+
+Legend: N rows, M response tokens of the whole batch, T tokens of a sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import TokenBatch
+from rrhf.models.forward.prefix_attention import FLEX_OVER, OVER, VARLEN_OVER, Prefix
+from rrhf.models.forward.shared_prefix import SharedPrefix, dense_mask, lay_out
+
+ATTENTION = {
+    "shared_prefix": OVER,
+    "varlen_attention": VARLEN_OVER,
+    "flex_attention": FLEX_OVER,
+}
+"""Layouts with attention of their own: its registered name over each that it may replace."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What an engine gives for a batch, and what padded rows give.
+
+    Attributes:
+        what: the numbers' name, for people.
+        found, expected: [M] them.
+        found_hidden, expected_hidden: [M, H] the hidden states that they come from.
+        scale: by how much numbers of this model may differ beyond those of others.
+    """
+
+    what: str
+    found: Tensor
+    expected: Tensor
+    found_hidden: Tensor
+    expected_hidden: Tensor
+    scale: float = 1.0
+
+
+class PackedTrunk:
+    """The part that every fast engine shares: a model's trunk on one of the layouts.
+
+    Attributes:
+        model: a Hugging Face model with a head, bare or with adapters.
+        layout: `shared_prefix`, `varlen_attention`, `flex_attention`, `dense_mask` or `rows`.
+        window: rows beyond it go as padded rows; None = none do.
+    """
+
+    model: Any
+    layout: str
+    window: int | None
+
+    def beside_padded_rows(self, batch: TokenBatch) -> Beside:
+        """This engine and the reference on one batch."""
+        raise NotImplementedError
+
+    def take_layout(self, layout: str) -> None:
+        """Go by a layout from now on."""
+        self.layout, self.window = layout, None
+        inner = inner_model(self.model)
+        if layout in ATTENTION:
+            exchange_attention(inner, ATTENTION[layout])
+        if layout == "dense_mask":
+            if "flash" in inner.config._attn_implementation:
+                raise NotImplementedError("flash attention takes no mask of tokens by tokens")
+            self.window = declared_window(inner.config)
+
+    def packed(
+        self, batch: TokenBatch, whole: bool = False, with_padding: bool = False
+    ) -> SharedPrefix | None:
+        """The batch laid out (`lay_out`), or None where it goes as padded rows."""
+        if self.layout == "rows":
+            return None
+        packed = lay_out(batch, whole, with_padding)
+        return packed if self.window is None or packed.longest <= self.window else None
+
+    def run_packed(self, prefix: Prefix) -> Tensor:
+        """[T, H] the hidden states of a sequence with shared prompts."""
+        packed: SharedPrefix = prefix.layout
+        inner = inner_model(self.model)
+        arguments: dict[str, Any] = {}
+        if self.layout in ATTENTION:
+            # Four dimensions are handed on as they are; nothing looks at what they hold.
+            arguments["attention_mask"] = packed.ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+            arguments["shared_prefix"] = replace(prefix, is_recomputed=is_checkpointing(inner))
+        else:
+            is_additive = inner.config._attn_implementation == "eager"
+            arguments["attention_mask"] = dense_mask(packed, is_additive, inner.dtype)
+        hidden = self._trunk(input_ids=packed.ids, position_ids=packed.position_ids, **arguments)
+        return hidden[0]
+
+    def _trunk(self, **arguments: Any) -> Tensor:
+        trunk = inner_model(self.model).base_model
+        hidden: Tensor = trunk(**arguments, use_cache=False).last_hidden_state
+        return hidden
+
+
+def declared_window(config: Any) -> int | None:
+    """The shortest sliding window or chunk of attention that a config tells of, or None."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
+    found = [getattr(text, "sliding_window", None)] if slides else []
+    if "chunked_attention" in kinds:
+        found.append(getattr(text, "attention_chunk_size", None))
+    return min((window for window in found if isinstance(window, int)), default=None)
+
+
+def exchange_attention(inner: Any, over: dict[str, str]) -> None:
+    """Replace the model's attention by one of ours.
+
+    Raises:
+        NotImplementedError: there is none for the kind of attention that the model has.
+    """
+    current = inner.config._attn_implementation
+    if current in over.values():
+        return
+    if current not in over:
+        known = ", ".join(over)
+        raise NotImplementedError(f"its attention is {current}, and there is a form for {known}")
+    inner.set_attn_implementation(over[current])
+
+
+def inner_model(model: Any) -> Any:
+    """The Hugging Face model itself, adapters or not."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def is_checkpointing(inner: Any) -> bool:
+    """Whether a Hugging Face model computes its activations again in the backward pass."""
+    name = "is_activation_checkpointing"  # the newer name in transformers
+    return bool(getattr(inner, name if hasattr(type(inner), name) else "is_gradient_checkpointing"))

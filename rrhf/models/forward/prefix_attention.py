@@ -1,0 +1,375 @@
+"""Attention over shared prompts, as an implementation registered with transformers.
+
+Two calls of scaled_dot_product_attention for each bucket of a layout: its prompts causally, then
+each response with its prompt's keys before its own. Where no layout is handed to it, it is the
+ordinary implementation, so generation and padded rows of the same model stay as they were. It must
+stay set through the backward pass: with activation checkpointing attention is run again there.
+
+Over flash attention, the two calls are its own (`varlen_attention`), for all buckets together; so
+they are with the kernel inside torch, where it computes. With FlexAttention there is one call under
+a mask of blocks (`flex_attention`).
+
+Legend: T tokens of the sequence, D head width, P prompt tokens, L response tokens that are fed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
+
+from rrhf.models.forward import varlen_attention
+from rrhf.models.forward.flex_attention import BlockMask, attend_flex, block_mask
+from rrhf.models.forward.shared_prefix import Bucket, SharedPrefix, Slots
+from rrhf.models.forward.varlen_attention import (
+    FLASH,
+    Calls,
+    attend_varlen,
+    calls_of,
+    ordinary_flash,
+)
+
+OVER = {
+    "sdpa": "rrhf_shared_prefix",
+    "eager": "rrhf_shared_prefix_eager",
+    # Not "flash": transformers takes every name with that word in it for a kernel to download.
+    FLASH: "rrhf_shared_prefix_varlen",
+}
+"""The registered name for each implementation that it takes the place of."""
+
+FLEX_OVER = {base: f"{name}_flex" for base, name in OVER.items()}
+"""The same, where shared prompts go by FlexAttention."""
+
+VARLEN_OVER = {"sdpa": "rrhf_shared_prefix_torch_varlen"}
+"""The same, where shared prompts go by the varlen attention inside torch."""
+
+MASKS: dict[str, Any] = {"sdpa": sdpa_mask, "eager": eager_mask, FLASH: flash_attention_mask}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a model hands through to its layers' attention, as `shared_prefix`.
+
+    Attributes:
+        layout: of the sequence.
+        windows: what each layer said of its sliding window; filled on the way.
+        is_recomputed: activations are not kept for the backward pass, but computed again.
+    """
+
+    layout: SharedPrefix
+    windows: list[int | None] = field(default_factory=list)
+    is_recomputed: bool = False
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """What flash attention is called with; the same in all layers."""
+        return calls_of(self.layout)
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """What FlexAttention is called with; the same in all layers of a window."""
+        if window is not None and self.layout.longest <= window:
+            window = None
+        if window not in self._block_masks:
+            self._block_masks[window] = block_mask(self.layout, window)
+        return self._block_masks[window]
+
+
+def spread(tokens: Tensor, slots: Slots) -> Tensor:
+    """[tokens, heads, D] to [rows, heads, width, D]."""
+    if slots.source is not None:
+        tokens = _Spread.apply(tokens, slots.source, slots.slot)
+    return tokens.unflatten(0, (slots.rows, slots.width)).transpose(1, 2)
+
+
+def gather(grid: Tensor, slots: Slots) -> Tensor:
+    """[rows, heads, width, D] to [tokens, heads, D]."""
+    tokens = grid.transpose(1, 2).flatten(0, 1)
+    return tokens if slots.slot is None else _Gather.apply(tokens, slots.slot, slots.source)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SharedPrefix,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+    keeps_pieces: bool = True,
+) -> Tensor:
+    """Attention of the whole sequence.
+
+    Args:
+        query: [1, heads, T, D].
+        key, value: [1, key heads, T, D].
+        layout: of the sequence.
+        scaling: of the scores; None = 1 / sqrt(D).
+        dropout: of the attention weights.
+        window: how many positions back a token sees, itself included; None = all.
+        softcap: bound of the scores, or None.
+        keeps_pieces: for the backward pass a prompt's keys are kept once, not once a response.
+            Where activations are computed again this would keep what checkpointing lets go.
+
+    Returns:
+        [1, T, heads, D].
+    """
+    kernel = _Kernel(scaling, dropout, softcap, query.shape[1] != key.shape[1])
+    # [parts][query, key, value], each [tokens, heads, D]
+    parts = list(
+        zip(*(x[0].transpose(0, 1).split(layout.sizes) for x in (query, key, value)), strict=True)
+    )
+    outputs: list[Tensor] = []
+    taken = 0
+    for bucket in layout.buckets:
+        narrow = window if window is not None and bucket.longest > window else None
+        prompts = bucket.prompts
+        q, k, v = (spread(x, prompts) for x in parts[taken])
+        taken += 1
+        mask = None
+        if narrow is not None or prompts.blind is not None:
+            mask = _causal(prompts.width, prompts.width, narrow, q.device)
+            mask = _without_themselves(mask, prompts)
+        outputs.append(gather(kernel(q, k, v, mask, is_causal=mask is None), prompts))
+        responses = bucket.responses
+        if responses is None:
+            continue
+        own_q, own_k, own_v = (spread(x, responses) for x in parts[taken])
+        taken += 1
+        whole_k, whole_v = _joined(k, own_k, bucket.owner), _joined(v, own_v, bucket.owner)
+        joined = {
+            _place(whole): partial(_joined, one.detach(), own.detach(), bucket.owner)
+            for whole, one, own in ((whole_k, k, own_k), (whole_v, v, own_v))
+        }
+        mask = _response_mask(bucket, responses, narrow, query.device)
+        mask = _without_themselves(mask, responses)
+        pieces: AbstractContextManager[None] = nullcontext()
+        if keeps_pieces:
+            pieces = saved_tensors_hooks(partial(_in_pieces, joined), _as_a_whole)
+        with pieces:
+            found = kernel(own_q, whole_k, whole_v, mask, is_causal=False)
+        outputs.append(gather(found, responses))
+    return torch.cat(outputs)[None]
+
+
+def _joined(prompts: Tensor, own: Tensor, owner: Tensor | None) -> Tensor:
+    """The keys, or values, of prompts before those of each response."""
+    return torch.cat([_of_owner(prompts, owner, len(own)), own], 2)
+
+
+def _in_pieces(
+    joined: Mapping[tuple[Any, ...], Callable[[], Tensor]], tensor: Tensor
+) -> Tensor | Callable[[], Tensor]:
+    """What is kept of a tensor for the backward pass: how to join it again, where it was joined.
+
+    Otherwise a prompt would be kept once for each of its responses.
+    """
+    return joined.get(_place(tensor), tensor)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and how; nothing that keeps it."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _as_a_whole(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept()
+
+
+def _of_owner(prompts: Tensor, owner: Tensor | None, count: int) -> Tensor:
+    return prompts.expand(count, -1, -1, -1) if owner is None else prompts[owner]
+
+
+def _causal(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """[rows, columns] True where a query sees a key; the last query stands at the last key."""
+    distance = torch.arange(rows, device=device)[:, None] + (columns - rows)
+    distance = distance - torch.arange(columns, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _response_mask(
+    bucket: Bucket, responses: Slots, window: int | None, device: torch.device
+) -> Tensor:
+    """[L, P + L], or [rows, 1, L, P + L] where prompts differ in length."""
+    width = bucket.prompts.width
+    if bucket.prompt_lengths is None:
+        return _causal(responses.width, width + responses.width, window, device)
+    lengths = bucket.prompt_lengths if bucket.owner is None else bucket.prompt_lengths[bucket.owner]
+    before = torch.arange(width, device=device)
+    sees = (before < lengths[:, None])[:, None, :].expand(-1, responses.width, -1)
+    if window is not None:
+        steps = torch.arange(responses.width, device=device)
+        distance = lengths[:, None, None] + steps[:, None] - before
+        sees = sees & (distance < window)
+    own = _causal(responses.width, responses.width, window, device)
+    return torch.cat([sees, own.expand(len(lengths), -1, -1)], -1)[:, None]
+
+
+def _without_themselves(mask: Tensor, slots: Slots) -> Tensor:
+    """The mask, [L, keys] or [rows, 1, L, keys], with blind tokens hidden from themselves."""
+    if slots.blind is None:
+        return mask
+    steps = torch.arange(slots.width, device=mask.device)
+    is_blind = steps == slots.blind[:, None]  # [rows, L]
+    before = mask.shape[-1] - slots.width
+    is_self = torch.arange(mask.shape[-1], device=mask.device) - before == steps[:, None]
+    return mask & ~(is_blind[:, None, :, None] & is_self)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    scaling: float | None
+    dropout: float
+    softcap: float | None
+    is_grouped: bool
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """[rows, heads, queries, D] each; the mask is True where a query sees a key."""
+        if self.softcap is not None:
+            return self._capped(q, k, v, mask)
+        if q.device.type == "cpu" and q.dtype != torch.float32:
+            # There the kernels for float32 are the faster ones, casts included.
+            return self(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
+        grouped = self.is_grouped
+        if grouped and mask is not None and q.device.type != "cpu":
+            # There no fast kernel takes a mask and grouped heads together.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            grouped = False
+        return scaled_dot_product_attention(
+            q, k, v, mask, self.dropout, is_causal, scale=self.scaling, enable_gqa=grouped
+        )
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.softcap is not None
+        if self.is_grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * (self.scaling or q.shape[-1] ** -0.5)
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            mask = _causal(q.shape[2], k.shape[2], None, q.device)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        return drop(weights, self.dropout) @ v
+
+
+def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = False) -> Any:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        shared_prefix: Prefix | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if shared_prefix is None:
+            plain = _ordinary(base, module)
+            found: tuple[Tensor, Tensor | None] = plain(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                **kwargs,
+            )
+            return found
+        for name in ("position_bias", "s_aux"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"its attention has a {name}")
+        window = kwargs.get("sliding_window")
+        shared_prefix.windows.append(window)
+        softcap = kwargs.get("softcap")
+        states = varlen_attention.in_one_precision(query, key, value)
+        if by_flex:
+            mask = shared_prefix.block_mask(window)
+            q, k, v = states
+            return attend_flex(q, k, v, mask, scaling, dropout, softcap), None
+        layout, more = shared_prefix.layout, (scaling, dropout, window, softcap)
+        if base == FLASH:
+            kernel = varlen_attention.load_varlen()
+            return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+        if by_torch_varlen and varlen_attention.serves(states):
+            kernel = varlen_attention.load_torch_varlen()
+            return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+        if varlen_attention.on_attention is not None:
+            varlen_attention.on_attention((query, key, value), layout, more)
+        keeps_pieces = not shared_prefix.is_recomputed
+        return attend(query, key, value, layout, *more, keeps_pieces), None
+
+    return forward
+
+
+def _ordinary(base: str, module: nn.Module) -> Any:
+    """What is done where no prompt is shared."""
+    if base == FLASH:
+        return ordinary_flash
+    if base == "sdpa":
+        return sdpa_attention_forward
+    # Eager attention is what a model's own file brings.
+    return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+
+
+def register() -> None:
+    """Make the implementations known to transformers; once is enough, twice does no harm."""
+    for over in (OVER, FLEX_OVER, VARLEN_OVER):
+        for base, name in over.items():
+            ours: Any = _attention_over(base, over is FLEX_OVER, over is VARLEN_OVER)
+            AttentionInterface.register(name, ours)
+            AttentionMaskInterface.register(name, MASKS[base])
+
+
+register()
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens into slots. Padding repeats a token, and what comes back to it is dropped: no real
+    query sees it, so its gradient is zero. Much cheaper than adding up over an index."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return tokens.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return gradient.index_select(0, slot), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Slots back to tokens; in the backward pass, padding gets zero."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, slot: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(slot, source)
+        return grid.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        slot, source = ctx.saved_tensors
+        whole = gradient.new_zeros((len(source), *gradient.shape[1:]))
+        return whole.index_copy_(0, slot, gradient), None, None

@@ -1,0 +1,340 @@
+"""An engine against padded rows on a few random tokens of the very model that is to use it.
+
+What an engine cannot serve shows there as a difference or as an exception: attention that is not
+exchangeable, layers that carry a state along the sequence, outputs shaped in a way not known here,
+masks that are silently wrong. Where the model will be trained, one backward pass goes with it: a
+kernel may have none, or a wrong one (activation checkpointing that runs another kernel again).
+`auto` then goes on to the next layout, with one warning that names the difference.
+
+The self-check leaves no trace: no gradients, no draws from the random generators, no changed modes.
+Nor does it need memory that grows with the model: gradients are taken of what the embeddings give
+and of the smallest weights alone (norms, biases, adapters; in a tiny model everything).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.errors import UserError
+from rrhf.models.forward import varlen_attention
+from rrhf.models.forward.kernel_trial import KernelTrial, card, watched
+from rrhf.models.forward.onednn_linear import exchange_linears
+from rrhf.models.forward.packed_trunk import (
+    ATTENTION,
+    Beside,
+    PackedTrunk,
+    declared_window,
+    inner_model,
+)
+from rrhf.models.forward.prefix_attention import Prefix
+from rrhf.models.forward.shared_prefix import lay_out
+
+logger = logging.getLogger(__name__)
+
+Engine = Literal[
+    "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"
+]
+
+AUTO = ("shared_prefix", "dense_mask", "rows")
+"""Which layouts `auto` tries, in this order; `rows` is padded rows with the head in chunks."""
+
+AUTO_OVER = {"flex_attention": ("flex_attention", "rows")}
+"""The same, for a model that was loaded with this attention."""
+
+BASES = {name: base for over in ATTENTION.values() for base, name in over.items()}
+"""What an attention of our own stands over."""
+
+TOLERANCE = 1e-4
+"""By how much an engine may differ from padded rows in float32, plus 1e-5 of the number."""
+
+HIDDEN_TOLERANCE = 1e-3
+"""Share of a hidden state by which it may differ: in new weights, log-probs hardly tell."""
+
+GRADIENT_TOLERANCE = 1e-2
+"""Share of a gradient's norm by which it may differ."""
+
+HALF_TOLERANCE, HALF_GRADIENT_TOLERANCE = 0.1, 0.2
+"""In half precision: for numbers and hidden states, and for gradients."""
+
+PROBE_SIZE, PROBES_SIZE = 1 << 16, 1 << 20
+"""Elements of the largest weight whose gradient is looked at, and of all of them together."""
+
+Fast = TypeVar("Fast", bound=PackedTrunk)
+
+
+def first_that_fits(
+    model: Any,
+    engine: str,
+    make: Callable[[str], Fast],
+    layouts: tuple[str, ...] | None = None,
+) -> Fast | None:
+    """The first layout of an engine that serves this model, and says so; None where none does.
+
+    Args:
+        model: not yet spread over processes, where it will compute. Kernels of varlen attention
+            cannot be tried on weights that still lie on the CPU; there the layouts are tried over
+            sdpa, and the kernel on the card with the same queries, keys and values.
+        engine: `auto`, or the layout to take.
+        make: puts the model on a layout.
+        layouts: those that there are for this kind of model; None = all.
+
+    Raises:
+        UserError: the engine that is asked for by name does not serve this model.
+    """
+    inner = inner_model(model)
+    before = inner.config._attn_implementation
+    base = BASES.get(before, before)
+    is_torch_varlen = engine == varlen_attention.ENGINE
+    if is_torch_varlen and (missing := varlen_attention.torch_varlen_missing()):
+        raise UserError(f"--engine {engine}: {missing}; use --engine auto")
+    is_flash = base == varlen_attention.FLASH
+    is_on_gpu = inner.device.type in varlen_attention.DEVICES
+    is_away = is_flash and not is_on_gpu
+    # Flash attention knows no float32; all else is best tried in the weights' own precision.
+    is_half = (is_flash or is_torch_varlen) and is_on_gpu
+    needs_half = is_half and inner.dtype == torch.float32
+    trial = None
+    if (is_flash or is_torch_varlen) and not is_on_gpu and (device := card()) is not None:
+        own = varlen_attention.load_varlen if is_flash else varlen_attention.load_torch_varlen
+        trial = KernelTrial(own, device)
+    failures: list[str] = []
+    fast: Fast | None = None
+    for layout in AUTO_OVER.get(base, AUTO) if engine == "auto" else (engine,):
+        if layouts is not None and layout not in layouts:
+            continue
+        try:
+            # Flash attention takes no dense mask, which a trial over sdpa would not show.
+            _set_attention(inner, "sdpa" if is_away and layout != "dense_mask" else base)
+            fast = make(layout)
+            with watched(trial):
+                failure = misfit(fast, torch.bfloat16 if needs_half else None)
+            if trial is not None:
+                failure = failure or trial.failure
+        # Any exception means that this engine does not support the model.
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        if failure is None:
+            break
+        fast = None
+        failures.append(f"{layout}: {failure}")
+    has_own = fast is not None and fast.layout in ATTENTION
+    if fast is None or not has_own:
+        _set_attention(inner, before)
+    elif is_away:
+        _set_attention(inner, ATTENTION[fast.layout][base])
+    if fast is not None:
+        exchange_linears(inner)
+    said = "; ".join(failures)
+    name = type(inner).__name__
+    if failures and engine != "auto":
+        raise UserError(f"--engine {engine}: does not serve {name} ({said}); use --engine auto")
+    used = "padded" if fast is None else fast.layout
+    used += f" over {base}" if has_own else ""
+    used = "padded rows, head in chunks" if used == "rows" else used
+    if failures:
+        logger.warning("engine: %s goes by %s, since %s", name, used, said)
+    else:
+        logger.info("engine: %s goes by %s", name, used)
+    return fast
+
+
+def _set_attention(inner: Any, name: str) -> None:
+    if inner.config._attn_implementation != name:
+        inner.set_attn_implementation(name)
+
+
+def misfit(fast: PackedTrunk, autocast: torch.dtype | None = None) -> str | None:
+    """How an engine differs from padded rows; None where it does not.
+
+    For layouts with attention of their own it also finds out whether the model's layers tell their
+    sliding window; where the config has one and they do not, longer rows will go as padded rows.
+
+    Args:
+        fast: the engine; where a weight requires a gradient, it will be trained.
+        autocast: the mixed precision to try it in.
+    """
+    inner = inner_model(fast.model)
+    device = next(fast.model.parameters()).device
+    batch = trial_batch(inner).to(device)
+
+    def beside() -> Beside:
+        with _autocast(device, autocast):
+            return fast.beside_padded_rows(batch)
+
+    gradients: list[tuple[Tensor, Tensor]] = []
+    trained = [p for p in fast.model.parameters() if p.requires_grad]
+    if trained:
+        with (
+            torch.enable_grad(),
+            _undisturbed(fast.model, device, True),
+            _probed(inner, trained) as probes,
+        ):
+            tried = beside()
+            is_one_pass = tried.found_hidden is tried.expected_hidden
+            ids = _real_ids(batch)
+            gradients = probes.gradients(tried.found, tried.expected, ids, is_one_pass)
+    with torch.no_grad(), _undisturbed(fast.model, device, False):
+        if not trained:
+            tried = beside()
+        if fast.layout in ATTENTION:
+            prefix = Prefix(lay_out(batch))
+            with _autocast(device, autocast):
+                fast.run_packed(prefix)
+            if not any(prefix.windows):
+                fast.window = declared_window(inner.config)
+    is_half = inner.dtype.itemsize < 4 or autocast is not None
+    off = (tried.found - tried.expected).detach().abs()
+    allowed = TOLERANCE * tried.scale + 1e-5 * tried.expected.abs()
+    if is_half:
+        allowed = torch.full_like(allowed, HALF_TOLERANCE * tried.scale)
+    if not bool((off <= allowed).all()):
+        return f"{tried.what} differ from those of padded rows by up to {float(off.max()):.2g}"
+    share = _share(tried.found_hidden, tried.expected_hidden)
+    if not bool((share <= (HALF_TOLERANCE if is_half else HIDDEN_TOLERANCE)).all()):
+        return f"hidden states differ from those of padded rows by {float(share.max()):.2g} of them"
+    for found, expected in gradients:
+        share = _share(found, expected)
+        if not bool(share <= (HALF_GRADIENT_TOLERANCE if is_half else GRADIENT_TOLERANCE)):
+            return f"gradients differ from those of padded rows by {float(share):.2g} of them"
+    return None
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def _share(found: Tensor, expected: Tensor) -> Tensor:
+    """The distance of vectors over the length of what was expected."""
+    found, expected = found.detach().float(), expected.detach().float()
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+
+
+class _Probes:
+    """Where gradients are compared: small weights, and the outputs of the embeddings."""
+
+    def __init__(self, small: list[nn.Parameter]) -> None:
+        self.small = small
+        self.embedded: list[tuple[Tensor, Tensor]] = []  # ids, and what was given for them
+
+    def keep(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """A hook of the embeddings."""
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.retain_grad()
+        self.embedded.append((args[0], output))
+
+    def gradients(
+        self, found: Tensor, expected: Tensor, ids: Tensor, is_one_pass: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of the numbers of an engine and of the reference, as vectors side by side.
+
+        Args:
+            found, expected: [M].
+            ids: [U] those that stand in the batch, ascending.
+            is_one_pass: both come from one forward pass, as where rows are beyond a window. The
+                graph is kept then alone: attention that was compiled does not allow it.
+        """
+        weights = torch.arange(len(found), device=found.device).mul(2.4).cos()
+        sides = []
+        for numbers in (found, expected):
+            for tensor in (*self.small, *(output for _, output in self.embedded)):
+                tensor.grad = None
+            (numbers * weights).sum().backward(retain_graph=is_one_pass)
+            of_small = [
+                (torch.zeros_like(p) if p.grad is None else p.grad).float().flatten()
+                for p in self.small
+            ]
+            sides.append([self._to_embeddings(ids), *([torch.cat(of_small)] if of_small else [])])
+        return list(zip(*sides, strict=True))
+
+    def _to_embeddings(self, ids: Tensor) -> Tensor:
+        """Towards the embedding of each id; engines lay the tokens in different orders, and padded
+        rows hold a prompt many times."""
+        width = self.embedded[0][1].shape[-1]
+        whole = torch.zeros(len(ids), width, dtype=torch.float32, device=ids.device)
+        for given, output in self.embedded:
+            if output.grad is not None:
+                places = torch.searchsorted(ids, given.flatten()).clamp_max(len(ids) - 1)
+                is_known = ids[places] == given.flatten()
+                gradient = output.grad.flatten(0, -2).float()
+                whole.index_add_(0, places[is_known], gradient[is_known])
+        return whole.flatten()
+
+
+@contextlib.contextmanager
+def _probed(inner: Any, trained: list[nn.Parameter]) -> Iterator[_Probes]:
+    """Only small weights, and what the embeddings give, have a gradient meanwhile."""
+    small: list[nn.Parameter] = []
+    size = 0
+    for parameter in sorted(trained, key=lambda p: p.numel()):
+        size += parameter.numel()
+        if parameter.numel() <= PROBE_SIZE and size <= PROBES_SIZE:
+            small.append(parameter)
+    probes = _Probes(small)
+    chosen = {id(p) for p in small}
+    kept = [(p, p.grad) for p in trained]
+    hook = inner.get_input_embeddings().register_forward_hook(probes.keep)
+    try:
+        for parameter in trained:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield probes
+    finally:
+        hook.remove()
+        for parameter, gradient in kept:
+            parameter.requires_grad_()
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, device: torch.device, recomputes: bool) -> Iterator[None]:
+    """Dropout off; modes and random generators afterwards as they were.
+
+    Args:
+        model: any.
+        device: of its weights.
+        recomputes: with activation checkpointing where the model has it.
+    """
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            model.eval()
+            for module, is_training in modes.items():
+                # Layers recompute only where they are training; what is inside them stays as it is.
+                if recomputes and is_training and getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+            yield
+        finally:
+            for module, is_training in modes.items():
+                module.training = is_training
+
+
+def trial_batch(inner: Any) -> TokenBatch:
+    """A few tokens of every case: ragged, equal, alone, a response of one token, two prompts."""
+    generator = torch.Generator().manual_seed(0)
+    size = int(inner.get_input_embeddings().weight.shape[0])
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(size, (length,), generator=generator).tolist()
+
+    return collate(
+        [
+            EncodedSet(ids(6), [ids(3), ids(5), ids(1)]),
+            EncodedSet(ids(4), [ids(4), ids(4)]),
+            EncodedSet(ids(2), [ids(6)]),
+        ],
+        pad_id=0,
+    )
+
+
+def _real_ids(batch: TokenBatch) -> Tensor:
+    """[U] all ids but those of padding, ascending."""
+    ids, mask, _ = batch.full_rows()
+    return ids[mask.bool()].unique()

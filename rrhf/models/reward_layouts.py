@@ -1,0 +1,146 @@
+"""Faster ways behind the reward models' forward interface: every prompt once, as in policies.
+
+Scores are read at the very tokens that padded rows would be read at. A response's last token is fed
+where scores are read there, and left away where only the states before tokens are asked for.
+
+Losses that read scores behind a response's end (`reads_padding`) get those of the padding there: in
+padded rows all padding of a row comes to the same, so one token stands for it. Flash attention and
+windows of attention have no place for such a token; there responses of different lengths go as
+padded rows.
+
+Legend: N rows, P prompt tokens, R response tokens, M response tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import TokenBatch
+from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, declared_window, inner_model
+from rrhf.models.forward.prefix_attention import Prefix
+from rrhf.models.forward.self_check import first_that_fits
+from rrhf.models.forward.shared_prefix import SharedPrefix
+from rrhf.models.reward_model import RewardModel
+
+LAYOUTS = ("shared_prefix", "varlen_attention", "flex_attention", "dense_mask")
+"""Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
+
+
+class FastRewardModel(PackedTrunk, RewardModel):
+    """A sequence classifier behind their forward interface, by one of the faster layouts.
+
+    Args:
+        model: a causal model for sequence classification, bare or with adapters. Its attention
+            implementation is exchanged for good where the layout has attention of its own.
+        layout: one of `LAYOUTS`.
+        per_token, first_end_id, reads_padding: as in `RewardModel`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: str,
+        per_token: bool = False,
+        first_end_id: int | None = None,
+        reads_padding: bool = True,
+    ) -> None:
+        super().__init__(model, per_token, first_end_id, reads_padding)
+        self.take_layout(layout)
+        config = inner_model(model).config
+        is_kernel = layout in ("varlen_attention", "flex_attention")
+        has_kernel = is_kernel or "flash" in config._attn_implementation
+        self.has_blind = not has_kernel and declared_window(config) is None
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """As `RewardModel.forward`; without `reads_padding`, padding gets any number."""
+        reads_padding = self.per_token and self.reads_padding
+        if reads_padding and not self.has_blind and not bool(batch.response_mask.all()):
+            return super().forward(batch)
+        packed = self.packed(batch, whole=True, with_padding=reads_padding)
+        if packed is None:
+            return super().forward(batch)
+        hidden = self.run_packed(Prefix(packed))
+        if reads_padding:
+            return self._apply_head(hidden[_with_padding(packed, batch)])
+        if self.per_token:
+            own = packed.response_start[packed.row] + packed.column
+            return self._placed(hidden[own], packed.row, packed.column, batch)
+        width = batch.prompt_ids.shape[1]
+        if self.first_end_id is None:
+            columns = width + batch.response_lengths - 1
+        else:
+            ids, mask, _ = batch.full_rows()
+            columns = self._columns(batch, ids, mask)
+        return self._apply_head(hidden[packed.token_at(columns, width)])
+
+    def scores_before(self, batch: TokenBatch) -> Tensor:
+        """As `RewardModel.scores_before`; padding gets any number."""
+        packed = self.packed(batch)
+        if packed is None:
+            return super().scores_before(batch)
+        hidden = self.run_packed(Prefix(packed))
+        return self._placed(hidden[packed.predicted_from], packed.row, packed.column, batch)
+
+    def beside_padded_rows(self, batch: TokenBatch) -> Beside:
+        whole = self._hidden(*batch.full_rows())
+        expected = whole[:, batch.prompt_ids.shape[1] :][batch.response_mask]
+        found = expected
+        reads_padding = self.per_token and self.reads_padding and self.has_blind
+        packed = self.packed(batch, whole=True, with_padding=reads_padding)
+        if packed is not None:
+            hidden = self.run_packed(Prefix(packed))
+            found = hidden[packed.response_start[packed.row] + packed.column]
+        if packed is not None and reads_padding:
+            found = hidden[_with_padding(packed, batch)].flatten(0, 1)
+            expected = whole[:, batch.prompt_ids.shape[1] :].flatten(0, 1)
+        weight = cast(Tensor, self._head().weight).detach()
+        length = expected.detach().float().norm(dim=-1).max() * weight.norm()
+        return Beside(
+            "scores",
+            self._apply_head(found),
+            self._apply_head(expected),
+            found,
+            expected,
+            max(1.0, float(length)),
+        )
+
+    def _placed(self, hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:
+        """[N, R] the scores of [M, H]; 0 at padding."""
+        scores = self._apply_head(hidden)
+        return scores.new_zeros(batch.response_ids.shape).index_put((row, column), scores)
+
+
+def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
+    """[N, R] the token that stands at each column of the responses, or for its padding."""
+    columns = torch.arange(batch.response_ids.shape[1], device=batch.response_ids.device)
+    return packed.response_start[:, None] + columns.minimum(batch.response_lengths[:, None])
+
+
+def build_reward_model(
+    model: Any,
+    engine: str = "padded",
+    per_token: bool = False,
+    first_end_id: int | None = None,
+    reads_padding: bool = True,
+) -> RewardModel:
+    """The reward model on the engine that is asked for, tried on this very model.
+
+    Args:
+        model: not yet spread over processes, where it will compute.
+        engine: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
+            `auto` = the first that serves the model.
+        per_token, first_end_id, reads_padding: as in `RewardModel`.
+
+    Raises:
+        UserError: the engine that is asked for by name does not serve this model.
+    """
+    asked = (per_token, first_end_id, reads_padding)
+    fast = None
+    if engine != "padded":
+        fast = first_that_fits(
+            model, engine, lambda layout: FastRewardModel(model, layout, *asked), LAYOUTS
+        )
+    return RewardModel(model, *asked) if fast is None else fast

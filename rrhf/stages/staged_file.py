@@ -1,0 +1,250 @@
+"""A file that several processes make together, that survives kills, and is made once.
+
+Generation and scoring share it: the manifest says what the file is begun for, parts hold what is
+done (`rrhf.stages.parts`), process 0 begins and ends, the others wait for it. Going on with
+other settings is refused with what differs; settings that reach the rows only through the rounding
+of sums may change, with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.files import (
+    COMPLETE,
+    UNFINISHED,
+    file_digest,
+    manifest_path,
+    read_manifest,
+    require_own_manifest_place,
+    write_manifest,
+)
+from rrhf.generation.plan import differences
+from rrhf.seals import ACCEPT_FLAG, seal_difference, warn_accepted
+from rrhf.signals import StopRequest
+from rrhf.stages.parts import POLL_SECONDS, STALLED_SECONDS, PartAppender, Parts
+
+logger = logging.getLogger(__name__)
+
+GO_ON = "start the same command again to go on"
+
+# How long a process waits for the first one to begin.
+_BEGINNING_SECONDS = 600.0
+
+
+class StagedFile:
+    """One process' view of a file that is being made.
+
+    Args:
+        output: the file.
+        stage: what the manifest calls the work, such as "generate".
+        rank: which of the processes this is.
+        stop: signals that came.
+        accept_edited: leave a finished file also where it is not as its manifest describes it.
+        wait_seconds: give the other processes up when none has written for so long.
+
+    Attributes:
+        parts: what is done so far.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        stage: str,
+        rank: int,
+        stop: StopRequest,
+        accept_edited: bool = False,
+        wait_seconds: float = STALLED_SECONDS,
+    ) -> None:
+        self.output = output
+        self.parts = Parts(output, wait_seconds)
+        self._stage = stage
+        self._rank = rank
+        self._is_first = rank == 0
+        self._stop = stop
+        self._accept_edited = accept_edited
+        self._part: PartAppender | None = None
+
+    def what_stands(self, done: int, total: int) -> str:
+        """What a message says is on disk when a signal stops this process."""
+        return f"{done} of {total} prompts are in {self.parts.path_of(self._rank).name}; {GO_ON}"
+
+    def make(
+        self,
+        settings: Mapping[str, Any],
+        adjustable: Mapping[str, Any],
+        prepare: Callable[[], object],
+        work: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
+        """Make the file, this process' share of it, unless it is complete already.
+
+        Args:
+            settings, adjustable, prepare: as in `begin`.
+            work: appends what is not on disk yet to this process' part, which is open.
+            finish: merges the parts of all processes; process 0 calls it.
+
+        Raises:
+            UserError: as in `begin`, or another process was lost.
+            StoppedBySignal: a signal came.
+        """
+        if self.begin(settings, adjustable, prepare):
+            logger.info("%s: is complete already; nothing to do", self.output)
+            return
+        self.parts.read_on(is_start=True)
+        work()
+        assert self._part is not None, "the part is open while the work is done"
+        self._part.flush()
+        if self._is_first:
+            finish()
+        else:
+            self.wait_for_end(settings)
+
+    @contextmanager
+    def opened_part(self) -> Iterator[PartAppender]:
+        """This process' part, which is its lock too: hold it until the whole file stands.
+
+        The parts go when the work is done; on the way out of an error, a part without a row goes.
+
+        Raises:
+            UserError: another process is writing it, or it is somebody else's file.
+        """
+        with self.parts.open_own(self._rank) as part:
+            self._part = part
+            try:
+                yield part
+            except BaseException:
+                part.remove_if_bare()
+                raise
+            if self._is_first:
+                self.parts.remove(self._rank)
+            else:
+                part.path.unlink(missing_ok=True)
+
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        adjustable: Mapping[str, Any],
+        prepare: Callable[[], object] = lambda: None,
+    ) -> bool:
+        """Say that the file is being made, unless it is; True where it is complete already.
+
+        Args:
+            settings: what the rows depend on.
+            adjustable: what they depend on through the rounding of sums alone.
+            prepare: what process 0 does before it writes anything: mistakes that are found there
+                leave nothing behind.
+
+        Raises:
+            UserError: another file stands there, other settings made what is there, or the file was
+                changed since it was finished.
+            StoppedBySignal: a signal came while this process waited for process 0.
+        """
+        if not self._is_first:
+            return self._wait_for_beginning(settings)
+        require_own_manifest_place(self.output)
+        self.parts.remove_half_written()
+        manifest = read_manifest(self.output)
+        place = manifest_path(self.output)
+        if manifest is None:
+            standing = [self.output] if self.output.exists() else []
+            standing += self.parts.with_rows()
+            if standing:
+                raise UserError(
+                    f"{standing[0]}: is there, but no {place.name} says how it was made; remove "
+                    "it, or choose another --output_file"
+                )
+        elif manifest.get("status") not in (COMPLETE, UNFINISHED):
+            raise UserError(
+                f"{place}: is there and is no manifest of this toolkit, which would write one "
+                "under this name; move it away, or choose another --output_file"
+            )
+        else:
+            differing = differences(manifest.get("settings"), settings)
+            if differing and not self._is_untouched(manifest):
+                raise UserError(
+                    f"{self.output}: was begun with other settings:\n"
+                    + "\n".join(f"  {line}" for line in differing)
+                    + "\nGive the same again, choose another --output_file, or remove this one, "
+                    f"its manifest and its parts ({place.name}, {self.parts.path_of(0).name})"
+                )
+            if manifest["status"] == COMPLETE and self.output.exists():
+                self._require_unchanged(manifest)
+                return True
+            for name, now in adjustable.items():
+                if (before := manifest.get(name)) != now:
+                    logger.warning(
+                        "going on with %s %s, which was %s: rows may differ from those of one "
+                        "straight run where sums round differently",
+                        name,
+                        now,
+                        before,
+                    )
+        prepare()
+        write_manifest(
+            self.output,
+            {"status": UNFINISHED, "stage": self._stage, "settings": settings, **adjustable},
+        )
+        return False
+
+    def _require_unchanged(self, manifest: Mapping[str, Any]) -> None:
+        difference = seal_difference(self.output, manifest, file_digest(self.output))
+        if difference is None:
+            return
+        if not self._accept_edited:
+            raise UserError(
+                f"{self.output}: {difference}. If it was changed on purpose, give {ACCEPT_FLAG}; "
+                "else remove it, and the same command makes it again"
+            )
+        warn_accepted(self.output, difference)
+
+    def _is_untouched(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether no row was made yet, as after a mistake in a setting: nothing can be lost."""
+        is_begun = self.parts.with_rows() or self.output.exists()
+        return manifest["status"] == UNFINISHED and not is_begun
+
+    def wait_for_end(self, settings: Mapping[str, Any]) -> None:
+        """Return once process 0 has merged.
+
+        Raises:
+            StoppedBySignal: a signal came first.
+            UserError: no part has grown for `wait_seconds`, and process 0 has not ended the file.
+        """
+        known, grown_at = self.parts.num_bytes(), time.monotonic()
+        while True:
+            manifest = read_manifest(self.output)
+            if (
+                manifest is not None
+                and manifest["status"] == COMPLETE
+                and not differences(manifest.get("settings"), settings)
+            ):
+                return
+            self._stop.raise_if_received("the other processes' parts stand as they are")
+            if time.monotonic() - grown_at > self.parts.wait_seconds:
+                raise UserError(
+                    f"{self.output}: process 0 has not ended it, and no process has written for "
+                    f"{self.parts.wait_seconds:g} s (--wait_seconds); {GO_ON}"
+                )
+            time.sleep(POLL_SECONDS)
+            if (now_known := self.parts.num_bytes()) > known:
+                known, grown_at = now_known, time.monotonic()
+
+    def _wait_for_beginning(self, settings: Mapping[str, Any]) -> bool:
+        """Wait until process 0 has accepted the same settings; True where all is done already."""
+        patience = min(_BEGINNING_SECONDS, self.parts.wait_seconds)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            manifest = read_manifest(self.output)
+            if manifest is not None and not differences(manifest.get("settings"), settings):
+                return manifest["status"] == COMPLETE and self.output.exists()
+            self._stop.raise_if_received("nothing was begun")
+            time.sleep(POLL_SECONDS)
+        raise UserError(
+            f"{self.output}: process 0 has not begun within {patience:g} s; see its message"
+        )

@@ -1,0 +1,252 @@
+"""The best model so far, by a measure of the evaluations, kept whole in `best/` next to the last.
+
+`best/` holds the models that were measured and a manifest with step, measure and value; it is
+staged and moved into place. A checkpoint names the step of the best it knows. So that a resumed
+run finds that model again, the previous best is kept, hidden, until a checkpoint records the new
+one; a best of steps that are undone is replaced by it.
+
+The same count of evaluations without gain ends a run early. Names and meaning are Hugging Face's:
+`metric_for_best_model`, `greater_is_better`, `load_best_model_at_end`, `early_stopping_patience`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.files import explained_os_errors, sync_folder
+from rrhf.model_paths import require_as_written
+from rrhf.sealed_folders import DamagedManifest, our_manifest, seal_folder
+from rrhf.staged_folders import no_trace_of_failure, saved_folder
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.model_folders import ModelFolders, full_weights, write_finite
+from rrhf.training.core.parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "k3")
+"""Endings of the measures that are better when they fall."""
+
+_STAGED, _OVERTAKEN, _DOOMED = ".staged-best", ".best-step-", ".doomed-best"
+
+
+class BestModel:
+    """Judges each evaluation, and keeps the models of the best one.
+
+    Args:
+        folder: of the run.
+        models: of the trainer.
+        config: measure, direction and patience.
+        parallel: ranks; every one of them must make every call.
+
+    Attributes:
+        step: of the best evaluation; None before the first.
+        value: its measure.
+        evaluations_without_gain: since then.
+    """
+
+    def __init__(
+        self, folder: Path, models: ModelFolders, config: TrainingConfig, parallel: Parallel
+    ) -> None:
+        self.folder = folder / "best"
+        self._models, self._config, self._parallel = models, config, parallel
+        self._is_kept = config.save_best_model or config.load_best_model_at_end
+        self.metric = config.best_metric.removeprefix("eval_")
+        greater = config.greater_is_better
+        if greater is None:
+            greater = not self.metric.endswith(SMALLER_IS_BETTER)
+        self._sign = 1.0 if greater else -1.0
+        self.step: int | None = None
+        self.value = math.nan
+        self.evaluations_without_gain = 0
+        self._in_checkpoint: int | None = None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True where the patience is at its end."""
+        patience = self._config.early_stopping_patience
+        return 0 < patience <= self.evaluations_without_gain
+
+    def judge(self, step: int, evaluation: Mapping[str, float]) -> bool:
+        """Keep the models where this evaluation is the best one; returns whether it is.
+
+        Raises:
+            UserError: the evaluation has no such measure.
+        """
+        if self.metric not in evaluation:
+            raise UserError(
+                f"--metric_for_best_model {self.metric}: the evaluation has no such measure; "
+                f"choose one of {', '.join(sorted(evaluation))}"
+            )
+        value = evaluation[self.metric]
+        gain = self._sign * (value - self.value) if self.step is not None else math.inf
+        is_best = math.isfinite(value) and gain > 0
+        counts = is_best and gain > self._config.early_stopping_threshold
+        # Agreed, so that no rank goes on alone where sums differ in their last bit.
+        is_best, counts = self._parallel.any(is_best), self._parallel.any(counts)
+        before = self.step, self.value, self.evaluations_without_gain
+        self.evaluations_without_gain = 0 if counts else self.evaluations_without_gain + 1
+        if is_best:
+            self.step, self.value = step, value
+            try:
+                if self._is_kept:
+                    self._replace(before[0])
+            except Exception:  # the best is what it was
+                self.step, self.value, self.evaluations_without_gain = before
+                raise
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "value": self.value if self.step is not None else None,
+            "evaluations_without_gain": self.evaluations_without_gain,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what a checkpoint knew; an empty state: to the beginning."""
+        self.step = self._in_checkpoint = state.get("step")
+        self.value = math.nan if self.step is None else float(state["value"])
+        self.evaluations_without_gain = int(state.get("evaluations_without_gain", 0))
+        if self._parallel.is_main:
+            self._bring_back()
+        self._parallel.barrier()
+
+    def settle(self) -> None:
+        """A checkpoint, or the finished run, knows the best now: nothing older is needed."""
+        self._in_checkpoint = self.step
+        if self._parallel.is_main:
+            for path in self._overtaken():
+                _remove(path)
+
+    def describe(self) -> dict[str, Any] | None:
+        """For the run's manifest; None where there is no best."""
+        if self.step is None:
+            return None
+        return {
+            "step": self.step,
+            "metric": self.metric,
+            "value": self.value,
+            "folder": self.folder.name if self._is_there(self.step) else None,
+        }
+
+    def copy_to(self, folder: Path) -> bool:
+        """Put the best models in the place of the last ones; False where there are none.
+
+        Args:
+            folder: of the run.
+
+        Raises:
+            UserError: no space, or the place cannot be written; on every rank.
+        """
+        is_there = self.step is not None and self._is_there(self.step)
+        failure: Exception | None = None
+        if is_there and self._parallel.is_main:
+            try:
+                for name in self._models.measured:
+                    source = self.folder / name
+                    saved_folder(
+                        folder / name,
+                        lambda staged, s=source: _copy(s, staged),  # type: ignore[misc]
+                    )
+            except Exception as error:
+                failure = error
+        if self._parallel.any(failure is not None):
+            raise failure or UserError(f"{folder}: process 0 could not write a model; it says why")
+        return is_there
+
+    def _replace(self, overtaken: int | None) -> None:
+        weights = full_weights(self._parallel)
+        if self._parallel.is_main:
+            staged = self.folder.with_name(_STAGED)
+            _remove(staged)
+            known = {"step": self.step, "metric": self.metric, "value": self.value}
+            with no_trace_of_failure(staged):
+                for name in self._models.measured:
+                    (staged / name).mkdir(parents=True)
+                    write_finite(self._models.writers[name], staged / name, staged, weights)
+                    seal_folder(staged / name)
+                seal_folder(staged, {**known, "model_folder": self._models.main})
+            with explained_os_errors(self.folder):
+                if self.folder.exists():
+                    if overtaken is not None and overtaken == self._in_checkpoint:
+                        os.replace(self.folder, self._hidden(overtaken))
+                    else:
+                        _remove(self.folder)
+                os.replace(staged, self.folder)
+                sync_folder(self.folder.parent)
+            logger.info(
+                "step %d: best %s so far, %.6g: kept in %s",
+                self.step,
+                self.metric,
+                self.value,
+                self.folder,
+            )
+        self._parallel.barrier()
+
+    def _bring_back(self) -> None:
+        """Make `best/` what the checkpoint knew."""
+        _remove(self.folder.with_name(_STAGED))
+        _remove(self.folder.with_name(_DOOMED))
+        if self.folder.exists() and (self.step is None or not self._is_there(self.step)):
+            _remove(self.folder)
+        if self.step is not None and not self.folder.exists():
+            hidden = self._hidden(self.step)
+            if hidden.exists():
+                os.replace(hidden, self.folder)
+            elif self._is_kept:
+                logger.warning(
+                    "%s: the models of step %d, the best so far, are not there any more",
+                    self.folder,
+                    self.step,
+                )
+        for path in self._overtaken():
+            _remove(path)
+
+    def _is_there(self, step: int) -> bool:
+        try:
+            manifest = our_manifest(self.folder, is_ours=True)
+        except DamagedManifest:
+            return False
+        return manifest is not None and manifest.get("step") == step
+
+    def _hidden(self, step: int) -> Path:
+        return self.folder.with_name(f"{_OVERTAKEN}{step}")
+
+    def _overtaken(self) -> list[Path]:
+        return _hidden_ones(self.folder.parent)
+
+
+def forget_hidden(run: Path) -> None:
+    """Remove the hidden models of a finished run, where earlier calls looked for a best."""
+    for path in _hidden_ones(run):
+        _remove(path)
+
+
+def _hidden_ones(run: Path) -> list[Path]:
+    pattern = re.compile(re.escape(_OVERTAKEN) + r"\d+")
+    return [path for path in run.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    require_as_written(source)
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first: a kill in the middle must not leave half a folder under its own name."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(_DOOMED)
+    if folder != doomed:
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        os.replace(folder, doomed)
+    shutil.rmtree(doomed)

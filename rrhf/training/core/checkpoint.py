@@ -1,0 +1,287 @@
+"""Checkpoints that are whole or not there: staged, synced, renamed, a SHA-256 manifest inside.
+
+A checkpoint is a folder `step-<n>` with the trained weights, the optimiser, the random state and
+`trainer_state.json`; its `manifest.json` is written last and lists size and hash of every file.
+Resuming takes the newest one that is whole; where there are some and none is, it stops rather than
+begin anew. An older checkpoint is deleted only after the newer one is whole. Order is by step
+number, never by clock.
+
+Weights and optimiser of one process (or DDP) are ours; sharded ones are accelerate's own form.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rrhf.errors import UserError
+from rrhf.files import sync_folder, write_json
+from rrhf.sealed_folders import seal_folder
+from rrhf.staged_folders import (
+    DOOMED,
+    STAGED,
+    no_trace_of_failure,
+    remove_unfinished,
+    telling_need,
+    told_failure,
+)
+from rrhf.training.core.checkpoint_folders import (
+    ENGINE,
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    STREAM,
+    WEIGHTS,
+    checkpoints_by_step,
+    is_complete,
+    newest_whole,
+    none_is_whole,
+)
+from rrhf.training.core.parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves and restores everything that the next optimiser step depends on.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        parallel: ranks and engine.
+        model: the prepared trainable module.
+        optimizer: the prepared optimiser.
+        keep: complete checkpoints that stay; at least 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parallel: Parallel,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep: int = 2,
+    ) -> None:
+        if keep < 1:
+            raise UserError(f"--save_total_limit {keep}: at least one checkpoint must stay")
+        self.folder = folder
+        self._parallel = parallel
+        self._model = model
+        self._optimizer = optimizer
+        self._keep = keep
+        self._passed_over: list[Path] = []
+
+    def save(
+        self, step: int, state: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None
+    ) -> Path:
+        """Write checkpoint `step`.
+
+        Args:
+            step: its number.
+            state: plain values: stream, scheduler, metrics.
+            tensors: what the stream holds in addition, the same on every rank.
+        """
+        target = self.folder / f"step-{step}"
+        staged = self.folder / f"{STAGED}{step}"
+        if self._parallel.is_main:
+            remove_unfinished(self.folder)
+            with no_trace_of_failure(staged):
+                staged.mkdir(parents=True)
+        self._parallel.barrier()
+        self._fill(staged, {"step": step, "engine": self._parallel.kind, **state}, tensors or {})
+        if self._parallel.is_main:
+            if target.exists():  # an incomplete folder of the same step: never chosen, now replaced
+                shutil.rmtree(target)
+            os.replace(staged, target)
+            sync_folder(self.folder)
+            self._passed_over = [path for path in self._passed_over if path != target]
+            self._delete_old()
+        self._parallel.barrier()
+        return target
+
+    def _fill(self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """All ranks write their parts, the main one seals them; on failure all of them raise.
+
+        Raises:
+            UserError: no space, or the place cannot be written.
+        """
+        failure: BaseException | None = None
+        try:
+            with telling_need(self._needed_bytes(tensors)):
+                self._write_parts(staged, state, tensors)
+        except Exception as error:
+            failure = error
+        self._agree(failure, staged)
+        try:
+            if self._parallel.is_main:
+                seal_folder(staged)
+        except Exception as error:
+            failure = error
+        self._agree(failure, staged)
+
+    def _agree(self, failure: BaseException | None, staged: Path) -> None:
+        """Raise on every rank what one could not write, once nothing of it is left."""
+        if not self._parallel.any(failure is not None):
+            return
+        if self._parallel.is_main:
+            shutil.rmtree(staged, ignore_errors=True)
+        self._parallel.barrier()
+        if failure is None:
+            raise UserError(
+                f"{self.folder}: another process could not write its part of a checkpoint; it says "
+                "why"
+            )
+        raise told_failure(failure, staged) from failure
+
+    def _write_parts(
+        self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        if self._parallel.is_sharded:
+            self._parallel.accelerator.save_state(str(staged / ENGINE))
+        elif self._parallel.is_main:
+            save_file(self._trained_weights(), staged / WEIGHTS)
+            _save_torch(self._optimizer.state_dict(), staged / OPTIMIZER)
+        _save_torch(_random_state(), staged / self._random_file(self._parallel.rank))
+        if self._parallel.is_main:
+            if tensors:
+                save_file(tensors, staged / STREAM)
+            write_json(staged / STATE, state)
+
+    def _needed_bytes(self, tensors: dict[str, torch.Tensor]) -> int:
+        """Bytes of a checkpoint's tensors; where they are sharded, an estimate for AdamW."""
+        weights = self._trained_weights()
+        if self._parallel.is_sharded:
+            return 3 * sum(weight.nbytes for weight in weights.values())
+        states = [*self._optimizer.state.values(), weights, tensors]
+        return sum(v.nbytes for s in states for v in s.values() if isinstance(v, torch.Tensor))
+
+    def restore(self) -> dict[str, Any] | None:
+        """Load the newest complete checkpoint.
+
+        Returns:
+            its state, with the stream's tensors as "tensors"; None where there is none.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is whole; or the newest belongs to
+                another launch or other weights.
+        """
+        newest = self._newest_whole()
+        if newest is None:
+            return None
+        state: dict[str, Any] = json.loads((newest / STATE).read_text())
+        self._require_same_engine(newest, state)
+        if self._parallel.is_sharded:
+            self._parallel.accelerator.load_state(str(newest / ENGINE))
+        else:
+            self._load_weights(newest / WEIGHTS)
+            self._optimizer.load_state_dict(
+                torch.load(newest / OPTIMIZER, map_location="cpu", weights_only=True)
+            )
+        random = newest / self._random_file(self._parallel.rank)
+        if not random.exists():  # earlier checkpoints, and those of fewer ranks
+            random = newest / RANDOM
+        _set_random_state(torch.load(random, weights_only=True))
+        tensors = newest / STREAM
+        state["tensors"] = load_file(tensors) if tensors.exists() else {}
+        logger.info("resuming from %s", newest)
+        return state
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint that is whole, as the main rank finds it; the others are told of.
+
+        Raises:
+            UserError: there are some, and none is.
+        """
+        damaged: dict[str, str] = {}
+        found: Path | None = None
+        if self._parallel.is_main:
+            found, damaged = newest_whole(self.folder)
+            self._passed_over = [self.folder / name for name in damaged]
+        answer = [(None if found is None else found.name, damaged)] * self._parallel.is_main
+        name, damaged = self._parallel.gather(answer)[0]
+        if name is not None:
+            return self.folder / str(name)
+        if damaged:
+            raise none_is_whole(self.folder, damaged)
+        return None
+
+    def _require_same_engine(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Sharded weights are kept in their engine's own form.
+
+        Raises:
+            UserError: another engine wrote the checkpoint.
+        """
+        mine, its = self._parallel.kind, state.get("engine", self._parallel.kind)
+        was_sharded = (checkpoint / ENGINE).is_dir()
+        if was_sharded != self._parallel.is_sharded or (was_sharded and mine != its):
+            raise UserError(
+                f"resume: {checkpoint} was written under {its if was_sharded else 'no sharding'}, "
+                f"and this launch runs {mine}; start with the launch that the checkpoint had"
+            )
+
+    @staticmethod
+    def _random_file(rank: int) -> str:
+        return RANDOM if rank == 0 else f"random-{rank}.pt"
+
+    def _root(self) -> nn.Module:
+        return self._parallel.unwrap(self._model)
+
+    def _trained_weights(self) -> dict[str, torch.Tensor]:
+        return {
+            name: value.detach().contiguous()
+            for name, value in self._root().named_parameters()
+            if value.requires_grad
+        }
+
+    @torch.no_grad()
+    def _load_weights(self, path: Path) -> None:
+        """One weight after the other, so that memory never holds all of them twice."""
+        mine = {n: p for n, p in self._root().named_parameters() if p.requires_grad}
+        with safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+            if saved != mine.keys():
+                different = sorted(saved ^ mine.keys())
+                raise UserError(
+                    f"{path}: holds other weights than this model trains (first: {different[0]}); "
+                    "resume with the model and LoRA settings that the checkpoint had"
+                )
+            for name, weight in mine.items():
+                weight.copy_(file.get_tensor(name))
+
+    def _delete_old(self) -> None:
+        """Keep the newest whole ones; what was found damaged goes too."""
+        complete = [path for path in checkpoints_by_step(self.folder) if is_complete(path)]
+        complete = [path for path in complete if path not in self._passed_over]
+        for path in {*complete[: -self._keep], *(p for p in self._passed_over if p.exists())}:
+            # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint.
+            doomed = path.with_name(f"{DOOMED}{path.name}")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+        self._passed_over = []
+
+
+def _save_torch(value: Any, path: Path) -> None:
+    # Into an open file: where torch opens it, a full disk comes out as an error without a reason.
+    with open(path, "wb") as file:
+        torch.save(value, file)
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

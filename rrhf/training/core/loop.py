@@ -1,0 +1,445 @@
+"""The only training loop: a stream's updates, one after the other, and what goes on between them.
+
+A paradigm is an `Objective` (`rrhf.training.core.update`, which does the steps); data come from an
+`UpdateStream`. SFT, reward, rank and PPO differ in these two alone.
+
+A checkpoint may follow any step; SIGTERM and SIGINT end the run after one, and work between two
+steps that watches for them, as a rollout does, is dropped, to be done again on resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rrhf.data.collate import TokenBatch
+from rrhf.errors import NonFiniteError, StoppedBySignal, UserError
+from rrhf.models.finite import first_non_finite
+from rrhf.progress import Progress, figures
+from rrhf.runs import RunFolder, told_changes
+from rrhf.signals import StopRequest, caught_signals
+from rrhf.training.core.best import BestModel
+from rrhf.training.core.checkpoint import Checkpointer
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.held_out_figures import held_out_figures
+from rrhf.training.core.kept_models import KeptModels
+from rrhf.training.core.model_folders import ModelFolders
+from rrhf.training.core.offload import TRAIN
+from rrhf.training.core.optim import (
+    apply_settings,
+    build_optimizer,
+    build_scheduler,
+    follow_schedule,
+    optimizer_settings,
+)
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.phases import Phases, as_metrics
+from rrhf.training.core.streams import LiveStream, UpdateStream
+from rrhf.training.core.tracking import Tracker, build_tracker
+from rrhf.training.core.update import Objective, Update
+from rrhf.training.online.sample_table import SampleTable
+
+logger = logging.getLogger(__name__)
+
+SHOWN = {
+    "loss": "loss {:.4g}",
+    "accuracy": "accuracy {:.3f}",
+    "ranking_accuracy": "accuracy {:.3f}",
+    "score": "score {:.3f}",
+    "kl": "KL {:.3f}",
+    "tokens_per_second": "{:.0f} tokens/s",
+}
+"""How a step's metrics, and its rollout's, are shown on the way."""
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a finished training leaves.
+
+    Attributes:
+        model: the trained module, unwrapped.
+        steps: optimiser steps done in all.
+        seconds: wall time of this process, resumed parts not counted.
+        tokens: response and prompt tokens that went through the model in this process.
+        metrics: the last logged row.
+        evaluation: the last evaluation, or empty.
+        best: the best of them, where one was looked for.
+        stopped_early: the evaluations did not get better, and steps are left out.
+        keep: writes a checkpoint of the last step where there is none, after a failure; every rank
+            must call it.
+    """
+
+    model: nn.Module
+    steps: int
+    seconds: float
+    tokens: int
+    metrics: dict[str, float]
+    evaluation: dict[str, float]
+    best: BestModel | None = None
+    stopped_early: bool = False
+    keep: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+
+
+def run_training(
+    model: nn.Module,
+    objective: Objective,
+    stream: UpdateStream,
+    config: TrainingConfig,
+    run: RunFolder,
+    parallel: Parallel,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    models: ModelFolders | None = None,
+    stop: StopRequest | None = None,
+    samples: SampleTable | None = None,
+    phases: Phases | None = None,
+    on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
+    held: contextlib.ExitStack | None = None,
+) -> TrainingOutcome:
+    """Train until the stream ends.
+
+    Args:
+        model: the trainable module, called by `forward(batch)` alone; weights in float32.
+        objective: the terms of the loss.
+        stream: micro-batches of each optimiser step.
+        config: steps, optimiser, logging, checkpoints.
+        run: an opened run folder (on the main rank).
+        parallel: ranks and engine.
+        evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
+        models: how what is trained is written, where models are to be kept on the way.
+        stop: notes the signals that come, for a stream or an evaluation that watches for them. It
+            may raise `StoppedBySignal`, on all ranks, where it has changed nothing.
+        samples: that the stream and the evaluation fill.
+        phases: measures each step as the phase "train"; what it finds enters the step's row.
+        on_optimizer: is given the prepared optimiser.
+        held: where signals go on being noted after the steps, until it is closed.
+
+    Raises:
+        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation; none
+            of the checkpoints of a run that is resumed is whole; no space.
+        NonFiniteError: loss, gradient or a weight is NaN or infinite.
+        StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
+    """
+    kept = KeptModels(run.path, models, config, parallel, evaluate is not None)
+    model.train()
+    optimizer: torch.optim.Optimizer = build_optimizer(model, config)
+    model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
+    scheduler = build_scheduler(optimizer, config, stream.total_steps)
+    if on_optimizer is not None:
+        on_optimizer(optimizer)
+    checkpointer = Checkpointer(
+        run.checkpoints, parallel, model, optimizer, config.save_total_limit
+    )
+    loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
+    loop.samples, loop.phases = samples, phases
+    # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun,
+    # and a late one sees what the first has just begun.
+    if parallel.gather([config.resume_from_checkpoint])[0]:
+        loop.resume(stream)
+    else:
+        loop.cut_back(0, {})
+    open_tracker = contextlib.closing(build_tracker(config, run.path, parallel.is_main))
+    with open_tracker as tracker, contextlib.ExitStack() as ours:
+        stop = (ours if held is None else held).enter_context(caught_signals(stop))
+        if samples is not None:
+            samples.send_to(tracker)
+        return loop.run(stream, evaluate, tracker, stop)
+
+
+class _Loop:
+    """The state of one call of `run_training`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        objective: Objective,
+        config: TrainingConfig,
+        run: RunFolder,
+        parallel: Parallel,
+        checkpointer: Checkpointer,
+        kept: KeptModels,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.update = Update(model, optimizer, objective, parallel, config.max_grad_norm, run.path)
+        self.config, self.folder = config, run
+        self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
+        self.settings = optimizer_settings(optimizer)
+        self.phases: Phases | None = None
+        self.step = 0
+        self.saved_step = -1
+        self.samples: SampleTable | None = None
+        self.metrics: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
+        self.evaluated_step = -1
+
+    def resume(self, stream: UpdateStream) -> None:
+        """Take up the newest checkpoint and cut back to it what was written later."""
+        state = self.checkpointer.restore()
+        if state is None:
+            self.folder.require_no_lost_checkpoints()
+            logger.info("no complete checkpoint in %s: starting anew", self.folder.checkpoints)
+            self.cut_back(0, {})
+            return
+        self.step = self.saved_step = int(state["step"])
+        # A run that was killed behind its last step has nothing left to measure.
+        self.metrics, self.evaluation = state["metrics"], state["evaluation"]
+        self.evaluated_step = int(state["evaluated_step"])
+        stream.load_state_dict(state["stream"])
+        if isinstance(stream, LiveStream):
+            stream.load_tensors(state["tensors"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._take_changed_settings(state)
+        self.cut_back(self.step, state)
+
+    def _take_changed_settings(self, state: dict[str, Any]) -> None:
+        """What optimiser and schedule are told now holds, not what they were told before.
+
+        Raises:
+            UserError: the optimiser's settings changed, and it is sharded.
+        """
+        is_sharded, now = self.parallel.is_sharded, self.settings
+        before = state.get("optimizer_settings")  # earlier checkpoints have none
+        if before is None and is_sharded:
+            before = [{"learning_rate": rate} for rate in self.scheduler.base_lrs]
+        elif before is None:
+            before = optimizer_settings(self.optimizer)
+        if is_sharded:
+            changed = [
+                (name, was[name], its[name])
+                for was, its in zip(before, now, strict=False)
+                for name in was
+                if was[name] != its[name]
+            ]
+            if changed:
+                raise UserError(
+                    f"resume: the optimiser's settings changed:\n{told_changes(changed)}\nA "
+                    "sharded optimiser goes on with its own; give the same, or start without "
+                    "sharding"
+                )
+            if "optimizer_settings" not in state:
+                self._warn_of_unknown_settings()
+        elif before != now:
+            apply_settings(self.optimizer, self.scheduler, now)
+        follow_schedule(self.optimizer, self.scheduler)
+
+    def _warn_of_unknown_settings(self) -> None:
+        """A sharded optimiser keeps its own, and its checkpoint does not say which they are."""
+
+        def told(groups: list[dict[str, Any]]) -> str:
+            """Each kind of group once."""
+            names = ("weight_decay", "betas", "eps")
+            kinds = (", ".join(f"{name} {group.get(name)}" for name in names) for group in groups)
+            return "; ".join(dict.fromkeys(kinds))
+
+        logger.warning(
+            "resume: an earlier version wrote this checkpoint, without the settings of its sharded "
+            "optimiser, so it cannot be told whether --weight_decay, --adam_beta1, --adam_beta2 or "
+            "--adam_epsilon changed; it goes on with %s (the flags give %s). Give the values of "
+            "the run so far; to change them, begin a new run",
+            told(self.optimizer.param_groups),
+            told(self.settings),
+        )
+
+    def cut_back(self, step: int, state: dict[str, Any]) -> None:
+        """Forget what the run folder holds of steps after `step`; no state = of all."""
+        if self.parallel.is_main:
+            self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
+        self.kept.cut_back(step, state.get("best", {}))
+        if self.samples is not None:
+            self.samples.load_state_dict(state.get("samples", {}))
+
+    def run(
+        self,
+        stream: UpdateStream,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        tracker: Tracker,
+        stop: StopRequest,
+    ) -> TrainingOutcome:
+        started = time.monotonic()
+        try:
+            tokens = self._train(stream, evaluate, tracker, stop)
+        except StoppedBySignal as stopped:
+            self._save(stream)
+            raise StoppedBySignal(
+                stopped.exit_code,
+                f"stopped at step {self.step} of {stream.total_steps}; go on with "
+                "--resume_from_checkpoint",
+            ) from stopped
+        if self.step != stream.total_steps and not self.kept.is_over:
+            raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
+        return TrainingOutcome(
+            model=self.parallel.unwrap(self.model),
+            steps=self.step,
+            seconds=time.monotonic() - started,
+            tokens=tokens,
+            metrics=self.metrics,
+            evaluation=self.evaluation,
+            best=self.kept.best,
+            stopped_early=self.step != stream.total_steps,
+            keep=lambda: self.keep(stream),
+        )
+
+    def _train(
+        self,
+        stream: UpdateStream,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        tracker: Tracker,
+        stop: StopRequest,
+    ) -> int:
+        """All steps and evaluations that are left; returns the tokens of the steps."""
+        tokens = 0
+        rollout: dict[str, float] = {}
+        with Progress("train", stream.total_steps, "step", self.step) as progress:
+            if evaluate is not None and self.step and self._is_due(self.config.eval_steps):
+                self._evaluate(
+                    evaluate, tracker, stream
+                )  # left undone where a signal came during it
+            for batches in () if self.kept.is_over else stream:
+                if isinstance(stream, LiveStream) and (news := stream.take_news()):
+                    rollout = news
+                    self._log({"step": self.step, **news}, tracker)
+                before = time.monotonic()
+                row, step_tokens = self._measured_update(batches)
+                tokens += step_tokens
+                self.step += 1
+                self.metrics = {
+                    **row,
+                    "learning_rate": self.learning_rate,
+                    "tokens_per_second": step_tokens / max(time.monotonic() - before, 1e-9),
+                }
+                self.scheduler.step()
+                stream.observe(self.metrics)
+                if isinstance(stream, LiveStream):
+                    self.metrics |= stream.metrics()
+                if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
+                    self._log({"step": self.step, **self.metrics}, tracker)
+                progress.total = stream.total_steps
+                progress.advance(figures=figures(rollout | self.metrics, SHOWN))
+                self._require_finite()
+                self.kept.after_step(self.step)
+                if evaluate is not None and self._is_due(self.config.eval_steps):
+                    self._evaluate(evaluate, tracker, stream)
+                if signalled := self._signalled(stop):
+                    raise StoppedBySignal(signalled, "a signal came during the step")
+                if self._is_due(self.config.save_steps):
+                    self._save(stream)
+                if self.kept.is_over:
+                    break
+            if evaluate is not None:
+                self._evaluate(evaluate, tracker, stream)
+        return tokens
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    def _measured_update(self, batches: list[TokenBatch]) -> tuple[dict[str, float], int]:
+        if self.phases is None:
+            return self.update(batches, self.step + 1)
+        with self.phases(TRAIN) as spent:
+            row, num_tokens = self.update(batches, self.step + 1)
+            spent.tokens = num_tokens // self.parallel.world_size
+        return row | as_metrics(self.phases.take()), num_tokens
+
+    def _evaluate(
+        self,
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        tracker: Tracker,
+        stream: UpdateStream,
+    ) -> None:
+        """Once for each step, however often it is asked for; where it fails, the step is kept."""
+        if self.evaluated_step == self.step:
+            return
+        before = self.evaluation, self.evaluated_step
+        offset = self.folder.metrics.offset if self.parallel.is_main else 0
+        try:
+            self._measure(evaluate, tracker)
+        except StoppedBySignal:
+            raise
+        except Exception:
+            # To be measured again on resuming. Of several ranks one may have failed alone.
+            if self.parallel.world_size == 1:
+                self.evaluation, self.evaluated_step = before
+                self.folder.metrics.truncate_to(offset)
+                self.keep(stream)
+            raise
+
+    def _measure(self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self.evaluation, self.evaluated_step = evaluate(self.model), self.step
+        self.model.train()
+        if self.evaluation:
+            row = {f"eval_{name}": value for name, value in self.evaluation.items()}
+            self._log({"step": self.step, **row}, tracker)
+        told = held_out_figures(self.evaluation) or "no figures"
+        logger.info("step %d, held out: %s", self.step, told)
+        self.kept.after_evaluation(self.step, self.evaluation)
+
+    def _log(self, row: dict[str, float], tracker: Tracker) -> None:
+        if self.parallel.is_main:
+            self.folder.metrics.append(row)
+            tracker.log(row, self.step)
+
+    def keep(self, stream: UpdateStream) -> None:
+        """Write a checkpoint after a failure, which is what is to be told."""
+        try:
+            self._save(stream)
+        except Exception as error:
+            logger.warning("step %d has no checkpoint either: %s", self.step, error)
+
+    def _save(self, stream: UpdateStream) -> None:
+        if self.saved_step == self.step:
+            return
+        if self.parallel.is_main:
+            self.folder.metrics.sync()
+        self.checkpointer.save(
+            self.step,
+            {
+                "stream": stream.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "optimizer_settings": self.settings,
+                "metrics": self.metrics,
+                "evaluation": self.evaluation,
+                "evaluated_step": self.evaluated_step,
+                "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
+                "best": self.kept.state_dict(),
+                "samples": {} if self.samples is None else self.samples.state_dict(),
+            },
+            stream.tensors() if isinstance(stream, LiveStream) else None,
+        )
+        self.saved_step = self.step
+        if self.parallel.is_main:
+            self.folder.note_checkpoint()
+        self.kept.after_checkpoint()
+
+    def _require_finite(self) -> None:
+        """Before anything of this step is kept.
+
+        Raises:
+            NonFiniteError: a trained weight is NaN or infinite, on any rank.
+        """
+        if self.update.left_non_finite:
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            found = first_non_finite(trained)
+            kept = f"step {self.saved_step}" if self.saved_step > 0 else "no step yet"
+            raise NonFiniteError(
+                f"step {self.step}: the weights are not finite (first: {found or 'elsewhere'}), so "
+                f"nothing of it is kept; the last checkpoint is of {kept}. Lower --learning_rate "
+                "and go on with --resume_from_checkpoint"
+            )
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _signalled(self, stop: StopRequest) -> int:
+        """The exit code that a signal on any rank asks for, or 0."""
+        return int(self.parallel.max(stop.exit_code))

@@ -1,0 +1,27 @@
+"""What may leave the device while nobody needs it, by name (`rrhf.training.core.offload` moves it)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rrhf.errors import UserError
+
+LEVELS = ("freeze_model", "optimizer", "train_model")
+
+
+def parse_levels(words: Collection[str]) -> frozenset[str]:
+    """The levels that are named, in any order, several in one string or not; "none" is none.
+
+    Raises:
+        UserError: another word.
+    """
+    asked = [word for text in words for word in text.replace(",", " ").split()]
+    for word in asked:
+        if word not in (*LEVELS, "none"):
+            raise UserError(
+                f"--offload_level {word}: choose any of {', '.join(LEVELS)}, in one string with "
+                "blanks between, or none"
+            )
+    if "none" in asked and len(asked) > 1:
+        raise UserError(f"--offload_level {' '.join(asked)}: none goes with nothing else")
+    return frozenset(asked) - {"none"}

@@ -1,0 +1,145 @@
+"""AdamW with its parameter groups, and the learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from rrhf.errors import UserError
+from rrhf.training.core.config import GroupSettings, TrainingConfig
+
+FUSED_ON = ("cpu", "cuda")
+"""Devices that can do a whole step of AdamW in one pass over weights and moments."""
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over every weight that needs a gradient; vectors (norms, biases) get no weight decay.
+
+    Raises:
+        UserError: nothing is trainable, or trainable weights are not float32.
+    """
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError("the model has no trainable weight; check the LoRA target modules")
+    wrong = [n for n, p in trainable if p.dtype != torch.float32]
+    assert not wrong, f"trained weights must be float32, {wrong[0]} is not"
+    groups: list[dict[str, Any]] = []
+    for place, settings in enumerate(config.groups()):
+        mine = [p for name, p in trainable if _group_of(name, config.groups()) == place]
+        matrices = [p for p in mine if p.ndim >= 2]
+        vectors = [p for p in mine if p.ndim < 2]
+        for params, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+            if params:
+                groups.append(
+                    {
+                        "params": params,
+                        "weight_decay": weight_decay,
+                        "lr": settings.learning_rate,
+                        "settings": place,
+                    }
+                )
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=all(p.device.type in FUSED_ON for _, p in trainable),
+    )
+
+
+def _group_of(name: str, groups: list[GroupSettings]) -> int:
+    """The place of the group with the longest prefix of the name."""
+    claims = [place for place, group in enumerate(groups) if name.startswith(group.prefix)]
+    return max(claims, key=lambda place: len(groups[place].prefix))
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over `total_steps` optimiser steps, warm-up included."""
+    groups = config.groups()
+    if len(groups) == 1:
+        return _schedule(optimizer, groups[0], config, total_steps)
+    scratch = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))])
+    factors = [_schedule(scratch, group, config, total_steps).lr_lambdas[0] for group in groups]
+    return LambdaLR(
+        optimizer,
+        [
+            _delayed(factors[group["settings"]], groups[group["settings"]].frozen_steps)
+            for group in optimizer.param_groups
+        ],
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, group: GroupSettings, config: TrainingConfig, total_steps: int
+) -> LambdaLR:
+    name, extra = group.lr_scheduler_type, {}
+    if config.min_learning_rate_ratio > 0:
+        if name != "cosine":
+            raise UserError(
+                f"min_learning_rate_ratio {config.min_learning_rate_ratio}: only the cosine "
+                f"schedule ends above zero, not {name}"
+            )
+        name = "cosine_with_min_lr"
+        extra = {"min_lr_rate": config.min_learning_rate_ratio}
+    warmup = math.ceil(group.warmup_ratio * total_steps)
+    return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
+
+
+def _delayed(factor: Callable[[int], float], frozen_steps: int) -> Callable[[int], float]:
+    return lambda step: 0.0 if step < frozen_steps else factor(step)
+
+
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the settings say of each parameter group, as plain values; after `build_scheduler`."""
+    return [
+        {
+            "learning_rate": float(group["initial_lr"]),
+            "weight_decay": float(group["weight_decay"]),
+            "betas": [float(beta) for beta in group["betas"]],
+            "eps": float(group["eps"]),
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer, scheduler: Any, settings: list[dict[str, Any]]
+) -> None:
+    """Let a restored optimiser go on with these settings, at the step where its schedule stands.
+
+    Args:
+        optimizer: with the moments of the steps before.
+        scheduler: its own, restored too.
+        settings: of each group, as `optimizer_settings` gives them.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group["initial_lr"] = own["learning_rate"]
+        group["weight_decay"] = own["weight_decay"]
+        group["betas"] = tuple(own["betas"])
+        group["eps"] = own["eps"]
+    scheduler.base_lrs = [own["learning_rate"] for own in settings]
+    follow_schedule(optimizer, scheduler)
+
+
+def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Let a restored optimiser take its next step at the rate of the schedule as it is now.
+
+    What it was restored with is the rate of the schedule that it had; the two are the same to the
+    last bit where nothing changed.
+
+    Args:
+        optimizer: restored.
+        scheduler: its own, restored too.
+    """
+    groups = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, rate, factor in groups:
+        group["lr"] = rate * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

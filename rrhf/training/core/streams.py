@@ -1,0 +1,286 @@
+"""Which prompts go into which optimiser step: the same for one process and for many, and resumable.
+
+A stream yields the micro-batches of one optimiser step at a time. The order of an epoch depends on
+(seed, epoch) alone; a global batch is cut over ranks and micro-batches, by number or by tokens, so
+that all ranks run equally many, a short one repeating a prompt with weight zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, overload, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.errors import UserError
+from rrhf.progress import tracked
+from rrhf.records import CandidateSet
+from rrhf.training.core.token_batches import (
+    PADDED,
+    Size,
+    SizeTable,
+    TokenBudget,
+    even_batches,
+    micro_batches,
+    sizes_of,
+    tokens_of,
+    told,
+)
+
+logger = logging.getLogger(__name__)
+
+GROUPING_STEPS = 32
+"""Optimiser steps whose prompts are sorted by length together under `group_by_length`."""
+
+
+class UpdateStream(Protocol):
+    """Feeds the loop; `rrhf.training.core.loop` says when each method is called."""
+
+    total_steps: int
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]: ...
+
+    def observe(self, metrics: dict[str, float]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class LiveStream(UpdateStream, Protocol):
+    """A stream that makes its data while it is trained on."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, which are not in `state_dict`; the same on every rank."""
+        ...
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take it up again; called after `load_state_dict`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What else belongs into the row of the step that was just observed."""
+        ...
+
+    def take_news(self) -> dict[str, float]:
+        """A row of its own, of what was made before the step that comes; each is given once."""
+        ...
+
+
+class EncodedExamples(Sequence[EncodedSet]):
+    """Candidate sets encoded when they are asked for, so that a large file need not fit in memory.
+
+    One pass at the start finds which sets yield an example and how long each is: `lengths` in
+    tokens of padded rows, `sizes` in detail.
+
+    Args:
+        sets: random access to candidate sets.
+        encode: a set's example, or None where it yields none (the encoder counts why).
+
+    Raises:
+        UserError: no set yields an example.
+    """
+
+    def __init__(
+        self, sets: Sequence[CandidateSet], encode: Callable[[CandidateSet], EncodedSet | None]
+    ) -> None:
+        self._sets = sets
+        self._encode = encode
+        self._places = array("Q")
+        self.lengths = array("Q")
+        self.sizes = SizeTable()
+        for place in tracked(range(len(sets)), "encode", "prompt"):
+            example = encode(sets[place])
+            if example is not None:
+                self._places.append(place)
+                self.lengths.append(example.num_tokens)
+                self.sizes.append(example)
+        if not self._places:
+            raise UserError(f"none of the {len(sets)} prompts yields a training example")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedSet: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedSet]: ...
+    def __getitem__(self, index: int | slice) -> EncodedSet | list[EncodedSet]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._encode(self._sets[self._places[index]])
+        assert example is not None, "an encoder must answer the same each time"
+        return example
+
+
+class OfflineStream:
+    """Passes over a fixed set of examples.
+
+    Args:
+        examples: what to train on, with `lengths` where they are grouped by length.
+        pad_id: filler of the batches.
+        per_device_train_batch_size: prompts a micro-batch.
+        gradient_accumulation_steps: micro-batches a step and rank; the product of both is the
+            step's share of prompts where a budget cuts it otherwise.
+        num_train_epochs: passes, fractions allowed.
+        max_steps: -1, or the number of optimiser steps.
+        seed: of the order.
+        rank, world_size: this process among all.
+        group_by_length: sort prompts by length within stretches of `GROUPING_STEPS` steps.
+        collate_fn: makes a batch of encoded sets; `rrhf.data.collate.collate` by default.
+        budget: cut each step by tokens instead of by number.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[EncodedSet],
+        pad_id: int,
+        per_device_train_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        num_train_epochs: float = 1.0,
+        max_steps: int = -1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        group_by_length: bool = False,
+        lengths: Sequence[int] | None = None,
+        collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
+        budget: TokenBudget | None = None,
+    ) -> None:
+        for name, value in (
+            ("per_device_train_batch_size", per_device_train_batch_size),
+            ("gradient_accumulation_steps", gradient_accumulation_steps),
+        ):
+            if value < 1:
+                raise UserError(f"--{name} {value}: must be 1 or more")
+        if max_steps <= 0 and num_train_epochs <= 0:
+            raise UserError(
+                f"--num_train_epochs {num_train_epochs}: must be above 0, or give --max_steps"
+            )
+        self._examples = examples
+        self._pad_id = pad_id
+        self._per_device = per_device_train_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._seed = seed
+        self._collate = collate_fn
+        self.global_batch_size = (
+            per_device_train_batch_size * gradient_accumulation_steps * world_size
+        )
+        self._known_lengths = getattr(examples, "lengths", None) if lengths is None else lengths
+        self._group_by_length = group_by_length
+        self.steps_per_epoch = math.ceil(len(examples) / self.global_batch_size)
+        by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch)
+        self.total_steps = max_steps if max_steps > 0 else max(by_epochs, 1)
+        self._step = 0
+        self._budget = budget
+
+    def __iter__(self) -> Iterator[list[TokenBatch]]:
+        order: list[list[int]] = []
+        while self._step < self.total_steps:
+            epoch, place = divmod(self._step, self.steps_per_epoch)
+            if place == 0 or not order:
+                order = self._epoch_order(epoch)
+            self._step += 1
+            yield self._micro_batches(order[place])
+
+    @functools.cached_property
+    def _lengths(self) -> Sequence[int]:
+        """Tokens of each example."""
+        return self._known_lengths or [example.num_tokens for example in self._examples]
+
+    @functools.cached_property
+    def _sizes(self) -> Sequence[Size]:
+        return sizes_of(self._examples)
+
+    @functools.cached_property
+    def _lengths_digest(self) -> str:
+        """Tells other data apart that has as many examples."""
+        return hashlib.sha256(" ".join(map(str, self._lengths)).encode()).hexdigest()
+
+    def told(self, budget: TokenBudget) -> str:
+        """How the first step of all is cut by a budget."""
+        sizes = [self._sizes[i] for i in self._epoch_order(0)[0]]
+        return told(micro_batches(sizes, budget, self._world_size), sizes, budget)
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Offline data does not change with the metrics."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and what must not differ for it to mean the same."""
+        return {
+            "step": self._step,
+            "examples": len(self._examples),
+            "lengths_sha256": self._lengths_digest,
+            "global_batch_size": self.global_batch_size,
+            "world_size": self._world_size,
+            "seed": self._seed,
+            "group_by_length": self._group_by_length,
+            "max_tokens_per_batch": None if self._budget is None else self._budget.tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the saved step.
+
+        Raises:
+            UserError: the data, the seed, the global batch, the number of processes or the
+                grouping differ. How a step is cut into micro-batches may differ: its prompts
+                are the same.
+        """
+        mine = self.state_dict()
+        # Earlier checkpoints do not say how prompts were grouped.
+        state = {"group_by_length": self._group_by_length, **state}
+        for name in ("examples", "global_batch_size", "world_size", "seed", "group_by_length"):
+            if state[name] != mine[name]:
+                raise UserError(
+                    f"resume: {name} was {state[name]} in the checkpoint and is {mine[name]} now; "
+                    "start with what the checkpoint had"
+                )
+        # Earlier checkpoints know only how many examples there were.
+        if state.get("lengths_sha256", mine["lengths_sha256"]) != mine["lengths_sha256"]:
+            raise UserError(
+                f"resume: the {mine['examples']} training examples are not those of the "
+                "checkpoint (their lengths differ); start with the data, the tokenizer and the "
+                "length limits that it had"
+            )
+        self._step = int(state["step"])
+
+    def _epoch_order(self, epoch: int) -> list[list[int]]:
+        """Examples of each step of the epoch."""
+        shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self._examples), generator=shuffle).tolist()
+        size = self.global_batch_size
+        if not self._group_by_length:
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        steps: list[list[int]] = []
+        for start in range(0, len(order), size * GROUPING_STEPS):
+            lengths = self._lengths
+            stretch = sorted(order[start : start + size * GROUPING_STEPS], key=lambda i: lengths[i])
+            batches = [stretch[i : i + size] for i in range(0, len(stretch), size)]
+            places = torch.randperm(len(batches), generator=shuffle).tolist()
+            steps += [batches[i] for i in places]
+        return steps
+
+    def _micro_batches(self, indices: Sequence[int]) -> list[TokenBatch]:
+        if self._budget is None:
+            cut = even_batches(len(indices), self._per_device, self._world_size)
+            filler = indices[0]
+        else:
+            sizes = [self._sizes[i] for i in indices]
+            cut = micro_batches(sizes, self._budget, self._world_size)
+            filler = min(indices, key=lambda i: tokens_of([self._sizes[i]], PADDED))
+        batches = []
+        for places in cut[self._rank]:
+            mine = [self._examples[indices[place]] for place in places]
+            if not mine:
+                mine = [replace(self._examples[filler], weight=0.0)]
+            batches.append(self._collate(mine, self._pad_id))
+        return batches

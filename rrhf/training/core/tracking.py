@@ -1,0 +1,123 @@
+"""Metrics to a tracker, where one is asked for; a tracker that fails never stops a training."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.training.core.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+LogTable = Callable[[str, Sequence[str], Sequence[Sequence[Any]], int], None]
+"""Given: a name, the columns, the rows and the step."""
+
+
+class Tracker:
+    """Sends rows to one tracker; without one it does nothing."""
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float], int], None] | None = None,
+        finish: Callable[[], None] | None = None,
+        log_table: LogTable | None = None,
+    ) -> None:
+        self._log = log
+        self._finish = finish
+        self._log_table = log_table
+
+    def log(self, row: dict[str, float], step: int) -> None:
+        """Send a row; the first failure is said and ends the sending."""
+        if self._log is None:
+            return
+        try:
+            self._log(row, step)
+        except Exception as error:  # the training is worth more than its curve
+            logger.warning("the tracker failed and is switched off: %s", error)
+            self._log = None
+
+    def log_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], step: int
+    ) -> None:
+        """Send rows of texts and numbers, where the tracker takes them; failures as with `log`."""
+        if self._log_table is None:
+            return
+        try:
+            self._log_table(name, columns, [[row[c] for c in columns] for row in rows], step)
+        except Exception as error:
+            logger.warning("the tracker takes no tables: %s", error)
+            self._log_table = None
+
+    def close(self) -> None:
+        """Let the tracker finish."""
+        if self._finish is None:
+            return
+        try:
+            self._finish()
+        except Exception as error:
+            logger.warning("the tracker failed while closing: %s", error)
+
+
+def build_tracker(config: TrainingConfig, folder: Path, is_main: bool) -> Tracker:
+    """The tracker of `--report_to`, on the main rank.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if not is_main or config.report_to == "none":
+        return Tracker()
+    if config.report_to == "tensorboard":
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        writer = module.SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(row: dict[str, float], step: int) -> None:
+            for name, value in row.items():
+                writer.add_scalar(name, value, step)
+
+        def text_to_tensorboard(
+            name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+        ) -> None:
+            writer.add_text(name, as_markdown(columns, rows), step)
+
+        return Tracker(to_tensorboard, writer.close, text_to_tensorboard)
+    module = _import(config.report_to, config.report_to)
+    module.init(project="rrhf", name=folder.name, config=config.as_dict())
+
+    def to_run(row: dict[str, float], step: int) -> None:
+        module.log(row, step=step)
+
+    def table_to_run(
+        name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+    ) -> None:
+        table = module.Table(columns=list(columns), data=[list(row) for row in rows])
+        module.log({name: table}, step=step)
+
+    # trackio's tables are made of data frames, which nothing else here needs.
+    return Tracker(to_run, module.finish, table_to_run if config.report_to == "wandb" else None)
+
+
+def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown, as trackers show it."""
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"--report_to: the package {package} is not installed; pip install {package}, or leave "
+            "the flag out (metrics.jsonl is always written)"
+        ) from error

@@ -1,0 +1,200 @@
+"""One optimiser step: losses that are sums over global counts, agreed over ranks before it counts.
+
+An `Objective` names the terms of a loss. Each is a sum with a weight, divided by a denominator that
+is known before the forward and summed over ranks and micro-batches first. So accumulation, uneven
+ranks and padding cannot change a loss, and a zero denominator makes its term zero.
+
+A loss or gradient that is not finite stops the run before the step, with the batch written out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rrhf.data.collate import TokenBatch
+from rrhf.errors import NonFiniteError
+from rrhf.models.finite import has_non_finite
+from rrhf.progress import pulse
+from rrhf.training.core.parallel import Parallel
+
+
+@dataclass
+class Term:
+    """One named part of a loss: `weight * total / denominator` enters the gradient.
+
+    Attributes:
+        total: scalar sum over this micro-batch, filler prompts at weight zero.
+        weight: of the term in the loss.
+        metrics: (total, count) scalars without gradient, averaged over everything for the log.
+    """
+
+    total: Tensor
+    weight: float = 1.0
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What one training paradigm optimises."""
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """A scalar for each term name, from the batch alone."""
+        ...
+
+    def __call__(self, outputs: Any, batch: TokenBatch) -> dict[str, Term]:
+        """The terms, under the same names."""
+        ...
+
+
+class Update:
+    """Forward, backward and step of the prepared module.
+
+    Args:
+        model, optimizer: as `Parallel.prepare` gave them.
+        objective: the terms of the loss.
+        parallel: ranks and engine.
+        max_grad_norm: gradients are scaled down to it; 0 = never.
+        folder: gets the batch of a step that was not finite.
+
+    Attributes:
+        left_non_finite: after the last step, some rank holds a trained weight that is NaN or
+            infinite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        parallel: Parallel,
+        max_grad_norm: float,
+        folder: Path,
+    ) -> None:
+        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.parallel, self.max_grad_norm, self.folder = parallel, max_grad_norm, folder
+        self.left_non_finite = False
+
+    def __call__(self, batches: list[TokenBatch], step: int) -> tuple[dict[str, float], int]:
+        """Do step number `step`; returns its metrics and its tokens over all ranks.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or infinite.
+        """
+        batches = [batch.to(self.parallel.device) for batch in batches]
+        denominators = self._denominators(batches)
+        totals: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for position, batch in enumerate(batches):
+            is_last = position == len(batches) - 1
+            with self.parallel.micro_step(self.model, is_last):
+                terms = self.objective(self.model(batch), batch)
+                loss = _loss(terms, denominators)
+                self._require_finite(loss, batch, step)
+                self.parallel.backward(loss)
+            _add(totals, terms)
+            if not is_last:
+                pulse(f"micro-batch {position + 1} of {len(batches)}")
+            weights = {name: term.weight for name, term in terms.items()}
+        norm = self.parallel.take_step(self.model, self.optimizer, self.max_grad_norm)
+        if math.isinf(norm) or (math.isnan(norm) and self.parallel.kind != "DEEPSPEED"):
+            self._stop(f"the gradient norm is {norm}", batches[-1], step)
+        row, num_tokens = self._metrics(totals, weights, denominators, batches)
+        return {**row, "grad_norm": norm}, num_tokens
+
+    def _denominators(self, batches: list[TokenBatch]) -> dict[str, Tensor]:
+        summed: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, value in self.objective.denominators(batch).items():
+                value = value.detach().double()
+                summed[name] = summed[name] + value if name in summed else value
+        names = sorted(summed)
+        stacked = self.parallel.sum(torch.stack([summed[name] for name in names]).cpu())
+        return dict(zip(names, stacked, strict=True))
+
+    def _require_finite(self, loss: Tensor, batch: TokenBatch, step: int) -> None:
+        """Agreed over ranks, so that none goes into a backward pass alone."""
+        value = float(loss.detach())
+        if self.parallel.any(not math.isfinite(value)):
+            self._stop(f"the loss is {value} on rank {self.parallel.rank}", batch, step)
+
+    def _stop(self, what: str, batch: TokenBatch, step: int) -> None:
+        name = f"non_finite_step_{step}_rank_{self.parallel.rank}.safetensors"
+        path = self.folder / name
+        tensors = {
+            f.name: value.cpu().contiguous()
+            for f in fields(batch)
+            if isinstance(value := getattr(batch, f.name), Tensor)
+        }
+        for extras in (batch.extras, batch.token_extras):
+            tensors |= {f"extra.{name}": value.cpu() for name, value in extras.items()}
+        save_file(tensors, path)
+        raise NonFiniteError(
+            f"step {step}: {what}; stopped before the weights changed. The batch is in "
+            f"{path}; lower the learning rate, or look at that batch"
+        )
+
+    def _metrics(
+        self,
+        totals: dict[str, Tensor],
+        weights: dict[str, float],
+        denominators: dict[str, Tensor],
+        batches: list[TokenBatch],
+    ) -> tuple[dict[str, float], int]:
+        """Means over ranks and micro-batches; the loss as it entered the gradient."""
+        names = sorted(totals)
+        num_tokens = sum(_num_tokens(batch) for batch in batches)
+        trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        stacked = [totals[name] for name in names]
+        spoiled = has_non_finite(trained).to(stacked[0].device)
+        # All at once: each transfer makes a GPU's queue run empty, and each sum waits for ranks.
+        on_host = torch.stack([*stacked, torch.stack([torch.zeros_like(spoiled), spoiled])]).cpu()
+        on_host[-1, 0] = num_tokens
+        summed = self.parallel.sum(on_host)
+        self.left_non_finite = bool(summed[-1, 1] > 0)
+        values = dict(zip(names, summed[:-1].tolist(), strict=True))
+        losses = {
+            name: _ratio(values.pop(_TERM + name)[0], float(denominators[name])) for name in weights
+        }
+        row = {"loss": sum(weights[name] * value for name, value in losses.items())}
+        row |= {f"{name}_loss": value for name, value in losses.items()}
+        row |= {name: _ratio(total, count) for name, (total, count) in values.items()}
+        return row, int(summed[-1, 0])
+
+
+_TERM = "term:"
+
+
+def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
+    loss = torch.zeros(())
+    for name, term in terms.items():
+        denominator = float(denominators[name])
+        scale = term.weight / denominator if denominator else 0.0
+        loss = loss.to(term.total.device) + term.total * scale
+    return loss
+
+
+def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
+    """Add one micro-batch's totals: under a term's own key, and each metric's (total, count).
+
+    They stay on the device.
+    """
+    for name, term in terms.items():
+        pairs = {_TERM + name: (term.total, torch.zeros_like(term.total)), **term.metrics}
+        for key, (total, count) in pairs.items():
+            pair = torch.stack([total.detach().double(), count.detach().to(total.device).double()])
+            totals[key] = totals[key] + pair if key in totals else pair
+
+
+def _num_tokens(batch: TokenBatch) -> int:
+    prompts = batch.prompt_lengths[batch.prompt_index]
+    return int(((prompts + batch.response_lengths) * (batch.row_weights > 0)).sum())
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else 0.0

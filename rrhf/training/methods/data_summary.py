@@ -1,0 +1,149 @@
+"""What became of a trainer's data, in a sentence: what is trained on, what was cut or left out.
+
+Each kind of case is told once, with its number and the id of the first prompt that it met. The
+same counts stand in the run's manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rrhf.commands import next_step
+from rrhf.data.collate import EncodedSet
+from rrhf.data.columns import columns_flag
+from rrhf.data.formats import SourceCounts
+from rrhf.data.prompt_formats import PromptFormats
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet
+from rrhf.training.core.streams import EncodedExamples
+from rrhf.training.methods.fitting import RowFitter
+
+logger = logging.getLogger(__name__)
+
+# Key -> what is counted, and what happened to it.
+_CASES = {
+    "prompts_cut": ("prompt", "cut on the left to fit --model_max_length {length}"),
+    "prompts_too_long": (
+        "prompt",
+        "left out: the last turn alone does not fit --model_max_length {length}",
+    ),
+    "prompts_empty": ("prompt", "without text"),
+    "prompts_without_responses": ("prompt", "left out: no response is left"),
+    "prompts_without_candidates": ("prompt", "left out: no candidate to rank"),
+    "prompts_without_ordered_pair": ("prompt", "left out: no response is better than another"),
+    "prompts_beyond_the_window": ("prompt", "left out: longer than the model's window"),
+    "prompts_with_one_candidate": ("prompt", "with one candidate, so nothing to rank"),
+    "prompts_all_tied": ("prompt", "with equal scores alone, so nothing to rank"),
+    "responses_cut": ("response", "cut at the end to fit, and trained without an end"),
+    "responses_dropped": ("response", "left out as too long"),
+    "responses_cut_to_nothing": ("response", "left out as empty"),
+    "responses_stopped": ("response", "cut where the next turn begins"),
+    "candidates_without_score": ("candidate", "left out without a score"),
+}
+# What views leave out for want of scores.
+_UNSCORED = ("nothing_scored", "no_ordered_pair", "several_unscored_responses")
+_USED = ("prompts", "prompts_used", "candidates_used", "responses_used")
+
+
+class Encoder(Protocol):
+    """Makes an example of a set with the help of a fitter, which counts."""
+
+    @property
+    def fitter(self) -> RowFitter: ...
+
+    def __call__(self, candidate_set: CandidateSet, /) -> EncodedSet | None: ...
+
+
+def encoded(
+    name: str,
+    sets: Sequence[CandidateSet],
+    encode: Encoder,
+    read: SourceCounts | None = None,
+    purpose: str = "training",
+    columns: str | None = None,
+) -> EncodedExamples:
+    """The examples of candidate sets, with a sentence about them in the log.
+
+    Args:
+        name: of the data, as the user gave it.
+        sets: to encode.
+        encode: makes and counts examples.
+        read: what became of the rows of the source, where it is known.
+        purpose: "training", or "evaluating".
+        columns: what the data's columns are called, for the command that scores them.
+
+    Raises:
+        UserError: no set yields an example; the text says why.
+    """
+    formats = PromptFormats(encode.fitter.codec)
+
+    def encode_and_count(candidate_set: CandidateSet) -> EncodedSet | None:
+        formats.add(candidate_set)
+        return encode(candidate_set)
+
+    try:
+        examples = EncodedExamples(sets, encode_and_count)
+    except UserError as error:
+        why = [
+            *told_rows(read),
+            *told_cases(encode.fitter),
+            *_score_first(name, encode, read, columns),
+        ]
+        raise UserError(f"{name}: {error}" + (f": {'; '.join(why)}" if why else "")) from error
+    used = counted(len(examples), "prompt")
+    for what in ("candidate", "response"):
+        if number := encode.fitter.counts[f"{what}s_used"]:
+            used += f" with {counted(number, what)}"
+    rows = f" from {counted(read.read, 'row')}" if read else ""
+    parts = [f"{purpose} on {used}{rows}", *told_rows(read), *told_cases(encode.fitter)]
+    logger.info("%s: %s", name, "; ".join(parts))
+    formats.tell(name)
+    return examples
+
+
+def _score_first(
+    name: str, encode: Encoder, read: SourceCounts | None, columns: str | None
+) -> list[str]:
+    """The command to go on with, where scores are what is missing."""
+    dropped = read.dropped if read is not None else {}
+    unscored = encode.fitter.counts["candidates_without_score"]
+    if not (unscored or any(dropped.get(reason) for reason in _UNSCORED)):
+        return []
+    words = [name, "SCORED.jsonl", "--scorer", "REWARD_MODEL", *columns_flag(columns)]
+    step = next_step("rrhf", "score", *words)
+    return [f"score the responses first: {step}"]
+
+
+def told_cases(fitter: RowFitter) -> list[str]:
+    """What was cut and left out, a phrase each."""
+    told = []
+    for case, number in fitter.counts.items():
+        if case in _USED or not number:
+            continue
+        what, happened = _CASES.get(case, ("prompt", case.replace("_", " ")))
+        first = f" (first: prompt {fitter.first[case]})" if case in fitter.first else ""
+        happened = happened.format(length=fitter.model_max_length)
+        told.append(f"{counted(number, what)} {happened}{first}")
+    return told
+
+
+def told_rows(read: SourceCounts | None) -> list[str]:
+    """Rows of a source that were left out or changed, a phrase for each reason."""
+    if read is None:
+        return []
+    kinds: list[tuple[Mapping[str, int], str]] = [
+        (read.dropped, "left out"),
+        (read.mended, "changed"),
+    ]
+    return [
+        f"{counted(number, 'row')} {happened} ({reason.replace('_', ' ')})"
+        for reasons, happened in kinds
+        for reason, number in reasons.items()
+    ]
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 prompt", "1,234 prompts"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,94 @@
+"""A trainer on data that does not change: its stream, and its measuring on held-out examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from rrhf.data.collate import EncodedSet
+from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.measure import measure
+from rrhf.training.core.setup import Workbench
+from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.token_batches import TokenBudget, layout_of, sizes_of, warn_of_lone
+from rrhf.training.core.update import Objective
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None:
+    """What `--max_tokens_per_batch` means for a model, prepared or not; None where it is not given.
+
+    Args:
+        config: of the run.
+        model: on its engine, which decides what a batch costs.
+    """
+    if config.max_tokens_per_batch is None:
+        return None
+    return TokenBudget(config.max_tokens_per_batch, layout_of(model, config.model_max_length))
+
+
+def offline_stream(
+    bench: Workbench, examples: Sequence[EncodedSet], model: nn.Module
+) -> OfflineStream:
+    """The examples in the order and the batches that the run's settings ask for.
+
+    Args:
+        bench: of the run.
+        examples: to train on.
+        model: that will compute them.
+    """
+    config = bench.config
+    budget = token_budget(config, model)
+    stream = OfflineStream(
+        examples,
+        bench.codec.pad_id,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.num_train_epochs,
+        config.max_steps,
+        config.seed,
+        bench.parallel.rank,
+        bench.parallel.world_size,
+        config.group_by_length,
+        budget=budget,
+    )
+    if budget is not None:
+        warn_of_lone(sizes_of(examples), budget)
+        logger.info("token batches: %s in the first step", stream.told(budget))
+    return stream
+
+
+def held_out_evaluation(
+    bench: Workbench,
+    objective: Objective,
+    examples: Sequence[EncodedSet] | None,
+    measured: Callable[..., dict[str, float]] = measure,
+) -> Evaluate | None:
+    """What the loop calls to evaluate, or None where there is nothing to evaluate on.
+
+    Args:
+        bench: of the run.
+        objective: of its training.
+        examples: held out, or None.
+        measured: the figures, called as `rrhf.training.core.measure.measure` is.
+    """
+    if examples is None:
+        return None
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return measured(
+            model,
+            objective,
+            examples,
+            bench.codec.pad_id,
+            bench.config.per_device_train_batch_size,
+            bench.parallel,
+            budget=token_budget(bench.config, model),
+        )
+
+    return evaluate

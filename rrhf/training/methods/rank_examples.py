@@ -1,0 +1,158 @@
+"""Scored candidates become the rows that ranking trains on.
+
+Which candidates count, what is cut and what is left out is decided here, once, and every case is
+counted: the counts are in the run's manifest, and in a line of the log (`data_summary`).
+
+Two row layouts. The toolkit's own (`rrhf.training.methods.fitting`) reserves room for the response and cuts
+prompts on the left by whole turns. The one of the program that was released with the RRHF paper
+(`encode_released`) is kept fault for fault, for reproducing published numbers: prompts are cut on
+the *right* (the last turn and its cue go first), responses are tokenised like texts of their own
+(with a BOS inside the row, where the tokenizer adds one), and a prompt that fills the window turns
+the cutting of responses off. Not reproduced: the attention mask that hides tokens equal to the pad
+id, and the tokenizer's own rules for cutting texts that it also closes with a special token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from rrhf.data.collate import EncodedSet
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
+from rrhf.training.methods.fitting import RowFitter, known_scores
+
+STOP_STRINGS = ("\n\nHuman:", "\n\nAssistant:", "\n\nhuman:", "\n\nassistant:")
+HUMAN_SOURCE_PREFIX = "human:"
+NUM_PROVIDED_WITHOUT_SOURCES = 2
+
+
+def cut_at_next_speaker(response: str) -> str:
+    """The response up to the first cue of another turn; stripped only where something was cut."""
+    for stop in STOP_STRINGS:
+        before, found, _ = response.partition(stop)
+        if found:
+            response = before.strip()
+    return response
+
+
+def is_provided(candidate_set: CandidateSet) -> list[bool]:
+    """Which candidates came with the data set, and which were sampled.
+
+    By `source` ("human:..."), where any candidate names one. Lines as RRHF published them name
+    none: there the last two responses are the data set's.
+    """
+    candidates = candidate_set.candidates
+    if any(candidate.source for candidate in candidates):
+        return [candidate.source.startswith(HUMAN_SOURCE_PREFIX) for candidate in candidates]
+    first = len(candidates) - NUM_PROVIDED_WITHOUT_SOURCES
+    return [place >= first for place in range(len(candidates))]
+
+
+def with_scores_of_marks(candidate_set: CandidateSet) -> CandidateSet:
+    """A preference pair as a ranked group: where nothing is scored, chosen 1 and rejected 0."""
+    candidates = candidate_set.candidates
+    sources = {candidate.source for candidate in candidates}
+    unscored = all(candidate.score is None for candidate in candidates)
+    if not unscored or not {CHOSEN_SOURCE, REJECTED_SOURCE} <= sources:
+        return candidate_set
+    marks = {CHOSEN_SOURCE: 1.0, REJECTED_SOURCE: 0.0}
+    marked = tuple(replace(c, score=marks.get(c.source)) for c in candidates)
+    return replace(candidate_set, candidates=marked)
+
+
+@dataclass
+class RankEncoder:
+    """Makes training examples of candidate sets; the same set always gives the same example.
+
+    Attributes:
+        fitter: cuts and counts.
+        only_use_provide: only candidates that came with the data set.
+        only_use_sample: only sampled candidates.
+        stop_response: cut responses where they go on to write the next turn.
+        released: the row layout of the released program.
+        window: positions that the model knows, or None.
+    """
+
+    fitter: RowFitter
+    only_use_provide: bool = False
+    only_use_sample: bool = False
+    stop_response: bool = False
+    released: bool = False
+    window: int | None = None
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What was met on the way; every call adds to it."""
+        return self.fitter.counts
+
+    def __call__(self, candidate_set: CandidateSet) -> EncodedSet | None:
+        """The example of a set, or None where it yields none."""
+        self.counts["prompts"] += 1
+        chosen = replace(candidate_set, candidates=self._choose(candidate_set))
+        if not chosen.candidates:
+            self.fitter.note("prompts_without_candidates", chosen)
+            return None
+        example = self._encode_released(chosen) if self.released else self._encode(chosen)
+        if example is not None:
+            self._count(example, chosen)
+        return example
+
+    def _encode(self, candidate_set: CandidateSet) -> EncodedSet | None:
+        fitted = self.fitter.fit(candidate_set)
+        if fitted is None:
+            return None
+        prompt_ids, rows = fitted
+        kept = tuple(candidate_set.candidates[place] for place in rows)
+        return EncodedSet(prompt_ids, list(rows.values()), known_scores(kept))
+
+    def _encode_released(self, candidate_set: CandidateSet) -> EncodedSet | None:
+        """Rows as the released program lays them out; see the module text."""
+        codec, limit = self.fitter.codec, self.fitter.model_max_length
+        tokenizer = codec.tokenizer
+        prompt_ids = tokenizer(codec.prompt_text(candidate_set)).input_ids
+        if not prompt_ids:
+            self.fitter.note("prompts_empty", candidate_set)
+            return None
+        if len(prompt_ids) > limit:
+            self.fitter.note("prompts_cut", candidate_set)
+            prompt_ids = prompt_ids[:limit]
+        room = limit - len(prompt_ids)
+        rows = []
+        for candidate in candidate_set.candidates:
+            text = codec.response_text(candidate_set, candidate.response)
+            ids = tokenizer(text + tokenizer.eos_token).input_ids
+            if room and len(ids) > room:  # no room left is taken for no limit
+                self.fitter.note("responses_cut", candidate_set)
+                ids = ids[:room]
+            rows.append(ids)
+        longest = len(prompt_ids) + max(len(ids) for ids in rows)
+        if self.window is not None and longest > self.window:
+            self.fitter.note("prompts_beyond_the_window", candidate_set)
+            return None
+        return EncodedSet(prompt_ids, rows, known_scores(candidate_set.candidates))
+
+    def _choose(self, candidate_set: CandidateSet) -> tuple[Candidate, ...]:
+        chosen = []
+        scored = with_scores_of_marks(candidate_set)
+        for candidate, provided in zip(scored.candidates, is_provided(scored), strict=True):
+            if (self.only_use_provide and not provided) or (self.only_use_sample and provided):
+                continue
+            if candidate.score is None:
+                self.fitter.note("candidates_without_score", candidate_set)
+                continue
+            if self.stop_response:
+                response = cut_at_next_speaker(candidate.response)
+                if response != candidate.response:
+                    self.fitter.note("responses_stopped", candidate_set)
+                    candidate = replace(candidate, response=response, finish_reason="stop")
+            chosen.append(candidate)
+        return tuple(chosen)
+
+    def _count(self, example: EncodedSet, candidate_set: CandidateSet) -> None:
+        assert example.scores is not None, "candidates without a score were left out"
+        self.counts["prompts_used"] += 1
+        self.counts["candidates_used"] += len(example.response_ids)
+        if len(example.scores) == 1:
+            self.fitter.note("prompts_with_one_candidate", candidate_set)
+        elif len(set(example.scores)) == 1:
+            self.fitter.note("prompts_all_tied", candidate_set)

@@ -1,0 +1,291 @@
+"""A reward model from preferences: pairs, or groups of any size ranked by scores.
+
+All ordered pairs of a prompt are learnt in one forward of its responses, by -log sigmoid of the
+difference of their scores (`rrhf.algorithms.reward_losses` has the loss types). A part of the
+data, cut off by the first human turn, is held out; accuracy, mean, deviation and margin on it stand
+in the metrics and, with an interval, in the manifest.
+
+The scores that training sees feed a normaliser, whose state is kept in the model's config for
+whoever scores with it; it takes part in the loss only where that is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rrhf.algorithms import rank_losses, reward_losses
+from rrhf.algorithms.normalizers import build_normalizer, normalize
+from rrhf.data.collate import TokenBatch, padded_groups
+from rrhf.data.formats import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import ranked_groups, split_by_first_turn
+from rrhf.models.reward_layouts import build_reward_model
+from rrhf.models.reward_model import (
+    CHAT_FORMAT_KEY,
+    HEAD,
+    init_reward_model,
+    set_score_normalizer,
+)
+from rrhf.records import CandidateSet
+from rrhf.training.core.loop import run_training
+from rrhf.training.core.model_folders import ModelFolders, Weights
+from rrhf.training.core.setup import (
+    Workbench,
+    finish_run,
+    model_writer,
+    on_device_of_trial,
+    opened_workbench,
+    prepare_trainable,
+)
+from rrhf.training.core.update import Term
+from rrhf.training.methods.data_summary import encoded
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.offline import held_out_evaluation, offline_stream
+from rrhf.training.methods.reward_config import RewardConfig
+from rrhf.training.methods.reward_examples import PreferenceEncoder, held_out_metrics
+from rrhf.training.methods.score_watch import ScoreWatch, WatchedStream
+
+logger = logging.getLogger(__name__)
+
+# Data that was itself cut into parts with this seed would fall on one side of the same cut again.
+SPLIT_SEED_STEP = 1_000_003
+
+
+class RewardObjective:
+    """The terms of reward training: `reward`, and `regularization` where it has a weight.
+
+    Args:
+        config: the loss.
+        watch: is shown the scores of training forwards.
+    """
+
+    def __init__(self, config: RewardConfig, watch: ScoreWatch | None = None) -> None:
+        self.config = config
+        self.watch = watch or ScoreWatch(None)
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Prompts or pairs, and the number of scores that are regularised."""
+        preferences, valid = _preferences(batch)
+        if self.config.reads_tokens:
+            zeros = batch.response_ids.new_zeros(batch.response_ids.shape, dtype=torch.float32)
+            _, counts = self._token_losses(zeros, batch, preferences, valid)
+        else:
+            counts = rank_losses.count_ordered_pairs(preferences, valid)
+        if self.config.pair_reduction == "prompt":
+            counts = (counts > 0).long()
+        found = {"reward": (counts * batch.prompt_weights).sum()}
+        if self.config.regularization:
+            rows = batch.response_lengths if self.config.reads_tokens else 1
+            found["regularization"] = (rows * batch.row_weights).sum()
+        return found
+
+    def __call__(self, outputs: Tensor, batch: TokenBatch) -> dict[str, Term]:
+        """The terms of one micro-batch.
+
+        Args:
+            outputs: [N] end scores, or [N, R] where the loss reads tokens.
+            batch: with the preferences in `scores`.
+        """
+        end_scores = self.end_scores(outputs, batch)
+        if torch.is_grad_enabled():
+            self.watch.see(end_scores.detach()[batch.row_weights > 0])
+        normalizer = self.watch.normalizer
+        if self.config.normalize_score_during_training and normalizer is not None:
+            outputs = normalize(outputs, normalizer.mean, normalizer.std)
+        preferences, valid = _preferences(batch)
+        if self.config.reads_tokens:
+            totals, counts = self._token_losses(outputs, batch, preferences, valid)
+        else:
+            grid, _ = padded_groups(outputs, batch.prompt_index, batch.num_prompts)
+            totals, counts = reward_losses.pairwise_loss(
+                grid, preferences, valid, self._margin(preferences)
+            )
+        if self.config.pair_reduction == "prompt":
+            totals, _ = reward_losses.mean_over_pairs(totals, counts)
+        terms = {
+            "reward": Term(
+                (totals * batch.prompt_weights).sum(),
+                metrics=_metrics(end_scores.detach(), batch, preferences, valid),
+            )
+        }
+        if self.config.regularization:
+            squares = outputs.square()
+            if self.config.reads_tokens:
+                squares = squares.masked_fill(~batch.response_mask, 0.0).sum(1)
+            terms["regularization"] = Term(
+                (squares * batch.row_weights).sum(), self.config.regularization
+            )
+        return terms
+
+    def end_scores(self, outputs: Tensor, batch: TokenBatch) -> Tensor:
+        """[N] the score at each response's last token."""
+        if not self.config.reads_tokens:
+            return outputs
+        return outputs.gather(1, batch.response_lengths[:, None] - 1).squeeze(1)
+
+    def _token_losses(
+        self, token_scores: Tensor, batch: TokenBatch, preferences: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        place = (batch.prompt_index, batch.num_prompts)
+        return reward_losses.token_pair_loss(
+            padded_groups(token_scores, *place)[0],
+            padded_groups(batch.response_ids, *place)[0],
+            padded_groups(batch.response_lengths, *place)[0],
+            preferences,
+            valid,
+            self.config.loss_type,
+            self._margin(preferences),
+        )
+
+    def _margin(self, preferences: Tensor) -> float | Tensor:
+        if not self.config.margin_per_score:
+            return self.config.margin
+        by_scores = reward_losses.preference_margins(preferences, self.config.margin_per_score)
+        return self.config.margin + by_scores
+
+
+def _preferences(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """[B, K] what orders the candidates, and which exist."""
+    assert batch.scores is not None, "preferences come as scores"
+    return padded_groups(batch.scores, batch.prompt_index, batch.num_prompts)
+
+
+def _metrics(
+    end_scores: Tensor, batch: TokenBatch, preferences: Tensor, valid: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    grid, _ = padded_groups(end_scores, batch.prompt_index, batch.num_prompts)
+    weights = batch.prompt_weights
+    pairs = (rank_losses.count_ordered_pairs(preferences, valid) * weights).sum()
+    correct = rank_losses.count_correct_pairs(grid, preferences, valid)
+    margin = rank_losses.total_margin(grid, preferences, valid)
+    rows = batch.row_weights.sum()
+    return {
+        "accuracy": ((correct * weights).sum(), pairs),
+        "score_margin": ((margin * weights).sum(), pairs),
+        "score_mean": ((end_scores * batch.row_weights).sum(), rows),
+        "score_mean_square": ((end_scores.square() * batch.row_weights).sum(), rows),
+        "response_length": ((batch.response_lengths * batch.row_weights).sum(), rows),
+    }
+
+
+def train(config: RewardConfig) -> Path:
+    """Train a reward model; returns its folder.
+
+    Raises:
+        UserError: the data, the model or a setting is not usable; the text says which and why.
+    """
+    with opened_workbench(config) as bench:
+        counts, held_out_counts = SourceCounts(), SourceCounts()
+        sets, held_out = _load(config, counts, held_out_counts)
+        pad_id = bench.tokenizer.pad_token_id
+        bare = init_reward_model(
+            config.model_name_or_path,
+            config.seed,
+            None if pad_id == bench.codec.end_id else pad_id,
+            config.attn_implementation,
+            config.trust_remote_code,
+        )
+        model = build_reward_model(
+            on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS")),
+            config.engine,
+            per_token=config.reads_tokens,
+            reads_padding=config.reads_padding,
+        )
+        encode, encode_held_out = _encoder(config, bench), _encoder(config, bench)
+        examples = encoded(config.data_path, sets, encode, counts, columns=config.columns)
+        held_out_examples = None
+        if held_out:
+            name = str(config.validation_datasets or config.data_path)
+            held_out_examples = encoded(name, held_out, encode_held_out, purpose="evaluating")
+        data = {**counts.as_dict(), "examples": dict(sorted(encode.counts.items()))}
+        held_out_data = {
+            **held_out_counts.as_dict(),
+            "examples": dict(sorted(encode_held_out.counts.items())),
+        }
+        normalizer = (
+            None
+            if config.normalizer_type == "none"
+            else build_normalizer(config.normalizer_type, config.normalizer_momentum)
+        )
+        watch = ScoreWatch(normalizer)
+        objective = RewardObjective(config, watch)
+        write = model_writer(bench, model.model)
+
+        def write_scorer(folder: Path, beside: Path, weights: Weights) -> None:
+            setattr(bare.config, CHAT_FORMAT_KEY, config.chat_format)
+            set_score_normalizer(bare.config, watch.normalizer)
+            write(folder, beside, weights)
+
+        models = ModelFolders({"reward_model": write_scorer})
+        outcome = run_training(
+            model,
+            objective,
+            WatchedStream(offline_stream(bench, examples, model), watch, bench.parallel),
+            config,
+            bench.run,
+            bench.parallel,
+            held_out_evaluation(bench, objective, held_out_examples, held_out_metrics),
+            models,
+            stop=bench.stop,
+            held=bench.held,
+        )
+        return finish_run(
+            bench,
+            outcome,
+            models,
+            {
+                "stage": "reward",
+                "data_path": config.data_path,
+                "validation": config.validation_datasets or config.validation_fraction,
+                "data": data,
+                "held_out_data": held_out_data,
+                "loss_type": config.loss_type,
+                "normalizer": watch.normalizer.state_dict() if watch.normalizer else None,
+            },
+        )
+
+
+def _load(
+    config: RewardConfig, counts: SourceCounts, held_out_counts: SourceCounts
+) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
+    """Ranked groups to train on, and held-out ones (maybe none)."""
+    edited = config.accept_edited_files
+    sets = load_sets(
+        config.data_path, config.seed, counts=counts, accept_edited=edited, columns=config.columns
+    )
+    groups = ranked_groups(sets, counts)
+    if config.validation_datasets is not None:
+        others = load_sets(
+            config.validation_datasets,
+            config.seed,
+            counts=held_out_counts,
+            accept_edited=edited,
+            columns=config.columns,
+            columns_may_miss=True,
+        )
+        return groups, ranked_groups(others, held_out_counts)
+    if config.validation_fraction == 0:
+        return groups, ()
+    fraction = config.validation_fraction
+    shares = {"held_out": fraction, "train": 1 - fraction}
+    parts = split_by_first_turn(groups, shares, config.seed + SPLIT_SEED_STEP)
+    if not parts["held_out"]:
+        logger.warning(
+            "--validation_fraction %s of %d prompts holds out none: nothing is evaluated",
+            fraction,
+            len(groups),
+        )
+    return parts["train"], parts["held_out"]
+
+
+def _encoder(config: RewardConfig, bench: Workbench) -> PreferenceEncoder:
+    return PreferenceEncoder(
+        RowFitter(
+            bench.codec, config.model_max_length, config.max_response_tokens, config.long_responses
+        )
+    )

@@ -1,0 +1,161 @@
+"""Preferences become rows to train on, and held-out ones a reward model's figures.
+
+A prompt is an example if at least two of its responses fit and one is better than another; what
+is left out is counted. Figures on held-out prompts are made from every row's score, gathered over
+ranks, so that they do not depend on how prompts were batched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rrhf.algorithms import rank_losses
+from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.evaluation.bootstrap import Measure, estimate
+from rrhf.records import CandidateSet
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.token_batches import TokenBudget, micro_batches, sizes_of
+from rrhf.training.core.update import Objective
+from rrhf.training.methods.fitting import RowFitter, known_scores
+
+
+@dataclass
+class PreferenceEncoder:
+    """Makes examples of ranked groups; the same group always gives the same example.
+
+    Attributes:
+        fitter: cuts and counts.
+    """
+
+    fitter: RowFitter
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What was met on the way; every call adds to it."""
+        return self.fitter.counts
+
+    def __call__(self, group: CandidateSet) -> EncodedSet | None:
+        """The example of a group, or None where it has no ordered pair that fits."""
+        self.counts["prompts"] += 1
+        fitted = self.fitter.fit(group)
+        if fitted is None:
+            return None
+        prompt_ids, rows = fitted
+        scores = known_scores(tuple(group.candidates[place] for place in rows))
+        if len(set(scores)) < 2:
+            self.fitter.note("prompts_without_ordered_pair", group)
+            return None
+        self.counts["prompts_used"] += 1
+        self.counts["responses_used"] += len(rows)
+        return EncodedSet(prompt_ids, list(rows.values()), scores)
+
+
+class ScoringObjective(Objective, Protocol):
+    """An objective that knows where the score of a response is in a model's outputs."""
+
+    def end_scores(self, outputs: Tensor, batch: TokenBatch) -> Tensor: ...
+
+
+@torch.no_grad()
+def held_out_metrics(
+    model: nn.Module,
+    objective: ScoringObjective,
+    examples: Sequence[EncodedSet],
+    pad_id: int,
+    per_device_batch_size: int,
+    parallel: Parallel,
+    budget: TokenBudget | None = None,
+) -> dict[str, float]:
+    """A reward model's figures; every rank must call it and gets the same answer.
+
+    Args:
+        model: the prepared module, in eval mode.
+        objective: of its training.
+        examples: held-out prompts.
+        pad_id: filler of the batches.
+        per_device_batch_size: prompts in one forward.
+        parallel: ranks.
+        budget: tokens of one forward, instead of `per_device_batch_size` prompts.
+
+    Returns:
+        loss (as in training), accuracy over all ordered pairs with the ends of its 95 % bootstrap
+        interval over prompts, score_mean, score_std, score_margin, prompts, pairs.
+    """
+    preferences = [list(example.scores or ()) for example in examples]
+    starts = [0]
+    for row in preferences:
+        starts.append(starts[-1] + len(row))
+    scores = torch.zeros(starts[-1], dtype=torch.float64)
+    losses: dict[str, Tensor] = {}
+    for places, is_repeat in _shares(examples, per_device_batch_size, parallel, budget):
+        batch = collate([examples[place] for place in places], pad_id).to(parallel.device)
+        outputs = model(batch)
+        if not is_repeat:
+            rows = torch.cat([torch.arange(starts[p], starts[p + 1]) for p in places])
+            scores[rows] = objective.end_scores(outputs, batch).double().cpu()
+        denominators = objective.denominators(batch)
+        for name, term in objective(outputs, batch).items():
+            pair = torch.stack([term.weight * term.total, denominators[name]]).double().cpu()
+            pair = pair * (not is_repeat)
+            losses[name] = losses[name] + pair if name in losses else pair
+    summed = parallel.sum(torch.stack([losses[name] for name in sorted(losses)]))
+    loss = sum(float(total / count) for total, count in summed if count)
+    return {"loss": loss, **figures(parallel.sum(scores), preferences)}
+
+
+def _shares(
+    examples: Sequence[EncodedSet],
+    batch_size: int,
+    parallel: Parallel,
+    budget: TokenBudget | None,
+) -> list[tuple[list[int], bool]]:
+    """This rank's batches, of similar length each, as many as every rank has.
+
+    A short rank repeats a batch, marked True, because all ranks must run equally many forwards.
+    """
+    lengths = getattr(examples, "lengths", None) or [e.num_tokens for e in examples]
+    order = sorted(range(len(examples)), key=lambda place: -lengths[place])
+    if budget is not None:
+        cut = micro_batches(sizes_of(examples), budget, parallel.world_size)[parallel.rank]
+        return [(places or order[-1:], not places) for places in cut]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    mine = [(batch, False) for batch in batches[parallel.rank :: parallel.world_size]]
+    longest = len(batches[:: parallel.world_size])
+    return mine + [(batches[0], True)] * (longest - len(mine))
+
+
+def figures(scores: Tensor, preferences: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What a reward model's scores say about preferences.
+
+    Args:
+        scores: [rows] float64, prompt after prompt.
+        preferences: for each prompt, what orders its responses; equal ones form no pair.
+    """
+    correct: dict[str, float] = {}
+    pairs: dict[str, float] = {}
+    margin = 0.0
+    groups = scores.split([len(row) for row in preferences])
+    for number, (mine, row) in enumerate(zip(groups, preferences, strict=True)):
+        wanted, valid = torch.tensor([list(row)]), torch.ones(1, len(row), dtype=torch.bool)
+        correct[str(number)] = float(rank_losses.count_correct_pairs(mine[None], wanted, valid))
+        pairs[str(number)] = float(rank_losses.count_ordered_pairs(wanted, valid))
+        margin += float(rank_losses.total_margin(mine[None], wanted, valid))
+    total = sum(pairs.values())
+    accuracy = estimate(Measure(correct, pairs))
+    point = accuracy.mean if accuracy.mean is not None else 0.0
+    return {
+        "accuracy": point,
+        "accuracy_low": point if accuracy.low is None else accuracy.low,
+        "accuracy_high": point if accuracy.high is None else accuracy.high,
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std(correction=0)),
+        "score_margin": margin / total if total else 0.0,
+        "prompts": float(len(preferences)),
+        "pairs": total,
+    }

@@ -1,0 +1,192 @@
+"""Supervised fine-tuning: cross-entropy on demonstrations.
+
+The first stage of the story, and the simplest objective of the loop. A demonstration is a prompt
+with the reply to imitate (`rrhf.data.views.demonstrations` chooses it); the loss is on the reply's
+tokens, or on the whole sequence. Left out on purpose: templates of one's own (`chat_format` says
+what there is) and several replies to one prompt (train on the best with `rrhf train rank`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rrhf.algorithms.cross_entropy import cross_entropy
+from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.data.formats import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import demonstrations
+from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.packed_rows import PackedPolicy, require_packing
+from rrhf.records import CandidateSet
+from rrhf.training.core.loop import run_training
+from rrhf.training.core.measure import measure
+from rrhf.training.core.model_folders import ModelFolders
+from rrhf.training.core.setup import (
+    Workbench,
+    finish_run,
+    load_trainable_causal_lm,
+    model_writer,
+    opened_workbench,
+    policy_on_engine,
+)
+from rrhf.training.core.update import Term
+from rrhf.training.methods.data_summary import encoded
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.offline import held_out_evaluation, offline_stream
+from rrhf.training.methods.sft_config import SFTConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SFTEncoder:
+    """Makes training examples of demonstrations.
+
+    Attributes:
+        fitter: cuts and counts.
+        use_targets: only the response is predicted; else everything after the first token.
+    """
+
+    fitter: RowFitter
+    use_targets: bool = True
+
+    def __call__(self, demonstration: CandidateSet) -> EncodedSet | None:
+        """The example of a set with one candidate, or None where it does not fit."""
+        self.fitter.counts["prompts"] += 1
+        fitted = self.fitter.fit(demonstration)
+        if fitted is None:
+            return None
+        self.fitter.counts["prompts_used"] += 1
+        prompt_ids, rows = fitted
+        (response_ids,) = rows.values()
+        if self.use_targets:
+            return EncodedSet(prompt_ids, [response_ids])
+        return EncodedSet(prompt_ids[:1], [[*prompt_ids[1:], *response_ids]])
+
+
+class SFTObjective:
+    """One term, `sft`: cross-entropy on the target tokens.
+
+    Args:
+        label_smoothing: share of the target that is spread over the vocabulary.
+        sft_reduction: "token" or "response".
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, sft_reduction: str = "token") -> None:
+        self.label_smoothing = label_smoothing
+        self.sft_reduction = sft_reduction
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Target tokens, or responses."""
+        weights = batch.row_weights
+        if self.sft_reduction == "response":
+            return {"sft": weights.sum()}
+        return {"sft": (batch.response_lengths * weights).sum()}
+
+    def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
+        """The term, with the plain negative log-likelihood per token as a metric."""
+        mask, weights = batch.response_mask, batch.row_weights
+        totals, counts = cross_entropy(
+            outputs.logprobs, mask, self.label_smoothing, outputs.mean_logprobs
+        )
+        if self.sft_reduction == "response":
+            totals = totals / counts
+        nll, _ = cross_entropy(outputs.logprobs.detach(), mask)
+        tokens = (counts * weights).sum()
+        return {
+            "sft": Term(
+                (totals * weights).sum(),
+                metrics={
+                    "nll": ((nll * weights).sum(), tokens),
+                    "response_length": (tokens, weights.sum()),
+                },
+            )
+        }
+
+
+def train(config: SFTConfig) -> Path:
+    """Fine-tune on demonstrations; returns the policy folder.
+
+    Raises:
+        UserError: the data, the model or a setting is not usable; the text says which and why.
+    """
+    with opened_workbench(config) as bench:
+        read = SourceCounts()
+        edited = config.accept_edited_files
+        found = load_sets(
+            config.data_path, config.seed, counts=read, accept_edited=edited, columns=config.columns
+        )
+        sets = demonstrations(found, read)
+        held_out = None
+        if config.eval_data_path:
+            others = load_sets(
+                config.eval_data_path,
+                config.seed,
+                accept_edited=edited,
+                columns=config.columns,
+                columns_may_miss=True,
+            )
+            held_out = demonstrations(others)
+        policy = _policy(config, bench)
+        encode = _encoder(config, bench)
+        examples = encoded(config.data_path, sets, encode, read, columns=config.columns)
+        counts: dict[str, Any] = {
+            **dict(sorted(encode.fitter.counts.items())),
+            "read": read.as_dict(),
+        }
+        objective = SFTObjective(config.label_smoothing, config.sft_reduction)
+        held_out_examples = None
+        if held_out is not None:
+            held_out_examples = encoded(
+                str(config.eval_data_path), held_out, _encoder(config, bench), purpose="evaluating"
+            )
+        models = ModelFolders({"policy": model_writer(bench, policy.model)})
+        outcome = run_training(
+            policy,
+            objective,
+            offline_stream(bench, examples, policy),
+            config,
+            bench.run,
+            bench.parallel,
+            held_out_evaluation(bench, objective, held_out_examples, _measured),
+            models,
+            stop=bench.stop,
+            held=bench.held,
+        )
+        return finish_run(
+            bench,
+            outcome,
+            models,
+            {"stage": "sft", "data_path": config.data_path, "data": counts},
+        )
+
+
+def _measured(*arguments: Any, **named: Any) -> dict[str, float]:
+    """`measure`, and the perplexity of its likelihoods."""
+    found = measure(*arguments, **named)
+    return {**found, "perplexity": math.exp(min(found["nll"], 700.0))}
+
+
+def _encoder(config: SFTConfig, bench: Workbench) -> SFTEncoder:
+    fitter = RowFitter(
+        bench.codec, config.model_max_length, config.max_response_tokens, config.long_responses
+    )
+    return SFTEncoder(fitter, config.use_targets)
+
+
+def _policy(config: SFTConfig, bench: Workbench) -> Policy:
+    model = load_trainable_causal_lm(config)
+    smoothed = config.label_smoothing > 0
+    if not config.packing:
+        return policy_on_engine(bench, model, with_mean_logprobs=smoothed)
+    flash = config.attn_implementation.startswith("flash_attention")
+    policy = PackedPolicy(model, config.model_max_length, flash, smoothed)
+    if not flash:
+        require_packing(policy)
+    return policy

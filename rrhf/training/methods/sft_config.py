@@ -1,0 +1,48 @@
+"""The settings of `rrhf train sft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rrhf.errors import UserError
+from rrhf.ranges import BELOW_ONE, check_ranges
+from rrhf.training.core.config import TrainingConfig, check_response_limit
+
+
+@dataclass
+class SFTConfig(TrainingConfig):
+    """Fine-tune a policy on demonstrations."""
+
+    data_path: str = field(kw_only=True, metadata={"names": "data"})
+    """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
+
+    eval_data_path: str | None = field(default=None, metadata={"names": "data"})
+    """Held-out demonstrations: their loss and perplexity are logged at eval_steps."""
+
+    use_targets: bool = True
+    """Loss on the responses only; false = on the whole sequence, prompt included."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+
+    packing: bool = False
+    """Lay several demonstrations end to end in rows of model_max_length, instead of padding."""
+
+    sft_reduction: Literal["token", "response"] = "token"
+    """Average over all target tokens, or over responses by their token means."""
+
+    max_response_tokens: int | None = None
+    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+
+    long_responses: Literal["cut", "drop"] = "cut"
+    """Responses that do not fit: cut (they then end without EOS) or leave out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"label_smoothing": BELOW_ONE})
+        if self.packing and self.engine not in ("auto", "padded"):
+            raise UserError(
+                f"--packing and --engine {self.engine} both say how rows are laid; give one"
+            )
+        check_response_limit(self.max_response_tokens, self.model_max_length)

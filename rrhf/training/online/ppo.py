@@ -1,0 +1,309 @@
+"""PPO with human feedback, and what runs on the same stream: critic-free methods, online RRHF.
+
+The policy answers prompts, a scorer scores the answers, the score minus a penalty for leaving the
+reference becomes a reward, and a few passes of the common loop move policy and critic; the parts
+stand in `rrhf.training.online`. Ouyang et al. 2022, arXiv:2203.02155, with the details that Huang
+et al. 2024, arXiv:2403.17031, found to matter.
+
+`--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
+the policy is refreshed every `rollout_size / batch` steps.
+
+Under FSDP2 and DeepSpeed the trained actor-critic is spread over the ranks. The frozen reference,
+the reward model and a copy of the policy to sample from are whole on each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from rrhf.algorithms.kl import KLController, build_kl_controller
+from rrhf.algorithms.normalizers import Normalizer, RunningMeanStd
+from rrhf.data.collate import EncodedSet
+from rrhf.data.formats import SourceCounts
+from rrhf.data.mixing import load_sets
+from rrhf.data.views import demonstrations
+from rrhf.errors import UserError
+from rrhf.records import CandidateSet
+from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
+from rrhf.scoring.scorer import LocalScorer
+from rrhf.training.core.loop import run_training
+from rrhf.training.core.offload import TRAIN, Offload, build_store
+from rrhf.training.core.offload_levels import parse_levels
+from rrhf.training.core.phases import Phases, as_table, over_ranks, peak_meter
+from rrhf.training.core.setup import Workbench, finish_run, opened_workbench
+from rrhf.training.core.streams import EncodedExamples, LiveStream, OfflineStream
+from rrhf.training.core.token_batches import TokenBudget
+from rrhf.training.core.update import Objective
+from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.offline import token_budget
+from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.sft import SFTEncoder
+from rrhf.training.online.actors import build_reference, build_root, model_folders
+from rrhf.training.online.ema import AveragedStream
+from rrhf.training.online.experience import build_experience
+from rrhf.training.online.objective import PPOObjective
+from rrhf.training.online.ppo_checks import EVALUATION_MEASURES
+from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.online.prompts import fitting_prompts
+from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
+from rrhf.training.online.rollout import RolloutWriter, UnusableRollout
+from rrhf.training.online.sample_table import SampleTable
+from rrhf.training.online.stream import PPOStream
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_ROUND = 1_000_000_000
+"""Its draws must not be those of a rollout."""
+
+
+def train(config: PPOConfig) -> Path:
+    """Train on what the policy itself writes; returns the policy folder.
+
+    Raises:
+        UserError: the prompts, a model or a setting is not usable; the text says which and why.
+    """
+    scoring = RewardModelOptions(
+        bf16=config.bf16,
+        engine=config.engine,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_scorer(config.reward_model_name_or_path, scoring)
+    with opened_workbench(config) as bench, _offload(config, bench) as offload:
+        stop = bench.stop
+        phases = Phases(
+            peak_meter(bench.parallel.device), offload.enter if offload.levels else None
+        )
+        read = SourceCounts()
+        edited = config.accept_edited_files
+        prompts = load_sets(
+            config.train_datasets,
+            config.seed,
+            counts=read,
+            accept_edited=edited,
+            columns=config.columns,
+        )
+        held_out: Sequence[CandidateSet] = ()
+        if config.eval_datasets:
+            held_out = load_sets(
+                config.eval_datasets,
+                config.seed,
+                accept_edited=edited,
+                columns=config.columns,
+                columns_may_miss=True,
+            )
+        root = build_root(config, bench)
+        reference = build_reference(config, bench)
+        if reference is not None:
+            offload.add_frozen(reference, {"reference"})
+        scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
+        if isinstance(scorer, LocalScorer):
+            offload.add_frozen(scorer.model, {"score"})
+        reading = {"read", TRAIN} if reference is not None else {"read", "reference", TRAIN}
+        offload.add_trained(root.policy, {"generate", *reading})
+        if root.value is not None:
+            offload.add_trained(root.value, {"read", TRAIN})
+        writer = RolloutWriter(
+            root, reference, bench.codec, scorer, config, bench.parallel, stop, phases
+        )
+        fitting, num_cut = fitting_prompts(prompts, writer, config.train_datasets)
+        controller = build_kl_controller(
+            config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
+        )
+        ppo_objective = None if config.method == "rrhf" else PPOObjective(config, controller)
+        normalizer: Normalizer | None = RunningMeanStd() if config.normalize_reward else None
+        budget = token_budget(config, root)
+        samples = SampleTable(
+            bench.run.samples if bench.parallel.is_main else None,
+            config.sample_table_steps,
+            config.sample_table_rows,
+        )
+        stream = PPOStream(
+            fitting,
+            writer,
+            config,
+            controller,
+            normalizer,
+            ppo_objective,
+            bench.codec.pad_id,
+            bench.parallel,
+            samples,
+            budget,
+        )
+        evaluate = None
+        if held_out:
+            asked, _ = fitting_prompts(held_out, writer, str(config.eval_datasets))
+            evaluate = _evaluation(asked, writer, config, controller, stream, samples)
+        objective: Objective = ppo_objective or _rank_objective(config)
+        feed: LiveStream = stream
+        if config.ptx_datasets and ppo_objective is not None:
+            objective = PtxObjective(ppo_objective, config.ptx_coeff)
+            feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps, budget))
+        average = None
+        if config.use_ema:
+            feed = average = AveragedStream(feed, root.policy, config.ema_beta, bench.parallel)
+        models = model_folders(bench, root, average)
+        outcome = run_training(
+            root,
+            objective,
+            feed,
+            config,
+            bench.run,
+            bench.parallel,
+            evaluate,
+            models,
+            stop,
+            samples,
+            phases,
+            offload.add_optimizer,
+            bench.held,
+        )
+        stream.signs.finish()
+        if stream.rollouts_cut:
+            logger.info(
+                "%d rollouts passed --target_kl %g: %d steps were skipped",
+                stream.rollouts_cut,
+                config.target_kl,
+                stream.steps_skipped,
+            )
+        spent = over_ranks(bench.parallel.gather([phases.total]))
+        logger.info(
+            "where the time and the memory went:\n%s",
+            as_table(spent, phases.seconds, phases.meter.what),
+        )
+        return finish_run(
+            bench,
+            outcome,
+            models,
+            {
+                "stage": "ppo",
+                "method": config.method,
+                "train_datasets": config.train_datasets,
+                "scorer": scorer.name,
+                "scores_are_normalized": scorer.normalized,
+                "data": {
+                    "read": read.as_dict(),
+                    "prompts": len(fitting),
+                    "prompts_left_out": len(prompts) - len(fitting),
+                    "prompts_cut": num_cut,
+                    "responses": dict(sorted(stream.counts.items())),
+                },
+                "kl_coefficient": controller.coefficient,
+                "last_rollout": stream.rollout_metrics,
+                "phases": {name: asdict(one) for name, one in spent.items()},
+                "peak_memory": phases.meter.what,
+                "score_normalizer": (
+                    None if stream.normalizer is None else stream.normalizer.state_dict()
+                ),
+            },
+            num_rollout_prompts=config.prompts_per_rollout,
+        )
+
+
+@contextlib.contextmanager
+def _offload(config: PPOConfig, bench: Workbench) -> Iterator[Offload]:
+    parallel, levels = bench.parallel, parse_levels(config.offload_level)
+    spread = levels - {"freeze_model"}
+    if parallel.is_sharded and spread:
+        raise UserError(
+            f"--offload_level {' '.join(sorted(spread))}: {parallel.kind} spreads what is trained "
+            "over the ranks and moves it itself: ask for it in the launch file "
+            "(fsdp_offload_params: true, or offload_optimizer_device: cpu); freeze_model goes "
+            "with every launch"
+        )
+    store = build_store(parallel.device, bench.run.path / f".offload-{parallel.rank}")
+    with contextlib.closing(Offload(levels, store)) as offload:
+        if levels:
+            logger.info(
+                "offload_level: %s: in %s while not needed", ", ".join(sorted(levels)), store.where
+            )
+        yield offload
+
+
+def _evaluation(
+    prompts: Sequence[CandidateSet],
+    writer: RolloutWriter,
+    config: PPOConfig,
+    controller: KLController,
+    stream: PPOStream,
+    samples: SampleTable,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Answers held-out prompts once each, always by the same draws.
+
+    Without enough scores there are no figures: that is no reason to lose what was trained.
+    """
+    has_warned = False
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        nonlocal has_warned
+        try:
+            rollout = writer.write(prompts, EVALUATION_ROUND, samples_per_prompt=1)
+        except UnusableRollout as error:
+            if not has_warned:
+                has_warned = True
+                logger.warning(
+                    "step %d: --eval_datasets %s gives no figures: %s; this is the only warning",
+                    stream.steps_done,
+                    config.eval_datasets,
+                    error.reason,
+                )
+            return {}
+        experience = build_experience(rollout.rows, config, controller.coefficient)
+        samples.show_evaluation(stream.steps_done, prompts, rollout.rows, experience)
+        found = experience.metrics
+        return {name: found[name] for name in EVALUATION_MEASURES}
+
+    return evaluate
+
+
+def _demonstrations(
+    config: PPOConfig, bench: Workbench, total_steps: int, budget: TokenBudget | None
+) -> OfflineStream:
+    """Batches of `--ptx_datasets`, as large as those of experience."""
+    assert config.ptx_datasets is not None, "there are no demonstrations"
+    edited = config.accept_edited_files
+    sets = demonstrations(
+        load_sets(
+            config.ptx_datasets,
+            config.seed,
+            accept_edited=edited,
+            columns=config.columns,
+            columns_may_miss=True,
+        )
+    )
+    encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
+
+    def encode_marked(demonstration: CandidateSet) -> EncodedSet | None:
+        example = encode(demonstration)
+        return None if example is None else marked(example)
+
+    return OfflineStream(
+        EncodedExamples(sets, encode_marked),
+        bench.codec.pad_id,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        max_steps=total_steps,
+        seed=config.seed,
+        rank=bench.parallel.rank,
+        world_size=bench.parallel.world_size,
+        budget=budget,
+    )
+
+
+def _rank_objective(config: PPOConfig) -> Objective:
+    return RankObjective(
+        RankConfig(
+            config.model_name_or_path,
+            config.output_dir,
+            data_path=config.train_datasets,
+            rrhf_weight=config.rrhf_weight,
+            length_penalty=config.length_penalty,
+            sft_reduction=config.sft_reduction,
+        )
+    )

@@ -1,0 +1,142 @@
+"""What is refused of the settings of `rrhf train ppo`, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rrhf import ranges
+from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
+from rrhf.errors import UserError
+from rrhf.scoring.build import is_made
+
+if TYPE_CHECKING:
+    from rrhf.training.online.ppo_config import PPOConfig
+
+EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
+"""What an evaluation on the way gives; logged as eval_<name>."""
+
+GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
+"""Methods that compare the responses of one prompt with each other."""
+
+_RANGES = {
+    "critic_learning_rate": ranges.NOT_NEGATIVE,
+    "critic_weight_decay": ranges.NOT_NEGATIVE,
+    "critic_warmup_ratio": ranges.SHARE,
+    "critic_warmup_steps": ranges.INDEX,
+    "per_device_prompt_batch_size": ranges.COUNT,
+    "num_return_sequences": ranges.COUNT,
+    "rollout_size": ranges.COUNT,
+    "num_rollouts": f"-1 or {ranges.COUNT}",
+    "ppo_epochs": ranges.COUNT,
+    "kl_coeff": ranges.NOT_NEGATIVE,
+    "kl_target": ranges.NOT_NEGATIVE,
+    "kl_horizon": ranges.NOT_NEGATIVE,
+    "clip_range_score": ranges.NOT_NEGATIVE,
+    "missing_eos_penalty": ranges.NOT_NEGATIVE,
+    "truncate_after": ranges.INDEX,
+    "max_unscored_fraction": ranges.SHARE,
+    "gamma": ranges.SHARE,
+    "gae_lambda": ranges.SHARE,
+    "clip_range_ratio": ranges.SHARE,
+    "clip_range_ratio_high": ranges.NOT_NEGATIVE,
+    "dual_clip": ranges.NOT_NEGATIVE,
+    "clip_range_value": ranges.NOT_NEGATIVE,
+    "vf_coeff": ranges.NOT_NEGATIVE,
+    "entropy_coeff": ranges.NOT_NEGATIVE,
+    "target_kl": ranges.NOT_NEGATIVE,
+    "rrhf_weight": ranges.NOT_NEGATIVE,
+    "ptx_coeff": ranges.NOT_NEGATIVE,
+    "ema_beta": ranges.BELOW_ONE,
+    "sample_table_steps": ranges.INDEX,
+    "sample_table_rows": ranges.COUNT,
+}
+
+
+def check_ranges(config: PPOConfig) -> None:
+    """Refuse numbers out of their range.
+
+    Raises:
+        UserError: one is.
+    """
+    ranges.check_ranges(config, _RANGES)
+    if config.dual_clip and not config.dual_clip > 1:
+        raise UserError(f"--dual_clip {config.dual_clip}: must be above 1, or 0 for none")
+    if config.max_new_tokens >= config.model_max_length:
+        raise UserError(
+            f"--max_new_tokens {config.max_new_tokens}: must be below --model_max_length "
+            f"{config.model_max_length}, so that a prompt fits too"
+        )
+
+
+def check_combinations(config: PPOConfig) -> None:
+    """Refuse settings that exclude each other, or are nothing without another.
+
+    Raises:
+        UserError: there are some.
+    """
+    if config.rollout_size % config.num_return_sequences:
+        raise UserError(
+            f"--rollout_size {config.rollout_size}: must be a multiple of --num_return_sequences "
+            f"{config.num_return_sequences}, so that each prompt has all its responses"
+        )
+    if config.method in GROUP_METHODS and config.num_return_sequences < 2:
+        raise UserError(
+            f"--method {config.method} compares the responses of a prompt; give "
+            "--num_return_sequences 2 or more (4 is usual)"
+        )
+    if config.kl_in == "loss":
+        if config.method == "rrhf":
+            raise UserError("--kl_in loss: with --method rrhf the KL enters the scores only")
+        if config.kl_estimator not in ("auto", *KL_LOSS_ESTIMATORS):
+            raise UserError(
+                f"--kl_estimator {config.kl_estimator}: its gradient is useless as a loss; take "
+                f"one of {', '.join(KL_LOSS_ESTIMATORS)}"
+            )
+    if config.best_metric.removeprefix("eval_") not in EVALUATION_MEASURES:
+        raise UserError(
+            f"--metric_for_best_model {config.best_metric}: no measure of the evaluations; "
+            f"choose one of {', '.join(EVALUATION_MEASURES)}"
+        )
+    if config.max_steps > 0 and config.num_rollouts > 0:
+        raise UserError("--max_steps and --num_rollouts both say when to end; give one")
+    if (config.ptx_coeff > 0) != (config.ptx_datasets is not None):
+        raise UserError(
+            f"--ptx_coeff {config.ptx_coeff} and --ptx_datasets {config.ptx_datasets}: one is "
+            "nothing without the other; give both or none"
+        )
+    if config.ptx_datasets and config.method == "rrhf":
+        raise UserError("--ptx_datasets: --method rrhf has a likelihood term of its own")
+    if config.lora_dropout:
+        raise UserError(
+            f"--lora_dropout {config.lora_dropout}: the update would not see the policy that "
+            "sampled; PPO trains without dropout"
+        )
+    if config.group_by_length:
+        raise UserError("--group_by_length: a rollout is shuffled as a whole; leave it out")
+    scorer = config.reward_model_name_or_path
+    starts_from = config.reward_critic_model_name_or_path or not is_made(scorer)
+    if config.has_critic and not config.share_trunk and not starts_from:
+        raise UserError(
+            f"--reward_model_name_or_path {scorer}: no model that a critic could start from; give "
+            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
+        )
+    if config.share_trunk and config.reward_critic_model_name_or_path:
+        raise UserError(
+            "--share_trunk puts the critic on the policy; leave out "
+            "--reward_critic_model_name_or_path"
+        )
+    if config.detach_value_trunk and not config.share_trunk:
+        raise UserError("--detach_value_trunk: only with --share_trunk; leave it out")
+    if not config.has_critic:
+        for name in ("share_trunk", "reward_critic_model_name_or_path", "critic_warmup_steps"):
+            if getattr(config, name):
+                raise UserError(f"--{name}: --method {config.method} has no critic; leave it out")
+    if config.adaptive_kl and not (
+        config.kl_coeff > 0
+        and config.kl_target > 0
+        and config.kl_horizon > 0.2 * config.rollout_size
+    ):
+        raise UserError(
+            "--adaptive_kl: needs --kl_coeff and --kl_target above 0, and --kl_horizon above a "
+            f"fifth of the rollout ({0.2 * config.rollout_size:g})"
+        )

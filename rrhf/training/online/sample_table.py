@@ -1,0 +1,145 @@
+"""What the policy writes, for the eye: a few responses of a rollout or an evaluation, as a table.
+
+They go to `samples.jsonl` of the run folder, a row a response, which is cut back on resuming like
+the metrics; on a terminal a short table is shown as well, and a tracker that takes text gets one.
+An evaluation always shows the same prompts, a rollout those that come first in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rrhf.records import CandidateSet
+from rrhf.runs import MetricsLog
+from rrhf.training.core.tracking import Tracker
+from rrhf.training.online.experience import Experience, RolloutRow
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("prompt", "response", "score", "reward", "kl", "finish")
+
+
+class SampleTable:
+    """Writes and shows samples.
+
+    Args:
+        log: where rows go; None on the ranks that write nothing.
+        every: steps from one table of a rollout to the next at least; 0 = no table at all.
+        count: responses in a table.
+        is_terminal: whether someone looks on; by default whether messages go to a terminal.
+    """
+
+    def __init__(
+        self, log: MetricsLog | None, every: int, count: int, is_terminal: bool | None = None
+    ) -> None:
+        self._log, self._every, self._count = log, every, count
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        self._tracker = Tracker()
+        self._window = -1  # of `every` steps, that the last table of a rollout lies in
+
+    def send_to(self, tracker: Tracker) -> None:
+        """Also send tables there."""
+        self._tracker = tracker
+
+    def show_rollout(
+        self,
+        step: int,
+        number: int,
+        prompts: Sequence[CandidateSet],
+        rows: Sequence[RolloutRow],
+        experience: Experience,
+    ) -> None:
+        """Show a rollout, where it is time for one.
+
+        Args:
+            step: optimiser steps done before it.
+            number: of the rollout.
+            prompts: that it answers.
+            rows: its responses.
+            experience: made of them.
+        """
+        if self._every < 1 or step // self._every <= self._window:
+            return
+        self._window = step // self._every
+        place = {"step": step, "source": "rollout", "rollout": number}
+        self._show(place, prompts, rows, experience)
+
+    def show_evaluation(
+        self,
+        step: int,
+        prompts: Sequence[CandidateSet],
+        rows: Sequence[RolloutRow],
+        experience: Experience,
+    ) -> None:
+        """Show an evaluation after a step; `show_rollout` says what the rest is."""
+        if self._every > 0:
+            self._show({"step": step, "source": "evaluation"}, prompts, rows, experience)
+
+    def state_dict(self) -> dict[str, int]:
+        """For a checkpoint, with all rows on the disk."""
+        if self._log is not None:
+            self._log.sync()
+        return {"offset": 0 if self._log is None else self._log.offset, "window": self._window}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go back to what a checkpoint knew; an empty state: to the beginning."""
+        self._window = state.get("window", -1)
+        if self._log is not None:
+            self._log.truncate_to(state.get("offset", 0))
+
+    def _show(
+        self,
+        place: dict[str, Any],
+        prompts: Sequence[CandidateSet],
+        rows: Sequence[RolloutRow],
+        experience: Experience,
+    ) -> None:
+        if self._log is None:
+            return
+        chosen = [number for number, row in enumerate(rows) if row.sample == 0][: self._count]
+        table = [
+            {
+                **place,
+                "prompt": prompts[rows[number].prompt].query,
+                "response": rows[number].text,
+                "score": rows[number].score,
+                "reward": experience.rewards[number],
+                "kl": experience.row_kl[number],
+                "finish": rows[number].finish,
+                "tokens": len(rows[number].token_ids),
+            }
+            for number in chosen
+        ]
+        for row in table:
+            self._log.append(row)
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns
+            logger.info("%s", as_text(table, width))
+        self._tracker.log_table(f"samples_{place['source']}", COLUMNS, table, place["step"])
+
+
+def as_text(table: Sequence[Mapping[str, Any]], width: int) -> str:
+    """Rows of a table, a line each, cut to a width; long texts keep their ends."""
+    room = max((width - 30) // 2, 20)
+    lines = [f"{'prompt':<{room}} {'response':<{room}} {'score':>7} {'KL':>6} finish"]
+    lines += [
+        f"{_end(row['prompt'], room):<{room}} {_start(row['response'], room):<{room}} "
+        f"{row['score']:>7.3f} {row['kl']:>6.2f} {row['finish']}"
+        for row in table
+    ]
+    return "\n".join(lines)
+
+
+def _start(text: str, room: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= room else f"{flat[: room - 3]}..."
+
+
+def _end(text: str, room: int) -> str:
+    """What was asked last stands at the end of a prompt."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= room else f"...{flat[3 - room :]}"

@@ -1,0 +1,287 @@
+"""RRHF in rounds (IP-n of Yuan et al. 2023, arXiv:2304.05302): sample, score, rank, and again.
+
+    OUT/round-1/candidates.jsonl -> train_data.json -> rank/policy/
+        round-2/candidates.jsonl (of round 1's policy) -> train_data.json -> rank/policy/ -> ...
+        policy/ (the last round's), best/policy/ (by the score on held-out prompts), manifest.json
+
+Every stage is the call that `rrhf generate`, `rrhf score` and `rrhf train rank` make, so each takes
+up where a kill left it, and rounds that are made by hand with those commands give the same bits
+(`--seed`, and `--round 1` in the first round). The optimiser begins anew in every round.
+
+The KL divergence of a round's samples from the first policy is measured from its second policy on;
+with `kl_coeff` it is taken off the scores, and `scored.jsonl` keeps what the scorer said.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rrhf
+from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
+from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
+from rrhf.files import UNFINISHED, read_manifest, write_manifest
+from rrhf.generation.config import GenerateConfig
+from rrhf.generation.stage import generate_file
+from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
+from rrhf.models.loading import context_window
+from rrhf.records import CandidateSet
+from rrhf.runs import RunFolder, settings_file
+from rrhf.scoring.build import check_scorer
+from rrhf.scoring.stage import ScoreConfig, score_file
+from rrhf.signals import StopRequest, caught_signals
+from rrhf.staged_folders import saved_folder
+from rrhf.training.core.parallel import launched_place
+from rrhf.training.core.setup import require_window
+from rrhf.training.methods import rank
+from rrhf.training.rounds.iterative_config import IterativeConfig
+from rrhf.training.rounds.iterative_report import evaluation_report, in_a_line, round_report
+from rrhf.training.rounds.log_ratio import LogRatio
+from rrhf.training.rounds.rounds_folder import RoundsFolder
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: IterativeConfig) -> Path:
+    """All rounds; returns the folder of the last policy.
+
+    Raises:
+        UserError: the prompts, a model or a setting is not usable; the text says which and why.
+        StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
+        AlreadyFinished: all rounds are there.
+    """
+    require_models_as_written(config)
+    check_model_path(config.model_name_or_path)
+    check_scorer(config.reward_model_name_or_path, config.reward_options())
+    require_window(config.model_max_length, context_window(config.model_name_or_path))
+    folder = RoundsFolder(config.output_dir)
+    place = launched_place()
+    if config.resume_from_checkpoint:
+        folder.require_same_settings(config)
+        if folder.is_finished(config):
+            raise AlreadyFinished(folder.policy)
+    is_main = place[0] == 0
+    if is_main:
+        folder.open(config.as_dict(), config.resume_from_checkpoint)
+    try:
+        with caught_signals() as stop:
+            if not is_main:
+                folder.wait_until_open(config, stop)
+            return _Rounds(config, folder, place, stop).run()
+    except UserError:
+        if is_main and folder.is_bare:
+            folder.discard()
+        raise
+    finally:
+        if is_main:
+            folder.close()
+
+
+class _Rounds:
+    """One process' share of one call."""
+
+    def __init__(
+        self,
+        config: IterativeConfig,
+        folder: RoundsFolder,
+        place: tuple[int, int, int],
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.place = place
+        self.is_main = place[0] == 0
+        self.stop = stop
+        self.reports: list[dict[str, Any]] = []
+
+    def run(self) -> Path:
+        started = time.monotonic()
+        start = self._evaluated(0)
+        for number in range(1, self.config.num_rounds + 1):
+            self._candidates(number)
+            self._train(number)
+            evaluation = self._evaluated(number)
+            if self.is_main:
+                report = round_report(self.folder.round(number), number, self.config)
+                self.reports.append({**report, "evaluation": evaluation})
+                logger.info("%s", in_a_line(self.reports[-1], self.config.num_rounds))
+                write_manifest(self.folder.path, {"status": UNFINISHED, **self._manifest(start)})
+        if self.is_main:
+            best = self._keep_policies()
+            manifest = {**self._manifest(start), "best_round": best}
+            self.folder.finish({**manifest, "seconds": round(time.monotonic() - started, 3)})
+        return self.folder.policy
+
+    # The stages of a round.
+
+    def _candidates(self, number: int) -> None:
+        """`train_data.json`: sampled, scored, the KL taken off where that is asked for."""
+        folder, config = self.folder.round(number), self.config
+        policy = self._policy_before(number)
+        sampling = config.generation(policy, folder / "candidates.jsonl", number)
+        data = folder / "train_data.json"
+        has_penalty = number > 1 and config.kl_coeff > 0
+        scored = folder / "scored.jsonl" if has_penalty else data
+        where = f"round {number} of {config.num_rounds}"
+        logger.info("%s: samples of %s", where, policy)
+        self._do(f"{where}, samples", lambda: generate_file(sampling, *self.place))
+        self._do(f"{where}, scores", lambda: self._score(folder, scored))
+        if number > 1 and config.measure_kl:
+            self._do(f"{where}, KL", lambda: self._log_ratios(sampling, folder))
+        if has_penalty and self.is_main and read_manifest(data) is None:
+            ratios = folder / "log_ratios.jsonl"
+            self._do(f"{where}, KL", lambda: self._penalise(scored, ratios, data))
+
+    def _penalise(self, scored: Path, ratios: Path, output: Path) -> None:
+        edited = self.config.accept_edited_files
+        penalise(scored, ratios, output, self.config.kl_coeff, edited)
+
+    def _train(self, number: int) -> None:
+        folder = self.folder.round(number)
+        run = folder / "rank"
+        if not self.folder.has_finished(number):
+            from_first = self.config.train_from == "first"
+            start = self._policy_before(1 if from_first else number)
+            resume = settings_file(run) is not None
+            ranking = self.config.ranking(start, folder / "train_data.json", run, resume)
+            where = f"round {number} of {self.config.num_rounds}, training"
+            logger.info("%s from %s", where, start)
+            self._do(where, lambda: rank.train(ranking))
+        if self.is_main:  # no later round goes on with this one's optimiser
+            RunFolder(run).drop_checkpoints()
+
+    def _evaluated(self, number: int) -> dict[str, Any] | None:
+        """What a round's policy answers to held-out prompts, and what the scorer says of it."""
+        if self.config.eval_datasets is None:
+            return None
+        folder = self.folder.round(number) / "evaluation"
+        name = f"round-{number}" if number else ""
+        policy = self._policy_before(number + 1)
+        sampling = self.config.evaluation(policy, folder / "candidates.jsonl", name)
+        where = f"evaluation after round {number}" if number else "evaluation of the start"
+        self._do(where, lambda: generate_file(sampling, *self.place))
+        self._do(where, lambda: self._score(folder, folder / "scored.jsonl"))
+        if number and self.config.measure_kl:
+            self._do(where, lambda: self._log_ratios(sampling, folder))
+        return evaluation_report(folder, number, self.config) if self.is_main else None
+
+    # Their parts.
+
+    def _do(self, where: str, work: Callable[[], object]) -> None:
+        """Do what may be left at any time, and free the memory of its models.
+
+        Raises:
+            StoppedBySignal: a signal came; the message says where.
+        """
+        try:
+            self.stop.run(work, "what is done is on disk")
+        except StoppedBySignal as stopped:
+            raise StoppedBySignal(
+                stopped.exit_code,
+                f"{where}: {stopped}; all of it goes on with --resume_from_checkpoint",
+            ) from None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _score(self, folder: Path, output: Path) -> None:
+        score_file(self.config.scoring(folder / "candidates.jsonl", output), *self.place)
+
+    def _log_ratios(self, sampling: GenerateConfig, folder: Path) -> None:
+        """`log_ratios.jsonl`: as scores of the candidates, how far each is from the start."""
+        ratio = LogRatio(sampling, self.config.model_name_or_path)
+        config = ScoreConfig(
+            input_file=str(folder / "candidates.jsonl"),
+            output_file=str(folder / "log_ratios.jsonl"),
+            scorer=ratio.name,
+            max_unscored_fraction=1.0,
+            accept_edited_files=self.config.accept_edited_files,
+            wait_seconds=self.config.ddp_timeout,
+        )
+        score_file(config, *self.place, make_scorer=ratio.scorer)
+
+    def _policy_before(self, number: int) -> str:
+        """The policy that samples in a round."""
+        if number == 1:
+            return self.config.model_name_or_path
+        return str(self.folder.policy_after(number - 1))
+
+    # After.
+
+    def _keep_policies(self) -> int | None:
+        """`policy/`, and `best/` where there are figures to choose by; returns its round."""
+        best, last = best_round(self.reports), self.config.num_rounds
+        outcome = best if best is not None and self.config.load_best_model_at_end else last
+        _copy_policy(self.folder.policy_after(outcome), self.folder.policy)
+        if best is not None:
+            _copy_policy(self.folder.policy_after(best), self.folder.path / "best" / "policy")
+        return best
+
+    def _manifest(self, start: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
+            "rrhf_version": rrhf.__version__,
+            "stage": "iterative",
+            "model_folder": self.folder.policy.name,
+            "scorer": self.config.reward_model_name_or_path,
+            "evaluation_of_the_start": start,
+            "rounds": self.reports,
+        }
+
+
+def penalise(
+    scored: Path,
+    log_ratios: Path,
+    output: Path,
+    coefficient: float,
+    accept_edited: bool = False,
+) -> None:
+    """Write candidates with score - coefficient * log-ratio; None where either is missing.
+
+    Args:
+        scored: what the scorer said.
+        log_ratios: the same candidates in the same order, log-ratios in nats as their scores.
+        output: the candidate file to write.
+        coefficient: score units per nat.
+        accept_edited: read files also where they are not as their manifests describe them.
+    """
+    given_sets = read_candidate_sets(scored, accept_edited)
+    ratio_sets = read_candidate_sets(log_ratios, accept_edited)
+
+    def penalised() -> Iterator[CandidateSet]:
+        for given, ratio in zip(given_sets, ratio_sets, strict=True):
+            assert given.id == ratio.id, f"{log_ratios}: {ratio.id} where {given.id} was expected"
+            candidates = tuple(
+                replace(candidate, score=None)
+                if candidate.score is None or other.score is None
+                else replace(candidate, score=candidate.score - coefficient * other.score)
+                for candidate, other in zip(given.candidates, ratio.candidates, strict=True)
+            )
+            yield replace(given, candidates=candidates)
+
+    write_candidate_sets(output, penalised(), {"stage": "penalise", "kl_coeff": coefficient})
+
+
+def best_round(reports: Sequence[Mapping[str, Any]]) -> int | None:
+    """The round with the highest mean score on held-out prompts, the first of equals."""
+    means = {
+        int(report["round"]): report["evaluation"]["score"]["mean"]
+        for report in reports
+        if report["evaluation"] is not None and report["evaluation"]["score"]["mean"] is not None
+    }
+    return max(means, key=lambda number: means[number]) if means else None
+
+
+def _copy_policy(source: Path, target: Path) -> None:
+    def copy(staged: Path) -> None:
+        require_as_written(source)
+        shutil.copytree(source, staged, dirs_exist_ok=True)
+
+    saved_folder(target, copy)

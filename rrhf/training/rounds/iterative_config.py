@@ -1,0 +1,186 @@
+"""The settings of `rrhf train iterative`, and what they mean for each stage of a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rrhf.errors import UserError
+from rrhf.generation.config import GenerateConfig, SamplingOptions
+from rrhf.ranges import COUNT, NOT_NEGATIVE, check_ranges
+from rrhf.scoring.config import RewardModelOptions, ScoreConfig
+from rrhf.training.methods.rank_config import RankConfig, RankSettings
+
+EVALUATION_ROUND = 1_000_000_000
+"""Its draws must not be those of a round, and are the same for every policy."""
+
+
+@dataclass
+class IterativeConfig(SamplingOptions, RankSettings):
+    """Train by RRHF in rounds (the paper's IP-n): each samples with the policy of the round before,
+    scores the samples, and ranks them."""
+
+    reward_model_name_or_path: str = field(
+        kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
+    )
+    """What scores responses: folder, run folder or hub name of a reward model,
+    function:module:name, or gold:help_desk."""
+
+    train_datasets: str = field(
+        kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
+    )
+    """Prompts: a file, a registered name, name[:proportion[:path]], several with commas. Responses
+    that stand with them (human:chosen, human:rejected) are ranked with the samples of every
+    round, unless add_dataset_responses is false."""
+
+    num_rounds: int = 2
+    """Rounds of sampling, scoring and training. A finished run that is resumed with more of them
+    goes on."""
+
+    train_from: Literal["previous", "first"] = "previous"
+    """Weights that a round's training starts from: those of the round before, or always those of
+    model_name_or_path. The samples come from the round before either way."""
+
+    kl_coeff: float = 0.0
+    """From the second round on, scores lose this times log p - log p_first of the response, in nats
+    (the paper's r - kl_coeff * KL; it uses 0.01)."""
+
+    measure_kl: bool = True
+    """Measure in every round how far the samples are from the first policy: one forward of two
+    models over all candidates. Needed with kl_coeff."""
+
+    eval_datasets: str | None = field(default=None, metadata={"names": "data"})
+    """Held-out prompts: every round's policy answers each once, drawn at the temperature; the
+    answers are scored, and the best round's policy is kept in best/policy.
+    load_best_model_at_end makes it the outcome."""
+
+    reward_format: Literal["standard", "trlx"] = "standard"
+    """Layout of the reward model, as in `rrhf score`."""
+
+    reward_base: str | None = field(default=None, metadata={"names": "place"})
+    """With trlx: folder of the base model, as in `rrhf score`."""
+
+    max_unscored_fraction: float = 0.01
+    """Stop when the scorer fails on more than this share of a round's candidates; what exceeds a
+    reward model's window is left out and counted, whatever its share."""
+
+    def __post_init__(self) -> None:
+        RankSettings.__post_init__(self)
+        check_ranges(self, {"num_rounds": COUNT, "kl_coeff": NOT_NEGATIVE})
+        if self.kl_coeff and not self.measure_kl:
+            raise UserError(f"--kl_coeff {self.kl_coeff} needs --measure_kl true")
+        if self.only_use_provide:
+            raise UserError("--only_use_provide: leaves nothing of a round's samples; leave it out")
+        for name in ("eval_steps", "metric_for_best_model", "early_stopping_patience"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name}: every round is evaluated at its end, by its mean score; leave it "
+                    "out"
+                )
+        if self.load_best_model_at_end and self.eval_datasets is None:
+            raise UserError("--load_best_model_at_end: needs --eval_datasets, to choose by")
+        if self.num_return_sequences < 2 and not self.add_dataset_responses:
+            raise UserError(
+                f"--num_return_sequences {self.num_return_sequences}: ranking compares the "
+                "responses of a prompt; give 2 or more"
+            )
+        # Every stage checks its own settings, before the first one begins.
+        self.generation("policy", Path(self.output_dir, "x.jsonl"), 1)
+        self.scoring(Path("a"), Path("b"))
+
+    def generation(self, policy: str, output: Path, round_number: int) -> GenerateConfig:
+        """How a round's candidates are drawn.
+
+        Args:
+            policy: folder or hub name of the policy that writes them.
+            output: the candidate file.
+            round_number: 1 in the first; other rounds draw other responses.
+        """
+        shared = {item.name: getattr(self, item.name) for item in fields(SamplingOptions)}
+        return GenerateConfig(
+            policy,
+            self.train_datasets,
+            str(output),
+            **shared,
+            **self._model_options(),
+            seed=self.seed,
+            round=round_number,
+            policy="" if round_number == 1 else f"round-{round_number - 1}",
+            chat_format=self.chat_format,
+            accept_edited_files=self.accept_edited_files,
+            wait_seconds=self.ddp_timeout,
+            columns=self.columns,
+        )
+
+    def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
+        """How a policy answers the held-out prompts: one draw each, without filters or beams."""
+        assert self.eval_datasets is not None, "there is nothing to evaluate on"
+        config = GenerateConfig(
+            policy,
+            self.eval_datasets,
+            str(output),
+            num_return_sequences=1,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            temperature=self.temperature,
+            stop_strings=self.stop_strings,
+            max_prompt_tokens=self.max_prompt_tokens,
+            per_device_prompt_batch_size=self.per_device_prompt_batch_size,
+            add_dataset_responses=False,
+            **self._model_options(),
+            seed=self.seed,
+            round=EVALUATION_ROUND,
+            policy=name,
+            chat_format=self.chat_format,
+            accept_edited_files=self.accept_edited_files,
+            wait_seconds=self.ddp_timeout,
+            columns=self.columns,
+        )
+        config.columns_may_miss = True  # they may be meant for the data to train on
+        return config
+
+    def scoring(self, candidates: Path, output: Path) -> ScoreConfig:
+        """How candidates get their scores."""
+        return ScoreConfig(
+            input_file=str(candidates),
+            output_file=str(output),
+            scorer=self.reward_model_name_or_path,
+            max_unscored_fraction=self.max_unscored_fraction,
+            reward_format=self.reward_format,
+            reward_base=self.reward_base,
+            bf16=self.bf16,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            accept_edited_files=self.accept_edited_files,
+            wait_seconds=self.ddp_timeout,
+        )
+
+    def reward_options(self) -> RewardModelOptions:
+        """What `check_scorer` needs to know."""
+        return RewardModelOptions(
+            reward_format=self.reward_format,
+            reward_base=self.reward_base,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def ranking(self, policy: str, data: Path, output_dir: Path, resume: bool) -> RankConfig:
+        """How a round trains."""
+        settings: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in fields(RankSettings)
+        }
+        settings |= {
+            "model_name_or_path": policy,
+            "output_dir": str(output_dir),
+            "resume_from_checkpoint": resume,
+            "load_best_model_at_end": False,  # of a round's steps; here rounds are compared
+            "columns": None,  # of the prompts; a round's candidates are called as they should be
+        }
+        return RankConfig(**settings, data_path=str(data))
+
+    def _model_options(self) -> dict[str, Any]:
+        return {
+            "bf16": self.bf16,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }

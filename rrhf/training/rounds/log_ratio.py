@@ -1,0 +1,115 @@
+"""How far candidates are from the policy of the start: log p(y|x) - log p_first(y|x), in nats.
+
+Written as a scorer, so that the scoring stage does it with all that it knows of kills and of
+several processes. Averaged over samples of the policy it is the KL divergence from the first one;
+taken off the scores with a coefficient it is the penalty of RRHF's paper (Yuan et al. 2023,
+arXiv:2304.05302, section 4.6: r - coefficient * KL), which here falls on every candidate alike,
+those that people wrote included.
+
+Responses are read as training will read them: as text, after the prompt that sampling saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rrhf.data.chat_format import ChatCodec
+from rrhf.evaluation.likelihoods import LikelihoodReader, Row
+from rrhf.generation.config import GenerateConfig
+from rrhf.generation.local.engine import prompt_room
+from rrhf.generation.plan import fingerprint
+from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.records import CandidateSet
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """Which policies are compared, and how both are read.
+
+    Attributes:
+        sampling: how the responses were drawn: its model is the policy, its temperature divides the
+            logits of both, its limits cut the prompts.
+        first: folder or hub name of the policy of the start.
+    """
+
+    sampling: GenerateConfig
+    first: str
+
+    @property
+    def name(self) -> str:
+        """A short name that changes with anything that the log-ratios depend on."""
+        config = self.sampling
+        parts = [
+            fingerprint(config.model_name_or_path),
+            fingerprint(self.first),
+            config.temperature,
+            config.max_new_tokens,
+            config.max_prompt_tokens,
+            config.chat_format,
+            config.bf16,
+            config.attn_implementation,
+        ]
+        return f"log_ratio:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
+
+    def scorer(self, device: torch.device) -> LogRatioScorer:
+        """Both models, loaded."""
+        return LogRatioScorer(self, device)
+
+
+class LogRatioScorer:
+    """A `Scorer` whose scores are log-ratios.
+
+    Args:
+        ratio: which policies.
+        device: for both.
+    """
+
+    normalized = False
+    quantity, unit = "log-ratio", "nats"
+
+    def __init__(self, ratio: LogRatio, device: torch.device) -> None:
+        config = ratio.sampling
+        self.name = ratio.name
+        self.temperature = config.temperature
+        self._readers = [
+            _reader(path, config, device) for path in (config.model_name_or_path, ratio.first)
+        ]
+        window = context_window(self._readers[0].model)
+        self._room = prompt_room(window, config.sampling_params(), config.max_prompt_tokens)
+
+    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
+        """Log-ratios in nats; None where prompt and response do not fit a model's window."""
+        rows = [[self._row(s, place) for place in range(len(s.candidates))] for s in sets]
+        fitting = [row for group in rows for row in group if row is not None]
+        policy, first = (
+            iter([values.double().sum() for values in reader.read(fitting, self.temperature)])
+            for reader in self._readers
+        )
+        return [
+            [None if row is None else float(next(policy) - next(first)) for row in group]
+            for group in rows
+        ]
+
+    def _row(self, s: CandidateSet, place: int) -> Row | None:
+        candidate, codec = s.candidates[place], self._readers[0].codec
+        prompt = codec.encode_prompt(s, self._room)
+        if not prompt:
+            return None
+        row = prompt, codec.encode_response(s, candidate.response, candidate.finish_reason)
+        return row if all(reader.fits(row) for reader in self._readers) else None
+
+
+def _reader(path: str, config: GenerateConfig, device: torch.device) -> LikelihoodReader:
+    model = load_causal_lm(
+        path,
+        "bfloat16" if config.bf16 else "float32",
+        config.attn_implementation,
+        config.trust_remote_code,
+    )
+    codec = ChatCodec(load_tokenizer(path, config.trust_remote_code), config.chat_format)
+    return LikelihoodReader(model.to(device), codec, path)  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""The run folder of `rrhf train iterative`, whose resumable states are its rounds.
+
+No import of torch: that a folder is taken is reported before it is loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rrhf.errors import UserError
+from rrhf.files import COMPLETE, UNFINISHED, read_manifest
+from rrhf.runs import RunFolder, told_changes
+from rrhf.signals import StopRequest
+from rrhf.training.rounds.iterative_config import IterativeConfig
+
+_POLL_SECONDS = 0.05
+
+# What may differ when a run goes on: nothing here reaches the weights.
+_ADJUSTABLE = (
+    "num_rounds",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "per_device_prompt_batch_size",
+)
+
+
+class RoundsFolder(RunFolder):
+    """A run folder whose resumable states are its rounds."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.checkpoints = self.round(1)
+
+    def round(self, number: int) -> Path:
+        """Where a round stands; 0 = what is known of the policy of the start."""
+        return self.path / f"round-{number}"
+
+    def policy_after(self, number: int) -> Path:
+        """The policy that a round trained."""
+        return self.round(number) / "rank" / "policy"
+
+    @property
+    def is_bare(self) -> bool:
+        """True where no stage of a round has left anything either."""
+        return super().is_bare and not any(path.is_file() for path in self._of_rounds())
+
+    def discard(self) -> None:
+        """As a run folder does, with the empty folders of rounds."""
+        for path in sorted(self._of_rounds(), reverse=True):
+            path.rmdir()
+        super().discard()
+
+    def _of_rounds(self) -> Iterator[Path]:
+        for folder in self.path.glob("round-*"):
+            yield folder
+            yield from folder.rglob("*")
+
+    def has_finished(self, number: int) -> bool:
+        """Whether a round's training is complete."""
+        folder = self.policy_after(number)
+        manifest = read_manifest(folder.parent)
+        is_complete = manifest is not None and manifest.get("status") == COMPLETE
+        return is_complete and folder.is_dir()
+
+    def require_same_settings(self, config: IterativeConfig) -> None:
+        """Refuse to go on with settings that would make the rounds those of no single run.
+
+        Raises:
+            UserError: settings differ, or fewer rounds are asked for than there are.
+        """
+        changed = [
+            (name, was, now)
+            for name, was, now in self._changed_settings(config.as_dict())
+            if name not in _ADJUSTABLE
+        ]
+        if changed and not self.is_bare:
+            raise UserError(
+                f"{self.path}: its rounds were begun with other settings:\n"
+                + told_changes(changed)
+                + "\nGive the same, or choose another --output_dir"
+            )
+        if self.round(config.num_rounds + 1).exists():
+            raise UserError(
+                f"--num_rounds {config.num_rounds}: {self.path} has begun more rounds; the policy "
+                f"of that one is {self.policy_after(config.num_rounds)}"
+            )
+
+    def wait_until_open(self, config: IterativeConfig, stop: StopRequest) -> None:
+        """Return once process 0 has opened the folder: it would take what another process begins
+        there before it for an earlier run.
+
+        Raises:
+            StoppedBySignal: a signal came first.
+            UserError: it has not been opened for `ddp_timeout`.
+        """
+        deadline = time.monotonic() + config.ddp_timeout
+        while not self._is_open(config):
+            stop.raise_if_received("nothing was begun")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path}: process 0 has not begun within {config.ddp_timeout:g} s "
+                    "(--ddp_timeout); see its message"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _is_open(self, config: IterativeConfig) -> bool:
+        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        is_begun = manifest is not None and manifest.get("status") == UNFINISHED
+        return is_begun or self.is_finished(config)  # all that was left needed one process
+
+    def is_finished(self, config: IterativeConfig) -> bool:
+        """Whether all rounds are complete; asked before the folder is opened."""
+        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        return (
+            manifest is not None
+            and manifest.get("status") == COMPLETE
+            and len(manifest.get("rounds", ())) == config.num_rounds
+            and self.policy.is_dir()
+        )
