@@ -45,9 +45,7 @@ def test_a_run_is_the_run_of_padded_rows(
         settings = {"num_train_epochs": 1, "learning_rate": 1e-3, "engine": engine, **changes}
         train("rank", str(model_folder), str(data), str(out), **settings)
         runs[engine] = [row for row in metrics_of(out) if "loss" in row]
-    said = [
-        record.getMessage() for record in caplog.records if record.name.endswith("engine_trial")
-    ]
+    said = [record.getMessage() for record in caplog.records if record.name.endswith("self_check")]
     assert said == ["engine: LlamaForCausalLM goes by shared_prefix over sdpa"]
     assert len(runs["auto"]) == len(runs["padded"]) > 1
     for found, expected in zip(runs["auto"], runs["padded"], strict=True):

@@ -84,7 +84,8 @@ def test_every_number_has_a_range(kind: type) -> None:
 def test_no_configuration_is_forgotten() -> None:
     """Every class that a command line is read into stands in the list above."""
     without_numbers = {"ConvertConfig", "ValidateConfig", "StatsConfig", "FetchConfig"}
-    inherited = {"TrainingConfig", "RankSettings", "SamplingOptions", "RewardModelOptions"}
+    inherited = {"TrainingConfig", "RankSettings", "PPOSettings", "SamplingOptions"}
+    inherited |= {"RewardModelOptions"}
     inner = {
         "BeamSettings",
         "EngineSettings",

@@ -53,7 +53,8 @@ def test_lines_of_progress_may_be_alike():
 def test_other_processes_speak_of_their_own_share_alone(rank, lines):
     code = LOG + (
         "log.warning('3 prompts do not fit'); logging.getLogger('rrhf.progress').info('1 of 2')\n"
-        "log.error('broken'); logging.getLogger('rrhf.generation.local.engine').warning('no memory')\n"
+        "log.error('broken')\n"
+        "logging.getLogger('rrhf.generation.local.engine').warning('no memory')\n"
     )
     said = run(code, RANK=rank)
     assert len(said) == lines and said[-2:] == ["broken", "no memory"]

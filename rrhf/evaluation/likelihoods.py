@@ -1,8 +1,9 @@
 """Log-probs of given responses under a model: the basis of perplexity, KL and p_i accuracy.
 
-Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`), those of one prompt together,
-so that its tokens pass the network once. A model that only padded rows serve gets batches of
-similar length; their size follows from the vocabulary, because the logits fill the memory.
+Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`), those of one prompt
+together, so that its tokens pass the network once. A model that only padded rows serve gets
+batches of similar length; their size follows from the vocabulary, because the logits fill the
+memory.
 """
 
 from __future__ import annotations

@@ -27,12 +27,13 @@ from rrhf.files import COMPLETE, made_folder, write_manifest
 from rrhf.generation.build import EngineSettings, build_engine
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample
-from rrhf.generation.plan import Plan, fingerprint, plan_prompts
+from rrhf.generation.plan import Plan, plan_prompts
 from rrhf.model_paths import accept_edited_models, check_model_path
 from rrhf.models.loading import load_tokenizer
 from rrhf.progress import Progress
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
+from rrhf.stages.fingerprint import fingerprint
 from rrhf.stages.parts import PartAppender
 from rrhf.stages.staged_file import GO_ON, StagedFile
 

@@ -38,7 +38,6 @@ from rrhf.files import (
     with_home_folder,
     write_manifest,
 )
-from rrhf.generation.plan import fingerprint
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress, tracked
@@ -48,6 +47,7 @@ from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.scorer import Scorer, is_too_long
 from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
+from rrhf.stages.fingerprint import fingerprint
 from rrhf.stages.parts import PartAppender
 from rrhf.stages.staged_file import GO_ON, StagedFile
 

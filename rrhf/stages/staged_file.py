@@ -25,9 +25,9 @@ from rrhf.files import (
     require_own_manifest_place,
     write_manifest,
 )
-from rrhf.generation.plan import differences
 from rrhf.seals import ACCEPT_FLAG, seal_difference, warn_accepted
 from rrhf.signals import StopRequest
+from rrhf.stages.fingerprint import differences
 from rrhf.stages.parts import POLL_SECONDS, STALLED_SECONDS, PartAppender, Parts
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ the batch. Prompts are padded on the left; positions and mask are given explicit
 changes nothing but the last bits of a float. The past of full-attention layers grows in place
 instead of being copied at every token.
 
-Left out on purpose: what is chosen from the logits (`rrhf.generation.local.sampling`, `.beam_search`).
+Left out on purpose: what is chosen from the logits (`rrhf.generation.local.sampling`,
+`.beam_search`).
 
 Shapes: B prompts, R rows, P prompt tokens, V vocabulary.
 """
@@ -128,7 +129,7 @@ class IncrementalModel:
         return self._forward(tokens[:, None], positions)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
-        """As `start`, in the words of `rrhf.generation.local.decoders.Decoder`; ends the last batch."""
+        """As `start`, for `rrhf.generation.local.decoders.Decoder`; ends the last batch."""
         logits = self.start(prompts)
         self._is_new = True
         return list(range(len(prompts))), logits

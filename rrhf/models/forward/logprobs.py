@@ -3,7 +3,7 @@
 Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
 `Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
 silently leaves gradients unsynchronised. The engine here is the reference: one padded row for each
-response, the head applied at response positions only; `rrhf.models.forward.layouts` has faster ones.
+response, the head applied at response positions only; `.layouts` has faster ones.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -44,7 +44,6 @@ from rrhf.training.core.phases import Phases, as_metrics
 from rrhf.training.core.streams import LiveStream, UpdateStream
 from rrhf.training.core.tracking import Tracker, build_tracker
 from rrhf.training.core.update import Objective, Update
-from rrhf.training.online.sample_table import SampleTable
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +56,16 @@ SHOWN = {
     "tokens_per_second": "{:.0f} tokens/s",
 }
 """How a step's metrics, and its rollout's, are shown on the way."""
+
+
+class Samples(Protocol):
+    """A table of responses that the stream and the evaluation fill."""
+
+    def send_to(self, tracker: Tracker) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def run_training(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     models: ModelFolders | None = None,
     stop: StopRequest | None = None,
-    samples: SampleTable | None = None,
+    samples: Samples | None = None,
     phases: Phases | None = None,
     on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
     held: contextlib.ExitStack | None = None,
@@ -175,7 +184,7 @@ class _Loop:
         self.phases: Phases | None = None
         self.step = 0
         self.saved_step = -1
-        self.samples: SampleTable | None = None
+        self.samples: Samples | None = None
         self.metrics: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_step = -1

@@ -1,4 +1,4 @@
-"""What may leave the device while nobody needs it, by name (`rrhf.training.core.offload` moves it)."""
+"""What may leave the device while nobody needs it, by name; `.offload` moves it."""
 
 from __future__ import annotations
 

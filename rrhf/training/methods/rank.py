@@ -5,8 +5,8 @@ candidates, and cross-entropy on the best one. With `rrhf_weight` 0 the second i
 is fine-tuning on the best of N. `rrhf_mode released` is the loss of the program behind the paper's
 published numbers, which differs from the paper's (`rrhf.algorithms.rank_losses` says how).
 
-What a candidate file's rows become is in `rrhf.training.methods.rank_examples`; the loop, its engine and
-checkpoints are every trainer's.
+What a candidate file's rows become is in `rrhf.training.methods.rank_examples`; the loop, its
+engine and checkpoints are every trainer's.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 Which candidates count, what is cut and what is left out is decided here, once, and every case is
 counted: the counts are in the run's manifest, and in a line of the log (`data_summary`).
 
-Two row layouts. The toolkit's own (`rrhf.training.methods.fitting`) reserves room for the response and cuts
-prompts on the left by whole turns. The one of the program that was released with the RRHF paper
-(`encode_released`) is kept fault for fault, for reproducing published numbers: prompts are cut on
-the *right* (the last turn and its cue go first), responses are tokenised like texts of their own
-(with a BOS inside the row, where the tokenizer adds one), and a prompt that fills the window turns
-the cutting of responses off. Not reproduced: the attention mask that hides tokens equal to the pad
-id, and the tokenizer's own rules for cutting texts that it also closes with a special token.
+Two row layouts. The toolkit's own (`rrhf.training.methods.fitting`) reserves room for the
+response and cuts prompts on the left by whole turns. The one of the program that was released
+with the RRHF paper (`encode_released`) is kept fault for fault, for reproducing published
+numbers: prompts are cut on the *right* (the last turn and its cue go first), responses are
+tokenised like texts of their own (with a BOS inside the row, where the tokenizer adds one), and a
+prompt that fills the window turns the cutting of responses off. Not reproduced: the attention
+mask that hides tokens equal to the pad id, and the tokenizer's own rules for cutting texts that
+it also closes with a special token.
 """
 
 from __future__ import annotations

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rrhf import ranges
 from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
 from rrhf.errors import UserError
 from rrhf.scoring.build import is_made
-
-if TYPE_CHECKING:
-    from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.online.ppo_settings import PPOSettings
 
 EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
 """What an evaluation on the way gives; logged as eval_<name>."""
@@ -52,7 +48,7 @@ _RANGES = {
 }
 
 
-def check_ranges(config: PPOConfig) -> None:
+def check_ranges(config: PPOSettings) -> None:
     """Refuse numbers out of their range.
 
     Raises:
@@ -68,7 +64,7 @@ def check_ranges(config: PPOConfig) -> None:
         )
 
 
-def check_combinations(config: PPOConfig) -> None:
+def check_combinations(config: PPOSettings) -> None:
     """Refuse settings that exclude each other, or are nothing without another.
 
     Raises:

@@ -79,13 +79,13 @@ class SampleTable:
         if self._every > 0:
             self._show({"step": step, "source": "evaluation"}, prompts, rows, experience)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, with all rows on the disk."""
         if self._log is not None:
             self._log.sync()
         return {"offset": 0 if self._log is None else self._log.offset, "window": self._window}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to what a checkpoint knew; an empty state: to the beginning."""
         self._window = state.get("window", -1)
         if self._log is not None:

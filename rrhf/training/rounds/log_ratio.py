@@ -22,9 +22,9 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.local.engine import prompt_room
-from rrhf.generation.plan import fingerprint
 from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
 from rrhf.records import CandidateSet
+from rrhf.stages.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)

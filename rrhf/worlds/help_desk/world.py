@@ -2,8 +2,8 @@
 
 Customers ask a help desk for one or two tips, or for something that the desk should refuse. The
 world writes demonstrations, preference pairs, prompts and references, and judges any reply by a
-gold utility (`rrhf.worlds.help_desk.gold`). So a study of minutes on one core can show what no real data set
-can: whether a method raised the *true* preference or only the learned one.
+gold utility (`rrhf.worlds.help_desk.gold`). So a study of minutes on one core can show what no
+real data set can: whether a method raised the *true* preference or only the learned one.
 
 Everything is drawn from streams named by (seed, purpose), so that no part depends on which others
 were drawn, and the first n of a stream are the same however many are asked for. Prompts for
@@ -148,7 +148,7 @@ class HelpDesk:
         return utility(request, parts)
 
     def parts(self, s: CandidateSet, candidate: Candidate) -> dict[str, float | bool]:
-        """What was found in a reply (`rrhf.worlds.help_desk.gold.ReplyParts`), and if it was to be refused.
+        """What was found in a reply (`.gold.ReplyParts`), and if it was to be refused.
 
         Counts are floats; "refused" says whether there was any refusal.
         """
