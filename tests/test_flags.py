@@ -395,7 +395,6 @@ def test_every_preset_fits_the_rank_trainer(preset: str):
 
 def test_the_tiny_preset_fits_every_trainer():
     for stage in ("sft", "reward", "rank"):
-        module = importlib.import_module(f"rrhf.training.{stage}")
-        train = importlib.import_module("rrhf.cli.train")
-        flags = flags_of(getattr(module, train.STAGES[stage][1]))
+        module_name, config, _ = importlib.import_module("rrhf.cli.train").STAGES[stage]
+        flags = flags_of(getattr(importlib.import_module(module_name), config))
         flags_module.read_config_file(flags, "tiny")

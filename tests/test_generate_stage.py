@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rrhf.generation.plan as plan_module
 import rrhf.generation.stage as stage_module
+import rrhf.stages.fingerprint as fingerprint_module
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
 from rrhf.files import manifest_path, read_manifest
@@ -345,7 +346,7 @@ def test_another_model_in_the_same_folder_is_noticed(model_folder, prompts, tmp_
     with pytest.raises(UserError, match="model: "):
         generate_file(config_of(str(folder), prompts, output))
     # a large file is sampled: at its beginning, its middle and its end
-    monkeypatch.setattr(plan_module, "_FINGERPRINT_BYTES", 128)
+    monkeypatch.setattr(fingerprint_module, "_FINGERPRINT_BYTES", 128)
     for place in (8, len(whole) // 2 + 8, len(whole) - 8):
         changed = bytearray(whole)
         changed[place] ^= 1
