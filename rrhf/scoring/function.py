@@ -10,30 +10,30 @@ whatever the function or its module raises: to leave the program (`sys.exit`) is
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
-import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rrhf.errors import StoppedBySignal, UserError
+from rrhf.errors import UserError
 from rrhf.records import CandidateSet
-from rrhf.signals import Interrupted
+from rrhf.user_code import (
+    NOT_ITS_OWN,
+    importable,
+    load_function,
+    place_of,
+    shown,
+    told_error,
+)
 
 logger = logging.getLogger(__name__)
 
 # These can be gone through, but what comes out are keys, in any order, or bytes.
 NO_LISTS = (Mapping, Set, str, bytes, bytearray, memoryview)
-
-NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
-"""What may come out of a user's code without being its mistake."""
 
 
 class FunctionScorer:
@@ -97,7 +97,7 @@ class FunctionScorer:
         Of one that may have no end, at most one result too many is taken.
         """
         try:
-            with _importable(self._folder):
+            with importable(self._folder):
                 found = self._function(*arguments)
                 results = None
                 if hasattr(found, "__iter__") and not isinstance(found, NO_LISTS):
@@ -107,13 +107,13 @@ class FunctionScorer:
             raise
         except SystemExit as error:
             raise UserError(
-                f"{self.name}: called sys.exit({shown(error.code)}) ({_place(error)}); it must "
+                f"{self.name}: called sys.exit({shown(error.code)}) ({place_of(error)}); it must "
                 "return its scores, and None where a response cannot be scored"
             ) from error
         except BaseException as error:
             raise UserError(
-                f"{self.name}: raised {_told(error)} ({_place(error)}); fix it, or let it return "
-                "None where a response cannot be scored"
+                f"{self.name}: raised {told_error(error)}; fix it, or let it return None "
+                "where a response cannot be scored"
             ) from error
         if results is None:
             raise UserError(
@@ -163,100 +163,3 @@ class FunctionScorer:
         if not self.unscored[reason]:
             logger.warning("%s: %s (first: result %d)", self.name, reason.replace("_", " "), place)
         self.unscored[reason] += 1
-
-
-def load_function(target: str) -> Callable[..., Any]:
-    """The function that "module:function" names.
-
-    Raises:
-        UserError: it is not of that form, or there is no such module or function.
-    """
-    module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"{target!r}: name a function as module:function")
-    try:
-        with _importable(str(Path.cwd())):
-            module = importlib.import_module(module_name)
-            function = getattr(module, attribute, None)
-    except NOT_ITS_OWN:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"{target}: the module {module_name!r} cannot be imported ({_message(error)}); start "
-            "in its folder, or install it"
-        ) from error
-    except SystemExit as error:
-        raise UserError(
-            f"{target}: the module {module_name!r} called sys.exit({shown(error.code)}) while it "
-            f"was imported ({_place(error)}); put what it does as a program below "
-            '`if __name__ == "__main__":`'
-        ) from error
-    except BaseException as error:
-        raise UserError(
-            f"{target}: the module {module_name!r} cannot be imported: it raised {_told(error)} "
-            f"({_place(error)}); fix it"
-        ) from error
-    if not callable(function):
-        raise UserError(f"{target}: {module_name} has no function {attribute!r}")
-    return function
-
-
-def source_file(target: str) -> str | None:
-    """The file that the function comes from, else that of its module; None for a built-in module.
-
-    Args:
-        target: "module:function".
-
-    Raises:
-        UserError: as `load_function`.
-    """
-    function = load_function(target)
-    try:
-        found = inspect.getsourcefile(function)
-    except (TypeError, OSError):  # a partial, an instance, a cached or a compiled function
-        found = None
-    file = found or getattr(sys.modules.get(target.partition(":")[0]), "__file__", None)
-    return file if file and Path(file).is_file() else None
-
-
-@contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Modules of this folder can be imported meanwhile."""
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if added and folder in sys.path:
-            sys.path.remove(folder)
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut at 60 characters, whatever its own `__repr__` does."""
-    try:
-        return f"{value!r:.60}"
-    except Exception:  # an integer of thousands of digits, too
-        kind = type(value).__name__
-        return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind} that cannot be printed"
-
-
-def _told(error: BaseException) -> str:
-    message = _message(error)
-    return f"{type(error).__name__}{': ' if message else ''}{message}"
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "its message cannot be printed"
-
-
-def _place(error: BaseException) -> str:
-    """File and line of the mistake: the last that are the user's, or those of a syntax error."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    where = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]
-    return f"{where.filename}, line {where.lineno}"

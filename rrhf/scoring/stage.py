@@ -415,7 +415,7 @@ def scorer_fingerprint(spec: str) -> str:
     if path.is_file():
         return sha256_file(path)
     if spec.startswith("function:"):
-        from rrhf.scoring.function import source_file
+        from rrhf.user_code import source_file
 
         source = source_file(spec.removeprefix("function:"))
         return spec if source is None else sha256_file(source)

@@ -1,0 +1,62 @@
+"""Names for what a user can choose, or bring: an objective, a method, an engine, a scorer, ...
+
+An entry is an import path, `package.module:name`, that is followed when the entry is asked for, so
+that names can be listed and flags read without importing torch. A user's own thing is named by such
+a path on the command line; its module is found in the working directory too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar, cast
+
+from rrhf.errors import UserError
+from rrhf.user_code import imported
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Things of one kind by name; also by the import path of one that is not listed.
+
+    Args:
+        kind: what they are, in the singular, for messages: "objective".
+        protocol: what each of them is an instance of.
+        entries: name -> import path.
+    """
+
+    def __init__(self, kind: str, protocol: type[T], entries: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._protocol = protocol
+        self._entries = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> T:
+        """What a name or an import path stands for.
+
+        Raises:
+            UserError: no such entry; or the module of an import path cannot be imported, or holds
+                nothing of this kind under that name.
+        """
+        is_users = name not in self._entries
+        if is_users and ":" not in name:
+            raise UserError(
+                f"unknown {self.kind} {name!r}: choose one of {', '.join(self._entries)}, or name "
+                f"one of your own as package.module:name"
+            )
+        target = self._entries.get(name, name)
+        found = imported(target, self.kind)
+        if not isinstance(found, self._protocol):
+            raise UserError(
+                f"{target}: is of type {type(found).__name__}; a {self.kind} is a "
+                f"{self._protocol.__module__}.{self._protocol.__name__}"
+            )
+        return cast(T, found)

@@ -1,0 +1,139 @@
+"""Code of the user's own, imported by name; each way in which that fails is one message.
+
+A module is looked for in the working directory too. To leave the program (`sys.exit`) is no way for
+it to end well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import StoppedBySignal, UserError
+from rrhf.signals import Interrupted
+
+NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
+"""What may come out of a user's code without being its mistake."""
+
+
+def imported(target: str, kind: str = "function") -> Any:
+    """What "package.module:name" names.
+
+    Args:
+        target: the import path.
+        kind: what is expected there, for messages.
+
+    Raises:
+        UserError: it is not of that form, or there is no such module or name.
+    """
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"{target!r}: name a {kind} as module:{kind}")
+    try:
+        with importable(str(Path.cwd())):
+            module = importlib.import_module(module_name)
+            found = getattr(module, attribute, None)
+    except NOT_ITS_OWN:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"{target}: the module {module_name!r} cannot be imported ({message_of(error)}); start "
+            "in its folder, or install it"
+        ) from error
+    except SystemExit as error:
+        raise UserError(
+            f"{target}: the module {module_name!r} called sys.exit({shown(error.code)}) while it "
+            f"was imported ({place_of(error)}); put what it does as a program below "
+            '`if __name__ == "__main__":`'
+        ) from error
+    except BaseException as error:
+        raise UserError(
+            f"{target}: the module {module_name!r} cannot be imported: it raised "
+            f"{told_error(error)}; fix it"
+        ) from error
+    if found is None:
+        raise UserError(f"{target}: {module_name} has no {kind} {attribute!r}")
+    return found
+
+
+def load_function(target: str) -> Callable[..., Any]:
+    """The function that "module:function" names.
+
+    Raises:
+        UserError: as `imported`, or what it names cannot be called.
+    """
+    function: Callable[..., Any] = imported(target)
+    if not callable(function):
+        raise UserError(
+            f"{target}: {target.partition(':')[0]} has no function {target.partition(':')[2]!r}"
+        )
+    return function
+
+
+def source_file(target: str) -> str | None:
+    """The file that the function comes from, else that of its module; None for a built-in module.
+
+    Args:
+        target: "module:function".
+
+    Raises:
+        UserError: as `load_function`.
+    """
+    function = load_function(target)
+    try:
+        found = inspect.getsourcefile(function)
+    except (TypeError, OSError):  # a partial, an instance, a cached or a compiled function
+        found = None
+    file = found or getattr(sys.modules.get(target.partition(":")[0]), "__file__", None)
+    return file if file and Path(file).is_file() else None
+
+
+@contextmanager
+def importable(folder: str) -> Iterator[None]:
+    """Modules of this folder can be imported meanwhile."""
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut at 60 characters, whatever its own `__repr__` does."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # an integer of thousands of digits, too
+        kind = type(value).__name__
+        return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind} that cannot be printed"
+
+
+def told_error(error: BaseException) -> str:
+    """What was raised, and where."""
+    message = message_of(error)
+    kind = type(error).__name__
+    return f"{kind}{': ' if message else ''}{message} ({place_of(error)})"
+
+
+def message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "its message cannot be printed"
+
+
+def place_of(error: BaseException) -> str:
+    """File and line of the mistake: the last that are the user's, or those of a syntax error."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]
+    return f"{where.filename}, line {where.lineno}"
