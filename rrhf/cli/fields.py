@@ -1,7 +1,9 @@
 """What a configuration class offers: its fields as flags, the docstring under each as help text.
 
 A field's metadata may hold `positional` (a bare word, in the order of the fields), `aliases` (other
-spellings) and `names` (what a path leads to: `rrhf.cli.places`). Left out: nested configurations.
+spellings), `names` (what a path leads to: `rrhf.cli.places`) and `registry` (whose names it takes,
+or an import path of the user's own). A field with `settings_of` is no flag: it holds the settings
+of what another field chooses from a registry, and their fields are flags where that is chosen.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
+
+from rrhf.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Flag:
         aliases: other spellings.
         names: what its value names (`rrhf.cli.places`); "" where it is no path.
         owner: the class that defines the field.
+        registry: names that it takes; None where it takes no such names.
+        part_of: the field that holds the chosen settings to which this belongs, and their class;
+            None for one of the configuration's own.
     """
 
     name: str
@@ -40,16 +47,50 @@ class Flag:
     aliases: tuple[str, ...]
     owner: type
     names: str = ""
+    registry: Registry[Any] | None = None
+    part_of: tuple[str, type] | None = None
 
 
-def flags_of(config_class: type) -> dict[str, Flag]:
-    """The flags of a configuration by field name, in the order of the fields."""
+def flags_of(config_class: type, chosen: Mapping[str, str] | None = None) -> dict[str, Flag]:
+    """The flags of a configuration by field name, in the order of the fields.
+
+    Args:
+        config_class: a dataclass.
+        chosen: what fields with a registry are set to, where not to their defaults.
+
+    Raises:
+        UserError: nothing of the chosen name is there.
+    """
+    flags = own_flags(config_class)
+    for settings_field, choice in choices_of(config_class).items():
+        flag = flags[choice]
+        assert flag.registry is not None, f"{choice} chooses from a registry"
+        settings = flag.registry[(chosen or {}).get(choice, flag.default)].settings
+        if settings is None:
+            continue
+        for name, own in own_flags(settings).items():
+            assert name not in flags, f"{name} is a setting of {settings} and of {config_class}"
+            flags[name] = dataclasses.replace(own, part_of=(settings_field, settings))
+    return flags
+
+
+def choices_of(config_class: type) -> dict[str, str]:
+    """The field that holds chosen settings -> the field that chooses."""
+    return {
+        item.name: item.metadata["settings_of"]
+        for item in dataclasses.fields(config_class)
+        if "settings_of" in item.metadata
+    }
+
+
+def own_flags(config_class: type) -> dict[str, Flag]:
+    """Without those of chosen settings."""
     assert dataclasses.is_dataclass(config_class), f"{config_class} is a dataclass"
     hints = typing.get_type_hints(config_class)
     docs = field_docs(config_class)
     flags = {}
     for item in dataclasses.fields(config_class):
-        if not item.init:
+        if not item.init or "settings_of" in item.metadata:
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         flags[item.name] = Flag(
@@ -61,6 +102,7 @@ def flags_of(config_class: type) -> dict[str, Flag]:
             aliases=tuple(normalise(alias) for alias in item.metadata.get("aliases", ())),
             owner=owner_of(config_class, item.name),
             names=item.metadata.get("names", ""),
+            registry=item.metadata.get("registry"),
         )
     assert "config" not in flags, "the name `config` is taken by --config"
     return flags

@@ -11,6 +11,7 @@ What a class offers is read by `rrhf.cli.fields`. Left out: environment variable
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import os
@@ -24,7 +25,16 @@ import yaml
 
 from rrhf.cli.config_text import MAX_BYTES, ConfigTextError, parse_json, parse_yaml
 from rrhf.cli.elsewhere import what_serves
-from rrhf.cli.fields import Flag, flags_of, near, nearest, normalise, spellings
+from rrhf.cli.fields import (
+    Flag,
+    choices_of,
+    flags_of,
+    near,
+    nearest,
+    normalise,
+    own_flags,
+    spellings,
+)
 from rrhf.cli.help_page import first_sentence, help_page, preset_names
 from rrhf.cli.pages import PAGES
 from rrhf.cli.terminal import process_place
@@ -67,8 +77,15 @@ def parse_config(
         UserError: an unknown or doubled name, a value of the wrong type, a missing value.
         SystemExit: after `--help`.
     """
-    flags = flags_of(config_class)
     fixed = fixed or {}
+    flags = flags_of(config_class)
+    if choices := choices_of(config_class):
+        chosen = {
+            name: value
+            for name in choices.values()
+            if (value := fixed.get(name) or glimpsed(flags[name], flags, argv))
+        }
+        flags = flags_of(config_class, chosen)
     if asks_for_help(argv):
         print(help_asked_for(config_class, flags, argv, prog, fixed))
         sys.exit(EXIT_DONE)
@@ -102,12 +119,29 @@ def help_asked_for(
         name: replace(flags[name], default=value) for name, value in (fixed or {}).items()
     }
     if page is not None and page.chosen_by and choice is None:
-        names = spelt_out(flags, spellings(flags))
-        for word, after in zip(argv, [*argv[1:], ""], strict=True):
-            name, is_joined, joined = word.partition("=")
-            if word.startswith("--") and names.get(normalise(name)) is flags[page.chosen_by]:
-                choice = joined if is_joined else after
+        choice = glimpsed(flags[page.chosen_by], flags, argv)
     return help_page(prog, config_class, flags, every_flag, choice, is_fixed=bool(fixed))
+
+
+def glimpsed(flag: Flag, flags: Mapping[str, Flag], argv: Sequence[str]) -> str | None:
+    """What the words, or else the files that they name, set a flag to; None where they do not.
+
+    Mistakes in them are left to whoever reads all of them.
+    """
+    names = spelt_out(flags, spellings(flags))
+    from_file = None
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, is_joined, joined = word.partition("=")
+        value = joined if is_joined else after
+        if word.startswith("--") and names.get(normalise(name)) is flag:
+            return value
+        is_config = word.startswith("--") and normalise(name) == "config"
+        if is_config or (word == argv[0] and word.endswith(CONFIG_SUFFIXES)):
+            with contextlib.suppress(UserError):
+                for key, given in read_config_values(value if is_config else word).items():
+                    if names.get(normalise(str(key))) is flag:
+                        from_file = str(given)
+    return from_file
 
 
 def read_values(flags: Mapping[str, Flag], argv: Sequence[str], prog: str) -> dict[str, Any]:
@@ -129,8 +163,12 @@ def build(
     if missing:
         lines = [f"  --{flag.name}: {flag.help}" for flag in missing]
         raise UserError("\n".join([f"{prog} needs also", *lines, f"See `{prog} --help`."]))
+    given = {name: value for name, value in values.items() if not flags[name].part_of}
     try:
-        return config_class(**values)
+        for part in dict.fromkeys(flag.part_of for flag in flags.values() if flag.part_of):
+            own = {n: value for n, value in values.items() if flags[n].part_of == part}
+            given[part[0]] = part[1](**own)
+        return config_class(**given)
     except UserError:
         raise
     except ValueError as error:
@@ -153,11 +191,23 @@ def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") ->
         return "\n".join([f"{where}: {kind} {name} may mean", *lines])
     if served := what_serves(word, flags):
         return f"{where}: unknown {kind} {name}: {served}."
+    if owner := chosen_elsewhere(word, flags):
+        return f"{where}: {kind} {name} is a setting of --{owner}, which is not chosen."
     names = [*spellings(flags), "config"] if mark else spellings(flags)
     if close := near(word, names):
         return f"{where}: unknown {kind} {name}; did you mean {one_of(mark, close)}?"
     pointer = f" `{where} --help all` lists all flags." if mark else ""
     return f"{where}: unknown {kind} {name}.{pointer}"
+
+
+def chosen_elsewhere(word: str, flags: Mapping[str, Flag]) -> str:
+    """The choice, such as "objective dpo", that would make a word a flag; "" where none would."""
+    for flag in flags.values():
+        for name in flag.registry or ():
+            settings = getattr(flag.registry and flag.registry[name], "settings", None)
+            if settings is not None and word in spellings(own_flags(settings)):
+                return f"{flag.name} {name}"
+    return ""
 
 
 def one_of(mark: str, names: Sequence[str]) -> str:
@@ -307,8 +357,8 @@ def read_config_text(config: str) -> str:
     )
 
 
-def read_config_file(flags: Mapping[str, Flag], config: str) -> dict[str, Any]:
-    """The values of a YAML or JSON file by field name."""
+def read_config_values(config: str) -> dict[Any, Any]:
+    """What a YAML or JSON file, or a preset, gives, under the names that stand there."""
     text = read_config_text(config)
     where = f"--config {config}"
     try:
@@ -321,6 +371,13 @@ def read_config_file(flags: Mapping[str, Flag], config: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected `name: value` lines, found a {type(content).__name__}.")
+    return content
+
+
+def read_config_file(flags: Mapping[str, Flag], config: str) -> dict[str, Any]:
+    """The values of a YAML or JSON file by field name."""
+    where = f"--config {config}"
+    content = read_config_values(config)
     names = spelt_out(flags, spellings(flags))
     mistakes: list[str] = []
     values: dict[str, Any] = {}

@@ -70,12 +70,14 @@ def short_page(
     sections = {"must be given": required, "often changed": [flags[name] for name in page.common]}
     if page.chosen_by:
         chosen = flags[page.chosen_by]
-        if choice is None or choice not in page.by_choice:
+        names = list(chosen.registry or page.by_choice)
+        if choice is None or (choice not in names and chosen.registry is None):
             choice = str(chosen.default)
-        others = ", ".join(name for name in page.by_choice if name != choice)
+        others = ", ".join(name for name in names if name != choice)
         hint = "" if is_fixed else f" (add one of {others} to see its own)"
-        title = f"settings of --{chosen.name} {choice}{hint}"
-        sections[title] = [flags[name] for name in page.by_choice[choice]]
+        own = [flags[name] for name in page.by_choice.get(choice, ())]
+        own += [flag for flag in flags.values() if flag.part_of and flag not in own]
+        sections[f"settings of --{chosen.name} {choice}{hint}"] = own
     for title, found in sections.items():
         lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]
     lines += ["example:", *(f"  {line}" for line in page.example.format(prog=prog).splitlines())]
@@ -91,7 +93,7 @@ def row(flag: Flag) -> list[str]:
     """A flag in few lines: its first sentence, and its default where that is not off."""
     head = f"  --{flag.name}"
     if flag.default is not False:  # as a bare word it is true
-        head += f" {placeholder(flag.hint)}"
+        head += f" {shown_placeholder(flag)}"
     text = first_sentence(flag.help)
     if flag.default is not MISSING and (flag.default or type(flag.default) in (int, float)):
         text += f" [{shown_value(flag.default)}]"
@@ -161,12 +163,19 @@ def first_paragraph(cls: type) -> str:
 
 
 def flag_lines(flag: Flag) -> list[str]:
-    head = f"  --{flag.name} {placeholder(flag.hint)}"
+    head = f"  --{flag.name} {shown_placeholder(flag)}"
     if flag.positional:
         head += f"   (or the bare word {flag.name.upper()})"
     if flag.aliases:
         head += "   (also " + ", ".join(f"--{alias}" for alias in flag.aliases) + ")"
     return [head, indented(f"{flag.help}{default_of(flag)}".strip())]
+
+
+def shown_placeholder(flag: Flag) -> str:
+    """How a flag's value stands in the help."""
+    if flag.registry is None:
+        return placeholder(flag.hint)
+    return "{" + ",".join(flag.registry) + "}|MODULE:NAME"
 
 
 def default_of(flag: Flag) -> str:
