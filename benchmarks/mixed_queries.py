@@ -31,7 +31,7 @@ from rrhf.training.core.token_batches import (
     micro_batches,
     tokens_of,
 )
-from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.rank import RankConfig, build_objective
 
 QUERIES_OF_A_BATCH = 4
 
@@ -205,7 +205,7 @@ class Epoch(TrainingStep):
     ) -> None:
         super().__init__(policy, usual_products)
         self.batches = [collate([sets[place] for place in places], 0) for places in cut]
-        self.objective = RankObjective(RankConfig("", "", data_path=""))
+        self.objective = build_objective(RankConfig("", "", data_path=""))
 
     def __call__(self) -> Tensor:
         self.policy.zero_grad(set_to_none=True)

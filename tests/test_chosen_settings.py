@@ -100,7 +100,9 @@ def test_a_setting_of_another_kind_is_told():
 
 
 def test_unknown_kinds():
-    assert "unknown kind 'blunt': choose one of mild, sharp, plain, or" in refusal("--kind", "blunt")
+    assert "unknown kind 'blunt': choose one of mild, sharp, plain, or" in refusal(
+        "--kind", "blunt"
+    )
     assert "no_such_module" in refusal("--kind", "no_such_module:KIND")
     assert "has no kind 'KNIFE'" in refusal("--kind", f"{__name__}:KNIFE")
     assert "is of type type; a kind is a" in refusal("--kind", f"{__name__}:MildSettings")

@@ -11,17 +11,19 @@ from dataclasses import MISSING
 import pytest
 
 from rrhf.cli import response_gen
-from rrhf.cli.fields import Flag, flags_of
+from rrhf.cli.fields import Flag, flags_of, own_flags
 from rrhf.cli.flags import parse_config, read_words
 from rrhf.cli.help_page import help_page
 from rrhf.cli.main import main
 from rrhf.cli.pages import PAGES
+from rrhf.errors import UserError
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.generation.config import GenerateConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.training.methods.rank_config import RankConfig
 from rrhf.training.methods.reward_config import RewardConfig
 from rrhf.training.methods.sft_config import SFTConfig
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.rounds.iterative_config import IterativeConfig
 
@@ -39,7 +41,6 @@ COMMANDS: dict[str, type] = {
 }
 FEW_FLAGS = ("demo", "fetch", "compare", "study methods", "study hh-reward")
 FEW_FLAGS += ("data convert", "data stats", "data validate")
-METHODS = ("ppo", "rloo", "grpo", "dr_grpo", "reinforce_pp", "rrhf")
 
 
 def flags_for(command: str) -> dict[str, Flag]:
@@ -73,8 +74,9 @@ def test_help_of_a_method_shows_its_settings(method: str, capsys: pytest.Capture
     assert len(lines) <= ONE_SCREEN
     place = next(n for n, line in enumerate(lines) if line.startswith("settings of --method"))
     assert f"--method {method} " in lines[place]
-    page = PAGES["PPOConfig"]
-    assert flags_on(lines[place:]) == list(page.by_choice[method])
+    record = METHODS[method]
+    own = [] if record.settings is None else list(own_flags(record.settings))
+    assert flags_on(lines[place:]) == [*own, *record.shown]
     assert shown(capsys, "train", "ppo", "-h", f"--rl-algorithm={method}") == lines
     critic = {"critic_learning_rate", "share_trunk", "gae_lambda", "clip_range_value"}
     assert critic.isdisjoint(flags_on(lines)) == (method != "ppo")
@@ -83,7 +85,8 @@ def test_help_of_a_method_shows_its_settings(method: str, capsys: pytest.Capture
 def test_help_without_a_method_shows_those_of_the_default(capsys: pytest.CaptureFixture[str]):
     plain = shown(capsys, "train", "ppo", "--help")
     assert plain == shown(capsys, "train", "ppo", "--help", "--method", "ppo")
-    assert plain == shown(capsys, "train", "ppo", "--help", "--method", "no-such")
+    with pytest.raises(UserError, match="unknown method 'no-such': choose one of ppo, rloo"):
+        parse_config(PPOConfig, ["--method", "no-such", "--help"], "rrhf train ppo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

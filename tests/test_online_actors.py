@@ -20,10 +20,10 @@ from rrhf.models.forward.logprobs import Policy
 from rrhf.models.loading import load_causal_lm
 from rrhf.models.policy_with_value import ActorCritic, ValueModel
 from rrhf.models.reward_model import load_reward_model, score_normalizer
+from rrhf.training.core.reference import frozen_copy
 from rrhf.training.core.setup import Workbench, opened_workbench
 from rrhf.training.online.actors import (
     _classifier_pad_id,
-    build_reference,
     build_root,
     model_folders,
 )
@@ -58,9 +58,9 @@ def test_policy_and_reference_have_the_temperature_of_the_sampling(
     world: Path, tmp_path: Path, temperature: float
 ) -> None:
     with opened(world, tmp_path / "run", temperature=temperature, **SHARED) as (config, bench):
-        root, reference = build_root(config, bench), build_reference(config, bench)
+        root, reference = build_root(config, bench), frozen_copy(bench, config.temperature)
     wanted = logprobs_at(world, temperature)
-    assert reference is not None and not reference.training
+    assert not reference.training
     for found in (root(BATCH).logprobs, reference(BATCH).logprobs):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
     assert not any(weight.requires_grad for weight in reference.parameters())

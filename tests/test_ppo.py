@@ -27,6 +27,7 @@ from rrhf.cli import main as cli
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.forward.logprobs import Policy
+from rrhf.training.methods.objectives.rrhf import RRHFSettings
 from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
 
@@ -99,7 +100,7 @@ def test_at_the_first_step_the_ratio_is_one_and_the_kl_zero(
             "method": "rrhf",
             "num_return_sequences": 4,
             "per_device_train_batch_size": 8,
-            "sft_reduction": "response",
+            "method_settings": RRHFSettings(sft_reduction="response"),
         },
     ],
     ids=lambda changes: changes["method"],

@@ -20,6 +20,8 @@ from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.studies.config import DemoConfig, HHRewardConfig, MethodsConfig
+from rrhf.training.methods.objectives.raft import RAFTSettings
+from rrhf.training.methods.objectives.rrhf import RRHFSettings
 from rrhf.training.methods.rank_config import RankConfig
 from rrhf.training.methods.reward_config import RewardConfig
 from rrhf.training.methods.sft_config import SFTConfig
@@ -37,6 +39,8 @@ CONFIGS: dict[type, dict[str, Any]] = {
     ScoreConfig: {"input_file": "i", "output_file": "o", "scorer": "s"},
     EvaluateConfig: {"model_name_or_path": "m", "prompts": "p", "output_dir": "o"},
     CompareConfig: {"rows": ["r"]},
+    RRHFSettings: {},
+    RAFTSettings: {},
     DemoConfig: {},
     MethodsConfig: {},
     HHRewardConfig: {"data_path": "d", "output_dir": "o"},
@@ -95,8 +99,11 @@ def test_no_configuration_is_forgotten() -> None:
     }
     known = {config.__name__ for config in CONFIGS} | without_numbers | inherited | inner
     for module in pkgutil.walk_packages(rrhf.__path__, "rrhf."):
-        if module.name.split(".")[-1] not in ("config", "data", "convert", "fetch") and not (
-            module.name.endswith("_config")
+        is_objective = ".objectives." in module.name
+        if (
+            not is_objective
+            and module.name.split(".")[-1] not in ("config", "data", "convert", "fetch")
+            and not (module.name.endswith("_config"))
         ):
             continue
         for name, value in vars(importlib.import_module(module.name)).items():

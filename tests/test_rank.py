@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_settings import rank_config
 from tiny import save_tiny, tiny_llama
 from torch import Tensor
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
@@ -25,7 +26,7 @@ from rrhf.models.loading import load_tokenizer
 from rrhf.training.core.streams import OfflineStream
 from rrhf.training.methods import rank
 from rrhf.training.methods.fitting import RowFitter
-from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.rank import RankConfig, RankObjective, build_objective
 from rrhf.training.methods.rank_examples import RankEncoder
 
 PAD = 2
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**changes: Any) -> RankConfig:
-    return RankConfig("unused", "unused", data_path="unused", **changes)
+    return rank_config("unused", "unused", data_path="unused", **changes)
 
 
 def examples() -> list[EncodedSet]:
@@ -65,7 +66,7 @@ def loss_and_gradient(
     config: RankConfig, micro_batches: Iterable[TokenBatch]
 ) -> tuple[float, list[Tensor]]:
     """What the loop makes of some micro-batches, written out."""
-    policy, objective = Policy(tiny_llama()), RankObjective(config)
+    policy, objective = Policy(tiny_llama()), build_objective(config)
     batches = list(micro_batches)
     denominators: dict[str, float] = {}
     for batch in batches:
@@ -226,13 +227,22 @@ def test_reductions_divide_by_what_they_say() -> None:
     batch = collate(examples(), PAD)
     pairs = 3 + 0 + 3 + 0 + 10
     best_tokens = 2 + 5 + 1 + 8 + 12
-    objective = RankObjective(settings(rank_reduction="pair", sft_reduction="token"))
+    objective = build_objective(settings(rank_reduction="pair", sft_reduction="token"))
     denominators = objective.denominators(batch)
     assert {name: float(value) for name, value in denominators.items()} == {
         "rank": pairs,
         "sft": best_tokens,
     }
-    assert float(RankObjective(settings()).denominators(batch)["rank"]) == 5
+    assert float(build_objective(settings()).denominators(batch)["rank"]) == 5
+
+
+@pytest.mark.parametrize("reduction", ["prompt", "response", "token"])
+def test_raft_is_rrhf_without_its_rank_term(reduction: str) -> None:
+    batch = [collate(examples(), PAD)]
+    raft = loss_and_gradient(settings(objective="raft", sft_reduction=reduction), batch)
+    weightless = loss_and_gradient(settings(rrhf_weight=0.0, sft_reduction=reduction), batch)
+    assert raft[0] == weightless[0]
+    assert all(torch.equal(a, b) for a, b in zip(raft[1], weightless[1], strict=True))
 
 
 def test_sorted_candidates_leave_the_pure_sft_gradient() -> None:
@@ -253,7 +263,7 @@ def test_sorted_candidates_leave_the_pure_sft_gradient() -> None:
 def test_metrics_equal_loops() -> None:
     sets, model = examples(), tiny_llama()
     batch = collate(sets, PAD)
-    terms = RankObjective(settings())(Policy(model)(batch), batch)
+    terms = build_objective(settings())(Policy(model)(batch), batch)
     got = {k: float(total / count) for k, (total, count) in terms["rank"].metrics.items()}
     pairs = violated = correct = 0
     margin = 0.0
@@ -283,7 +293,7 @@ def test_a_policy_that_ties_two_candidates_neither_ranks_nor_violates_them() -> 
     sets = [EncodedSet([5], [[6, 7], [8, 9], [7, 8]], [1.0, 2.0, 3.0])]
     batch = collate(sets, PAD)
     logprobs = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0]])
-    terms = RankObjective(settings())(PolicyOutputs(logprobs, None, None), batch)
+    terms = build_objective(settings())(PolicyOutputs(logprobs, None, None), batch)
     got = {k: float(total / count) for k, (total, count) in terms["rank"].metrics.items()}
     # p = -1.5, -1.5, -1: of three pairs two are right, and the tied one is nothing.
     assert got["ranking_accuracy"] == pytest.approx(2 / 3)
@@ -303,7 +313,7 @@ def run(model_folder: Path, data: Path, out: Path, **changes: Any) -> Path:
         "model_max_length": 100,
         **changes,
     }
-    return rank.train(RankConfig(str(model_folder), str(out), data_path=str(data), **values))
+    return rank.train(rank_config(str(model_folder), str(out), data_path=str(data), **values))
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +354,7 @@ def test_the_first_logged_loss_is_the_loss_of_the_file(
     codec = ChatCodec(load_tokenizer(model_folder))
     encoded = [RankEncoder(RowFitter(codec, 100))(s) for s in CandidateFile(data)]
     stream = OfflineStream([e for e in encoded if e is not None], codec.pad_id, 3, 2, 3, seed=42)
-    objective = RankObjective(settings())
+    objective = build_objective(settings())
     policy = Policy(AutoModelForCausalLM.from_pretrained(model_folder))
     total, prompts = 0.0, 0
     for batch in next(iter(stream)):

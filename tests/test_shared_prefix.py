@@ -35,7 +35,7 @@ from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.forward.self_check import misfit
 from rrhf.models.forward.shared_prefix import dense_mask, lay_out
-from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.rank import RankConfig, build_objective
 
 V = 80
 SMALL: dict[str, Any] = {
@@ -116,7 +116,7 @@ def step(policy: Policy, b: TokenBatch) -> tuple[float, Tensor, Tensor]:
     """RRHF's loss, its log-probs and the whole gradient."""
     config = RankConfig(model_name_or_path="", output_dir="", data_path="")
     outputs: PolicyOutputs = policy(b)
-    terms = RankObjective(config)(outputs, b)
+    terms = build_objective(config)(outputs, b)
     loss = torch.stack([term.total * term.weight for term in terms.values()]).sum() / b.num_prompts
     policy.zero_grad()
     loss.backward()

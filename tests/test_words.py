@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ppo_cases import build_world
-from test_help_page import COMMANDS, METHODS, flags_for
+from test_help_page import COMMANDS, flags_for
 from trainer_cases import ranked_rows, write_lines
 
 from rrhf.cli import elsewhere, words
@@ -22,6 +22,7 @@ from rrhf.cli.train import STAGES
 from rrhf.errors import UserError
 from rrhf.report.config import CompareConfig
 from rrhf.training.methods.rank_config import RankConfig
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
 
 FLAGS = {command: flags_for(command) for command in COMMANDS}
@@ -329,9 +330,7 @@ def test_a_sentence_names_what_exists(word: str, sentence: str):
         require_command(line)
 
 
-@pytest.mark.parametrize(
-    "word", ["dpo", "DPO", "kto", "orpo", "simpo", "ipo", "online-dpo", "raft"]
-)
+@pytest.mark.parametrize("word", ["KTO", "kto", "orpo", "simpo", "ipo", "online-dpo", "remax"])
 def test_a_method_that_is_not_here_is_told_what_serves(
     word: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -387,7 +386,7 @@ def test_a_flag_of_another_program_is_told_what_serves(command: str):
         ("train sft", ["--deepspeed=ds.json"], ["accelerate launch"]),
         ("train sft", ["--push_to_hub"], ["hf upload"]),
         ("train ppo", ["--loss_type", "grpo"], ["--method"]),
-        ("train rank", ["--loss_type", "sigmoid"], ["--rrhf_mode", "rrhf train reward"]),
+        ("train rank", ["--loss_type", "sigmoid"], ["--objective", "rrhf train reward"]),
         ("train ppo", ["--beta", "0.1"], ["--kl_coeff"]),
         ("train iterative", ["--eval_strategy", "steps"], ["every round"]),
         ("train sft", ["--warmup_steps", "10"], ["--warmup_ratio"]),

@@ -18,7 +18,6 @@ _PAIRS = (
     "responses, or a reward model with `rrhf train reward`"
 )
 STAGES: dict[str, str] = {
-    "dpo": f"there is no DPO; {_PAIRS}",
     "ipo": f"there is no IPO; {_PAIRS}",
     "cpo": f"there is no CPO; {_PAIRS}",
     "simpo": f"there is no SimPO; {_PAIRS}",
@@ -30,8 +29,7 @@ STAGES: dict[str, str] = {
     "and `rrhf train rank` learns that order",
     "online_dpo": "there is no online DPO; `rrhf train ppo --method rrhf` ranks the responses of "
     "the live policy",
-    "raft": "best-of-N fine-tuning is `rrhf train rank --rrhf_weight 0` on scored candidates",
-    "best_of_n": "best-of-N fine-tuning is `rrhf train rank --rrhf_weight 0` on scored candidates; "
+    "best_of_n": "best-of-N fine-tuning is `rrhf train raft` on scored candidates; "
     "`rrhf evaluate --best_of_n N` measures it without training",
     "rejection_sampling": "it is `rrhf response-gen`, then `rrhf train rank --rrhf_weight 0` on "
     "the scored candidates",
@@ -110,7 +108,7 @@ _LAUNCH: tuple[Sentence, ...] = (
     ),
     ("num_rounds", _ACCELERATE),
     (
-        "rrhf_mode",
+        "objective",
         f"DeepSpeed and FSDP are chosen at the launch: `bash train.sh MODEL RUN DATA --launch "
         f"zero2`, {_KINDS}",
     ),
@@ -159,14 +157,12 @@ FLAGS: dict[str, tuple[Sentence, ...]] = {
     "loss_type": (
         "the loss follows from --method (ppo, rloo, grpo, dr_grpo, reinforce_pp, rrhf) and "
         "--loss_reduction",
-        "the loss is RRHF's, as --rrhf_mode paper or released has it; reward models have "
-        "`rrhf train reward --loss_type`",
+        "the loss is what --objective names; reward models have `rrhf train reward --loss_type`",
         "the loss is cross-entropy, averaged as --sft_reduction says; reward models have "
         "`rrhf train reward --loss_type`",
     ),
     "beta": (
         "the weight of the KL is --kl_coeff; AdamW's betas are --adam_beta1 and --adam_beta2",
-        "there is no DPO and so no beta; the rank term is weighted by --rrhf_weight",
     ),
     "deepspeed": _LAUNCH,
     "fsdp": _LAUNCH,

@@ -70,13 +70,12 @@ def short_page(
     sections = {"must be given": required, "often changed": [flags[name] for name in page.common]}
     if page.chosen_by:
         chosen = flags[page.chosen_by]
-        names = list(chosen.registry or page.by_choice)
-        if choice is None or (choice not in names and chosen.registry is None):
-            choice = str(chosen.default)
-        others = ", ".join(name for name in names if name != choice)
+        assert chosen.registry is not None, f"{chosen.name} chooses from a registry"
+        choice = choice or str(chosen.default)
+        others = ", ".join(name for name in chosen.registry if name != choice)
         hint = "" if is_fixed else f" (add one of {others} to see its own)"
-        own = [flags[name] for name in page.by_choice.get(choice, ())]
-        own += [flag for flag in flags.values() if flag.part_of and flag not in own]
+        own = [flag for flag in flags.values() if flag.part_of]
+        own += [flags[name] for name in getattr(chosen.registry[choice], "shown", ())]
         sections[f"settings of --{chosen.name} {choice}{hint}"] = own
     for title, found in sections.items():
         lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]

@@ -6,8 +6,7 @@ them all; `--help all` shows all of any command.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,13 @@ class Page:
         common: fields that people change, in the order in which they are shown; those that must be
             given come first.
         example: a call that works, of the command `{prog}`.
-        chosen_by: the field whose value chooses among `by_choice`; "" where there is none.
-        by_choice: for each of its values, the further fields that it is tuned by.
+        chosen_by: the field that chooses from a registry; the settings of what it chooses, and
+            the flags that this names as `shown`, stand on the page too; "" where there is none.
     """
 
     common: tuple[str, ...]
     example: str
     chosen_by: str = ""
-    by_choice: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _OFFLINE = (
@@ -36,14 +34,6 @@ _OFFLINE = (
     "model_max_length",
 )
 _MACHINE = ("bf16", "use_lora", "resume_from_checkpoint")
-_WITHOUT_CRITIC = (
-    "ppo_epochs",
-    "clip_range_ratio",
-    "kl_in",
-    "kl_estimator",
-    "loss_reduction",
-)
-
 PAGES: dict[str, Page] = {
     "SFTConfig": Page(
         (*_OFFLINE, "eval_data_path", "eval_steps", *_MACHINE),
@@ -54,8 +44,9 @@ PAGES: dict[str, Page] = {
         "{prog} --model_name_or_path runs/sft --data_path pairs.jsonl --output_dir runs/reward",
     ),
     "RankConfig": Page(
-        (*_OFFLINE, "rrhf_weight", "eval_data_path", *_MACHINE),
+        (*_OFFLINE, "objective", "eval_data_path", *_MACHINE),
         "{prog} --model_name_or_path runs/sft --data_path scored.jsonl --output_dir runs/rank",
+        chosen_by="objective",
     ),
     "IterativeConfig": Page(
         (
@@ -89,23 +80,6 @@ PAGES: dict[str, Page] = {
         "{prog} --model_name_or_path runs/sft --reward_model_name_or_path runs/reward \\\n"
         "  --train_datasets prompts.jsonl --output_dir runs/online",
         chosen_by="method",
-        by_choice={
-            "ppo": (
-                "critic_learning_rate",
-                "critic_warmup_steps",
-                "share_trunk",
-                "ppo_epochs",
-                "clip_range_ratio",
-                "clip_range_value",
-                "vf_coeff",
-                "gae_lambda",
-            ),
-            "rloo": _WITHOUT_CRITIC,
-            "grpo": _WITHOUT_CRITIC,
-            "dr_grpo": _WITHOUT_CRITIC,
-            "reinforce_pp": ("normalize_advantage", *_WITHOUT_CRITIC),
-            "rrhf": ("rrhf_weight", "length_penalty", "sft_reduction", "ppo_epochs"),
-        },
     ),
     "GenerateConfig": Page(
         (

@@ -13,6 +13,8 @@ from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, tell_repeats
 from rrhf.cli.words import STAGE_WORDS, stage_meant
 from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
+from rrhf.training.methods.objectives import OBJECTIVES
+from rrhf.training.online.methods import METHODS
 
 STAGES: dict[str, tuple[str, str, str]] = {
     "sft": ("rrhf.training.methods.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
@@ -36,6 +38,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
 
 
 def usage() -> str:
+    critic_free = [name for name in METHODS if name not in ("ppo", "rrhf")]
     lines = [f"  {name:<11}{summary}" for name, (_, _, summary) in STAGES.items()]
     return "\n".join(
         [
@@ -43,7 +46,8 @@ def usage() -> str:
             "",
             "stages:",
             *lines,
-            "  grpo, rloo, dr_grpo, reinforce_pp: ppo with that --method; rrhf: rank",
+            f"  {', '.join(OBJECTIVES)}: rank with that --objective",
+            f"  {', '.join(critic_free)}: ppo with that --method",
             "",
             "`rrhf train STAGE --help` shows what people change, `--help all` every flag.",
         ]

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rrhf.cli.fields import Flag, normalise
+from rrhf.training.methods.objectives import OBJECTIVES
+from rrhf.training.online.methods import METHODS
 
 _DATA = ("data_path", "train_datasets", "prompts", "input_file")
 _BATCH = (
@@ -147,15 +149,12 @@ def spelt_out(flags: Mapping[str, Flag], names: Mapping[str, Flag]) -> dict[str,
     return found
 
 
-_GRPO, _RLOO = {"method": "grpo"}, {"method": "rloo"}
 _DR_GRPO, _REINFORCE_PP = {"method": "dr_grpo"}, {"method": "reinforce_pp"}
 
 STAGE_WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "grpo": ("ppo", _GRPO),
-    "rloo": ("ppo", _RLOO),
-    "dr_grpo": ("ppo", _DR_GRPO),
+    **{name: ("rank", {"objective": name}) for name in OBJECTIVES},
+    **{name: ("ppo", {"method": name}) for name in METHODS if name not in ("ppo", "rrhf")},
     "drgrpo": ("ppo", _DR_GRPO),
-    "reinforce_pp": ("ppo", _REINFORCE_PP),
     "reinforce++": ("ppo", _REINFORCE_PP),
     "reinforce_plus_plus": ("ppo", _REINFORCE_PP),
     "online_rrhf": ("ppo", {"method": "rrhf"}),

@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.training.online.ppo_checks import GROUP_METHODS
+from rrhf.training.methods.objectives.rrhf import RRHFSettings
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
 
 SAMPLES_PER_PROMPT = 4
@@ -47,7 +48,10 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     },
     "rloo": {"kl_coeff": 0.1},
     "grpo": {"kl_coeff": 0.1},
-    "rrhf": {"kl_coeff": 0.2, "rrhf_weight": 0.1, "sft_reduction": "response"},
+    "rrhf": {
+        "kl_coeff": 0.2,
+        "method_settings": RRHFSettings(rrhf_weight=0.1, sft_reduction="response"),
+    },
 }
 
 
@@ -65,17 +69,17 @@ def online_config(
     """
     if method not in OF_METHOD:
         raise UserError(f"method {method!r}: choose from {', '.join(OF_METHOD)}")
-    is_grouped = method in GROUP_METHODS
-    samples = SAMPLES_PER_PROMPT if is_grouped else 1
-    minibatch = MINIBATCH["prompts" if method == "rrhf" else "responses"]
+    record = METHODS[method]
+    samples = SAMPLES_PER_PROMPT if record.needs_group else 1
+    minibatch = MINIBATCH["prompts" if record.ranks else "responses"]
     steps = NUM_ROLLOUTS[size] * EVERY_METHOD["ppo_epochs"] * ROLLOUT_SIZE // minibatch
-    if method == "rrhf":
+    if record.ranks:
         steps //= samples
     settings = {**shared, **files, **EVERY_METHOD, **OF_METHOD[method]}
     if points:
         settings["save_policy_steps"] = steps // points
     return PPOConfig(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         num_return_sequences=samples,
         rollout_size=ROLLOUT_SIZE,
         num_rollouts=NUM_ROLLOUTS[size],

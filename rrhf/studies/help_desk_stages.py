@@ -35,6 +35,7 @@ from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.staged_folders import saved_folder
 from rrhf.studies.help_desk_online import online_config
 from rrhf.training.methods import rank, reward, sft
+from rrhf.training.methods.objectives.rrhf import RRHFSettings
 from rrhf.training.online import ppo
 from rrhf.worlds.help_desk.world import HelpDesk
 from rrhf.worlds.tiny_model import (
@@ -233,8 +234,7 @@ class HelpDeskStages:
             rank.RankConfig(
                 data_path=str(self.folder / data / "train_data.json"),
                 model_name_or_path=str(self.folder / start / "policy"),
-                rrhf_weight=weight,
-                sft_reduction="response",
+                objective_settings=RRHFSettings(rrhf_weight=weight, sft_reduction="response"),
                 num_train_epochs=self.recipe.rrhf_epochs if epochs is None else epochs,
                 per_device_train_batch_size=8,
                 learning_rate=self.recipe.rrhf_learning_rate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from rrhf.data.columns import ColumnOptions
@@ -260,8 +260,12 @@ class TrainingConfig(EditedFiles, ColumnOptions):
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they are saved in the run folder."""
-        return asdict(self)
+        """Plain values as they are saved in the run folder, settings of choices among them."""
+        values = asdict(self)
+        for item in fields(self):
+            if "settings_of" in item.metadata:
+                values |= values.pop(item.name) or {}
+        return values
 
 
 def check_response_limit(max_response_tokens: int | None, model_max_length: int) -> None:

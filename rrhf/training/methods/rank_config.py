@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rrhf.errors import UserError
-from rrhf.ranges import NOT_NEGATIVE, check_ranges
 from rrhf.training.core.config import TrainingConfig, check_response_limit
+from rrhf.training.methods.objectives import OBJECTIVES
 
 
 @dataclass
 class RankSettings(TrainingConfig):
-    """RRHF's loss and what it reads of the candidates; the defaults are the paper's."""
+    """The objective, and what it reads of the candidates."""
 
-    rrhf_mode: Literal["paper", "released"] = "paper"
-    """paper = the published equations; released = the published program, fault for fault."""
+    objective: str = field(default="rrhf", metadata={"registry": OBJECTIVES})
+    """What is minimised: rrhf; raft, fine-tuning on the best candidate; or one of your own."""
 
-    rrhf_weight: float = 1.0
-    """Weight of the rank term; 0 = fine-tuning on the best candidate alone."""
-
-    length_penalty: float = 1.0
-    """Candidates are ranked by log-prob / tokens ** this; larger favours longer responses."""
-
-    rank_reduction: Literal["prompt", "pair"] = "prompt"
-    """Rank term: sum over a prompt's pairs, averaged over prompts; or averaged over all pairs."""
-
-    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
-    """SFT term: token sum, or token mean, of each best response; or the mean of all tokens."""
+    objective_settings: Any = field(default=None, metadata={"settings_of": "objective"})
 
     only_use_provide: bool = False
     """Use only candidates that came with the data (source human:*, else the last two of a line)."""
@@ -50,19 +40,15 @@ class RankSettings(TrainingConfig):
             raise UserError(
                 "--only_use_provide and --only_use_sample together leave no candidate; give one"
             )
-        check_ranges(self, {"rrhf_weight": NOT_NEGATIVE})
+        settings = OBJECTIVES[self.objective].settings
+        if self.objective_settings is None and settings is not None:
+            self.objective_settings = settings()
         check_response_limit(self.max_response_tokens, self.model_max_length)
-        reductions = (self.rank_reduction, self.sft_reduction)
-        if self.rrhf_mode == "released" and reductions != ("prompt", "prompt"):
-            raise UserError(
-                "--rrhf_mode released has reductions of its own; leave out --rank_reduction and "
-                "--sft_reduction, or use --rrhf_mode paper"
-            )
 
 
 @dataclass
 class RankConfig(RankSettings):
-    """Train a policy so that its likelihoods rank scored candidates as their scores do (RRHF)."""
+    """Train a policy so that its likelihoods rank scored candidates as their scores do."""
 
     data_path: str = field(kw_only=True, metadata={"names": "data"})
     """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rrhf.errors import UserError
-from rrhf.models.forward.logprobs import Policy
-from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.models.loading import context_window, load_tokenizer
 from rrhf.models.policy_with_value import (
     ActorCritic,
     ValueHead,
@@ -31,6 +30,7 @@ from rrhf.training.core.setup import (
     prepare_trainable,
 )
 from rrhf.training.online.ema import AveragedStream
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
 
 
@@ -45,7 +45,7 @@ def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
         bench,
         model,
         config.temperature,
-        with_entropy=config.method != "rrhf",
+        with_entropy=not METHODS[config.method].ranks,
         entropy_has_gradient=config.entropy_coeff > 0,
     )
     if not config.has_critic:
@@ -53,20 +53,6 @@ def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
     value: ValueHead | ValueModel
     value = new_value_head(model) if config.share_trunk else _critic(config, bench)
     return ActorCritic(policy, value, config.detach_value_trunk)
-
-
-def build_reference(config: PPOConfig, bench: Workbench) -> Policy | None:
-    """The policy as it is at the start, frozen; None where it is the policy's own, adapters off."""
-    if config.use_lora:
-        return None
-    frozen = load_causal_lm(
-        config.model_name_or_path,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
-    frozen.requires_grad_(False)
-    reference = policy_on_engine(bench, frozen, config.temperature)
-    return reference.to(bench.parallel.device).eval()
 
 
 def model_folders(

@@ -1,8 +1,8 @@
 """From a rollout to what is trained on: scores become rewards, rewards become advantages.
 
 A rollout's rows come together from all ranks first, so every mean, deviation and coefficient here
-is over the whole rollout, and the same on each rank. What a method makes of the rewards is one
-entry of `METHODS`.
+is over the whole rollout, and the same on each rank. What a method makes of the rewards stands in
+`rrhf.training.online.methods`.
 
 An experience is a list of `EncodedSet`: one for each response, or, for online ranking, one for each
 prompt with its responses and their rewards as scores. It goes into a checkpoint as flat tensors.
@@ -12,13 +12,12 @@ Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rrhf.algorithms import advantages as estimators
 from rrhf.algorithms.kl import token_kl
 from rrhf.algorithms.masked import length_mask, masked_sum
 from rrhf.algorithms.normalizers import Normalizer, normalize
@@ -29,8 +28,10 @@ from rrhf.algorithms.rewards import (
     penalise_unfinished,
     token_rewards,
 )
-from rrhf.data.collate import EncodedSet, padded_groups
-from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.data.collate import EncodedSet
+from rrhf.training.online.estimators import Rewarded
+from rrhf.training.online.methods import METHODS
+from rrhf.training.online.ppo_settings import PPOSettings
 
 
 @dataclass(frozen=True)
@@ -83,79 +84,9 @@ class Experience:
     row_kl: list[float]
 
 
-@dataclass(frozen=True)
-class Rewarded:
-    """A rollout's rewards as tables.
-
-    Attributes:
-        rewards: [N, T] with the score on the last token.
-        values: [N, T] or None.
-        mask: [N, T] True at response tokens.
-        prompt_index: [N] ascending.
-        num_prompts: B.
-    """
-
-    rewards: Tensor
-    values: Tensor | None
-    mask: Tensor
-    prompt_index: Tensor
-    num_prompts: int
-
-    @property
-    def sequence_rewards(self) -> Tensor:
-        """[N] score minus what the KL cost, of each response."""
-        return masked_sum(self.rewards, self.mask)
-
-    def by_group(self, advantages_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """[N, T] from a function of the prompts' rewards [B, K] and which of them exist."""
-        grid, valid = padded_groups(self.sequence_rewards, self.prompt_index, self.num_prompts)
-        return estimators.spread_over_tokens(advantages_of(grid, valid)[valid], self.mask)
-
-
-def _ppo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    assert found.values is not None, "PPO has a critic"
-    advantages, returns = estimators.gae(
-        found.rewards, found.values, found.mask, config.gamma, config.gae_lambda
-    )
-    return _whitened(advantages, found.mask, config), returns
-
-
-def _reinforce_pp(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    to_go = estimators.reward_to_go(found.rewards, found.mask, config.gamma)
-    return _whitened(to_go, found.mask, config), None
-
-
-def _rloo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    return found.by_group(estimators.rloo_advantages), None
-
-
-def _grpo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    return found.by_group(estimators.grpo_advantages), None
-
-
-def _dr_grpo(found: Rewarded, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    return found.by_group(estimators.group_centred_rewards), None
-
-
-METHODS: dict[str, Callable[[Rewarded, PPOConfig], tuple[Tensor, Tensor | None]]] = {
-    "ppo": _ppo,
-    "reinforce_pp": _reinforce_pp,
-    "rloo": _rloo,
-    "grpo": _grpo,
-    "dr_grpo": _dr_grpo,
-}
-"""Advantages [N, T], and returns [N, T] for a critic or None."""
-
-
-def _whitened(advantages: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
-    if not config.normalize_advantage:
-        return advantages
-    return estimators.whiten(advantages, mask, estimators.moment_sums(advantages, mask))
-
-
 def build_experience(
     rows: Sequence[RolloutRow],
-    config: PPOConfig,
+    config: PPOSettings,
     kl_coefficient: float,
     normalizer: Normalizer | None = None,
 ) -> Experience:
@@ -209,10 +140,11 @@ def build_experience(
         "response_length_min": float(lengths.min()),
         "response_length_max": float(lengths.max()),
     }
-    if config.method == "rrhf":
+    method = METHODS[config.method]
+    if method.ranks:
         sets = _ranked_sets(rows, found.sequence_rewards.tolist())
     else:
-        advantages, returns = METHODS[config.method](found, config)
+        advantages, returns = method.estimator()(found, config)
         tables = {"old_logprobs": old, "advantages": advantages}
         if values is not None and returns is not None:
             tables |= {"old_values": values, "returns": returns}

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rrhf.training.online.experience import RolloutRow
-from rrhf.training.online.ppo_checks import GROUP_METHODS
-from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.online.methods import METHODS
+from rrhf.training.online.ppo_settings import PPOSettings
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class NoLearning:
         config: what helps depends on it.
     """
 
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(self, config: PPOSettings) -> None:
         self._config = config
         self._rollouts = 0
         self._in_a_row = dict.fromkeys(ROLLOUTS, 0)
@@ -54,7 +54,7 @@ class NoLearning:
         """
         self._rollouts += 1
         self._last = metrics
-        is_grouped = self._config.method in GROUP_METHODS
+        is_grouped = METHODS[self._config.method].needs_group
         self._is_lone = is_grouped and not compared(rows, is_grouped)
         signs = {
             "endless": metrics["finished_fraction"] == 0.0,
@@ -117,7 +117,7 @@ class NoLearning:
                 "unscored_fraction in metrics.jsonl), or sample more (--num_return_sequences)"
             )
         what, score = "every response got the same score", f" ({self._last['score']:.4g})"
-        if self._config.method in GROUP_METHODS:
+        if METHODS[self._config.method].needs_group:
             what = "all responses to a prompt got the same score"
             score = "" if self._last["score_deviation"] else score
         return (

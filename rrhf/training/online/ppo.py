@@ -36,17 +36,20 @@ from rrhf.training.core.loop import run_training
 from rrhf.training.core.offload import TRAIN, Offload, build_store
 from rrhf.training.core.offload_levels import parse_levels
 from rrhf.training.core.phases import Phases, as_table, over_ranks, peak_meter
+from rrhf.training.core.reference import frozen_copy
 from rrhf.training.core.setup import Workbench, finish_run, opened_workbench
 from rrhf.training.core.streams import EncodedExamples, LiveStream, OfflineStream
 from rrhf.training.core.token_batches import TokenBudget
 from rrhf.training.core.update import Objective
 from rrhf.training.methods.fitting import RowFitter
+from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.offline import token_budget
-from rrhf.training.methods.rank import RankConfig, RankObjective
+from rrhf.training.methods.rank import RankObjective
 from rrhf.training.methods.sft import SFTEncoder
-from rrhf.training.online.actors import build_reference, build_root, model_folders
+from rrhf.training.online.actors import build_root, model_folders
 from rrhf.training.online.ema import AveragedStream
 from rrhf.training.online.experience import build_experience
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.ppo_checks import EVALUATION_MEASURES
 from rrhf.training.online.ppo_config import PPOConfig
@@ -99,7 +102,8 @@ def train(config: PPOConfig) -> Path:
                 columns_may_miss=True,
             )
         root = build_root(config, bench)
-        reference = build_reference(config, bench)
+        # With LoRA the first policy is this one, adapters off.
+        reference = None if config.use_lora else frozen_copy(bench, config.temperature)
         if reference is not None:
             offload.add_frozen(reference, {"reference"})
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
@@ -116,7 +120,8 @@ def train(config: PPOConfig) -> Path:
         controller = build_kl_controller(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
         )
-        ppo_objective = None if config.method == "rrhf" else PPOObjective(config, controller)
+        method = METHODS[config.method]
+        ppo_objective = None if method.ranks else PPOObjective(config, controller)
         normalizer: Normalizer | None = RunningMeanStd() if config.normalize_reward else None
         budget = token_budget(config, root)
         samples = SampleTable(
@@ -140,7 +145,9 @@ def train(config: PPOConfig) -> Path:
         if held_out:
             asked, _ = fitting_prompts(held_out, writer, str(config.eval_datasets))
             evaluate = _evaluation(asked, writer, config, controller, stream, samples)
-        objective: Objective = ppo_objective or _rank_objective(config)
+        objective: Objective = ppo_objective or RankObjective(
+            OBJECTIVES[method.objective].build(config.method_settings)
+        )
         feed: LiveStream = stream
         if config.ptx_datasets and ppo_objective is not None:
             objective = PtxObjective(ppo_objective, config.ptx_coeff)
@@ -293,17 +300,4 @@ def _demonstrations(
         rank=bench.parallel.rank,
         world_size=bench.parallel.world_size,
         budget=budget,
-    )
-
-
-def _rank_objective(config: PPOConfig) -> Objective:
-    return RankObjective(
-        RankConfig(
-            config.model_name_or_path,
-            config.output_dir,
-            data_path=config.train_datasets,
-            rrhf_weight=config.rrhf_weight,
-            length_penalty=config.length_penalty,
-            sft_reduction=config.sft_reduction,
-        )
     )

@@ -6,13 +6,11 @@ from rrhf import ranges
 from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
 from rrhf.errors import UserError
 from rrhf.scoring.build import is_made
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_settings import PPOSettings
 
 EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
 """What an evaluation on the way gives; logged as eval_<name>."""
-
-GROUP_METHODS = ("rloo", "grpo", "dr_grpo", "rrhf")
-"""Methods that compare the responses of one prompt with each other."""
 
 _RANGES = {
     "critic_learning_rate": ranges.NOT_NEGATIVE,
@@ -40,7 +38,6 @@ _RANGES = {
     "vf_coeff": ranges.NOT_NEGATIVE,
     "entropy_coeff": ranges.NOT_NEGATIVE,
     "target_kl": ranges.NOT_NEGATIVE,
-    "rrhf_weight": ranges.NOT_NEGATIVE,
     "ptx_coeff": ranges.NOT_NEGATIVE,
     "ema_beta": ranges.BELOW_ONE,
     "sample_table_steps": ranges.INDEX,
@@ -75,14 +72,17 @@ def check_combinations(config: PPOSettings) -> None:
             f"--rollout_size {config.rollout_size}: must be a multiple of --num_return_sequences "
             f"{config.num_return_sequences}, so that each prompt has all its responses"
         )
-    if config.method in GROUP_METHODS and config.num_return_sequences < 2:
+    method = METHODS[config.method]
+    if method.needs_group and config.num_return_sequences < 2:
         raise UserError(
             f"--method {config.method} compares the responses of a prompt; give "
             "--num_return_sequences 2 or more (4 is usual)"
         )
     if config.kl_in == "loss":
-        if config.method == "rrhf":
-            raise UserError("--kl_in loss: with --method rrhf the KL enters the scores only")
+        if method.ranks:
+            raise UserError(
+                f"--kl_in loss: with --method {config.method} the KL enters the scores only"
+            )
         if config.kl_estimator not in ("auto", *KL_LOSS_ESTIMATORS):
             raise UserError(
                 f"--kl_estimator {config.kl_estimator}: its gradient is useless as a loss; take "
@@ -100,8 +100,10 @@ def check_combinations(config: PPOSettings) -> None:
             f"--ptx_coeff {config.ptx_coeff} and --ptx_datasets {config.ptx_datasets}: one is "
             "nothing without the other; give both or none"
         )
-    if config.ptx_datasets and config.method == "rrhf":
-        raise UserError("--ptx_datasets: --method rrhf has a likelihood term of its own")
+    if config.ptx_datasets and method.ranks:
+        raise UserError(
+            f"--ptx_datasets: --method {config.method} ranks, and has a likelihood term of its own"
+        )
     if config.lora_dropout:
         raise UserError(
             f"--lora_dropout {config.lora_dropout}: the update would not see the policy that "

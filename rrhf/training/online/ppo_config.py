@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rrhf.generation.params import check_params
 from rrhf.scoring.build import is_made
 from rrhf.training.core.offload_levels import parse_levels
-from rrhf.training.online.ppo_checks import GROUP_METHODS, check_combinations, check_ranges
+from rrhf.training.online.methods import METHODS
+from rrhf.training.online.ppo_checks import check_combinations, check_ranges
 from rrhf.training.online.ppo_settings import PPOSettings
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,11 @@ class PPOConfig(PPOSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        method = METHODS[self.method]
+        if self.method_settings is None and method.settings is not None:
+            self.method_settings = method.settings()
         if self.num_return_sequences == 0:
-            self.num_return_sequences = GROUP_SIZE if self.method in GROUP_METHODS else 1
+            self.num_return_sequences = GROUP_SIZE if method.needs_group else 1
         if self.share_trunk is None:
             self.share_trunk = self._needs_shared_trunk()
         parse_levels(self.offload_level)

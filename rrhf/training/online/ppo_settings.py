@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rrhf.generation.params import SamplingParams
 from rrhf.training.core.config import GroupSettings, TrainingConfig
+from rrhf.training.online.methods import METHODS
 
 
 @dataclass
@@ -29,11 +30,11 @@ class PPOSettings(TrainingConfig):
     """What scores responses: folder, run folder or hub name of a reward model (its tokenizer may
     differ from the policy's), function:module:name, or gold:help_desk."""
 
-    method: Literal["ppo", "rloo", "grpo", "dr_grpo", "reinforce_pp", "rrhf"] = field(
-        default="ppo", metadata={"aliases": ["rl_algorithm"]}
-    )
+    method: str = field(default="ppo", metadata={"aliases": ["rl_algorithm"], "registry": METHODS})
     """ppo has a critic; rloo, grpo, dr_grpo and reinforce_pp have none; rrhf ranks the responses of
-    the live policy (OP-k)."""
+    the live policy (OP-k); or one of your own."""
+
+    method_settings: Any = field(default=None, metadata={"settings_of": "method"})
 
     reward_critic_model_name_or_path: str | None = field(default=None, metadata={"names": "model"})
     """Folder, run folder or hub name of the reward model that the critic starts from; by default
@@ -178,15 +179,6 @@ class PPOSettings(TrainingConfig):
     """Go on to the next rollout once an update moved the policy this far from the one that sampled
     (k3, nats per token); 0 = never. Not kl_target, which is adaptive_kl's."""
 
-    rrhf_weight: float = 1.0
-    """rrhf: weight of the rank term, next to cross-entropy on the best response."""
-
-    length_penalty: float = 1.0
-    """rrhf: responses are ranked by log-prob / tokens ** this."""
-
-    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
-    """rrhf: token sum, or token mean, of each best response; or the mean of all tokens."""
-
     ptx_datasets: str | None = field(default=None, metadata={"names": "data"})
     """Demonstrations: each step adds a batch of them, so that the policy stays a language model."""
 
@@ -225,7 +217,7 @@ class PPOSettings(TrainingConfig):
 
     @property
     def has_critic(self) -> bool:
-        return self.method == "ppo"
+        return METHODS[self.method].has_critic
 
     @property
     def token_kl_estimator(self) -> str:
@@ -239,7 +231,7 @@ class PPOSettings(TrainingConfig):
         """Of the losses over tokens, `auto` resolved."""
         if self.loss_reduction != "auto":
             return self.loss_reduction
-        return {"grpo": "sequence-mean", "dr_grpo": "sequence-sum"}.get(self.method, "token-mean")
+        return METHODS[self.method].reduction
 
     @property
     def clip_high(self) -> float:

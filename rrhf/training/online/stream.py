@@ -41,6 +41,7 @@ from rrhf.training.core.token_batches import (
     warn_of_lone,
 )
 from rrhf.training.online.experience import build_experience, pack, unpack
+from rrhf.training.online.methods import METHODS
 from rrhf.training.online.no_learning import NoLearning
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.ppo_config import PPOConfig
@@ -100,8 +101,8 @@ class PPOStream:
             * config.gradient_accumulation_steps
             * parallel.world_size
         )
-        is_grouped = config.method == "rrhf"
-        size = config.prompts_per_rollout if is_grouped else config.rollout_size
+        ranks = METHODS[config.method].ranks
+        size = config.prompts_per_rollout if ranks else config.rollout_size
         self._minibatches = math.ceil(size / self.global_batch_size)
         self.steps_per_rollout = self._minibatches * config.ppo_epochs
         self._ends_by_steps = config.max_steps > 0

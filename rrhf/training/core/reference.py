@@ -1,0 +1,63 @@
+"""The policy as it was when training began: a frozen copy, or its own weights with adapters off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rrhf.data.collate import TokenBatch
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.loading import load_causal_lm
+from rrhf.models.policy_with_value import as_reference
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.setup import Workbench, policy_on_engine
+
+
+def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
+    """What `--model_name_or_path` holds, frozen, whole on each rank, where it will compute."""
+    config = bench.config
+    model = load_causal_lm(
+        config.model_name_or_path,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    policy = policy_on_engine(bench, model, temperature)
+    return policy.to(bench.parallel.device).eval()
+
+
+class Reference:
+    """Log-probs under the policy as it was at the start.
+
+    Args:
+        frozen: a copy; None = the policy's own weights, adapters off, which must be whole here.
+        policy: what is trained.
+        parallel: its precision.
+    """
+
+    def __init__(self, frozen: Policy | None, policy: Policy, parallel: Parallel) -> None:
+        self._frozen, self._policy, self._parallel = frozen, policy, parallel
+
+    @torch.no_grad()
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        """[N, R] float32, nats; 0 at padding."""
+        with self._parallel.autocast():
+            if self._frozen is not None:
+                return self._frozen(batch).logprobs
+            was_training = self._policy.training
+            self._policy.eval()
+            try:
+                with as_reference(self._policy) as policy:
+                    return policy(batch).logprobs
+            finally:
+                self._policy.train(was_training)
+
+
+def build_reference(bench: Workbench, policy: Policy) -> Reference:
+    """The reference of a policy that is to be trained and is not yet spread over processes.
+
+    With LoRA no second model is loaded, unless the weights are to be spread.
+    """
+    adapters_off = bench.config.use_lora and bench.parallel.weights_are_whole
+    frozen = None if adapters_off else frozen_copy(bench)
+    return Reference(frozen, policy, bench.parallel)

@@ -1,0 +1,99 @@
+"""RRHF: a hinge over every ordered pair of a prompt's candidates, and cross-entropy on the best.
+
+Yuan et al. 2023, arXiv:2304.05302. With `rrhf_mode released` it is the loss of the program behind
+the paper's published numbers, which differs from the paper's (`rrhf.algorithms.rank_losses`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rrhf.errors import UserError
+from rrhf.ranges import NOT_NEGATIVE, check_ranges
+from rrhf.training.methods.objectives.spec import (
+    RankedGroups,
+    RankLoss,
+    RankObjectiveSpec,
+    RankTerms,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class RRHFSettings:
+    """The loss of RRHF; the defaults are the paper's."""
+
+    rrhf_mode: Literal["paper", "released"] = "paper"
+    """paper = the published equations; released = the published program, fault for fault."""
+
+    rrhf_weight: float = 1.0
+    """Weight of the rank term; 0 = fine-tuning on the best candidate alone."""
+
+    length_penalty: float = 1.0
+    """Candidates are ranked by log-prob / tokens ** this; larger favours longer responses."""
+
+    rank_reduction: Literal["prompt", "pair"] = "prompt"
+    """Rank term: sum over a prompt's pairs, averaged over prompts; or averaged over all pairs."""
+
+    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
+    """SFT term: token sum, or token mean, of each best response; or the mean of all tokens."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"rrhf_weight": NOT_NEGATIVE})
+        reductions = (self.rank_reduction, self.sft_reduction)
+        if self.rrhf_mode == "released" and reductions != ("prompt", "prompt"):
+            raise UserError(
+                "--rrhf_mode released has reductions of its own; leave out --rank_reduction and "
+                "--sft_reduction, or use --rrhf_mode paper"
+            )
+
+
+def build(settings: RRHFSettings) -> RankLoss:
+    """The terms `rank` and `sft`."""
+    import torch  # flags are read without it
+
+    from rrhf.algorithms import rank_losses
+
+    is_released = settings.rrhf_mode == "released"
+
+    def counts(groups: RankedGroups) -> dict[str, Tensor]:
+        rank = sft = torch.ones_like(groups.weights)
+        if settings.rank_reduction == "pair":
+            rank = rank_losses.count_ordered_pairs(groups.scores, groups.valid)
+        if settings.sft_reduction == "token":
+            sft = rank_losses.of_best_candidate(groups.lengths, groups.scores, groups.valid)
+        return {"rank": rank, "sft": sft}
+
+    def terms(groups: RankedGroups, logprobs: Tensor, reference: Tensor | None) -> RankTerms:
+        scores, valid, lengths = groups.scores, groups.valid, groups.lengths
+        p = rank_losses.sequence_scores(logprobs, lengths, settings.length_penalty)
+        if is_released:
+            widths = groups.prompt_lengths + lengths.max(-1).values
+            rank, sft = rank_losses.released_rrhf_loss(
+                logprobs, scores, valid, widths, settings.length_penalty
+            )
+        else:
+            rank = rank_losses.rrhf_rank_loss(p, scores, valid)
+            sft = rank_losses.best_candidate_nll(logprobs, scores, valid)
+            if settings.sft_reduction == "response":
+                best = rank_losses.of_best_candidate(lengths, scores, valid)
+                sft = sft / best.clamp_min(1)
+        return RankTerms({"rank": rank, "sft": sft}, p.detach())
+
+    return RankLoss(
+        {"rank": settings.rrhf_weight, "sft": 1.0},
+        counts,
+        terms,
+        without_order=(
+            "the rank term stays zero and only the SFT term trains"
+            if settings.rrhf_weight > 0
+            else None
+        ),
+        released_rows=is_released,
+    )
+
+
+RRHF = RankObjectiveSpec(RRHFSettings, build)

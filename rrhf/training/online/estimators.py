@@ -1,0 +1,76 @@
+"""What each online method makes of a rollout's rewards: advantages, and targets for a critic.
+
+Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rrhf.algorithms import advantages as estimators
+from rrhf.algorithms.masked import masked_sum
+from rrhf.data.collate import padded_groups
+from rrhf.training.online.ppo_settings import PPOSettings
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A rollout's rewards as tables.
+
+    Attributes:
+        rewards: [N, T] with the score on the last token.
+        values: [N, T] or None.
+        mask: [N, T] True at response tokens.
+        prompt_index: [N] ascending.
+        num_prompts: B.
+    """
+
+    rewards: Tensor
+    values: Tensor | None
+    mask: Tensor
+    prompt_index: Tensor
+    num_prompts: int
+
+    @property
+    def sequence_rewards(self) -> Tensor:
+        """[N] score minus what the KL cost, of each response."""
+        return masked_sum(self.rewards, self.mask)
+
+    def by_group(self, advantages_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """[N, T] from a function of the prompts' rewards [B, K] and which of them exist."""
+        grid, valid = padded_groups(self.sequence_rewards, self.prompt_index, self.num_prompts)
+        return estimators.spread_over_tokens(advantages_of(grid, valid)[valid], self.mask)
+
+
+def ppo(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | None]:
+    assert rewarded.values is not None, "PPO has a critic"
+    advantages, returns = estimators.gae(
+        rewarded.rewards, rewarded.values, rewarded.mask, config.gamma, config.gae_lambda
+    )
+    return _whitened(advantages, rewarded.mask, config), returns
+
+
+def reinforce_pp(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | None]:
+    to_go = estimators.reward_to_go(rewarded.rewards, rewarded.mask, config.gamma)
+    return _whitened(to_go, rewarded.mask, config), None
+
+
+def rloo(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | None]:
+    return rewarded.by_group(estimators.rloo_advantages), None
+
+
+def grpo(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | None]:
+    return rewarded.by_group(estimators.grpo_advantages), None
+
+
+def dr_grpo(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | None]:
+    return rewarded.by_group(estimators.group_centred_rewards), None
+
+
+def _whitened(advantages: Tensor, mask: Tensor, config: PPOSettings) -> Tensor:
+    if not config.normalize_advantage:
+        return advantages
+    return estimators.whiten(advantages, mask, estimators.moment_sums(advantages, mask))
