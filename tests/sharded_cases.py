@@ -97,6 +97,15 @@ def ranking(place: int, world: Path, out: Path, accumulation: int) -> None:
     rank.train(rank_config(world, out / "ranking", accumulation))
 
 
+def dpo(place: int, world: Path, out: Path, accumulation: int) -> None:
+    rank.train(rank_config(world, out / "dpo", accumulation, objective="dpo"))
+
+
+def dpo_adapters(place: int, world: Path, out: Path, accumulation: int) -> None:
+    changes = {"objective": "dpo", "use_lora": True, "lora_r": 4}
+    rank.train(rank_config(world, out / "dpo_adapters", accumulation, **changes))
+
+
 def ranking_by_tokens(place: int, world: Path, out: Path, accumulation: int) -> None:
     changes: dict[str, Any] = {"max_tokens_per_batch": 100, "engine": "shared_prefix"}
     rank.train(rank_config(world, out / "ranking_by_tokens", accumulation, **changes))

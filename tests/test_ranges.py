@@ -20,6 +20,7 @@ from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.studies.config import DemoConfig, HHRewardConfig, MethodsConfig
+from rrhf.training.methods.objectives.dpo import DPOSettings
 from rrhf.training.methods.objectives.raft import RAFTSettings
 from rrhf.training.methods.objectives.rrhf import RRHFSettings
 from rrhf.training.methods.rank_config import RankConfig
@@ -41,6 +42,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     CompareConfig: {"rows": ["r"]},
     RRHFSettings: {},
     RAFTSettings: {},
+    DPOSettings: {},
     DemoConfig: {},
     MethodsConfig: {},
     HHRewardConfig: {"data_path": "d", "output_dir": "o"},

@@ -13,5 +13,6 @@ OBJECTIVES: Registry[RankObjectiveSpec] = Registry(
     {
         "rrhf": f"{_HERE}.rrhf:RRHF",
         "raft": f"{_HERE}.raft:RAFT",
+        "dpo": f"{_HERE}.dpo:DPO",
     },
 )
