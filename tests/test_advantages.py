@@ -13,6 +13,7 @@ from rrhf.algorithms.advantages import (
     grpo_advantages,
     mean_and_variance,
     moment_sums,
+    rank_advantages,
     reward_to_go,
     rloo_advantages,
     spread_over_tokens,
@@ -212,6 +213,9 @@ def compare(got: Tensor, groups: list[list[float]]) -> float:
     return max(abs(a - b) for row, group in pairs for a, b in zip(row, group, strict=False))
 
 
+GROUPED = (rloo_advantages, grpo_advantages, group_centred_rewards, rank_advantages)
+
+
 def leave_one_out(group: list[float], with_itself: bool = False) -> list[float]:
     advantages = []
     for i, reward in enumerate(group):
@@ -257,12 +261,27 @@ def test_grpo_divides_by_the_deviation_of_a_sample_unless_told_otherwise() -> No
     assert got.tolist()[0] == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
 
 
+def by_rank(group: list[float]) -> list[float]:
+    """The share of the others that one is above, less the share that it is below, from -2 to 2."""
+    others = max(len(group) - 1, 1)
+    return [2 * sum((r > o) - (r < o) for o in group) / others for r in group]
+
+
+@pytest.mark.parametrize("fill", [0.0, 100.0, math.nan, math.inf, -math.inf])
+def test_ranks_equal_counting_who_is_above_and_below(fill: float) -> None:
+    assert compare(rank_advantages(*grid(fill)), [by_rank(group) for group in GROUPS]) < TOLERANCE
+    three = rank_advantages(torch.tensor([[5.0, -1.0, 1e9]]), torch.ones(1, 3).bool())
+    assert three.tolist() == [[0.0, -2.0, 2.0]]
+    tied = rank_advantages(torch.tensor([[1.0, 1.0, 0.0, 3.0]]), torch.ones(1, 4).bool())
+    assert tied.tolist()[0] == pytest.approx([0.0, 0.0, -2.0, 2.0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_groups_without_a_difference_give_exactly_nothing(dtype: torch.dtype) -> None:
     # The rounding of a mean, over a deviation of next to nothing, would be an advantage.
     rewards = torch.full((1, 7), 1e6 + 0.1, dtype=dtype)
     valid = torch.ones(1, 7, dtype=torch.bool)
-    for function in (rloo_advantages, grpo_advantages, group_centred_rewards):
+    for function in GROUPED:
         got = function(rewards, valid)
         assert got.dtype == dtype and (got == 0).all()
         assert (function(rewards, ~valid) == 0).all()
@@ -272,7 +291,7 @@ def test_groups_without_a_difference_give_exactly_nothing(dtype: torch.dtype) ->
 def test_a_nan_among_real_rewards_is_not_hidden() -> None:
     rewards = torch.tensor([[1.0, math.nan, 2.0], [1.0, 2.0, 3.0]])
     valid = torch.ones(2, 3, dtype=torch.bool)
-    for function in (rloo_advantages, grpo_advantages, group_centred_rewards):
+    for function in GROUPED:
         got = function(rewards, valid)
         assert got[0].isnan().all() and got[1].isfinite().all()
 

@@ -207,7 +207,7 @@ def test_what_the_rollout_said_is_kept_token_by_token() -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo", "gopo"])
 def test_a_prompt_that_lost_all_its_responses_leaves_no_hole(method: str) -> None:
     """Prompts 0, 1 and 2 of a rollout, or 0, 4 and 9: the same advantages."""
     config = settings(Path("unused"), "unused", method=method, num_return_sequences=2)
@@ -216,7 +216,8 @@ def test_a_prompt_that_lost_all_its_responses_leaves_no_hole(method: str) -> Non
         named = [replace(row, prompt=names[row.prompt], values=None) for row in rows()]
         sets = build_experience(named, config, BETA).sets
         found.append([float(x) for s in sets for x in s.token_extras["advantages"][0]])
-    assert found[0] == found[1] and len(set(found[0])) > 3
+    assert found[0] == found[1]
+    assert len(set(found[0])) > (1 if method == "gopo" else 3)  # ranks of two are -2 and 2
 
 
 @pytest.mark.parametrize("is_whitened", [True, False])

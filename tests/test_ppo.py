@@ -96,6 +96,7 @@ def test_at_the_first_step_the_ratio_is_one_and_the_kl_zero(
     [
         {"method": "ppo", "share_trunk": True},
         {"method": "rloo", "num_return_sequences": 4},
+        {"method": "gopo", "num_return_sequences": 4},
         {
             "method": "rrhf",
             "num_return_sequences": 4,

@@ -221,6 +221,34 @@ def grpo_advantages(
     return (centred / (deviation + epsilon)).to(rewards.dtype)
 
 
+@torch.no_grad()
+def rank_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
+    """2 - 4 (rank - 1) / (K - 1) within a prompt, from 2 for the best to -2 for the worst.
+
+    GOPO: arXiv:2602.03876. Only the order of the rewards counts, not their scale. Equal rewards
+    share the mean of their ranks.
+
+    Args:
+        rewards: [B, K] of whole responses.
+        valid: [B, K] True where a candidate exists.
+
+    Returns:
+        [B, K]; zero where no candidate is, where one stands alone, and where all rewards are equal.
+    """
+    both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    mine, others = rewards.unsqueeze(-1), rewards.unsqueeze(-2)
+    better = ((others > mine) & both).sum(-1).double()
+    equal = ((others == mine) & both).sum(-1).double()
+    rank = 1 + better + (equal - 1) / 2
+    last = (valid.sum(-1, keepdim=True) - 1).double()
+    centred = torch.where(last > 0, 2 - 4 * (rank - 1) / last.clamp_min(1), torch.zeros_like(rank))
+    is_nan = (rewards.isnan() & valid).any(
+        -1, keepdim=True
+    )  # has no rank, and must come out as one
+    centred = torch.where(is_nan, torch.full_like(rank, torch.nan), centred)
+    return torch.where(valid, centred, torch.zeros_like(rank)).to(rewards.dtype)
+
+
 def spread_over_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
     """The advantage of a whole response, given to each of its tokens.
 

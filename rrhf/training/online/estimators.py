@@ -70,6 +70,10 @@ def dr_grpo(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | N
     return rewarded.by_group(estimators.group_centred_rewards), None
 
 
+def gopo(rewarded: Rewarded, config: PPOSettings) -> tuple[Tensor, Tensor | None]:
+    return rewarded.by_group(estimators.rank_advantages), None
+
+
 def _whitened(advantages: Tensor, mask: Tensor, config: PPOSettings) -> Tensor:
     if not config.normalize_advantage:
         return advantages

@@ -81,6 +81,7 @@ PPO = OnlineMethod(
 RLOO = OnlineMethod(f"{_ESTIMATORS}:rloo", needs_group=True)
 GRPO = OnlineMethod(f"{_ESTIMATORS}:grpo", needs_group=True, reduction="sequence-mean")
 DR_GRPO = OnlineMethod(f"{_ESTIMATORS}:dr_grpo", needs_group=True, reduction="sequence-sum")
+GOPO = OnlineMethod(f"{_ESTIMATORS}:gopo", needs_group=True)
 REINFORCE_PP = OnlineMethod(
     f"{_ESTIMATORS}:reinforce_pp", shown=("normalize_advantage", *_COMMON_FLAGS)
 )
@@ -96,6 +97,6 @@ METHODS: Registry[OnlineMethod] = Registry(
     OnlineMethod,
     {
         name: f"{__name__}:{name.upper()}"
-        for name in ("ppo", "rloo", "grpo", "dr_grpo", "reinforce_pp", "rrhf")
+        for name in ("ppo", "rloo", "grpo", "dr_grpo", "gopo", "reinforce_pp", "rrhf")
     },
 )

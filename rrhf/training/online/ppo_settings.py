@@ -31,8 +31,8 @@ class PPOSettings(TrainingConfig):
     differ from the policy's), function:module:name, or gold:help_desk."""
 
     method: str = field(default="ppo", metadata={"aliases": ["rl_algorithm"], "registry": METHODS})
-    """ppo has a critic; rloo, grpo, dr_grpo and reinforce_pp have none; rrhf ranks the responses of
-    the live policy (OP-k); or one of your own."""
+    """ppo has a critic, the others have none; rrhf ranks the responses of the live policy (OP-k);
+    or one of your own."""
 
     method_settings: Any = field(default=None, metadata={"settings_of": "method"})
 
@@ -76,8 +76,8 @@ class PPOSettings(TrainingConfig):
     """Responses in one forward on one device (rrhf: prompts with all their responses)."""
 
     num_return_sequences: int = field(default=0, metadata={"aliases": ["rollout_n"]})
-    """Responses to each prompt, all of them trained on; 0 = 4 for rloo, grpo, dr_grpo and rrhf,
-    which need 2 at least, and 1 for the others."""
+    """Responses to each prompt, all of them trained on; 0 = 4 for methods that compare the
+    responses to one prompt, which need 2 at least, and 1 for the others."""
 
     rollout_size: int = 128
     """Responses in one rollout, on all devices together."""
