@@ -5,8 +5,9 @@ from __future__ import annotations
 from .apply import Mutant
 
 ONLINE = "rrhf/training/online/"
-ROLLOUT, READING, ENDS, STREAM, EXPERIENCE = (
-    f"{ONLINE}{room}.py" for room in ("rollout", "reading", "response_ends", "stream", "experience")
+ROLLOUT, READING, ENDS, STREAM, EXPERIENCE, ESTIMATORS = (
+    f"{ONLINE}{room}.py"
+    for room in ("rollout", "reading", "response_ends", "stream", "experience", "estimators")
 )
 
 ROLLOUTS = (
@@ -21,42 +22,42 @@ STREAMS = ("test_ppo_stream.py", "test_ppo_token_batches.py", "test_ppo.py")
 EXPERIENCE_FAULTS = [
     Mutant(
         "discount and lambda change places",
-        EXPERIENCE,
+        ESTIMATORS,
         "config.gamma, config.gae_lambda",
         "config.gae_lambda, config.gamma",
         EXPERIENCES,
     ),
     Mutant(
         "advantages are never whitened",
-        EXPERIENCE,
+        ESTIMATORS,
         "if not config.normalize_advantage:",
         "if True:",
         EXPERIENCES,
     ),
     Mutant(
         "reinforce_pp does not discount",
-        EXPERIENCE,
-        "reward_to_go(found.rewards, found.mask, config.gamma)",
-        "reward_to_go(found.rewards, found.mask, 1.0)",
+        ESTIMATORS,
+        "reward_to_go(rewarded.rewards, rewarded.mask, config.gamma)",
+        "reward_to_go(rewarded.rewards, rewarded.mask, 1.0)",
         EXPERIENCES,
     ),
     Mutant(
         "reinforce_pp does not whiten",
-        EXPERIENCE,
-        "return _whitened(to_go, found.mask, config), None",
+        ESTIMATORS,
+        "return _whitened(to_go, rewarded.mask, config), None",
         "return to_go, None",
         EXPERIENCES,
     ),
     Mutant(
         "a response's own reward is in rloo's baseline",
-        EXPERIENCE,
+        ESTIMATORS,
         "estimators.rloo_advantages",
         "estimators.group_centred_rewards",
         EXPERIENCES,
     ),
     Mutant(
         "dr_grpo divides by the deviation",
-        EXPERIENCE,
+        ESTIMATORS,
         "estimators.group_centred_rewards",
         "estimators.grpo_advantages",
         EXPERIENCES,
@@ -476,7 +477,7 @@ STREAM_FAULTS = [
     Mutant(
         "online ranking counts responses where it steps by prompts",
         STREAM,
-        "size = config.prompts_per_rollout if is_grouped else config.rollout_size",
+        "size = config.prompts_per_rollout if ranks else config.rollout_size",
         "size = config.rollout_size",
         STREAMS,
     ),

@@ -9,6 +9,8 @@ ACTORS, AVERAGE, OBJECTIVE, PROMPTS, PTX, COPY = (
     f"{ONLINE}{room}.py" for room in ("actors", "ema", "objective", "prompts", "ptx", "whole_copy")
 )
 
+REFERENCE = "rrhf/training/core/reference.py"
+
 RUNS = ("test_online_actors.py",)
 TERMS = ("test_objective.py",)
 
@@ -22,9 +24,9 @@ MODEL_FAULTS = [
     ),
     Mutant(
         "the reference has another temperature",
-        ACTORS,
-        "reference = policy_on_engine(bench, frozen, config.temperature)",
-        "reference = policy_on_engine(bench, frozen, 1.0)",
+        REFERENCE,
+        "policy = policy_on_engine(bench, model, temperature)",
+        "policy = policy_on_engine(bench, model)",
         RUNS,
     ),
     Mutant(
