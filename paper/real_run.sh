@@ -131,5 +131,5 @@ evaluate_online online_rrhf "online RRHF"
 evaluate_online ppo_lora "PPO LoRA"
 evaluate_online ppo "PPO"
 
-python -m rrhf.studies.real_run_report "$out"
+python "$here/paper/real_run_report.py" "$out"
 echo "Report: $out/real_run.md"

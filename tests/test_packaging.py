@@ -39,7 +39,7 @@ def test_flash_attention_compiles_so_only_its_own_extra_names_it(
     settings: configparser.ConfigParser,
 ):
     extras = settings["options.extras_require"]
-    names = {"deepspeed", "peft", "openai", "gguf", "flash", "ui", "report", "test", "dev"}
+    names = {"deepspeed", "peft", "openai", "gguf", "flash", "report", "test", "dev"}
     assert set(extras) == names
     naming = [name for name in extras if "flash" in extras[name]]
     assert naming == ["flash"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_run_report import shorter_reply_accuracy, weights_moved, write_report
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
@@ -18,7 +19,6 @@ from rrhf.data.views import first_turn
 from rrhf.evaluation.results import load_row
 from rrhf.files import read_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
-from rrhf.studies.real_run_report import shorter_reply_accuracy, weights_moved, write_report
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.timeout(600)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from curves import draw_curves, read_curve
+from real_run_online import finished, online_section, row_files
 from safetensors import safe_open
 
 from rrhf.data.candidate_files import read_candidate_sets
@@ -20,9 +22,7 @@ from rrhf.evaluation.results import load_row
 from rrhf.files import read_manifest, replaced_file
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 from rrhf.report.compare import CompareConfig, compare
-from rrhf.report.curves import draw_curves, read_curve
 from rrhf.report.table import format_number, markdown_lines
-from rrhf.studies.real_run_online import finished, online_section, row_files
 
 COLUMNS = [
     "reward",
@@ -290,9 +290,9 @@ def weights_moved(before: Path, after: Path) -> tuple[float, tuple[str, float]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m rrhf.studies.real_run_report OUT`."""
+    """`python paper/real_run_report.py OUT`."""
     if len(argv) != 1:
-        raise UserError("usage: python -m rrhf.studies.real_run_report OUT")
+        raise UserError("usage: python paper/real_run_report.py OUT")
     write_report(Path(argv[0]))
     return 0
 
