@@ -18,9 +18,13 @@ from transformers import LlamaForSequenceClassification
 
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.cli.main import main
+from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, StoppedBySignal
 from rrhf.models.reward_model import set_score_normalizer
 from rrhf.process_end import run_process
+from rrhf.runs import RunFolder
+from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.setup import Workbench
 from rrhf.training.online import ppo
 
 
@@ -102,6 +106,12 @@ def settings(world: Path, output_dir: Path | str, **changes: Any) -> ppo.PPOConf
         **changes,
     }
     return ppo.PPOConfig(str(world / "model"), str(output_dir), **values)
+
+
+def workbench(config: ppo.PPOConfig, codec: ChatCodec) -> Workbench:
+    """Where nothing is opened."""
+    run = RunFolder(config.output_dir)
+    return Workbench(config, run, Parallel(), codec.tokenizer, codec, started=0.0)
 
 
 def without_clock(row: dict[str, float]) -> dict[str, float]:

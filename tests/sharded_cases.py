@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +10,16 @@ from typing import Any
 import torch
 from ppo_cases import settings
 from safetensors.torch import load_file
+from step_cases import stopped_after
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rrhf.errors import StoppedBySignal
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.training.core.parallel import Parallel
-from rrhf.training.core.streams import OfflineStream
 from rrhf.training.core.update import NonFiniteError, Term
 from rrhf.training.methods import rank, sft
 from rrhf.training.online import ppo
-from rrhf.training.online.stream import PPOStream
 
 prepared: list[dict[str, Any]] = []
 """What became of each trainable root."""
@@ -63,19 +60,6 @@ def watch_preparation() -> None:
         return root, optimizer
 
     Parallel.prepare = prepare  # type: ignore[method-assign]
-
-
-def stop_at(stream: type[Any], step: int) -> None:
-    """SIGTERM for rank 0 after a step; the others hear of it from the loop."""
-    observe = stream.observe
-
-    def observe_and_stop(self: Any, metrics: dict[str, float]) -> None:
-        observe(self, metrics)
-        if self._step == step and os.environ.get("RANK", "0") == "0":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stream.observe = observe_and_stop
-    stream.plain_observe = observe
 
 
 def rank_config(world: Path, out: Path, accumulation: int, **changes: Any) -> rank.RankConfig:
@@ -137,10 +121,8 @@ def demonstrations(place: int, world: Path, out: Path, accumulation: int) -> Non
 
 def ranking_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:
     folder = out / "ranking_resumed"
-    stop_at(OfflineStream, 2)
-    with suppress(StoppedBySignal):
+    with stopped_after(2), suppress(StoppedBySignal):
         rank.train(rank_config(world, folder, accumulation))
-    OfflineStream.observe = OfflineStream.plain_observe  # type: ignore[attr-defined]
     rank.train(rank_config(world, folder, accumulation, resume_from_checkpoint=True))
 
 
@@ -204,10 +186,8 @@ def with_critic_by_tokens(place: int, world: Path, out: Path, accumulation: int)
 
 def with_critic_resumed(place: int, world: Path, out: Path, accumulation: int) -> None:
     folder = out / "with_critic_resumed"
-    stop_at(PPOStream, 3)
-    with suppress(StoppedBySignal):
+    with stopped_after(3), suppress(StoppedBySignal):
         ppo.train(ppo_config(world, folder, accumulation))
-    PPOStream.observe = PPOStream.plain_observe  # type: ignore[attr-defined]
     ppo.train(ppo_config(world, folder, accumulation, resume_from_checkpoint=True))
 
 

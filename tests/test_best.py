@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from best_job import keeper, run_to_the_end, weights_of
 from kills import Zygote
 from ppo_cases import build_world, settings
+from step_cases import stopped_after
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -23,7 +22,6 @@ from rrhf.errors import StoppedBySignal, UserError
 from rrhf.sealed_folders import damage_of
 from rrhf.training.methods import reward, sft
 from rrhf.training.online import ppo
-from rrhf.training.online.stream import PPOStream
 
 
 @pytest.fixture(scope="module")
@@ -165,23 +163,13 @@ def test_the_best_can_be_the_outcome(world: Path, tmp_path: Path) -> None:
     assert not same_weights(run / "policy", run / "policies" / "step-000008")
 
 
-def test_resumed_equals_straight_with_its_best(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_equals_straight_with_its_best(world: Path, tmp_path: Path) -> None:
     """Stopped at step 5 of 8, then killed, as it were, behind step 8: that best is undone."""
     changes = evaluated(world, metric_for_best_model="kl_k3")
     ppo.train(settings(world, tmp_path / "straight", **changes))
-    run, observe = tmp_path / "run", PPOStream.observe
-
-    def observe_and_stop(self: PPOStream, metrics: dict[str, float]) -> None:
-        observe(self, metrics)
-        if self._step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(PPOStream, "observe", observe_and_stop)
-    with pytest.raises(StoppedBySignal):
+    run = tmp_path / "run"
+    with stopped_after(5), pytest.raises(StoppedBySignal):
         ppo.train(settings(world, run, **changes))
-    monkeypatch.setattr(PPOStream, "observe", observe)
     (run / "best" / "manifest.json").write_text('{"status": "complete", "step": 8}')
     known = json.loads((run / "checkpoints/step-5/trainer_state.json").read_text())["best"]
     shutil.copytree(run / "best", run / f".best-step-{known['step']}")

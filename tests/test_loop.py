@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import training_job
 from kills import Zygote
 from safetensors.torch import load_file
+from step_cases import stopped_after
 from tiny import save_tiny
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from rrhf.files import read_manifest
 from rrhf.models.forward.logprobs import Policy
 from rrhf.sealed_folders import damage_of
 from rrhf.training.core.checkpoint_folders import checkpoints_by_step, is_complete
-from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream, StepCut
 from rrhf.training.core.update import NonFiniteError, Term
 
 
@@ -77,7 +77,7 @@ def test_the_first_loss_is_the_mean_over_all_tokens_of_the_step(straight: Path, 
     from rrhf.models.loading import load_causal_lm
 
     data = training_job.examples()
-    stream = OfflineStream(data, 2, 2, 2, 2, seed=42)
+    stream = OfflineStream(data, StepCut(2, 2, 2), 2, seed=42)
     first = next(iter(stream))
     policy = Policy(load_causal_lm(model))
     total = count = 0.0
@@ -117,18 +117,11 @@ def test_two_processes_train_like_one(model: str, straight: Path, tmp_path: Path
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_rest_is_the_same(
-    model: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, straight: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-
-    def observe(self: OfflineStream, metrics: dict[str, float]) -> None:
-        if self.state_dict()["step"] == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OfflineStream, "observe", observe)
-        with pytest.raises(StoppedBySignal, match="step 5 of 10") as stopped:
-            training_job.train(model, str(run))
+    with stopped_after(5), pytest.raises(StoppedBySignal, match="step 5 of 10") as stopped:
+        training_job.train(model, str(run))
     assert stopped.value.exit_code == 75
     assert read_manifest(run)["status"] == "unfinished"  # type: ignore[index]
     assert not (run / "policy").exists()

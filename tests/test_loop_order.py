@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from step_cases import stopped_after
 from test_update import SETS, Table, Terms
 from torch import Tensor, nn
 from trainer_cases import metrics_of
@@ -19,11 +20,14 @@ from rrhf.errors import StoppedBySignal
 from rrhf.runs import RunFolder
 from rrhf.training.core.checkpoint import Checkpointer, checkpoints_by_step
 from rrhf.training.core.config import TrainingConfig
+from rrhf.training.core.hooks import Hook
 from rrhf.training.core.loop import TrainingOutcome, run_training
 from rrhf.training.core.model_folders import ModelFolders
+from rrhf.training.core.opened_run import OpenedRun
 from rrhf.training.core.parallel import Parallel
 from rrhf.training.core.phases import MonotoneMeter, Phases
 from rrhf.training.core.streams import LiveStream
+from rrhf.training.core.tracking import Tracker
 
 TOKENS = 14
 """Of a step: every row with its prompt."""
@@ -35,10 +39,12 @@ class Watched(Table):
     def __init__(self) -> None:
         super().__init__()
         self.forwards: list[tuple[bool, bool]] = []
+        self.rows: list[int] = []
         self.eval()  # as models are loaded
 
     def forward(self, batch: TokenBatch) -> Tensor:
         self.forwards.append((self.training, torch.is_grad_enabled()))
+        self.rows.append(batch.num_rows)
         return super().forward(batch)
 
 
@@ -48,7 +54,6 @@ class Live:
     def __init__(self, count: int, at_step: Callable[[int], None] = lambda step: None) -> None:
         self.total_steps, self.at_step = count, at_step
         self.step, self.sum = 0, torch.zeros(1)
-        self.seen: list[float] = []
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         while self.step < self.total_steps:
@@ -56,12 +61,6 @@ class Live:
             self.step += 1
             self.sum = self.sum + self.step
             yield [collate(SETS[:1], 0), collate(SETS[1:], 0)]
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        self.seen.append(metrics["loss"])
-
-    def metrics(self) -> dict[str, float]:
-        return {"sum": float(self.sum)}
 
     def take_news(self) -> dict[str, float]:
         return {"news": 1.0} if self.step == 1 else {}
@@ -79,11 +78,64 @@ class Live:
         self.sum = tensors["sum"]
 
 
+class Watching(Hook):
+    """Notes what it hears of; what it remembers is the number of steps, twice."""
+
+    name = "watch"
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+        self.steps, self.sum = 0, torch.zeros(1)
+
+    def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
+        self.heard.append(("begin", self.steps, float(self.sum)))
+
+    def before_step(self, step: int) -> None:
+        self.heard.append(("before", step))
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.heard.append(("after", step, metrics["loss"]))
+        self.steps, self.sum = step, self.sum + step
+
+    def metrics(self) -> dict[str, float]:
+        return {"sum": float(self.sum)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.heard.append(("load", dict(state)))
+        self.steps = state.get("steps", 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sum": self.sum}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        assert self.heard[-1][0] == "load"  # the state comes first
+        self.sum = tensors["sum"]
+
+
+class Begins(Hook):
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do = do
+
+    def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
+        self._do()
+
+
+class Adding(Hook):
+    """One more micro-batch in each step."""
+
+    def batches(self) -> list[TokenBatch]:
+        return [collate(SETS[2:], 0)]
+
+
 def go(
     folder: Path, stream: Live | int = 6, evaluate: Any = None, **changes: Any
 ) -> tuple[TrainingOutcome, Watched]:
-    more = {name: changes.pop(name) for name in ("models", "phases") if name in changes}
-    on_optimizer = changes.pop("on_parallel", lambda parallel: None)
+    more = {name: changes.pop(name) for name in ("models", "hooks") if name in changes}
+    phases = changes.pop("phases", None)
+    on_parallel = changes.pop("on_parallel", lambda parallel: None)
     values: dict[str, Any] = {
         "learning_rate": 0.1,
         "lr_scheduler_type": "linear",
@@ -100,11 +152,9 @@ def go(
             model,
             Terms(),
             Live(stream) if isinstance(stream, int) else stream,
-            config,
-            run,
-            parallel,
+            OpenedRun(config, run, parallel, phases=phases),
             evaluate,
-            on_optimizer=lambda optimizer: on_optimizer(parallel),
+            hooks=[Begins(lambda: on_parallel(parallel)), *more.pop("hooks", [])],
             **more,
         )
     finally:
@@ -185,14 +235,19 @@ def test_a_step_is_evaluated_once(tmp_path: Path) -> None:
 
 
 def test_the_rows_of_a_run(tmp_path: Path) -> None:
-    stream = Live(6)
-    outcome, _ = go(tmp_path / "run", stream)
+    hook = Watching()
+    outcome, _ = go(tmp_path / "run", 6, hooks=[hook])
     found = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     rates = [0.1 * (1 - done / 6) for done in range(6)]  # the rate that the step was taken with
     assert [row["learning_rate"] for row in found] == pytest.approx(rates)
     assert [row["sum"] for row in found] == [1, 3, 6, 10, 15, 21]
-    assert stream.seen == [row["loss"] for row in found]
+    assert hook.heard[:2] == [("load", {}), ("begin", 0, 0.0)]
+    assert hook.heard[2:] == [
+        event
+        for row in found
+        for event in (("before", row["step"]), ("after", row["step"], row["loss"]))
+    ]
     assert steps_of(tmp_path / "run", "news") == [0]
     assert (outcome.steps, outcome.tokens) == (6, 6 * TOKENS)
     assert outcome.metrics["loss"] == found[-1]["loss"] and not outcome.stopped_early
@@ -204,6 +259,12 @@ def test_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
     go(tmp_path / "run", 5, save_steps=2, save_total_limit=9)
     found = [path.name for path in checkpoints_by_step(tmp_path / "run" / "checkpoints")]
     assert found == ["step-2", "step-4"]
+
+
+def test_further_micro_batches_of_a_step_come_before_the_streams(tmp_path: Path) -> None:
+    outcome, model = go(tmp_path / "run", 3, hooks=[Adding()])
+    assert model.rows == [1, 2, 2] * 3
+    assert outcome.tokens == 3 * (TOKENS + 4)
 
 
 def stop_at(step: int, how: Callable[[], None]) -> Callable[[int], None]:
@@ -229,19 +290,22 @@ def test_a_resumed_run_is_the_straight_one(
 ) -> None:
     """Stopped before its step; with a signal after it, with a kill at the checkpoint before."""
     settings: dict[str, Any] = {"save_steps": 2, "eval_steps": 3}
-    straight, model = go(tmp_path / "straight", 6, Evaluation(), **settings)
+
+    def hooks() -> list[Hook]:
+        return [Watching(), Adding()]
+
+    straight, model = go(tmp_path / "straight", 6, Evaluation(), hooks=hooks(), **settings)
     with pytest.raises((StoppedBySignal, MemoryError)):
-        go(tmp_path / "run", Live(6, stop_at(step, how)), Evaluation(), **settings)
-    stream = Live(6)
-    resumed, again = go(
-        tmp_path / "run", stream, Evaluation(), resume_from_checkpoint=True, **settings
-    )
+        stopping = Live(6, stop_at(step, how))
+        go(tmp_path / "run", stopping, Evaluation(), hooks=hooks(), **settings)
+    stream, settings["resume_from_checkpoint"] = Live(6), True
+    resumed, again = go(tmp_path / "run", stream, Evaluation(), hooks=hooks(), **settings)
     assert torch.equal(model.weight, again.weight)
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     assert float(stream.sum) == 21
     assert (resumed.steps, resumed.evaluation) == (6, straight.evaluation)
     known = {signalled: step + 1, stopped: step, killed: step // 2 * 2}[how]
-    assert resumed.tokens == TOKENS * (6 - known)  # those of this process
+    assert resumed.tokens == (TOKENS + 4) * (6 - known)  # those of this process
 
 
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) -> None:
@@ -258,14 +322,8 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) ->
 def test_a_step_that_was_evaluated_before_the_stop_is_not_evaluated_again(tmp_path: Path) -> None:
     """A signal comes within step 2, whose evaluation is still done."""
 
-    class Stopping(Live):
-        def observe(self, metrics: dict[str, float]) -> None:
-            super().observe(metrics)
-            if self.step == 2:
-                signalled()
-
-    with pytest.raises(StoppedBySignal, match="step 2 of 4"):
-        go(tmp_path / "run", Stopping(4), Evaluation(), eval_steps=2)
+    with stopped_after(2), pytest.raises(StoppedBySignal, match="step 2 of 4"):
+        go(tmp_path / "run", 4, Evaluation(), eval_steps=2)
     evaluate = Evaluation()
     go(tmp_path / "run", 4, evaluate, eval_steps=2, resume_from_checkpoint=True)
     assert evaluate.calls == 1

@@ -1,5 +1,6 @@
 """Held-out losses are sums over global counts, as in training."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,28 @@ def test_measure_equals_one_sum_over_everything(per_device_batch_size: int) -> N
     assert found["never_loss"] == 0.0
     assert found["loss"] == pytest.approx(2.0 * nll / tokens + 0.5 * nll / 7, rel=1e-5)
     assert found["length"] == pytest.approx(tokens / len(EXAMPLES))
+
+
+class Weighted(TwoTerms):
+    """The weight of a term is that of its batch."""
+
+    def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
+        terms = super().__call__(outputs, batch)
+        return {"token": replace(terms["token"], weight=float(batch.prompt_ids[0, 0]))} | {
+            name: replace(terms[name], weight=0.0) for name in ("row", "never")
+        }
+
+
+def test_each_batch_enters_the_loss_by_its_own_weight() -> None:
+    policy = Policy(tiny_llama())
+    total = tokens = 0.0
+    for example in EXAMPLES:
+        alone = measure(policy, TwoTerms(), [example], 2, 1, Parallel())
+        count = len(example.response_ids[0])
+        total += alone["token_loss"] * count * example.prompt_ids[0]
+        tokens += count
+    found = measure(policy, Weighted(), EXAMPLES, 2, 1, Parallel())
+    assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_measure_leaves_no_gradient() -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import training_job
 from ppo_cases import build_world, settings
+from step_cases import stopped_after
 from tiny import save_tiny
 from trainer_cases import same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf.errors import StoppedBySignal
-from rrhf.training.core.streams import OfflineStream
 from rrhf.training.online import ppo
 
 
@@ -51,21 +49,11 @@ def test_ppo_keeps_policies_too(tmp_path: Path) -> None:
     assert same_weights(policies / "step-000003", tmp_path / "run" / "policy")
 
 
-def test_policies_of_undone_steps_are_forgotten_on_resuming(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_policies_of_undone_steps_are_forgotten_on_resuming(model: str, tmp_path: Path) -> None:
     """Stopped at step 5; the folders of steps 6 and 7 are as if left by a process that died."""
-    observe = OfflineStream.observe
-
-    def observe_and_stop(self: OfflineStream, metrics: dict[str, float]) -> None:
-        if self._step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(OfflineStream, "observe", observe_and_stop)
     run = tmp_path / "run"
-    with pytest.raises(StoppedBySignal):
+    with stopped_after(5), pytest.raises(StoppedBySignal):
         training_job.train(model, str(run), save_policy_steps=5)
-    monkeypatch.setattr(OfflineStream, "observe", observe)
     for name in ("step-000006", "step-000007", ".staged-step-000010"):
         (run / "policies" / name).mkdir()
     training_job.train(model, str(run), resume=True, save_policy_steps=5)

@@ -21,6 +21,7 @@ from rrhf.training.core.offload import (
     build_store,
 )
 from rrhf.training.core.offload_levels import LEVELS, parse_levels
+from rrhf.training.core.tracking import Tracker
 from rrhf.training.online import ppo
 
 COMBINATIONS = [
@@ -79,7 +80,7 @@ def test_each_phase_finds_what_it_needs_and_nothing_moves_for_nothing() -> None:
     optimizer = torch.optim.AdamW(trained.parameters())
     offload.add_frozen(frozen, {"score"})
     offload.add_trained(trained, {"generate", "train"})
-    offload.add_optimizer(optimizer)
+    offload.begin(Tracker(), optimizer)
     assert store.take() == ["put 0-0"]  # a frozen model goes at once
     offload.enter("generate")
     assert store.take() == []
@@ -111,7 +112,7 @@ def test_a_level_moves_its_own_alone(level: str) -> None:
     optimizer.step()
     offload.add_frozen(nn.Linear(2, 1, bias=False), {"score"})
     offload.add_trained(trained, {"train"})
-    offload.add_optimizer(optimizer)
+    offload.begin(Tracker(), optimizer)
     offload.enter("generate")
     puts = {"freeze_model": 1, "optimizer": 2, "train_model": 1}
     assert len(store.take()) == puts[level]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ppo_cases import (
     without_clock,
 )
 from safetensors.torch import load_file
+from step_cases import stopped_after
 from trainer_cases import metrics_of, same_weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -27,9 +26,9 @@ from rrhf.cli import main as cli
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.models.forward.logprobs import Policy
+from rrhf.sealed_folders import seal_folder
 from rrhf.training.methods.objectives.rrhf import RRHFSettings
 from rrhf.training.online import ppo
-from rrhf.training.online.stream import PPOStream
 
 BANDIT: dict[str, Any] = {
     "reward_model_name_or_path": "function:ppo_cases:has_e",
@@ -142,32 +141,25 @@ def test_without_any_score_nothing_moves(world: Path, tmp_path: Path) -> None:
         {"normalize_reward": True, "adaptive_kl": True, "kl_horizon": 50.0, "kl_target": 0.1},
         {"method": "rrhf", "num_return_sequences": 2, "per_device_train_batch_size": 2},
         {"ptx": True, "share_trunk": True, "use_ema": True, "ema_beta": 0.9},
+        {"ptx": True, "share_trunk": True, "use_ema": True, "as_0.1": True},
     ],
-    ids=["ppo", "rrhf", "ptx_ema"],
+    ids=["ppo", "rrhf", "ptx_ema", "ptx_ema_of_version_0.1"],
 )
-def test_resumed_equals_straight(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
+def test_resumed_equals_straight(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Stopped by SIGTERM within the passes over the second rollout; every bit is the same."""
+    changes = dict(changes)
+    is_old = changes.pop("as_0.1", False)
     if changes.pop("ptx", None):
         changes |= with_demonstrations(tmp_path)
     ppo.train(settings(world, tmp_path / "straight", **changes))
     steps = len(steps_of(tmp_path / "straight"))
     stop_at = steps // 2 + 1
-    observe = PPOStream.observe
-
-    def observe_and_stop(self: PPOStream, metrics: dict[str, float]) -> None:
-        observe(self, metrics)
-        if self._step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(PPOStream, "observe", observe_and_stop)
-    with pytest.raises(StoppedBySignal):
+    with stopped_after(stop_at), pytest.raises(StoppedBySignal):
         ppo.train(settings(world, tmp_path / "resumed", **changes))
-    monkeypatch.setattr(PPOStream, "observe", observe)
-    assert (
-        tmp_path / "resumed" / "checkpoints" / f"step-{stop_at}" / "stream.safetensors"
-    ).exists()
+    checkpoint = tmp_path / "resumed" / "checkpoints" / f"step-{stop_at}"
+    assert (checkpoint / "stream.safetensors").exists()
+    if is_old:
+        rewrite_as_version_0_1(checkpoint)
     ppo.train(settings(world, tmp_path / "resumed", resume_from_checkpoint=True, **changes))
     assert same_weights(tmp_path / "straight" / "policy", tmp_path / "resumed" / "policy")
     if "method" not in changes:
@@ -186,6 +178,17 @@ def test_resumed_equals_straight(
         assert one[key] == two[key]
     if "adaptive_kl" in changes:
         assert one["kl_coefficient"] != 0.05 and one["score_normalizer"]["count"] == 24
+
+
+def rewrite_as_version_0_1(checkpoint: Path) -> None:
+    """Version 0.1 kept the table of samples next to its stream, and the rest within it."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    hooks = state.pop("hooks")
+    state["samples"] = hooks.pop("samples")
+    state["stream"] |= hooks | {"signs": {**hooks["signs"], "rollouts": 2}}
+    path.write_text(json.dumps(state))
+    seal_folder(checkpoint)
 
 
 def test_under_bf16_old_log_probs_are_the_trainers_and_it_is_said_once(

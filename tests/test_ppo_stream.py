@@ -20,9 +20,17 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import StepCut
 from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.listeners import MadeRollout
 from rrhf.training.online.rollout import Rollout
-from rrhf.training.online.stream import UPDATE_KL, PPOStream
+from rrhf.training.online.step_hooks import (
+    UPDATE_KL,
+    CriticWarmUp,
+    LargestRatio,
+    RolloutPasses,
+)
+from rrhf.training.online.stream import PPOStream
 
 
 @dataclass
@@ -55,7 +63,7 @@ class Writer:
 
 
 class Objective:
-    """What the stream tells of each step, and the ratio that it asks for."""
+    """What the hooks tell it, and the ratio that they ask for."""
 
     def __init__(self) -> None:
         self.policy_is_frozen = False
@@ -77,8 +85,8 @@ SIZES: dict[str, Any] = {
 def stream(
     writer: Any = None,
     num_prompts: int = 5,
-    parallel: Parallel | None = None,
-    objective: Any = None,
+    ranks: tuple[int, int] = (0, 1),
+    listeners: Any = (),
     **changes: Any,
 ) -> PPOStream:
     config = settings(Path("w"), "o", **SIZES | changes)
@@ -86,9 +94,9 @@ def stream(
     controller = AdaptiveKLController(0.1, 0.15, 100.0)
     normalizer = RunningMeanStd()
     writer = writer or Writer(config.num_return_sequences)
-    return PPOStream(
-        prompts, writer, config, controller, normalizer, objective, 0, parallel or Parallel()
-    )
+    sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
+    cut = StepCut(0, *sizes, *ranks)
+    return PPOStream(prompts, writer, config, controller, normalizer, cut, listeners)
 
 
 Row = tuple[int, ...]
@@ -168,9 +176,7 @@ def test_the_number_of_steps(changes: dict[str, Any], steps: int) -> None:
 
 
 def test_two_ranks_make_a_batch_twice_as_large() -> None:
-    parallel = Parallel()
-    parallel.world_size = 2
-    made = stream(parallel=parallel)
+    made = stream(ranks=(0, 2))
     assert made.global_batch_size == 10 and made.total_steps == 2 * 2 * 2
 
 
@@ -179,11 +185,9 @@ def test_two_ranks_have_each_row_once_and_fillers_count_for_nothing() -> None:
     found: list[list[list[Row]]] = []
     shapes = []
     for rank in range(2):
-        parallel = Parallel()
-        parallel.rank, parallel.world_size = rank, 2
         made = stream(
             num_prompts=12,
-            parallel=parallel,
+            ranks=(rank, 2),
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
         )
@@ -200,47 +204,79 @@ def test_two_ranks_have_each_row_once_and_fillers_count_for_nothing() -> None:
 def test_an_update_that_goes_too_far_ends_the_passes_over_its_rollout(max_steps: int) -> None:
     changes = {"num_rollouts": 2 if max_steps < 0 else -1, "max_steps": max_steps}
     writer = Writer()
-    made = stream(writer, num_prompts=12, target_kl=0.1, **changes)
-    planned = made.total_steps
+    made = stream(writer, num_prompts=12, **changes)
+    planned, passes = made.total_steps, RolloutPasses(made, 0.1)
     rollouts = []
     for number, batches in enumerate(made):
         rollouts.append(rows_of(batches)[0][0] - 10)
-        made.observe({UPDATE_KL: 0.2 if number == 1 else 0.05})
+        passes.after_step(number + 1, {UPDATE_KL: 0.2 if number == 1 else 0.05})
+        assert passes.metrics() == {"rollout": rollouts[-1]}
     assert rollouts[:4] == [0, 0, 1, 1]
     # Four steps of the first rollout are left out; steps that are counted are made up for.
     assert made.total_steps == (planned - 4 if max_steps < 0 else planned)
     assert len(rollouts) == made.total_steps
+    assert (passes.rollouts_cut, passes.steps_skipped) == (1, 4)
 
 
 def test_at_the_last_step_of_a_rollout_nothing_is_left_to_leave_out() -> None:
-    made = stream(num_prompts=12, target_kl=0.1)
+    made = stream(num_prompts=12)
+    passes = RolloutPasses(made, 0.1)
     for number, _ in enumerate(made):
-        made.observe({UPDATE_KL: 9.0 if number == 5 else 0.0})
+        passes.after_step(number + 1, {UPDATE_KL: 9.0 if number == 5 else 0.0})
     assert made.total_steps == 12 and number == 11
+    assert passes.rollouts_cut == 0
+
+
+def test_without_a_target_no_rollout_ends_early() -> None:
+    made = stream(num_prompts=12)
+    passes = RolloutPasses(made, 0.0)
+    for number, _ in enumerate(made, 1):
+        passes.after_step(number, {UPDATE_KL: 9.0})
+    assert made.total_steps == number == 12
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_the_critic_learns_alone_for_so_many_steps(steps: int) -> None:
-    objective = Objective()
-    made = stream(objective=objective, critic_warmup_steps=steps, method="ppo", share_trunk=True)
-    made._begin_rollout = lambda: None  # type: ignore[method-assign]
-    made._experience, made._sizes = [], []
+    """Said once: to the objective, and of the policy's learning rate."""
+    objective: Any = Objective()
+    changes = {"critic_warmup_steps": steps, "method": "ppo", "share_trunk": True}
+    config = settings(Path("w"), "o", **SIZES | changes)
+    warm_up = CriticWarmUp(objective, config)
     frozen = []
-    made._minibatch = list  # type: ignore[method-assign]
-    made._micro_batches = lambda places: []  # type: ignore[method-assign]
-    for _ in itertools.islice(made, 5):
+    for step in range(1, 6):
+        warm_up.before_step(step)
         frozen.append(objective.policy_is_frozen)
-        made._place = 0
     assert frozen == [number < steps for number in range(5)]
+    policy, value = config.groups()
+    assert [policy.is_frozen(done) for done in range(5)] == frozen
+    assert not any(value.is_frozen(done) for done in range(5))
 
 
 def test_the_largest_ratio_is_that_of_all_ranks() -> None:
-    parallel = Parallel()
+    parallel, objective = Parallel(), Objective()
     parallel.max = lambda value: value + 1.0  # type: ignore[method-assign]
-    made = stream(parallel=parallel, objective=Objective())
-    next(iter(made))
-    made.observe({})
-    assert made.metrics() == {"rollout": 0.0, "largest_ratio": 2.5}
+    asked: Any = objective
+    hook = LargestRatio(asked, parallel)
+    hook.after_step(1, {})
+    assert hook.metrics() == {"largest_ratio": 2.5}
+
+
+def test_listeners_hear_of_each_rollout_before_its_first_step() -> None:
+    heard: list[MadeRollout] = []
+
+    class Listener:
+        def see_rollout(self, rollout: MadeRollout) -> None:
+            heard.append(rollout)
+
+    made = stream(Writer(left_out=1), num_prompts=12, listeners=[Listener()])
+    for number, _ in enumerate(made):
+        assert len(heard) == number // 6 + 1
+    assert [(one.number, one.steps_done) for one in heard] == [(0, 0), (1, 6)]
+    for one in heard:
+        assert [p.query for p in one.prompts] == [p.query for p in made.prompts_of(one.number)]
+        assert len(one.rows) == len(one.experience.sets) == 11
+        assert one.metrics["empty_fraction"] == 1 / 12
+    assert heard[-1].metrics == made.rollout_metrics
 
 
 def test_a_rollout_is_told_once_with_its_shares() -> None:
@@ -282,15 +318,15 @@ def advantages_of(batches: list[TokenBatch]) -> list[Any]:
     return [batch.token_extras["advantages"].tolist() for batch in batches]
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6, 7, 12])
+@pytest.mark.parametrize("stop", [1, 2, 5, 6, 7, 8, 12])
 def test_a_stream_goes_on_where_it_was_saved(stop: int) -> None:
-    changes: dict[str, Any] = {"num_prompts": 12, "num_rollouts": 3, "target_kl": 0.1}
+    changes: dict[str, Any] = {"num_prompts": 12, "num_rollouts": 3}
 
     def go(made: PPOStream, end: int | None = None) -> list[Any]:
-        steps = []
+        steps, passes = [], RolloutPasses(made, 0.1)
         for batches in made:
             steps.append((rows_of(batches), advantages_of(batches)))
-            made.observe({UPDATE_KL: 9.0 if made.steps_done == 2 else 0.0})
+            passes.after_step(made.steps_done, {UPDATE_KL: 9.0 if made.steps_done == 2 else 0.0})
             if made.steps_done == end:
                 break
         return steps
@@ -328,20 +364,6 @@ def test_what_the_cursor_depends_on_must_be_what_it_was(changes: dict[str, Any],
     state = stream().state_dict()
     with pytest.raises(UserError, match=f"resume: {name} was"):
         stream(**changes).load_state_dict(state)
-
-
-def test_signs_of_a_run_without_learning_are_saved_and_older_states_lack_them() -> None:
-    made = stream(Writer(left_out=1), num_rollouts=3)
-    next(iter(made))
-    state = json.loads(json.dumps(made.state_dict()))
-    resumed = stream(Writer(left_out=1), num_rollouts=3)
-    resumed.load_state_dict(state)
-    assert resumed.signs.state_dict() == made.signs.state_dict()
-    assert resumed.signs.state_dict()["rollouts"] == 1
-    del state["signs"]
-    older = stream(Writer(left_out=1), num_rollouts=3)
-    older.load_state_dict(state)
-    assert older.signs.state_dict()["rollouts"] == 1
 
 
 def test_responses_to_one_prompt_stand_together_in_a_minibatch() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,12 @@ import pytest
 import torch
 from ppo_cases import build_world, save_demonstrations, settings, without_clock
 from safetensors.torch import load_file
+from step_cases import stopped_after
 from trainer_cases import metrics_of, same_weights
 
 from rrhf.data.collate import EncodedSet
 from rrhf.errors import StoppedBySignal
-from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import StepCut
 from rrhf.training.core.token_batches import SHARED, TokenBudget
 from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
@@ -34,8 +33,9 @@ def stream(budget: TokenBudget | None = None, **changes: Any) -> PPOStream:
     """In the middle of a rollout of six prompts with four responses each."""
     config = settings(Path("w"), "o", **{**GROUPED, "rollout_size": 24, "ppo_epochs": 2, **changes})
     nothing: Any = None
+    sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
     made = PPOStream(
-        [nothing] * 6, nothing, config, nothing, nothing, nothing, 0, Parallel(), budget=budget
+        [nothing] * 6, nothing, config, nothing, nothing, StepCut(0, *sizes, budget=budget)
     )
     rows = [
         EncodedSet([p] * (8 + p), [[p, k]], token_extras={}) for p in range(6) for k in range(4)
@@ -140,22 +140,11 @@ def test_a_run_cut_by_tokens_trains_the_same(
         torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_resumed_equals_straight(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_equals_straight(world: Path, tmp_path: Path) -> None:
     changes = {**GROUPED, "max_tokens_per_batch": 90, "save_steps": 0}
     ppo.train(settings(world, tmp_path / "straight", **changes))
-    observe = PPOStream.observe
-
-    def observe_and_stop(self: PPOStream, metrics: dict[str, float]) -> None:
-        observe(self, metrics)
-        if self._step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PPOStream, "observe", observe_and_stop)
-        with pytest.raises(StoppedBySignal):
-            ppo.train(settings(world, tmp_path / "resumed", **changes))
+    with stopped_after(5), pytest.raises(StoppedBySignal):
+        ppo.train(settings(world, tmp_path / "resumed", **changes))
     ppo.train(settings(world, tmp_path / "resumed", resume_from_checkpoint=True, **changes))
     assert same_weights(tmp_path / "straight" / "policy", tmp_path / "resumed" / "policy")
     assert [without_clock(row) for row in metrics_of(tmp_path / "straight")] == [

@@ -17,7 +17,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.online import ppo
 from rrhf.training.online.objective import PPOObjective
-from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
+from rrhf.training.online.ptx import Ptx, PtxObjective, marked
 
 
 @pytest.fixture(scope="module")
@@ -107,24 +107,6 @@ def test_while_the_critic_learns_alone_demonstrations_weigh_nothing(
     assert same_weights(world / "model", tmp_path / "warm" / "policy")
 
 
-class Steps:
-    """A stream of experience that loses two steps after its first."""
-
-    total_steps = 4
-
-    def __iter__(self) -> Any:
-        yield from ([f"experience {n}"] for n in range(self.total_steps))
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        self.total_steps = 2
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": 1, "total_steps": self.total_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total_steps = state["total_steps"]
-
-
 class Demonstrations:
     total_steps = 4
 
@@ -143,26 +125,20 @@ class Demonstrations:
         self.step = state["step"]
 
 
-def test_experience_comes_last_in_a_step_and_its_end_is_the_streams() -> None:
-    inner: Any = Steps()
+def made() -> Ptx:
     others: Any = Demonstrations()
-    stream = PtxStream(inner, others)
-    steps: Any = iter(stream)
-    assert next(steps) == ["demonstration 0", "experience 0"]
-    assert stream.total_steps == 4
-    stream.observe({})
-    assert stream.total_steps == 2
+    return Ptx(others)
 
 
-def test_both_streams_go_on_where_they_were_saved() -> None:
-    def made() -> Any:
-        parts: list[Any] = [Steps(), Demonstrations()]
-        return PtxStream(*parts)
+def test_each_step_gets_the_next_demonstrations() -> None:
+    hook = made()
+    assert [hook.batches() for _ in range(4)] == [[f"demonstration {n}"] for n in range(4)]
 
-    stream = made()
-    next(iter(stream))
-    stream.observe({})
-    resumed = made()
-    resumed.load_state_dict(stream.state_dict())
-    assert resumed.total_steps == 2
-    assert next(iter(resumed))[0] == "demonstration 1"
+
+def test_demonstrations_go_on_where_they_were_saved() -> None:
+    hook, resumed, anew = made(), made(), made()
+    hook.batches()
+    resumed.load_state_dict(hook.state_dict())
+    assert resumed.batches() == ["demonstration 1"]
+    anew.load_state_dict({})
+    assert anew.batches() == ["demonstration 0"]

@@ -23,7 +23,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.loading import load_tokenizer
-from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream, StepCut
 from rrhf.training.methods import rank
 from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.rank import RankConfig, RankObjective, build_objective
@@ -353,7 +353,8 @@ def test_the_first_logged_loss_is_the_loss_of_the_file(
 ) -> None:
     codec = ChatCodec(load_tokenizer(model_folder))
     encoded = [RankEncoder(RowFitter(codec, 100))(s) for s in CandidateFile(data)]
-    stream = OfflineStream([e for e in encoded if e is not None], codec.pad_id, 3, 2, 3, seed=42)
+    kept = [example for example in encoded if example is not None]
+    stream = OfflineStream(kept, StepCut(codec.pad_id, 3, 2), 3, seed=42)
     objective = build_objective(settings())
     policy = Policy(AutoModelForCausalLM.from_pretrained(model_folder))
     total, prompts = 0.0, 0

@@ -272,11 +272,11 @@ def test_the_watch_shows_each_step_once_whatever_its_micro_batches() -> None:
     scores = torch.randn(12, generator=torch.Generator().manual_seed(0))
     parallel, states = Parallel(), []
     for sizes in ([12], [1, 11], [4, 4, 4]):
-        watch = ScoreWatch(build_normalizer("ExponentialMovingAverage", 0.5))
+        watch = ScoreWatch(build_normalizer("ExponentialMovingAverage", 0.5), parallel)
         for step in (scores, scores * 2 + 1):
             for piece in step.split(sizes):
                 watch.see(piece)
-            watch.end_step(parallel)
+            watch.after_step(1, {})
         assert watch.normalizer is not None
         states.append(watch.normalizer.state_dict())
     for state in states[1:]:
@@ -286,24 +286,24 @@ def test_the_watch_shows_each_step_once_whatever_its_micro_batches() -> None:
 
 def test_one_sample_does_not_make_the_deviation_undefined() -> None:
     for name in ("RunningMeanStd", "ExponentialMovingAverage"):
-        watch = ScoreWatch(build_normalizer(name))
+        watch = ScoreWatch(build_normalizer(name), Parallel())
         watch.see(torch.tensor([3.0]))
-        watch.end_step(Parallel())
+        watch.after_step(1, {})
         assert watch.normalizer is not None
         assert (watch.normalizer.mean, watch.normalizer.std) == (3.0, 1.0)
 
 
 def test_filler_prompts_and_evaluation_are_not_watched() -> None:
-    watch = ScoreWatch(RunningMeanStd())
+    watch = ScoreWatch(RunningMeanStd(), Parallel())
     objective, model = RewardObjective(settings(), watch), RewardModel(tiny_classifier())
     filler = EncodedSet([7], [[8, EOS]], [0.0], weight=0.0)
     batch = collate([*examples(), filler], PAD)
     with torch.no_grad():
         objective(model(batch), batch)
-    watch.end_step(Parallel())
+    watch.after_step(1, {})
     assert watch.normalizer is not None and watch.normalizer.count == 0
     objective(model(batch), batch)
-    watch.end_step(Parallel())
+    watch.after_step(1, {})
     assert watch.normalizer.count == batch.num_rows - 1
 
 
@@ -314,7 +314,8 @@ def test_normalised_scores_in_the_loss_are_those_of_the_steps_before() -> None:
     batch = collate(examples(), PAD)
     with torch.no_grad():
         scores = RewardModel(tiny_classifier())(batch)
-        shown = RewardObjective(config, ScoreWatch(normalizer))(scores, batch)["reward"].total
+        watch = ScoreWatch(normalizer, Parallel())
+        shown = RewardObjective(config, watch)(scores, batch)["reward"].total
         halved = RewardObjective(settings())((scores - 2) / 2, batch)["reward"].total
         raw = RewardObjective(settings())(scores, batch)["reward"].total
     assert float(shown) == pytest.approx(float(halved), rel=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_cases import build_world, settings
+from ppo_cases import build_world, settings, workbench
 
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.candidate_files import read_candidate_sets
@@ -24,7 +24,6 @@ from rrhf.models.reward_model import load_reward_model
 from rrhf.records import CandidateSet, FinishReason
 from rrhf.scoring.build import build_scorer
 from rrhf.scoring.reward_model import RewardModelScorer
-from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.experience import RolloutRow, build_experience, pack, unpack
 from rrhf.training.online.rollout import RolloutWriter
 
@@ -45,7 +44,7 @@ def writer(world: Path, temperature: float = 1.0, **changes: Any) -> RolloutWrit
     root = ActorCritic(policy, ValueHead(32))
     reference = Policy(load_causal_lm(world / "model"), temperature)
     scorer = build_scorer(config.reward_model_name_or_path)
-    return RolloutWriter(root, reference, codec, scorer, config, Parallel())
+    return RolloutWriter(root, reference, scorer, config, workbench(config, codec))
 
 
 def test_the_sampled_ids_are_trained_on_with_their_log_probs(world: Path) -> None:
@@ -87,7 +86,7 @@ def test_no_policy_is_read_where_sampling_left_its_log_probs(
     root = ActorCritic(policy, value)
     reference = Policy(load_causal_lm(world / "model"))
     scorer = build_scorer(config.reward_model_name_or_path)
-    write = RolloutWriter(root, reference, codec, scorer, config, Parallel()).write
+    write = RolloutWriter(root, reference, scorer, config, workbench(config, codec)).write
     rows: list[tuple[str, int]] = []
 
     def count(owner: Any, name: str) -> None:

@@ -251,7 +251,7 @@ def test_a_whole_copy_samples_with_the_present_weights(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = writer(world, **SCORER)
-    monkeypatch.setattr("test_rollout.Parallel", Spread)
+    monkeypatch.setattr("ppo_cases.Parallel", Spread)
     made = writer(world, **SCORER)
     made._root.train()
     assert made._copy is not None and made._policy is made._copy.policy

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ppo_cases import build_world, settings
 from test_rollout import hand_made_rows
 
@@ -18,7 +19,10 @@ from rrhf.training.core import tracking
 from rrhf.training.core.tracking import Tracker, as_markdown
 from rrhf.training.online import ppo
 from rrhf.training.online.experience import build_experience
+from rrhf.training.online.listeners import MadeRollout
 from rrhf.training.online.sample_table import SampleTable, as_text
+
+OPTIMIZER = torch.optim.SGD([torch.zeros(1)])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def show(world: Path, table: SampleTable, step: int) -> None:
     rows = hand_made_rows()
     experience = build_experience(rows, settings(world, "unused", method="reinforce_pp"), 0.1)
     prompts = list(read_candidate_sets(world / "prompts.jsonl"))
-    table.show_rollout(step, step, prompts, rows, experience)
+    table.see_rollout(MadeRollout(step, step, prompts, rows, experience, {}))
 
 
 def test_a_checkpoint_knows_where_the_table_was(world: Path, tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_a_tracker_gets_texts_until_it_fails(
             raise OSError("no network")
 
     table = SampleTable(MetricsLog(tmp_path / "samples.jsonl"), 1, 2, is_terminal=False)
-    table.send_to(Tracker(log_table=take))
+    table.begin(Tracker(log_table=take), OPTIMIZER)
     for step in (0, 1, 2):
         show(world, table, step)
     (name, columns, rows, _), _ = sent
@@ -157,7 +161,7 @@ def rows_to(
     monkeypatch.setattr(tracking, "_import", lambda module, package: recorder)
     config = settings(world, tmp_path, report_to=report_to)
     table = SampleTable(MetricsLog(tmp_path / "samples.jsonl"), 1, 2, is_terminal=False)
-    table.send_to(tracking.build_tracker(config, tmp_path, is_main=True))
+    table.begin(tracking.build_tracker(config, tmp_path, is_main=True), OPTIMIZER)
     show(world, table, 3)
     return recorder
 

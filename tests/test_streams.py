@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,19 +11,17 @@ import pytest
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
-from rrhf.training.core.streams import EncodedExamples, OfflineStream
+from rrhf.training.core.streams import EncodedExamples, OfflineStream, StepCut
 
 EXAMPLES = [EncodedSet([100 + i] * (i % 5 + 1), [[i, 1]]) for i in range(23)]
 
 
 def stream(**changes: Any) -> OfflineStream:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "seed": 3,
-    }
-    return OfflineStream(EXAMPLES, 0, **{**settings, **changes})
+    sizes: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    sizes |= {one.name: changes.pop(one.name) for one in fields(StepCut) if one.name in changes}
+    return OfflineStream(
+        EXAMPLES, StepCut(0, **sizes), **{"num_train_epochs": 2, "seed": 3, **changes}
+    )
 
 
 def prompts_of(batches: Sequence[TokenBatch]) -> list[int]:
@@ -103,7 +102,7 @@ def test_what_must_not_change_on_resume_is_refused() -> None:
 def test_as_many_other_examples_are_refused_on_resume() -> None:
     state = stream().state_dict()
     others = [*EXAMPLES[1:], EXAMPLES[0]]
-    again = OfflineStream(others, 0, 2, 2, 2, seed=3)
+    again = OfflineStream(others, StepCut(0, 2, 2), 2, seed=3)
     with pytest.raises(UserError, match="23 training examples are not those of the checkpoint"):
         again.load_state_dict(state)
     del state["lengths_sha256"]  # as runs that began before it was kept have it

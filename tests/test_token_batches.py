@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +15,7 @@ import ppo_cases
 import pytest
 import torch
 from safetensors.torch import load_file
+from step_cases import stopped_after
 from tiny import save_tiny, tiny_llama
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
@@ -27,7 +26,7 @@ from rrhf.models.forward.packed_rows import PackedPolicy
 from rrhf.models.forward.packed_trunk import ATTENTION
 from rrhf.training.core.measure import measure
 from rrhf.training.core.parallel import Parallel
-from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream, StepCut
 from rrhf.training.core.token_batches import (
     _LAYOUTS,
     PACKED,
@@ -240,14 +239,14 @@ def examples(count: int = 23) -> list[EncodedSet]:
 
 
 def stream(tokens: int | None, **changes: Any) -> OfflineStream:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "num_train_epochs": 2,
-        "budget": None if tokens is None else TokenBudget(tokens, SHARED),
-        **changes,
+    budget = None if tokens is None else TokenBudget(tokens, SHARED)
+    sizes: dict[str, Any] = {
+        name: changes.pop(name)
+        for name in ("rank", "world_size", "budget", "gradient_accumulation_steps")
+        if name in changes
     }
-    return OfflineStream(examples(), 0, **settings)
+    cut = StepCut(0, 2, **{"gradient_accumulation_steps": 4, "budget": budget, **sizes})
+    return OfflineStream(examples(), cut, **{"num_train_epochs": 2, **changes})
 
 
 def prompts_of(batches: Any) -> list[int]:
@@ -389,22 +388,11 @@ def test_a_run_cut_by_tokens_trains_the_same(
     assert not same_weights(*folders)  # it was another cut
 
 
-def test_resumed_equals_straight(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_equals_straight(world: Path, tmp_path: Path) -> None:
     changes = {"max_tokens_per_batch": 120, "engine": "shared_prefix"}
     train("rank", world, tmp_path / "straight", **changes)
-    observe = OfflineStream.observe
-
-    def stop(self: OfflineStream, metrics: dict[str, float]) -> None:
-        observe(self, metrics)
-        if self._step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OfflineStream, "observe", stop)
-        with pytest.raises(StoppedBySignal):
-            train("rank", world, tmp_path / "resumed", **changes)
+    with stopped_after(3), pytest.raises(StoppedBySignal):
+        train("rank", world, tmp_path / "resumed", **changes)
     train("rank", world, tmp_path / "resumed", resume_from_checkpoint=True, **changes)
     assert same_weights(tmp_path / "straight" / "policy", tmp_path / "resumed" / "policy")
 

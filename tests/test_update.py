@@ -197,7 +197,42 @@ class Weighted(Terms):
         return terms
 
 
-def test_the_loss_is_logged_with_the_last_micro_batchs_weights(tmp_path: Path) -> None:
-    outcomes, _ = steps(CUTS["in two"], tmp_path, objective=Weighted())
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_each_micro_batch_enters_the_logged_loss_by_its_own_weight(
+    order: tuple[int, int], tmp_path: Path
+) -> None:
+    """Weights 9 and 8 by the prompts; tokens 1, 2, 3 and 0, 0, 1 and 2 over 3/8."""
+    parts = [SETS[:1], SETS[1:]]
+    outcomes, _ = steps([[parts[place] for place in order]], tmp_path, objective=Weighted())
     row = outcomes[0][0]
-    assert row["loss"] == pytest.approx(row["square_loss"] + 8.0 * row["sum_loss"])
+    first, second = (
+        sum(WEIGHTS[t] for t in tokens) / (3 / 8) for tokens in ((1, 2, 3), (0, 0, 1, 2))
+    )
+    assert row["sum_loss"] == pytest.approx(first + second)
+    assert row["loss"] == pytest.approx(row["square_loss"] + 9.0 * first + 8.0 * second)
+
+
+class Sparse(Terms):
+    """A term that the first prompts do not have."""
+
+    def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
+        return self._kept(super().denominators(batch), batch)
+
+    def __call__(self, outputs: Tensor, batch: TokenBatch) -> dict[str, Term]:
+        return self._kept(super().__call__(outputs, batch), batch)
+
+    def _kept(self, found: dict[str, Any], batch: TokenBatch) -> dict[str, Any]:
+        return {n: v for n, v in found.items() if n != "sum" or int(batch.prompt_ids.max()) < 9}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_term_that_only_some_micro_batches_have_is_logged_whatever_comes_last(
+    order: tuple[int, int], tmp_path: Path
+) -> None:
+    parts = [SETS[:1], SETS[1:]]
+    outcomes, _ = steps([[parts[place] for place in order]], tmp_path, objective=Sparse())
+    row = outcomes[0][0]
+    total = sum(WEIGHTS[t] for t in (0, 0, 1, 2)) / (2 / 8)
+    assert row["sum_loss"] == pytest.approx(total)
+    assert row["loss"] == pytest.approx(row["square_loss"] + 0.5 * total)
+    assert not any(name.startswith("term:") for name in row)

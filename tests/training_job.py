@@ -23,7 +23,7 @@ from rrhf.training.core.setup import (
     model_writer,
     opened_workbench,
 )
-from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream, StepCut
 from rrhf.training.core.update import Term
 
 FOUR_STEPS: dict[str, Any] = {"num_train_epochs": 0.8, "save_steps": 2}
@@ -76,26 +76,19 @@ def train(
     )
     with opened_workbench(config) as bench:
         inner = load_trainable_causal_lm(config)
-        stream = OfflineStream(
-            examples(examples_count),
+        cut = StepCut(
             bench.codec.pad_id,
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,
-            config.num_train_epochs,
-            seed=config.seed,
-            rank=bench.parallel.rank,
-            world_size=bench.parallel.world_size,
+            bench.parallel.rank,
+            bench.parallel.world_size,
+        )
+        stream = OfflineStream(
+            examples(examples_count), cut, config.num_train_epochs, seed=config.seed
         )
         models = ModelFolders({"policy": model_writer(bench, inner)})
         outcome = run_training(
-            Policy(inner),
-            TokenLikelihood(),
-            stream,
-            config,
-            bench.run,
-            bench.parallel,
-            evaluate,
-            models=models,
+            Policy(inner), TokenLikelihood(), stream, bench, evaluate, models=models
         )
         finish_run(bench, outcome, models, {})
     return outcome

@@ -64,6 +64,10 @@ class GroupSettings:
     warmup_ratio: float
     frozen_steps: int = 0
 
+    def is_frozen(self, steps_done: int) -> bool:
+        """Whether it stands still in the step after so many."""
+        return steps_done < self.frozen_steps
+
 
 @dataclass
 class TrainingConfig(EditedFiles, ColumnOptions):

@@ -1,7 +1,8 @@
 """The only training loop: a stream's updates, one after the other, and what goes on between them.
 
 A paradigm is an `Objective` (`rrhf.training.core.update`, which does the steps); data come from an
-`UpdateStream`. SFT, reward, rank and PPO differ in these two alone.
+`UpdateStream`. SFT, reward, rank and PPO differ in these two alone; what else goes on between steps
+is a `Hook`.
 
 A checkpoint may follow any step; SIGTERM and SIGINT end the run after one, and work between two
 steps that watches for them, as a rollout does, is dropped, to be done again on resume.
@@ -12,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,15 +24,16 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import NonFiniteError, StoppedBySignal, UserError
 from rrhf.models.finite import first_non_finite
 from rrhf.progress import Progress, figures
-from rrhf.runs import RunFolder, told_changes
+from rrhf.runs import told_changes
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.training.core.best import BestModel
 from rrhf.training.core.checkpoint import Checkpointer
-from rrhf.training.core.config import TrainingConfig
 from rrhf.training.core.held_out_figures import held_out_figures
+from rrhf.training.core.hooks import Hook, Hooks
 from rrhf.training.core.kept_models import KeptModels
 from rrhf.training.core.model_folders import ModelFolders
 from rrhf.training.core.offload import TRAIN
+from rrhf.training.core.opened_run import OpenedRun
 from rrhf.training.core.optim import (
     apply_settings,
     build_optimizer,
@@ -39,8 +41,7 @@ from rrhf.training.core.optim import (
     follow_schedule,
     optimizer_settings,
 )
-from rrhf.training.core.parallel import Parallel
-from rrhf.training.core.phases import Phases, as_metrics
+from rrhf.training.core.phases import as_metrics
 from rrhf.training.core.streams import LiveStream, UpdateStream
 from rrhf.training.core.tracking import Tracker, build_tracker
 from rrhf.training.core.update import Objective, Update
@@ -56,16 +57,6 @@ SHOWN = {
     "tokens_per_second": "{:.0f} tokens/s",
 }
 """How a step's metrics, and its rollout's, are shown on the way."""
-
-
-class Samples(Protocol):
-    """A table of responses that the stream and the evaluation fill."""
-
-    def send_to(self, tracker: Tracker) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,16 +91,10 @@ def run_training(
     model: nn.Module,
     objective: Objective,
     stream: UpdateStream,
-    config: TrainingConfig,
-    run: RunFolder,
-    parallel: Parallel,
+    opened: OpenedRun,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     models: ModelFolders | None = None,
-    stop: StopRequest | None = None,
-    samples: Samples | None = None,
-    phases: Phases | None = None,
-    on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
-    held: contextlib.ExitStack | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> TrainingOutcome:
     """Train until the stream ends.
 
@@ -117,17 +102,10 @@ def run_training(
         model: the trainable module, called by `forward(batch)` alone; weights in float32.
         objective: the terms of the loss.
         stream: micro-batches of each optimiser step.
-        config: steps, optimiser, logging, checkpoints.
-        run: an opened run folder (on the main rank).
-        parallel: ranks and engine.
+        opened: the run; steps, optimiser, logging and checkpoints are as its settings have them.
         evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
         models: how what is trained is written, where models are to be kept on the way.
-        stop: notes the signals that come, for a stream or an evaluation that watches for them. It
-            may raise `StoppedBySignal`, on all ranks, where it has changed nothing.
-        samples: that the stream and the evaluation fill.
-        phases: measures each step as the phase "train"; what it finds enters the step's row.
-        on_optimizer: is given the prepared optimiser.
-        held: where signals go on being noted after the steps, until it is closed.
+        hooks: what else goes on between steps.
 
     Raises:
         UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation; none
@@ -135,30 +113,25 @@ def run_training(
         NonFiniteError: loss, gradient or a weight is NaN or infinite.
         StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
     """
-    kept = KeptModels(run.path, models, config, parallel, evaluate is not None)
+    config, parallel = opened.config, opened.parallel
+    kept = KeptModels(opened.run.path, models, config, parallel, evaluate is not None)
     model.train()
     optimizer: torch.optim.Optimizer = build_optimizer(model, config)
     model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
     scheduler = build_scheduler(optimizer, config, stream.total_steps)
-    if on_optimizer is not None:
-        on_optimizer(optimizer)
-    checkpointer = Checkpointer(
-        run.checkpoints, parallel, model, optimizer, config.save_total_limit
-    )
-    loop = _Loop(model, optimizer, scheduler, objective, config, run, parallel, checkpointer, kept)
-    loop.samples, loop.phases = samples, phases
+    loop = _Loop(model, optimizer, scheduler, objective, opened, kept, Hooks(hooks))
     # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun,
     # and a late one sees what the first has just begun.
     if parallel.gather([config.resume_from_checkpoint])[0]:
         loop.resume(stream)
     else:
         loop.cut_back(0, {})
-    open_tracker = contextlib.closing(build_tracker(config, run.path, parallel.is_main))
+    open_tracker = contextlib.closing(build_tracker(config, opened.run.path, parallel.is_main))
     with open_tracker as tracker, contextlib.ExitStack() as ours:
-        stop = (ours if held is None else held).enter_context(caught_signals(stop))
-        if samples is not None:
-            samples.send_to(tracker)
-        return loop.run(stream, evaluate, tracker, stop)
+        held = ours if opened.held is None else opened.held
+        held.enter_context(caught_signals(opened.stop))
+        loop.hooks.begin(tracker, optimizer)
+        return loop.run(stream, evaluate, tracker, opened.stop)
 
 
 class _Loop:
@@ -170,21 +143,22 @@ class _Loop:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         objective: Objective,
-        config: TrainingConfig,
-        run: RunFolder,
-        parallel: Parallel,
-        checkpointer: Checkpointer,
+        opened: OpenedRun,
         kept: KeptModels,
+        hooks: Hooks,
     ) -> None:
+        self.config, self.folder, self.parallel = opened.config, opened.run, opened.parallel
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.update = Update(model, optimizer, objective, parallel, config.max_grad_norm, run.path)
-        self.config, self.folder = config, run
-        self.parallel, self.checkpointer, self.kept = parallel, checkpointer, kept
+        self.update = Update(
+            model, optimizer, objective, self.parallel, self.config.max_grad_norm, self.folder.path
+        )
+        self.checkpointer = Checkpointer(
+            self.folder.checkpoints, self.parallel, model, optimizer, self.config.save_total_limit
+        )
+        self.kept, self.hooks, self.phases = kept, hooks, opened.phases
         self.settings = optimizer_settings(optimizer)
-        self.phases: Phases | None = None
         self.step = 0
         self.saved_step = -1
-        self.samples: Samples | None = None
         self.metrics: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_step = -1
@@ -202,11 +176,12 @@ class _Loop:
         self.metrics, self.evaluation = state["metrics"], state["evaluation"]
         self.evaluated_step = int(state["evaluated_step"])
         stream.load_state_dict(state["stream"])
-        if isinstance(stream, LiveStream):
-            stream.load_tensors(state["tensors"])
         self.scheduler.load_state_dict(state["scheduler"])
         self._take_changed_settings(state)
         self.cut_back(self.step, state)
+        tensors = self.hooks.load_tensors(state["tensors"])
+        if isinstance(stream, LiveStream):
+            stream.load_tensors(tensors)
 
     def _take_changed_settings(self, state: dict[str, Any]) -> None:
         """What optimiser and schedule are told now holds, not what they were told before.
@@ -259,11 +234,10 @@ class _Loop:
 
     def cut_back(self, step: int, state: dict[str, Any]) -> None:
         """Forget what the run folder holds of steps after `step`; no state = of all."""
+        self.hooks.load_state_dict(state)  # first: one may refuse
         if self.parallel.is_main:
             self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
         self.kept.cut_back(step, state.get("best", {}))
-        if self.samples is not None:
-            self.samples.load_state_dict(state.get("samples", {}))
 
     def run(
         self,
@@ -315,6 +289,7 @@ class _Loop:
                 if isinstance(stream, LiveStream) and (news := stream.take_news()):
                     rollout = news
                     self._log({"step": self.step, **news}, tracker)
+                batches = [*self.hooks.before_step(self.step + 1), *batches]
                 before = time.monotonic()
                 row, step_tokens = self._measured_update(batches)
                 tokens += step_tokens
@@ -325,9 +300,7 @@ class _Loop:
                     "tokens_per_second": step_tokens / max(time.monotonic() - before, 1e-9),
                 }
                 self.scheduler.step()
-                stream.observe(self.metrics)
-                if isinstance(stream, LiveStream):
-                    self.metrics |= stream.metrics()
+                self.metrics |= self.hooks.after_step(self.step, self.metrics)
                 if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
                     self._log({"step": self.step, **self.metrics}, tracker)
                 progress.total = stream.total_steps
@@ -410,6 +383,7 @@ class _Loop:
             return
         if self.parallel.is_main:
             self.folder.metrics.sync()
+        stream_tensors = stream.tensors() if isinstance(stream, LiveStream) else {}
         self.checkpointer.save(
             self.step,
             {
@@ -421,9 +395,9 @@ class _Loop:
                 "evaluated_step": self.evaluated_step,
                 "metrics_offset": self.folder.metrics.offset if self.parallel.is_main else 0,
                 "best": self.kept.state_dict(),
-                "samples": {} if self.samples is None else self.samples.state_dict(),
+                "hooks": self.hooks.state_dict(),
             },
-            stream.tensors() if isinstance(stream, LiveStream) else None,
+            {**stream_tensors, **self.hooks.tensors()},
         )
         self.saved_step = self.step
         if self.parallel.is_main:

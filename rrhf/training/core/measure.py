@@ -6,15 +6,15 @@ mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import EncodedSet
 from rrhf.progress import Progress
 from rrhf.training.core.parallel import Parallel
-from rrhf.training.core.streams import GROUPING_STEPS, OfflineStream
+from rrhf.training.core.streams import GROUPING_STEPS, OfflineStream, StepCut
 from rrhf.training.core.token_batches import TokenBudget
 from rrhf.training.core.update import Objective
 
@@ -27,7 +27,6 @@ def measure(
     pad_id: int,
     per_device_batch_size: int,
     parallel: Parallel,
-    collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
     budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """One pass over all examples; every rank must call it and gets the same answer.
@@ -39,28 +38,19 @@ def measure(
         pad_id: filler of the batches.
         per_device_batch_size: prompts in one forward.
         parallel: ranks.
-        collate_fn: as the training stream's.
         budget: tokens of one forward, instead of `per_device_batch_size` prompts.
 
     Returns:
         "loss", "<term>_loss" for each term, and the terms' metrics.
     """
-    stream = OfflineStream(
-        examples,
-        pad_id,
-        per_device_batch_size,
-        1 if budget is None else GROUPING_STEPS,  # a longer stretch is cut better
-        rank=parallel.rank,
-        world_size=parallel.world_size,
-        collate_fn=collate_fn,
-        budget=budget,
-    )
+    accumulation = 1 if budget is None else GROUPING_STEPS  # a longer stretch is cut better
+    ranks = (parallel.rank, parallel.world_size)
+    cut = StepCut(pad_id, per_device_batch_size, accumulation, *ranks, budget)
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
-    weights: dict[str, float] = {}
     told = 0
     with Progress("evaluate", len(examples), "example") as progress:
-        for batch in (batch for batches in stream for batch in batches):
+        for batch in (batch for batches in OfflineStream(examples, cut) for batch in batches):
             # Counted where it was collated; a filler of another rank is no example.
             examples_done = int((batch.prompt_weights > 0).sum()) * parallel.world_size
             examples_done = min(examples_done, len(examples) - told)
@@ -68,22 +58,30 @@ def measure(
             batch = batch.to(parallel.device)
             denominators = objective.denominators(batch)
             for name, term in objective(model(batch), batch).items():
-                weights[name] = term.weight
-                _add(losses, name, term.total, denominators[name])
-                for key, (total, count) in term.metrics.items():
-                    _add(metrics, key, total, count)
+                total = term.total.double()
+                _add(losses, name, total, total * term.weight, denominators[name])
+                for key, pair in term.metrics.items():
+                    _add(metrics, key, *pair)
             progress.advance(examples_done)
-    rows = [*losses.values(), *metrics.values()]
-    summed = parallel.sum(torch.stack(rows))
-    means = [float(total / count) if count else 0.0 for total, count in summed]
-    by_term = dict(zip(losses, means[: len(losses)], strict=True))
+    by_term = _over_ranks(losses, parallel)
     return {
-        "loss": sum(weights[name] * value for name, value in by_term.items()),
-        **{f"{name}_loss": value for name, value in by_term.items()},
-        **dict(zip(metrics, means[len(losses) :], strict=True)),
+        "loss": sum(_mean(weighted, count) for _, weighted, count in by_term.values()),
+        **{f"{name}_loss": _mean(total, count) for name, (total, _, count) in by_term.items()},
+        **{name: _mean(*pair) for name, pair in _over_ranks(metrics, parallel).items()},
     }
 
 
-def _add(sums: dict[str, Tensor], name: str, total: Tensor, count: Tensor) -> None:
-    pair = torch.stack([total.double().cpu(), count.double().cpu()])
-    sums[name] = sums[name] + pair if name in sums else pair
+def _add(sums: dict[str, Tensor], name: str, *values: Tensor) -> None:
+    row = torch.stack([value.double().cpu() for value in values])
+    sums[name] = sums[name] + row if name in sums else row
+
+
+def _over_ranks(sums: dict[str, Tensor], parallel: Parallel) -> dict[str, list[float]]:
+    if not sums:
+        return {}
+    summed = parallel.sum(torch.stack(list(sums.values())))
+    return dict(zip(sums, summed.tolist(), strict=True))
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else 0.0

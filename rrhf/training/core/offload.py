@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from rrhf.files import explained_os_errors
+from rrhf.training.core.hooks import Hook
+from rrhf.training.core.tracking import Tracker
 
 ALIGNMENT = 64
 TRAIN = "train"
@@ -169,7 +171,7 @@ class _Group:
     is_off: bool = False
 
 
-class Offload:
+class Offload(Hook):
     """Moves tensors as phases begin.
 
     Args:
@@ -201,7 +203,7 @@ class Offload:
         if "train_model" in self.levels:
             self._add(module.parameters(), needed_in)
 
-    def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
         """What an optimiser remembers of each weight: on the device for the training alone."""
         if "optimizer" in self.levels:
             self._optimizer = optimizer

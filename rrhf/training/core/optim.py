@@ -71,7 +71,7 @@ def build_scheduler(
     return LambdaLR(
         optimizer,
         [
-            _delayed(factors[group["settings"]], groups[group["settings"]].frozen_steps)
+            _delayed(factors[group["settings"]], groups[group["settings"]])
             for group in optimizer.param_groups
         ],
     )
@@ -93,8 +93,8 @@ def _schedule(
     return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
 
 
-def _delayed(factor: Callable[[int], float], frozen_steps: int) -> Callable[[int], float]:
-    return lambda step: 0.0 if step < frozen_steps else factor(step)
+def _delayed(factor: Callable[[int], float], group: GroupSettings) -> Callable[[int], float]:
+    return lambda steps_done: 0.0 if group.is_frozen(steps_done) else factor(steps_done)
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -28,11 +28,12 @@ from rrhf.models.loading import (
 from rrhf.models.lora import add_lora
 from rrhf.models.saving import weights_below, write_model_folder
 from rrhf.runs import RunFolder
-from rrhf.signals import Interrupted, StopRequest
+from rrhf.signals import Interrupted
 from rrhf.training.core.best import forget_hidden
 from rrhf.training.core.config import TrainingConfig
 from rrhf.training.core.loop import TrainingOutcome
 from rrhf.training.core.model_folders import ModelFolders, Weights, WriteModel
+from rrhf.training.core.opened_run import OpenedRun
 from rrhf.training.core.outcome_summary import summary
 from rrhf.training.core.parallel import Parallel
 
@@ -40,28 +41,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Workbench:
-    """An opened run: what a trainer works with.
+class Workbench(OpenedRun):
+    """An opened run, with what a trainer needs besides.
 
     Attributes:
-        config: its settings.
-        run: the run folder, held by the main rank.
-        parallel: ranks and engine.
         tokenizer: of the model.
         codec: the token boundary.
         started: `time.monotonic()` at the start.
-        stop: notes the signals that come from the first step until the run is finished.
-        held: what notes them.
+        held: notes signals from the first step until the run is finished.
     """
 
-    config: TrainingConfig
-    run: RunFolder
-    parallel: Parallel
     tokenizer: PreTrainedTokenizerBase
     codec: ChatCodec
     started: float
-    stop: StopRequest = field(default_factory=StopRequest)
-    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, kw_only=True)
 
 
 @contextlib.contextmanager

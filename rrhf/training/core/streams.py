@@ -13,7 +13,7 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
@@ -48,8 +48,6 @@ class UpdateStream(Protocol):
 
     def __iter__(self) -> Iterator[list[TokenBatch]]: ...
 
-    def observe(self, metrics: dict[str, float]) -> None: ...
-
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -65,10 +63,6 @@ class LiveStream(UpdateStream, Protocol):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take it up again; called after `load_state_dict`."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """What else belongs into the row of the step that was just observed."""
         ...
 
     def take_news(self) -> dict[str, float]:
@@ -122,66 +116,108 @@ class EncodedExamples(Sequence[EncodedSet]):
         return example
 
 
+@dataclass(frozen=True)
+class StepCut:
+    """How large an optimiser step is, and how it is cut into micro-batches over the ranks.
+
+    Attributes:
+        pad_id: filler of the batches.
+        per_device_train_batch_size: examples a micro-batch.
+        gradient_accumulation_steps: micro-batches a step and rank; the product of both is the
+            step's share of examples where a budget cuts it otherwise.
+        rank, world_size: this process among all.
+        budget: cut each step by tokens instead of by number.
+    """
+
+    pad_id: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+    budget: TokenBudget | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"--{name} {value}: must be 1 or more")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples of a step on all ranks."""
+        mine = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return mine * self.world_size
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of the budget."""
+        return None if self.budget is None else self.budget.tokens
+
+    def batches(
+        self,
+        examples: Sequence[EncodedSet],
+        indices: Sequence[int],
+        size_of: Callable[[int], Size],
+        filler: Callable[[], int],
+    ) -> list[TokenBatch]:
+        """This rank's micro-batches of a step, as many as every rank has.
+
+        Args:
+            examples: of the run.
+            indices: of the step's examples.
+            size_of: gives an example's size, where a budget asks for it.
+            filler: gives the example that a short rank repeats, with weight zero.
+        """
+        if self.budget is None:
+            count, size = len(indices), self.per_device_train_batch_size
+            cut = even_batches(count, size, self.world_size)
+        else:
+            cut = micro_batches([size_of(i) for i in indices], self.budget, self.world_size)
+        batches = []
+        for places in cut[self.rank]:
+            mine = [examples[indices[place]] for place in places]
+            if not mine:
+                mine = [replace(examples[filler()], weight=0.0)]
+            batches.append(collate(mine, self.pad_id))
+        return batches
+
+    def told(self, sizes: Sequence[Size]) -> str:
+        """How a budget cuts a step of such examples, in words."""
+        assert self.budget is not None, "there is no budget"
+        return told(micro_batches(sizes, self.budget, self.world_size), sizes, self.budget)
+
+
 class OfflineStream:
     """Passes over a fixed set of examples.
 
     Args:
         examples: what to train on, with `lengths` where they are grouped by length.
-        pad_id: filler of the batches.
-        per_device_train_batch_size: prompts a micro-batch.
-        gradient_accumulation_steps: micro-batches a step and rank; the product of both is the
-            step's share of prompts where a budget cuts it otherwise.
+        cut: of each step.
         num_train_epochs: passes, fractions allowed.
         max_steps: -1, or the number of optimiser steps.
         seed: of the order.
-        rank, world_size: this process among all.
         group_by_length: sort prompts by length within stretches of `GROUPING_STEPS` steps.
-        collate_fn: makes a batch of encoded sets; `rrhf.data.collate.collate` by default.
-        budget: cut each step by tokens instead of by number.
     """
 
     def __init__(
         self,
         examples: Sequence[EncodedSet],
-        pad_id: int,
-        per_device_train_batch_size: int,
-        gradient_accumulation_steps: int = 1,
+        cut: StepCut,
         num_train_epochs: float = 1.0,
         max_steps: int = -1,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         group_by_length: bool = False,
-        lengths: Sequence[int] | None = None,
-        collate_fn: Callable[[Sequence[EncodedSet], int], TokenBatch] = collate,
-        budget: TokenBudget | None = None,
     ) -> None:
-        for name, value in (
-            ("per_device_train_batch_size", per_device_train_batch_size),
-            ("gradient_accumulation_steps", gradient_accumulation_steps),
-        ):
-            if value < 1:
-                raise UserError(f"--{name} {value}: must be 1 or more")
         if max_steps <= 0 and num_train_epochs <= 0:
             raise UserError(
                 f"--num_train_epochs {num_train_epochs}: must be above 0, or give --max_steps"
             )
-        self._examples = examples
-        self._pad_id = pad_id
-        self._per_device = per_device_train_batch_size
-        self._rank, self._world_size = rank, world_size
-        self._seed = seed
-        self._collate = collate_fn
-        self.global_batch_size = (
-            per_device_train_batch_size * gradient_accumulation_steps * world_size
-        )
-        self._known_lengths = getattr(examples, "lengths", None) if lengths is None else lengths
+        self._examples, self._cut, self._seed = examples, cut, seed
+        self.global_batch_size = cut.global_batch_size
         self._group_by_length = group_by_length
         self.steps_per_epoch = math.ceil(len(examples) / self.global_batch_size)
         by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch)
         self.total_steps = max_steps if max_steps > 0 else max(by_epochs, 1)
         self._step = 0
-        self._budget = budget
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         order: list[list[int]] = []
@@ -195,7 +231,8 @@ class OfflineStream:
     @functools.cached_property
     def _lengths(self) -> Sequence[int]:
         """Tokens of each example."""
-        return self._known_lengths or [example.num_tokens for example in self._examples]
+        known = getattr(self._examples, "lengths", None)
+        return known or [example.num_tokens for example in self._examples]
 
     @functools.cached_property
     def _sizes(self) -> Sequence[Size]:
@@ -206,13 +243,9 @@ class OfflineStream:
         """Tells other data apart that has as many examples."""
         return hashlib.sha256(" ".join(map(str, self._lengths)).encode()).hexdigest()
 
-    def told(self, budget: TokenBudget) -> str:
-        """How the first step of all is cut by a budget."""
-        sizes = [self._sizes[i] for i in self._epoch_order(0)[0]]
-        return told(micro_batches(sizes, budget, self._world_size), sizes, budget)
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        """Offline data does not change with the metrics."""
+    def told(self) -> str:
+        """How the first step of all is cut by the budget."""
+        return self._cut.told([self._sizes[i] for i in self._epoch_order(0)[0]])
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and what must not differ for it to mean the same."""
@@ -221,10 +254,10 @@ class OfflineStream:
             "examples": len(self._examples),
             "lengths_sha256": self._lengths_digest,
             "global_batch_size": self.global_batch_size,
-            "world_size": self._world_size,
+            "world_size": self._cut.world_size,
             "seed": self._seed,
             "group_by_length": self._group_by_length,
-            "max_tokens_per_batch": None if self._budget is None else self._budget.tokens,
+            "max_tokens_per_batch": self._cut.max_tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,17 +303,9 @@ class OfflineStream:
         return steps
 
     def _micro_batches(self, indices: Sequence[int]) -> list[TokenBatch]:
-        if self._budget is None:
-            cut = even_batches(len(indices), self._per_device, self._world_size)
-            filler = indices[0]
-        else:
-            sizes = [self._sizes[i] for i in indices]
-            cut = micro_batches(sizes, self._budget, self._world_size)
-            filler = min(indices, key=lambda i: tokens_of([self._sizes[i]], PADDED))
-        batches = []
-        for places in cut[self._rank]:
-            mine = [self._examples[indices[place]] for place in places]
-            if not mine:
-                mine = [replace(self._examples[filler], weight=0.0)]
-            batches.append(self._collate(mine, self._pad_id))
-        return batches
+        def filler() -> int:
+            if self._cut.budget is None:
+                return indices[0]
+            return min(indices, key=lambda i: tokens_of([self._sizes[i]], PADDED))
+
+        return self._cut.batches(self._examples, indices, lambda i: self._sizes[i], filler)

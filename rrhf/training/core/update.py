@@ -89,7 +89,6 @@ class Update:
         batches = [batch.to(self.parallel.device) for batch in batches]
         denominators = self._denominators(batches)
         totals: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
         for position, batch in enumerate(batches):
             is_last = position == len(batches) - 1
             with self.parallel.micro_step(self.model, is_last):
@@ -100,11 +99,10 @@ class Update:
             _add(totals, terms)
             if not is_last:
                 pulse(f"micro-batch {position + 1} of {len(batches)}")
-            weights = {name: term.weight for name, term in terms.items()}
         norm = self.parallel.take_step(self.model, self.optimizer, self.max_grad_norm)
         if math.isinf(norm) or (math.isnan(norm) and self.parallel.kind != "DEEPSPEED"):
             self._stop(f"the gradient norm is {norm}", batches[-1], step)
-        row, num_tokens = self._metrics(totals, weights, denominators, batches)
+        row, num_tokens = self._metrics(totals, denominators, batches)
         return {**row, "grad_norm": norm}, num_tokens
 
     def _denominators(self, batches: list[TokenBatch]) -> dict[str, Tensor]:
@@ -142,7 +140,6 @@ class Update:
     def _metrics(
         self,
         totals: dict[str, Tensor],
-        weights: dict[str, float],
         denominators: dict[str, Tensor],
         batches: list[TokenBatch],
     ) -> tuple[dict[str, float], int]:
@@ -158,11 +155,11 @@ class Update:
         summed = self.parallel.sum(on_host)
         self.left_non_finite = bool(summed[-1, 1] > 0)
         values = dict(zip(names, summed[:-1].tolist(), strict=True))
-        losses = {
-            name: _ratio(values.pop(_TERM + name)[0], float(denominators[name])) for name in weights
-        }
-        row = {"loss": sum(weights[name] * value for name, value in losses.items())}
-        row |= {f"{name}_loss": value for name, value in losses.items()}
+        row = {"loss": 0.0}
+        for name in [key.removeprefix(_TERM) for key in totals if key.startswith(_TERM)]:
+            total, weighted = values.pop(_TERM + name)
+            row["loss"] += _ratio(weighted, float(denominators[name]))
+            row[f"{name}_loss"] = _ratio(total, float(denominators[name]))
         row |= {name: _ratio(total, count) for name, (total, count) in values.items()}
         return row, int(summed[-1, 0])
 
@@ -180,12 +177,14 @@ def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
 
 
 def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
-    """Add one micro-batch's totals: under a term's own key, and each metric's (total, count).
+    """Add one micro-batch's totals: under a term's own key the plain one and the one that enters
+    the loss, and each metric's (total, count).
 
     They stay on the device.
     """
     for name, term in terms.items():
-        pairs = {_TERM + name: (term.total, torch.zeros_like(term.total)), **term.metrics}
+        weighted = term.total.detach().double() * term.weight
+        pairs = {_TERM + name: (term.total, weighted), **term.metrics}
         for key, (total, count) in pairs.items():
             pair = torch.stack([total.detach().double(), count.detach().to(total.device).double()])
             totals[key] = totals[key] + pair if key in totals else pair

@@ -11,7 +11,7 @@ from rrhf.data.collate import EncodedSet
 from rrhf.training.core.config import TrainingConfig
 from rrhf.training.core.measure import measure
 from rrhf.training.core.setup import Workbench
-from rrhf.training.core.streams import OfflineStream
+from rrhf.training.core.streams import OfflineStream, StepCut
 from rrhf.training.core.token_batches import TokenBudget, layout_of, sizes_of, warn_of_lone
 from rrhf.training.core.update import Objective
 
@@ -32,6 +32,24 @@ def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None
     return TokenBudget(config.max_tokens_per_batch, layout_of(model, config.model_max_length))
 
 
+def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
+    """An optimiser step as the run's settings ask for it.
+
+    Args:
+        bench: of the run.
+        model: that will compute its batches.
+    """
+    config, parallel = bench.config, bench.parallel
+    return StepCut(
+        bench.codec.pad_id,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        parallel.rank,
+        parallel.world_size,
+        token_budget(config, model),
+    )
+
+
 def offline_stream(
     bench: Workbench, examples: Sequence[EncodedSet], model: nn.Module
 ) -> OfflineStream:
@@ -42,24 +60,18 @@ def offline_stream(
         examples: to train on.
         model: that will compute them.
     """
-    config = bench.config
-    budget = token_budget(config, model)
+    config, cut = bench.config, step_cut(bench, model)
     stream = OfflineStream(
         examples,
-        bench.codec.pad_id,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
+        cut,
         config.num_train_epochs,
         config.max_steps,
         config.seed,
-        bench.parallel.rank,
-        bench.parallel.world_size,
         config.group_by_length,
-        budget=budget,
     )
-    if budget is not None:
-        warn_of_lone(sizes_of(examples), budget)
-        logger.info("token batches: %s in the first step", stream.told(budget))
+    if cut.budget is not None:
+        warn_of_lone(sizes_of(examples), cut.budget)
+        logger.info("token batches: %s in the first step", stream.told())
     return stream
 
 

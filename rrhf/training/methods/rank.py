@@ -171,13 +171,9 @@ def train(config: RankConfig) -> Path:
             policy,
             objective,
             offline_stream(bench, examples, policy),
-            config,
-            bench.run,
-            bench.parallel,
+            bench,
             held_out_evaluation(bench, objective, held_out_examples),
             models,
-            stop=bench.stop,
-            held=bench.held,
         )
         return finish_run(
             bench,

@@ -48,7 +48,7 @@ from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.offline import held_out_evaluation, offline_stream
 from rrhf.training.methods.reward_config import RewardConfig
 from rrhf.training.methods.reward_examples import PreferenceEncoder, held_out_metrics
-from rrhf.training.methods.score_watch import ScoreWatch, WatchedStream
+from rrhf.training.methods.score_watch import ScoreWatch
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class RewardObjective:
     """
 
     def __init__(self, config: RewardConfig, watch: ScoreWatch | None = None) -> None:
-        self.config = config
-        self.watch = watch or ScoreWatch(None)
+        self.config, self.watch = config, watch
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Prompts or pairs, and the number of scores that are regularised."""
@@ -92,9 +91,9 @@ class RewardObjective:
             batch: with the preferences in `scores`.
         """
         end_scores = self.end_scores(outputs, batch)
-        if torch.is_grad_enabled():
+        normalizer = None if self.watch is None else self.watch.normalizer
+        if self.watch is not None and torch.is_grad_enabled():
             self.watch.see(end_scores.detach()[batch.row_weights > 0])
-        normalizer = self.watch.normalizer
         if self.config.normalize_score_during_training and normalizer is not None:
             outputs = normalize(outputs, normalizer.mean, normalizer.std)
         preferences, valid = _preferences(batch)
@@ -212,7 +211,7 @@ def train(config: RewardConfig) -> Path:
             if config.normalizer_type == "none"
             else build_normalizer(config.normalizer_type, config.normalizer_momentum)
         )
-        watch = ScoreWatch(normalizer)
+        watch = ScoreWatch(normalizer, bench.parallel)
         objective = RewardObjective(config, watch)
         write = model_writer(bench, model.model)
 
@@ -225,14 +224,11 @@ def train(config: RewardConfig) -> Path:
         outcome = run_training(
             model,
             objective,
-            WatchedStream(offline_stream(bench, examples, model), watch, bench.parallel),
-            config,
-            bench.run,
-            bench.parallel,
+            offline_stream(bench, examples, model),
+            bench,
             held_out_evaluation(bench, objective, held_out_examples, held_out_metrics),
             models,
-            stop=bench.stop,
-            held=bench.held,
+            [watch],
         )
         return finish_run(
             bench,

@@ -151,13 +151,9 @@ def train(config: SFTConfig) -> Path:
             policy,
             objective,
             offline_stream(bench, examples, policy),
-            config,
-            bench.run,
-            bench.parallel,
+            bench,
             held_out_evaluation(bench, objective, held_out_examples, _measured),
             models,
-            stop=bench.stop,
-            held=bench.held,
         )
         return finish_run(
             bench,

@@ -29,7 +29,7 @@ from rrhf.training.core.setup import (
     policy_on_engine,
     prepare_trainable,
 )
-from rrhf.training.online.ema import AveragedStream
+from rrhf.training.online.ema import WeightAverage
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
 
@@ -56,7 +56,7 @@ def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
 
 
 def model_folders(
-    bench: Workbench, root: ActorCritic, average: AveragedStream | None
+    bench: Workbench, root: ActorCritic, average: WeightAverage | None
 ) -> ModelFolders:
     """`policy`, `value` where there is a critic, `policy_ema` where there is an average."""
     write_policy = model_writer(bench, root.policy.model, "policy.model.")

@@ -10,7 +10,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rrhf.training.core.hooks import Hook
 from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.listeners import MadeRollout
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_settings import PPOSettings
 
@@ -22,16 +24,17 @@ ROLLOUTS = {"endless": 3, "tied": 3, "blind": 8}
 _TO_COMPARE = 2
 
 
-class NoLearning:
+class NoLearning(Hook):
     """Watches rollouts.
 
     Args:
         config: what helps depends on it.
     """
 
+    name = "signs"
+
     def __init__(self, config: PPOSettings) -> None:
         self._config = config
-        self._rollouts = 0
         self._in_a_row = dict.fromkeys(ROLLOUTS, 0)
         self._said: set[str] = set()
         self._last: Mapping[str, float] = {}
@@ -42,58 +45,49 @@ class NoLearning:
             "blind": self._blind,
         }
 
-    def see(
-        self, metrics: Mapping[str, float], rows: Sequence[RolloutRow], is_warm_up: bool = False
-    ) -> None:
-        """Look at the next rollout.
-
-        Args:
-            metrics: of the rollout.
-            rows: its responses.
-            is_warm_up: the critic is still learning alone.
-        """
-        self._rollouts += 1
+    def see_rollout(self, rollout: MadeRollout) -> None:
+        """Look at the next rollout."""
+        metrics, rows = rollout.metrics, rollout.rows
         self._last = metrics
         is_grouped = METHODS[self._config.method].needs_group
         self._is_lone = is_grouped and not compared(rows, is_grouped)
         signs = {
             "endless": metrics["finished_fraction"] == 0.0,
             "tied": nothing_compares(rows, is_grouped),
-            "blind": not is_warm_up and metrics.get("explained_variance", 1.0) <= 0.0,
+            # A critic that learns alone is given time.
+            "blind": metrics.get("explained_variance", 1.0) <= 0.0
+            and not self._config.is_warm_up(rollout.steps_done),
         }
         for sign, is_there in signs.items():
             self._in_a_row[sign] = self._in_a_row[sign] + 1 if is_there else 0
             if self._in_a_row[sign] == ROLLOUTS[sign]:
                 self._say(sign)
 
-    def finish(self) -> None:
-        """The run is over: say what every one of its rollouts has shown."""
+    def finish(self, rollouts: int, last: Mapping[str, float]) -> None:
+        """The run is over: say what every one of its rollouts has shown.
+
+        Args:
+            rollouts: of the whole run.
+            last: the metrics of the last of them.
+        """
+        self._last = last
         for sign, times in self._in_a_row.items():
-            if times and times == self._rollouts:
+            if times and times == rollouts:
                 self._say(sign)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen and said so far."""
         return {
-            "rollouts": self._rollouts,
             "in_a_row": dict(self._in_a_row),
             "said": sorted(self._said),
             "is_lone": self._is_lone,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], last: Mapping[str, float]) -> None:
-        """Go on watching.
-
-        Args:
-            state: of `state_dict`; of what it lacks, only that the rollouts were without a sign is
-                assumed.
-            last: the metrics of the last rollout that was seen.
-        """
-        self._rollouts = int(state["rollouts"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on watching; of what the state lacks, no sign is assumed to have been seen."""
         self._in_a_row |= state.get("in_a_row", {})
         self._said = set(state.get("said", ()))
         self._is_lone = bool(state.get("is_lone", False))
-        self._last = last
 
     def _say(self, sign: str) -> None:
         if sign not in self._said:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import nn
@@ -32,31 +32,33 @@ from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.scoring.scorer import LocalScorer
+from rrhf.training.core.hooks import Hook
 from rrhf.training.core.loop import run_training
 from rrhf.training.core.offload import TRAIN, Offload, build_store
 from rrhf.training.core.offload_levels import parse_levels
 from rrhf.training.core.phases import Phases, as_table, over_ranks, peak_meter
 from rrhf.training.core.reference import frozen_copy
 from rrhf.training.core.setup import Workbench, finish_run, opened_workbench
-from rrhf.training.core.streams import EncodedExamples, LiveStream, OfflineStream
-from rrhf.training.core.token_batches import TokenBudget
+from rrhf.training.core.streams import EncodedExamples, OfflineStream, StepCut
 from rrhf.training.core.update import Objective
 from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.objectives import OBJECTIVES
-from rrhf.training.methods.offline import token_budget
+from rrhf.training.methods.offline import step_cut
 from rrhf.training.methods.rank import RankObjective
 from rrhf.training.methods.sft import SFTEncoder
 from rrhf.training.online.actors import build_root, model_folders
-from rrhf.training.online.ema import AveragedStream
+from rrhf.training.online.ema import WeightAverage
 from rrhf.training.online.experience import build_experience
 from rrhf.training.online.methods import METHODS
+from rrhf.training.online.no_learning import NoLearning
 from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.ppo_checks import EVALUATION_MEASURES
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.online.prompts import fitting_prompts
-from rrhf.training.online.ptx import PtxObjective, PtxStream, marked
+from rrhf.training.online.ptx import Ptx, PtxObjective, marked
 from rrhf.training.online.rollout import RolloutWriter, UnusableRollout
 from rrhf.training.online.sample_table import SampleTable
+from rrhf.training.online.step_hooks import CriticWarmUp, LargestRatio, RolloutPasses
 from rrhf.training.online.stream import PPOStream
 
 logger = logging.getLogger(__name__)
@@ -78,11 +80,11 @@ def train(config: PPOConfig) -> Path:
         trust_remote_code=config.trust_remote_code,
     )
     check_scorer(config.reward_model_name_or_path, scoring)
-    with opened_workbench(config) as bench, _offload(config, bench) as offload:
-        stop = bench.stop
+    with opened_workbench(config) as opened, _offload(config, opened) as offload:
         phases = Phases(
-            peak_meter(bench.parallel.device), offload.enter if offload.levels else None
+            peak_meter(opened.parallel.device), offload.enter if offload.levels else None
         )
+        bench = replace(opened, phases=phases)
         read = SourceCounts()
         edited = config.accept_edited_files
         prompts = load_sets(
@@ -113,9 +115,7 @@ def train(config: PPOConfig) -> Path:
         offload.add_trained(root.policy, {"generate", *reading})
         if root.value is not None:
             offload.add_trained(root.value, {"read", TRAIN})
-        writer = RolloutWriter(
-            root, reference, bench.codec, scorer, config, bench.parallel, stop, phases
-        )
+        writer = RolloutWriter(root, reference, scorer, config, bench)
         fitting, num_cut = fitting_prompts(prompts, writer, config.train_datasets)
         controller = build_kl_controller(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
@@ -123,24 +123,16 @@ def train(config: PPOConfig) -> Path:
         method = METHODS[config.method]
         ppo_objective = None if method.ranks else PPOObjective(config, controller)
         normalizer: Normalizer | None = RunningMeanStd() if config.normalize_reward else None
-        budget = token_budget(config, root)
+        cut = step_cut(bench, root)
         samples = SampleTable(
             bench.run.samples if bench.parallel.is_main else None,
             config.sample_table_steps,
             config.sample_table_rows,
         )
-        stream = PPOStream(
-            fitting,
-            writer,
-            config,
-            controller,
-            normalizer,
-            ppo_objective,
-            bench.codec.pad_id,
-            bench.parallel,
-            samples,
-            budget,
-        )
+        signs = NoLearning(config)
+        stream = PPOStream(fitting, writer, config, controller, normalizer, cut, [samples, signs])
+        passes = RolloutPasses(stream, config.target_kl)
+        hooks: list[Hook] = [offload, signs, passes]
         evaluate = None
         if held_out:
             asked, _ = fitting_prompts(held_out, writer, str(config.eval_datasets))
@@ -148,36 +140,26 @@ def train(config: PPOConfig) -> Path:
         objective: Objective = ppo_objective or RankObjective(
             OBJECTIVES[method.objective].build(config.method_settings)
         )
-        feed: LiveStream = stream
-        if config.ptx_datasets and ppo_objective is not None:
-            objective = PtxObjective(ppo_objective, config.ptx_coeff)
-            feed = PtxStream(stream, _demonstrations(config, bench, stream.total_steps, budget))
+        if ppo_objective is not None:
+            warm_up = CriticWarmUp(ppo_objective, config)
+            hooks += [LargestRatio(ppo_objective, bench.parallel), warm_up]
+            if config.ptx_datasets:
+                objective = PtxObjective(ppo_objective, config.ptx_coeff)
+                hooks.append(Ptx(_demonstrations(config, bench, stream.total_steps, cut)))
         average = None
         if config.use_ema:
-            feed = average = AveragedStream(feed, root.policy, config.ema_beta, bench.parallel)
+            average = WeightAverage(root.policy, config.ema_beta, bench.parallel)
+            hooks.append(average)
+        hooks.append(samples)
         models = model_folders(bench, root, average)
-        outcome = run_training(
-            root,
-            objective,
-            feed,
-            config,
-            bench.run,
-            bench.parallel,
-            evaluate,
-            models,
-            stop,
-            samples,
-            phases,
-            offload.add_optimizer,
-            bench.held,
-        )
-        stream.signs.finish()
-        if stream.rollouts_cut:
+        outcome = run_training(root, objective, stream, bench, evaluate, models, hooks)
+        signs.finish(stream.rollout_number + 1, stream.rollout_metrics)
+        if passes.rollouts_cut:
             logger.info(
                 "%d rollouts passed --target_kl %g: %d steps were skipped",
-                stream.rollouts_cut,
+                passes.rollouts_cut,
                 config.target_kl,
-                stream.steps_skipped,
+                passes.steps_skipped,
             )
         spent = over_ranks(bench.parallel.gather([phases.total]))
         logger.info(
@@ -270,7 +252,7 @@ def _evaluation(
 
 
 def _demonstrations(
-    config: PPOConfig, bench: Workbench, total_steps: int, budget: TokenBudget | None
+    config: PPOConfig, bench: Workbench, total_steps: int, cut: StepCut
 ) -> OfflineStream:
     """Batches of `--ptx_datasets`, as large as those of experience."""
     assert config.ptx_datasets is not None, "there are no demonstrations"
@@ -291,13 +273,5 @@ def _demonstrations(
         return None if example is None else marked(example)
 
     return OfflineStream(
-        EncodedExamples(sets, encode_marked),
-        bench.codec.pad_id,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        max_steps=total_steps,
-        seed=config.seed,
-        rank=bench.parallel.rank,
-        world_size=bench.parallel.world_size,
-        budget=budget,
+        EncodedExamples(sets, encode_marked), cut, max_steps=total_steps, seed=config.seed
     )

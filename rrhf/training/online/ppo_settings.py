@@ -238,6 +238,10 @@ class PPOSettings(TrainingConfig):
         high = self.clip_range_ratio_high
         return self.clip_range_ratio if high is None else high
 
+    def is_warm_up(self, steps_done: int) -> bool:
+        """Whether the critic learns alone in the step after so many."""
+        return self.groups()[0].is_frozen(steps_done)
+
     @property
     def prompts_per_rollout(self) -> int:
         return self.rollout_size // self.num_return_sequences

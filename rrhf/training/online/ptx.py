@@ -1,14 +1,14 @@
 """Demonstrations next to experience: PPO-ptx, which keeps the policy a language model.
 
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
-demonstrations, whose cross-entropy is one more term. It wraps an objective and a stream and knows
-nothing else of them. A demonstration says so in its batch's `extras`; for it the wrapped terms are
-zero times what the actor-critic returned, so that every weight takes part in every backward pass.
+demonstrations, whose cross-entropy is one more term. A demonstration says so in its batch's
+`extras`; for it the terms of the wrapped objective are zero times what the actor-critic returned, so
+that every weight takes part in every backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from rrhf.algorithms.cross_entropy import cross_entropy
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.models.policy_with_value import ActorCriticOutputs
+from rrhf.training.core.hooks import Hook
 from rrhf.training.core.streams import OfflineStream
 from rrhf.training.core.update import Term
 from rrhf.training.online.objective import PPOObjective
-from rrhf.training.online.stream import PPOStream
 
 _MARK = "is_demonstration"
 
@@ -65,44 +65,24 @@ class PtxObjective:
         return {**{name: Term(nothing) for name in names}, "ptx": Term(total, weight)}
 
 
-class PtxStream:
-    """Steps of experience, each with a batch of demonstrations before it.
+class Ptx(Hook):
+    """Adds a batch of demonstrations to each step.
 
     Args:
-        inner: the experience.
-        demonstrations: as many steps, or more.
+        demonstrations: as many steps as there are, or more.
     """
 
-    def __init__(self, inner: PPOStream, demonstrations: OfflineStream) -> None:
-        assert demonstrations.total_steps >= inner.total_steps, "each step has demonstrations"
-        self._inner, self._demonstrations = inner, demonstrations
-        self.total_steps = inner.total_steps
+    name = "demonstrations"
 
-    def __iter__(self) -> Iterator[list[TokenBatch]]:
-        # The experience comes last in a step: its terms' weights are the ones that are logged.
-        for experience, demonstrations in zip(self._inner, self._demonstrations, strict=False):
-            yield [*demonstrations, *experience]
+    def __init__(self, demonstrations: OfflineStream) -> None:
+        self._demonstrations, self._steps = demonstrations, iter(demonstrations)
 
-    def observe(self, metrics: dict[str, float]) -> None:
-        self._inner.observe(metrics)
-        self.total_steps = self._inner.total_steps
-
-    def metrics(self) -> dict[str, float]:
-        return self._inner.metrics()
-
-    def take_news(self) -> dict[str, float]:
-        return self._inner.take_news()
+    def batches(self) -> list[TokenBatch]:
+        return next(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._inner.state_dict(), "demonstrations": self._demonstrations.state_dict()}
+        return self._demonstrations.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._inner.load_state_dict(state)
-        self._demonstrations.load_state_dict(state["demonstrations"])
-        self.total_steps = self._inner.total_steps
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self._inner.tensors()
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self._inner.load_tensors(tensors)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self._demonstrations.load_state_dict(dict(state))

@@ -37,9 +37,8 @@ from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
 from rrhf.runs import RunFolder
 from rrhf.scoring.scorer import Scorer, is_too_long
-from rrhf.signals import StopRequest
-from rrhf.training.core.parallel import Parallel
 from rrhf.training.core.phases import Phases, Spent, over_ranks, peak_meter
+from rrhf.training.core.setup import Workbench
 from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.online.reading import Draft, Reader
@@ -85,28 +84,23 @@ class RolloutWriter:
         root: the trained actor-critic itself, which stays live under any wrapping; not spread yet.
         reference: a frozen copy of the first policy, whole on each rank; None = the policy's own
             weights, adapters off.
-        codec: the token boundary.
         scorer: any.
         config: sampling and batch sizes.
-        parallel: ranks.
-        stop: what signals asked for; by default none ever comes.
-        phases: what measures time and memory.
+        bench: of the run.
     """
 
     def __init__(
         self,
         root: ActorCritic,
         reference: Policy | None,
-        codec: ChatCodec,
         scorer: Scorer,
         config: PPOConfig,
-        parallel: Parallel,
-        stop: StopRequest | None = None,
-        phases: Phases | None = None,
+        bench: Workbench,
     ) -> None:
+        codec, parallel = bench.codec, bench.parallel
         self._root, self._reference = root, reference
-        self._stop = stop or StopRequest()
-        self._phases = phases or Phases(peak_meter(parallel.device))
+        self._stop = bench.stop
+        self._phases = bench.phases or Phases(peak_meter(parallel.device))
         self._codec, self._scorer = codec, scorer
         self._config, self._parallel = config, parallel
         self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences

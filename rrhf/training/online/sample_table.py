@@ -13,17 +13,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from rrhf.records import CandidateSet
 from rrhf.runs import MetricsLog
+from rrhf.training.core.hooks import Hook
 from rrhf.training.core.tracking import Tracker
 from rrhf.training.online.experience import Experience, RolloutRow
+from rrhf.training.online.listeners import MadeRollout
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "response", "score", "reward", "kl", "finish")
 
 
-class SampleTable:
+class SampleTable(Hook):
     """Writes and shows samples.
 
     Args:
@@ -33,6 +37,8 @@ class SampleTable:
         is_terminal: whether someone looks on; by default whether messages go to a terminal.
     """
 
+    name = "samples"
+
     def __init__(
         self, log: MetricsLog | None, every: int, count: int, is_terminal: bool | None = None
     ) -> None:
@@ -41,32 +47,18 @@ class SampleTable:
         self._tracker = Tracker()
         self._window = -1  # of `every` steps, that the last table of a rollout lies in
 
-    def send_to(self, tracker: Tracker) -> None:
-        """Also send tables there."""
+    def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
+        """Also send tables to the tracker."""
         self._tracker = tracker
 
-    def show_rollout(
-        self,
-        step: int,
-        number: int,
-        prompts: Sequence[CandidateSet],
-        rows: Sequence[RolloutRow],
-        experience: Experience,
-    ) -> None:
-        """Show a rollout, where it is time for one.
-
-        Args:
-            step: optimiser steps done before it.
-            number: of the rollout.
-            prompts: that it answers.
-            rows: its responses.
-            experience: made of them.
-        """
+    def see_rollout(self, rollout: MadeRollout) -> None:
+        """Show a rollout, where it is time for one."""
+        step = rollout.steps_done
         if self._every < 1 or step // self._every <= self._window:
             return
         self._window = step // self._every
-        place = {"step": step, "source": "rollout", "rollout": number}
-        self._show(place, prompts, rows, experience)
+        place = {"step": step, "source": "rollout", "rollout": rollout.number}
+        self._show(place, rollout.prompts, rollout.rows, rollout.experience)
 
     def show_evaluation(
         self,
@@ -75,7 +67,7 @@ class SampleTable:
         rows: Sequence[RolloutRow],
         experience: Experience,
     ) -> None:
-        """Show an evaluation after a step; `show_rollout` says what the rest is."""
+        """Show an evaluation after a step; the rest is as in `MadeRollout`."""
         if self._every > 0:
             self._show({"step": step, "source": "evaluation"}, prompts, rows, experience)
 

@@ -17,7 +17,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,32 +24,20 @@ from torch import Tensor
 
 from rrhf.algorithms.kl import KLController
 from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
-from rrhf.training.core.parallel import Parallel
 from rrhf.training.core.phases import as_metrics
-from rrhf.training.core.token_batches import (
-    PADDED,
-    Size,
-    TokenBudget,
-    even_batches,
-    micro_batches,
-    tokens_of,
-    told,
-    warn_of_lone,
-)
+from rrhf.training.core.streams import StepCut
+from rrhf.training.core.token_batches import PADDED, Size, tokens_of, warn_of_lone
 from rrhf.training.online.experience import build_experience, pack, unpack
+from rrhf.training.online.listeners import MadeRollout, RolloutListener
 from rrhf.training.online.methods import METHODS
-from rrhf.training.online.no_learning import NoLearning
-from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.online.rollout import RolloutWriter
-from rrhf.training.online.sample_table import SampleTable
 
 logger = logging.getLogger(__name__)
 
-UPDATE_KL = "approximate_kl_k3"
 _SEED_STEP = 1_000_003
 
 
@@ -60,23 +47,17 @@ class PPOStream:
     Args:
         prompts: that fit.
         writer: of rollouts.
-        config: sizes, passes, early stop.
+        config: sizes and passes.
         controller: of the KL coefficient.
         normalizer: of scores, or None.
-        objective: is told which steps are the critic's alone, and asked for the largest ratio.
-        pad_id: filler of the batches.
-        parallel: ranks.
-        samples: to show rollouts in.
-        budget: cut each minibatch by tokens instead of by number.
+        cut: of each step.
+        listeners: hear of each rollout.
 
     Attributes:
-        total_steps: optimiser steps; falls where --target_kl cuts rollouts short and their number
+        total_steps: optimiser steps; falls where a rollout is cut short and the number of rollouts
             is what ends the run.
         counts: responses sampled and left out since the beginning.
         rollout_metrics: of the current rollout.
-        rollouts_cut: rollouts whose last steps were skipped, in this process.
-        steps_skipped: those steps.
-        signs: that the run cannot learn.
     """
 
     def __init__(
@@ -86,21 +67,13 @@ class PPOStream:
         config: PPOConfig,
         controller: KLController,
         normalizer: Normalizer | None,
-        objective: PPOObjective | None,
-        pad_id: int,
-        parallel: Parallel,
-        samples: SampleTable | None = None,
-        budget: TokenBudget | None = None,
+        cut: StepCut,
+        listeners: Sequence[RolloutListener] = (),
     ) -> None:
-        self._samples, self._budget = samples, budget
         self._prompts, self._writer, self._config = prompts, writer, config
         self._controller, self.normalizer = controller, normalizer
-        self._objective, self._pad_id, self._parallel = objective, pad_id, parallel
-        self.global_batch_size = (
-            config.per_device_train_batch_size
-            * config.gradient_accumulation_steps
-            * parallel.world_size
-        )
+        self._cut, self._listeners = cut, listeners
+        self.global_batch_size = cut.global_batch_size
         ranks = METHODS[config.method].ranks
         size = config.prompts_per_rollout if ranks else config.rollout_size
         self._minibatches = math.ceil(size / self.global_batch_size)
@@ -122,50 +95,31 @@ class PPOStream:
         self._has_warned = self._has_told = False
         self.rollout_metrics: dict[str, float] = {}
         self._has_news = False
-        self._largest_ratio = 0.0
-        self.signs = NoLearning(config)
-        self.rollouts_cut = self.steps_skipped = 0
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
         while self._step < self.total_steps:
-            if self._place == self.steps_per_rollout:
+            if not self.steps_left_in_rollout:
                 self._begin_rollout()
             batches = self._micro_batches(self._minibatch())
-            if self._objective is not None:
-                self._objective.policy_is_frozen = self._step < self._config.critic_warmup_steps
             self._step += 1
             self._place += 1
             yield batches
 
-    def observe(self, metrics: dict[str, float]) -> None:
-        """Go on to the next rollout where the policy has moved far enough on this one."""
-        if self._objective is not None:
-            self._largest_ratio = self._parallel.max(self._objective.take_largest_ratio())
-        target = self._config.target_kl
-        rest = self.steps_per_rollout - self._place
-        if target and rest and metrics.get(UPDATE_KL, 0.0) > target:
-            if not self.rollouts_cut:
-                logger.info(
-                    "rollout %d: its updates moved the policy by a KL of %.3g, above --target_kl "
-                    "%.3g; the %d steps that it had left are skipped, as in every rollout from now "
-                    "on that goes as far",
-                    self._number,
-                    metrics[UPDATE_KL],
-                    target,
-                    rest,
-                )
-            self.rollouts_cut += 1
-            self.steps_skipped += rest
-            self._place = self.steps_per_rollout
-            if not self._ends_by_steps:
-                self.total_steps -= rest
+    @property
+    def rollout_number(self) -> int:
+        """Of the current rollout, from 0; -1 before the first."""
+        return self._number
 
-    def metrics(self) -> dict[str, float]:
-        """Which rollout the step was trained on, and its largest ratio."""
-        row = {"rollout": float(self._number)}
-        if self._objective is not None:
-            row["largest_ratio"] = self._largest_ratio
-        return row
+    @property
+    def steps_left_in_rollout(self) -> int:
+        """Of the passes over the current one."""
+        return self.steps_per_rollout - self._place
+
+    def skip_rest_of_rollout(self) -> None:
+        """Go on to the next rollout."""
+        if not self._ends_by_steps:
+            self.total_steps -= self.steps_left_in_rollout
+        self._place = self.steps_per_rollout
 
     def take_news(self) -> dict[str, float]:
         """The row of a rollout, once, before the first step that is trained on it."""
@@ -185,8 +139,7 @@ class PPOStream:
             "place": self._place,
             "rollout_metrics": self.rollout_metrics,
             "counts": dict(self.counts),
-            "signs": self.signs.state_dict(),
-            "max_tokens_per_batch": None if self._budget is None else self._budget.tokens,
+            "max_tokens_per_batch": self._cut.max_tokens,
             "kl_controller": self._controller.state_dict(),
             "normalizer": None if normalizer is None else normalizer.state_dict(),
         }
@@ -207,16 +160,13 @@ class PPOStream:
         self._number, self._place = int(state["rollout"]), int(state["place"])
         self.rollout_metrics = dict(state["rollout_metrics"])
         self.counts = Counter(state["counts"])
-        signs = state.get("signs", {"rollouts": self._number + 1})  # earlier versions kept none
-        self.signs.load_state_dict(signs, self.rollout_metrics)
         self._controller.load_state_dict(state["kl_controller"])
         if state["normalizer"] is not None:
             self.normalizer = normalizer_from_state(state["normalizer"])
 
     def tensors(self) -> dict[str, Tensor]:
         """The current experience, as long as steps are left in it."""
-        is_over = self._place == self.steps_per_rollout
-        return {} if is_over else pack(self._experience)
+        return pack(self._experience) if self.steps_left_in_rollout else {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the experience up again."""
@@ -263,8 +213,6 @@ class PPOStream:
         )
         self._controller.update(experience.kl, experience.num_responses)
         self._take(experience.sets)
-        if self._samples is not None:
-            self._samples.show_rollout(self._step, number, prompts, rollout.rows, experience)
         self.counts.update(rollout.counts)
         sampled = max(rollout.counts["sampled"], 1)
         self._has_news = True
@@ -276,9 +224,11 @@ class PPOStream:
             },
             **as_metrics(rollout.spent),
         }
-        self.signs.see(
-            self.rollout_metrics, rollout.rows, self._step < self._config.critic_warmup_steps
+        made = MadeRollout(
+            self._step, number, prompts, rollout.rows, experience, self.rollout_metrics
         )
+        for listener in self._listeners:
+            listener.see_rollout(made)
 
     def _take(self, experience: list[EncodedSet]) -> None:
         numbers: dict[tuple[int, ...], int] = {}
@@ -287,9 +237,9 @@ class PPOStream:
             Size.of(one, numbers.setdefault(tuple(one.prompt_ids), len(numbers)))
             for one in experience
         ]
-        if self._budget is not None and not self._has_warned:
+        if self._cut.budget is not None and not self._has_warned:
             what = f"samples of rollout {self._number} (with their prompts)"
-            self._has_warned = warn_of_lone(self._sizes, self._budget, what)
+            self._has_warned = warn_of_lone(self._sizes, self._cut.budget, what)
 
     def _minibatch(self) -> list[int]:
         """Which sets the next step takes: even pieces of the pass's order, of one prompt together,
@@ -305,27 +255,16 @@ class PPOStream:
         return [index for places in prompts.values() for index in places]
 
     def _micro_batches(self, indices: list[int]) -> list[TokenBatch]:
-        world_size = self._parallel.world_size
-        if self._budget is None:
-            cut = even_batches(len(indices), self._config.per_device_train_batch_size, world_size)
-        else:
-            sizes = [self._sizes[i] for i in indices]
-            cut = micro_batches(sizes, self._budget, world_size)
-            if not self._has_told:
-                self._has_told = True
-                logger.info("token batches: %s in the first step", told(cut, sizes, self._budget))
-        batches = []
-        for places in cut[self._parallel.rank]:
-            mine = [self._experience[indices[place]] for place in places]
-            if not mine:
-                mine = [replace(self._filler, weight=0.0)]
-            batches.append(collate(mine, self._pad_id))
-        return batches
-
-    @property
-    def _filler(self) -> EncodedSet:
         sizes = self._sizes
-        return self._experience[min(range(len(sizes)), key=lambda i: tokens_of([sizes[i]], PADDED))]
+        if self._cut.budget is not None and not self._has_told:
+            self._has_told = True
+            told = self._cut.told([sizes[i] for i in indices])
+            logger.info("token batches: %s in the first step", told)
+
+        def filler() -> int:
+            return min(range(len(sizes)), key=lambda i: tokens_of([sizes[i]], PADDED))
+
+        return self._cut.batches(self._experience, indices, lambda i: sizes[i], filler)
 
     def _permutation(self, count: int, number: int, step: int = 1) -> list[int]:
         seed = (self._config.seed * _SEED_STEP + number) * 11 + step
