@@ -12,7 +12,7 @@ import torch
 from benchmarks import demo_speed, gpu_step, harness, peak_memory, scaling
 from benchmarks.everything import one_case
 from benchmarks.shapes import Shape
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 
 TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 
@@ -51,7 +51,7 @@ def test_memory_that_runs_out_is_a_result(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_way_that_computes_something_else_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = ("sdpa", lambda model: Policy(model, 3.0))
+    wrong = ("sdpa", lambda model: Policy(model, LogprobOptions(3.0)))
     ways = {"original": gpu_step.WAYS["original"], "padded_sdpa": wrong}
     monkeypatch.setattr(gpu_step, "WAYS", ways)
     case = gpu_step.GpuCase(TINY, dtype="float32")

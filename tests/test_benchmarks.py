@@ -17,7 +17,7 @@ from benchmarks.original_step import OriginalStyle
 from benchmarks.shapes import Shape
 from benchmarks.tables import TABLES
 from rrhf.data.collate import EncodedSet, collate
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 
 TINY = Shape(32, 2, 64, 9, (5, 3, 6))
 
@@ -48,7 +48,7 @@ def test_every_pair_is_violated() -> None:
 def test_a_step_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     result = rrhf_step.run("tiny", 1, list(rrhf_step.VARIANTS))
     assert "shared_prefix_checkpointed" in rrhf_step.table(result)
-    warm = rrhf_step.Variant(lambda shape: Policy(shape.model(), temperature=1.001))
+    warm = rrhf_step.Variant(lambda shape: Policy(shape.model(), LogprobOptions(1.001)))
     monkeypatch.setitem(rrhf_step.VARIANTS, "wrong", warm)
     monkeypatch.setattr(rrhf_step, "timed", None)
     with pytest.raises(AssertionError, match="wrong differs"):

@@ -12,6 +12,7 @@ from tiny import save_tiny
 
 from rrhf.errors import UserError
 from rrhf.models.loading import (
+    LoadOptions,
     context_window,
     disable_dropout,
     load_causal_lm,
@@ -24,7 +25,7 @@ def test_a_folder_loads_in_float32_and_eval_mode(tmp_path: Path) -> None:
     model = load_causal_lm(save_tiny(tmp_path / "model"))
     assert model.dtype == torch.float32 and not model.training
     assert context_window(model) == 128
-    assert load_causal_lm(tmp_path / "model", dtype="bfloat16").dtype == torch.bfloat16
+    assert load_causal_lm(tmp_path / "model", LoadOptions("bfloat16")).dtype == torch.bfloat16
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
@@ -59,9 +60,11 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 def test_flash_attention_without_its_package_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="flash"):
-        load_causal_lm(save_tiny(tmp_path / "m"), attn_implementation="flash_attention_2")
+        load_causal_lm(
+            save_tiny(tmp_path / "m"), LoadOptions(attn_implementation="flash_attention_2")
+        )
     with pytest.raises(UserError, match="float8"):
-        load_causal_lm(tmp_path / "m", dtype="float8")
+        load_causal_lm(tmp_path / "m", LoadOptions("float8"))
 
 
 def test_a_model_without_sdpa_is_told_to_take_eager(tmp_path: Path) -> None:
@@ -71,7 +74,10 @@ def test_a_model_without_sdpa_is_told_to_take_eager(tmp_path: Path) -> None:
     BloomForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"give --attn_implementation eager$"):
         load_causal_lm(tmp_path)
-    assert load_causal_lm(tmp_path, attn_implementation="eager").config.model_type == "bloom"
+    assert (
+        load_causal_lm(tmp_path, LoadOptions(attn_implementation="eager")).config.model_type
+        == "bloom"
+    )
 
 
 def test_dropout_goes_everywhere() -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.loading import enable_checkpointing
 
 SETS = [
@@ -73,7 +73,7 @@ def test_pad_id_and_batch_mates_change_nothing() -> None:
 def test_temperature_divides_the_logits() -> None:
     model, batch = tiny_llama(60), collate(SETS, 0)
     with torch.no_grad():
-        warm = Policy(model, temperature=1e6)(batch).logprobs
+        warm = Policy(model, LogprobOptions(1e6))(batch).logprobs
         plain = Policy(model)(batch).logprobs
     assert torch.allclose(warm[0], torch.tensor([-math.log(60)] * 3 + [0.0] * 2), atol=1e-3)
     assert not torch.allclose(plain[0, :3], warm[0, :3], atol=1e-2)
@@ -82,7 +82,7 @@ def test_temperature_divides_the_logits() -> None:
 def test_entropy_and_mean_logprobs_against_a_loop() -> None:
     model, batch = tiny_llama(60), collate(SETS, 0)
     with torch.no_grad():
-        outputs = Policy(model, with_entropy=True, with_mean_logprobs=True)(batch)
+        outputs = Policy(model, LogprobOptions(with_entropy=True, with_mean_logprobs=True))(batch)
         logs = model(torch.tensor([[5, 6, 7, 8, 8]])).logits[0].double().log_softmax(-1)
     entropy = -sum(math.exp(value) * value for value in logs[3].tolist())
     mean = sum(logs[3].tolist()) / 60

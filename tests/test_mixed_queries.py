@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import mixed_queries
 from benchmarks.mixed_queries import Lengths, Queries
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 
 TINY = Queries.drawn((32, 2, 64), 0, Lengths(9, 0.6, 3, 40), Lengths(5, 0.6, 2, 30))
 
@@ -23,7 +23,8 @@ def test_every_variant_comes_to_the_baselines_sum(monkeypatch: pytest.MonkeyPatc
     )
     assert "original_by_length" in mixed_queries.table(result)
     warm = replace(
-        mixed_queries.VARIANTS["padded_2048"], build=lambda model: Policy(model, temperature=1.001)
+        mixed_queries.VARIANTS["padded_2048"],
+        build=lambda model: Policy(model, LogprobOptions(1.001)),
     )
     monkeypatch.setitem(mixed_queries.VARIANTS, "wrong", warm)
     with pytest.raises(AssertionError, match="wrong differs"):

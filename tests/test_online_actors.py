@@ -16,7 +16,7 @@ from torch import Tensor
 from rrhf.algorithms.normalizers import normalize
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import UserError
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.loading import load_causal_lm
 from rrhf.models.policy_with_value import ActorCritic, ValueModel
 from rrhf.models.reward_model import load_reward_model, score_normalizer
@@ -50,7 +50,7 @@ def root_of(world: Path, out: Path, **changes: Any) -> ActorCritic:
 
 
 def logprobs_at(world: Path, temperature: float) -> Tensor:
-    return Policy(load_causal_lm(world / "model"), temperature)(BATCH).logprobs
+    return Policy(load_causal_lm(world / "model"), LogprobOptions(temperature))(BATCH).logprobs
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.forward.packed_rows import PackedPolicy, fill_bins, pack_rows, require_packing
 
 
@@ -80,8 +80,9 @@ def test_packed_equals_padded(width: int, attention: str) -> None:
 def test_one_bin_mean_logprobs_and_checkpointing() -> None:
     b = batch()
     model = tiny_llama()
-    expected = Policy(model, with_mean_logprobs=True)(b)
-    got = PackedPolicy(model, 20, one_bin=True, with_mean_logprobs=True)(b)
+    options = LogprobOptions(with_mean_logprobs=True)
+    expected = Policy(model, options)(b)
+    got = PackedPolicy(model, 20, one_bin=True, options=options)(b)
     assert torch.allclose(got.logprobs, expected.logprobs, atol=2e-5)
     assert torch.allclose(got.mean_logprobs, expected.mean_logprobs, atol=2e-5)
     _, plain = gradient(PackedPolicy(model, 20), b)

@@ -14,7 +14,7 @@ from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.forward.layouts import build_policy
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.policy_with_value import (
     ActorCritic,
     ValueHead,
@@ -104,10 +104,10 @@ def test_a_first_value_is_on_the_scale_of_the_scores() -> None:
 
 def test_one_trunk_begins_at_zero_and_trains_both() -> None:
     model = tiny_llama()
-    root = ActorCritic(Policy(model, with_entropy=True), new_value_head(model))
+    root = ActorCritic(Policy(model, LogprobOptions(with_entropy=True)), new_value_head(model))
     outputs = root(batch())
     assert outputs.values.eq(0).all()
-    plain = Policy(tiny_llama(), with_entropy=True)(batch())
+    plain = Policy(tiny_llama(), LogprobOptions(with_entropy=True))(batch())
     torch.testing.assert_close(outputs.logprobs, plain.logprobs)
     torch.testing.assert_close(outputs.entropy, plain.entropy)
     assert isinstance(root.value, ValueHead)

@@ -18,6 +18,7 @@ from rrhf.algorithms.kl import build_kl_controller
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import TokenBatch
 from rrhf.models.forward.layouts import FastPolicy, build_policy
+from rrhf.models.forward.logprobs import LogprobOptions
 from rrhf.models.loading import disable_dropout, enable_checkpointing
 from rrhf.models.policy_with_value import ActorCritic, ValueHead, ValueModel, as_reference
 from rrhf.models.reward_layouts import FastRewardModel
@@ -57,9 +58,8 @@ def root(name: str, kind: str, engine: str, entropy_has_gradient: bool) -> Actor
         for parameter_name, weight in inner.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(weight, std=0.1)
-    policy = build_policy(
-        inner, engine, 0.7, with_entropy=True, entropy_has_gradient=entropy_has_gradient
-    )
+    options = LogprobOptions(0.7, True, entropy_has_gradient=entropy_has_gradient)
+    policy = build_policy(inner, engine, options)
     if kind == "separate":
         return ActorCritic(policy, critic(name, engine))
     head = ValueHead(32)

@@ -17,7 +17,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.forward.layouts import FastPolicy, build_policy
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.policy_with_value import ActorCritic, ValueHead, ValueModel
 from rrhf.models.reward_model import load_reward_model
@@ -40,9 +40,9 @@ def prompts(world: Path) -> list[CandidateSet]:
 def writer(world: Path, temperature: float = 1.0, **changes: Any) -> RolloutWriter:
     config = settings(world, "unused", **changes)
     codec = ChatCodec(load_tokenizer(world / "model"), "raw")
-    policy = Policy(load_causal_lm(world / "model"), temperature)
+    policy = Policy(load_causal_lm(world / "model"), LogprobOptions(temperature))
     root = ActorCritic(policy, ValueHead(32))
-    reference = Policy(load_causal_lm(world / "model"), temperature)
+    reference = Policy(load_causal_lm(world / "model"), LogprobOptions(temperature))
     scorer = build_scorer(config.reward_model_name_or_path)
     return RolloutWriter(root, reference, scorer, config, workbench(config, codec))
 
@@ -70,7 +70,7 @@ def test_where_engine_and_trainer_differ_the_trainer_is_believed(world: Path) ->
     rollout = writer(world, temperature=1.5).write(prompts(world), number=0)
     row = rollout.rows[0]
     batch = collate([EncodedSet(row.prompt_ids, [row.token_ids])], 2)
-    read = Policy(load_causal_lm(world / "model"), 1.5)(batch).logprobs[0].detach()
+    read = Policy(load_causal_lm(world / "model"), LogprobOptions(1.5))(batch).logprobs[0].detach()
     torch.testing.assert_close(row.old_logprobs, read, atol=1e-5, rtol=0)
 
 

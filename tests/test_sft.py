@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.errors import UserError
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.forward.packed_rows import PackedPolicy
 from rrhf.records import Candidate, CandidateSet
 from rrhf.training.methods import sft
@@ -82,11 +82,11 @@ def test_loss_equals_the_slow_truth_however_it_is_cut(
     else:
         expected = math.fsum(math.fsum(row) / len(row) for row in losses) / len(losses)
     objective = SFTObjective(label_smoothing, reduction)
-    smoothed = label_smoothing > 0
+    options = LogprobOptions(with_mean_logprobs=label_smoothing > 0)
     policy = (
-        PackedPolicy(tiny_llama(), 24, with_mean_logprobs=smoothed)
+        PackedPolicy(tiny_llama(), 24, options=options)
         if packing
-        else Policy(tiny_llama(), with_mean_logprobs=smoothed)
+        else Policy(tiny_llama(), options)
     )
     for cuts in ([], [1], [2, 3], [1, 2, 3]):
         assert loop_loss(objective, policy, cuts) == pytest.approx(expected, rel=1e-6)

@@ -32,7 +32,7 @@ from rrhf.errors import UserError
 from rrhf.models.forward import packed_trunk, prefix_attention
 from rrhf.models.forward import self_check as engine_trial
 from rrhf.models.forward.layouts import FastPolicy, build_policy
-from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import LogprobOptions, Policy, PolicyOutputs
 from rrhf.models.forward.self_check import misfit
 from rrhf.models.forward.shared_prefix import dense_mask, lay_out
 from rrhf.training.methods.rank import RankConfig, build_objective
@@ -220,9 +220,9 @@ def test_with_checkpointing(name: str, reentrant: bool, layout: str) -> None:
 
 
 def test_entropy_mean_and_hidden_states() -> None:
-    asked = {"temperature": 0.7, "with_entropy": True, "with_mean_logprobs": True}
-    expected, expected_hidden = Policy(model("llama"), **asked).with_hidden(RAGGED)
-    policy = build_policy(model("llama"), "shared_prefix", **asked)
+    asked = LogprobOptions(0.7, with_entropy=True, with_mean_logprobs=True)
+    expected, expected_hidden = Policy(model("llama"), asked).with_hidden(RAGGED)
+    policy = build_policy(model("llama"), "shared_prefix", asked)
     found, hidden = policy.with_hidden(RAGGED)
     for name in ("logprobs", "mean_logprobs", "entropy"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), atol=2e-5)

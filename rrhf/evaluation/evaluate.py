@@ -49,6 +49,7 @@ from rrhf.files import explained_os_errors, made_folder, read_manifest
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
 from rrhf.models.loading import (
+    LoadOptions,
     load_causal_lm,
     load_tokenizer,
     resolve_device,
@@ -175,12 +176,7 @@ class _Models:
         key = str(folder.resolve()) if folder.exists() else path
         if key not in self._loaded:
             config = self.config
-            model = load_causal_lm(
-                path,
-                "bfloat16" if config.bf16 else "float32",
-                config.attn_implementation,
-                config.trust_remote_code,
-            )
+            model = load_causal_lm(path, LoadOptions.of(config, config.bf16))
             self._loaded[key] = model.to(resolve_device())  # type: ignore[arg-type]
         return self._loaded[key]
 

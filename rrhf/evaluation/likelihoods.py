@@ -20,7 +20,7 @@ from torch import Tensor
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.forward.layouts import FastPolicy, build_policy
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.forward.onednn_linear import fast_linears
 from rrhf.models.loading import context_window
 from rrhf.progress import Progress
@@ -92,8 +92,8 @@ def _policy(model: Any, temperature: float, engine: str) -> Policy:
         layouts[engine] = found
     layout, window = layouts[engine]
     if layout == "padded":
-        return Policy(model, temperature)
-    policy = FastPolicy(model, layout, temperature)
+        return Policy(model, LogprobOptions(temperature))
+    policy = FastPolicy(model, layout, LogprobOptions(temperature))
     policy.window = window
     return policy
 

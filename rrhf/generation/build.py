@@ -11,7 +11,7 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.generation.engine import GenerationEngine
 from rrhf.generation.local.engine import LocalEngine
-from rrhf.models.loading import load_causal_lm, resolve_device
+from rrhf.models.loading import LoadOptions, load_causal_lm, resolve_device
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ def build_local(settings: EngineSettings, codec: ChatCodec) -> LocalEngine:
     device = resolve_device()
     if device.type == "cuda":
         device = torch.device("cuda", settings.local_rank % torch.cuda.device_count())
-    model = load_causal_lm(
-        settings.model_name_or_path,
-        "bfloat16" if settings.bf16 else "float32",
-        settings.attn_implementation,
-        settings.trust_remote_code,
-    )
+    model = load_causal_lm(settings.model_name_or_path, LoadOptions.of(settings, settings.bf16))
     model.to(device)  # type: ignore[arg-type]
     return LocalEngine(model, codec, settings.max_batch_rows, settings.max_prompt_tokens)
 

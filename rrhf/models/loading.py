@@ -11,8 +11,9 @@ import importlib.util
 import logging
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -80,22 +81,50 @@ def check_attention(attn_implementation: str) -> None:
             )
 
 
+class LoadSettings(Protocol):
+    """Settings of a command that say how its models are loaded."""
+
+    @property
+    def attn_implementation(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: of its weights, a key of `DTYPES`.
+        attn_implementation: as transformers spells it.
+        trust_remote_code: run code that the folder brings.
+    """
+
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, settings: LoadSettings, bf16: bool = False) -> LoadOptions:
+        """As settings have it, with weights in float32, or in bfloat16."""
+        dtype = "bfloat16" if bf16 else "float32"
+        return cls(dtype, settings.attn_implementation, settings.trust_remote_code)
+
+
+DEFAULT = LoadOptions()
+"""Float32, sdpa, and no code of the folder's own."""
+
+
 def load_model(
-    auto_class: Any,
-    name_or_path: str | Path,
-    dtype: str = "float32",
-    attn_implementation: str = "sdpa",
-    trust_remote_code: bool = False,
-    **kwargs: Any,
+    auto_class: Any, name_or_path: str | Path, options: LoadOptions = DEFAULT, **kwargs: Any
 ) -> Any:
     """Any transformers Auto class, with this module's rules and messages.
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         name_or_path: a folder, or a hub name.
-        dtype: a key of `DTYPES`.
-        attn_implementation: as transformers spells it.
-        trust_remote_code: run code that the folder brings.
+        options: how it is loaded.
         kwargs: handed on to `from_pretrained`.
 
     Raises:
@@ -103,16 +132,16 @@ def load_model(
     """
     check_model_path(name_or_path)
     require_as_written(name_or_path)
-    check_attention(attn_implementation)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    check_attention(options.attn_implementation)
+    if options.dtype not in DTYPES:
+        raise UserError(f"dtype {options.dtype!r}: choose one of {', '.join(DTYPES)}")
     try:
         with _LOADING:
             return auto_class.from_pretrained(
                 model_folder(name_or_path),
-                dtype=DTYPES[dtype],
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
+                dtype=DTYPES[options.dtype],
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
                 use_safetensors=True,
                 **kwargs,
             )
@@ -122,7 +151,7 @@ def load_model(
             "it is whole, or train it again"
         ) from error
     except (OSError, ValueError, ImportError) as error:
-        if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+        if options.attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
             raise UserError(
                 f"{name_or_path}: this kind of model has no sdpa attention; give "
                 "--attn_implementation eager"
@@ -130,16 +159,9 @@ def load_model(
         raise UserError(f"{name_or_path}: the model could not be loaded: {error}") from error
 
 
-def load_causal_lm(
-    name_or_path: str | Path,
-    dtype: str = "float32",
-    attn_implementation: str = "sdpa",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def load_causal_lm(name_or_path: str | Path, options: LoadOptions = DEFAULT) -> PreTrainedModel:
     """A causal language model in eval mode; errors as in `load_model`."""
-    model = load_model(
-        AutoModelForCausalLM, name_or_path, dtype, attn_implementation, trust_remote_code
-    )
+    model = load_model(AutoModelForCausalLM, name_or_path, options)
     disable_dropout(model)
     return model.eval()
 

@@ -115,7 +115,7 @@ class ActorCritic(nn.Module):
         detach_value_trunk: bool = False,
     ) -> None:
         super().__init__()
-        assert not policy.with_mean_logprobs, "label smoothing has no place in PPO"
+        assert not policy.options.with_mean_logprobs, "label smoothing has no place in PPO"
         self.policy = policy
         self.value = value
         self._detach_value_trunk = detach_value_trunk

@@ -35,7 +35,7 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.model_paths import check_model_path, model_folder
 from rrhf.models.forward.packed_trunk import inner_model
-from rrhf.models.loading import disable_dropout, load_model
+from rrhf.models.loading import DEFAULT, LoadOptions, disable_dropout, load_model
 from rrhf.models.reward_folders import names_classifier, require_classifier
 
 HEAD = "score"
@@ -121,19 +121,14 @@ class RewardModel(nn.Module):
         return head
 
 
-def load_reward_model(
-    name_or_path: str | Path,
-    dtype: str = "float32",
-    attn_implementation: str = "sdpa",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def load_reward_model(name_or_path: str | Path, options: LoadOptions = DEFAULT) -> PreTrainedModel:
     """A trained reward model in eval mode; every weight must have been in the folder.
 
     Raises:
         UserError: no folder, a language model, several labels, a head or other weight is missing.
     """
-    config = require_reward_model(name_or_path, trust_remote_code)
-    model = _load(name_or_path, config, dtype, attn_implementation, trust_remote_code, is_new=False)
+    config = require_reward_model(name_or_path, options.trust_remote_code)
+    model: PreTrainedModel = _load(name_or_path, config, options, is_new=False)
     return model.eval()
 
 
@@ -155,8 +150,7 @@ def init_reward_model(
     name_or_path: str | Path,
     seed: int,
     pad_id: int | None,
-    attn_implementation: str = "sdpa",
-    trust_remote_code: bool = False,
+    options: LoadOptions = DEFAULT,
 ) -> PreTrainedModel:
     """A reward model to train, in float32: a language model with a new head, or a trained one.
 
@@ -167,13 +161,13 @@ def init_reward_model(
         seed: of the new head alone; the global random state has no part in it.
         pad_id: the pad id that the folder will name, None where it would be an end token too:
             then transformers' own head refuses padded batches instead of reading them wrongly.
-        attn_implementation: as transformers spells it.
-        trust_remote_code: run code that the folder brings.
+        options: how it is loaded.
 
     Raises:
         UserError: no model there, or none that a score head can be put on.
     """
-    config = _read_config(name_or_path, trust_remote_code)
+    assert options.dtype == "float32", "trained weights are float32"
+    config = _read_config(name_or_path, options.trust_remote_code)
     has_head = is_classifier(config)
     if has_head:
         _require_one_label(name_or_path, config)
@@ -181,9 +175,7 @@ def init_reward_model(
     config.id2label, config.label2id = {0: HEAD}, {HEAD: 0}
     config.problem_type = "regression"  # makes transformers' pipeline give the score as it is
     config.pad_token_id = pad_id
-    model = _load(
-        name_or_path, config, "float32", attn_implementation, trust_remote_code, is_new=not has_head
-    )
+    model: PreTrainedModel = _load(name_or_path, config, options, is_new=not has_head)
     if not has_head:
         weight = getattr(model, HEAD).weight
         generator = torch.Generator().manual_seed(seed)
@@ -241,9 +233,7 @@ def _require_one_label(name_or_path: str | Path, config: PreTrainedConfig) -> No
 def _load(
     name_or_path: str | Path,
     config: PreTrainedConfig,
-    dtype: str,
-    attn_implementation: str,
-    trust_remote_code: bool,
+    options: LoadOptions,
     is_new: bool,
 ) -> Any:
     """Load and account for every key: a head that is silently new gives scores of pure noise."""
@@ -251,9 +241,7 @@ def _load(
         model, info = load_model(
             AutoModelForSequenceClassification,
             name_or_path,
-            dtype,
-            attn_implementation,
-            trust_remote_code,
+            options,
             config=config,
             output_loading_info=True,
         )

@@ -25,7 +25,7 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.model_paths import model_folder
 from rrhf.models.forward.onednn_linear import fast_linears
-from rrhf.models.loading import context_window, load_tokenizer, resolve_device
+from rrhf.models.loading import LoadOptions, context_window, load_tokenizer, resolve_device
 from rrhf.models.reward_folders import config_folder
 from rrhf.models.reward_layouts import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import (
@@ -172,9 +172,8 @@ class RewardModelScorer:
     ) -> None:
         if score_at not in SCORE_POSITIONS:
             raise UserError(f"--score_at {score_at!r}: choose one of {', '.join(SCORE_POSITIONS)}")
-        model = load_reward_model(
-            path, "bfloat16" if bf16 else "float32", attn_implementation, trust_remote_code
-        )
+        dtype = "bfloat16" if bf16 else "float32"
+        model = load_reward_model(path, LoadOptions(dtype, attn_implementation, trust_remote_code))
         tokenizer = load_tokenizer(path, trust_remote_code)
         if chat_format == "auto":
             chat_format = getattr(model.config, CHAT_FORMAT_KEY, "auto")

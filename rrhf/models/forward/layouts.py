@@ -22,7 +22,7 @@ from rrhf.models.forward.head import (
     token_statistics,
 )
 from rrhf.models.forward.logit_shape import logit_shape
-from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs
 from rrhf.models.forward.onednn_linear import OneDnnLinear
 from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, inner_model, is_checkpointing
 from rrhf.models.forward.prefix_attention import Prefix
@@ -36,20 +36,12 @@ class FastPolicy(PackedTrunk, Policy):
         model: a Hugging Face causal language model, bare or with adapters. Its attention
             implementation is exchanged for good where the layout has attention of its own.
         layout: as in `PackedTrunk`.
-        temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
+        options: as in `Policy`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        layout: str,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-        with_mean_logprobs: bool = False,
-        entropy_has_gradient: bool = True,
-    ) -> None:
-        super().__init__(model, temperature, with_entropy, with_mean_logprobs, entropy_has_gradient)
-        self.shape = logit_shape(inner_model(model).config, temperature)
+    def __init__(self, model: Any, layout: str, options: LogprobOptions = PLAIN) -> None:
+        super().__init__(model, options)
+        self.shape = logit_shape(inner_model(model).config, options.temperature)
         self.take_layout(layout)
 
     def forward(self, batch: TokenBatch) -> PolicyOutputs:
@@ -107,44 +99,37 @@ class FastPolicy(PackedTrunk, Policy):
 
     def _statistics(self, hidden: Tensor, targets: Tensor) -> TokenStatistics:
         head = inner_model(self.model).get_output_embeddings()
-        asked = (self.with_entropy, self.with_mean_logprobs)
+        options = self.options
+        asked = (options.with_entropy, options.with_mean_logprobs)
         if not _is_plain(head):
             return statistics_of_logits(
-                head(hidden), targets, self.shape, *asked, self.entropy_has_gradient
+                head(hidden), targets, self.shape, *asked, options.entropy_has_gradient
             )
         # Who saves memory on activations does not want it back as logits.
         saves = is_checkpointing(inner_model(self.model))
         stored = 0 if saves else STORED_BYTES
         chunk = CHUNK_BYTES // 4 if saves else CHUNK_BYTES
         return token_statistics(
-            hidden, head, targets, self.shape, *asked, stored, chunk, self.entropy_has_gradient
+            hidden, head, targets, self.shape, *asked, stored, chunk, options.entropy_has_gradient
         )
 
 
-def build_policy(
-    model: Any,
-    engine: str = "padded",
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    with_mean_logprobs: bool = False,
-    entropy_has_gradient: bool = True,
-) -> Policy:
+def build_policy(model: Any, engine: str = "padded", options: LogprobOptions = PLAIN) -> Policy:
     """The policy on the engine that is asked for, tried on this very model.
 
     Args:
         model: not yet spread over processes, where it will compute.
         engine: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
             `auto` = the first that serves the model.
-        temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
+        options: as in `Policy`.
 
     Raises:
         UserError: the engine that is asked for by name does not serve this model.
     """
-    asked = (temperature, with_entropy, with_mean_logprobs, entropy_has_gradient)
     if engine == "padded":
-        return Policy(model, *asked)
-    policy = first_that_fits(model, engine, lambda layout: FastPolicy(model, layout, *asked))
-    return Policy(model, *asked) if policy is None else policy
+        return Policy(model, options)
+    policy = first_that_fits(model, engine, lambda layout: FastPolicy(model, layout, options))
+    return Policy(model, options) if policy is None else policy
 
 
 def _as_grid(hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:

@@ -35,32 +35,41 @@ class PolicyOutputs:
     entropy: Tensor | None = None
 
 
-class Policy(nn.Module):
-    """A causal language model behind the one forward interface.
+@dataclass(frozen=True)
+class LogprobOptions:
+    """What is asked of a policy's distributions.
 
-    Args:
-        model: a Hugging Face causal language model.
+    Attributes:
         temperature: the sampling temperature; it divides the logits here too.
         with_entropy: also return the entropy of each position.
         with_mean_logprobs: also return the mean log-prob over the vocabulary.
         entropy_has_gradient: False where the entropy is only looked at.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-        with_mean_logprobs: bool = False,
-        entropy_has_gradient: bool = True,
-    ) -> None:
+    temperature: float = 1.0
+    with_entropy: bool = False
+    with_mean_logprobs: bool = False
+    entropy_has_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.temperature > 0, "a temperature of zero has no log-probs"
+
+
+PLAIN = LogprobOptions()
+"""The log-probs alone, at temperature 1."""
+
+
+class Policy(nn.Module):
+    """A causal language model behind the one forward interface.
+
+    Args:
+        model: a Hugging Face causal language model.
+        options: what is asked of its distributions.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: LogprobOptions = PLAIN) -> None:
         super().__init__()
-        assert temperature > 0, "a temperature of zero has no log-probs"
-        self.model = model
-        self.temperature = temperature
-        self.with_entropy = with_entropy
-        self.with_mean_logprobs = with_mean_logprobs
-        self.entropy_has_gradient = entropy_has_gradient
+        self.model, self.options = model, options
 
     def forward(self, batch: TokenBatch) -> PolicyOutputs:
         """Log-probs of every response token of the batch."""
@@ -87,37 +96,25 @@ class Policy(nn.Module):
         return found
 
     def _of_logits(self, logits: Tensor, batch: TokenBatch) -> PolicyOutputs:
-        return logprobs_of_logits(
-            logits,
-            batch,
-            self.temperature,
-            self.with_entropy,
-            self.with_mean_logprobs,
-            self.entropy_has_gradient,
-        )
+        return logprobs_of_logits(logits, batch, self.options)
 
 
 def logprobs_of_logits(
-    logits: Tensor,
-    batch: TokenBatch,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    with_mean_logprobs: bool = False,
-    entropy_has_gradient: bool = True,
+    logits: Tensor, batch: TokenBatch, options: LogprobOptions = PLAIN
 ) -> PolicyOutputs:
     """What the forward interface returns, from the logits [N, R, V] that predict the response
     tokens of the batch."""
-    logits = logits.float() / temperature
+    logits = logits.float() / options.temperature
     response_mask = batch.response_mask
     chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
     normaliser = torch.logsumexp(logits, dim=-1)
     logprobs = (chosen - normaliser).masked_fill(~response_mask, 0.0)
     mean_logprobs = entropy = None
-    if with_mean_logprobs:
+    if options.with_mean_logprobs:
         mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
-    if with_entropy:
+    if options.with_entropy:
         logs = logits - normaliser[..., None]
-        logs = logs if entropy_has_gradient else logs.detach()
+        logs = logs if options.entropy_has_gradient else logs.detach()
         entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
     return PolicyOutputs(logprobs, mean_logprobs, entropy)
 

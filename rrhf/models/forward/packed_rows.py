@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs
 
 TOLERANCE = 1e-3
 """Nats by which packed and padded log-probs may differ in float32; leaks make tenths and more."""
@@ -116,7 +116,7 @@ class PackedPolicy(Policy):
         model: a Hugging Face causal language model.
         width: tokens of a bin, such as `model_max_length`.
         one_bin: everything in a single bin, which is what flash attention reads without padding.
-        with_mean_logprobs: also return the mean log-prob over the vocabulary.
+        options: as in `Policy`; no entropy.
 
     Raises:
         UserError: the model takes no position ids.
@@ -129,9 +129,10 @@ class PackedPolicy(Policy):
         model: torch.nn.Module,
         width: int,
         one_bin: bool = False,
-        with_mean_logprobs: bool = False,
+        options: LogprobOptions = PLAIN,
     ) -> None:
-        super().__init__(model, with_mean_logprobs=with_mean_logprobs)  # type: ignore[arg-type]
+        super().__init__(model, options)  # type: ignore[arg-type]
+        assert not options.with_entropy, "packed rows give no entropy"
         base = getattr(model, "get_base_model", lambda: model)()
         if "position_ids" not in inspect.signature(base.forward).parameters:
             raise UserError(
@@ -147,14 +148,16 @@ class PackedPolicy(Policy):
         logits = self.model(
             input_ids=packed.ids, position_ids=packed.position_ids, use_cache=False
         ).logits
-        logits = logits.flatten(0, 1)[packed.predicted_from].float() / self.temperature  # [M, V]
+        logits = (
+            logits.flatten(0, 1)[packed.predicted_from].float() / self.options.temperature
+        )  # [M, V]
         normaliser = torch.logsumexp(logits, dim=-1)
         targets = batch.response_ids[packed.row, packed.column]
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
         place = (packed.row, packed.column)
         grid = logprobs.new_zeros(batch.response_ids.shape)
         mean_logprobs = None
-        if self.with_mean_logprobs:
+        if self.options.with_mean_logprobs:
             mean_logprobs = grid.index_put(place, logits.mean(-1) - normaliser)
         return PolicyOutputs(grid.index_put(place, logprobs), mean_logprobs)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch
-from rrhf.models.forward.logprobs import Policy
-from rrhf.models.loading import load_causal_lm
+from rrhf.models.forward.logprobs import LogprobOptions, Policy
+from rrhf.models.loading import LoadOptions, load_causal_lm
 from rrhf.models.policy_with_value import as_reference
 from rrhf.training.core.parallel import Parallel
 from rrhf.training.core.setup import Workbench, policy_on_engine
@@ -16,13 +16,9 @@ from rrhf.training.core.setup import Workbench, policy_on_engine
 def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
     """What `--model_name_or_path` holds, frozen, whole on each rank, where it will compute."""
     config = bench.config
-    model = load_causal_lm(
-        config.model_name_or_path,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config))
     model.requires_grad_(False)
-    policy = policy_on_engine(bench, model, temperature)
+    policy = policy_on_engine(bench, model, LogprobOptions(temperature))
     return policy.to(bench.parallel.device).eval()
 
 

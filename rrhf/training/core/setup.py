@@ -18,8 +18,9 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.forward.layouts import build_policy
-from rrhf.models.forward.logprobs import Policy
+from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy
 from rrhf.models.loading import (
+    LoadOptions,
     context_window,
     enable_checkpointing,
     load_causal_lm,
@@ -97,11 +98,7 @@ def load_trainable_causal_lm(config: TrainingConfig) -> Any:
     Raises:
         UserError: no model there, or `--model_max_length` is beyond its window.
     """
-    model = load_causal_lm(
-        config.model_name_or_path,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config))
     return prepare_trainable(model, config)
 
 
@@ -150,32 +147,18 @@ def on_device_of_trial(bench: Workbench, model: Any) -> Any:
     return model
 
 
-def policy_on_engine(
-    bench: Workbench,
-    model: Any,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    with_mean_logprobs: bool = False,
-    entropy_has_gradient: bool = True,
-) -> Policy:
+def policy_on_engine(bench: Workbench, model: Any, options: LogprobOptions = PLAIN) -> Policy:
     """A causal language model behind the forward interface, with the layout that `--engine` names.
 
     Args:
         bench: of the run.
         model: trainable or frozen, not yet spread over processes.
-        temperature, with_entropy, with_mean_logprobs, entropy_has_gradient: as in `Policy`.
+        options: as in `Policy`.
 
     Raises:
         UserError: the engine does not serve the model.
     """
-    return build_policy(
-        on_device_of_trial(bench, model),
-        bench.config.engine,
-        temperature,
-        with_entropy,
-        with_mean_logprobs,
-        entropy_has_gradient,
-    )
+    return build_policy(on_device_of_trial(bench, model), bench.config.engine, options)
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:

@@ -24,6 +24,7 @@ from rrhf.data.collate import TokenBatch, padded_groups
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import ranked_groups, split_by_first_turn
+from rrhf.models.loading import LoadOptions
 from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
@@ -186,8 +187,7 @@ def train(config: RewardConfig) -> Path:
             config.model_name_or_path,
             config.seed,
             None if pad_id == bench.codec.end_id else pad_id,
-            config.attn_implementation,
-            config.trust_remote_code,
+            LoadOptions.of(config),
         )
         model = build_reward_model(
             on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS")),

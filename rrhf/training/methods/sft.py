@@ -21,7 +21,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations
-from rrhf.models.forward.logprobs import Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import LogprobOptions, Policy, PolicyOutputs
 from rrhf.models.forward.packed_rows import PackedPolicy, require_packing
 from rrhf.records import CandidateSet
 from rrhf.training.core.loop import run_training
@@ -178,11 +178,11 @@ def _encoder(config: SFTConfig, bench: Workbench) -> SFTEncoder:
 
 def _policy(config: SFTConfig, bench: Workbench) -> Policy:
     model = load_trainable_causal_lm(config)
-    smoothed = config.label_smoothing > 0
+    options = LogprobOptions(with_mean_logprobs=config.label_smoothing > 0)
     if not config.packing:
-        return policy_on_engine(bench, model, with_mean_logprobs=smoothed)
+        return policy_on_engine(bench, model, options)
     flash = config.attn_implementation.startswith("flash_attention")
-    policy = PackedPolicy(model, config.model_max_length, flash, smoothed)
+    policy = PackedPolicy(model, config.model_max_length, flash, options)
     if not flash:
         require_packing(policy)
     return policy

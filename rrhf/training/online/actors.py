@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rrhf.errors import UserError
-from rrhf.models.loading import context_window, load_tokenizer
+from rrhf.models.forward.logprobs import LogprobOptions
+from rrhf.models.loading import LoadOptions, context_window, load_tokenizer
 from rrhf.models.policy_with_value import (
     ActorCritic,
     ValueHead,
@@ -41,13 +42,12 @@ def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
         UserError: a model is missing, or none that a critic could be made of.
     """
     model = load_trainable_causal_lm(config)
-    policy = policy_on_engine(
-        bench,
-        model,
+    options = LogprobOptions(
         config.temperature,
         with_entropy=not METHODS[config.method].ranks,
         entropy_has_gradient=config.entropy_coeff > 0,
     )
+    policy = policy_on_engine(bench, model, options)
     if not config.has_critic:
         return ActorCritic(policy)
     value: ValueHead | ValueModel
@@ -89,8 +89,7 @@ def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
         path,
         config.seed,
         _classifier_pad_id(bench),
-        config.attn_implementation,
-        config.trust_remote_code,
+        LoadOptions.of(config),
     )
     window = context_window(bare)
     if window is not None and config.model_max_length > window:

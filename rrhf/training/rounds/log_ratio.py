@@ -22,7 +22,7 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.local.engine import prompt_room
-from rrhf.models.loading import context_window, load_causal_lm, load_tokenizer
+from rrhf.models.loading import LoadOptions, context_window, load_causal_lm, load_tokenizer
 from rrhf.records import CandidateSet
 from rrhf.stages.fingerprint import fingerprint
 
@@ -105,11 +105,6 @@ class LogRatioScorer:
 
 
 def _reader(path: str, config: GenerateConfig, device: torch.device) -> LikelihoodReader:
-    model = load_causal_lm(
-        path,
-        "bfloat16" if config.bf16 else "float32",
-        config.attn_implementation,
-        config.trust_remote_code,
-    )
+    model = load_causal_lm(path, LoadOptions.of(config, config.bf16))
     codec = ChatCodec(load_tokenizer(path, config.trust_remote_code), config.chat_format)
     return LikelihoodReader(model.to(device), codec, path)  # type: ignore[arg-type]
