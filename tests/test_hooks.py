@@ -22,6 +22,9 @@ class Keeper(Hook):
         self.state: Any = "none was loaded"
         self.kept: dict[str, Tensor] = {"a": torch.tensor([1.0]), "b.c": torch.tensor([2.0])}
 
+    def metrics(self) -> dict[str, float]:
+        return {self.name: 1.0}
+
     def state_dict(self) -> dict[str, Any]:
         return {"of": self.name}
 
@@ -41,6 +44,11 @@ def test_a_hook_that_overrides_nothing_does_nothing() -> None:
     assert hooks.state_dict() == {} == hooks.tensors()
     hooks.load_state_dict({})
     assert hooks.load_tensors({"x": torch.zeros(1)}).keys() == {"x"}
+
+
+def test_each_hook_adds_to_the_row_of_a_step() -> None:
+    hooks = Hooks([Keeper("one"), Hook(), Keeper("two")])
+    assert hooks.after_step(1, {"loss": 1.0}) == {"one": 1.0, "two": 1.0}
 
 
 @pytest.mark.parametrize(

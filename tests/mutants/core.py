@@ -5,6 +5,7 @@ from __future__ import annotations
 from .apply import Mutant
 
 UPDATE, PARALLEL = "rrhf/training/core/update.py", "rrhf/training/core/parallel.py"
+MEASURE = "rrhf/training/core/measure.py"
 
 LOOP = "test_loop.py::"
 STEPS = ("test_update.py",)
@@ -26,11 +27,11 @@ UPDATE_FAULTS = [
         DDP,
     ),
     Mutant(
-        "the loss that is logged has the first micro-batch's weights",
+        "the loss that is logged has the last micro-batch's terms alone",
         UPDATE,
-        "weights = {name: term.weight",
-        "weights = weights or {name: term.weight",
-        (*STEPS, *PPO_TERMS),
+        "pairs = {_TERM + name: (term.total, weighted)",
+        "totals.pop(_TERM + name, None)\n        pairs = {_TERM + name: (term.total, weighted)",
+        STEPS,
     ),
     Mutant(
         "an infinite gradient norm does not stop the run",
@@ -91,8 +92,8 @@ UPDATE_FAULTS = [
     Mutant(
         "the logged loss leaves out the weights",
         UPDATE,
-        "sum(weights[name] * value for",
-        "sum(value for",
+        'row["loss"] += _ratio(weighted,',
+        'row["loss"] += _ratio(total,',
         (*STEPS, *PPO_TERMS),
     ),
     Mutant(
@@ -136,6 +137,30 @@ UPDATE_FAULTS = [
         "return total / count if count else 0.0",
         "return total / max(count, 1.0)",
         (*STEPS, *PPO_TERMS),
+    ),
+]
+
+MEASURE_FAULTS = [
+    Mutant(
+        "a held-out loss leaves out the weights",
+        MEASURE,
+        '"loss": sum(_mean(weighted, count)',
+        '"loss": sum(_mean(_, count)',
+        ("test_measure.py",),
+    ),
+    Mutant(
+        "a held-out term is weighed twice",
+        MEASURE,
+        '{name}_loss": _mean(total, count) for name, (total, _, count)',
+        '{name}_loss": _mean(total, count) for name, (_, total, count)',
+        ("test_measure.py",),
+    ),
+    Mutant(
+        "held-out sums are this rank's",
+        MEASURE,
+        "summed = parallel.sum(torch.stack(list(sums.values())))",
+        "summed = torch.stack(list(sums.values()))",
+        DDP,
     ),
 ]
 

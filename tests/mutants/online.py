@@ -9,6 +9,7 @@ ROLLOUT, READING, ENDS, STREAM, EXPERIENCE, ESTIMATORS = (
     f"{ONLINE}{room}.py"
     for room in ("rollout", "reading", "response_ends", "stream", "experience", "estimators")
 )
+STREAMS_OF_ALL = "rrhf/training/core/streams.py"
 
 ROLLOUTS = (
     "test_rollout_edges.py",
@@ -391,20 +392,6 @@ ROLLOUT_FAULTS = [
 
 STREAM_FAULTS = [
     Mutant(
-        "the critic's warm-up lasts a step longer",
-        STREAM,
-        "policy_is_frozen = self._step < self._config.critic_warmup_steps",
-        "policy_is_frozen = self._step <= self._config.critic_warmup_steps",
-        STREAMS,
-    ),
-    Mutant(
-        "the largest ratio is this rank's",
-        STREAM,
-        "self._parallel.max(self._objective.take_largest_ratio())",
-        "self._objective.take_largest_ratio()",
-        STREAMS,
-    ),
-    Mutant(
         "an early end takes steps off a run whose number is fixed",
         STREAM,
         "if not self._ends_by_steps:",
@@ -462,10 +449,10 @@ STREAM_FAULTS = [
     ),
     Mutant(
         "a rank that falls short trains on its filler",
-        STREAM,
-        "mine = [replace(self._filler, weight=0.0)]",
-        "mine = [self._filler]",
-        STREAMS,
+        STREAMS_OF_ALL,
+        "mine = [replace(examples[filler()], weight=0.0)]",
+        "mine = [examples[filler()]]",
+        (*STREAMS, "test_streams.py"),
     ),
     Mutant(
         "the last prompts of an epoch are never asked",
@@ -498,16 +485,17 @@ STREAM_FAULTS = [
     Mutant(
         "an update that goes too far does not end its passes",
         STREAM,
-        "            self._place = self.steps_per_rollout\n            if",
-        "            if",
+        "            self.total_steps -= self.steps_left_in_rollout\n"
+        "        self._place = self.steps_per_rollout\n",
+        "            self.total_steps -= self.steps_left_in_rollout\n",
         STREAMS,
     ),
     Mutant(
         "the number of processes is not in the batch size",
-        STREAM,
-        "            * config.gradient_accumulation_steps\n            * parallel.world_size",
-        "            * config.gradient_accumulation_steps",
-        STREAMS,
+        STREAMS_OF_ALL,
+        "return mine * self.world_size",
+        "return mine",
+        (*STREAMS, "test_streams.py"),
     ),
     Mutant(
         "shares of a rollout are shares of what was trained on",
@@ -526,8 +514,29 @@ STREAM_FAULTS = [
     Mutant(
         "what is left of an experience is not saved after its first step",
         STREAM,
-        "is_over = self._place == self.steps_per_rollout",
-        "is_over = self._place > 0",
+        "return pack(self._experience) if self.steps_left_in_rollout else {}",
+        "return pack(self._experience) if not self._place else {}",
         STREAMS,
+    ),
+    Mutant(
+        "an experience that is over is saved",
+        STREAM,
+        "return pack(self._experience) if self.steps_left_in_rollout else {}",
+        "return pack(self._experience)",
+        STREAMS,
+    ),
+    Mutant(
+        "nobody hears of a rollout",
+        STREAM,
+        "            listener.see_rollout(made)\n",
+        "            pass\n",
+        ("test_ppo_stream.py",),
+    ),
+    Mutant(
+        "listeners are told of the steps of the rollout as done",
+        STREAM,
+        "self._step, number, prompts, rollout.rows",
+        "self._step + 1, number, prompts, rollout.rows",
+        ("test_ppo_stream.py",),
     ),
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from .core import PARALLEL_FAULTS, UPDATE_FAULTS
+from .core import MEASURE_FAULTS, PARALLEL_FAULTS, UPDATE_FAULTS
+from .hooks import HOOK_FAULTS
 from .online import EXPERIENCE_FAULTS, ROLLOUT_FAULTS, STREAM_FAULTS
 from .runs import CHECKPOINT_FAULTS, LOOP_FAULTS
 from .terms import MODEL_FAULTS, TERM_FAULTS
 
 MUTANTS = [
     *UPDATE_FAULTS,
+    *MEASURE_FAULTS,
+    *HOOK_FAULTS,
     *TERM_FAULTS,
     *EXPERIENCE_FAULTS,
     *ROLLOUT_FAULTS,
