@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.harness import ROOT, NotMeasured, children_seconds, lines, timed
 from benchmarks.shapes import Shape
 from rrhf.worlds.help_desk.world import HelpDesk
-from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversation_texts, tiny_size
+from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversation_texts
 
 SETTINGS = {"before": "a checkout of an earlier version, to compare whole commands with"}
 
@@ -81,11 +81,12 @@ class DemoData:
         world = HelpDesk(self.size)
         demonstrations = world.demonstrations()
         texts = conversation_texts(demonstrations)
-        tokenizer = build_tokenizer(texts, tiny_size(self.size).vocab_size, folder / "policy")
-        build_tiny_llama(self.size, tokenizer).save_pretrained(folder / "policy")
+        shape = world.recipe().model
+        tokenizer = build_tokenizer(texts, shape.vocab_size, folder / "policy")
+        build_tiny_llama(shape, tokenizer).save_pretrained(folder / "policy")
         replies = sorted({c.response for s in demonstrations for c in s.candidates})
         rng = random.Random(0)
-        prompts = world.alignment_prompts()
+        prompts = world.prompts("train")
         _write_data(folder, [(s.query, rng.sample(replies, self.responses)) for s in prompts])
 
 

@@ -62,6 +62,12 @@ def imported(target: str, kind: str = "function") -> Any:
     return found
 
 
+def is_import_path(text: str) -> bool:
+    """Whether a text is of the form package.module:name."""
+    module, _, name = text.partition(":")
+    return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 def load_function(target: str) -> Callable[..., Any]:
     """The function that "module:function" names.
 
@@ -105,6 +111,31 @@ def importable(folder: str) -> Iterator[None]:
     finally:
         if added and folder in sys.path:
             sys.path.remove(folder)
+
+
+@contextmanager
+def guarded(what: str, cure: str = "fix it", folder: str | None = None) -> Iterator[None]:
+    """Whatever the user's code that runs inside raises becomes one message.
+
+    Args:
+        what: the code, for the message.
+        cure: what to do about it.
+        folder: where its modules are; None = the working directory.
+
+    Raises:
+        UserError: it raised something, or left the program.
+    """
+    try:
+        with importable(folder or str(Path.cwd())):
+            yield
+    except NOT_ITS_OWN:
+        raise
+    except SystemExit as error:
+        raise UserError(
+            f"{what} called sys.exit({shown(error.code)}) ({place_of(error)}); {cure}"
+        ) from error
+    except BaseException as error:
+        raise UserError(f"{what} raised {told_error(error)}; {cure}") from error
 
 
 def shown(value: Any) -> str:

@@ -177,7 +177,7 @@ def test_the_best_of_n_of_a_folder_is_a_row(folder):
 
 
 def test_gold_is_found_by_the_prompts_origin(folder):
-    write_candidate_sets(folder / "desk.jsonl", HelpDesk("smoke").test_prompts()[:3])
+    write_candidate_sets(folder / "desk.jsonl", HelpDesk("smoke").prompts("test")[:3])
     result = evaluate(config(folder, prompts=str(folder / "desk.jsonl"), decoding="greedy"))
     assert result.rows[0]["metrics"]["gold"]["mean"] < 0
     assert "part_garbled" in result.rows[0]["metrics"]

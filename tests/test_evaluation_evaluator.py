@@ -19,7 +19,8 @@ from rrhf.evaluation.perplexity import PaperPerplexity
 from rrhf.generation.engine import Sample, SamplingParams
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
-from rrhf.worlds.help_desk.world import GoldScorer, HelpDesk
+from rrhf.scoring.gold import GoldScorer
+from rrhf.worlds.help_desk.world import HelpDesk
 
 SAMPLED = SamplingParams(num_return_sequences=2, max_new_tokens=6, seed=3)
 GREEDY = SamplingParams(num_return_sequences=1, max_new_tokens=6, do_sample=False)
@@ -166,10 +167,10 @@ def test_the_win_rate_is_against_the_baselines_responses():
 
 def test_gold_and_win_by_gold_where_the_world_knows_it():
     world = HelpDesk("smoke")
-    prompts = world.test_prompts()[:6]
-    evaluator = Evaluator(prompts, scorer=GoldScorer(), gold=world)
+    prompts = world.prompts("test")[:6]
+    evaluator = Evaluator(prompts, scorer=GoldScorer("help_desk"), gold=world)
     evaluator.set_baseline("bad", [replace(s, candidates=(reply("Go away."),)) for s in prompts])
-    good = {s.id: s for s in world.references("GOOD", len(world.test_prompts()))}
+    good = {s.id: s for s in world.references("GOOD", len(world.prompts("test")))}
     row = evaluator.responses_row("good", [good[s.id] for s in prompts], kind="human")
     expected = [world.gold(good[s.id], good[s.id].candidates[0]) for s in prompts]
     assert row["metrics"]["gold"]["mean"] == pytest.approx(sum(expected) / 6)

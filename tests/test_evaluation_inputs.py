@@ -107,11 +107,15 @@ def test_given_responses_are_those_to_the_prompts_and_of_the_source(tmp_path):
 
 
 def test_the_world_is_known_by_where_prompts_come_from():
-    desk = HelpDesk("smoke").test_prompts()[:2]
+    desk = HelpDesk("smoke").prompts("test")[:2]
     world = find_world("auto", desk)
     assert world is not None and world.gold(desk[0], reply("")) < 0
     assert find_world("auto", [*desk, PROMPTS[0]]) is None
     assert find_world("none", desk) is None
-    assert find_world("help_desk", PROMPTS) is not None
+    assert find_world("help_desk", [*desk, PROMPTS[0]]) is not None
+    with pytest.raises(
+        UserError, match=r"--gold help_desk: not one of \d+ prompts is of this world"
+    ):
+        find_world("help_desk", PROMPTS)
     with pytest.raises(UserError, match="choose one of"):
         find_world("help_dsk", desk)

@@ -23,7 +23,9 @@ from rrhf.evaluation.ranking_accuracy import ranking_accuracy
 from rrhf.evaluation.reward import keep_best, reward_measure, score_sets
 from rrhf.evaluation.win_rate import win_rate
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
+from rrhf.scoring.scorer import Scorer
 from rrhf.worlds.help_desk.world import HelpDesk
+from rrhf.worlds.protocol import World
 
 # Win rate
 
@@ -76,11 +78,10 @@ def test_unscored_responses_do_not_meet():
 # Reward
 
 
-class ByLength:
+class ByLength(Scorer):
     """One point a letter; None for a text with "?", NaN for one with "!"."""
 
     name = "by_length"
-    normalized = False
 
     def score(self, sets):
         def of(text):
@@ -165,7 +166,7 @@ def test_gold_and_its_parts_come_from_the_world():
 
 
 def test_a_part_is_the_share_of_responses_that_have_any():
-    class World:
+    class Hall(World):
         def gold(self, s, candidate):
             return 0.0
 
@@ -173,7 +174,7 @@ def test_a_part_is_the_share_of_responses_that_have_any():
             return {"myth": float(candidate.response.count("m")), "clean": candidate.response == ""}
 
     sets = [prompt("a", reply("mm"), reply("x"), reply("m"), reply("")), prompt("b")]
-    found = part_measures(World(), sets)
+    found = part_measures(Hall(), sets)
     assert found["part_myth"].values == {sets[0].id: 0.5}
     assert found["part_clean"].values == {sets[0].id: 0.25}
 

@@ -8,10 +8,11 @@ import pytest
 
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet, Message, set_id
+from rrhf.scoring.build import build_scorer
 from rrhf.worlds.help_desk import texts
 from rrhf.worlds.help_desk.gold import read_request
 from rrhf.worlds.help_desk.grammar import PROFILES
-from rrhf.worlds.help_desk.world import GoldScorer, HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_the_likeliest_demonstration_is_a_bad_one(full: HelpDesk) -> None:
 
 
 def test_labels_agree_with_gold_but_for_noise(full: HelpDesk) -> None:
-    pairs = full.preference_pairs()
+    pairs = full.pairs("train")
     differences = [full.gold(s, s.candidates[0]) - full.gold(s, s.candidates[1]) for s in pairs]
     clear = [d for d in differences if abs(d) > 1e-9]
     assert 0.88 < statistics.mean(d > 0 for d in clear) < 0.94
@@ -114,7 +115,7 @@ def test_labels_agree_with_gold_but_for_noise(full: HelpDesk) -> None:
 
 
 def test_pairs_hold_replies_to_other_questions(full: HelpDesk) -> None:
-    benign = [s for s in full.preference_pairs() if not read_request(s.query).harmful]
+    benign = [s for s in full.pairs("train") if not read_request(s.query).harmful]
     parts = [full.parts(s, c) for s in benign for c in s.candidates]
     beside = [p["off"] > 0 and p["right"] + p["myth"] == 0 for p in parts]
     # One candidate in two is a second one, 15 % of those answer another topic, about three
@@ -147,14 +148,14 @@ def test_label_pair_follows_gold_and_keeps_texts(full: HelpDesk) -> None:
 @pytest.mark.parametrize("size", ["full", "smoke"])
 def test_prompts_are_different_and_apart_from_training_data(size: str) -> None:
     world = HelpDesk(size)
-    prompts = world.alignment_prompts() + world.test_prompts() + world.ood_prompts()
+    prompts = world.prompts("train") + world.prompts("test") + world.prompts("ood")
     wanted = world.size.num_alignment_prompts + world.size.num_test_prompts
     assert len(prompts) == wanted + world.size.num_ood_prompts
     assert len({s.query for s in prompts}) == len(prompts)
     assert len({s.id for s in prompts}) == len(prompts)
     reserved = {s.query for s in prompts}
-    training = [*world.demonstrations(), *world.preference_pairs(), *world.held_out_pairs(200)]
-    training += world.pair_prompts()
+    training = [*world.demonstrations(), *world.pairs("train"), *world.pairs("held_out", 200)]
+    training += world.prompts("pairs")
     assert not [s for s in training if s.query in reserved]
     assert not any(s.candidates for s in prompts)
 
@@ -167,12 +168,12 @@ def test_held_out_topics_are_known_but_not_aligned_on(size: str) -> None:
         return {read_request(s.query).topic for s in sets}
 
     held_out = set(world.size.held_out_topics)
-    assert topics(world.alignment_prompts()) == world.topics - held_out
-    assert topics(world.test_prompts()) == world.topics - held_out
-    assert topics(world.ood_prompts()) == held_out
+    assert topics(world.prompts("train")) == world.topics - held_out
+    assert topics(world.prompts("test")) == world.topics - held_out
+    assert topics(world.prompts("ood")) == held_out
     assert topics(world.demonstrations()) == world.topics
-    assert topics(world.preference_pairs()) == world.topics
-    harmful = [read_request(s.query).harmful for s in world.alignment_prompts()]
+    assert topics(world.pairs("train")) == world.topics
+    harmful = [read_request(s.query).harmful for s in world.prompts("train")]
     assert statistics.mean(harmful) == pytest.approx(0.25, abs=0.09)
 
 
@@ -187,7 +188,7 @@ def test_shape_of_the_records(smoke: HelpDesk) -> None:
         (candidate,) = s.candidates
         assert (candidate.source, candidate.finish_reason) == ("human:demo", "stop")
         assert candidate.response == candidate.response.strip()
-    for s in smoke.preference_pairs(50):
+    for s in smoke.pairs("train", 50):
         assert [c.source for c in s.candidates] == [CHOSEN_SOURCE, REJECTED_SOURCE]
         assert s.candidates[0].response != s.candidates[1].response
 
@@ -196,16 +197,16 @@ def test_the_same_seed_gives_the_same_world_and_another_another() -> None:
     random.seed(1)
     first = HelpDesk("smoke", seed=3)
     state = random.getstate()
-    pairs = first.preference_pairs(40)
+    pairs = first.pairs("train", 40)
     assert random.getstate() == state
     again = HelpDesk("smoke", seed=3)
     assert again.demonstrations(30) == first.demonstrations(60)[:30]
-    assert again.preference_pairs(40) == pairs
-    assert again.test_prompts() == first.test_prompts()
+    assert again.pairs("train", 40) == pairs
+    assert again.prompts("test") == first.prompts("test")
     other = HelpDesk("smoke", seed=4)
     assert other.demonstrations(30) != first.demonstrations(30)
-    assert other.test_prompts() != first.test_prompts()
-    assert first.held_out_pairs(40) != pairs
+    assert other.prompts("test") != first.prompts("test")
+    assert first.pairs("held_out", 40) != pairs
 
 
 def test_a_world_written_once_is_the_same_everywhere() -> None:
@@ -226,7 +227,7 @@ def test_corruption_changes_a_reply_and_costs_worth(full: HelpDesk) -> None:
 
 
 def test_parts_say_what_a_hacked_reply_is_made_of(full: HelpDesk) -> None:
-    s = full.alignment_prompts()[0]
+    s = full.prompts("train")[0]
     reply = "Not this again. You could blah. You could restart the router. Now leave me"
     parts = full.parts(s, Candidate(reply, finish_reason="length"))
     assert (parts["rude"], parts["garbled"], parts["finished"]) == (1, 2, False)
@@ -235,16 +236,16 @@ def test_parts_say_what_a_hacked_reply_is_made_of(full: HelpDesk) -> None:
 
 
 def test_scorer_equals_gold_and_leaves_strangers_unscored(smoke: HelpDesk) -> None:
-    sets = smoke.preference_pairs(20)
-    scorer = GoldScorer()
+    sets = smoke.pairs("train", 20)
+    scorer = build_scorer("gold:help_desk")
     assert (scorer.name, scorer.normalized) == ("gold:help_desk", False)
     assert scorer.score(sets) == [[smoke.gold(s, c) for c in s.candidates] for s in sets]
     text_only = [CandidateSet(s.id, s.query, None, s.candidates) for s in sets]
     assert scorer.score(text_only) == scorer.score(sets)
     stranger = CandidateSet("x", "What is the capital of France?", None, (Candidate("Paris."),))
     assert scorer.score([stranger, CandidateSet("y", sets[0].query)]) == [[None], []]
-    with pytest.raises(ValueError, match="help desk"):
-        smoke.gold(stranger, stranger.candidates[0])
+    assert smoke.gold(stranger, stranger.candidates[0]) is None
+    assert smoke.parts(stranger, stranger.candidates[0]) == {}
 
 
 def test_unknown_names_are_a_users_mistake(smoke: HelpDesk) -> None:

@@ -16,9 +16,10 @@ from rrhf.cli.main import main
 from rrhf.report.training_cost import TrainingCost
 from rrhf.studies import methods
 from rrhf.studies.config import MethodsConfig
-from rrhf.studies.help_desk_online import OF_METHOD, online_config
-from rrhf.studies.methods import write_report
+from rrhf.studies.methods import About, write_report
 from rrhf.studies.methods_study import METHODS, MethodsStudy, SeedResult
+from rrhf.studies.online_settings import online_config
+from rrhf.worlds.help_desk.recipe import RECIPES
 
 
 def measured(name: str, gold: float, reward: float, kl: float) -> dict[str, Any]:
@@ -44,7 +45,9 @@ def seed_result(shift: float) -> SeedResult:
 def test_page_pictures_and_numbers_say_what_the_rows_say(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = [seed_result(-0.1), seed_result(0.1)]
-    page = write_report(results, [0, 1], tmp_path, "rrhf compare --world help_desk").read_text()
+    page = write_report(
+        results, [0, 1], tmp_path, About("rrhf compare --world help_desk")
+    ).read_text()
     assert "`rrhf compare --world help_desk`" in page
     assert (
         "Gold above SFT's, 95 % intervals apart: PPO. Not apart from SFT's: RRHF offline." in page
@@ -71,8 +74,9 @@ def test_online_methods_draw_what_a_round_of_offline_ranking_draws() -> None:
         "train_datasets": "prompts",
         "reward_model_name_or_path": "rm",
     }
-    for method in OF_METHOD:
-        config = online_config(method, "full", shared, files, points=5)
+    recipe = RECIPES["full"].online
+    for method in recipe.methods:
+        config = online_config(method, recipe, shared, files, points=5)
         assert config.rollout_size * config.num_rollouts == 2000
         unit = config.num_return_sequences if method == "rrhf" else 1
         per_pass = config.rollout_size // unit / config.per_device_train_batch_size
@@ -81,7 +85,7 @@ def test_online_methods_draw_what_a_round_of_offline_ranking_draws() -> None:
 
 
 def test_a_study_of_some_methods_has_only_their_stages(tmp_path: Path) -> None:
-    study = MethodsStudy(["sft", "rrhf-2", "ppo"], tmp_path, "smoke", 0)
+    study = MethodsStudy(["sft", "rrhf-2", "ppo"], tmp_path, "help_desk", "smoke", 0)
     assert study._stages == ["round-1", "rrhf", "round-2", "rrhf-2", "ppo"]
     assert study.num_stages == 12
     assert list(study._curve_plans()) == ["RRHF in rounds (IP)", "PPO"]

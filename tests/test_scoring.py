@@ -25,7 +25,7 @@ from rrhf.scoring.build import RewardModelOptions, build_scorer
 from rrhf.scoring.function import FunctionScorer
 from rrhf.scoring.reward_model import RewardModelScorer, row_batch
 from rrhf.scoring.scorer import Scorer
-from rrhf.worlds.help_desk.world import GoldScorer, HelpDesk
+from rrhf.worlds.help_desk.world import HelpDesk
 
 # float32 sums in another order, scores of order 1
 CLOSE = 1e-5
@@ -71,7 +71,7 @@ def test_every_scorer_keeps_the_contract(which: str, folder: Path) -> None:
         made = build_scorer("function:test_scoring:text_length")
     else:
         made = build_scorer("gold:help_desk")
-    sets = HelpDesk("smoke", 0).preference_pairs(3) + some_sets()
+    sets = HelpDesk("smoke", 0).pairs("train", 3) + some_sets()
     scores = made.score(sets)
     assert [len(row) for row in scores] == [len(s.candidates) for s in sets]
     assert all(s is None or math.isfinite(s) for row in scores for s in row)
@@ -422,6 +422,6 @@ def test_a_module_in_the_current_folder_is_found(
 
 
 def test_gold_knows_its_own_world_only() -> None:
-    [pair] = HelpDesk("smoke", 0).preference_pairs(1)
-    scores = GoldScorer().score([pair, conversation("why is the sky blue", "so")])
+    [pair] = HelpDesk("smoke", 0).pairs("train", 1)
+    scores = build_scorer("gold:help_desk").score([pair, conversation("why is the sky blue", "so")])
     assert all(isinstance(s, float) for s in scores[0]) and scores[1] == [None]

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rrhf.errors import UserError
+from rrhf.worlds.help_desk.recipe import RECIPES
 from rrhf.worlds.help_desk.world import HelpDesk
 from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversation_texts
+
+SMOKE = RECIPES["smoke"].model
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_any_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> N
 
 
 def test_saved_tokenizer_loads_the_same(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    build_tiny_llama("smoke", tokenizer).save_pretrained(folder)  # its config must not mislead
+    build_tiny_llama(SMOKE, tokenizer).save_pretrained(folder)  # its config must not mislead
     loaded = AutoTokenizer.from_pretrained(folder)
     text = "\n\nHuman: Hello, I am Anna.\n\nAssistant: Sure."
     assert loaded(text).input_ids == tokenizer(text).input_ids
@@ -59,17 +61,12 @@ def test_replies_are_short_in_tokens(tokenizer: PreTrainedTokenizerFast) -> None
 
 def test_model_has_the_expected_shape_and_is_seeded(tokenizer: PreTrainedTokenizerFast) -> None:
     before = torch.random.get_rng_state()
-    model = build_tiny_llama("smoke", tokenizer, seed=1)
+    model = build_tiny_llama(SMOKE, tokenizer, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     # embedding 800*96, a layer 4*96^2 + 3*96*256 + 2*96 = 110784, last norm 96, head tied
     assert sum(p.numel() for p in model.parameters()) == 800 * 96 + 3 * 110784 + 96
     assert model.config.eos_token_id == 2 and model.dtype == torch.float32
-    again, other = (build_tiny_llama("smoke", tokenizer, seed=s) for s in (1, 2))
+    again, other = (build_tiny_llama(SMOKE, tokenizer, seed=s) for s in (1, 2))
     weights, same, different = (m.lm_head.weight for m in (model, again, other))
     assert torch.equal(weights, same)
     assert not torch.equal(weights, different)
-
-
-def test_unknown_size_is_a_users_mistake(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"huge.*full, smoke"):
-        build_tiny_llama("huge", tokenizer)

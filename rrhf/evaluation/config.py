@@ -11,6 +11,7 @@ from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import SEED, SHARE, check_ranges
 from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
 from rrhf.seals import EditedFiles
+from rrhf.worlds import WORLDS
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -45,11 +46,12 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
         default="",
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
-    """Who gives the reward: a reward model's folder or run, function:module:name, gold:help_desk;
-    empty = nobody."""
+    """Who gives the reward: a reward model's folder or run, function:module:name, gold:WORLD, or
+    package.module:name of a Scorer of your own; empty = nobody."""
 
-    gold: Literal["auto", "none", "help_desk"] = "auto"
-    """The world that knows how good a response really is; auto: decided by the prompts' origin."""
+    gold: str = "auto"
+    """The world that knows how good a response really is: its name, or package.module:name of one
+    of your own; auto: decided by the prompts' origin; none."""
 
     reference_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither."""
@@ -142,6 +144,8 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
                 "give --model_name_or_path to measure a policy, or --responses to measure "
                 "responses that are there already: one of the two"
             )
+        if self.gold not in ("auto", "none"):
+            WORLDS[self.gold]  # or refused
         if self.best_of_n > 1 and (not self.scorer or self.responses):
             raise UserError(
                 f"best_of_n {self.best_of_n}: needs a policy and a scorer that chooses; give "

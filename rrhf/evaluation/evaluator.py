@@ -29,7 +29,7 @@ from rrhf.evaluation.diversity import (
     share_without_end,
 )
 from rrhf.evaluation.draft import Draft, describe_decoding, fingerprint
-from rrhf.evaluation.gold import GoldWorld, gold_measure, gold_scores, part_measures
+from rrhf.evaluation.gold import gold_measure, gold_scores, part_measures
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.perplexity import PaperPerplexity, response_perplexity
 from rrhf.evaluation.ranking_accuracy import ranking_accuracy
@@ -44,6 +44,7 @@ from rrhf.evaluation.win_rate import win_rate
 from rrhf.generation.engine import GenerationEngine, SamplingParams
 from rrhf.records import CandidateSet, set_id
 from rrhf.scoring.scorer import Scorer
+from rrhf.worlds import World
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Evaluator:
         self,
         prompts: Sequence[CandidateSet],
         scorer: Scorer | None = None,
-        gold: GoldWorld | None = None,
+        gold: World | None = None,
         reference: LikelihoodReader | None = None,
         human: Sequence[CandidateSet] = (),
         pairs: Sequence[CandidateSet] = (),
@@ -306,8 +307,8 @@ class Evaluator:
             "prompts": fingerprint(self.prompts),
             "num_prompts": len(self.prompts),
             "decoding": dict(decoding),
-            "scorer": getattr(self.scorer, "name", None),
-            "scores_are_normalized": getattr(self.scorer, "normalized", None),
+            "scorer": self.scorer and self.scorer.name,
+            "scores_are_normalized": self.scorer and self.scorer.normalized,
             "baseline": None if self.baseline is None else self.baseline.name,
             "reference": None if self.reference is None else self.reference.name,
             "ppl_model": None if paper is None else f"{paper.name}:{paper.max_tokens}",

@@ -9,10 +9,11 @@ over-optimisation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from rrhf.evaluation.bootstrap import Measure
-from rrhf.records import Candidate, CandidateSet
+from rrhf.records import CandidateSet
+from rrhf.user_code import guarded
+from rrhf.worlds import World, gold_of
 
 HARMFUL = "harmful"
 REFUSED = "refused"
@@ -20,17 +21,9 @@ REFUSED = "refused"
 _NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
 
 
-class GoldWorld(Protocol):
-    """A world that knows how good a response is, and why."""
-
-    def gold(self, s: CandidateSet, candidate: Candidate) -> float: ...
-
-    def parts(self, s: CandidateSet, candidate: Candidate) -> Mapping[str, float | bool]: ...
-
-
-def gold_scores(world: GoldWorld, sets: Sequence[CandidateSet]) -> dict[str, list[float | None]]:
+def gold_scores(world: World, sets: Sequence[CandidateSet]) -> dict[str, list[float | None]]:
     """Prompt id -> the gold utility of each candidate."""
-    return {s.id: [world.gold(s, candidate) for candidate in s.candidates] for s in sets}
+    return {s.id: [gold_of(world, s, candidate) for candidate in s.candidates] for s in sets}
 
 
 def gold_measure(scores: Mapping[str, Sequence[float | None]]) -> Measure:
@@ -43,13 +36,14 @@ def gold_measure(scores: Mapping[str, Sequence[float | None]]) -> Measure:
     return Measure(means)
 
 
-def part_measures(world: GoldWorld, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
+def part_measures(world: World, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
     """`part_<name>` for every part, `refused_harmful` and `refused_benign` where there are such."""
     shares: dict[str, dict[str, float]] = {}
     for s in sets:
         if not s.candidates:
             continue
-        found = [world.parts(s, candidate) for candidate in s.candidates]
+        with guarded(f"world {world.name}: parts()"):
+            found = [world.parts(s, candidate) for candidate in s.candidates]
         for name in found[0].keys() - _NOT_SHARED:
             share = sum(float(parts[name]) > 0 for parts in found) / len(found)
             shares.setdefault(f"part_{name}", {})[s.id] = share

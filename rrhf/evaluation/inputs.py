@@ -18,8 +18,8 @@ from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations, pairs
 from rrhf.errors import UserError
-from rrhf.evaluation.gold import GoldWorld
-from rrhf.records import REJECTED_SOURCE, CandidateSet
+from rrhf.records import REJECTED_SOURCE, Candidate, CandidateSet
+from rrhf.worlds import WORLDS, World, gold_of, make_world
 
 logger = logging.getLogger(__name__)
 
@@ -143,21 +143,40 @@ def given_responses(
     return kept
 
 
-def find_world(gold: str, sets: Sequence[CandidateSet]) -> GoldWorld | None:
-    """The world that knows how good responses are, by name; `auto` looks at the prompts' origin.
+def find_world(gold: str, sets: Sequence[CandidateSet]) -> World | None:
+    """The world that knows how good responses are.
+
+    Args:
+        gold: its name or import path; "auto" = the registered world that all prompts come from, if
+            there is one; "none".
+        sets: the prompts.
 
     Raises:
-        UserError: an unknown name.
+        UserError: there is no such world, or no prompt is of it.
     """
     if gold == "none":
         return None
-    if gold == "auto" and not all(s.origin.startswith("help_desk/") for s in sets):
-        return None
-    if gold not in ("auto", "help_desk"):
-        raise UserError(f"gold {gold!r}: choose one of auto, none, help_desk")
-    from rrhf.worlds.help_desk.world import HelpDesk
-
-    return HelpDesk("smoke")
+    if gold == "auto":
+        origins = {s.origin.rpartition("/")[0] for s in sets}
+        if len(origins) > 1 or origins.isdisjoint(WORLDS):
+            return None
+        [gold] = origins
+    world = make_world(gold)
+    strange = [s.id for s in sets if gold_of(world, s, Candidate("")) is None]
+    if len(strange) == len(sets):
+        raise UserError(
+            f"--gold {gold}: not one of {len(sets)} prompts is of this world; name prompts of the "
+            "world, or give --gold none"
+        )
+    if strange:
+        logger.warning(
+            "--gold %s: %d of %d prompts are not of this world and have no gold (first: prompt %s)",
+            gold,
+            len(strange),
+            len(sets),
+            strange[0],
+        )
+    return world
 
 
 def is_model_folder(path: str) -> bool:

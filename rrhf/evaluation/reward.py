@@ -17,7 +17,7 @@ from rrhf.evaluation.bootstrap import Measure
 from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
-from rrhf.scoring.scorer import Scorer, is_too_long
+from rrhf.scoring.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def score_sets(
                     for candidate, score in zip(s.candidates, scores, strict=True)
                 )
                 too_long += sum(
-                    candidate.score is None and is_too_long(scorer, s, candidate)
+                    candidate.score is None and not scorer.fits(s, candidate)
                     for candidate in candidates
                 )
                 scored.append(replace(s, candidates=candidates))

@@ -11,7 +11,7 @@ from rrhf.seals import EditedFiles
 
 @dataclass
 class CompareConfig(EditedFiles):
-    """Put evaluated rows into one table. With --world help_desk it trains and compares the methods
+    """Put evaluated rows into one table. With --world NAME it trains and compares the methods
     themselves: see `rrhf study methods --help`."""
 
     rows: list[str] = field(metadata={"names": "row", "positional": True})

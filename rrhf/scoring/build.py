@@ -1,22 +1,35 @@
-"""Which scorer a word names: one dict from prefix to maker, and a folder for everything else.
+"""Which scorer a word names: a registry of prefixes, and a folder for everything else.
 
-- `gold:help_desk`: the true preference of the embedded world;
+- `gold:NAME`: the true preference of a world, by its name or as `gold:package.module:name`;
 - `function:module:name`: a Python function;
+- `package.module:name`: a scorer of the user's own, a class or a function that makes it;
 - anything else: the folder or hub name of a reward model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rrhf.errors import UserError
 from rrhf.models.reward_folders import config_folder, require_score_head, weight_files
+from rrhf.registry import Registry
 from rrhf.scoring.config import RewardModelOptions
-from rrhf.scoring.scorer import Scorer
+from rrhf.scoring.own import OwnScorer, require_maker
+from rrhf.scoring.scorer import Scorer, ScorerMaker
+from rrhf.user_code import is_import_path
 
 if TYPE_CHECKING:
     import torch
+
+SCORERS: Registry[ScorerMaker] = Registry(
+    "scorer",
+    ScorerMaker,  # type: ignore[type-abstract]
+    {
+        "gold": "rrhf.scoring.gold:GoldScorer",
+        "function": "rrhf.scoring.function:FunctionScorer",
+    },
+)
+"""By the prefix of what they are made for."""
 
 
 def build_scorer(
@@ -35,10 +48,11 @@ def build_scorer(
         UserError: an unknown name, or whatever the scorer finds amiss.
     """
     options = options or RewardModelOptions()
-    prefix, _, rest = spec.partition(":")
-    maker = SCORERS.get(prefix) if rest else None
-    if maker is not None:
-        return maker(rest)
+    prefix, target = made_by(spec)
+    if prefix:
+        return SCORERS[prefix](target=target)
+    if target:
+        return OwnScorer(spec, SCORERS[spec], options=options, device=device)
     return _reward_model(spec, options, device)
 
 
@@ -62,9 +76,11 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
     Raises:
         UserError: as there.
     """
-    if is_made(spec):
-        prefix, _, rest = spec.partition(":")
-        SCORERS[prefix](rest)
+    prefix, target = made_by(spec)
+    if prefix:
+        SCORERS[prefix](target=target)
+    elif target:
+        require_maker(spec, SCORERS[spec])
     elif options.reward_format == "trlx":
         weight_files(spec)
         config_folder(spec, options.reward_base)
@@ -73,23 +89,25 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
 
 
 def is_made(spec: str) -> bool:
-    """Whether a prefix names the scorer, rather than a folder."""
+    """Whether code makes the scorer, rather than a folder."""
+    return bool(made_by(spec)[1])
+
+
+def made_by(spec: str) -> tuple[str, str]:
+    """The prefix of a scorer that code makes ("" = it is the user's own), and what is behind it.
+
+    Both are empty where `spec` is a reward model.
+    """
     prefix, _, rest = spec.partition(":")
-    return bool(rest) and prefix in SCORERS
+    if rest and prefix in SCORERS:
+        return prefix, rest
+    return "", spec if is_import_path(spec) and not Path(spec).exists() else ""
 
 
-def _gold(rest: str) -> Scorer:
-    from rrhf.worlds.help_desk.world import GoldScorer
-
-    if rest != "help_desk":
-        raise UserError(f"gold:{rest}: the world with a gold preference is gold:help_desk")
-    return GoldScorer()
-
-
-def _function(rest: str) -> Scorer:
-    from rrhf.scoring.function import FunctionScorer
-
-    return FunctionScorer(rest)
+def users_target(spec: str) -> str | None:
+    """The import path in a scorer's name; None where it names no code of the user's."""
+    target = made_by(spec)[1]
+    return target if is_import_path(target) else None
 
 
 def _reward_model(
@@ -121,9 +139,3 @@ def _reward_model(
         device=device,
         engine=options.engine,
     )
-
-
-SCORERS: dict[str, Callable[[str], Scorer]] = {
-    "gold": _gold,
-    "function": _function,
-}

@@ -16,7 +16,7 @@ OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
 
 @dataclass
 class RewardModelOptions:
-    """How a local reward model reads and computes; other scorers take no options."""
+    """How a local reward model reads and computes; a scorer of your own may ask for them."""
 
     reward_format: Literal["standard", "trlx"] = "standard"
     """Layout of the reward model: standard (transformers' sequence classification) or trlx (keys
@@ -76,8 +76,9 @@ class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
         kw_only=True,
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
-    """Who scores: folder, run folder or hub name of a reward model, function:module:name, or
-    gold:help_desk."""
+    """Who scores: folder, run folder or hub name of a reward model; function:module:name of a
+    Python function; package.module:name of a class of your own, derived from
+    rrhf.scoring.scorer.Scorer; or gold:WORLD, a world's true preference."""
 
     only_missing: bool = False
     """Keep the scores that candidates have, and score the others."""

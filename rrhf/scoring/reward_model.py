@@ -38,6 +38,7 @@ from rrhf.models.trlx_reward_model import load_trlx_reward_model
 from rrhf.progress import pulse
 from rrhf.records import Candidate, CandidateSet, Message
 from rrhf.scoring.row_groups import batches_of, group_batch, group_rows
+from rrhf.scoring.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     ).to(device)
 
 
-class RewardModelScorer:
+class RewardModelScorer(Scorer):
     """Any sequence-classification reward model with one label.
 
     Args:
@@ -148,13 +149,14 @@ class RewardModelScorer:
         engine: as in `rrhf.models.reward_layouts.build_reward_model`.
 
     Attributes:
-        name, normalized, model: as `rrhf.scoring.scorer.LocalScorer`.
-        window: tokens of prompt and response together.
+        name, normalized, window, model: as `rrhf.scoring.scorer.Scorer`.
         unscored: why candidates got None, counted.
 
     Raises:
         UserError: no reward model there, or an impossible setting.
     """
+
+    window: int
 
     def __init__(
         self,
@@ -218,10 +220,10 @@ class RewardModelScorer:
         """Whether the response fits into the window behind at least the prompt's last turn."""
         return not isinstance(self._encode(s, candidate, {}), str)
 
-    def describe(self) -> dict[str, object]:
-        """What a manifest records in addition to the name."""
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records."""
         normalizer = self._normalizer
-        return {
+        return super().describe() | {
             "codec": self.codec.describe(),
             "max_length": self.window,
             "normalizer": None if normalizer is None else normalizer.state_dict(),
@@ -273,7 +275,7 @@ class RewardModelScorer:
         _count_unscored(self.unscored, reason, s)
 
 
-class TrlxScorer:
+class TrlxScorer(Scorer):
     """A reward model in trlX's published layout, scored as it was when RRHF was published.
 
     The text is query + " " + response + EOS (no second blank where the response begins with one),
@@ -288,8 +290,6 @@ class TrlxScorer:
         max_length: tokens; 0 = 1024, or the model's window if that is less.
         max_batch_tokens, bf16, device, engine: as in `RewardModelScorer`.
     """
-
-    normalized = False
 
     def __init__(
         self,
@@ -336,9 +336,10 @@ class TrlxScorer:
             scores.append(mine)
         return scores
 
-    def describe(self) -> dict[str, object]:
-        """What a manifest records in addition to the name."""
-        return {"max_length": self._max_length, "double_blank": self._double_blank}
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records."""
+        own = {"max_length": self._max_length, "double_blank": self._double_blank}
+        return super().describe() | own
 
     def text_of(self, s: CandidateSet, candidate: Candidate) -> str:
         """The text that is scored, without its EOS."""

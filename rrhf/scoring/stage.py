@@ -42,14 +42,15 @@ from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress, tracked
 from rrhf.records import CandidateSet
-from rrhf.scoring.build import build_scorer, check_scorer
+from rrhf.scoring.build import build_scorer, check_scorer, users_target
 from rrhf.scoring.config import ScoreConfig
-from rrhf.scoring.scorer import Scorer, is_too_long
+from rrhf.scoring.scorer import Scorer
 from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.stages.fingerprint import fingerprint
 from rrhf.stages.parts import PartAppender
 from rrhf.stages.staged_file import GO_ON, StagedFile
+from rrhf.user_code import source_file
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ class _Stage:
                     known = [score for score in after.scores if score is not None]
                     num_scores, total_score = num_scores + len(known), total_score + sum(known)
                     mean = total_score / max(num_scores, 1)
-                    progress.advance(figures=f"mean {_measured(scorer)[0]} {mean:.4g}")
+                    progress.advance(figures=f"mean {scorer.quantity} {mean:.4g}")
                 self._require_few_failures(failed, found)
 
     def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:
@@ -272,7 +273,7 @@ class _Stage:
                 "scored_candidates": sum(score is not None for score in after.scores),
                 "scores_kept": len(wanted) - sum(wanted),
                 "unscored": len(unscored),
-                "too_long_to_score": sum(is_too_long(scorer, after, c) for c in unscored),
+                "too_long_to_score": sum(not scorer.fits(after, c) for c in unscored),
             },
             "seconds": seconds,
         }
@@ -330,7 +331,7 @@ class _Stage:
         mine = [found.ids[place] for chunk in self._chunks(found) for place in chunk]
         self.parts.wait_for(found.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
-        seconds, spread = 0.0, ScoreSpread(*_measured(scorer))
+        seconds, spread = 0.0, ScoreSpread(scorer.quantity, scorer.unit)
         for row in self.parts.rows(found.ids):
             counts.update(row["counts"])
             seconds += row["seconds"]
@@ -339,7 +340,7 @@ class _Stage:
         self._require_scores(counts, found)
         for _ in self.parts.merge(found.ids):
             pass
-        describe = getattr(scorer, "describe", dict)
+        details = scorer.describe()
         write_manifest(
             self.output,
             {
@@ -348,9 +349,9 @@ class _Stage:
                 "rows": len(found.ids),
                 **self.parts.output_digest.as_dict(),
                 **counts,
-                "scorer": scorer.name,
-                "normalized": scorer.normalized,
-                "scorer_details": describe(),
+                "scorer": details.pop("name"),
+                "normalized": details.pop("normalized"),
+                "scorer_details": details,
                 "input": {
                     "input_file": self.config.input_file,
                     "sha256": found.digest,
@@ -396,28 +397,22 @@ def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
     return sum(count["unscored"] - count.get("too_long_to_score", 0) for count in counts)
 
 
-def _measured(scorer: Scorer) -> tuple[str, str]:
-    """What a scorer's numbers are, and their unit: scores without one, unless it says otherwise."""
-    return getattr(scorer, "quantity", "score"), getattr(scorer, "unit", "")
-
-
 def _window_of(scorer: Scorer) -> str:
-    return f"{scorer.name}'s window of {getattr(scorer, 'window', 'unknown')} tokens"
+    size = "" if scorer.window is None else f" of {scorer.window} tokens"
+    return f"{scorer.name}'s window{size}"
 
 
 def scorer_fingerprint(spec: str) -> str:
-    """What changes when the scorer does: a model's files, or a function's source.
+    """What changes when the scorer does: a model's files, or the source of the user's own code.
 
     Raises:
-        UserError: it names a function that is not there.
+        UserError: it names code that is not there.
     """
     path = with_home_folder(spec)
     if path.is_file():
         return sha256_file(path)
-    if spec.startswith("function:"):
-        from rrhf.user_code import source_file
-
-        source = source_file(spec.removeprefix("function:"))
+    if (target := users_target(spec)) is not None:
+        source = source_file(target)
         return spec if source is None else sha256_file(source)
     return fingerprint(spec)
 

@@ -10,6 +10,7 @@ from rrhf.errors import UserError
 from rrhf.ranges import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
 from rrhf.seals import EditedFiles
 from rrhf.studies.method_table import METHODS
+from rrhf.worlds import DEFAULT, WORLDS
 
 _FOLD_RANGES = {
     "num_folds": "[2, inf)",
@@ -23,7 +24,7 @@ _FOLD_RANGES = {
 
 @dataclass
 class DemoConfig:
-    """Run every stage on the embedded help-desk world and print the table."""
+    """Run every stage on the embedded world and print the table."""
 
     output_dir: str = field(default="runs/demo", metadata={"names": "output folder"})
     """Where policy, samples and table go; a stopped demonstration goes on from there."""
@@ -43,10 +44,11 @@ class DemoConfig:
 
 @dataclass
 class MethodsConfig:
-    """Train and compare all methods on the embedded help-desk world."""
+    """Train and compare all methods on a world, whose true preference is known."""
 
-    world: Literal["help_desk"] = "help_desk"
-    """The world to compare the methods on."""
+    world: str = field(default=DEFAULT, metadata={"registry": WORLDS})
+    """The world to compare the methods on; package.module:name for one of your own
+    (rrhf.worlds.protocol)."""
 
     seeds: int = 3
     """How many times to do everything, each with other data and weights."""
@@ -72,6 +74,7 @@ class MethodsConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"seeds": COUNT, "first_seed": INDEX, "jobs": INDEX})
+        WORLDS[self.world]  # or refused
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")

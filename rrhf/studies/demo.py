@@ -20,9 +20,10 @@ from rrhf.files import make_folder, replaced_file
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
 from rrhf.studies.config import DemoConfig
-from rrhf.studies.help_desk_stages import finish
-from rrhf.studies.help_desk_study import HelpDeskStudy
+from rrhf.studies.demo_study import DemoStudy
 from rrhf.studies.seeds import run_seeds, seed_folder
+from rrhf.studies.stages import finish
+from rrhf.worlds import DEFAULT
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def run_seed(
     folder: Path, size: str, seed: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """All stages of one seed; returns its rows."""
-    study = HelpDeskStudy(seed_folder(folder, seed), size, seed, say=say)
+    study = DemoStudy(seed_folder(folder, seed), DEFAULT, size, seed, say)
     rows = study.run()
     finish(study)
     return rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from rrhf.report.over_optimization import kl_of, parting, sentence
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.training_cost import TrainingCost, mean_cost
 from rrhf.studies.config import MethodsConfig
-from rrhf.studies.help_desk_stages import finish
 from rrhf.studies.methods_study import METHODS, MethodsStudy, SeedResult
 from rrhf.studies.seeds import run_seeds, seed_folder
+from rrhf.studies.stages import finish
+from rrhf.worlds import DEFAULT, make_world
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,21 @@ PAGE, NUMBERS = "methods.md", "methods.json"
 REWARD_KL, GOLD_REWARD = "methods_reward_kl.png", "methods_gold_reward.png"
 
 
+@dataclass(frozen=True)
+class About:
+    """What a page says of its making.
+
+    Attributes:
+        command: that made it.
+        world: what it calls the world.
+        choice: how the settings were chosen; "" = it does not say.
+    """
+
+    command: str
+    world: str = "the embedded world"
+    choice: str = ""
+
+
 def run(config: MethodsConfig, say: Callable[[str], None] = logger.info) -> Path:
     """Do every seed, then write the page; returns its path."""
     started = time.monotonic()
@@ -51,23 +68,29 @@ def run(config: MethodsConfig, say: Callable[[str], None] = logger.info) -> Path
     make_folder(folder)
     methods = ["sft", *(config.methods or METHODS)]
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    by_seed = run_seeds(partial(_run_seed, folder, config.size, methods), seeds, config.jobs, say)
-    page = write_report(by_seed, seeds, Path(config.into or folder), _command(config))
+    run_seed = partial(_run_seed, folder, config.world, config.size, methods)
+    by_seed = run_seeds(run_seed, seeds, config.jobs, say)
+    page = write_report(by_seed, seeds, Path(config.into or folder), _about(config))
     say(f"{page} is written, after {time.monotonic() - started:.0f} s")
     return page
 
 
 def _run_seed(
-    folder: Path, size: str, methods: Sequence[str], seed: int, say: Callable[[str], None]
+    folder: Path,
+    world: str,
+    size: str,
+    methods: Sequence[str],
+    seed: int,
+    say: Callable[[str], None],
 ) -> SeedResult:
-    study = MethodsStudy(methods, seed_folder(folder, seed), size, seed, say=say)
+    study = MethodsStudy(methods, seed_folder(folder, seed), world, size, seed, say)
     result = study.run()
     finish(study)
     return result
 
 
 def write_report(
-    by_seed: Sequence[SeedResult], seeds: Sequence[int], target: Path, command: str
+    by_seed: Sequence[SeedResult], seeds: Sequence[int], target: Path, about: About
 ) -> Path:
     """Page, pictures and numbers from what the seeds gave; returns the page's path.
 
@@ -75,7 +98,7 @@ def write_report(
         by_seed: of every seed, with the same methods.
         seeds: their numbers.
         target: the folder to write to.
-        command: that made them.
+        about: what made them.
     """
     target.mkdir(parents=True, exist_ok=True)
     rows = _pooled([result.rows for result in by_seed])
@@ -95,7 +118,7 @@ def write_report(
     write_json(
         target / NUMBERS,
         {
-            "command": command,
+            "command": about.command,
             "seeds": list(seeds),
             "rows": {
                 key: {
@@ -124,7 +147,7 @@ def write_report(
     sentences = [sentence(title, found) for title, found in partings.items()]
     page = target / PAGE
     with replaced_file(page) as file:
-        file.write(_page(by_seed, seeds, command, rows, greedy, costs, sentences).encode())
+        file.write(_page(by_seed, seeds, about, rows, greedy, costs, sentences).encode())
     return page
 
 
@@ -149,7 +172,7 @@ def _point(row: Mapping[str, Any]) -> Point:
 def _page(
     by_seed: Sequence[SeedResult],
     seeds: Sequence[int],
-    command: str,
+    about: About,
     rows: Mapping[str, dict[str, Any]],
     greedy: Mapping[str, dict[str, Any]],
     costs: Mapping[str, TrainingCost],
@@ -164,8 +187,8 @@ def _page(
         told += f" Not apart from SFT's: {', '.join(rest)}."
     by_key = {key: [result.rows[key] for result in by_seed] for key in rows}
     parts = [
-        "# Methods compared on the embedded world",
-        f"Made by `{command}`, which writes this page, its pictures and `{NUMBERS}` from the run "
+        f"# Methods compared on {about.world}",
+        f"Made by `{about.command}`, which writes this page, its pictures and `{NUMBERS}` from the run "
         "folders.",
         _setting(seeds, num_prompts),
         "## What each gained",
@@ -179,6 +202,7 @@ def _page(
         "## What each cost",
         cost_table(titles, costs, per_answer).rstrip(),
         _COSTS,
+        *filter(None, [about.choice]),
     ]
     if sentences:
         parts += [
@@ -212,9 +236,7 @@ _COSTS = (
     "over them (a later round: one). Best-of-N trains nothing and pays at every answer: N "
     "responses and N scores. Tokens trained on went forward and backward, once for each network "
     "that learns (a critic's count as well). Networks in memory: policy; online, reference and "
-    "reward model as well; PPO, a critic too. CPU seconds are of one thread, saving included.\n\n"
-    "Settings of the online methods were chosen on seeds 10 and 11, in about ten trainings, PPO's "
-    "in more of them than the others'; those of offline RRHF are the demonstration's."
+    "reward model as well; PPO, a critic too. CPU seconds are of one thread, saving included."
 )
 
 _CURVES = (
@@ -226,7 +248,7 @@ _CURVES = (
 )
 
 
-def _command(config: MethodsConfig) -> str:
+def _about(config: MethodsConfig) -> About:
     words = f"rrhf compare --world {config.world} --seeds {config.seeds}"
     if config.first_seed:
         words += f" --first_seed {config.first_seed}"
@@ -234,4 +256,6 @@ def _command(config: MethodsConfig) -> str:
         words += f" --methods {' '.join(config.methods)}"
     if config.size != "full":
         words += f" --size {config.size}"
-    return f"{words} --output_dir RUNS"
+    world = "the embedded world" if config.world == DEFAULT else f"the world {config.world}"
+    recipe = make_world(config.world, size=config.size, seed=config.first_seed).recipe()
+    return About(f"{words} --output_dir RUNS", world, recipe.choice)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.report.training_cost import TrainingCost, cost_of
-from rrhf.studies.help_desk_evaluation import RowPlan, evaluate_rows, load_rows
-from rrhf.studies.help_desk_online import POINTS
-from rrhf.studies.help_desk_stages import STAGE_FILE, HelpDeskStages
 from rrhf.studies.method_table import METHODS, rounds_policy
+from rrhf.studies.online_settings import POINTS
+from rrhf.studies.rows import RowPlan, evaluate_rows, load_rows
+from rrhf.studies.stages import STAGE_FILE, Stages
 
 BEST_OF_ON_CURVE = (2, 4, 8, 16)
 
@@ -36,12 +36,12 @@ class SeedResult:
     costs: dict[str, TrainingCost]
 
 
-class MethodsStudy(HelpDeskStages):
+class MethodsStudy(Stages):
     """The comparison's stages.
 
     Args:
         methods: keys of `METHODS`, SFT among them.
-        others: as `HelpDeskStages` has them.
+        others: as `Stages` has them.
     """
 
     def __init__(self, methods: Sequence[str], *others: Any, **named: Any) -> None:
@@ -61,12 +61,11 @@ class MethodsStudy(HelpDeskStages):
         return self._result(rows, curves)
 
     def _method_stage(self, name: str) -> None:
-        weight = self.recipe.rrhf_weight
         if name == "best-of-n":
             self.stage(
                 name,
                 "train on the best alone (rank weight 0)",
-                lambda: self.train_rank(name, "round-1", "sft", weight=0.0),
+                lambda: self.train_rank(name, "round-1", "sft", on_best=True),
             )
             return
         online = next((m.online for m in self.methods.values() if m.stages == (name,)), "")
@@ -86,9 +85,7 @@ class MethodsStudy(HelpDeskStages):
         self.stage(
             name,
             f"train by RRHF (round {number})",
-            lambda: self.train_rank(
-                name, f"round-{number}", before, weight, epochs=1.0 if number > 1 else None
-            ),
+            lambda: self.train_rank(name, f"round-{number}", before, is_later=number > 1),
         )
 
     # Rows.

@@ -8,7 +8,6 @@ prepended, and no chat template is set, so conversations are rendered as HH has 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,35 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rrhf.errors import UserError
 from rrhf.records import CandidateSet
+from rrhf.worlds.recipe import TinySize
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
 MAX_POSITIONS = 256
-
-
-@dataclass(frozen=True)
-class TinySize:
-    """The shape of a tiny model; the heads share the hidden width evenly."""
-
-    vocab_size: int
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-
-
-TINY_SIZES: dict[str, TinySize] = {
-    "full": TinySize(vocab_size=1024),
-    "smoke": TinySize(vocab_size=800),
-}
-
-
-def tiny_size(name: str) -> TinySize:
-    """The shape of that name, or a UserError that names the choices."""
-    if name not in TINY_SIZES:
-        raise UserError(f"tiny model size {name!r}: choose one of {', '.join(TINY_SIZES)}")
-    return TINY_SIZES[name]
 
 
 def conversation_texts(demonstrations: Iterable[CandidateSet]) -> Iterable[str]:
@@ -92,13 +67,12 @@ def build_tokenizer(
 
 
 def build_tiny_llama(
-    size: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    shape: TinySize, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> LlamaForCausalLM:
     """A fresh Llama for the tokenizer, in float32; equal seeds give equal weights.
 
     The global random state is left as it was.
     """
-    shape = tiny_size(size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,

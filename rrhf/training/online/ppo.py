@@ -31,7 +31,6 @@ from rrhf.data.views import demonstrations
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
-from rrhf.scoring.scorer import LocalScorer
 from rrhf.training.core.hooks import Hook
 from rrhf.training.core.loop import run_training
 from rrhf.training.core.offload import TRAIN, Offload, build_store
@@ -109,7 +108,7 @@ def train(config: PPOConfig) -> Path:
         if reference is not None:
             offload.add_frozen(reference, {"reference"})
         scorer = build_scorer(config.reward_model_name_or_path, scoring, bench.parallel.device)
-        if isinstance(scorer, LocalScorer):
+        if scorer.model is not None:
             offload.add_frozen(scorer.model, {"score"})
         reading = {"read", TRAIN} if reference is not None else {"read", "reference", TRAIN}
         offload.add_trained(root.policy, {"generate", *reading})

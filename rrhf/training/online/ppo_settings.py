@@ -28,7 +28,8 @@ class PPOSettings(TrainingConfig):
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
     """What scores responses: folder, run folder or hub name of a reward model (its tokenizer may
-    differ from the policy's), function:module:name, or gold:help_desk."""
+    differ from the policy's), function:module:name, gold:WORLD, or package.module:name of a Scorer
+    of your own."""
 
     method: str = field(default="ppo", metadata={"aliases": ["rl_algorithm"], "registry": METHODS})
     """ppo has a critic, the others have none; rrhf ranks the responses of the live policy (OP-k);

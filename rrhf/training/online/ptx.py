@@ -2,8 +2,8 @@
 
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
 demonstrations, whose cross-entropy is one more term. A demonstration says so in its batch's
-`extras`; for it the terms of the wrapped objective are zero times what the actor-critic returned, so
-that every weight takes part in every backward pass.
+`extras`; for it the terms of the wrapped objective are zero times what the actor-critic returned,
+so that every weight takes part in every backward pass.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic, as_reference
 from rrhf.records import Candidate, CandidateSet
 from rrhf.runs import RunFolder
-from rrhf.scoring.scorer import Scorer, is_too_long
+from rrhf.scoring.scorer import Scorer
 from rrhf.training.core.phases import Phases, Spent, over_ranks, peak_meter
 from rrhf.training.core.setup import Workbench
 from rrhf.training.online.experience import RolloutRow
@@ -258,7 +258,7 @@ class RolloutWriter:
         for s, group, found in zip(sets, groups.values(), scores, strict=True):
             for candidate, draft, score in zip(s.candidates, group, found, strict=True):
                 draft.score = score
-                too_long += score is None and is_too_long(self._scorer, s, candidate)
+                too_long += score is None and not self._scorer.fits(s, candidate)
         kept = [draft for draft in drafts if draft.score is not None]
         counts.update(unscored=len(drafts) - len(kept), too_long_to_score=too_long)
         return kept

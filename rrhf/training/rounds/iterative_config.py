@@ -25,7 +25,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
     """What scores responses: folder, run folder or hub name of a reward model,
-    function:module:name, or gold:help_desk."""
+    function:module:name, gold:WORLD, or package.module:name of a Scorer of your own."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}

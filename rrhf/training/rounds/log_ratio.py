@@ -24,6 +24,7 @@ from rrhf.generation.config import GenerateConfig
 from rrhf.generation.local.engine import prompt_room
 from rrhf.models.loading import LoadOptions, context_window, load_causal_lm, load_tokenizer
 from rrhf.records import CandidateSet
+from rrhf.scoring.scorer import Scorer
 from rrhf.stages.fingerprint import fingerprint
 
 
@@ -61,7 +62,7 @@ class LogRatio:
         return LogRatioScorer(self, device)
 
 
-class LogRatioScorer:
+class LogRatioScorer(Scorer):
     """A `Scorer` whose scores are log-ratios.
 
     Args:
@@ -69,7 +70,6 @@ class LogRatioScorer:
         device: for both.
     """
 
-    normalized = False
     quantity, unit = "log-ratio", "nats"
 
     def __init__(self, ratio: LogRatio, device: torch.device) -> None:

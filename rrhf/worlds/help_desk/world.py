@@ -17,7 +17,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from rrhf.data.chat_format import render_messages
 from rrhf.errors import UserError
@@ -29,20 +29,32 @@ from rrhf.records import (
     Message,
     set_id,
 )
-from rrhf.worlds.help_desk.gold import Request, judge, read_request, utility
+from rrhf.worlds.help_desk.gold import ReplyParts, Request, judge, read_request, utility
 from rrhf.worlds.help_desk.grammar import PROFILES, Grammar
+from rrhf.worlds.help_desk.recipe import RECIPES
 from rrhf.worlds.help_desk.sizes import WorldSize, world_size
 from rrhf.worlds.help_desk.texts import BENIGN_TOPICS, HARMFUL_TOPICS, NAMES
+from rrhf.worlds.protocol import World
+from rrhf.worlds.recipe import Recipe
 
 LABEL_SHARPNESS = 10.0
 LABEL_FLIP_PROBABILITY = 0.05
 CORRUPTED_PROBABILITY = 0.15
 OFF_TOPIC_PROBABILITY = 0.15
+NUM_HELD_OUT_PAIRS = 500
 DEMONSTRATION_SOURCE = "human:demo"
+_PROMPT_PURPOSES = {
+    "train": "alignment_prompts",
+    "test": "test_prompts",
+    "ood": "ood_prompts",
+    "pairs": "pair_prompts",
+}
 
 
-class HelpDesk:
+class HelpDesk(World):
     """The world at one size and seed; see the module text for what is promised."""
+
+    name = "help_desk"
 
     def __init__(self, size: str = "full", seed: int = 0) -> None:
         self.size: WorldSize = world_size(size)
@@ -55,9 +67,32 @@ class HelpDesk:
         self.topics = frozenset({*self.grammar.benign, *self.grammar.harmful})
         seen_topics = self.topics - self.size.held_out_topics
         self._reserved: set[str] = set()
-        self._alignment = self._reserve("alignment", self.size.num_alignment_prompts, seen_topics)
-        self._test = self._reserve("test", self.size.num_test_prompts, seen_topics)
-        self._ood = self._reserve("ood", self.size.num_ood_prompts, self.size.held_out_topics)
+        self._contents = {
+            "train": self._reserve("alignment", self.size.num_alignment_prompts, seen_topics),
+            "test": self._reserve("test", self.size.num_test_prompts, seen_topics),
+            "ood": self._reserve("ood", self.size.num_ood_prompts, self.size.held_out_topics),
+        }
+
+    def recipe(self) -> Recipe:
+        """Settings of a study."""
+        return RECIPES[self.size.name]
+
+    def prompts(self, split: str) -> list[CandidateSet]:
+        """Bare prompts.
+
+        Args:
+            split: "train", to align on, and "test" have the same topics, and "ood" the held-out
+                ones; "pairs" has all topics, to sample two replies of a policy for `label_pair`.
+        """
+        if split == "pairs":
+            rng = self._stream("pair_prompts")
+            count = self.size.num_on_policy_pairs
+            contents = [self._free_prompt(rng)[1] for _ in range(count)]
+        else:
+            contents = self._contents[split]
+        occurrences: Counter[str] = Counter()
+        purpose = _PROMPT_PURPOSES[split]
+        return [_new_set(content, purpose, (), occurrences) for content in contents]
 
     def demonstrations(self, count: int | None = None) -> list[CandidateSet]:
         """Conversations as the web has them (profile WEB), one reply each."""
@@ -72,58 +107,39 @@ class HelpDesk:
             sets.append(_new_set(content, "demonstrations", (candidate,), occurrences))
         return sets
 
-    def preference_pairs(self, count: int | None = None) -> list[CandidateSet]:
-        """Labelled pairs of written replies: good, mixed, off-topic and damaged ones."""
-        count = self.size.num_static_pairs if count is None else count
-        return self._labelled_pairs("pairs", count)
+    def pairs(self, split: str, count: int | None = None) -> list[CandidateSet]:
+        """Labelled pairs of written replies: good, mixed, off-topic and damaged ones.
 
-    def held_out_pairs(self, count: int = 500) -> list[CandidateSet]:
-        """Pairs of the same kind, to measure a reward model on."""
-        return self._labelled_pairs("held_out_pairs", count)
+        Args:
+            split: "train", or "held_out" to measure a reward model on.
+            count: None = as the size has it.
+        """
+        is_train = split == "train"
+        if count is None:
+            count = self.size.num_static_pairs if is_train else NUM_HELD_OUT_PAIRS
+        return self._labelled_pairs("pairs" if is_train else "held_out_pairs", count)
 
-    def pair_prompts(self, count: int | None = None) -> list[CandidateSet]:
-        """Bare prompts on all topics, to sample two replies of a policy for `label_pair`."""
-        count = self.size.num_on_policy_pairs if count is None else count
-        rng = self._stream("pair_prompts")
-        occurrences: Counter[str] = Counter()
-        contents = [self._free_prompt(rng)[1] for _ in range(count)]
-        return [_new_set(content, "pair_prompts", (), occurrences) for content in contents]
-
-    def label_pair(self, set_with_two_candidates: CandidateSet, rng: random.Random) -> CandidateSet:
+    def label_pair(self, s: CandidateSet, rng: random.Random) -> CandidateSet:
         """Ask a person which is better: Bernoulli(sigmoid(10 * gold difference)), then 5 % slips.
 
         Returns:
             The pair, chosen first with score 1, rejected with score 0.
         """
-        first, second = set_with_two_candidates.candidates
-        difference = self.gold(set_with_two_candidates, first) - self.gold(
-            set_with_two_candidates, second
-        )
+        first, second = s.candidates
+        difference = utility(*judge(s, first)) - utility(*judge(s, second))
         first_wins = rng.random() < 1.0 / (1.0 + math.exp(-LABEL_SHARPNESS * difference))
         if rng.random() < LABEL_FLIP_PROBABILITY:
             first_wins = not first_wins
         chosen, rejected = (first, second) if first_wins else (second, first)
         return dataclasses.replace(
-            set_with_two_candidates,
+            s,
             candidates=(
                 dataclasses.replace(chosen, source=CHOSEN_SOURCE, score=1.0),
                 dataclasses.replace(rejected, source=REJECTED_SOURCE, score=0.0),
             ),
         )
 
-    def alignment_prompts(self) -> list[CandidateSet]:
-        """Prompts to align on; held-out topics never occur."""
-        return [_new_set(content, "alignment_prompts") for content in self._alignment]
-
-    def test_prompts(self) -> list[CandidateSet]:
-        """Other prompts on the topics of the alignment prompts."""
-        return [_new_set(content, "test_prompts") for content in self._test]
-
-    def ood_prompts(self) -> list[CandidateSet]:
-        """Prompts on the held-out topics only."""
-        return [_new_set(content, "ood_prompts") for content in self._ood]
-
-    def references(self, profile: str, count: int = 200) -> list[CandidateSet]:
+    def references(self, profile: str = "GOOD", count: int = 200) -> list[CandidateSet]:
         """Replies that a person would write to the test prompts, for perplexity.
 
         Args:
@@ -133,26 +149,30 @@ class HelpDesk:
         if profile not in PROFILES:
             raise UserError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
         rng = self._stream(f"references/{profile}")
+        test = self._contents["test"]
         occurrences: Counter[str] = Counter()
         sets = []
         for index in range(count):
-            content = self._test[index % len(self._test)]
+            content = test[index % len(test)]
             reply = self.grammar.write_reply(rng, read_request(content), PROFILES[profile])
             candidate = Candidate(reply, f"human:{profile.lower()}", finish_reason="stop")
             sets.append(_new_set(content, f"references_{profile}", (candidate,), occurrences))
         return sets
 
-    def gold(self, s: CandidateSet, candidate: Candidate) -> float:
-        """The true utility of a reply, -2 to 1; ValueError for a prompt of another world."""
-        request, parts = judge(s, candidate)
-        return utility(request, parts)
+    def gold(self, s: CandidateSet, candidate: Candidate) -> float | None:
+        """The true utility of a reply, -2 to 1; None for a prompt of another world."""
+        judged = _judged(s, candidate)
+        return None if judged is None else utility(*judged)
 
     def parts(self, s: CandidateSet, candidate: Candidate) -> dict[str, float | bool]:
         """What was found in a reply (`.gold.ReplyParts`), and if it was to be refused.
 
         Counts are floats; "refused" says whether there was any refusal.
         """
-        request, parts = judge(s, candidate)
+        judged = _judged(s, candidate)
+        if judged is None:
+            return {}
+        request, parts = judged
         values = {
             name: value if isinstance(value, bool) else float(value)
             for name, value in dataclasses.asdict(parts).items()
@@ -214,22 +234,11 @@ class HelpDesk:
             yield reply
 
 
-class GoldScorer:
-    """The gold utility as a scorer, for any size and seed; prompts of other worlds get None."""
-
-    name = "gold:help_desk"
-    normalized = False
-
-    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        return [[_gold_or_none(s, candidate) for candidate in s.candidates] for s in sets]
-
-
-def _gold_or_none(s: CandidateSet, candidate: Candidate) -> float | None:
+def _judged(s: CandidateSet, candidate: Candidate) -> tuple[Request, ReplyParts] | None:
     try:
-        request, parts = judge(s, candidate)
+        return judge(s, candidate)
     except ValueError:
         return None
-    return utility(request, parts)
 
 
 def _new_set(

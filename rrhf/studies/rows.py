@@ -1,4 +1,4 @@
-"""Rows of a study on the embedded world: all on the same prompts, judges, reference and opponent.
+"""Rows of a study on a world: all on the same prompts, judges, reference and opponent.
 
 Each row is saved as it is measured, so an evaluation that was killed goes on with the next one.
 """
@@ -15,7 +15,7 @@ from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.results import file_stem, is_row, load_row, save_row, try_json
 from rrhf.generation.engine import SamplingParams
 from rrhf.scoring.build import build_scorer
-from rrhf.studies.help_desk_stages import MAX_NEW_TOKENS, HelpDeskStages
+from rrhf.studies.stages import Stages
 
 OPPONENT_SEED = 1
 ROW_SEED = 2
@@ -39,7 +39,7 @@ class RowPlan:
 
 
 def evaluate_rows(
-    study: HelpDeskStages,
+    study: Stages,
     plan: Sequence[RowPlan],
     folder: Path,
     num_prompts: int | None = None,
@@ -63,15 +63,15 @@ def evaluate_rows(
     if missing:
         reference = study.engine("sft")
         evaluator = Evaluator(
-            world.test_prompts()[:num_prompts],
+            world.prompts("test")[:num_prompts],
             scorer=build_scorer(str(study.folder / "reward" / "reward_model")),
             gold=world,
             reference=LikelihoodReader(reference.model, reference.codec, "sft"),
-            human=world.references("GOOD") if has_likelihoods else (),
-            pairs=world.held_out_pairs() if has_likelihoods else (),
+            human=world.references() if has_likelihoods else (),
+            pairs=world.pairs("held_out") if has_likelihoods else (),
         )
         sampled = SamplingParams(
-            num_return_sequences=samples, max_new_tokens=MAX_NEW_TOKENS, seed=ROW_SEED
+            num_return_sequences=samples, max_new_tokens=study.recipe.max_new_tokens, seed=ROW_SEED
         )
         greedy = replace(sampled, do_sample=False, num_return_sequences=1)
         opponent = evaluator.sample("SFT", reference, replace(sampled, seed=OPPONENT_SEED))

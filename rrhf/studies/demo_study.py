@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rrhf.studies.help_desk_evaluation import RowPlan, evaluate_rows, load_rows
-from rrhf.studies.help_desk_stages import HelpDeskStages
+from rrhf.studies.rows import RowPlan, evaluate_rows, load_rows
+from rrhf.studies.stages import Stages
 
 STAGES_OF = {
     "sft": (),
@@ -22,29 +22,26 @@ STAGES_OF = {
 """What a policy took after SFT and reward model, its candidates included."""
 
 
-class HelpDeskStudy(HelpDeskStages):
+class DemoStudy(Stages):
     """The demonstration's stages."""
 
     num_stages = 12
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; returns the rows of the table."""
-        weight = self.recipe.rrhf_weight
         self.prepare()
         self.stage("round-1", "sample and score candidates", lambda: self.candidates(1, "sft"))
         self.stage(
             "best-of-n",
             "train on the best alone (rank weight 0)",
-            lambda: self.train_rank("best-of-n", "round-1", "sft", weight=0.0),
+            lambda: self.train_rank("best-of-n", "round-1", "sft", on_best=True),
         )
-        self.stage(
-            "rrhf", "train by RRHF", lambda: self.train_rank("rrhf", "round-1", "sft", weight)
-        )
+        self.stage("rrhf", "train by RRHF", lambda: self.train_rank("rrhf", "round-1", "sft"))
         self.stage("round-2", "sample and score again", lambda: self.candidates(2, "rrhf"))
         self.stage(
             "rrhf-2",
             "train by RRHF, round 2",
-            lambda: self.train_rank("rrhf-2", "round-2", "rrhf", weight, epochs=1.0),
+            lambda: self.train_rank("rrhf-2", "round-2", "rrhf", is_later=True),
         )
         self.stage("ppo", "train by PPO", lambda: self.train_online("ppo", "ppo"))
         self.stage("evaluation", "evaluate on held-out prompts", self._evaluate)

@@ -1,13 +1,12 @@
-"""Stages on the embedded world: each a folder, made once, taken up after a kill.
+"""Stages of a study on a world: each a folder, made once, taken up after a kill.
 
     world/ -> start/ -> sft/ -> pairs/ -> reward/ -> round-1/ (candidates) -> rrhf/, best-of-n/
                                                      round-2/ (candidates of rrhf/) -> rrhf-2/ ...
                                                      ppo/, rloo/, ... (online, from sft/)
 
-Every stage is the same call that a user's command makes, on the same hand-overs; what is particular
-to the embedded world are its settings (`Recipe`, and `help_desk_online` for online methods), chosen
-so that a model of 0.4M weights shows what a method does within minutes on one core. Which stages a
-study has, and what it measures, the study says.
+Every stage is the same call that a user's command makes, on the same hand-overs; the world brings
+the data and the settings (`rrhf.worlds.recipe`). Which stages there are, and what is measured, the
+study says.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
-from rrhf.errors import AlreadyFinished
-from rrhf.files import COMPLETE, write_json, write_manifest
+from rrhf.errors import AlreadyFinished, UserError
+from rrhf.files import COMPLETE, read_manifest, write_json, write_manifest
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.models.loading import load_causal_lm, load_tokenizer
@@ -33,49 +32,25 @@ from rrhf.models.saving import write_model_folder
 from rrhf.runs import settings_file
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.staged_folders import saved_folder
-from rrhf.studies.help_desk_online import online_config
+from rrhf.studies.online_settings import online_config
 from rrhf.training.methods import rank, reward, sft
 from rrhf.training.methods.objectives.rrhf import RRHFSettings
 from rrhf.training.online import ppo
-from rrhf.worlds.help_desk.world import HelpDesk
-from rrhf.worlds.tiny_model import (
-    build_tiny_llama,
-    build_tokenizer,
-    conversation_texts,
-    tiny_size,
-)
+from rrhf.worlds import make_world
+from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversation_texts
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 56
-MAX_LENGTH = 192
 STAGE_FILE = ".stage.json"
 """The note that a stage is done; hidden, since a stage's folder may be a sealed model folder."""
 _EARLIER_STAGE_FILE = "stage.json"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of the study; the defaults are the demo's.
-
-    Attributes:
-        samples_per_prompt: N of the candidates, and of best-of-N.
-        rrhf_weight: of the rank term, which is added to a token-mean SFT term.
-        rrhf_learning_rate, rrhf_epochs: of the first round; the second makes one pass.
-        test_samples: sampled responses a test prompt.
-    """
-
-    samples_per_prompt: int = 4
-    rrhf_weight: float = 0.1
-    rrhf_learning_rate: float = 5e-4
-    rrhf_epochs: float = 2.0
-    test_samples: int = 2
-
-
-class HelpDeskStages:
+class Stages:
     """Attributes:
     folder: of this seed.
-    world: the embedded world.
+    world: the world at this size and seed.
+    recipe: its settings.
     seconds: what each stage took, by name; of an earlier call where it was done then.
     num_stages: how many a study has, for its lines of progress.
     """
@@ -85,22 +60,33 @@ class HelpDeskStages:
     def __init__(
         self,
         folder: Path,
+        world: str,
         size: str = "full",
         seed: int = 0,
-        recipe: Recipe | None = None,
         say: Callable[[str], None] = logger.info,
     ) -> None:
         self.folder = folder
         self.size = size
         self.seed = seed
-        self.recipe = recipe or Recipe()
-        self.world = HelpDesk(size, seed)
+        self.world = make_world(world, size=size, seed=seed)
+        self.recipe = self.world.recipe()
         self.say = say
         self.seconds: dict[str, float] = {}
         self._num_begun = 0
 
     def prepare(self) -> None:
-        """What every method starts from: a fine-tuned policy, and a reward model."""
+        """What every method starts from: a fine-tuned policy, and a reward model.
+
+        Raises:
+            UserError: the folder holds a study of another world.
+        """
+        written = read_manifest(self.folder / "world" / "demonstrations.jsonl") or {}
+        origin = str(written.get("origin", self.world.name)).partition("/")[0]
+        if origin != self.world.name:
+            raise UserError(
+                f"{self.folder}: holds a study of the world {origin}, not of {self.world.name}; "
+                "choose another --output_dir"
+            )
         self.stage("world", "write the world's texts", self._write_world)
         self.stage("start", "make tokenizer and an untrained Llama", self._make_start)
         self.stage("sft", "fine-tune on demonstrations (SFT)", self._train_sft)
@@ -136,19 +122,19 @@ class HelpDeskStages:
         world, folder = self.world, self.folder / "world"
         for name, sets in (
             ("demonstrations", world.demonstrations()),
-            ("static_pairs", world.preference_pairs()),
-            ("pair_prompts", world.pair_prompts()),
-            ("prompts", world.alignment_prompts()),
-            ("test_prompts", world.test_prompts()),
-            ("held_out_pairs", world.held_out_pairs()),
+            ("static_pairs", world.pairs("train")),
+            ("pair_prompts", world.prompts("pairs")),
+            ("prompts", world.prompts("train")),
+            ("test_prompts", world.prompts("test")),
+            ("held_out_pairs", world.pairs("held_out")),
         ):
-            write_candidate_sets(folder / f"{name}.jsonl", sets, {"origin": f"help_desk/{name}"})
+            write_candidate_sets(folder / f"{name}.jsonl", sets, {"origin": f"{world.name}/{name}"})
 
     def _make_start(self) -> None:
         folder = self.folder / "start"
         texts = conversation_texts(self.world.demonstrations())
-        tokenizer = build_tokenizer(texts, tiny_size(self.size).vocab_size, folder)
-        model = build_tiny_llama(self.size, tokenizer, seed=self.seed)
+        tokenizer = build_tokenizer(texts, self.recipe.model.vocab_size, folder)
+        model = build_tiny_llama(self.recipe.model, tokenizer, seed=self.seed)
         saved_folder(folder, lambda staged: write_model_folder(staged, model, tokenizer))
 
     def _train_sft(self) -> None:
@@ -157,11 +143,7 @@ class HelpDeskStages:
                 data_path=str(self.folder / "world" / "demonstrations.jsonl"),
                 model_name_or_path=str(self.folder / "start"),
                 use_targets=False,
-                num_train_epochs=2,
-                per_device_train_batch_size=16,
-                learning_rate=3e-3,
-                weight_decay=0.05,
-                **self._shared("sft"),
+                **self._shared("sft", self.recipe.sft),
             )
         )
 
@@ -187,12 +169,7 @@ class HelpDeskStages:
                 data_path=",".join(str(path) for path in files),
                 validation_datasets=str(self.folder / "world" / "held_out_pairs.jsonl"),
                 model_name_or_path=str(self.folder / "sft" / "policy"),
-                num_train_epochs=1,
-                per_device_train_batch_size=16,
-                learning_rate=1e-3,
-                regularization=1e-3,
-                normalizer_type="RunningMeanStd",
-                **self._shared("reward"),
+                **self._shared("reward", self.recipe.reward),
             )
         )
 
@@ -210,47 +187,56 @@ class HelpDeskStages:
 
     # What stages share.
 
-    def _shared(self, name: str) -> dict[str, Any]:
-        """Settings of every training here; one that was stopped goes on."""
+    def _shared(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of every training here, and a stage's own; one that was stopped goes on."""
         folder = self.folder / name
         return {
             "output_dir": str(folder),
             "resume_from_checkpoint": settings_file(folder) is not None,
-            "chat_format": "hh",
-            "model_max_length": MAX_LENGTH,
-            "min_learning_rate_ratio": 0.1,
-            "warmup_ratio": 0.05,
-            "group_by_length": True,
+            "chat_format": self.recipe.chat_format,
             "logging_steps": 10,
             "save_total_limit": 1,
             "seed": 1000 + self.seed,
+            **self.recipe.training,
+            **own,
         }
 
     def train_rank(
-        self, name: str, data: str, start: str, weight: float, epochs: float | None = None
+        self, name: str, data: str, start: str, on_best: bool = False, is_later: bool = False
     ) -> None:
-        """One round of offline ranking on scored candidates; weight 0 = on the best alone."""
+        """One round of offline ranking on scored candidates.
+
+        Args:
+            name: of the stage.
+            data: the stage of the candidates.
+            start: the stage of the policy to start from.
+            on_best: learn the best alone, without ranking.
+            is_later: the recipe's settings of later rounds.
+        """
+        recipe = self.recipe
+        objective = RRHFSettings(**recipe.rrhf)
+        if on_best:
+            objective = replace(objective, rrhf_weight=0.0)
+        own = {**recipe.rank, **(recipe.later_rounds if is_later else {})}
         rank.train(
             rank.RankConfig(
                 data_path=str(self.folder / data / "train_data.json"),
                 model_name_or_path=str(self.folder / start / "policy"),
-                objective_settings=RRHFSettings(rrhf_weight=weight, sft_reduction="response"),
-                num_train_epochs=self.recipe.rrhf_epochs if epochs is None else epochs,
-                per_device_train_batch_size=8,
-                learning_rate=self.recipe.rrhf_learning_rate,
-                **self._shared(name),
+                objective_settings=objective,
+                **self._shared(name, own),
             )
         )
 
     def train_online(self, name: str, method: str, points: int = 0) -> None:
-        """From the SFT policy, on what the policy itself writes (`help_desk_online`)."""
-        shared = self._shared(name) | {"max_new_tokens": MAX_NEW_TOKENS, "group_by_length": False}
+        """From the SFT policy, on what the policy itself writes."""
+        own = {"max_new_tokens": self.recipe.max_new_tokens, "group_by_length": False}
+        shared = self._shared(name, own)
         files = {
             "model_name_or_path": str(self.folder / "sft" / "policy"),
             "train_datasets": str(self.folder / "world" / "prompts.jsonl"),
             "reward_model_name_or_path": str(self.folder / "reward" / "reward_model"),
         }
-        ppo.train(online_config(method, self.size, shared, files, points))
+        ppo.train(online_config(method, self.recipe.online, shared, files, points))
 
     def _generate(
         self, policy: str, prompts: str, target: Path, count: int | None = None, round: int = 0
@@ -261,8 +247,8 @@ class HelpDeskStages:
                 prompts=str(self.folder / "world" / f"{prompts}.jsonl"),
                 output_file=str(target),
                 num_return_sequences=count or self.recipe.samples_per_prompt,
-                max_new_tokens=MAX_NEW_TOKENS,
-                chat_format="hh",
+                max_new_tokens=self.recipe.max_new_tokens,
+                chat_format=self.recipe.chat_format,
                 per_device_prompt_batch_size=32,
                 round=round,
                 seed=self.seed,
@@ -275,11 +261,11 @@ class HelpDeskStages:
         folder = self.folder / policy
         if (folder / "policy").is_dir():
             folder /= "policy"
-        codec = ChatCodec(load_tokenizer(folder), "hh")
+        codec = ChatCodec(load_tokenizer(folder), self.recipe.chat_format)
         return LocalEngine(load_causal_lm(folder), codec, max_batch_rows=128)
 
 
-def finish(study: HelpDeskStages) -> None:
+def finish(study: Stages) -> None:
     """The seed's manifest, last."""
     write_manifest(
         study.folder,

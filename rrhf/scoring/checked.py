@@ -1,0 +1,93 @@
+"""Scores from code of the user's: whatever it does, there are numbers or one message.
+
+None and NaN mean "could not be scored". Anything else that is not a number is the code's mistake,
+and reported, as is whatever it raises: to leave the program (`sys.exit`) is no way to end well.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.scoring.scorer import Scorer
+from rrhf.user_code import NOT_ITS_OWN, guarded, shown
+
+logger = logging.getLogger(__name__)
+
+# These can be gone through, but what comes out are keys, in any order, or bytes.
+NO_LISTS = (Mapping, Set, str, bytes, bytearray, memoryview)
+
+
+class CheckedScorer(Scorer):
+    """Calls code of the user's, which finds its modules in the working directory of the start.
+
+    Args:
+        name: of the scorer.
+        kind: what the code is, for the reasons that are counted.
+
+    Attributes:
+        unscored: why candidates got None, counted.
+    """
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name, self._kind = name, kind
+        self.unscored: Counter[str] = Counter()
+        self._folder = str(Path.cwd())
+
+    def _listed(self, call: Callable[[], Any], wanted: str, count: int) -> list[Any]:
+        """What the call returns, as a list; a generator runs here, so it may raise here.
+
+        Of one that may have no end, at most one result more than `count` is taken.
+        """
+        cure = "fix it, and let it return None where a response cannot be scored"
+        values = None
+        with guarded(f"{self.name}:", cure, self._folder):
+            found = call()
+            if hasattr(found, "__iter__") and not isinstance(found, NO_LISTS):
+                values = list(found if hasattr(found, "__len__") else islice(found, count + 1))
+        if values is None:
+            raise UserError(f"{self.name}: returned {shown(found)}; it must return {wanted}")
+        return values
+
+    def _numbers(self, values: list[Any]) -> list[float | None]:
+        """Each value as a number, or None where it is none that can be ranked."""
+        return [self._number(value, place) for place, value in enumerate(values)]
+
+    def _number(self, value: Any, place: int) -> float | None:
+        if value is None:
+            self._count(f"{self._kind}_gave_none", place)
+            return None
+        if isinstance(value, (str, bytes)):
+            raise self._no_number(value, place)
+        try:
+            number = float(value)
+        except NOT_ITS_OWN:
+            raise
+        except OverflowError:
+            raise UserError(
+                f"{self.name}: result {place} is {shown(value)}, too large for a floating-point "
+                "number; return a smaller one, or None where a response cannot be scored"
+            ) from None
+        except BaseException:
+            raise self._no_number(value, place) from None
+        if not math.isfinite(number):
+            self._count("score_not_finite", place)
+            return None
+        return number
+
+    def _no_number(self, value: Any, place: int) -> UserError:
+        return UserError(
+            f"{self.name}: result {place} is {shown(value)}, no number; return a number, or None "
+            "where a response cannot be scored"
+        )
+
+    def _count(self, reason: str, place: int) -> None:
+        if not self.unscored[reason]:
+            logger.warning("%s: %s (first: result %d)", self.name, reason.replace("_", " "), place)
+        self.unscored[reason] += 1

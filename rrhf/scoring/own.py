@@ -1,0 +1,103 @@
+"""A scorer of the user's own, `package.module:name`: made, and its results checked."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.records import Candidate, CandidateSet
+from rrhf.scoring.checked import CheckedScorer
+from rrhf.scoring.scorer import Scorer, ScorerMaker
+from rrhf.user_code import guarded
+
+
+class OwnScorer(CheckedScorer):
+    """Stands before the user's scorer.
+
+    Args:
+        spec: the import path.
+        maker: what it names.
+        offered: `options` and `device`, for parameters of these names.
+
+    Raises:
+        UserError: it cannot be made, or what is made is no `Scorer`.
+    """
+
+    def __init__(self, spec: str, maker: ScorerMaker, **offered: Any) -> None:
+        super().__init__(spec, "scorer")
+        given = _given(spec, maker, offered)
+        with guarded(f"{spec}({', '.join(given)})"):
+            own = maker(**given)
+        if not isinstance(own, Scorer):
+            raise UserError(
+                f"{spec}: makes a {type(own).__name__}, which is no scorer; derive the class from "
+                "rrhf.scoring.scorer.Scorer"
+            )
+        self._own = own
+        self.name = own.name or spec
+        self.normalized, self.quantity, self.unit = own.normalized, own.quantity, own.unit
+        self.window, self.model = own.window, own.model
+        with guarded(f"{spec}: describe()", "let it return a dict that JSON can hold"):
+            json.dumps(dict(own.describe()))
+
+    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
+        """Scores in order; None where the scorer gave None, NaN or an infinity.
+
+        Raises:
+            UserError: the scorer raised, or gave other than a number or None for each candidate.
+        """
+        rows = self._listed(
+            lambda: map(list, self._own.score(sets)),
+            "a list for each set, with a score for each candidate",
+            len(sets),
+        )
+        found, wanted = [len(row) for row in rows], [len(s.candidates) for s in sets]
+        if found != wanted:
+            raise UserError(
+                f"{self.name}: returned lists of {_begin(found)} scores for sets of "
+                f"{_begin(wanted)} candidates; it must return a list for each set, with a score "
+                "for each candidate"
+            )
+        results = iter(self._numbers([value for row in rows for value in row]))
+        return [[next(results) for _ in s.candidates] for s in sets]
+
+    def describe(self) -> dict[str, Any]:
+        """For manifests."""
+        return super().describe() | self._own.describe() | {"name": self.name}
+
+    def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
+        """As the user's scorer says."""
+        return self._own.fits(s, candidate)
+
+
+def require_maker(spec: str, maker: ScorerMaker) -> None:
+    """Find out whether a scorer could be made, without making it.
+
+    Raises:
+        UserError: it needs what is not offered.
+    """
+    _given(spec, maker, {"options": None, "device": None})
+
+
+def _given(spec: str, maker: ScorerMaker, offered: dict[str, Any]) -> dict[str, Any]:
+    try:
+        signature = inspect.signature(maker)
+    except ValueError:  # some built-in ones do not tell
+        return {}
+    given = {name: value for name, value in offered.items() if name in signature.parameters}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise UserError(
+            f"{spec}: cannot be made: {error}. A scorer's class may have the parameters `options` "
+            f"and `device`, and others with defaults; a function that gives scores is named as "
+            f"function:{spec}"
+        ) from None
+    return given
+
+
+def _begin(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes[:5])) + (", ..." if len(sizes) > 5 else "")

@@ -1,0 +1,51 @@
+"""Settings of `rrhf train ppo` in a study: what the world's recipe says, and how long it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.training.online.methods import METHODS
+from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.worlds.recipe import OnlineRecipe
+
+POINTS = 5
+"""Policies kept along an online training, for its curve."""
+
+
+def online_config(
+    method: str,
+    recipe: OnlineRecipe,
+    shared: dict[str, Any],
+    files: dict[str, str],
+    points: int = 0,
+) -> PPOConfig:
+    """The settings of one method.
+
+    Args:
+        method: a key of `recipe.methods`.
+        recipe: of the world.
+        shared: what every training of the study has in common, the run folder included.
+        files: the policy to start from, prompts and reward model, under their settings' names.
+        points: keep so many policies along the way, evenly spread; 0 = none.
+    """
+    if method not in recipe.methods:
+        raise UserError(f"method {method!r}: choose from {', '.join(recipe.methods)}")
+    record = METHODS[method]
+    samples = recipe.samples_per_prompt if record.needs_group else 1
+    minibatch = recipe.minibatch_prompts if record.ranks else recipe.minibatch_responses
+    settings = {**shared, **files, **recipe.shared, **recipe.methods[method]}
+    if record.settings is not None:
+        settings["method_settings"] = record.settings(**settings.get("method_settings", {}))
+    if points:
+        steps = recipe.num_rollouts * settings["ppo_epochs"] * recipe.rollout_size // minibatch
+        settings["save_policy_steps"] = steps // (samples if record.ranks else 1) // points
+    return PPOConfig(
+        method=method,
+        num_return_sequences=samples,
+        rollout_size=recipe.rollout_size,
+        num_rollouts=recipe.num_rollouts,
+        per_device_prompt_batch_size=recipe.rollout_size // samples,
+        per_device_train_batch_size=minibatch,
+        **settings,
+    )

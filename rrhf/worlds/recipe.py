@@ -1,0 +1,78 @@
+"""What a study chooses for a world: plain values, under the names of the stages' own settings.
+
+A world is small and made up, and so is the model that learns from it; settings that suit both are
+as much a part of the world as its texts. The types here are plain, since worlds lie below training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TinySize:
+    """The shape of a tiny model; the heads share the hidden width evenly."""
+
+    vocab_size: int
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+
+
+@dataclass(frozen=True)
+class OnlineRecipe:
+    """Settings of the online methods.
+
+    Attributes:
+        samples_per_prompt: responses to a prompt, for methods that compare them.
+        rollout_size, num_rollouts: as in `rrhf train ppo`.
+        minibatch_responses: responses in a forward, for methods with advantages.
+        minibatch_prompts: prompts in a forward, for methods that rank.
+        shared: settings of every method.
+        methods: method -> its own settings. Those of its objective are a mapping under
+            "method_settings".
+    """
+
+    samples_per_prompt: int
+    rollout_size: int
+    num_rollouts: int
+    minibatch_responses: int
+    minibatch_prompts: int
+    shared: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a study on a world.
+
+    Attributes:
+        model: the model that is trained from nothing.
+        chat_format: how prompts are rendered; the tokenizer that is made has no template.
+        max_new_tokens: longest response.
+        samples_per_prompt: N of the candidates, and of best-of-N.
+        test_samples: sampled responses to each test prompt.
+        training: settings of every training.
+        sft, reward, rank: further settings of these trainings.
+        later_rounds: what differs in `rank` from the second round on.
+        rrhf: settings of the ranking objective.
+        online: of the online methods.
+        choice: how the settings were chosen, for reports.
+    """
+
+    model: TinySize
+    chat_format: Literal["raw", "hh", "alpaca"]
+    max_new_tokens: int
+    samples_per_prompt: int
+    test_samples: int
+    training: Mapping[str, Any]
+    sft: Mapping[str, Any]
+    reward: Mapping[str, Any]
+    rank: Mapping[str, Any]
+    later_rounds: Mapping[str, Any]
+    rrhf: Mapping[str, Any]
+    online: OnlineRecipe
+    choice: str = ""
