@@ -188,8 +188,8 @@ def _page(
     by_key = {key: [result.rows[key] for result in by_seed] for key in rows}
     parts = [
         f"# Methods compared on {about.world}",
-        f"Made by `{about.command}`, which writes this page, its pictures and `{NUMBERS}` from the run "
-        "folders.",
+        f"Made by `{about.command}`, which writes this page, its pictures and `{NUMBERS}` from the "
+        "run folders.",
         _setting(seeds, num_prompts),
         "## What each gained",
         gains_table(rows, greedy).rstrip(),
