@@ -183,6 +183,7 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
         "compare": {"rows": p.run, "output": p.new},
         "response-gen": {"model_name_or_path": p.model, "output_dir": p.new, "prompts": p.data},
         "demo": {"output_dir": p.new},
+        "study methods": {"output_dir": p.new},
     }
     for stage in ("train iterative", "train ppo"):
         good[stage] = {"model_name_or_path": p.model, "output_dir": p.new}
@@ -223,6 +224,9 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
         wrong(command, name, p.model, "no reward model")
         wrong(command, name, "gold:rome", "gold:help_desk")
         wrong(command, name, "function:nowhere:f", "nowhere")
+        wrong(command, name, "nowhere:Scorer", "nowhere")
+        wrong(command, name, "json:dumps", "function:json:dumps")
+        wrong(command, name, "gold:nowhere:World", "nowhere")
         wrong(command, name, "function:json:nothing", "nothing")
     wrong("train rank", "eval_data_path", p.missing)
     wrong("train rank", "data_path", f"rm-static:half:{p.data}", "no proportion")
@@ -235,6 +239,8 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
     wrong("generate", "chat_format", "alpaka", "alpaca")
     wrong("train ppo", "max_steps", "0", "--max_steps 0")
     wrong("evaluate", "baseline", p.missing)
+    wrong("evaluate", "gold", "moon", "unknown world 'moon'")
+    wrong("study methods", "world", "moon", "unknown world 'moon'")
     wrong("evaluate", "reference_model_name_or_path", p.missing)
     return cases
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ppo_cases import build_world
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
@@ -161,6 +162,16 @@ def test_none_and_nan_leave_a_candidate_unscored(write: Callable[..., str], data
     assert build_scorer(spec).describe()["penalty"] == 2
 
 
+def test_ppo_learns_from_a_scorer_of_one_file(write: Callable[..., str], tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world")
+    line = f"train ppo --model {world}/model --out {tmp_path}/run --data {world}/prompts.jsonl"
+    line += f" --scorer {write(BREVITY)}:Brevity --rollout_size 4 --max_steps 1"
+    line += " --max_new_tokens 4 --max_length 100 --chat_format raw"
+    assert main(line.split()) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["scorer"] == "brevity" and manifest["last_rollout"]["score"] <= 0
+
+
 def test_what_a_scorer_cannot_read_is_no_failure_of_it(
     write: Callable[..., str], data: Path
 ) -> None:
@@ -249,8 +260,12 @@ def evaluated(data: Path, *words: str) -> list[str]:
 
 
 def test_a_world_of_one_file_is_gold(write: Callable[..., str], data: Path) -> None:
-    assert main(evaluated(data, "--gold", f"{write(TOWN)}:Town", "--name", "x")) == 0
+    scorer = f"{write(BREVITY)}:Brevity"
+    words = ["--gold", f"{write(TOWN)}:Town", "--scorer", scorer, "--name", "x"]
+    assert main(evaluated(data, *words)) == 0
     row = json.loads((data.parent / "rows" / "x.json").read_text())
+    assert row["metrics"]["reward"]["mean"] == -22.0  # -21 and -23
+    assert row["made_with"]["scorer"] == "brevity"
     assert row["metrics"]["gold"]["mean"] == 0.75  # 0 and 1, 2 and 0
     assert row["metrics"]["part_polite"]["mean"] == 0.5
 
@@ -309,6 +324,13 @@ def test_a_study_says_what_a_world_lacks(
     text = TOWN + "\n    def __init__(self):\n        ...\n"
     said = refusal(capsys, "compare", "--world", f"{write(text)}:Town", *words)
     assert "Town(size='full', seed=0) raised TypeError" in said
+    text = HAMLET.replace("return replace(\n", "return replace(\n            online=NONE,\n")
+    text = text.replace("super().recipe(),\n", "").replace("replace(", "replace(super().recipe(),")
+    text += "\n\nNONE = replace(HelpDesk().recipe().online, methods={})\n"
+    said = refusal(
+        capsys, "compare", "--world", f"{write(text)}:Hamlet", "--methods", "ppo", *words[2:]
+    )
+    assert "--methods ppo: the recipe of the world hamlet has no settings for ppo" in said
     assert "choose one of help_desk, or name" in refusal(
         capsys, "study", "methods", "--world", "moon", *words
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rrhf.errors import UserError
 from rrhf.report.training_cost import TrainingCost, cost_of
 from rrhf.studies.method_table import METHODS, rounds_policy
 from rrhf.studies.online_settings import POINTS
@@ -47,6 +48,12 @@ class MethodsStudy(Stages):
     def __init__(self, methods: Sequence[str], *others: Any, **named: Any) -> None:
         super().__init__(*others, **named)
         self.methods = {key: METHODS[key] for key in METHODS if key in methods}
+        for key, method in self.methods.items():
+            if method.online and method.online not in self.recipe.online.methods:
+                raise UserError(
+                    f"--methods {key}: the recipe of the world {self.world.name} has no settings "
+                    f"for {method.online}; it has {', '.join(self.recipe.online.methods) or 'none'}"
+                )
         self._stages = list(dict.fromkeys(s for m in self.methods.values() for s in m.stages))
         self.num_stages = 5 + len(self._stages) + 2
 

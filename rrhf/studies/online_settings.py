@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rrhf.errors import UserError
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.worlds.recipe import OnlineRecipe
@@ -29,8 +28,6 @@ def online_config(
         files: the policy to start from, prompts and reward model, under their settings' names.
         points: keep so many policies along the way, evenly spread; 0 = none.
     """
-    if method not in recipe.methods:
-        raise UserError(f"method {method!r}: choose from {', '.join(recipe.methods)}")
     record = METHODS[method]
     samples = recipe.samples_per_prompt if record.needs_group else 1
     minibatch = recipe.minibatch_prompts if record.ranks else recipe.minibatch_responses

@@ -46,11 +46,7 @@ def _recipe(vocab_size: int, num_rollouts: int) -> Recipe:
             "regularization": 1e-3,
             "normalizer_type": "RunningMeanStd",
         },
-        rank={
-            "num_train_epochs": 2.0,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 5e-4,
-        },
+        rank={"num_train_epochs": 2.0, "per_device_train_batch_size": 8, "learning_rate": 5e-4},
         later_rounds={"num_train_epochs": 1.0},
         rrhf=_RRHF,
         online=OnlineRecipe(
