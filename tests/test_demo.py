@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.results import load_row, measure_from_json
 from rrhf.models.loading import load_causal_lm
 from rrhf.report.pooling import pooled_rows
-from rrhf.studies import help_desk_evaluation, help_desk_online
+from rrhf.studies import rows
 from rrhf.studies.demo import DemoConfig, run_demo
+from rrhf.worlds.help_desk.recipe import RECIPES
 
 
 @pytest.fixture(scope="module", params=["shorter", pytest.param("whole", marks=pytest.mark.slow)])
@@ -29,8 +31,11 @@ def demo(
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "shorter":
-            patch.setitem(help_desk_online.NUM_ROLLOUTS, "smoke", 7)
-            patch.setattr(help_desk_evaluation, "Evaluator", with_fewer_texts)
+            smoke = RECIPES["smoke"]
+            patch.setitem(
+                RECIPES, "smoke", replace(smoke, online=replace(smoke.online, num_rollouts=7))
+            )
+            patch.setattr(rows, "Evaluator", with_fewer_texts)
         run_demo(DemoConfig(output_dir=str(folder), size="smoke"), said.append)
     return folder, said
 

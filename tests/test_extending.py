@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_prompts(tmp_path / "PROMPTS.jsonl")
     for file, (code, _) in EXAMPLES.items():
         (tmp_path / file).write_text(code)
+        monkeypatch.delitem(sys.modules, file.removesuffix(".py"), raising=False)
     return tmp_path
 
 

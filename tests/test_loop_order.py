@@ -187,13 +187,10 @@ def test_the_first_rank_says_whether_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_goes_on: bool
 ) -> None:
     """A late rank looks for a run where the first has begun one; each alone would wait for ever."""
-
-    def join(parallel: Parallel) -> None:
-        monkeypatch.setattr(parallel, "gather", lambda rows: [first_goes_on, *rows])
-
+    monkeypatch.setattr(Parallel, "gather", lambda parallel, rows: [first_goes_on, *rows])
     restored: list[Checkpointer] = []
     monkeypatch.setattr(Checkpointer, "restore", lambda one: restored.append(one))
-    go(tmp_path / "run", 1, on_parallel=join, resume_from_checkpoint=not first_goes_on)
+    go(tmp_path / "run", 1, resume_from_checkpoint=not first_goes_on)
     assert len(restored) == first_goes_on
 
 

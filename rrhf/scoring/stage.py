@@ -180,10 +180,11 @@ class _Stage:
             for item in fields(self.config)
             if item.name not in _NOT_SETTINGS
         }
-        base = self.config.reward_base
+        base, scorer = self.config.reward_base, self.config.scorer
+        is_given = self.make_scorer is not None
         return {
             **options,
-            "scorer_fingerprint": scorer_fingerprint(self.config.scorer),
+            "scorer_fingerprint": scorer if is_given else scorer_fingerprint(scorer),
             "base_fingerprint": None if base is None else fingerprint(base),
             "input_sha256": found.digest,
         }
