@@ -9,8 +9,8 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "unknown"]
@@ -86,7 +86,9 @@ def plain_prompt(text: str, candidates: tuple[Candidate, ...] = ()) -> Candidate
 
 
 def _is_plain(query: str, messages: tuple[Message, ...] | None) -> bool:
-    return messages is not None and messages == (Message("user", query),)
+    if messages is None or len(messages) != 1:
+        return False
+    return messages[0].role == "user" and messages[0].content == query
 
 
 def set_id(query: str, messages: tuple[Message, ...] | None = None, occurrence: int = 0) -> str:
@@ -99,6 +101,11 @@ def set_id(query: str, messages: tuple[Message, ...] | None = None, occurrence: 
         occurrence: how often the same prompt stood earlier in the file; appended as "-1", "-2", ...
     """
     is_text = messages is None or _is_plain(query, messages)
-    what: object = query if is_text else [[m.role, m.content] for m in messages or ()]
-    digest = hashlib.sha256(json.dumps(what, ensure_ascii=True).encode("ascii")).hexdigest()[:16]
+    if is_text:
+        said = encode_basestring_ascii(query)
+    else:
+        quoted = encode_basestring_ascii
+        turns = [f"[{quoted(m.role)}, {quoted(m.content)}]" for m in messages or ()]
+        said = f"[{', '.join(turns)}]"  # as `json.dumps` writes it
+    digest = hashlib.sha256(said.encode("ascii")).hexdigest()[:16]
     return digest if occurrence == 0 else f"{digest}-{occurrence}"

@@ -23,13 +23,13 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, overload
 
 from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
+from rrhf.data.ids import IdList, SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, Faults, Row, open_bytes, scan_rows
 from rrhf.data.jsonl import encode_row
@@ -48,34 +48,8 @@ from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
 
-
-class SeenIds:
-    """The ids of a file so far, so that each row gets one of its own.
-
-    Holds the ids alone (about 150 bytes a row).
-    """
-
-    def __init__(self) -> None:
-        self._times: dict[str, int] = {}
-
-    def give(self, candidate_set: CandidateSet) -> CandidateSet:
-        """The set, with an occurrence number in its id ("-1", "-2", ...) if it has been seen."""
-        base = candidate_set.id
-        if base not in self._times:
-            self._times[base] = 1
-            return candidate_set
-        times = self._times[base]
-        while (fresh := f"{base}-{times}") in self._times:
-            times += 1
-        self._times[base] = times + 1
-        self._times[fresh] = 1
-        return replace(candidate_set, id=fresh)
-
-    def __contains__(self, given_id: str) -> bool:
-        return given_id in self._times
-
-    def __len__(self) -> int:
-        return len(self._times)
+_BLOCK_ROWS = 64  # read at once, where one is asked for after the other
+_BLOCK_BYTES = 1 << 20
 
 
 def require_finished(path: PathLike) -> dict[str, Any] | None:
@@ -104,19 +78,20 @@ def _scan_sets(path: PathLike, accept_edited: bool) -> Iterator[tuple[Row, Candi
     faults = Faults(accept_edited)
     ids = SeenIds()
     rows = 0
+    place = str(path)
     for item in scan_rows(path, manifest):
         rows += 1
         if isinstance(item, Fault):
             faults.add_fault(item.place_in(path), item)
         else:
-            where = f"{path}:{item.line}"
+            where = f"{place}:{item.line}"
             try:
                 parsed = parse_candidate_set(item.value, where)
             except RowError as error:
                 for text in error.faults:
                     faults.add(text)
             else:
-                if parsed.id in ids and item.value.get("id"):
+                if item.value.get("id") and parsed.id in ids:
                     faults.add(
                         f"{where}: id: {parsed.id!r} stands in an earlier row; ids are unique in a "
                         "file: remove the key, or make the file anew by "
@@ -159,12 +134,22 @@ class CandidateFile(IndexedSets):
         path: the file, or what the spooled rows came from.
         manifest: the file's manifest, or None.
         columns: what any of the rows has, in the order of their coming; none of spooled sets.
+        ids: of the sets.
     """
 
     columns: tuple[str, ...] = ()
 
-    def __init__(self, path: PathLike, accept_edited: bool = False) -> None:
-        """Open and check the whole file; arguments as `read_candidate_sets` has them.
+    def __init__(
+        self,
+        path: PathLike,
+        accept_edited: bool = False,
+        observe: Callable[[CandidateSet], object] | None = None,
+    ) -> None:
+        """Open and check the whole file.
+
+        Args:
+            path, accept_edited: as `read_candidate_sets` has them.
+            observe: is shown each set in the pass that checks it.
 
         Raises:
             UserError: as `read_candidate_sets`, before anything is yielded.
@@ -173,15 +158,17 @@ class CandidateFile(IndexedSets):
         self.manifest = require_finished(path)
         self._offsets = array("Q")
         self._lengths = array("Q")
-        self._repeats: dict[int, str] = {}  # rows whose id tells an earlier one apart
+        self.ids = IdList()
         before = _identity(path)
         columns: dict[str, None] = {}
-        for index, (row, candidate_set) in enumerate(_scan_sets(path, accept_edited)):
+        for row, candidate_set in _scan_sets(path, accept_edited):
             self._offsets.append(row.offset)
             self._lengths.append(row.length)
-            columns.update(dict.fromkeys(row.value))
-            if "-" in candidate_set.id and not row.value.get("id"):
-                self._repeats[index] = candidate_set.id
+            self.ids.append(candidate_set.id)
+            if not row.value.keys() <= columns.keys():
+                columns.update(dict.fromkeys(row.value))
+            if observe is not None:
+                observe(candidate_set)
         self.columns = tuple(columns)
         self._file = _seekable(path)
         if _identity(path) != before:
@@ -201,13 +188,15 @@ class CandidateFile(IndexedSets):
         spooled.manifest = None
         spooled._offsets = array("Q")
         spooled._lengths = array("Q")
-        spooled._repeats = {}
+        spooled.ids = IdList()
         ids = SeenIds()
         position = 0
         with _temporary_file("rrhf-spool") as file:
             for candidate_set in sets:
-                data = encode_row(candidate_set_to_row(ids.give(candidate_set)))
+                given = ids.give(candidate_set)
+                data = encode_row(candidate_set_to_row(given))
                 file.write(data)
+                spooled.ids.append(given.id)
                 spooled._offsets.append(position)
                 spooled._lengths.append(len(data))
                 position += len(data)
@@ -219,15 +208,45 @@ class CandidateFile(IndexedSets):
         return len(self._offsets)
 
     def _at(self, number: int) -> CandidateSet:
-        data = os.pread(self._file.fileno(), self._lengths[number], self._offsets[number])
-        try:
-            parsed = parse_candidate_set(json.loads(data), f"{self.path}, row {number + 1}")
-        except ValueError as error:
-            raise UserError(
-                f"{self.path}: row {number + 1} no longer reads as it did when the file was opened "
-                f"({error}); do not change a file while it is used"
-            ) from error
-        return replace(parsed, id=self._repeats.get(number, parsed.id))
+        return self._read(number, number + 1)[0]
+
+    def __iter__(self) -> Iterator[CandidateSet]:
+        for first in range(0, len(self), _BLOCK_ROWS):
+            yield from self[first : first + _BLOCK_ROWS]
+
+    @overload
+    def __getitem__(self, index: int) -> CandidateSet: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CandidateSet]: ...
+    def __getitem__(self, index: int | slice) -> CandidateSet | Sequence[CandidateSet]:
+        if isinstance(index, slice):
+            first, end, step = index.indices(len(self))
+            if step == 1 and first < end:
+                return self._read(first, end)
+        return super().__getitem__(index)
+
+    def _read(self, first: int, end: int) -> list[CandidateSet]:
+        """Neighbouring rows, at least one; read at once, unless they are large."""
+        start, length = self._offsets[first], self._lengths[end - 1]
+        size = self._offsets[end - 1] + length - start
+        if size > _BLOCK_BYTES and end - first > 1:
+            middle = (first + end) // 2
+            return self._read(first, middle) + self._read(middle, end)
+        data = os.pread(self._file.fileno(), size, start)
+        found = []
+        for number in range(first, end):
+            begin = self._offsets[number] - start
+            row = data[begin : begin + self._lengths[number]]
+            try:
+                place = f"{self.path}, row {number + 1}"
+                parsed = parse_candidate_set(json.loads(row), place, self.ids[number])
+            except ValueError as error:
+                raise UserError(
+                    f"{self.path}: row {number + 1} no longer reads as it did when the file was "
+                    f"opened ({error}); do not change a file while it is used"
+                ) from error
+            found.append(parsed)
+        return found
 
     def close(self) -> None:
         self._file.close()

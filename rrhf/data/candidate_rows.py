@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any, cast
 
 from rrhf.errors import UserError
@@ -32,6 +33,12 @@ _SCORE_WORDS = _RANK_WORDS | {
 }
 
 OTHER_SCORES = ("rewards", "ranks", "ranking")
+CANDIDATE_COLUMNS = (
+    *("query", "responses", "scores", "messages", "id", "origin", "sources", "finish_reasons"),
+)
+_COLUMNS, _ROLES, _REASONS = map(frozenset, (CANDIDATE_COLUMNS, ROLES, FINISH_REASONS))
+_PER_RESPONSE = ("scores", "sources", "finish_reasons")
+_VERY_LARGE = 1e300
 
 
 class RowError(UserError):
@@ -242,7 +249,77 @@ def is_finite(value: int | float) -> bool:
         return False
 
 
-def parse_candidate_set(row: Any, where: str) -> CandidateSet:
+def _as_it_should_be(row: Any, known_id: str) -> CandidateSet | None:
+    """The record of a row in which nothing is wrong; None where it must be looked at closely.
+
+    Says nothing that `RowReader` does not say; it is there because nearly all rows are as they
+    should be, and are read in a third of the time.
+    """
+    if type(row) is not dict or not row.keys() <= _COLUMNS:
+        return None
+    query, responses = row.get("query"), row.get("responses")
+    given_id, origin = row.get("id"), row.get("origin")
+    if type(responses) is not list:
+        return None
+    given_id = "" if given_id is None else given_id
+    origin = "" if origin is None else origin
+    num_responses = len(responses)
+    texts = [query, given_id, origin, *responses]
+    messages: tuple[Message, ...] | None = None
+    told: dict[str, list[Any]] = {
+        name: values for name in _PER_RESPONSE if (values := row.get(name)) is not None
+    }
+    for values in told.values():
+        if type(values) is not list or len(values) != num_responses:
+            return None
+    try:
+        if (turns := row.get("messages")) is not None:
+            roles = [turn["role"] for turn in turns]
+            contents = [turn["content"] for turn in turns]
+            if type(turns) is not list or not _ROLES.issuperset(roles) or roles[-1:] != ["user"]:
+                return None
+            texts += contents
+            messages = tuple(map(Message, roles, contents))
+        if told:
+            scores = [None if x is None else _plain_number(x) for x in told.get("scores", ())]
+            sources = ["" if source is None else source for source in told.get("sources", ())]
+            texts += sources
+            if not _REASONS.issuperset(reasons := told.get("finish_reasons", ())):
+                return None
+        joined = "".join(texts)
+    except (TypeError, ValueError, KeyError):
+        return None
+    if not joined.isascii() and _SURROGATE.search(joined):
+        return None
+    if not told:
+        candidates = tuple(map(Candidate, responses))
+    else:
+        candidates = tuple(
+            map(
+                Candidate,
+                responses,
+                sources or repeat(""),
+                scores or repeat(None),
+                reasons or repeat("unknown"),
+            )
+        )
+    return CandidateSet(
+        given_id or known_id or set_id(query, messages), query, messages, candidates, origin
+    )
+
+
+def _plain_number(value: Any) -> float:
+    """A finite number as a float.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if (type(value) is float or type(value) is int) and abs(value) < _VERY_LARGE:
+        return float(value)
+    raise ValueError
+
+
+def parse_candidate_set(row: Any, where: str, known_id: str = "") -> CandidateSet:
     """One row of a candidate file as a record.
 
     A row without an id gets the one that its prompt gives; a file's reader numbers repeats.
@@ -250,10 +327,13 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
     Args:
         row: the JSON value.
         where: "file:line", which begins every message.
+        known_id: of a row without an id, where it has been worked out before.
 
     Raises:
         RowError: a `UserError` with one line for each mistake: `file:line: field: what, fix`.
     """
+    if (found := _as_it_should_be(row, known_id)) is not None:
+        return found
     if not isinstance(row, dict):
         raise RowError(
             [f'{where}: row: must be an object {{"query", "responses", ...}}, is {kind_of(row)}']
@@ -284,7 +364,7 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
         for index, response in enumerate(responses)
     )
     return CandidateSet(
-        id=given_id or set_id(query, messages),
+        id=given_id or known_id or set_id(query, messages),
         query=query,
         messages=messages,
         candidates=candidates,
@@ -306,16 +386,19 @@ def candidate_set_to_row(candidate_set: CandidateSet) -> dict[str, Any]:
         "query": candidate_set.query,
         "responses": [candidate.response for candidate in candidates],
     }
-    if any(candidate.score is not None for candidate in candidates):
-        row["scores"] = [candidate.score for candidate in candidates]
+    scores = [candidate.score for candidate in candidates]
+    if scores.count(None) < len(scores):
+        row["scores"] = scores
     if candidate_set.messages is not None:
         row["messages"] = [{"role": m.role, "content": m.content} for m in candidate_set.messages]
     if candidate_set.id != set_id(candidate_set.query, candidate_set.messages):
         row["id"] = candidate_set.id
     if candidate_set.origin:
         row["origin"] = candidate_set.origin
-    if any(candidate.source for candidate in candidates):
-        row["sources"] = [candidate.source for candidate in candidates]
-    if any(candidate.finish_reason != "unknown" for candidate in candidates):
-        row["finish_reasons"] = [candidate.finish_reason for candidate in candidates]
+    sources = [candidate.source for candidate in candidates]
+    if any(sources):
+        row["sources"] = sources
+    reasons = [candidate.finish_reason for candidate in candidates]
+    if reasons.count("unknown") < len(reasons):
+        row["finish_reasons"] = reasons
     return row

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rrhf.data.candidate_rows import (
+    CANDIDATE_COLUMNS,
     OTHER_SCORES,
     RowError,
     is_finite,
@@ -66,9 +67,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 CANDIDATES = "candidates"
-CANDIDATE_COLUMNS = (
-    *("query", "responses", "scores", "messages", "id", "origin", "sources", "finish_reasons"),
-)
 
 
 def _without_reply(turns: Sequence[Message]) -> tuple[tuple[Message, ...], str]:

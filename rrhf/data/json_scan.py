@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from json.decoder import JSONDecoder
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from rrhf.errors import UserError
 from rrhf.files import Digest, PathLike, special_file
@@ -43,8 +43,7 @@ UNREADABLE = (EOFError, OSError, zlib.error)
 """What reading raises where a gzip file is cut or damaged, or a disk fails."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One JSON value of a file.
 
     Attributes:
@@ -351,6 +350,13 @@ def _scan_lines(file: _Prefixed) -> Iterator[Row | Fault]:
 
 
 def _parse_line(data: bytes, line: int, offset: int, column: int) -> Row | Fault:
+    try:  # the usual line, for half the time
+        text = data.decode("utf-8")
+        value, end = _decoder.raw_decode(text)
+        if end == len(text) - 1 and text[end] == "\n":
+            return Row(line, offset, len(data), value)
+    except (ValueError, RecursionError):
+        pass
     try:
         return Row(line, offset, len(data), json.loads(data.decode("utf-8")))
     except UnicodeDecodeError as error:

@@ -32,6 +32,8 @@ from rrhf.files import (
 
 logger = logging.getLogger(__name__)
 
+_encoded = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 SYNC_EVERY_RECORDS = 32
 SYNC_EVERY_SECONDS = 1.0
 _SURE_BYTES = 20  # of a first line that was cut, to know it by
@@ -63,7 +65,9 @@ def encode_row(value: Any) -> bytes:
     The line marks that some readers break lines at (U+0085, U+2028, U+2029) are escaped; NaN is
     refused. Half a surrogate pair, which UTF-8 cannot hold, makes the whole row ASCII escapes.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = _encoded(value)
+    if text.isascii():
+        return text.encode("ascii") + b"\n"
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError:

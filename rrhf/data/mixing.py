@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from rrhf.data.candidate_files import CandidateFile, SeenIds
+from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.columns import ColumnNames, parse_columns
 from rrhf.data.formats import (
     CANDIDATE_COLUMNS,
@@ -34,6 +34,7 @@ from rrhf.data.formats import (
     SourceCounts,
     is_candidate_row,
 )
+from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, scan_rows
 from rrhf.data.sources import JSON_SUFFIXES, open_rows, read_sets

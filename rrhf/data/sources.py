@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rrhf.data.candidate_files import SeenIds, require_finished
+from rrhf.data.candidate_files import require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.cells import TextCells, with_lists
 from rrhf.data.columns import ColumnNames
 from rrhf.data.formats import Layout, SourceCounts, find_layout, read_row
+from rrhf.data.ids import SeenIds
 from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
 from rrhf.data.tables import (
     SEPARATORS,
