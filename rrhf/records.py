@@ -69,7 +69,7 @@ class CandidateSet:
 
     @property
     def scores(self) -> tuple[float | None, ...]:
-        return tuple(candidate.score for candidate in self.candidates)
+        return tuple([candidate.score for candidate in self.candidates])
 
     @property
     def is_plain(self) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from typing import Any
 
 import pytest
 
+from rrhf.data import candidate_rows
 from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 
@@ -147,3 +150,72 @@ def test_all_mistakes_of_a_row_are_told():
 @pytest.mark.parametrize("row", [None, 3, "text", [1, 2], True])
 def test_a_row_that_is_no_object(row: object):
     assert faults(row)[0].startswith("row: must be an object")
+
+
+# Rows that are as they should be are read by a short path: nobody may notice which.
+
+_ODD: list[Any] = [
+    None,
+    0,
+    True,
+    False,
+    "",
+    [],
+    {},
+    "x",
+    "ab",
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**400,
+    -3,
+]
+_ODD += [
+    ["a"],
+    [None, "u"],
+    "\ud800",
+    {"a": 1},
+    ["stop", "length"],
+    [0, 1],
+    1e305,
+    {"a": 1, "b": 2},
+]
+
+
+def _turn(draw: random.Random) -> Any:
+    turn = {"role": draw.choice(["user", "assistant", "x", None, ["user"]]), "content": "é"}
+    odd = ["text", 3, {"role": "user"}, {**turn, "content": draw.choice([None, 3, "\ud800"])}]
+    return draw.choice([turn, {"role": "user", "content": "x", "name": 3}, *odd])
+
+
+def _random_row(draw: random.Random) -> dict[str, Any]:
+    row = {
+        "query": draw.choice(["q", "é"]),
+        "responses": draw.choices(["a", "b", "", "é"], k=draw.randrange(4)),
+        "scores": draw.choices([1, 2.5, None, -1], k=draw.randrange(4)),
+        "messages": draw.choice([[{"role": "user", "content": "q"}], [_turn(draw)]]),
+        "id": "i",
+        "origin": "o",
+        "sources": draw.choices(["s", None, ""], k=draw.randrange(4)),
+        "finish_reasons": draw.choices(["stop", "length", "unknown"], k=draw.randrange(4)),
+        "more": 1,
+    }
+    likely = {"query": 0.95, "responses": 0.95, "more": 0.02}
+    return {
+        name: draw.choice(_ODD) if draw.random() < 0.1 else value
+        for name, value in row.items()
+        if draw.random() < likely.get(name, 0.4)
+    }
+
+
+def test_the_short_path_reads_what_the_long_one_reads(monkeypatch: pytest.MonkeyPatch):
+    draw, num_short = random.Random(5), 0
+    short_path = candidate_rows._as_it_should_be
+    monkeypatch.setattr(candidate_rows, "_as_it_should_be", lambda *_: None)
+    for _ in range(5000):
+        row = _random_row(draw)
+        found = short_path(row, "")
+        if found is not None:
+            num_short += 1
+            assert repr(parse_candidate_set(row, "f:1")) == repr(found), row
+    assert num_short > 500

@@ -257,7 +257,8 @@ def _as_it_should_be(row: Any, known_id: str) -> CandidateSet | None:
     """
     if type(row) is not dict or not row.keys() <= _COLUMNS:
         return None
-    query, responses = row.get("query"), row.get("responses")
+    query: Any = row.get("query")
+    responses: Any = row.get("responses")
     given_id, origin = row.get("id"), row.get("origin")
     if type(responses) is not list:
         return None

@@ -92,8 +92,8 @@ class EncodedExamples(Sequence[EncodedSet]):
         self._places = array("Q")
         self.lengths = array("Q")
         self.sizes = SizeTable()
-        for place in tracked(range(len(sets)), "encode", "prompt"):
-            example = encode(sets[place])
+        for place, candidate_set in enumerate(tracked(sets, "encode", "prompt")):
+            example = encode(candidate_set)
             if example is not None:
                 self._places.append(place)
                 self.lengths.append(example.num_tokens)

@@ -1,0 +1,132 @@
+"""What rows of a candidate file cost to read, check and score, against `json.loads`.
+
+    python -m benchmarks.data_pass --rows 20000 --rounds 5
+
+Every figure is the CPU time of this process for one way through a file, as a multiple of the time
+that `json.loads` takes for its lines in the same round; the order is reversed from round to round.
+The same file measures an earlier version: `PYTHONPATH=EARLIER python benchmarks/data_pass.py`.
+
+Left out on purpose: tokens (a tokenizer's own time hides all of this), and the clock on the wall,
+of which the disk takes its share when rows are forced to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+FORMS = ("short", "hh")
+BASELINE = "json.loads"
+
+
+def row(form: str, number: int) -> dict[str, object]:
+    """A row of 98 bytes, or of about 1 KB with a conversation, as HH has them."""
+    if form == "short":
+        return {
+            "query": f"question number {number:07d} of many",
+            "responses": [f"yes {number:07d}", f"no, not {number:07d}, ok"],
+        }
+    asked = [f"why is {number} a number, and who has said so? " * 4, f"and then, {number}? " * 5]
+    turns = [("user", asked[0]), ("assistant", "because it is one. " * 6), ("user", asked[1])]
+    cues = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    return {
+        "query": "".join(cues[role] + said for role, said in turns) + "\n\nAssistant:",
+        "responses": [f"it is {number}, as ever. " * 5, f"nobody knows {number}. " * 5],
+        "messages": [{"role": role, "content": said} for role, said in turns],
+    }
+
+
+def length_of(prompts: list[str], responses: list[str], messages: list[object]) -> list[float]:
+    """A scorer that costs next to nothing."""
+    return [float(len(response)) for response in responses]
+
+
+def parse(path: Path) -> None:
+    with open(path, "rb") as file:
+        for line in file:
+            json.loads(line)
+
+
+def ways(path: Path, score: bool) -> dict[str, Callable[[], object]]:
+    """What is measured, by name; each goes through the whole file once."""
+    from rrhf.data.candidate_files import CandidateFile
+
+    opened = CandidateFile(path)
+
+    def read() -> None:
+        for _ in opened:
+            pass
+
+    found: dict[str, Callable[[], object]] = {
+        BASELINE: lambda: parse(path),
+        "open and check": lambda: CandidateFile(path).close(),
+        "read again, in order": read,
+    }
+    if score:
+        from rrhf.scoring.config import ScoreConfig
+        from rrhf.scoring.stage import score_file
+
+        def scored() -> None:
+            output = path.with_name("scored.jsonl")
+            for old in path.parent.glob("scored.*"):
+                old.unlink()
+            scorer = f"function:{__spec__.name if __spec__ else 'data_pass'}:length_of"
+            score_file(ScoreConfig(input_file=str(path), output_file=str(output), scorer=scorer))
+
+        found["score"] = scored
+    return found
+
+
+def measure(path: Path, rounds: int, score: bool) -> dict[str, list[float]]:
+    """CPU seconds of each way in each round; the first time of each is left out."""
+    calls = ways(path, score)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name in list(calls)[:: 1 if number % 2 else -1]:
+            started = time.process_time()
+            calls[name]()
+            if number:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def told(form: str, rows: int, size: int, seconds: dict[str, list[float]]) -> str:
+    lines = [f"{form}: {rows:,} rows of {size // rows} bytes"]
+    for name, own in seconds.items():
+        ratios = [one / base for one, base in zip(own, seconds[BASELINE], strict=True)]
+        lines.append(
+            f"  {name:22} {statistics.median(own) / rows * 1e6:7.2f} us a row, "
+            f"{statistics.median(ratios):5.2f} [{min(ratios):.2f}-{max(ratios):.2f}] times "
+            f"{BASELINE}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--without_score", action="store_true", help="read and check alone")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        for form in given.forms:
+            path = Path(folder) / f"{form}.jsonl"
+            with open(path, "w") as file:
+                for number in range(given.rows):
+                    file.write(json.dumps(row(form, number)) + "\n")
+            seconds = measure(path, given.rounds, not given.without_score)
+            print(told(form, given.rows, path.stat().st_size, seconds))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"peak memory of the process: {peak} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
