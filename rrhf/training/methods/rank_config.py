@@ -15,7 +15,7 @@ class RankSettings(TrainingConfig):
     """The objective, and what it reads of the candidates."""
 
     objective: str = field(default="rrhf", metadata={"registry": OBJECTIVES})
-    """What is minimised: rrhf; raft, fine-tuning on the best candidate; or one of your own."""
+    """What is minimised; raft is cross-entropy on the best candidate alone."""
 
     objective_settings: Any = field(default=None, metadata={"settings_of": "objective"})
 
