@@ -1,7 +1,7 @@
 """What a model does to its logits after the last linear layer, and the slope of that.
 
 Known: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma 2), and the sampling temperature.
-What is not known here shows in the self-check of an engine, which then gives way.
+A model that is not known here is found out by the self-check, and its layout is then not used.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class PackedTrunk:
     window: int | None
 
     def beside_padded_rows(self, batch: TokenBatch) -> Beside:
-        """This engine and the reference on one batch."""
+        """This layout and the reference on one batch."""
         raise NotImplementedError
 
     def take_layout(self, layout: str) -> None:
