@@ -31,6 +31,8 @@ def test_the_policy_is_told_next_to_its_baseline():
 
 def test_without_a_baseline_it_is_told_alone():
     assert reached([AFTER]).startswith("rrhf, 2 prompts: reward 2.00 [1.00, 3.00], wins by")
+    alone = {**AFTER, "made_with": {**AFTER["made_with"], "num_prompts": 1}}
+    assert reached([alone]).startswith("rrhf, 1 prompt: reward")
     bare = AFTER | {"metrics": {}, "per_prompt": {}}
     assert reached([bare]) == "rrhf, 2 prompts: no scorer, gold or reference to measure by"
     assert signs_of_nothing([bare]) == []

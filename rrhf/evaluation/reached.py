@@ -40,7 +40,8 @@ def reached(rows: Sequence[Row]) -> str:
     against = f" against {before['name']}" if before is not None else ""
     figures = ", ".join(parts) or "no scorer, gold or reference to measure by"
     figures = without_negative_zeros(figures)
-    return f"{row['name']}{against}, {num_prompts:,} prompts: {figures}"
+    noun = "prompt" if num_prompts == 1 else "prompts"
+    return f"{row['name']}{against}, {num_prompts:,} {noun}: {figures}"
 
 
 def signs_of_nothing(rows: Sequence[Row]) -> list[str]:
