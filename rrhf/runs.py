@@ -294,8 +294,6 @@ class RunFolder:
         """What killed processes of this run left half-written, under hidden names."""
         for folder in (self.path, self.checkpoints, *(self.path / name for name in _KEPT)):
             remove_unfinished(folder)
-        for path in self.path.glob(".offload-*"):
-            shutil.rmtree(path, ignore_errors=True)
         for path in self.path.glob(".probe.*"):
             path.unlink(missing_ok=True)
 

@@ -360,7 +360,7 @@ def test_what_killed_saves_left_is_swept_on_resuming(
     finished: Path, model: str, tmp_path: Path
 ) -> None:
     run = stopped_copy(finished, tmp_path / "run")
-    for name in (".staged-policy", ".doomed-policy", ".staged-best", ".offload-0", ".offload-1"):
+    for name in (".staged-policy", ".doomed-policy", ".staged-best"):
         (run / name).mkdir()
         (run / name / "weights").write_bytes(b"half")
     (run / ".best-step-2" / "policy").mkdir(parents=True)  # of calls that looked for a best

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from offload_cases import offloading_on_a_cpu
 from ppo_cases import build_world, save_demonstrations, settings
 from trainer_cases import metrics_of
 
@@ -111,7 +112,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes |= {"kl_in": "loss", "entropy_coeff": 0.1, "dual_clip": 3.0}
     changes |= {"ptx_datasets": str(save_demonstrations(folder)), "ptx_coeff": 0.1}
     changes |= {"eval_datasets": str(world / "prompts.jsonl")}
-    ppo.train(settings(world, folder / "run", **changes))
+    with offloading_on_a_cpu():
+        ppo.train(settings(world, folder / "run", **changes))
     return folder / "run"
 
 

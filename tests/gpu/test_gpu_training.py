@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, write_lines
 
-from rrhf.training.core.offload import HostStore, build_store
+from rrhf.training.core.offload import HostStore
 from rrhf.training.core.parallel import Parallel
 from rrhf.training.methods import rank
 
@@ -67,19 +67,18 @@ def test_it_computes_where_the_device_is(device: str) -> None:
     assert Parallel(bf16=True).device.type == device
 
 
-def test_what_is_off_a_gpu_keeps_its_bits(tmp_path: Path, device: str) -> None:
-    """Pinned host memory for a GPU, files otherwise."""
-    store = build_store(torch.device(device), tmp_path / "off")
+def test_what_is_off_a_gpu_keeps_its_bits(device: str) -> None:
+    store = HostStore(torch.device(device))
     torch.manual_seed(0)
     tensor = torch.randn(1 << 20, device=device).view(1 << 10, 1 << 10)
     there = store.put("weights", tensor)
     if device == "cuda":
-        assert isinstance(store, HostStore) and there.is_pinned() and there.device.type == "cpu"
+        assert there.is_pinned() and there.device.type == "cpu"
     assert torch.equal(there, tensor.cpu())
-    back = store.fetch(there, False)
+    back = store.fetch(there)
     assert back.device.type == device and torch.equal(back, tensor)
     back.add_(1)
-    assert torch.equal(store.kept("weights", tensor), tensor.cpu())
+    assert torch.equal(store.kept("weights"), tensor.cpu())
     store.close()
 
 
@@ -90,7 +89,7 @@ def test_memory_is_given_back(cuda: str) -> None:
     there = store.put("weights", tensor)
     del tensor
     assert torch.cuda.memory_allocated() == before
-    back = store.fetch(there, True)
+    back = store.fetch(there)
     assert torch.cuda.memory_allocated() > before and bool((back == 1).all())
 
 

@@ -1,76 +1,62 @@
-"""Weights and optimiser state off the device while nobody needs them.
+"""Weights and optimiser state in the host's memory while the GPU does not need them.
 
-What is trained with PPO is not needed all the time: the reference reads, the reward model scores,
-the optimiser's moments wait while responses are sampled. `Offload` is told which phases need which
-tensors, and moves them when a phase begins: first out what it does not need, then in what it does.
+What is trained with PPO is not needed all the time: the reference model and the reward model wait
+while responses are sampled, and so do the optimiser's moments. `Offload` is given the phases in
+which each tensor is needed. When a phase begins, it first moves out what that phase does not need,
+then brings back what it does. A tensor keeps its shape and its bits and can be read where it is, so
+checkpoints and saved models are the same whatever is off the device.
 
-Off a GPU means host memory, pinned. On a machine without one the device is the main memory, and off
-means files in the run folder that are mapped, not loaded: what is read of them belongs to the
-system's page cache, which gives it up when memory is short. Either way a tensor keeps its shape and
-its bits and can be read where it is, so checkpoints and saved models are the same whatever is off.
-
-Left out on purpose: weights that are spread over ranks (their engines have offloading of their own)
-and gradients (there are none between two steps).
+Left out on purpose: weights that are sharded over ranks (FSDP and DeepSpeed have offloading of
+their own), gradients (there are none between two steps), and machines without a GPU, whose device
+memory is the host's memory already.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rrhf.files import explained_os_errors
+from rrhf.errors import UserError
 from rrhf.training.core.hooks import Hook
 from rrhf.training.core.tracking import Tracker
 
-ALIGNMENT = 64
+DEVICES = ("cuda",)
+"""Kinds of device with a memory of their own, next to the host's."""
+
 TRAIN = "train"
 """The phase that changes what is trained."""
 
 
-class Store(Protocol):
-    """Where tensors are while they are off the device.
+def require_device_memory(levels: Collection[str], device: torch.device) -> None:
+    """Refuse offloading where there is no second memory to move anything to.
 
-    Attributes:
-        where: that is, in words.
+    Raises:
+        UserError: something is to be offloaded, and training runs on the CPU.
     """
-
-    where: str
-
-    def put(self, name: str, tensor: Tensor) -> Tensor:
-        """Keep a tensor's bits under a name; returns a tensor that reads them there."""
-        ...
-
-    def kept(self, name: str, like: Tensor) -> Tensor:
-        """The tensor that `put` returned for this name; nothing may have changed since."""
-        ...
-
-    def fetch(self, tensor: Tensor, is_constant: bool) -> Tensor:
-        """A tensor on the device with these bits; one that is constant will not be written to."""
-        ...
-
-    def close(self) -> None: ...
+    if levels and device.type not in DEVICES:
+        raise UserError(
+            f"--offload_level {' '.join(sorted(levels))}: moves weights from a GPU to the host's "
+            "memory, and no GPU is visible; leave it out. To save memory on a CPU, use "
+            "--share_trunk, --use_lora or --gradient_checkpointing"
+        )
 
 
 class HostStore:
-    """The host's memory, pinned, for what belongs on a GPU.
+    """Copies of tensors in the host's memory, pinned where they belong on a GPU.
 
     Args:
-        device: where tensors belong.
+        device: where the tensors belong.
     """
-
-    where = "host memory"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies: dict[str, Tensor] = {}
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
+        """Keep a tensor's bits under a name; returns the copy."""
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             pinned = self._device.type == "cuda"
@@ -78,73 +64,17 @@ class HostStore:
             self._copies[name] = copy
         return copy.copy_(tensor)
 
-    def kept(self, name: str, like: Tensor) -> Tensor:
+    def kept(self, name: str) -> Tensor:
+        """The copy that `put` returned for this name; the tensor must not have changed since."""
         return self._copies[name]
 
-    def fetch(self, tensor: Tensor, is_constant: bool) -> Tensor:
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A new tensor on the device with these bits."""
         return tensor.to(self._device, copy=True)
 
     def close(self) -> None:
+        """Forget the copies."""
         self._copies.clear()
-
-
-class FileStore:
-    """Files that are mapped into memory, for what belongs in main memory.
-
-    A tensor keeps its place within 64 bytes wherever it goes. Loaded weights do not begin at such a
-    border, and sums of products may be rounded differently where they do.
-
-    Args:
-        folder: for them alone; what a killed run left there goes now, the rest with `close`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.where = f"mapped files in {folder}"
-        self.close()
-
-    def put(self, name: str, tensor: Tensor) -> Tensor:
-        path = self._folder / name
-        staged = path.with_suffix(".new")
-        with explained_os_errors(path, tensor.nbytes):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with open(staged, "wb") as file:
-                file.write(bytes(_misalignment(tensor)))
-                _bytes_of(tensor).numpy().tofile(file)
-            staged.replace(path)  # an older mapping keeps the older file
-        return self.kept(name, tensor)
-
-    def kept(self, name: str, like: Tensor) -> Tensor:
-        path, start = str(self._folder / name), _misalignment(like)
-        size = start + like.nbytes
-        mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-        return mapped[start:].view(like.dtype).view(like.shape)
-
-    def fetch(self, tensor: Tensor, is_constant: bool) -> Tensor:
-        if is_constant:
-            return tensor
-        room = torch.empty(tensor.nbytes + ALIGNMENT, dtype=torch.uint8)
-        start = (_misalignment(tensor) - room.data_ptr()) % ALIGNMENT
-        copy = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return copy.copy_(tensor)
-
-    def close(self) -> None:
-        # What is still mapped stays readable: a file's bytes go with its last mapping.
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _misalignment(tensor: Tensor) -> int:
-    """By how many bytes it begins behind a border that vector instructions care for."""
-    return tensor.data_ptr() % ALIGNMENT
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)
-
-
-def build_store(device: torch.device, folder: Path) -> Store:
-    """Host memory for a GPU, else files below a folder."""
-    return HostStore(device) if device.type == "cuda" else FileStore(folder)
 
 
 @dataclass
@@ -152,10 +82,10 @@ class _Held:
     """One tensor that comes and goes.
 
     Attributes:
-        name: its own, in the store.
-        tensor: the parameter or state itself; its data are exchanged.
+        name: its name in the store.
+        tensor: the parameter or state; its data are exchanged.
         is_constant: never trained.
-        is_stored: the store has its present bits.
+        is_stored: the store has its current bits.
     """
 
     name: str
@@ -172,26 +102,24 @@ class _Group:
 
 
 class Offload(Hook):
-    """Moves tensors as phases begin.
+    """Moves tensors between the device and a store when a phase begins.
 
     Args:
-        levels: of `LEVELS`; what belongs to none of them stays on the device.
-        store: for what is off.
+        levels: which of `LEVELS` to move; everything else stays on the device.
+        store: holds what is off the device.
 
     Attributes:
-        levels: what moves.
-        moved_bytes: written to the store since the beginning.
+        levels: as given.
     """
 
-    def __init__(self, levels: Collection[str], store: Store) -> None:
+    def __init__(self, levels: Collection[str], store: HostStore) -> None:
         self.levels, self._store = frozenset(levels), store
         self._groups: list[_Group] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_group: _Group | None = None
-        self.moved_bytes = 0
 
     def add_frozen(self, module: nn.Module, needed_in: Collection[str]) -> None:
-        """A frozen model: off from now on but in these phases."""
+        """Keep a frozen model off the device, from now on, except in these phases."""
         if "freeze_model" in self.levels:
             group = self._add(module.parameters(), needed_in)
             for held in group.held:
@@ -199,17 +127,17 @@ class Offload(Hook):
             self._put_off(group)
 
     def add_trained(self, module: nn.Module, needed_in: Collection[str]) -> None:
-        """A trained model, or a part of one: off in all phases but these, from the first on."""
+        """Keep a trained model, or a part of one, off the device except in these phases."""
         if "train_model" in self.levels:
             self._add(module.parameters(), needed_in)
 
     def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
-        """What an optimiser remembers of each weight: on the device for the training alone."""
+        """Keep the optimiser's state off the device except while training."""
         if "optimizer" in self.levels:
             self._optimizer = optimizer
 
     def enter(self, phase: str) -> None:
-        """Make ready for a phase."""
+        """Move what a phase needs onto the device, and everything else off it."""
         self._find_optimizer_state()
         groups = [*self._groups, *([self._optimizer_group] if self._optimizer_group else [])]
         for group in groups:
@@ -224,14 +152,14 @@ class Offload(Hook):
                     held.is_stored &= held.is_constant
 
     def close(self) -> None:
-        """Forget the store; what is off stays readable."""
+        """Empty the store; tensors that are off the device stay readable."""
         self._store.close()
 
     def _add(self, tensors: Iterable[Tensor], needed_in: Collection[str]) -> _Group:
         known = {id(held.tensor) for group in self._groups for held in group.held}
         group = _Group(frozenset(needed_in))
         for tensor in tensors:
-            # Tied weights come once, and a layout of its own would be lost in a flat file.
+            # Tied weights move once; an unusual memory layout would be lost in the copy.
             if id(tensor) not in known and tensor.is_contiguous() and tensor.numel():
                 name = f"{len(self._groups)}-{len(group.held)}"
                 group.held.append(_Held(name, tensor, not tensor.requires_grad))
@@ -239,7 +167,7 @@ class Offload(Hook):
         return group
 
     def _find_optimizer_state(self) -> None:
-        """An optimiser makes its state in its first step, or takes it from a checkpoint."""
+        """Look for the optimiser's state: it appears with the first step or a checkpoint."""
         if self._optimizer is None:
             return
         if self._optimizer_group is None:
@@ -255,10 +183,9 @@ class Offload(Hook):
             return
         for held in group.held:
             if held.is_stored:
-                held.tensor.data = self._store.kept(held.name, held.tensor)
+                held.tensor.data = self._store.kept(held.name)
             else:
                 held.tensor.data = self._store.put(held.name, held.tensor.data)
-                self.moved_bytes += held.tensor.nbytes
                 held.is_stored = True
         group.is_off = True
 
@@ -266,7 +193,7 @@ class Offload(Hook):
         if not group.is_off:
             return
         for held in group.held:
-            held.tensor.data = self._store.fetch(held.tensor.data, held.is_constant)
+            held.tensor.data = self._store.fetch(held.tensor.data)
         group.is_off = False
 
 

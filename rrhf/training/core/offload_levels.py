@@ -1,4 +1,4 @@
-"""What may leave the device while nobody needs it, by name; `.offload` moves it."""
+"""Names of what may be moved off the GPU while it is not needed; `.offload` moves it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ LEVELS = ("freeze_model", "optimizer", "train_model")
 
 
 def parse_levels(words: Collection[str]) -> frozenset[str]:
-    """The levels that are named, in any order, several in one string or not; "none" is none.
+    """The levels named in any order, in one string or several; "none" is the empty set.
 
     Raises:
-        UserError: another word.
+        UserError: a word is not a level.
     """
     asked = [word for text in words for word in text.replace(",", " ").split()]
     for word in asked:

@@ -33,7 +33,7 @@ from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.training.core.hooks import Hook
 from rrhf.training.core.loop import run_training
-from rrhf.training.core.offload import TRAIN, Offload, build_store
+from rrhf.training.core.offload import TRAIN, HostStore, Offload, require_device_memory
 from rrhf.training.core.offload_levels import parse_levels
 from rrhf.training.core.phases import Phases, as_table, over_ranks, peak_meter
 from rrhf.training.core.reference import frozen_copy
@@ -205,11 +205,11 @@ def _offload(config: PPOConfig, bench: Workbench) -> Iterator[Offload]:
             "(fsdp_offload_params: true, or offload_optimizer_device: cpu); freeze_model goes "
             "with every launch"
         )
-    store = build_store(parallel.device, bench.run.path / f".offload-{parallel.rank}")
-    with contextlib.closing(Offload(levels, store)) as offload:
+    require_device_memory(levels, parallel.device)
+    with contextlib.closing(Offload(levels, HostStore(parallel.device))) as offload:
         if levels:
             logger.info(
-                "offload_level: %s: in %s while not needed", ", ".join(sorted(levels)), store.where
+                "offload_level: %s: in host memory while not needed", ", ".join(sorted(levels))
             )
         yield offload
 

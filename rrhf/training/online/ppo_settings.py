@@ -203,10 +203,10 @@ class PPOSettings(TrainingConfig):
     """How many."""
 
     offload_level: list[str] = field(default_factory=list)
-    """What leaves the device while nobody needs it, any of freeze_model (reference, reward model),
-    optimizer (its moments, while responses are made and scored) and train_model (policy and critic,
-    while frozen models work). Off a GPU means the host's memory; without a GPU, mapped files in the
-    run folder. Costs time, changes no bit."""
+    """What to move from the GPU to the host's memory while it is not needed: any of freeze_model
+    (reference, reward model), optimizer (its moments, while responses are sampled and scored) and
+    train_model (policy and critic, while frozen models run). Costs time, changes no result. Refused
+    on a machine without a GPU."""
 
     @property
     def counts_epochs(self) -> bool:
