@@ -130,7 +130,7 @@ def glimpsed(flag: Flag, flags: Mapping[str, Flag], argv: Sequence[str]) -> str 
     """
     names = spelt_out(flags, spellings(flags))
     from_file = None
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
         name, is_joined, joined = word.partition("=")
         value = joined if is_joined else after
         if word.startswith("--") and names.get(normalise(name)) is flag:
