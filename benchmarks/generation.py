@@ -29,7 +29,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 
 from benchmarks.harness import lines, timed
 from benchmarks.shapes import Shape
-from rrhf.generation.engine import Sample, SamplingParams
+from rrhf.generation.engine import Sample, SamplingParams, answers
 from rrhf.generation.local.decoders import Decoder
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.local.incremental import IncrementalModel
@@ -234,7 +234,7 @@ class Peers:
     def shared_prompt(self) -> list[list[Sample]]:
         self.engine.chooser = self._ending  # type: ignore[method-assign]
         try:
-            return self.engine.generate(self.sets, self.params)
+            return answers(self.engine, self.sets, self.params)
         finally:
             del self.engine.chooser
 
@@ -302,8 +302,8 @@ class Peers:
             for prompt, ids in zip(self.sets, self.prompts, strict=True)
         ]
         loop = RowLoop(jobs, self.params, frozenset([END]), lambda ids, stops: False, ends)
-        loop.run(decoder, self.case.max_rows)
-        return loop.written()
+        found = dict(loop.run(decoder, self.case.max_rows))
+        return [found[place] for place in range(len(jobs))]
 
     @torch.no_grad()
     def check(self, name: str) -> dict[str, float]:
@@ -338,7 +338,7 @@ class Peers:
         greedy = SamplingParams(
             num_return_sequences=1, do_sample=False, max_new_tokens=length, min_new_tokens=length
         )
-        found = self.engine.generate(self.sets, greedy)
+        found = answers(self.engine, self.sets, greedy)
         for ids, (sample,) in zip(self.prompts, found, strict=True):
             expected = self.model.generate(
                 torch.tensor([ids]),

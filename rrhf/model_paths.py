@@ -42,7 +42,7 @@ _LOADED = (
     *("special_tokens_map.json", "added_tokens.json", "*config.json", "*.index.json"),
 )
 # What a setting that may be a model says that it names.
-_MODEL_KINDS = ("model", "scorer", "model or file")
+_MODEL_KINDS = ("model", "engine's model", "scorer", "model or file")
 
 # Folders that the settings of the present call accept as they are.
 _accepted: set[Path] = set()

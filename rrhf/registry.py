@@ -56,7 +56,7 @@ class Registry(Mapping[str, T], Generic[T]):
         found = imported(target, self.kind)
         if not isinstance(found, self._protocol):
             raise UserError(
-                f"{target}: is of type {type(found).__name__}; a {self.kind} is a "
+                f"{target}: is of type {type(found).__name__}; every {self.kind} is a "
                 f"{self._protocol.__module__}.{self._protocol.__name__}"
             )
         return cast(T, found)

@@ -105,7 +105,7 @@ def test_unknown_kinds():
     )
     assert "no_such_module" in refusal("--kind", "no_such_module:KIND")
     assert "has no kind 'KNIFE'" in refusal("--kind", f"{__name__}:KNIFE")
-    assert "is of type type; a kind is a" in refusal("--kind", f"{__name__}:MildSettings")
+    assert "is of type type; every kind is a" in refusal("--kind", f"{__name__}:MildSettings")
 
 
 def test_a_module_in_the_working_directory(tmp_path, monkeypatch):

@@ -8,16 +8,15 @@ import torch
 from evaluation_cases import slow_logprobs
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrhf.evaluation.divergence import (
+from rrhf.evaluation.likelihoods import read_logprobs
+from rrhf.evaluation.metrics.kl import (
     best_of_n_bound,
     divergence_measures,
     expectation_note,
     sequence_k3,
     sequence_log_ratio,
-    stored_weight_distance,
-    weight_distance,
 )
-from rrhf.evaluation.likelihoods import read_logprobs
+from rrhf.evaluation.weight_distance import stored_weight_distance, weight_distance
 from rrhf.generation.engine import SamplingParams
 
 EOS = 1

@@ -6,17 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine_cases import CannedTexts
 from evaluation_cases import prompt, reader, reply, slow_logprobs
 from test_evaluation_measures import ByLength
 from tiny import byte_level_tokenizer, tiny_llama
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.views import pairs as pairs_view
-from rrhf.evaluation.divergence import best_of_n_bound
-from rrhf.evaluation.draft import fingerprint
 from rrhf.evaluation.evaluator import Evaluator
-from rrhf.evaluation.perplexity import PaperPerplexity
-from rrhf.generation.engine import Sample, SamplingParams
+from rrhf.evaluation.likelihoods import LikelihoodReader
+from rrhf.evaluation.metrics.kl import best_of_n_bound
+from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
+from rrhf.evaluation.shared import fingerprint
+from rrhf.generation.engine import Sample, SamplingParams, answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
 from rrhf.scoring.gold import GoldScorer
@@ -32,43 +34,30 @@ def engine(seed=0):
     return LocalEngine(tiny_llama(len(tokenizer), seed), ChatCodec(tokenizer))
 
 
-class Encoded:
+class Encoded(LocalEngine):
     """The engine, writing what its codec gives for one text or two, token by token."""
 
-    def __init__(self, inner):
-        self.inner, self.model, self.codec = inner, inner.model, inner.codec
-        self.name = "encoded"
-
-    def encode_prompt(self, prompt, params):
-        return self.inner.encode_prompt(prompt, params)
-
     def generate(self, prompts, params):
-        return [[self.sample(s, text) for text in ("ask", "a friend")] for s in prompts]
+        for place, s in enumerate(prompts):
+            yield place, [self.sample(s, text, params) for text in ("ask", "a friend")]
 
-    def sample(self, s, text):
+    def sample(self, s, text, params):
         ids = torch.tensor(self.codec.encode_response(s, text, "length"))
-        return Sample(ids, torch.full(ids.shape, -1.0), "length", text)
+        given = torch.full(ids.shape, -1.0)
+        return Sample(self.encode_prompt(s, params), ids, given, "length", text)
 
 
-class Endpoint:
-    """An engine that gives texts and nothing else."""
+def policy_of(engine):
+    return LikelihoodReader(engine.model, engine.codec)
 
-    name = "endpoint"
 
-    def __init__(self, *texts):
-        self.texts = texts
-
-    def generate(self, prompts, params):
-        nothing = torch.zeros(0)
-        samples = [
-            Sample(nothing.long(), nothing, "stop", self.texts[i % len(self.texts)])
-            for i in range(params.num_return_sequences)
-        ]
-        return [samples for _ in prompts]
+def row_of(evaluator, name, engine, params, **options):
+    """Of an engine whose policy is at hand."""
+    return evaluator.row(name, engine, params, policy=policy_of(engine), **options)
 
 
 def test_a_policy_does_not_diverge_from_itself():
-    row = Evaluator(PROMPTS, reference=reader(0)).row("sft", engine(0), SAMPLED)
+    row = row_of(Evaluator(PROMPTS, reference=reader(0)), "sft", engine(0), SAMPLED)
     assert row["metrics"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)
     assert row["metrics"]["kl_k3"]["mean"] == pytest.approx(0.0, abs=1e-5)
     assert row["notes"] == []
@@ -78,9 +67,9 @@ def test_a_policy_does_not_diverge_from_itself():
 def test_kl_is_read_on_the_sampled_tokens_at_the_sampling_temperature(temperature):
     policy, reference = engine(0), reader(1)
     params = replace(SAMPLED, temperature=temperature)
-    row = Evaluator(PROMPTS, reference=reference).row("p", policy, params)
+    row = row_of(Evaluator(PROMPTS, reference=reference), "p", policy, params)
     means = []
-    for s, written in zip(PROMPTS, policy.generate(PROMPTS, params), strict=True):
+    for s, written in zip(PROMPTS, answers(policy, PROMPTS, params), strict=True):
         prompt_ids = policy.encode_prompt(s, params)
         ratios = []
         for sample in written:
@@ -95,8 +84,10 @@ def test_kl_is_read_on_the_sampled_tokens_at_the_sampling_temperature(temperatur
 
 def test_what_the_reference_read_at_another_temperature_is_not_its_perplexity():
     """Perplexities are at temperature 1, whatever responses were sampled at."""
-    evaluator = Evaluator(PROMPTS, reference=reader(1))
-    row = evaluator.row("p", Encoded(engine()), replace(SAMPLED, temperature=0.5))
+    evaluator, policy = Evaluator(PROMPTS, reference=reader(1)), engine()
+    row = row_of(
+        evaluator, "p", Encoded(policy.model, policy.codec), replace(SAMPLED, temperature=0.5)
+    )
     fresh = Evaluator(PROMPTS, reference=reader(1)).responses_row("again", evaluator.samples["p"])
     for one in (row, fresh):
         assert one["counts"]["responses_that_do_not_fit"] == 0
@@ -108,7 +99,7 @@ def test_what_the_reference_read_at_another_temperature_is_not_its_perplexity():
 
 def test_a_row_counts_its_responses_by_prompt_first():
     evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(1))
-    row = evaluator.row("p", engine(0), SAMPLED)
+    row = row_of(evaluator, "p", engine(0), SAMPLED)
     samples = evaluator.samples["p"]
     assert [len(s.candidates) for s in samples] == [2] * 4
     assert {c.source for s in samples for c in s.candidates} == {"policy:p"}
@@ -124,7 +115,7 @@ def test_a_row_counts_its_responses_by_prompt_first():
 def test_a_row_is_ready_for_json_and_the_same_when_made_again():
     def again():
         evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(1))
-        row = evaluator.row("p", engine(0), SAMPLED, extra={"training": {"steps": 3}})
+        row = row_of(evaluator, "p", engine(0), SAMPLED, extra={"training": {"steps": 3}})
         del row["cost"]
         return json.dumps(row)
 
@@ -133,15 +124,15 @@ def test_a_row_is_ready_for_json_and_the_same_when_made_again():
 
 
 def test_greedy_rows_say_that_their_kl_is_no_expectation():
-    row = Evaluator(PROMPTS, reference=reader(1)).row("p", engine(0), GREEDY)
+    row = row_of(Evaluator(PROMPTS, reference=reader(1)), "p", engine(0), GREEDY)
     assert row["made_with"]["decoding"]["kind"] == "greedy"
     assert "greedy" in row["notes"][0]
 
 
 def test_the_best_of_n_is_chosen_from_n_samples_by_the_scorer():
     evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(0))
-    row = evaluator.row("bo3", engine(0), SAMPLED, best_of=3)
-    drawn = engine(0).generate(PROMPTS, replace(SAMPLED, num_return_sequences=6))
+    row = row_of(evaluator, "bo3", engine(0), SAMPLED, best_of=3)
+    drawn = answers(engine(0), PROMPTS, replace(SAMPLED, num_return_sequences=6))
     for s, written in zip(evaluator.samples["bo3"], drawn, strict=True):
         texts = [sample.text for sample in written]
         best = [max(texts[:3], key=len), max(texts[3:], key=len)]
@@ -154,10 +145,10 @@ def test_the_best_of_n_is_chosen_from_n_samples_by_the_scorer():
 
 def test_the_win_rate_is_against_the_baselines_responses():
     evaluator = Evaluator(PROMPTS, scorer=ByLength())
-    row = evaluator.row("before", Endpoint("xx"), SAMPLED)
+    row = evaluator.row("before", CannedTexts("xx"), SAMPLED)
     assert "win_reward" not in row["metrics"]
-    evaluator.set_baseline("sft", evaluator.sample("sft", Endpoint("x", "xxx"), SAMPLED))
-    row = evaluator.row("p", Endpoint("xxx", "xxxx"), SAMPLED)
+    evaluator.set_baseline("sft", evaluator.sample("sft", CannedTexts("x", "xxx"), SAMPLED))
+    row = evaluator.row("p", CannedTexts("xxx", "xxxx"), SAMPLED)
     # xxx meets x and xxx: won, tied; xxxx wins twice: 3.5 of 4
     assert row["metrics"]["win_reward"]["mean"] == 3.5 / 4
     assert row["metrics"]["tie_reward"]["mean"] == 1 / 4
@@ -188,7 +179,7 @@ def test_likelihoods_of_the_policy_stand_in_its_row():
     tokenizer = policy.codec.tokenizer
     paper = PaperPerplexity(tiny_llama(len(tokenizer), 5), tokenizer)
     evaluator = Evaluator(PROMPTS, human=human, pairs=pairs, paper=paper)
-    row = evaluator.row("p", policy, GREEDY)
+    row = row_of(evaluator, "p", policy, GREEDY)
     nats = tokens = 0.0
     for s in human:
         ids = policy.codec.encode_response(s, s.candidates[0].response)
@@ -208,15 +199,15 @@ def test_pairs_and_references_of_one_prompt_are_one_prompt():
         replace(s, id=f"{s.id}-{i}", candidates=(reply(texts[i]),)) for s in PROMPTS for i in (0, 1)
     ]
     evaluator = Evaluator(PROMPTS, human=human, pairs=pairs_view(ranked))
-    assert len(evaluator.pairs) == 6
-    row = evaluator.row("p", engine(0), GREEDY)
+    assert len(evaluator.shared.pairs) == 6
+    row = row_of(evaluator, "p", engine(0), GREEDY)
     assert row["metrics"]["pi_accuracy"]["n"] == 2
     assert row["metrics"]["ppl_human"]["n"] == 4
 
 
 def test_an_engine_that_tells_nothing_of_its_tokens_is_measured_by_its_texts():
     evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(0))
-    row = evaluator.row("endpoint", Endpoint("You could ask."), SAMPLED)
+    row = evaluator.row("endpoint", CannedTexts("You could ask."), SAMPLED)
     assert "kl" not in row["metrics"]
     assert row["metrics"]["ppl_reference"]["mean"] > 1
     assert row["metrics"]["length"]["mean"] > 1
@@ -224,8 +215,8 @@ def test_an_engine_that_tells_nothing_of_its_tokens_is_measured_by_its_texts():
 
 def test_empty_responses_divide_nothing_by_zero():
     evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(0))
-    evaluator.set_baseline("same", evaluator.sample("same", Endpoint(""), SAMPLED))
-    row = evaluator.row("mute", Endpoint(""), SAMPLED)
+    evaluator.set_baseline("same", evaluator.sample("same", CannedTexts(""), SAMPLED))
+    row = evaluator.row("mute", CannedTexts(""), SAMPLED)
     metrics = row["metrics"]
     assert metrics["empty"]["mean"] == 1.0
     assert metrics["words"]["mean"] == metrics["length"]["mean"] == 0.0
@@ -237,7 +228,7 @@ def test_empty_responses_divide_nothing_by_zero():
 def test_another_vocabulary_gives_a_note_instead_of_a_kl():
     tokenizer = byte_level_tokenizer(vocab_size=300)
     policy = LocalEngine(tiny_llama(len(tokenizer)), ChatCodec(tokenizer))
-    row = Evaluator(PROMPTS, reference=reader(0)).row("p", policy, SAMPLED)
+    row = row_of(Evaluator(PROMPTS, reference=reader(0)), "p", policy, SAMPLED)
     assert "kl" not in row["metrics"]
     assert "vocabularies" in row["notes"][0]
 
@@ -252,11 +243,11 @@ def test_prompts_without_a_given_response_are_counted():
 def test_measures_of_a_policy_can_be_handed_to_its_other_decoding():
     human = [replace(s, candidates=(reply("You could ask a friend."),)) for s in PROMPTS]
     evaluator = Evaluator(PROMPTS, human=human)
-    counts = {}
-    shared = evaluator.policy_measures(reader(0), counts)
-    row = evaluator.row("p", Endpoint("x"), GREEDY, policy_measures=shared)
+    shared, counts = evaluator.policy_measures(reader(0))
+    row = evaluator.row("p", CannedTexts("x"), GREEDY, policy_measures=shared)
     assert (
-        row["metrics"]["ppl_human"] == evaluator.row("q", engine(0), GREEDY)["metrics"]["ppl_human"]
+        row["metrics"]["ppl_human"]
+        == row_of(evaluator, "q", engine(0), GREEDY)["metrics"]["ppl_human"]
     )
     assert counts == {"human_responses_that_do_not_fit": 0}
 

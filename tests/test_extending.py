@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tiny import save_tiny
 from trainer_cases import metrics_of, ranked_rows, write_lines
 
 from rrhf.cli.main import main
+from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.evaluation.results import load_row
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 SECTION = re.compile(
@@ -38,7 +41,7 @@ EXAMPLES = examples()
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the files of the page and what its commands name, as the working directory."""
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "MODEL")
@@ -47,8 +50,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_prompts(tmp_path / "PROMPTS.jsonl")
     for file, (code, _) in EXAMPLES.items():
         (tmp_path / file).write_text(code)
-        monkeypatch.delitem(sys.modules, file.removesuffix(".py"), raising=False)
-    return tmp_path
+    yield tmp_path
+    for file in EXAMPLES:  # the next test has its files elsewhere
+        sys.modules.pop(Path(file).stem, None)
 
 
 def run(words: list[str], *more: str) -> None:
@@ -64,7 +68,7 @@ def settings_of(folder: str) -> dict[str, Any]:
 
 def test_every_section_has_its_example() -> None:
     sections = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)
-    assert len(EXAMPLES) == len(sections) >= 2
+    assert len(EXAMPLES) == len(sections) >= 4
 
 
 def test_the_objective(place: Path) -> None:
@@ -104,3 +108,21 @@ def test_the_method(place: Path) -> None:
     settings = settings_of("RUN/online")
     assert settings["method"] == "mean_baseline:MEAN_BASELINE" and settings["positive_only"]
     assert not (place / "RUN/online/value").exists()
+
+
+def test_the_engine(place: Path) -> None:
+    _, words = EXAMPLES["canned.py"]
+    run(words)
+    sets = list(read_candidate_sets("canned.jsonl"))
+    assert {c.response for s in sets for c in s.candidates} == {"Ask a friend."}
+    assert all(len(s.candidates) == 4 for s in sets) and len(sets) == len(
+        list(read_candidate_sets("PROMPTS.jsonl"))
+    )
+
+
+def test_the_metric(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, words = EXAMPLES["questions.py"]
+    run(words, "--max_new_tokens", "6")
+    assert "asks back" in capsys.readouterr().out
+    row = load_row("ROWS/MODEL.json")
+    assert set(row["metrics"]) == {"reward", "asks_back"} and "asks_back" in row["per_prompt"]

@@ -22,6 +22,7 @@ import rrhf.stages.fingerprint as fingerprint_module
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
 from rrhf.files import manifest_path, read_manifest
+from rrhf.generation.engine import answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.plan import plan_batches
 from rrhf.generation.stage import GenerateConfig, generate_file
@@ -153,7 +154,7 @@ def test_the_engine_writes_what_the_file_holds(straight, model_folder, prompts):
     engine = LocalEngine(load_causal_lm(model_folder), ChatCodec(load_tokenizer(model_folder)), 2)
     params = config_of(model_folder, prompts, "x.jsonl").sampling_params()
     for found in read_candidate_sets(straight):
-        (samples,) = engine.generate([found], params)
+        (samples,) = answers(engine, [found], params)
         assert [s.text for s in samples] == [c.response for c in found.candidates[:2]]
 
 
@@ -371,7 +372,7 @@ def test_a_finished_file_is_left_alone(model_folder, prompts, tmp_path, straight
     config = config_of(model_folder, prompts, output)
     generate_file(config)
     before = (output.stat().st_mtime_ns, manifest_path(output).read_bytes())
-    monkeypatch.setattr(stage_module, "build_engine", None)  # nothing is loaded
+    monkeypatch.setattr(stage_module, "load_policy", None)  # nothing is loaded
     generate_file(config)
     assert (output.stat().st_mtime_ns, manifest_path(output).read_bytes()) == before
     assert leftovers(output) == []

@@ -12,6 +12,7 @@ from test_shared_prompt import CONFIGS, model_of, random_ids
 from transformers import LlamaConfig
 
 from rrhf.generation.engine import SamplingParams
+from rrhf.generation.engine import answers as all_answers
 from rrhf.generation.local import decoders
 from rrhf.generation.local.decoders import Verdict, decoding
 from rrhf.generation.local.engine import LocalEngine
@@ -55,7 +56,7 @@ def engine_of(model, prompts, rows: int) -> LocalEngine:
 
 def answers(engine, params):
     sets = [CandidateSet(str(place), "") for place in range(len(engine.codec.prompts))]
-    return engine.generate(sets, params)
+    return all_answers(engine, sets, params)
 
 
 def tokens_of(found):

@@ -237,6 +237,8 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
     wrong("train sft", "report_to", "wandb", "wandb is not installed")
     wrong("train rank", "engine", "varlen_attention", "add --bf16")
     wrong("generate", "chat_format", "alpaka", "alpaca")
+    wrong("generate", "engine", "magic", "choose one of local")
+    wrong("evaluate", "metrics", "reward,rewrd", "unknown metric 'rewrd'")
     wrong("train ppo", "max_steps", "0", "--max_steps 0")
     wrong("evaluate", "baseline", p.missing)
     wrong("evaluate", "gold", "moon", "unknown world 'moon'")

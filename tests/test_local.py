@@ -21,7 +21,7 @@ from transformers import (
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
-from rrhf.generation.engine import SamplingParams
+from rrhf.generation.engine import SamplingParams, answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.local.incremental import IncrementalModel
 from rrhf.generation.local.shared_prompt import SharedPromptModel
@@ -91,7 +91,7 @@ def test_greedy_equals_transformers_token_for_token(engine, model, codec, change
         SamplingParams(num_return_sequences=1, do_sample=False, max_new_tokens=24), **change
     )
     prompts = [prompt_of(text) for text in WORDS]
-    found = ids_of(engine.generate(prompts, params))
+    found = ids_of(answers(engine, prompts, params))
     for prompt, (ids,) in zip(prompts, found, strict=True):
         prompt_ids = torch.tensor([codec.encode_prompt(prompt)])
         penalty = change.get("repetition_penalty", 1.0)
@@ -115,7 +115,7 @@ def test_samples_follow_the_models_distribution(model, codec):
         num_return_sequences=count, max_new_tokens=2, min_new_tokens=0, temperature=0.7
     )
     engine = LocalEngine(model, codec, max_batch_rows=count)
-    (samples,) = engine.generate([prompt], params)
+    (samples,) = answers(engine, [prompt], params)
     counts = Counter(tuple(sample.token_ids.tolist()) for sample in samples)
     prompt_ids = codec.encode_prompt(prompt)
     size = len(codec.tokenizer)
@@ -146,7 +146,7 @@ def test_logprobs_are_those_of_a_plain_forward(engine, model, codec):
         num_return_sequences=3, max_new_tokens=20, temperature=0.8, top_k=10, repetition_penalty=1.2
     )
     prompts = [prompt_of(text) for text in WORDS]
-    for prompt, samples in zip(prompts, engine.generate(prompts, params), strict=True):
+    for prompt, samples in zip(prompts, answers(engine, prompts, params), strict=True):
         for sample in samples:
             wanted = full_forward_logprobs(
                 model, codec.encode_prompt(prompt), sample.token_ids.tolist(), 0.8
@@ -160,7 +160,7 @@ def test_top_k_of_one_is_greedy(engine):
     prompts = [prompt_of(text) for text in WORDS]
     sampled = SamplingParams(num_return_sequences=1, max_new_tokens=12, top_k=1)
     greedy = replace(sampled, do_sample=False, top_k=0)
-    assert ids_of(engine.generate(prompts, sampled)) == ids_of(engine.generate(prompts, greedy))
+    assert ids_of(answers(engine, prompts, sampled)) == ids_of(answers(engine, prompts, greedy))
 
 
 # ---- independence of the batch ---------------------------------------------------------------
@@ -169,26 +169,26 @@ def test_top_k_of_one_is_greedy(engine):
 def test_a_sample_is_the_same_alone_and_in_any_batch_and_order(model, codec):
     params = SamplingParams(num_return_sequences=3, max_new_tokens=24, seed=5, top_p=0.95)
     prompts = [prompt_of(text) for text in WORDS]
-    whole = ids_of(LocalEngine(model, codec, max_batch_rows=64).generate(prompts, params))
+    whole = ids_of(answers(LocalEngine(model, codec, max_batch_rows=64), prompts, params))
     for rows in (1, 2, 3, 5, 7, 12):
         engine = LocalEngine(model, codec, max_batch_rows=rows)
-        assert ids_of(engine.generate(prompts, params)) == whole, rows
-    backwards = ids_of(engine.generate(prompts[::-1], params))
+        assert ids_of(answers(engine, prompts, params)) == whole, rows
+    backwards = ids_of(answers(engine, prompts[::-1], params))
     assert backwards == whole[::-1]
-    alone = [ids_of(engine.generate([prompt], params))[0] for prompt in prompts]
+    alone = [ids_of(answers(engine, [prompt], params))[0] for prompt in prompts]
     assert alone == whole
-    fewer = ids_of(engine.generate(prompts, replace(params, num_return_sequences=2)))
+    fewer = ids_of(answers(engine, prompts, replace(params, num_return_sequences=2)))
     assert fewer == [row[:2] for row in whole]
 
 
 def test_samples_differ_between_seeds_rounds_prompts_and_indices(engine):
     params = SamplingParams(num_return_sequences=4, max_new_tokens=24)
     prompts = [prompt_of("the cat", "a"), prompt_of("the cat", "b")]
-    base = ids_of(engine.generate(prompts, params))
+    base = ids_of(answers(engine, prompts, params))
     flat = [tuple(ids) for row in base for ids in row]
     assert len(set(flat)) == len(flat)
-    assert ids_of(engine.generate(prompts, replace(params, seed=1))) != base
-    assert ids_of(engine.generate(prompts, replace(params, round=1))) != base
+    assert ids_of(answers(engine, prompts, replace(params, seed=1))) != base
+    assert ids_of(answers(engine, prompts, replace(params, round=1))) != base
 
 
 def test_no_row_is_missing_for_any_count_of_prompts(model, codec):
@@ -196,19 +196,19 @@ def test_no_row_is_missing_for_any_count_of_prompts(model, codec):
         engine = LocalEngine(model, codec, max_batch_rows=6)
         prompts = [prompt_of(f"the {'cat ' * index}", str(index)) for index in range(count)]
         params = SamplingParams(num_return_sequences=2, max_new_tokens=5)
-        samples = engine.generate(prompts, params)
+        samples = answers(engine, prompts, params)
         assert [len(row) for row in samples] == [2] * count
 
 
 def test_no_prompts_give_no_samples(engine):
-    assert engine.generate([], SamplingParams()) == []
+    assert answers(engine, [], SamplingParams()) == []
 
 
 def test_halves_are_tried_when_memory_runs_out(model, codec, monkeypatch, caplog):
     params = SamplingParams(num_return_sequences=3, max_new_tokens=10)
     prompts = [prompt_of(text) for text in WORDS]
     engine = LocalEngine(model, codec, max_batch_rows=12)
-    wanted = ids_of(engine.generate(prompts, params))
+    wanted = ids_of(answers(engine, prompts, params))
     limit = {"rows": 2}
     true_arrange = SharedPromptModel.arrange
 
@@ -218,11 +218,11 @@ def test_halves_are_tried_when_memory_runs_out(model, codec, monkeypatch, caplog
         true_arrange(self, sources, handles)
 
     monkeypatch.setattr(SharedPromptModel, "arrange", narrow_arrange)
-    assert ids_of(engine.generate(prompts, params)) == wanted
+    assert ids_of(answers(engine, prompts, params)) == wanted
     assert "half" in caplog.text
     limit["rows"] = 0
     with pytest.raises(UserError, match="max_prompt_tokens"):
-        engine.generate(prompts, params)
+        answers(engine, prompts, params)
 
 
 # ---- where a response ends -------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_halves_are_tried_when_memory_runs_out(model, codec, monkeypatch, caplog
 
 def test_a_response_ends_in_one_end_id_or_says_length(engine, codec):
     params = SamplingParams(num_return_sequences=8, max_new_tokens=40, temperature=1.5)
-    samples = [s for row in engine.generate([prompt_of(t) for t in WORDS], params) for s in row]
+    samples = [s for row in answers(engine, [prompt_of(t) for t in WORDS], params) for s in row]
     reasons = Counter(sample.finish_reason for sample in samples)
     assert reasons["stop"] > 0 and reasons["length"] > 0, "both ends occur"
     for sample in samples:
@@ -247,7 +247,7 @@ def test_min_new_tokens_delays_the_end(engine, codec):
     params = SamplingParams(
         num_return_sequences=8, max_new_tokens=12, min_new_tokens=6, temperature=3.0
     )
-    for row in engine.generate([prompt_of(text) for text in WORDS], params):
+    for row in answers(engine, [prompt_of(text) for text in WORDS], params):
         for sample in row:
             assert len(sample.token_ids) >= 7 or sample.finish_reason == "length"
 
@@ -288,7 +288,7 @@ def test_stop_strings_are_cut_by_token_and_text(model, codec, before, stop):
     after = " the hat"
     whole = before + stop + after
     engine = scripted(model, codec, whole)
-    ((sample,),) = engine.generate([prompt_of("he")], replace(GREEDY, stop_strings=(stop,)))
+    ((sample,),) = answers(engine, [prompt_of("he")], replace(GREEDY, stop_strings=(stop,)))
     cut = whole.index(stop)
     assert sample.finish_reason == "stop"
     assert sample.text == whole[:cut].strip() if not whole[:cut].strip() else whole[:cut]
@@ -303,7 +303,7 @@ def test_stop_strings_are_cut_by_token_and_text(model, codec, before, stop):
 def test_the_first_of_several_stop_strings_counts(model, codec):
     engine = scripted(model, codec, "the cat\n\nHuman: sat. on")
     params = replace(GREEDY, stop_strings=(".", "\n\nHuman:"))
-    ((sample,),) = engine.generate([prompt_of("he")], params)
+    ((sample,),) = answers(engine, [prompt_of("he")], params)
     assert sample.text == "the cat"
 
 
@@ -313,7 +313,7 @@ def test_writing_stops_soon_after_a_stop_string(model, codec):
     true_forward = engine.model.forward
     engine.model.forward = lambda *args, **kwargs: calls.append(1) or true_forward(*args, **kwargs)
     params = replace(GREEDY, max_new_tokens=80, stop_strings=(".",))
-    ((sample,),) = engine.generate([prompt_of("he")], params)
+    ((sample,),) = answers(engine, [prompt_of("he")], params)
     assert sample.text == "the cat"
     assert len(calls) <= 24
 
@@ -323,7 +323,7 @@ def test_stop_strings_of_the_chat_format_hold_without_asking(model, codec):
     engine = scripted(model, hh, " the cat sat\n\nHuman: and")
     messages = (Message("user", "the man"),)
     prompt = CandidateSet("id", "the man", messages)
-    ((sample,),) = engine.generate([prompt], GREEDY)
+    ((sample,),) = answers(engine, [prompt], GREEDY)
     assert sample.text == "the cat sat"
     assert sample.finish_reason == "stop"
 
@@ -331,7 +331,7 @@ def test_stop_strings_of_the_chat_format_hold_without_asking(model, codec):
 def test_a_stop_string_at_once_gives_an_empty_response(model, codec):
     hh = ChatCodec(codec.tokenizer, "hh")
     engine = scripted(model, hh, "\n\nHuman: and")
-    ((sample,),) = engine.generate([CandidateSet("id", "a", (Message("user", "a"),))], GREEDY)
+    ((sample,),) = answers(engine, [CandidateSet("id", "a", (Message("user", "a"),))], GREEDY)
     assert sample.text == "" and len(sample.token_ids) == 0
     assert sample.finish_reason == "stop"
 
@@ -339,7 +339,7 @@ def test_a_stop_string_at_once_gives_an_empty_response(model, codec):
 def test_the_prompt_repeated_in_the_answer_stays(model, codec):
     """Responses are taken by token index: removing the prompt's text would empty this one."""
     engine = scripted(model, codec, "the cat, said the cat".replace(",", ""))
-    ((sample,),) = engine.generate([prompt_of("the cat")], GREEDY)
+    ((sample,),) = answers(engine, [prompt_of("the cat")], GREEDY)
     assert sample.text == "the cat said the cat"
     assert sample.finish_reason == "stop"
 
@@ -352,7 +352,7 @@ RECIPE = replace(BEAMS, num_beam_groups=4, diversity_penalty=1.0, temperature=0.
 
 def test_plain_beams_equal_transformers_through_the_engine(engine, model, codec):
     prompts = [prompt_of(text) for text in WORDS]
-    for prompt, samples in zip(prompts, engine.generate(prompts, BEAMS), strict=True):
+    for prompt, samples in zip(prompts, answers(engine, prompts, BEAMS), strict=True):
         prompt_ids = torch.tensor([codec.encode_prompt(prompt)])
         wanted = model.generate(
             prompt_ids,
@@ -369,7 +369,7 @@ def test_plain_beams_equal_transformers_through_the_engine(engine, model, codec)
 
 def test_the_papers_recipe_gives_four_different_responses(engine, model, codec):
     prompts = [prompt_of(text) for text in WORDS]
-    for prompt, samples in zip(prompts, engine.generate(prompts, RECIPE), strict=True):
+    for prompt, samples in zip(prompts, answers(engine, prompts, RECIPE), strict=True):
         assert len({tuple(sample.token_ids.tolist()) for sample in samples}) == 4
         for sample in samples:
             wanted = full_forward_logprobs(
@@ -382,26 +382,26 @@ def test_the_first_group_is_greedy_and_the_temperature_counts(engine):
     prompts = [prompt_of(text) for text in WORDS]
     greedy = replace(BEAMS, num_beams=1, num_return_sequences=1)
     for samples, (first,) in zip(
-        engine.generate(prompts, RECIPE), engine.generate(prompts, greedy), strict=True
+        answers(engine, prompts, RECIPE), answers(engine, prompts, greedy), strict=True
     ):
         assert first.token_ids.tolist() in [sample.token_ids.tolist() for sample in samples]
     # the hotter the distribution, the less a token loses to the penalty, and groups differ more
-    hot = ids_of(engine.generate(prompts, replace(RECIPE, temperature=8.0)))
-    assert hot != ids_of(engine.generate(prompts, RECIPE))
+    hot = ids_of(answers(engine, prompts, replace(RECIPE, temperature=8.0)))
+    assert hot != ids_of(answers(engine, prompts, RECIPE))
 
 
 def test_beams_do_not_depend_on_the_batch(model, codec):
     prompts = [prompt_of(text) for text in WORDS]
-    whole = ids_of(LocalEngine(model, codec, max_batch_rows=64).generate(prompts, RECIPE))
+    whole = ids_of(answers(LocalEngine(model, codec, max_batch_rows=64), prompts, RECIPE))
     for rows in (1, 4, 8, 11):
         engine = LocalEngine(model, codec, max_batch_rows=rows)
-        assert ids_of(engine.generate(prompts, RECIPE)) == whole
+        assert ids_of(answers(engine, prompts, RECIPE)) == whole
 
 
 @pytest.mark.parametrize("params", [BEAMS, RECIPE])
 def test_a_beam_ends_at_a_stop_string(model, codec, params):
     engine = scripted(model, codec, "the cat. a man ran")
-    (samples,) = engine.generate([prompt_of("he")], replace(params, stop_strings=(".",)))
+    (samples,) = answers(engine, [prompt_of("he")], replace(params, stop_strings=(".",)))
     assert len(samples) == 4
     assert samples[0].text == "the cat" and samples[0].finish_reason == "stop"
     assert len(samples[0].token_ids) == len(samples[0].logprobs) > 0
@@ -418,7 +418,7 @@ def test_the_response_budget_is_kept_free_in_the_window(engine, model, codec):
     ids = engine.encode_prompt(long_prompt, params)
     assert len(ids) == window - 80
     assert ids == codec.encode_prompt(long_prompt)[-len(ids) :]
-    engine.generate([long_prompt], params)
+    answers(engine, [long_prompt], params)
     with pytest.raises(UserError, match="max_new_tokens = 96"):
         engine.prompt_room(replace(params, max_new_tokens=96))
 
@@ -429,12 +429,12 @@ def test_a_prompt_that_does_not_fit_is_an_error_that_names_it(model, codec):
     long_turn = CandidateSet("the id", "", (Message("user", "the cat sat on the mat " * 9),))
     assert engine.encode_prompt(long_turn, SamplingParams(max_new_tokens=4)) is None
     with pytest.raises(UserError, match="prompt the id"):
-        engine.generate([long_turn], SamplingParams(max_new_tokens=4))
+        answers(engine, [long_turn], SamplingParams(max_new_tokens=4))
 
 
 def test_the_model_is_left_as_it_was(engine, model):
     model.train()
-    engine.generate([prompt_of("he")], SamplingParams(num_return_sequences=1, max_new_tokens=2))
+    answers(engine, [prompt_of("he")], SamplingParams(num_return_sequences=1, max_new_tokens=2))
     assert model.training
     model.eval()
 

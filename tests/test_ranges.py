@@ -94,7 +94,6 @@ def test_no_configuration_is_forgotten() -> None:
     inherited |= {"RewardModelOptions"}
     inner = {
         "BeamSettings",
-        "EngineSettings",
         "GroupSettings",
         "ResponseGenConfig",
         "ColumnOptions",

@@ -45,7 +45,7 @@ class Root(nn.Module):
 
 def draft(place: int, ids: list[int]) -> Draft:
     tokens = torch.tensor(ids)
-    return Draft(place, 0, [5] * (place + 1), Sample(tokens, -tokens.float(), "stop", ""))
+    return Draft(place, 0, Sample([5] * (place + 1), tokens, -tokens.float(), "stop", ""))
 
 
 def drafts() -> list[Draft]:

@@ -14,7 +14,7 @@ import torch
 
 from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.sources import read_sets
-from rrhf.generation.engine import SamplingParams
+from rrhf.generation.engine import SamplingParams, answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.records import CandidateSet, Message
@@ -69,7 +69,7 @@ def test_sampled_ids_survive_their_text(folder: Path, codec: ChatCodec) -> None:
     prompts = [asked("Tell me a story about a dog."), asked("What is rain?")]
     params = SamplingParams(num_return_sequences=8, max_new_tokens=24, temperature=0.7)
     same = total = 0
-    for s, samples in zip(prompts, engine.generate(prompts, params), strict=True):
+    for s, samples in zip(prompts, answers(engine, prompts, params), strict=True):
         for sample in samples:
             ids = codec.encode_response(s, sample.text, sample.finish_reason)
             again = codec.decode_response(s, [], ids)

@@ -15,6 +15,7 @@ from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
+from rrhf.generation.engine import answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import LogprobOptions, Policy
@@ -37,14 +38,16 @@ def prompts(world: Path) -> list[CandidateSet]:
     return list(read_candidate_sets(world / "prompts.jsonl"))
 
 
-def writer(world: Path, temperature: float = 1.0, **changes: Any) -> RolloutWriter:
+def writer(
+    world: Path, temperature: float = 1.0, new_engine: Any = LocalEngine, **changes: Any
+) -> RolloutWriter:
     config = settings(world, "unused", **changes)
     codec = ChatCodec(load_tokenizer(world / "model"), "raw")
     policy = Policy(load_causal_lm(world / "model"), LogprobOptions(temperature))
     root = ActorCritic(policy, ValueHead(32))
     reference = Policy(load_causal_lm(world / "model"), LogprobOptions(temperature))
     scorer = build_scorer(config.reward_model_name_or_path)
-    return RolloutWriter(root, reference, scorer, config, workbench(config, codec))
+    return RolloutWriter(root, reference, scorer, config, workbench(config, codec), new_engine)
 
 
 def test_the_sampled_ids_are_trained_on_with_their_log_probs(world: Path) -> None:
@@ -52,7 +55,7 @@ def test_the_sampled_ids_are_trained_on_with_their_log_probs(world: Path) -> Non
     config = settings(world, "unused", num_return_sequences=2)
     codec = ChatCodec(load_tokenizer(world / "model"), "raw")
     engine = LocalEngine(load_causal_lm(world / "model"), codec)
-    samples = engine.generate(prompts(world), config.sampling(3))
+    samples = answers(engine, prompts(world), config.sampling(3))
     assert len(rollout.rows) == 12 == rollout.counts["sampled"]
     for row in rollout.rows:
         assert row.token_ids == samples[row.prompt][row.sample].token_ids.tolist()

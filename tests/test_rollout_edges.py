@@ -91,9 +91,9 @@ def test_responses_without_a_token_are_left_out_and_counted(
     generate = write._engine.generate
 
     def some_empty(*words: Any) -> Any:
-        written = list(generate(*words))
-        written[1] = [Sample(torch.zeros(0, dtype=torch.long), torch.zeros(0), "stop", "")]
-        return written
+        written = dict(generate(*words))
+        written[1] = [Sample([5], torch.zeros(0, dtype=torch.long), torch.zeros(0), "stop", "")]
+        return iter(written.items())
 
     monkeypatch.setattr(write._engine, "generate", some_empty)
     rollout = write.write(prompts(world), number=0)
@@ -104,10 +104,10 @@ def test_responses_without_a_token_are_left_out_and_counted(
 def test_a_loop_is_seen_before_its_end(world: Path) -> None:
     write = writer(world)
     end = write._codec.end_id
-    loop = Sample(torch.tensor([7] * 12 + [end]), torch.zeros(13), "stop", "")
-    none = Sample(torch.tensor([7] * 11 + [end]), torch.zeros(12), "stop", "")
-    cut = Sample(torch.tensor([5, 6]), torch.zeros(2), "length", "")
-    drafts = [Draft(place, 0, [5], sample) for place, sample in enumerate((loop, none, cut))]
+    loop = Sample([5], torch.tensor([7] * 12 + [end]), torch.zeros(13), "stop", "")
+    none = Sample([5], torch.tensor([7] * 11 + [end]), torch.zeros(12), "stop", "")
+    cut = Sample([5], torch.tensor([5, 6]), torch.zeros(2), "length", "")
+    drafts = [Draft(place, 0, sample) for place, sample in enumerate((loop, none, cut))]
     drafts[2] = replace(drafts[2], is_cut=True)
     assert write._degenerate(drafts) == {"cut": 1, "unfinished": 1, "looped": 1}
 
@@ -125,12 +125,12 @@ def test_of_a_response_that_is_cut_the_scorer_reads_what_stays(world: Path) -> N
     write = writer(world, truncate_token=".", truncate_after=1)
     ids = write._codec.tokenizer("ask. now", add_special_tokens=False).input_ids
     stop = next(place for place, i in enumerate(ids) if i in write._stop_token.ids)  # type: ignore[union-attr]
-    sample = Sample(torch.tensor(ids), torch.zeros(len(ids)), "length", "ask. now")
-    cut = write._cut(Draft(0, 0, [5], sample), prompts(world))
+    sample = Sample([5], torch.tensor(ids), torch.zeros(len(ids)), "length", "ask. now")
+    cut = write._cut(Draft(0, 0, sample), prompts(world))
     assert (cut.written.text, cut.written.finish_reason, cut.is_cut) == ("ask.", "stop", True)
     assert cut.token_ids == ids[: stop + 1] and len(cut.written.logprobs) == stop + 1
-    whole = Sample(torch.tensor(ids[:stop]), torch.zeros(stop), "length", "ask")
-    draft = Draft(0, 0, [5], whole)
+    whole = Sample([5], torch.tensor(ids[:stop]), torch.zeros(stop), "length", "ask")
+    draft = Draft(0, 0, whole)
     assert write._cut(draft, prompts(world)) is draft
 
 

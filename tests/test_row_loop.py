@@ -86,12 +86,17 @@ def jobs_of(count: int, samples: int) -> list[Job]:
 def written(decoder, max_rows, params, jobs, choose=None):
     choose = choose or Lengths(params)
     loop = RowLoop(jobs, params, frozenset([END]), lambda ids, stops: False, choose)
-    loop.run(decoder, max_rows)
-    return loop
+    return found(loop, decoder, max_rows, len(jobs))
 
 
-def tokens_of(loop):
-    return [[sample.token_ids.tolist() for sample in job] for job in loop.written()]
+def found(loop, decoder, max_rows, count):
+    """Job by job, whatever order they were finished in."""
+    samples = dict(loop.run(decoder, max_rows))
+    return [samples[job] for job in range(count)]
+
+
+def tokens_of(jobs):
+    return [[sample.token_ids.tolist() for sample in job] for job in jobs]
 
 
 @pytest.mark.parametrize("change", [{}, {"repetition_penalty": 1.4}, {"min_new_tokens": 5}])
@@ -115,8 +120,7 @@ def test_free_places_are_taken_by_the_next_rows():
     jobs = jobs_of(8, 4)
     joining, fixed = Recorder(), Recorder(can_join=False)
     for decoder in (joining, fixed):
-        loop = written(decoder, 8, params, jobs)
-        for job, samples in enumerate(tokens_of(loop)):
+        for job, samples in enumerate(tokens_of(written(decoder, 8, params, jobs))):
             assert [len(ids) for ids in samples] == [length_of(job, i) for i in range(4)]
     needed = sum(length_of(job, sample) - 1 for job in range(8) for sample in range(4))
     assert len(joining.batches) < 0.75 * len(fixed.batches)
@@ -137,17 +141,28 @@ def test_after_a_failure_the_rest_is_written_anew_and_what_was_finished_stays():
     jobs = jobs_of(6, 3)
     whole = tokens_of(written(Recorder(), 8, params, jobs))
     loop = RowLoop(jobs, params, frozenset([END]), lambda ids, stops: False, Lengths(params))
-    lingering = []
+    lingering, samples = [], {}
     for fails_at in (0, 3, 4):
         with pytest.raises(RuntimeError):
-            loop.run(Recorder(fails_at=fails_at), 18)
+            samples |= loop.run(Recorder(fails_at=fails_at), 18)
         lingering += [row for row in loop._rows if row.is_done]
         assert 0 < loop.put_back() <= 18
     assert lingering, "one that was finished had not left yet"
-    finished = {id(row) for row in loop._finished}
-    loop.run(Recorder(), 4)
-    assert tokens_of(loop) == whole
-    assert finished and finished <= {id(row) for row in loop._finished}
+    finished = {id(row) for rows in loop._finished for row in rows}
+    for job, given in loop.run(Recorder(), 4):
+        assert job not in samples, "what was given is not given again"
+        samples[job] = given
+    assert tokens_of(samples[job] for job in range(6)) == whole
+    assert finished and finished <= {id(row) for rows in loop._finished for row in rows}
+
+
+def test_a_prompt_is_given_when_its_last_sample_is_finished():
+    params = SamplingParams(max_new_tokens=60)
+    jobs, decoder = jobs_of(8, 4), Recorder()
+    loop = RowLoop(jobs, params, frozenset([END]), lambda ids, stops: False, Lengths(params))
+    steps = {job: len(decoder.batches) for job, _ in loop.run(decoder, 8)}
+    assert sorted(steps) == list(range(8)) != list(steps)
+    assert min(steps.values()) < len(decoder.batches) / 2
 
 
 def test_prompts_of_very_different_length_are_read_apart():

@@ -17,7 +17,7 @@ from tiny import save_tiny
 from trainer_cases import ranked_rows, write_lines
 
 from rrhf.cli.main import main
-from rrhf.evaluation import reward
+from rrhf.evaluation.metrics import reward
 from rrhf.signals import Interrupted, caught_signals, sigterm_interrupts
 
 COMMANDS = {
@@ -138,7 +138,6 @@ def test_an_evaluation_leaves_nothing_half_written(
         raise AssertionError("the signal was not answered")
 
     monkeypatch.setattr(reward, "reward_measure", signalled)
-    monkeypatch.setattr("rrhf.evaluation.evaluator.reward_measure", signalled)
     before = signal.getsignal(signal.SIGTERM)
     (tmp_path / "length.py").write_text("def score(p, r, m):\n    return [len(x) for x in r]\n")
     monkeypatch.chdir(tmp_path)

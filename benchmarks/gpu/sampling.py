@@ -15,6 +15,7 @@ from benchmarks.generation import _Ids
 from benchmarks.gpu.setting import Setting, check
 from benchmarks.gpu_step import GpuCase
 from benchmarks.shapes import Shape
+from rrhf.generation.engine import answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.params import SamplingParams
 from rrhf.records import CandidateSet
@@ -61,7 +62,7 @@ def _greedy(setting: Setting) -> dict[str, Any]:
     prompts = _prompts(shape, 4)
     engine, sets = _engine(model, prompts, 8)
     greedy = _written(shape, num_return_sequences=1, do_sample=False)
-    found = engine.generate(sets, greedy)
+    found = answers(engine, sets, greedy)
     differing = 0
     for ids, (sample,) in zip(prompts, found, strict=True):
         rows = torch.tensor([ids], device=setting.device)
@@ -84,7 +85,7 @@ def _seeded(setting: Setting) -> dict[str, Any]:
     found = []
     for rows in (2, 16):
         engine, sets = _engine(model, _prompts(shape, 4), rows)
-        samples = engine.generate(sets, _written(shape, num_return_sequences=4, seed=5))
+        samples = answers(engine, sets, _written(shape, num_return_sequences=4, seed=5))
         found.append([s.token_ids.tolist() for of_prompt in samples for s in of_prompt])
     differing = sum(a != b for a, b in zip(*found, strict=True))
     total = len(found[0])
@@ -104,7 +105,7 @@ def _speed(item: str, setting: Setting) -> dict[str, Any]:
         params = _written(shape, num_return_sequences=count)
 
         def write() -> None:
-            engine.generate(sets, params)
+            answers(engine, sets, params)
     else:
         width = max(map(len, prompts))
         rows = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts])

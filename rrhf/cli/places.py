@@ -3,6 +3,7 @@
 A field says in its metadata what it `names`:
 
     model          a model folder, a run folder or a hub name
+    engine's model as `model` where the engine that writes loads one, else any name
     scorer         a reward model, or `gold:...`, `function:...`
     data           a file, a known name, `name[:proportion[:path]]`, several with commas
     responses      a candidate file, or the word `dataset`
@@ -32,7 +33,7 @@ from typing import Any, TypeVar
 
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import is_first_process
-from rrhf.data.columns import parse_columns
+from rrhf.data.columns import ColumnOptions, parse_columns
 from rrhf.data.json_scan import require_plain_input
 from rrhf.errors import UserError
 from rrhf.files import COMPLETE, explained_os_errors, read_manifest, require_plain_output
@@ -95,7 +96,8 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
     if resumes and any(kind == "run" and _is_finished(path) for kind, path in found):
         return
     _check_packages(config)
-    parse_columns(getattr(config, "columns", None))
+    if isinstance(config, ColumnOptions):
+        parse_columns(config.columns)
     for kind, one in found:
         if check := CHECKS.get(kind):
             check(one, config)
@@ -151,6 +153,11 @@ def _is_finished(run: str) -> bool:
 
 def _check_model(path: str, config: Any) -> None:
     check_model_path(path)
+
+
+def _check_engines_model(name: str, config: Any) -> None:
+    if config.engine_spec.has_model:
+        check_model_path(name)
 
 
 def _check_scorer(spec: str, config: Any) -> None:
@@ -252,6 +259,7 @@ def _check_output(path: Path, is_folder: bool) -> None:
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "model": _check_model,
+    "engine's model": _check_engines_model,
     "scorer": _check_scorer,
     "data": _check_data,
     "prompts": _check_prompts,

@@ -20,14 +20,14 @@ class PromptFormats:
     """Counts prompts by what is known of their turns.
 
     Args:
-        codec: how they become tokens.
+        codec: how they become tokens; None where that is not known here.
 
     Attributes:
         counts: "prompts", "plain" (a text that is nobody's turn yet), "as_they_stand" (a query
             without messages), "empty" (nothing is asked).
     """
 
-    def __init__(self, codec: ChatCodec) -> None:
+    def __init__(self, codec: ChatCodec | None) -> None:
         self._codec = codec
         self.counts: Counter[str] = Counter()
 
@@ -39,7 +39,7 @@ class PromptFormats:
 
     def tell(self, name: str) -> None:
         """Say what `auto` makes of prompts that are no conversations; the data's name first."""
-        if self._codec.chat_format != "auto":
+        if self._codec is None or self._codec.chat_format != "auto":
             return
         plain, as_they_stand = self.counts["plain"], self.counts["as_they_stand"]
         if plain and self._codec.has_template:

@@ -13,16 +13,14 @@ every prompt gave the same value it has no width at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from rrhf.evaluation.config import CONFIDENCE, RESAMPLES
-
-Scale = Literal["mean", "exp"]
+from rrhf.evaluation.measure import Measure, Scale
 
 _CHUNK_ELEMENTS = 4_000_000
 
@@ -47,38 +45,6 @@ class Estimate:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A metric's values by prompt: all that a mean, an interval or a paired difference needs.
-
-    The metric is f(sum of values / sum of weights), f the identity or exp.
-
-    Attributes:
-        values: prompt id -> value: a prompt's mean over its responses, or nats in it.
-        weights: prompt id -> weight, such as its tokens; None = every prompt counts once.
-        scale: "exp" for a perplexity.
-    """
-
-    values: Mapping[str, float]
-    weights: Mapping[str, float] | None = None
-    scale: Scale = "mean"
-
-    def columns(self, prompt_ids: list[str]) -> np.ndarray:
-        """Values and weights of the prompts: [n, 2] float64."""
-        weights = self.weights
-        return np.array(
-            [(self.values[i], 1.0 if weights is None else weights[i]) for i in prompt_ids],
-            dtype=np.float64,
-        ).reshape(-1, 2)
-
-    @property
-    def prompt_ids(self) -> list[str]:
-        """The prompts with a weight above 0, in order."""
-        if self.weights is None:
-            return list(self.values)
-        return [i for i in self.values if self.weights[i] > 0]
-
-
 def estimate(
     measure: Measure,
     confidence: float = CONFIDENCE,
@@ -89,7 +55,7 @@ def estimate(
     ids = measure.prompt_ids
     if not ids:
         return Estimate(None, None, None, 0)
-    columns = measure.columns(ids)
+    columns = _columns(measure, ids)
     point = _metric(columns.sum(0)[None], measure.scale)[0]
     drawn = _metric(_resampled_sums(columns, resamples, seed), measure.scale)
     return Estimate(float(point), *_interval(drawn, len(ids), confidence), len(ids))
@@ -111,7 +77,7 @@ def paired_difference(
     ids = [i for i in measure.prompt_ids if i in theirs]
     if not ids:
         return Estimate(None, None, None, 0)
-    columns = np.concatenate([measure.columns(ids), baseline.columns(ids)], axis=1)
+    columns = np.concatenate([_columns(measure, ids), _columns(baseline, ids)], axis=1)
     sums = np.concatenate([columns.sum(0)[None], _resampled_sums(columns, resamples, seed)])
     differences = _metric(sums[:, :2], measure.scale) - _metric(sums[:, 2:], baseline.scale)
     interval = _interval(differences[1:], len(ids), confidence)
@@ -141,6 +107,15 @@ def student_quantile(probability: float, degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
+
+
+def _columns(measure: Measure, prompt_ids: list[str]) -> np.ndarray:
+    """Values and weights of the prompts: [n, 2] float64."""
+    weights = measure.weights
+    return np.array(
+        [(measure.values[i], 1.0 if weights is None else weights[i]) for i in prompt_ids],
+        dtype=np.float64,
+    ).reshape(-1, 2)
 
 
 def _metric(sums: np.ndarray, scale: Scale) -> np.ndarray:

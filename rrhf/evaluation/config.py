@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
+from rrhf.evaluation.metrics import METRICS
+from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import SEED, SHARE, check_ranges
 from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
@@ -29,8 +31,19 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     """Held-out prompts: a file, a registered name, a dataset; name[:proportion[:path]]. Human
     responses in it serve as references and pairs."""
 
-    model_name_or_path: str = field(default="", metadata={"names": "model"})
+    model_name_or_path: str = field(default="", metadata={"names": "engine's model"})
     """The policy to measure: a model folder, a run folder, or a hub name."""
+
+    generation_engine: str = field(default="local", metadata={"registry": ENGINES})
+    """Who writes the policy's responses: local = the model in this process; or one of your own. A
+    baseline is always written by local."""
+
+    generation_engine_settings: Any = field(
+        default=None, metadata={"settings_of": "generation_engine"}
+    )
+
+    metrics: tuple[str, ...] = field(default=(), metadata={"registry": METRICS})
+    """What to measure, with commas; empty = all for which everything is there."""
 
     responses: str = field(default="", metadata={"names": "responses"})
     """Measure these instead of a policy: a candidate file, or the word dataset for the prompts'
@@ -139,6 +152,12 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
 
     def __post_init__(self) -> None:
         self.stop_strings = tuple(self.stop_strings)
+        self.metrics = tuple(name for one in self.metrics for name in one.split(",") if name)
+        for name in self.metrics:
+            METRICS[name]  # or refused
+        settings = self.engine_spec.settings
+        if self.generation_engine_settings is None and settings is not None:
+            self.generation_engine_settings = settings()
         if bool(self.model_name_or_path) == bool(self.responses):
             raise UserError(
                 "give --model_name_or_path to measure a policy, or --responses to measure "
@@ -170,6 +189,11 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
         if not 0 < self.confidence < 1:
             raise UserError(f"confidence {self.confidence}: must lie between 0 and 1, such as 0.95")
         check_params(self.params(greedy=False))
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """Of the engine that writes the policy's responses."""
+        return ENGINES[self.generation_engine]
 
     def params(self, greedy: bool) -> SamplingParams:
         """The settings of the engine."""

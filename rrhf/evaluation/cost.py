@@ -22,14 +22,15 @@ class CostMeter:
     Attributes:
         seconds: by phase, such as "generation".
         passes: sequences through a model, by model, such as "policy", "scorer", "reference".
-        generated_tokens: tokens that the policy wrote, dropped candidates included.
+        generated_tokens: tokens that the policy wrote, dropped candidates included; None where
+            its engine does not tell.
         prompt_tokens: tokens of the prompts, once for each prompt that was read.
         responses: responses that were kept.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
-    generated_tokens: int = 0
+    generated_tokens: int | None = 0
     prompt_tokens: int = 0
     responses: int = 0
 
@@ -48,19 +49,21 @@ class CostMeter:
 
     def as_dict(self) -> dict[str, Any]:
         """For a result file; rates are None where nothing was written."""
-        generation = self.seconds.get("generation", 0.0)
+        generation, written = self.seconds.get("generation", 0.0), self.generated_tokens
         kept = self.responses if self.passes.get("policy") else 0
         serving = {
             "serving_passes_per_response": self._serving_passes() / kept if kept else None,
-            "serving_tokens_per_response": self.generated_tokens / kept if kept else None,
+            "serving_tokens_per_response": None if written is None or not kept else written / kept,
         }
         return {
             "seconds": {phase: round(value, 3) for phase, value in self.seconds.items()},
             "passes": dict(self.passes),
-            "generated_tokens": self.generated_tokens,
+            "generated_tokens": written,
             "prompt_tokens": self.prompt_tokens,
             "responses": self.responses,
-            "tokens_per_second": self.generated_tokens / generation if generation else None,
+            "tokens_per_second": None
+            if written is None or not generation
+            else written / generation,
             **serving,
         }
 

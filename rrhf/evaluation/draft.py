@@ -1,20 +1,24 @@
-"""A row while it is being measured, and what a finished one says about how it was made."""
+"""A row while it is being measured: what a metric sees of it, and what has been measured."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from rrhf.evaluation.bootstrap import Measure, estimate
+from rrhf.errors import UserError
+from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.cost import CostMeter
-from rrhf.evaluation.likelihoods import RowKey
+from rrhf.evaluation.likelihoods import LikelihoodReader, Row, RowKey
+from rrhf.evaluation.measure import Measure, candidate_mean
+from rrhf.evaluation.metrics.gold import gold_scores
 from rrhf.evaluation.results import SCHEMA_VERSION, measure_to_json
-from rrhf.generation.engine import SamplingParams
-from rrhf.records import CandidateSet
+from rrhf.evaluation.shared import Shared
+from rrhf.generation.engine import Sample, SamplingParams
+from rrhf.records import Candidate, CandidateSet
 
 # Settings of an engine that do not change what a response is drawn from.
 _NOT_DECODING = ("num_return_sequences", "seed", "round")
@@ -22,10 +26,17 @@ _NOT_DECODING = ("num_return_sequences", "seed", "round")
 
 @dataclass
 class Draft:
-    """What has been measured of a row so far.
+    """A row so far: what there is to measure, and what has been measured.
 
     Attributes:
         name: of the row.
+        shared: what all rows share.
+        policy: reads the likelihoods of the policy; None where they cannot be read.
+        params: how responses were decoded; None where they were given.
+        best_of: each response is the best of so many.
+        samples: of each prompt, as the engine gave them; empty where responses were given, or
+            where the engine tells no ids or log-probs.
+        sets: the prompts with the responses of the row, scored where there is a scorer.
         measures: metrics with values by prompt, which get intervals.
         numbers: metrics that are one number of the whole row.
         counts: what was left out, and why.
@@ -35,12 +46,61 @@ class Draft:
     """
 
     name: str
+    shared: Shared
+    policy: LikelihoodReader | None = None
+    params: SamplingParams | None = None
+    best_of: int = 1
+    samples: Sequence[Sequence[Sample]] = ()
+    sets: list[CandidateSet] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)
     numbers: dict[str, float | None] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cost: CostMeter = field(default_factory=CostMeter)
     reference_logprobs: dict[RowKey, Tensor] = field(default_factory=dict)
+
+    @property
+    def has(self) -> set[str]:
+        """The needs of metrics that are met."""
+        own = {"policy": self.policy is not None, "samples": bool(self.samples)}
+        return self.shared.has | {need for need, is_there in own.items() if is_there}
+
+    @cached_property
+    def gold(self) -> dict[str, list[float | None]]:
+        """Prompt id -> the gold utility of each response; empty without a world."""
+        return {} if self.shared.gold is None else gold_scores(self.shared.gold, self.sets)
+
+    def mean(self, value: Callable[[CandidateSet, Candidate], float]) -> Measure:
+        """The mean of something over the responses to each prompt."""
+        return candidate_mean(self.sets, value)
+
+    def tokens_of(self, samples: Sequence[Sample]) -> list[tuple[Row, Tensor]]:
+        """Prompt and response as ids, with the log-probs [T] of the response."""
+        found: list[tuple[Row, Tensor]] = []
+        for one in samples:
+            assert one.prompt_ids is not None and one.token_ids is not None
+            assert one.logprobs is not None, "samples are kept where the engine gives all three"
+            found.append(((one.prompt_ids, one.token_ids.tolist()), one.logprobs))
+        return found
+
+    def add(self, metric: str, found: Mapping[str, Measure | float | None]) -> None:
+        """Values of a metric.
+
+        Raises:
+            UserError: something else than measures and numbers, or a name that is taken.
+        """
+        for name, value in found.items():
+            if name in self.measures or name in self.numbers:
+                raise UserError(f"metric {metric}: {name!r} was measured by another one; rename it")
+            if isinstance(value, Measure):
+                self.measures[name] = value
+            elif value is None or isinstance(value, (int, float)):
+                self.numbers[name] = value
+            else:
+                raise UserError(
+                    f"metric {metric}: {name!r} is of type {type(value).__name__}; give a Measure "
+                    "(values by prompt id), a number, or None"
+                )
 
     def as_row(
         self, made_with: Mapping[str, Any], confidence: float, resamples: int
@@ -82,14 +142,3 @@ def describe_decoding(params: SamplingParams, best_of: int = 1) -> dict[str, Any
     if params.num_beams > 1:
         return {"kind": "beam", **settings}
     return {"kind": "sample" if params.do_sample else "greedy", **settings}
-
-
-def fingerprint(sets: Sequence[CandidateSet]) -> str:
-    """16 hex digits that identify prompts and responses, whatever their order."""
-    digest = hashlib.sha256()
-    for s in sorted(sets, key=lambda s: s.id):
-        for text in (s.id, s.query, *(c.response for c in s.candidates)):
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "big") + data)
-        digest.update(b"\n")
-    return digest.hexdigest()[:16]

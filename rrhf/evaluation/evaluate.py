@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from rrhf.evaluation.baseline import (
     standing_row,
 )
 from rrhf.evaluation.config import EvaluateConfig
-from rrhf.evaluation.divergence import stored_weight_distance, weight_distance
 from rrhf.evaluation.draft import describe_decoding
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.inputs import (
@@ -42,20 +42,33 @@ from rrhf.evaluation.inputs import (
     load_evaluation_data,
 )
 from rrhf.evaluation.likelihoods import LikelihoodReader
-from rrhf.evaluation.perplexity import PaperPerplexity
+from rrhf.evaluation.metrics import chosen_metrics
+from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
+from rrhf.evaluation.metrics.spec import NEEDS
 from rrhf.evaluation.reached import signs_of_nothing
 from rrhf.evaluation.results import require_free_place, save_row
+from rrhf.evaluation.weight_distance import stored_weight_distance, weight_distance
 from rrhf.files import explained_os_errors, made_folder, read_manifest
-from rrhf.generation.local.engine import LocalEngine
+from rrhf.generation.build import LOCAL, EngineOptions, EngineSpec
+from rrhf.generation.engine import (
+    GenerationEngine,
+    check_decoding,
+    engine_name,
+    missing_capabilities,
+)
+from rrhf.generation.params import prompt_room
+from rrhf.generation.plan import fit_by_engine, fit_by_tokens
 from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
 from rrhf.models.loading import (
     LoadOptions,
+    context_window,
     load_causal_lm,
     load_tokenizer,
     resolve_device,
 )
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer
+from rrhf.worlds import World
 
 logger = logging.getLogger(__name__)
 
@@ -99,16 +112,25 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
         config.accept_edited_files,
         config.columns,
     )
+    world = find_world(config.gold, data.sets)
+    _check_metrics(config, data, world)
     models = _Models(config)
-    engine = models.engine(config.model_name_or_path) if config.model_name_or_path else None
-    data, dropped = _fitting(data, engine, config)
-    evaluator = _build_evaluator(config, data, models)
+    engine = None
+    if config.model_name_or_path:
+        engine = models.engine(config.model_name_or_path, config.engine_spec)
+        check_decoding(engine, config.params(greedy=False))
+        if lacks := ", ".join(missing_capabilities(engine, "ids", "logprobs")):
+            logger.warning(
+                "engine %s: does not offer %s, so kl is not measured", engine_name(engine), lacks
+            )
+    data, dropped = _fitting(data, engine, config, models)
+    evaluator = _build_evaluator(config, data, world, models)
     name = _row_name(config)
     baseline = _set_baseline(config, evaluator, models, data, name)
     result = EvaluationResult()
     if baseline is not None:
         _add_baseline_rows(config, evaluator, models, baseline, dropped, result)
-    extra = _facts(config, dropped if engine else None)
+    extra = _facts(config, dropped if engine else None, engine)
     if engine is None:
         edited = config.accept_edited_files
         given = given_responses(config.responses, data.sets, config.response_source, edited)
@@ -117,7 +139,8 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
         sampled = config.params(greedy=False)
         rows = [evaluator.row(name, engine, sampled, config.best_of_n, extra=extra)]
     else:
-        rows = _policy_rows(config, evaluator, engine, name, extra)
+        policy = models.reader(config.model_name_or_path) if config.engine_spec.has_model else None
+        rows = _policy_rows(config, evaluator, engine, policy, name, extra)
     for row in rows:
         result.rows.append(row)
         result.files.append(save_row(row, evaluator.samples[row["name"]], config.output_dir))
@@ -126,42 +149,80 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     return result
 
 
-def _facts(config: EvaluateConfig, dropped: int | None) -> dict[str, Any]:
+def _facts(
+    config: EvaluateConfig, dropped: int | None, engine: GenerationEngine | None = None
+) -> dict[str, Any]:
     """What a row says besides its measurements; `dropped` prompts, for a policy."""
     facts: dict[str, Any] = {"config": asdict(config), "rrhf_version": rrhf.__version__}
     if dropped is not None:
         facts |= {"prompts_that_do_not_fit": dropped, "training": training_cost(config)}
+    if engine is not None and not config.engine_spec.has_model:
+        facts["engine"] = engine.describe()
     return facts
 
 
 def _policy_rows(
     config: EvaluateConfig,
     evaluator: Evaluator,
-    engine: LocalEngine,
+    engine: GenerationEngine,
+    policy: LikelihoodReader | None,
     name: str,
     extra: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """One row for each decoding that was asked for."""
-    sampled = config.params(greedy=False)
-    counts: dict[str, int] = {}
-    path = config.model_name_or_path
-    reader = LikelihoodReader(engine.model, engine.codec, path, engine=config.engine)
-    shared = evaluator.policy_measures(reader, counts)
-    extra = {**extra, "policy_counts": counts}
-    if evaluator.reference is not None:
-        extra["weight_distance"] = (
+    shared, reference = None, evaluator.shared.reference
+    if policy is not None:
+        shared, counts = evaluator.policy_measures(policy)
+        extra = {**extra, "policy_counts": counts}
+    if policy is not None and reference is not None:
+        distance = (
             stored_weight_distance(config.model_name_or_path, config.reference_model_name_or_path)
             if config.bf16
-            else weight_distance(engine.model, evaluator.reference.model)
+            else weight_distance(policy.model, reference.model)
         )
-    rows = []
-    if config.decoding != "greedy":
-        rows.append(evaluator.row(name, engine, sampled, policy_measures=shared, extra=extra))
-    if config.decoding != "sample":
-        greedy = config.params(greedy=True)
-        label = f"{name} greedy"
-        rows.append(evaluator.row(label, engine, greedy, policy_measures=shared, extra=extra))
-    return rows
+        extra = {**extra, "weight_distance": distance}
+    return [
+        evaluator.row(
+            f"{name} greedy" if greedy else name,
+            engine,
+            config.params(greedy),
+            policy=policy,
+            policy_measures=shared,
+            extra=extra,
+        )
+        for greedy in (False, True)
+        if config.decoding in ("both", "greedy" if greedy else "sample")
+    ]
+
+
+def _check_metrics(config: EvaluateConfig, data: EvaluationData, world: World | None) -> None:
+    """Refuse metrics that were asked for and cannot be measured, before anything slow happens.
+
+    Raises:
+        UserError: with everything that is missing.
+    """
+    has_policy = bool(config.model_name_or_path) and config.best_of_n == 1
+    there = {
+        "scorer": config.scorer,
+        "gold": world,
+        "judge": config.scorer or world,
+        "baseline": config.baseline,
+        "reference": config.reference_model_name_or_path,
+        "paper": config.ppl_model_name_or_path,
+        "human": data.human,
+        "pairs": data.pairs,
+        "policy": has_policy and config.engine_spec.has_model,
+        "samples": has_policy and config.engine_spec.has_model,
+    }
+    missing = [
+        f"{name} needs {' and '.join(NEEDS[need] for need in lacking)}"
+        for name, metric in chosen_metrics(config.metrics).items()
+        if config.metrics and (lacking := [need for need in metric.needs if not there[need]])
+    ]
+    if missing:
+        raise UserError(
+            f"--metrics: {'; '.join(missing)}. Give what is missing, or leave the metric out"
+        )
 
 
 class _Models:
@@ -184,16 +245,28 @@ class _Models:
         tokenizer = load_tokenizer(path, self.config.trust_remote_code)
         return ChatCodec(tokenizer, self.config.chat_format)
 
-    def engine(self, path: str) -> LocalEngine:
-        rows = self.config.per_device_eval_batch_size
-        room = self.config.max_prompt_tokens or None
-        return LocalEngine(self.model(path), self.codec(path), rows, room)
+    def reader(self, path: str, name: str = "") -> LikelihoodReader:
+        codec, layout = self.codec(path), self.config.engine
+        return LikelihoodReader(self.model(path), codec, name or path, engine=layout)
+
+    def engine(self, path: str, spec: EngineSpec = LOCAL) -> GenerationEngine:
+        config = self.config
+        return spec.build(
+            EngineOptions(
+                path,
+                partial(self.model, path),
+                partial(self.codec, path),
+                config.per_device_eval_batch_size,
+                config.max_prompt_tokens or None,
+                config.generation_engine_settings,
+            )
+        )
 
 
 def _check_places(config: EvaluateConfig) -> None:
     """Say what is missing before anything slow happens."""
     for path in (
-        config.model_name_or_path,
+        config.model_name_or_path if config.engine_spec.has_model else "",
         config.reference_model_name_or_path,
         config.ppl_model_name_or_path,
     ):
@@ -219,20 +292,29 @@ def _require_free_places(config: EvaluateConfig) -> None:
 
 
 def _fitting(
-    data: EvaluationData, engine: LocalEngine | None, config: EvaluateConfig
+    data: EvaluationData,
+    engine: GenerationEngine | None,
+    config: EvaluateConfig,
+    models: _Models,
 ) -> tuple[EvaluationData, int]:
     """The prompts that the policy can read; how many it cannot."""
     if engine is None:
         return data, 0
-    params = config.params(greedy=False)
+    params, codec = config.params(greedy=False), None
+    fit_of = fit_by_engine(engine, params)
+    if config.engine_spec.has_model:
+        path = config.model_name_or_path
+        codec, window = models.codec(path), context_window(models.model(path))
+        room = prompt_room(window, params, config.max_prompt_tokens or None)
+        fit_of = fit_by_tokens(codec, room)
     kept = []
-    formats, num_cut = PromptFormats(engine.codec), 0
+    formats, num_cut = PromptFormats(codec), 0
     for s in data.sets:
         formats.add(s)
-        ids = engine.encode_prompt(s, params)
-        if ids is not None:
+        fit = fit_of(s)
+        if not fit.misfit:
             kept.append(s)
-            num_cut += ids != engine.codec.encode_prompt(s)
+            num_cut += fit.is_cut
     dropped = len(data.sets) - len(kept)
     if not kept:
         raise UserError(
@@ -254,13 +336,12 @@ def _fitting(
     return replace(data, sets=kept), dropped
 
 
-def _build_evaluator(config: EvaluateConfig, data: EvaluationData, models: _Models) -> Evaluator:
+def _build_evaluator(
+    config: EvaluateConfig, data: EvaluationData, world: World | None, models: _Models
+) -> Evaluator:
     reference = paper = None
     if path := config.reference_model_name_or_path:
-        codec = models.codec(path)
-        reference = LikelihoodReader(
-            models.model(path), codec, model_folder(path), engine=config.engine
-        )
+        reference = models.reader(path, model_folder(path))
     if path := config.ppl_model_name_or_path:
         tokenizer = load_tokenizer(path, config.trust_remote_code)
         paper = PaperPerplexity(
@@ -276,7 +357,7 @@ def _build_evaluator(config: EvaluateConfig, data: EvaluationData, models: _Mode
     return Evaluator(
         data.sets,
         scorer=build_scorer(config.scorer, options) if config.scorer else None,
-        gold=find_world(config.gold, data.sets),
+        gold=world,
         reference=reference,
         human=data.human,
         pairs=data.pairs,
@@ -284,6 +365,7 @@ def _build_evaluator(config: EvaluateConfig, data: EvaluationData, models: _Mode
         confidence=config.confidence,
         resamples=config.bootstrap_resamples,
         max_unscored_fraction=config.max_unscored_fraction,
+        metrics=config.metrics,
     )
 
 
@@ -363,13 +445,15 @@ def _add_baseline_rows(
         own = replace(
             config,
             model_name_or_path=baseline.place,
+            generation_engine="local",
+            generation_engine_settings=None,
             responses="",
             name="",
             best_of_n=1,
             decoding="sample" if config.best_of_n > 1 else config.decoding,
         )
-        engine = models.engine(baseline.place)
-        rows = _policy_rows(own, evaluator, engine, baseline.name, _facts(own, dropped))
+        engine, policy = models.engine(baseline.place), models.reader(baseline.place)
+        rows = _policy_rows(own, evaluator, engine, policy, baseline.name, _facts(own, dropped))
     for row in rows:
         result.rows.append(row)
         result.files.append(save_row(row, evaluator.samples[row["name"]], config.output_dir))
@@ -387,7 +471,8 @@ def _row_name(config: EvaluateConfig) -> str:
 def training_cost(config: EvaluateConfig) -> dict[str, Any] | None:
     """What the run that made the policy says that it cost; None where no run is known."""
     folder = Path(model_folder(config.model_name_or_path))
-    manifest = read_manifest(folder.parent) if folder.is_dir() else None
+    is_made_here = config.engine_spec.has_model and folder.is_dir()
+    manifest = read_manifest(folder.parent) if is_made_here else None
     if manifest is None or "steps" not in manifest:
         return None
     return {name: manifest.get(name) for name in ("steps", "seconds", "tokens", "world_size")}

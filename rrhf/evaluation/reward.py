@@ -1,4 +1,4 @@
-"""Reward by any scorer, and the best of N by it.
+"""Responses scored by any scorer, and the best of N by it.
 
 A score of None is left out and counted. Where the scorer fails on too many responses the evaluation
 stops, because a mean over what happened to be scored is not the mean; what exceeds the window of a
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rrhf.errors import UserError
-from rrhf.evaluation.bootstrap import Measure
 from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
@@ -90,16 +89,6 @@ def check_scored(
 
 def _finite_or_none(score: float | None) -> float | None:
     return None if score is None or not math.isfinite(score) else float(score)
-
-
-def reward_measure(sets: Sequence[CandidateSet]) -> Measure:
-    """The mean score of a prompt's candidates; prompts without any score are left out."""
-    means = {}
-    for s in sets:
-        known = [score for score in s.scores if score is not None]
-        if known:
-            means[s.id] = sum(known) / len(known)
-    return Measure(means)
 
 
 def keep_best(sets: Sequence[CandidateSet], n: int) -> list[CandidateSet]:

@@ -1,63 +1,68 @@
-"""Engines by name: add one here and to `rrhf.generation.config`, and every stage can use it."""
+"""Engines by name, or by the import path of a user's own; every stage can use them.
+
+Nothing here imports torch until an engine is built, so that flags are read without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rrhf.data.chat_format import ChatCodec
-from rrhf.errors import UserError
 from rrhf.generation.engine import GenerationEngine
-from rrhf.generation.local.engine import LocalEngine
-from rrhf.models.loading import LoadOptions, load_causal_lm, resolve_device
+from rrhf.registry import Registry
+
+if TYPE_CHECKING:
+    from rrhf.data.chat_format import ChatCodec
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """What an engine is built from.
+class EngineOptions:
+    """What an engine may be built from.
 
     Attributes:
-        model_name_or_path: the policy.
+        model_name_or_path: the policy: its folder, or what the engine knows it by.
+        model: loads the Hugging Face model of that folder, on its device.
+        codec: its token boundary, loaded when it is asked for.
         max_batch_rows: responses written at the same time, at most.
-        max_prompt_tokens: room of a prompt.
-        bf16: weights in bfloat16.
-        attn_implementation: as transformers spells it.
-        trust_remote_code: run code that the model's folder brings.
-        local_rank: which GPU of this machine, where there are several processes.
+        max_prompt_tokens: room of a prompt; None = as the model's window allows.
+        settings: an instance of the `settings` of the engine's spec, or None.
     """
 
     model_name_or_path: str
+    model: Callable[[], Any]
+    codec: Callable[[], ChatCodec]
     max_batch_rows: int = 32
     max_prompt_tokens: int | None = None
-    bf16: bool = False
-    attn_implementation: str = "sdpa"
-    trust_remote_code: bool = False
-    local_rank: int = 0
+    settings: Any = None
 
 
-def build_local(settings: EngineSettings, codec: ChatCodec) -> LocalEngine:
-    """The model in this process, on its GPU if there is one."""
-    device = resolve_device()
-    if device.type == "cuda":
-        device = torch.device("cuda", settings.local_rank % torch.cuda.device_count())
-    model = load_causal_lm(settings.model_name_or_path, LoadOptions.of(settings, settings.bf16))
-    model.to(device)  # type: ignore[arg-type]
-    return LocalEngine(model, codec, settings.max_batch_rows, settings.max_prompt_tokens)
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine as a registry holds it.
 
-
-ENGINES: dict[str, Callable[[EngineSettings, ChatCodec], GenerationEngine]] = {
-    "local": build_local,
-}
-
-
-def build_engine(name: str, settings: EngineSettings, codec: ChatCodec) -> GenerationEngine:
-    """The engine of that name.
-
-    Raises:
-        UserError: there is none, or its model cannot be loaded.
+    Attributes:
+        build: makes the engine.
+        settings: a dataclass, whose fields are flags where the engine is chosen; None = none.
+        has_model: --model_name_or_path names a model that can be loaded here: prompts are
+            measured by its tokenizer, and its likelihoods can be read. Else it is a name that the
+            engine alone understands.
     """
-    if name not in ENGINES:
-        raise UserError(f"engine {name!r}: choose one of {', '.join(ENGINES)}")
-    return ENGINES[name](settings, codec)
+
+    build: Callable[[EngineOptions], GenerationEngine]
+    settings: type | None = None
+    has_model: bool = True
+
+
+def build_local(options: EngineOptions) -> GenerationEngine:
+    """The model in this process."""
+    from rrhf.generation.local.engine import LocalEngine  # flags are read without it
+
+    return LocalEngine(
+        options.model(), options.codec(), options.max_batch_rows, options.max_prompt_tokens
+    )
+
+
+LOCAL = EngineSpec(build_local)
+
+ENGINES: Registry[EngineSpec] = Registry("engine", EngineSpec, {"local": f"{__name__}:LOCAL"})

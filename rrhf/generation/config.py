@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.data.mixing import require_not_read
 from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
+from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import INDEX, POSITIVE, SEED, check_ranges
 from rrhf.seals import EditedFiles
-
-ENGINES = ("local",)
-"""Who can write responses; `rrhf.generation.build` makes them."""
 
 
 @dataclass(kw_only=True)
@@ -63,7 +61,7 @@ class SamplingOptions:
 class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     """Sample responses to prompts with a policy and write a candidate file."""
 
-    model_name_or_path: str = field(metadata={"names": "model"})
+    model_name_or_path: str = field(metadata={"names": "engine's model"})
     """The policy: a model folder, a run folder, or a hub name."""
     prompts: str = field(metadata={"names": "prompts"})
     """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
@@ -82,8 +80,9 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     """Split of a named dataset."""
     policy: str = ""
     """Name of the policy in the sources of its responses; empty = from its folder's name."""
-    engine: str = "local"
-    """Who writes: local = the model in this process."""
+    engine: str = field(default="local", metadata={"registry": ENGINES})
+    """Who writes: local = the model in this process; or one of your own."""
+    engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
     bf16: bool = False
     """Weights in bfloat16."""
     attn_implementation: str = "sdpa"
@@ -104,8 +103,9 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        if self.engine not in ENGINES:
-            raise UserError(f"engine {self.engine!r}: choose one of {', '.join(ENGINES)}")
+        settings = self.engine_spec.settings
+        if self.engine_settings is None and settings is not None:
+            self.engine_settings = settings()
         if self.output_file.endswith(".gz"):
             raise UserError(
                 f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
@@ -124,6 +124,11 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
         params = SamplingParams(**{name: getattr(self, name) for name in names})
         check_params(params)
         return params
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """Of the engine that writes."""
+        return ENGINES[self.engine]
 
     @property
     def source(self) -> str:

@@ -49,6 +49,30 @@ class SamplingParams:
     round: int = 0
 
 
+def prompt_room(
+    window: int | None, params: SamplingParams, max_prompt_tokens: int | None
+) -> int | None:
+    """Tokens that a prompt may have so that a whole response still fits; None = no limit.
+
+    Args:
+        window: positions that the model knows, or None.
+        params: the settings; max_new_tokens is kept free.
+        max_prompt_tokens: a limit in addition to the window, or None.
+
+    Raises:
+        UserError: max_new_tokens alone fills the window.
+    """
+    if window is None:
+        return max_prompt_tokens
+    room = window - params.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens = {params.max_new_tokens}: leaves no room for a prompt in the "
+            f"model's window of {window} tokens; lower it"
+        )
+    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
+
+
 def check_params(params: SamplingParams) -> None:
     """Refuse settings that cannot be honoured, before a model is loaded.
 

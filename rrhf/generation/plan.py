@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rrhf.data.candidate_rows import candidate_set_to_row
@@ -17,7 +17,8 @@ from rrhf.data.prompt_formats import PromptFormats
 from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.local.engine import prompt_room
+from rrhf.generation.engine import GenerationEngine, engine_name
+from rrhf.generation.params import SamplingParams, prompt_room
 from rrhf.models.loading import context_window
 from rrhf.progress import tracked
 from rrhf.records import CandidateSet, plain_prompt
@@ -73,20 +74,74 @@ def plan_batches(lengths: Sequence[int], size: int, window: int) -> list[list[in
     return batches
 
 
-def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts) -> Plan:
+@dataclass(frozen=True)
+class Fit:
+    """How a prompt fits.
+
+    Attributes:
+        length: by which prompts are sorted.
+        misfit: why it is left out; "" where it fits.
+        is_cut: it loses its beginning.
+    """
+
+    length: int
+    misfit: str = ""
+    is_cut: bool = False
+
+
+def fit_by_tokens(codec: ChatCodec, room: int | None) -> Callable[[CandidateSet], Fit]:
+    """For an engine whose prompts are measured here; they are cut to the room by whole turns."""
+
+    def fit(prompt: CandidateSet) -> Fit:
+        tokens = codec.encode_prompt(prompt)
+        is_cut = tokens is not None and room is not None and len(tokens) > room
+        if is_cut:
+            tokens = codec.encode_prompt(prompt, room)
+        if not tokens:
+            return Fit(0, "empty" if tokens == [] else f"last turn longer than {room} tokens")
+        return Fit(len(tokens), is_cut=is_cut)
+
+    return fit
+
+
+def fit_by_engine(engine: GenerationEngine, params: SamplingParams) -> Callable[..., Fit]:
+    """For an engine that alone knows what it can answer."""
+
+    def fit(prompt: CandidateSet) -> Fit:
+        fits = engine.fits(prompt, params)
+        return Fit(
+            len(prompt.query), "" if fits else f"refused by the engine {engine_name(engine)}"
+        )
+
+    return fit
+
+
+def plan_prompts(
+    config: GenerateConfig,
+    counts: SourceCounts,
+    codec: ChatCodec | None,
+    engine: GenerationEngine | None = None,
+) -> Plan:
     """Read the source once: which prompts fit, how long they are, what all of it hashes to.
 
     Args:
         config: names source, limit and room.
-        codec: how prompts become tokens.
         counts: filled with what the source dropped.
+        codec: how prompts become tokens; None where only the engine can say.
+        engine: needed there.
 
     Raises:
         UserError: the source cannot be read, or no prompt fits.
     """
     sets = _read(config, counts)
-    window = context_window(config.model_name_or_path)
-    room = prompt_room(window, config.sampling_params(), config.max_prompt_tokens)
+    params, room = config.sampling_params(), None
+    if codec is not None:
+        window = context_window(config.model_name_or_path)
+        room = prompt_room(window, params, config.max_prompt_tokens)
+        fit_of = fit_by_tokens(codec, room)
+    else:
+        assert engine is not None, "without a tokenizer an engine says what fits"
+        fit_of = fit_by_engine(engine, params)
     count = min(len(sets), config.num_prompts or len(sets))
     digest = hashlib.sha256()
     indices, ids, lengths = [], [], []
@@ -98,18 +153,15 @@ def plan_prompts(config: GenerateConfig, codec: ChatCodec, counts: SourceCounts)
         prompt = sets[index]
         digest.update(encode_row([prompt.id, candidate_set_to_row(prompt)]))
         formats.add(prompt)
-        tokens = codec.encode_prompt(prompt)
-        if tokens is not None and room is not None and len(tokens) > room:
-            tokens = codec.encode_prompt(prompt, room)
-            num_cut += bool(tokens)
-        if not tokens:
-            reason = "empty" if tokens == [] else f"last turn longer than {room} tokens"
-            first.setdefault(reason, prompt.id)
-            dropped[reason] += 1
+        fit = fit_of(prompt)
+        if fit.misfit:
+            first.setdefault(fit.misfit, prompt.id)
+            dropped[fit.misfit] += 1
             continue
+        num_cut += fit.is_cut
         indices.append(index)
         ids.append(prompt.id)
-        lengths.append(len(tokens))
+        lengths.append(fit.length)
     if not ids:
         why = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
         raise UserError(

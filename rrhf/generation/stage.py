@@ -16,20 +16,22 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.formats import SourceCounts
 from rrhf.files import COMPLETE, made_folder, write_manifest
-from rrhf.generation.build import EngineSettings, build_engine
+from rrhf.generation.build import EngineOptions
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.engine import GenerationEngine, Sample
+from rrhf.generation.engine import GenerationEngine, Sample, check_decoding, responses
 from rrhf.generation.plan import Plan, plan_prompts
 from rrhf.model_paths import accept_edited_models, check_model_path
-from rrhf.models.loading import load_tokenizer
+from rrhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer, resolve_device
 from rrhf.progress import Progress
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
@@ -68,7 +70,8 @@ def generate_file(
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     output = Path(config.output_file)
     accept_edited_models(config)
-    check_model_path(config.model_name_or_path)
+    if config.engine_spec.has_model:
+        check_model_path(config.model_name_or_path)
     with made_folder(output.parent), caught_signals() as stop:
         return _Stage(config, rank, world_size, local_rank, stop).run()
 
@@ -96,40 +99,46 @@ class _Stage:
         self.parts = self.staged.parts
         self.params = config.sampling_params()
         self.counts = SourceCounts()
-        self._built: GenerationEngine | None = None
+        self.has_model = config.engine_spec.has_model
+        self._codec = cache(partial(load_codec, config))
+        self._engine = cache(lambda: stop.run(self._build, GO_ON))
 
     def run(self) -> Path:
         with self.staged.opened_part() as part:
-            codec = ChatCodec(
-                load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code),
-                self.config.chat_format,
-            )
+            engine = None if self.has_model else self._engine()
             plan = self.stop.run(
-                lambda: plan_prompts(self.config, codec, self.counts),
+                lambda: plan_prompts(
+                    self.config, self.counts, self._codec() if engine is None else None, engine
+                ),
                 "nothing was written",
             )
-            settings = self._settings(codec, plan)
+            settings = self._settings(plan)
             self.staged.make(
                 settings,
                 {"per_device_prompt_batch_size": self.config.per_device_prompt_batch_size},
-                prepare=partial(self._prepare, plan, codec),
-                work=partial(self._answer, plan, codec, part),
+                prepare=partial(self._prepare, plan),
+                work=partial(self._answer, plan, part),
                 finish=partial(self._finish, plan, settings),
             )
         return self.output
 
     # Before.
 
-    def _settings(self, codec: ChatCodec, plan: Plan) -> dict[str, Any]:
+    def _settings(self, plan: Plan) -> dict[str, Any]:
         """What the responses depend on: going on with other ones is refused."""
         config = self.config
-        chat = {key: value for key, value in codec.describe().items() if key != "tokenizer"}
+        own: dict[str, Any] = {}
+        if self.has_model:
+            chat = self._codec().describe()
+            own["chat"] = {key: value for key, value in chat.items() if key != "tokenizer"}
+        else:
+            own["engine_described"] = self._engine().describe()
         return {
             "model": fingerprint(config.model_name_or_path),
             "prompts": plan.digest,
             "num_prompts": config.num_prompts,
             "sampling": asdict(self.params) | {"stop_strings": list(self.params.stop_strings)},
-            "chat": chat,
+            **own,
             "max_prompt_tokens": config.max_prompt_tokens,
             "add_dataset_responses": config.add_dataset_responses,
             "deduplicate": config.deduplicate,
@@ -141,11 +150,11 @@ class _Stage:
 
     # The work.
 
-    def _prepare(self, plan: Plan, codec: ChatCodec) -> None:
+    def _prepare(self, plan: Plan) -> None:
         """Load the model before anything says that the file was begun."""
         self.parts.read_on(is_start=True)
         if self._left(plan):
-            self._engine(codec)
+            self._engine()
 
     def _batches(self, plan: Plan) -> list[list[int]]:
         """This process' share."""
@@ -159,54 +168,51 @@ class _Stage:
             if any(plan.ids[position] not in self.parts.places for position in batch)
         ]
 
-    def _answer(self, plan: Plan, codec: ChatCodec, part: PartAppender) -> None:
+    def _answer(self, plan: Plan, part: PartAppender) -> None:
         """Write the rows of this process' batches that are not on disk yet."""
         batches = self._left(plan)
         if not batches:
             return
-        engine = self._engine(codec)
+        engine = self._engine()
         mine = [position for batch in self._batches(plan) for position in batch]
         done = sum(plan.ids[position] in self.parts.places for position in mine)
         tokens, engine_seconds = 0, 0.0
         with Progress("generate", len(mine), "prompt", done) as progress:
             for batch in batches:
                 prompts = plan.prompts_of(batch)
-                started = time.monotonic()
-                samples = self.stop.run(
-                    partial(engine.generate, prompts, self.params),
-                    self.staged.what_stands(done, len(mine)),
-                )
-                engine_seconds += time.monotonic() - started
-                tokens += sum(len(one.token_ids) for written in samples for one in written)
-                rate = f"{tokens / max(engine_seconds, 1e-9):.4g} tokens/s"
-                seconds = (time.monotonic() - started) / len(batch)
-                for prompt, written in zip(prompts, samples, strict=True):
+                found = responses(engine, prompts, self.params)
+                while True:
+                    started = time.monotonic()
+                    answer = self.stop.run(
+                        partial(next, found, None), self.staged.what_stands(done, len(mine))
+                    )
+                    seconds = time.monotonic() - started
+                    engine_seconds += seconds
+                    if answer is None:
+                        break
+                    prompt, written = prompts[answer[0]], answer[1]
+                    tokens += sum(one.num_tokens for one in written)
+                    rate = f"{tokens / max(engine_seconds, 1e-9):.4g} tokens/s"
                     if prompt.id not in self.parts.places:
                         part.append(self._part_row(prompt, written, seconds))
                         done += 1
-                        progress.advance(figures=rate)
+                        progress.advance(figures=rate if engine.capabilities.ids else "")
 
-    def _engine(self, codec: ChatCodec) -> GenerationEngine:
-        if self._built is None:
-            self._built = self.stop.run(partial(self._build, codec), GO_ON)
-        return self._built
-
-    def _build(self, codec: ChatCodec) -> GenerationEngine:
+    def _build(self) -> GenerationEngine:
         config = self.config
         rows_each = max(config.num_return_sequences, config.num_beams)
-        return build_engine(
-            config.engine,
-            EngineSettings(
-                model_name_or_path=config.model_name_or_path,
-                max_batch_rows=config.per_device_prompt_batch_size * rows_each,
-                max_prompt_tokens=config.max_prompt_tokens,
-                bf16=config.bf16,
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                local_rank=self.local_rank,
-            ),
-            codec,
+        engine = config.engine_spec.build(
+            EngineOptions(
+                config.model_name_or_path,
+                partial(load_policy, config, self.local_rank),
+                self._codec,
+                config.per_device_prompt_batch_size * rows_each,
+                config.max_prompt_tokens,
+                config.engine_settings,
+            )
         )
+        check_decoding(engine, self.params)
+        return engine
 
     def _part_row(
         self, prompt: CandidateSet, samples: Sequence[Sample], seconds: float
@@ -232,13 +238,14 @@ class _Stage:
             prompt.origin,
         )
         reasons = Counter(sample.finish_reason for sample in samples)
+        unknown = any(sample.token_ids is None for sample in samples)
         return {
             "id": prompt.id,
             "row": candidate_set_to_row(row),
             "counts": {
                 "candidates": len(row.candidates),
                 "samples": len(samples),
-                "tokens": sum(len(sample.token_ids) for sample in samples),
+                **({} if unknown else {"tokens": sum(one.num_tokens for one in samples)}),
                 "empty_responses": sum(not sample.text.strip() for sample in samples),
                 "ended_by_themselves": reasons["stop"],
                 "cut_at_max_new_tokens": reasons["length"],
@@ -269,14 +276,16 @@ class _Stage:
 
     def _tell(self, plan: Plan, counts: Mapping[str, int], seconds: float) -> None:
         """What was written, in a sentence; and that no response ends, where none does."""
-        samples, ended = counts["samples"], counts["ended_by_themselves"]
+        samples, ended, tokens = (
+            counts[name] for name in ("samples", "ended_by_themselves", "tokens")
+        )
         parts = [
             f"{samples:,} responses to {len(plan.ids):,} prompts, "
-            f"{counts['tokens'] / max(samples, 1):.1f} tokens each on average, "
-            f"{ended / max(samples, 1):.0%} ended by themselves"
+            + (f"{tokens / max(samples, 1):.1f} tokens each on average, " if tokens else "")
+            + f"{ended / max(samples, 1):.0%} ended by themselves"
         ]
-        if seconds:
-            parts.append(f"{counts['tokens'] / seconds:.0f} tokens/s")
+        if seconds and tokens:
+            parts.append(f"{tokens / seconds:.0f} tokens/s")
         for name, words in _COUNTED.items():
             if counts[name]:
                 parts.append(f"{counts[name]:,} {words}")
@@ -307,6 +316,23 @@ class _Stage:
             "per_device_prompt_batch_size": config.per_device_prompt_batch_size,
             "seed": config.seed,
             "engine_seconds": round(seconds, 3),
-            "tokens_per_engine_second": round(counts["tokens"] / seconds, 1) if seconds else None,
+            "tokens_per_engine_second": round(counts["tokens"] / seconds, 1)
+            if seconds and "tokens" in counts
+            else None,
             "scorer": None,
         }
+
+
+def load_codec(config: GenerateConfig) -> ChatCodec:
+    """The policy's token boundary."""
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    return ChatCodec(tokenizer, config.chat_format)
+
+
+def load_policy(config: GenerateConfig, local_rank: int = 0) -> Any:
+    """The policy on this process' GPU, if there is one."""
+    device = resolve_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config, config.bf16))
+    return model.to(device)  # type: ignore[arg-type]

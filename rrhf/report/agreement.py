@@ -12,21 +12,13 @@ from typing import Any
 
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES, estimate
+from rrhf.evaluation.metrics import METRICS
 from rrhf.evaluation.results import measure_from_json
 
 Row = dict[str, Any]
 
-MUST_AGREE = (
-    "prompts",
-    "scorer",
-    "scores_are_normalized",
-    "baseline",
-    "reference",
-    "ppl_model",
-    "human",
-    "pairs",
-    "confidence",
-)
+MAY_DIFFER = frozenset({"decoding", "num_prompts"})
+"""Of what rows were made with; decodings are looked at setting by setting."""
 # Settings by which a decoding may differ from another kind of decoding.
 _KIND_KEYS = frozenset(
     {"kind", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "best_of"}
@@ -39,7 +31,8 @@ def mixed(rows: Sequence[Row]) -> list[str]:
     A row without a scorer or a baseline agrees with every row in it: its cells are empty.
     """
     differences = []
-    for key in MUST_AGREE:
+    made_with = [row["made_with"] for row in rows]
+    for key in dict.fromkeys(key for one in made_with for key in one if key not in MAY_DIFFER):
         values = {row["name"]: row["made_with"].get(key) for row in rows}
         differences += _difference(key, {k: v for k, v in values.items() if v is not None})
     decodings = {
@@ -79,10 +72,20 @@ def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[R
     Raises:
         UserError: they have no prompt in common.
     """
-    common = set.intersection(*(set(row["per_prompt"]["words"]["values"]) for row in rows))
+    elsewhere = {name for m in METRICS.values() if m.of == "policy" for name in m.columns}
+    common = set.intersection(
+        *(
+            {
+                i
+                for name, m in row["per_prompt"].items()
+                if name not in elsewhere
+                for i in m["values"]
+            }
+            for row in rows
+        )
+    )
     if not common:
         raise UserError("the rows have no prompt in common, so nothing compares them")
-    elsewhere = ("ppl_human", "pi_accuracy", "pi_tie")
     again = []
     for row in rows:
         confidence = row["made_with"].get("confidence", CONFIDENCE)

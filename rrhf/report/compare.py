@@ -24,10 +24,9 @@ from rrhf.files import replaced_file
 from rrhf.report.agreement import mixed, on_common_prompts
 from rrhf.report.config import CompareConfig
 from rrhf.report.table import (
-    COLUMNS,
-    DEFAULT_COLUMNS,
     FACT_COLUMNS,
-    column_of,
+    columns_of,
+    default_columns,
     format_estimate,
     markdown_lines,
     markdown_table,
@@ -39,8 +38,6 @@ from rrhf.report.table import (
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-_GAIN_METRICS = ("reward", "gold", "win_reward", "win_gold", "kl", "ppl_reference", "length")
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def compare_rows(
         f"{confidence:.0%} bootstrap intervals over prompts.\n"
     )
     notes = notes_of(rows) + "".join(f"Not made alike: {line}\n" for line in warnings)
-    headings, lines = gain_cells(gains)
+    headings, lines = gain_cells(gains, rows)
     title = f"Gain on {name} (paired over prompts)"
     markdown = [markdown_table(rows, shown), about]
     text = [terminal_table(rows, shown, width), about]
@@ -187,14 +184,14 @@ def chosen_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     Raises:
         UserError: a column that no row has.
     """
-    known = [*COLUMNS, *FACT_COLUMNS]
+    known = [*columns_of(rows), *FACT_COLUMNS]
     known += sorted({metric for row in rows for metric in row["metrics"]} - {*known, "kl_bound"})
     if list(columns) == ["all"]:
         return known
     for column in columns:
         if column not in known:
             raise UserError(f"column {column!r}: no row has it; choose from {', '.join(known)}")
-    return list(columns) or list(DEFAULT_COLUMNS)
+    return list(columns) or default_columns(rows)
 
 
 def row_gains(row: Row, baseline: Row, resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
@@ -210,13 +207,14 @@ def row_gains(row: Row, baseline: Row, resamples: int = RESAMPLES) -> dict[str, 
 
 
 def gain_cells(
-    gains: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    gains: Mapping[str, Mapping[str, Mapping[str, Any]]], rows: Sequence[Row]
 ) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table of gains, with a sign on every number."""
-    metrics = [m for m in _GAIN_METRICS if any(m in row for row in gains.values())]
-    headings = ["", *(f"Δ {column_of(metric).heading}" for metric in metrics)]
+    columns = {m: column for m, column in columns_of(rows).items() if column.shown and column.gain}
+    metrics = [m for m in columns if any(m in row for row in gains.values())]
+    headings = ["", *(f"Δ {columns[metric].heading}" for metric in metrics)]
     lines = [
-        [name, *(format_estimate(row.get(m), column_of(m).digits, True) for m in metrics)]
+        [name, *(format_estimate(row.get(m), columns[m].digits, True) for m in metrics)]
         for name, row in gains.items()
     ]
     return headings, lines if metrics else []

@@ -7,69 +7,17 @@ after a title says which way is better, where one is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from rrhf.evaluation.metrics import METRICS
+from rrhf.evaluation.metrics.spec import Column
 
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Column:
-    """Attributes:
-    title: its heading.
-    digits: after the point.
-    better: "↑", "↓" or "" where neither is better in itself.
-    """
-
-    title: str
-    digits: int = 2
-    better: str = ""
-
-    @property
-    def heading(self) -> str:
-        return f"{self.title} {self.better}".strip()
-
-
 COLUMNS: dict[str, Column] = {
-    "reward": Column("reward", better="↑"),
-    "gold": Column("gold", better="↑"),
-    "win_reward": Column("win (reward)", better="↑"),
-    "tie_reward": Column("tie (reward)"),
-    "win_gold": Column("win (gold)", better="↑"),
-    "tie_gold": Column("tie (gold)"),
-    "pi_accuracy": Column("p_i accuracy", better="↑"),
-    "pi_tie": Column("p_i tie"),
-    "kl": Column("KL nats", better=""),
-    "kl_k3": Column("KL (k3)"),
-    "ppl_reference": Column("ppl_reference", better="↓"),
-    "ppl_human": Column("ppl_human", better="↓"),
-    "ppl_paper": Column("ppl_paper", better="↓"),
-    "ppl_paper_e": Column("ppl_paper_e", better="↓"),
-    "length": Column("tokens", 1),
-    "words": Column("words", 1),
-    "distinct_1": Column("distinct-1", 3),
-    "distinct_2": Column("distinct-2", 3),
-    "without_eos": Column("no EOS", better="↓"),
-    "empty": Column("empty", better="↓"),
-    "refused_harmful": Column("refused harmful", better="↑"),
-    "refused_benign": Column("refused benign", better="↓"),
+    name: column for metric in METRICS.values() for name, column in metric.columns.items()
 }
-DEFAULT_COLUMNS: tuple[str, ...] = (
-    "reward",
-    "gold",
-    "win_reward",
-    "tie_reward",
-    "win_gold",
-    "tie_gold",
-    "pi_accuracy",
-    "kl",
-    "ppl_reference",
-    "ppl_human",
-    "ppl_paper",
-    "length",
-    "distinct_2",
-    "without_eos",
-)
 # Not estimates: what a row cost, and what is known of its policy.
 FACT_COLUMNS: dict[str, Column] = {
     "generation_seconds": Column("seconds", 1),
@@ -113,10 +61,22 @@ def format_number(value: float, digits: int) -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def column_of(metric: str) -> Column:
+def columns_of(rows: Sequence[Row]) -> dict[str, Column]:
+    """The columns of all metrics, with those that are a user's own in some row."""
+    own = {name: Column(**c) for row in rows for name, c in row.get("columns", {}).items()}
+    return COLUMNS | own
+
+
+def default_columns(rows: Sequence[Row]) -> list[str]:
+    """The metrics of a table for which none are chosen."""
+    return [name for name, column in columns_of(rows).items() if column.shown]
+
+
+def column_of(metric: str, rows: Sequence[Row] = ()) -> Column:
     """The column of a metric; parts of a gold preference are titled by their name."""
-    if metric in COLUMNS:
-        return COLUMNS[metric]
+    columns = columns_of(rows)
+    if metric in columns:
+        return columns[metric]
     if metric in FACT_COLUMNS:
         return FACT_COLUMNS[metric]
     return Column(metric.removeprefix("part_"))
@@ -124,7 +84,7 @@ def column_of(metric: str) -> Column:
 
 def cell(row: Row, metric: str) -> str:
     """What a row says of a metric or a fact; the bound where best-of-N has no sampled KL."""
-    column = column_of(metric)
+    column = column_of(metric, [row])
     if metric in FACT_COLUMNS:
         value = fact_of(row, metric)
         return NOTHING if value is None else format_number(value, column.digits)
@@ -145,12 +105,18 @@ def fact_of(row: Row, name: str) -> float | None:
 
 
 def table_cells(
-    rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS
+    rows: Sequence[Row], columns: Sequence[str] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells; columns that are empty in every row are left out."""
+    """Headings and cells; columns that are empty in every row are left out.
+
+    Args:
+        rows: of evaluations.
+        columns: metrics and facts; empty = those of `default_columns`.
+    """
+    columns = columns or default_columns(rows)
     body = [[cell(row, metric) for row in rows] for metric in columns]
     kept = [
-        (column_of(metric).heading, cells)
+        (column_of(metric, rows).heading, cells)
         for metric, cells in zip(columns, body, strict=True)
         if any(text != NOTHING for text in cells)
     ]
@@ -161,15 +127,13 @@ def table_cells(
     return headings, lines
 
 
-def markdown_table(rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS) -> str:
+def markdown_table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     """The table as Markdown, numbers to the right; ends with a newline."""
     headings, lines = table_cells(rows, columns)
     return markdown_lines(headings, lines)
 
 
-def terminal_table(
-    rows: Sequence[Row], columns: Sequence[str] = DEFAULT_COLUMNS, width: int = 120
-) -> str:
+def terminal_table(rows: Sequence[Row], columns: Sequence[str] = (), width: int = 120) -> str:
     """The table for a terminal; what is wider than `width` goes on below, under the same names."""
     headings, lines = table_cells(rows, columns)
     return terminal_lines(headings, lines, width)

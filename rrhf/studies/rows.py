@@ -81,7 +81,9 @@ def evaluate_rows(
             if row.policy not in engines:
                 engines = {"sft": reference, row.policy: study.engine(row.policy)}
             params = greedy if row.is_greedy else sampled
-            measured = evaluator.row(row.name, engines[row.policy], params, best_of=row.best_of)
+            engine = engines[row.policy]
+            reader = LikelihoodReader(engine.model, engine.codec)
+            measured = evaluator.row(row.name, engine, params, row.best_of, reader)
             save_row({**measured, **extra(row)}, evaluator.samples.pop(row.name), folder)
     return [_row_file(folder, row) for row in plan]
 

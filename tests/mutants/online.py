@@ -216,15 +216,15 @@ ROLLOUT_FAULTS = [
     Mutant(
         "the scorer reads what was cut off",
         ROLLOUT,
-        'written.logprobs[:kept], "stop", text)',
-        'written.logprobs[:kept], "stop", written.text)',
+        "            text=text,\n",
+        "",
         ROLLOUTS,
     ),
     Mutant(
         "a response that was cut still counts as too long",
         ROLLOUT,
-        'written.logprobs[:kept], "stop", text)',
-        "written.logprobs[:kept], written.finish_reason, text)",
+        '            finish_reason="stop",\n',
+        "",
         ROLLOUTS,
     ),
     Mutant(
@@ -286,7 +286,7 @@ ROLLOUT_FAULTS = [
     Mutant(
         "responses without a token are trained on",
         ROLLOUT,
-        "kept = [draft for draft in drafts if len(draft.written.token_ids)]",
+        "kept = [draft for draft in drafts if draft.written.num_tokens]",
         "kept = list(drafts)",
         ROLLOUTS,
     ),
@@ -314,8 +314,8 @@ ROLLOUT_FAULTS = [
     Mutant(
         "the shortest response is the trial",
         READING,
-        "key=lambda d: -len(d.written.token_ids))[:1]",
-        "key=lambda d: len(d.written.token_ids))[:1]",
+        "key=lambda d: -d.written.num_tokens)[:1]",
+        "key=lambda d: d.written.num_tokens)[:1]",
         ROLLOUTS,
     ),
     Mutant(

@@ -20,46 +20,21 @@ import torch
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
-from rrhf.generation.engine import Sample, SamplingParams
+from rrhf.generation.engine import Capabilities, Sample, SamplingParams
 from rrhf.generation.local.beam_search import BeamSearch, BeamSettings, Hypothesis
 from rrhf.generation.local.decoders import Decoder, decoding
 from rrhf.generation.local.row_loop import ByParams, Chooser, Job, RowLoop, Written
-from rrhf.generation.params import check_params
+from rrhf.generation.params import check_params, prompt_room
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
 
 
-def prompt_room(
-    window: int | None, params: SamplingParams, max_prompt_tokens: int | None
-) -> int | None:
-    """Tokens that a prompt may have so that a whole response still fits; None = no limit.
-
-    Args:
-        window: positions that the model knows, or None.
-        params: the settings; max_new_tokens is kept free.
-        max_prompt_tokens: a limit in addition to the window, or None.
-
-    Raises:
-        UserError: max_new_tokens alone fills the window.
-    """
-    if window is None:
-        return max_prompt_tokens
-    room = window - params.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"max_new_tokens = {params.max_new_tokens}: leaves no room for a prompt in the "
-            f"model's window of {window} tokens; lower it"
-        )
-    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
-
-
 class LocalEngine:
     """Samples from a Hugging Face causal language model.
 
     Attributes:
-        name: "local:<model>".
         model: the model; put into eval mode while it writes, gradients off.
         codec: text to ids and back.
         max_batch_rows: responses written at the same time, at most.
@@ -68,6 +43,7 @@ class LocalEngine:
         chooser: what chooses tokens, from the settings and the ids that end a response.
     """
 
+    capabilities = Capabilities(ids=True, logprobs=True, beams=True, seeds=True, live_weights=True)
     chooser: Callable[[SamplingParams, frozenset[int]], Chooser] = ByParams
 
     def __init__(
@@ -78,11 +54,18 @@ class LocalEngine:
         max_prompt_tokens: int | None = None,
     ) -> None:
         assert max_batch_rows >= 1, "a batch holds at least one row"
-        self.name = f"local:{getattr(model.config, 'name_or_path', '') or 'model'}"
         self.model = model
         self.codec = codec
         self.max_batch_rows = max_batch_rows
         self.max_prompt_tokens = max_prompt_tokens
+
+    def describe(self) -> dict[str, Any]:
+        """The model's name too."""
+        return {"engine": "local", "model": self.model.config.name_or_path or "model"}
+
+    def fits(self, prompt: CandidateSet, params: SamplingParams) -> bool:
+        """Whether the prompt, cut by whole turns, leaves room for a response."""
+        return self.encode_prompt(prompt, params) is not None
 
     def prompt_room(self, params: SamplingParams) -> int | None:
         """As the function of this name, for this model."""
@@ -94,12 +77,12 @@ class LocalEngine:
 
     def generate(
         self, prompts: Sequence[CandidateSet], params: SamplingParams
-    ) -> list[list[Sample]]:
-        """N samples for each prompt, in order.
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """N samples for each prompt, with its place, as they finish.
 
         Raises:
-            UserError: settings that exclude each other; a prompt that does not fit (ask
-                `encode_prompt` first); no memory for a single response.
+            UserError: settings that exclude each other; a prompt that does not fit (ask `fits`
+                first); no memory for a single response.
         """
         check_params(params)
         jobs = []
@@ -112,21 +95,23 @@ class LocalEngine:
                 )
             stops = (*self.codec.stop_strings(prompt), *params.stop_strings)
             jobs.append(Job(prompt, ids, stops, params.num_return_sequences))
+        return self._write(jobs, params)
+
+    @torch.no_grad()  # of a generator: only while it runs
+    def _write(self, jobs: list[Job], params: SamplingParams) -> Iterator[tuple[int, list[Sample]]]:
         if not jobs:
-            return []
+            return
         places = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].ids))
         ordered = [jobs[place] for place in places]  # so that neighbours are of similar length
-        with _evaluating(self.model), torch.no_grad():
-            if params.num_beams > 1:
-                written = self._search_beams(ordered, params)
-            else:
-                written = self._sample_rows(ordered, params)
-        rows_of = dict(zip(places, written, strict=True))
-        return [
-            [self._sample_of(job, row) for row in rows_of[place]] for place, job in enumerate(jobs)
-        ]
+        write = self._search_beams if params.num_beams > 1 else self._sample_rows
+        with _evaluating(self.model):
+            for number, written in write(ordered, params):
+                job = ordered[number]
+                yield places[number], [self._sample_of(job, row) for row in written]
 
-    def _sample_rows(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
+    def _sample_rows(
+        self, jobs: list[Job], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Written]]]:
         """Ancestral or greedy decoding; where memory does not suffice, of half as many rows."""
         end_ids = frozenset(self.codec.end_ids)
         loop = RowLoop(jobs, params, end_ids, self._holds_any, self.chooser(params, end_ids))
@@ -135,7 +120,7 @@ class LocalEngine:
         with decoding(self.model, self.codec.pad_id, longest, params.max_new_tokens) as new_decoder:
             while not loop.is_done:
                 try:
-                    loop.run(new_decoder(), max_rows)
+                    yield from loop.run(new_decoder(), max_rows)
                 except (MemoryError, RuntimeError) as error:
                     if not _is_out_of_memory(error):
                         raise
@@ -144,32 +129,35 @@ class LocalEngine:
                         raise _no_memory(jobs[0], params) from error
                     max_rows = rows // 2
                     logger.warning("no memory for %d rows at a time; trying half as many", rows)
-        return loop.written()
 
     def _holds_any(self, ids: list[int], stops: tuple[str, ...]) -> bool:
         text = self.codec.decode_tail(ids)
         return any(stop in text for stop in stops)
 
-    def _search_beams(self, jobs: list[Job], params: SamplingParams) -> list[list[Written]]:
+    def _search_beams(
+        self, jobs: list[Job], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Written]]]:
         """Beam search of some prompts at a time; where memory does not suffice, of half of them."""
         count = max(1, self.max_batch_rows // params.num_beams)
-        parts = [jobs[start : start + count] for start in range(0, len(jobs), count)]
+        parts = [
+            range(start, min(start + count, len(jobs))) for start in range(0, len(jobs), count)
+        ]
         longest = len(jobs[0].ids) + params.max_new_tokens
-        written: list[list[Written]] = []
         with decoding(self.model, self.codec.pad_id, longest, params.max_new_tokens) as new_decoder:
             while parts:
                 part = parts.pop(0)
                 try:
-                    written += self._search_part(part, params, new_decoder())
+                    written = self._search_part([jobs[n] for n in part], params, new_decoder())
                 except (MemoryError, RuntimeError) as error:
                     if not _is_out_of_memory(error):
                         raise
                     if len(part) == 1:
-                        raise _no_memory(part[0], params) from error
+                        raise _no_memory(jobs[part[0]], params) from error
                     rows, half = len(part) * params.num_beams, len(part) // 2
                     parts[:0] = [part[:half], part[half:]]
                     logger.warning("no memory for %d rows at a time; trying half as many", rows)
-        return written
+                    continue
+                yield from zip(part, written, strict=True)
 
     def _search_part(
         self, jobs: list[Job], params: SamplingParams, decoder: Decoder
@@ -221,12 +209,13 @@ class LocalEngine:
         raw = self.codec.decode_tail(ids)
         starts = [place for stop in job.stops if (place := raw.find(stop)) >= 0]
         if not starts:
-            return Sample(written.token_ids, written.logprobs, written.finish_reason, text)
+            return Sample(job.ids, written.token_ids, written.logprobs, written.finish_reason, text)
         start = min(starts)
         lead = 0 if text[:start] == raw[:start] else 1  # the format's blank, which raw still has
         text = text[: max(0, start - lead)]
         kept = _tokens_before(start, ids, self.codec.decode_tail)
         return Sample(
+            job.ids,
             written.token_ids[:kept],
             written.logprobs[:kept],
             "stop",

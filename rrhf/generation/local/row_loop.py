@@ -12,7 +12,7 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,7 +138,9 @@ class RowLoop:
         self._num_rows = len(self._waiting)
         self._rows: list[Row] = []  # as the decoder has them
         self._beginning: list[Row] = []  # soon with them
-        self._finished: list[Row] = []
+        self._finished: list[list[Row]] = [[] for _ in jobs]
+        self._num_finished = 0
+        self._whole: list[int] = []  # prompts whose samples are all finished, not given out yet
         self._handles: dict[int, int] = {}  # of the prompts held
         self._first: dict[int, Tensor] = {}  # and the logits [V] of their first token
         self._seen: Tensor | None = None
@@ -147,15 +149,6 @@ class RowLoop:
     def is_done(self) -> bool:
         """Whether everything is written."""
         return not self._waiting and not self._rows
-
-    def written(self) -> list[list[Written]]:
-        """Of each prompt, its samples in order."""
-        found: list[list[Written]] = [[] for _ in self._jobs]
-        for row in sorted(self._finished, key=lambda row: (row.job, row.sample)):
-            reason: FinishReason = "stop" if row.token_ids[-1] in self._end_ids else "length"
-            ids, logprobs = torch.tensor(row.token_ids), torch.tensor(row.logprobs)
-            found[row.job].append(Written(ids, logprobs, reason))
-        return found
 
     def put_back(self) -> int:
         """What was on its way will begin anew, with another decoder; returns how many rows."""
@@ -167,8 +160,8 @@ class RowLoop:
         self._first.clear()
         return len(rows)
 
-    def run(self, decoder: Decoder, max_rows: int) -> None:
-        """Write until all is written.
+    def run(self, decoder: Decoder, max_rows: int) -> Iterator[tuple[int, list[Written]]]:
+        """Write until all is written; gives each prompt's samples, in order, when all are there.
 
         Args:
             decoder: a new one.
@@ -176,11 +169,22 @@ class RowLoop:
         """
         while True:
             self._change_rows(decoder, max_rows)
+            while self._whole:
+                job = self._whole.pop(0)
+                yield job, self._written(job)
             if not self._rows:
                 return
             tokens = torch.tensor([row.token_ids[-1] for row in self._rows], device=self._device)
             self._take(decoder.step(tokens), self._rows, self._seen)
-            pulse(f"{len(self._finished)} of {self._num_rows} responses written")
+            pulse(f"{self._num_finished} of {self._num_rows} responses written")
+
+    def _written(self, job: int) -> list[Written]:
+        found = []
+        for row in sorted(self._finished[job], key=lambda row: row.sample):
+            reason: FinishReason = "stop" if row.token_ids[-1] in self._end_ids else "length"
+            ids, logprobs = torch.tensor(row.token_ids), torch.tensor(row.logprobs)
+            found.append(Written(ids, logprobs, reason))
+        return found
 
     def _change_rows(self, decoder: Decoder, max_rows: int) -> None:
         """Let finished rows leave and new ones join, where it pays."""
@@ -262,7 +266,13 @@ class RowLoop:
             row.logprobs.append(logprob)
             row.is_done = self._is_finished(row)
             if row.is_done:
-                self._finished.append(row)
+                self._finish(row)
+
+    def _finish(self, row: Row) -> None:
+        self._num_finished += 1
+        self._finished[row.job].append(row)
+        if len(self._finished[row.job]) == self._jobs[row.job].count:
+            self._whole.append(row.job)
 
     def _is_finished(self, row: Row) -> bool:
         length, stops = len(row.token_ids), self._jobs[row.job].stops

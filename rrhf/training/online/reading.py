@@ -36,7 +36,6 @@ class Draft:
 
     prompt: int
     sample: int
-    prompt_ids: list[int]
     written: Sample
     score: float | None = None
     old_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -44,10 +43,24 @@ class Draft:
     values: Tensor | None = None
     is_cut: bool = False
 
+    # An engine that tells no ids or log-probs is refused before the first rollout.
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        assert self.written.prompt_ids is not None, "the engine tells ids"
+        return list(self.written.prompt_ids)
+
     @property
     def token_ids(self) -> list[int]:
+        assert self.written.token_ids is not None, "the engine tells ids"
         ids: list[int] = self.written.token_ids.tolist()
         return ids
+
+    @property
+    def sampled_logprobs(self) -> Tensor:
+        """[T] as the engine gave them, float32."""
+        assert self.written.logprobs is not None, "the engine tells log-probs"
+        return self.written.logprobs.float()
 
 
 class Reader:
@@ -80,7 +93,7 @@ class Reader:
         """Old log-probs, and values where there is a critic; every rank must call it."""
         recompute = self._must_recompute(drafts)
         for draft in drafts:
-            draft.old_logprobs = draft.written.logprobs.float()
+            draft.old_logprobs = draft.sampled_logprobs
         if not recompute and self._root.value is None:
             return
         batches = list(self._batches(drafts))
@@ -96,16 +109,16 @@ class Reader:
             pulse(f"batch {number} of reference log-probs")
             found = self._reference(self._collated(batch)).logprobs.cpu()
             for place, draft in enumerate(batch):
-                draft.reference_logprobs = found[place, : len(draft.written.token_ids)].clone()
+                draft.reference_logprobs = found[place, : draft.written.num_tokens].clone()
 
     def _must_recompute(self, drafts: Sequence[Draft]) -> bool:
         """Whether the trainer's log-probs are to be taken, agreed over ranks."""
         if self._recompute:
             self._say("under bf16 they are the trainer's")
             return True
-        trial = sorted(drafts, key=lambda d: -len(d.written.token_ids))[:1]
+        trial = sorted(drafts, key=lambda d: -d.written.num_tokens)[:1]
         read = self._root(self._collated(trial)).logprobs.cpu()
-        gaps = [float((read[0] - draft.written.logprobs).abs().max()) for draft in trial]
+        gaps = [float((read[0] - draft.sampled_logprobs).abs().max()) for draft in trial]
         gap = self._parallel.max(max(gaps, default=0.0))
         if gap > LOGPROB_TOLERANCE:
             self._say(f"those of sampling differ from the trainer's by up to {gap:.2g}")
@@ -123,7 +136,7 @@ class Reader:
         logprobs = outputs.logprobs.cpu()
         values = None if outputs.values is None else outputs.values.cpu()
         for place, draft in enumerate(drafts):
-            tokens = slice(len(draft.written.token_ids))
+            tokens = slice(draft.written.num_tokens)
             if recompute:
                 draft.old_logprobs = logprobs[place, tokens].clone()
             if values is not None:
@@ -131,9 +144,7 @@ class Reader:
 
     def _batches(self, drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
         """Of similar lengths, the responses of a prompt side by side: it may be read once."""
-        order = sorted(
-            drafts, key=lambda d: (len(d.prompt_ids), d.prompt, len(d.written.token_ids))
-        )
+        order = sorted(drafts, key=lambda d: (len(d.prompt_ids), d.prompt, d.written.num_tokens))
         for first in range(0, len(order), self._rows_at_a_time):
             yield order[first : first + self._rows_at_a_time]
 

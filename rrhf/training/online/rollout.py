@@ -12,7 +12,7 @@ Responses without a token (a stop string at once) and those that could not be sc
 and counted. A signal drops a rollout, on all ranks, also where one alone got it: at once, or, where
 ranks read together, behind that.
 
-Left out on purpose: engines behind a network.
+Any engine will do that writes with the live weights and tells ids and log-probs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rrhf.commands import command_of
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
-from rrhf.generation.engine import Sample
+from rrhf.generation.engine import GenerationEngine, answers, require_capabilities
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic, as_reference
@@ -87,6 +87,11 @@ class RolloutWriter:
         scorer: any.
         config: sampling and batch sizes.
         bench: of the run.
+        new_engine: makes the engine of the live model, the codec, rows at a time and the room of a
+            prompt.
+
+    Raises:
+        UserError: the engine lacks something that a rollout needs.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class RolloutWriter:
         scorer: Scorer,
         config: PPOConfig,
         bench: Workbench,
+        new_engine: Callable[[Any, ChatCodec, int, int], GenerationEngine] = LocalEngine,
     ) -> None:
         codec, parallel = bench.codec, bench.parallel
         self._root, self._reference = root, reference
@@ -112,12 +118,9 @@ class RolloutWriter:
             )
         self._copy = None if parallel.weights_are_whole else WholeCopy(root.policy, parallel)
         self._policy = root.policy if self._copy is None else self._copy.policy
-        self._engine = LocalEngine(
-            self._policy.model,
-            codec,
-            max_batch_rows=self._rows_at_a_time,
-            max_prompt_tokens=config.model_max_length - config.max_new_tokens,
-        )
+        room = config.model_max_length - config.max_new_tokens
+        self._engine = new_engine(self._policy.model, codec, self._rows_at_a_time, room)
+        require_capabilities(self._engine, "a rollout", "ids", "logprobs", "seeds", "live_weights")
         self._reader = Reader(
             root, self._first_policy, codec, parallel, self._rows_at_a_time, config.bf16
         )
@@ -129,7 +132,7 @@ class RolloutWriter:
 
     def fits(self, prompt: CandidateSet) -> bool:
         """Whether the prompt, cut by whole turns, leaves room for a response."""
-        return self._engine.encode_prompt(prompt, self._config.sampling(0)) is not None
+        return self._engine.fits(prompt, self._config.sampling(0))
 
     def is_cut(self, prompt: CandidateSet) -> bool:
         """Whether a prompt that fits loses its beginning."""
@@ -198,15 +201,15 @@ class RolloutWriter:
             params = replace(params, num_return_sequences=samples_per_prompt)
         mine = [prompts[place] for place in places]
         with self._phases("generate") as spent, self._parallel.autocast():
-            written = self._alone(lambda: self._engine.generate(mine, params) if mine else [])
-            drafts = []
-            for place, prompt, samples in zip(places, mine, written, strict=True):
-                prompt_ids = self._engine.encode_prompt(prompt, params)
-                assert prompt_ids is not None, "prompts that do not fit were to be left out"
-                drafts += [Draft(place, i, prompt_ids, sample) for i, sample in enumerate(samples)]
-            spent.tokens = sum(len(draft.written.token_ids) for draft in drafts)
+            written = self._alone(lambda: answers(self._engine, mine, params))
+            drafts = [
+                Draft(place, number, sample)
+                for place, samples in zip(places, written, strict=True)
+                for number, sample in enumerate(samples)
+            ]
+            spent.tokens = sum(draft.written.num_tokens for draft in drafts)
         drafts = [self._cut(draft, prompts) for draft in drafts]
-        kept = [draft for draft in drafts if len(draft.written.token_ids)]
+        kept = [draft for draft in drafts if draft.written.num_tokens]
         counts.update(
             sampled=len(drafts), empty=len(drafts) - len(kept), **self._degenerate(drafts)
         )
@@ -219,8 +222,13 @@ class RolloutWriter:
         if kept is None:
             return draft
         text = self._codec.decode_response(prompts[draft.prompt], draft.prompt_ids, ids[:kept])
-        written = draft.written
-        cut = Sample(written.token_ids[:kept], written.logprobs[:kept], "stop", text)
+        cut = replace(
+            draft.written,
+            token_ids=torch.tensor(ids[:kept]),
+            logprobs=draft.sampled_logprobs[:kept],
+            finish_reason="stop",
+            text=text,
+        )
         return replace(draft, written=cut, is_cut=True)
 
     def _degenerate(self, drafts: Sequence[Draft]) -> dict[str, int]:
@@ -353,7 +361,7 @@ def _do(work: Callable[[], T]) -> T:
 
 def _num_tokens(drafts: Sequence[Draft]) -> int:
     """Prompts and responses."""
-    return sum(len(d.prompt_ids) + len(d.written.token_ids) for d in drafts)
+    return sum(len(d.prompt_ids) + d.written.num_tokens for d in drafts)
 
 
 def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:

@@ -21,7 +21,7 @@ import torch
 from rrhf.data.chat_format import ChatCodec
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.local.engine import prompt_room
+from rrhf.generation.params import prompt_room
 from rrhf.models.loading import LoadOptions, context_window, load_causal_lm, load_tokenizer
 from rrhf.records import CandidateSet
 from rrhf.scoring.scorer import Scorer

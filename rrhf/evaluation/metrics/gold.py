@@ -9,11 +9,16 @@ over-optimisation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rrhf.evaluation.bootstrap import Measure
+from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
 from rrhf.worlds import World, gold_of
+
+if TYPE_CHECKING:
+    from rrhf.evaluation.draft import Draft
 
 HARMFUL = "harmful"
 REFUSED = "refused"
@@ -52,3 +57,25 @@ def part_measures(world: World, sets: Sequence[CandidateSet]) -> dict[str, Measu
             share = sum(bool(parts[REFUSED]) for parts in found) / len(found)
             shares.setdefault(kind, {})[s.id] = share
     return {name: Measure(values) for name, values in sorted(shares.items())}
+
+
+def measure(draft: Draft) -> Mapping[str, Measure]:
+    """`gold` of a row."""
+    return {"gold": gold_measure(draft.gold)}
+
+
+def measure_parts(draft: Draft) -> Mapping[str, Measure]:
+    """The parts of a row's gold."""
+    assert draft.shared.gold is not None
+    return part_measures(draft.shared.gold, draft.sets)
+
+
+GOLD = Metric({"gold": Column("gold", better="↑")}, measure, needs=("gold",))
+PARTS = Metric(
+    {
+        "refused_harmful": Column("refused harmful", better="↑", shown=False),
+        "refused_benign": Column("refused benign", better="↓", shown=False),
+    },
+    measure_parts,
+    needs=("gold",),
+)

@@ -7,12 +7,17 @@ counts half.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rrhf.evaluation.bootstrap import Measure
-from rrhf.evaluation.likelihoods import LikelihoodReader, Row
+from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.records import CandidateSet
+
+if TYPE_CHECKING:
+    from rrhf.evaluation.draft import Draft
+    from rrhf.evaluation.likelihoods import LikelihoodReader, Row
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,24 @@ def ranking_accuracy(reader: LikelihoodReader, pairs: Sequence[CandidateSet]) ->
         Measure({owner: sum(v) / len(v) for owner, v in tied.items()}),
         dropped,
     )
+
+
+def measure(draft: Draft) -> Mapping[str, Measure]:
+    """Of the policy, on the pairs that all rows share."""
+    assert draft.policy is not None
+    draft.cost.count_passes("policy_likelihood", 2 * len(draft.shared.pairs))
+    found = ranking_accuracy(draft.policy, draft.shared.pairs)
+    draft.counts["pairs_that_do_not_fit"] = found.dropped
+    return {"pi_accuracy": found.accuracy, "pi_tie": found.tie}
+
+
+PI_ACCURACY = Metric(
+    {
+        "pi_accuracy": Column("p_i accuracy", better="↑", gain=False),
+        "pi_tie": Column("p_i tie", shown=False),
+    },
+    measure,
+    needs=("policy", "pairs"),
+    of="policy",
+    phase="likelihoods",
+)

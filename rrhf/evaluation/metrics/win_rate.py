@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rrhf.evaluation.bootstrap import Measure
+from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.metrics.spec import Column, Metric
+
+if TYPE_CHECKING:
+    from rrhf.evaluation.draft import Draft
 
 # Scores of one text differ by rounding when its batch mates do.
 TIE_MARGIN = 1e-5
@@ -57,3 +62,31 @@ def win_rate(
         wins[prompt_id] = (won + tied / 2) / len(differences)
         ties[prompt_id] = tied / len(differences)
     return WinRate(Measure(wins), Measure(ties), len(scores) - len(wins))
+
+
+def measure(draft: Draft) -> Mapping[str, Measure]:
+    """Against the baseline, by reward and by gold, as far as both sides have them."""
+    baseline = draft.shared.baseline
+    assert baseline is not None
+    measures: dict[str, Measure] = {}
+    for kind, ours, theirs in (
+        ("reward", {s.id: list(s.scores) for s in draft.sets}, baseline.rewards),
+        ("gold", draft.gold, baseline.gold),
+    ):
+        if ours and theirs:
+            won = win_rate(ours, theirs)
+            measures |= {f"win_{kind}": won.win, f"tie_{kind}": won.tie}
+            draft.counts[f"prompts_without_{kind}_comparison"] = won.skipped
+    return measures
+
+
+WIN_RATE = Metric(
+    {
+        "win_reward": Column("win (reward)", better="↑"),
+        "tie_reward": Column("tie (reward)", gain=False),
+        "win_gold": Column("win (gold)", better="↑"),
+        "tie_gold": Column("tie (gold)", gain=False),
+    },
+    measure,
+    needs=("baseline", "judge"),
+)

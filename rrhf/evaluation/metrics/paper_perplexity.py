@@ -1,80 +1,28 @@
-"""Three quantities that are all called perplexity, each under its own name.
+"""The RRHF paper's perplexity of bare texts under a model of its own.
 
-- `ppl_reference`: the policy's responses under the reference policy, given the prompt:
-  exp(nats / tokens) over all responses. How natural its responses still are.
-- `ppl_human`: held-out human responses under the policy, given the prompt, likewise. How
-  much of the language the policy has kept.
-- `ppl_paper`: the RRHF paper's column (section 4, and its authors' word on their script): the
-  response alone, line breaks as blanks, stripped, after BOS, under another model (gpt2-medium),
-  cut after some tokens (most likely 19), 2 ** (mean of *nats*) for each text, mean
-  over texts. `ppl_paper_e` is the same with e instead of 2, as a perplexity should have it.
-
-They are not comparable with each other. In the first two a response is its text as the codec
-encodes it, so that sampled and written responses are read alike; its EOS is a token like the
-others, and a response without any token counts nowhere.
+`ppl_paper` is the paper's column (section 4, and its authors' word on their script): the
+response alone, line breaks as blanks, stripped, after BOS, under another model (gpt2-medium),
+cut after some tokens (most likely 19), 2 ** (mean of *nats*) for each text, mean
+over texts. `ppl_paper_e` is the same with e instead of 2, as a perplexity should have it. Neither
+is comparable with the perplexities of `rrhf.evaluation.metrics.perplexity`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rrhf.errors import UserError
-from rrhf.evaluation.bootstrap import Measure
-from rrhf.evaluation.likelihoods import LikelihoodReader, Row, RowKey, read_logprobs
-from rrhf.records import Candidate, CandidateSet
+from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.metrics.spec import Column, Metric
+from rrhf.records import CandidateSet
+
+if TYPE_CHECKING:
+    from rrhf.evaluation.draft import Draft
+    from rrhf.evaluation.likelihoods import Row
 
 logger = logging.getLogger(__name__)
-
-
-def perplexity_measure(
-    prompt_ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]
-) -> Measure:
-    """exp(total nats / total tokens), gathered by prompt.
-
-    Args:
-        prompt_ids: the prompt of each response.
-        nats: [N] minus the log-prob of each response.
-        tokens: [N] how many tokens that sum has.
-    """
-    total_nats: dict[str, float] = defaultdict(float)
-    total_tokens: dict[str, float] = defaultdict(float)
-    for prompt_id, more, count in zip(prompt_ids, nats, tokens, strict=True):
-        total_nats[prompt_id] += more
-        total_tokens[prompt_id] += count
-    return Measure(dict(total_nats), dict(total_tokens), "exp")
-
-
-def response_perplexity(
-    reader: LikelihoodReader,
-    sets: Sequence[CandidateSet],
-    known: dict[RowKey, Tensor] | None = None,
-) -> tuple[Measure, int]:
-    """Perplexity of every candidate under a model, given its prompt.
-
-    Args:
-        reader: the model.
-        sets: prompts with candidates.
-        known: what was read from these weights before, as `LikelihoodReader.read` keeps it.
-
-    Returns:
-        The measure, and how many candidates did not fit into the model's window.
-    """
-    pairs: list[tuple[CandidateSet, Candidate]] = [(s, c) for s in sets for c in s.candidates]
-    encoded = [(s.id, reader.encode(s, candidate)) for s, candidate in pairs]
-    rows: list[Row] = [row for _, row in encoded if row is not None]
-    logprobs = reader.read(rows, known=known)
-    measure = perplexity_measure(
-        [prompt_id for prompt_id, row in encoded if row is not None],
-        [-float(values.double().sum()) for values in logprobs],
-        [len(values) for values in logprobs],
-    )
-    return measure, len(encoded) - len(rows)
 
 
 class PaperPerplexity:
@@ -123,6 +71,8 @@ class PaperPerplexity:
                 cleaned, add_special_tokens=False, split_special_tokens=True
             ).input_ids
             rows.append(([self._bos], ids[:limit]))
+        from rrhf.evaluation.likelihoods import read_logprobs  # flags are read without torch
+
         read = read_logprobs(self.model, rows, self._bos, engine=self.engine)
         return [-float(values.double().mean()) if len(values) else None for values in read]
 
@@ -141,6 +91,8 @@ class PaperPerplexity:
 
 def paper_measures(mean_nats: Mapping[str, Sequence[float]]) -> dict[str, Measure]:
     """Perplexities with base 2 and base e, from the mean nats of each prompt's texts."""
+    import numpy as np  # flags are read without it
+
     two = {i: float(np.mean(np.exp2(np.asarray(v)))) for i, v in mean_nats.items()}
     e = {i: float(np.mean(np.exp(np.asarray(v)))) for i, v in mean_nats.items()}
     return {"ppl_paper": Measure(two), "ppl_paper_e": Measure(e)}
@@ -149,3 +101,20 @@ def paper_measures(mean_nats: Mapping[str, Sequence[float]]) -> dict[str, Measur
 def clean_for_paper(text: str) -> str:
     """Line breaks as blanks, ends stripped."""
     return text.replace("\n", " ").strip()
+
+
+def measure(draft: Draft) -> Mapping[str, Measure]:
+    """Both bases, of a row's responses."""
+    assert draft.shared.paper is not None
+    return draft.shared.paper.measures(draft.sets)
+
+
+PPL_PAPER = Metric(
+    {
+        "ppl_paper": Column("ppl_paper", better="↓", gain=False),
+        "ppl_paper_e": Column("ppl_paper_e", better="↓", shown=False),
+    },
+    measure,
+    needs=("paper",),
+    phase="likelihoods",
+)

@@ -13,18 +13,18 @@ longer the expectation: results say so in a note.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
+from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.metrics.spec import Column, Metric
+from rrhf.generation.params import SamplingParams
 
-from rrhf.evaluation.bootstrap import Measure
-from rrhf.generation.engine import SamplingParams
-from rrhf.model_paths import model_folder
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rrhf.evaluation.draft import Draft
+    from rrhf.evaluation.likelihoods import Row
 
 
 def sequence_log_ratio(logprobs: Tensor, reference_logprobs: Tensor) -> float:
@@ -89,56 +89,45 @@ def expectation_note(params: SamplingParams) -> str | None:
     return None
 
 
-def weight_distance(model: Any, reference: Any) -> float | None:
-    """How far training moved the weights: |w - w_ref| / |w_ref|, L2 over all of them.
-
-    For models in float32: rounded to bfloat16, most of what training moves is lost or exaggerated.
-
-    Returns:
-        None where the two have different weights (other names or shapes).
-    """
-    return _distance(dict(model.named_parameters()), dict(reference.named_parameters()))
-
-
-def stored_weight_distance(folder: str | Path, reference: str | Path) -> float | None:
-    """`weight_distance` of two model folders, reading the stored weights one at a time.
-
-    Returns:
-        As `weight_distance`; None also where one of the two is no folder with safetensors.
-    """
-    with ExitStack() as opened:
-        return _distance(_StoredWeights(folder, opened), _StoredWeights(reference, opened))
-
-
-class _StoredWeights(Mapping[str, Tensor]):
-    """The tensors of a model folder by name, read when asked for."""
-
-    def __init__(self, folder: str | Path, opened: ExitStack) -> None:
-        self._files = {}
-        for path in sorted(Path(model_folder(folder)).glob("model*.safetensors")):
-            file = opened.enter_context(safe_open(path, framework="pt"))
-            self._files.update(dict.fromkeys(file.keys(), file))
-
-    def __getitem__(self, name: str) -> Tensor:
-        found: Tensor = self._files[name].get_tensor(name)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def measure(draft: Draft) -> Mapping[str, Measure]:
+    """Both estimates on the sampled tokens, or a note why they cannot be computed."""
+    reference, policy, params = draft.shared.reference, draft.policy, draft.params
+    assert reference is not None and policy is not None and params is not None
+    if not reference.has_vocabulary_of(policy.codec):
+        draft.notes.append("no kl: policy and reference have different vocabularies")
+        return {}
+    written = [draft.tokens_of(samples) for samples in draft.samples]
+    rows: list[Row] = [row for samples in written for row, _ in samples]
+    if not all(reference.fits(row) for row in rows):
+        draft.notes.append("no kl: responses do not fit into the reference's window")
+        return {}
+    known = draft.reference_logprobs if params.temperature == 1.0 else {}
+    read = iter(reference.read(rows, params.temperature, known))
+    draft.cost.count_passes("reference", len(known))
+    note = expectation_note(params)
+    draft.notes += [note] if note else []
+    return divergence_measures(
+        [s.id for s in draft.shared.prompts],
+        [[logprobs for _, logprobs in samples] for samples in written],
+        [[next(read) for _ in samples] for samples in written],
+    )
 
 
-def _distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float | None:
-    if ours.keys() != theirs.keys():
-        return None
-    moved = total = 0.0
-    for name in ours:
-        weight, start = ours[name].detach(), theirs[name].detach()
-        if start.shape != weight.shape:
-            return None
-        start = start.to(weight.device).float()
-        moved += float((weight.float() - start).square().sum(dtype=torch.float64))
-        total += float(start.square().sum(dtype=torch.float64))
-    return math.sqrt(moved / total) if total else None
+KL = Metric(
+    {"kl": Column("KL nats"), "kl_k3": Column("KL (k3)", shown=False)},
+    measure,
+    needs=("reference", "policy", "samples"),
+    of="samples",
+    phase="likelihoods",
+)
+
+
+def measure_bound(draft: Draft) -> Mapping[str, float]:
+    """`kl_bound` where the best of several is kept."""
+    if draft.best_of == 1:
+        return {}
+    draft.notes.append("the KL of best-of-N is a bound, from the policy that was sampled")
+    return {"kl_bound": best_of_n_bound(draft.best_of)}
+
+
+KL_BOUND = Metric({}, measure_bound, of="samples")

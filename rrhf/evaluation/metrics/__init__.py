@@ -1,0 +1,49 @@
+"""Metrics of `rrhf evaluate`, a file each, or one for those that are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rrhf.errors import UserError
+from rrhf.evaluation.metrics.spec import Metric
+from rrhf.registry import Registry
+
+_HERE = "rrhf.evaluation.metrics"
+
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    Metric,
+    {
+        "reward": f"{_HERE}.reward:REWARD",
+        "gold": f"{_HERE}.gold:GOLD",
+        "win_rate": f"{_HERE}.win_rate:WIN_RATE",
+        "pi_accuracy": f"{_HERE}.pi_accuracy:PI_ACCURACY",
+        "kl": f"{_HERE}.kl:KL",
+        "kl_bound": f"{_HERE}.kl:KL_BOUND",
+        "ppl_reference": f"{_HERE}.perplexity:PPL_REFERENCE",
+        "ppl_human": f"{_HERE}.perplexity:PPL_HUMAN",
+        "ppl_paper": f"{_HERE}.paper_perplexity:PPL_PAPER",
+        "length": f"{_HERE}.texts:LENGTH",
+        "words": f"{_HERE}.texts:WORDS",
+        "distinct": f"{_HERE}.distinct:DISTINCT",
+        "without_eos": f"{_HERE}.texts:WITHOUT_EOS",
+        "empty": f"{_HERE}.texts:EMPTY",
+        "parts": f"{_HERE}.gold:PARTS",
+    },
+)
+"""In the order in which their columns stand in a table."""
+
+
+def chosen_metrics(names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics of these names or import paths, each once; all that are listed where none is.
+
+    Raises:
+        UserError: there is no such metric, or two have a column of one name.
+    """
+    metrics = {name: METRICS[name] for name in names or METRICS}
+    owners: dict[str, str] = {}
+    for name, metric in metrics.items():
+        for column in metric.columns:
+            if (owner := owners.setdefault(column, name)) != name:
+                raise UserError(f"metrics {owner} and {name}: both have a column {column!r}")
+    return metrics

@@ -1,0 +1,45 @@
+"""How varied the responses are.
+
+distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams of words over all n-grams, taken
+over all responses together. It falls with the amount of text, so it compares only rows with as many
+responses of similar length. Resampling would count every doubled prompt as repetition, so it has no
+interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rrhf.evaluation.metrics.spec import Column, Metric
+
+if TYPE_CHECKING:
+    from rrhf.evaluation.draft import Draft
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float | None:
+    """Different n-grams of blank-separated words, as a share of all; None where there are none."""
+    assert n >= 1, "an n-gram has at least one word"
+    seen: set[tuple[str, ...]] = set()
+    total = 0
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        seen.update(grams)
+        total += len(grams)
+    return len(seen) / total if total else None
+
+
+def measure(draft: Draft) -> Mapping[str, float | None]:
+    """Of one and of two words."""
+    texts = [candidate.response for s in draft.sets for candidate in s.candidates]
+    return {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
+
+
+DISTINCT = Metric(
+    {
+        "distinct_1": Column("distinct-1", 3, shown=False),
+        "distinct_2": Column("distinct-2", 3, gain=False),
+    },
+    measure,
+)

@@ -1,0 +1,87 @@
+"""What all rows of an evaluation share, and what it says about how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rrhf.evaluation.likelihoods import LikelihoodReader
+from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
+from rrhf.records import CandidateSet
+from rrhf.scoring.scorer import Scorer
+from rrhf.worlds import World
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Responses that win rates are measured against.
+
+    Attributes:
+        name: what results call it.
+        rewards: prompt id -> scores by the evaluation's scorer.
+        gold: prompt id -> gold utilities.
+    """
+
+    name: str
+    rewards: dict[str, list[float | None]]
+    gold: dict[str, list[float | None]]
+
+
+@dataclass
+class Shared:
+    """What all rows of an evaluation share; None or empty where there is none.
+
+    Attributes:
+        prompts: the held-out prompts, without candidates.
+        scorer: gives the responses their scores.
+        gold: the world that knows how good a response is.
+        reference: the reference policy.
+        human: sets whose candidates are all human references.
+        pairs: sets of two candidates, the better one first.
+        paper: the model of `ppl_paper`.
+        baseline: what win rates are against.
+    """
+
+    prompts: list[CandidateSet]
+    scorer: Scorer | None = None
+    gold: World | None = None
+    reference: LikelihoodReader | None = None
+    human: list[CandidateSet] = field(default_factory=list)
+    pairs: list[CandidateSet] = field(default_factory=list)
+    paper: PaperPerplexity | None = None
+    baseline: Baseline | None = None
+
+    @property
+    def has(self) -> set[str]:
+        """The needs of metrics that are met for every row."""
+        there = {name for name, value in vars(self).items() if value is not None and value != []}
+        return there | {"judge"} if there & {"scorer", "gold"} else there
+
+    def describe(self, needs: Collection[str]) -> dict[str, Any]:
+        """What must agree between rows that are compared: the scorer, and what metrics need."""
+        reference, paper, baseline = self.reference, self.paper, self.baseline
+        needed = {
+            "baseline": ("baseline", baseline and baseline.name),
+            "reference": ("reference", reference and reference.name),
+            "paper": ("ppl_model", paper and f"{paper.name}:{paper.max_tokens}"),
+            "human": ("human", fingerprint(self.human) if self.human else None),
+            "pairs": ("pairs", fingerprint(self.pairs) if self.pairs else None),
+        }
+        return {
+            "scorer": self.scorer and self.scorer.name,
+            "scores_are_normalized": self.scorer and self.scorer.normalized,
+            **dict(described for need, described in needed.items() if need in needs),
+        }
+
+
+def fingerprint(sets: Sequence[CandidateSet]) -> str:
+    """16 hex digits that identify prompts and responses, whatever their order."""
+    digest = hashlib.sha256()
+    for s in sorted(sets, key=lambda s: s.id):
+        for text in (s.id, s.query, *(c.response for c in s.candidates)):
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "big") + data)
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
