@@ -220,7 +220,7 @@ def test_a_name_that_leads_nowhere_is_told(
     name = write(BREVITY + "\nLIMIT = 3\n\n\ndef rate(prompts, responses, messages):\n    ...\n")
     call = ["score", str(data), str(data.with_name("out.jsonl")), "--scorer"]
     assert "has no scorer 'Length'" in refusal(capsys, *call, f"{name}:Length")
-    assert "is of type int; a scorer is a rrhf" in refusal(capsys, *call, f"{name}:LIMIT")
+    assert "is of type int; every scorer is a rrhf" in refusal(capsys, *call, f"{name}:LIMIT")
     assert f"named as function:{name}:rate" in refusal(capsys, *call, f"{name}:rate")
     assert "'no_such_module' cannot be imported" in refusal(capsys, *call, "no_such_module:A")
 
