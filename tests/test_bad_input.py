@@ -177,8 +177,7 @@ WRITERS = {
     "evaluate --responses": "evaluate --responses DATA --prompts DATA --output_dir OUT",
     "compare": "compare ROWS --output OUT.jsonl",
     "demo": "demo --output_dir OUT",
-    "study methods": "study methods --output_dir OUT",
-    "study hh-reward": "study hh-reward --data_path DATA --output_dir OUT --trunks MODEL",
+    "compare --world": "compare --world help_desk --output_dir OUT",
 }
 
 
@@ -348,8 +347,6 @@ def bad_places(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         for command in WRITERS
         for value, changes in BAD_VALUES.items()
         if set(changes) & set(WRITERS[command].split())
-        # The study loads a trunk after the folds of its baselines, which are kept.
-        if (command, value) != ("study hh-reward", "a model that cannot be loaded")
     ],
 )
 def test_a_refused_command_leaves_nothing_behind(

@@ -39,7 +39,7 @@ COMMANDS: dict[str, type] = {
     "train iterative": IterativeConfig,
     "train ppo": PPOConfig,
 }
-FEW_FLAGS = ("demo", "fetch", "compare", "study methods", "study hh-reward")
+FEW_FLAGS = ("demo", "fetch", "compare", "compare --world help_desk")
 FEW_FLAGS += ("data convert", "data stats", "data validate")
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hh_baselines
+import hh_reward
 import pytest
 import torch
+from hh_reward import NGRAMS, SHORTER, HHRewardConfig, run
 from reward_cases import conversation, language_model_folder
 from trainer_cases import write_lines
 
-from rrhf.cli.main import run_command
 from rrhf.data.views import first_turn
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
-from rrhf.studies import hh_reward
-from rrhf.studies.hh_reward import NGRAMS, SHORTER, HHRewardConfig, run
 
 
 def pair(asked: str, chosen: str, rejected: str) -> CandidateSet:
@@ -42,20 +44,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_shorter_reply_is_counted_by_characters() -> None:
     found = [("a", "bb", 1.0), ("bb", "a", 0.0), ("ab", "cd", 0.5)]
     for chosen, rejected, verdict in found:
-        assert hh_reward.shorter_is_chosen(pair("why", chosen, rejected)) == verdict
+        assert hh_baselines.shorter_is_chosen(pair("why", chosen, rejected)) == verdict
 
 
 def test_features_are_square_roots_of_counts_of_words_and_pairs() -> None:
-    found = hh_reward.features("No, no no")
+    found = hh_baselines.features("No, no no")
     # words: no x3, "," x1; pairs: "no ,", ", no", "no no"
     assert sorted(found[found > 0].tolist()) == pytest.approx([1, 1, 1, 1, 3**0.5])
-    assert torch.equal(hh_reward.features("NO, no No"), found)
-    assert hh_reward.features("").sum() == 0
+    assert torch.equal(hh_baselines.features("NO, no No"), found)
+    assert hh_baselines.features("").sum() == 0
 
 
 def test_bradley_terry_finds_the_minimum() -> None:
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    weights = hh_reward.fit_bradley_terry(rows, 0.05).double()
+    weights = hh_baselines.fit_bradley_terry(rows, 0.05).double()
     # At the minimum: l2 * w = mean of sigmoid(-w x) x
     lead = rows.double() @ weights
     slope = (torch.sigmoid(-lead)[:, None] * rows.double()).mean(0)
@@ -143,14 +145,20 @@ def test_pairs_that_do_not_fit_are_ties() -> None:
     assert leads == [2.0, 0.0, -1.0]
 
 
-def test_the_command(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = str(tmp_path / "out")
-    words = ["study", "hh-reward", "--data_path", data, "--output_dir", out, "--num_folds", "2"]
-    assert run_command(words) == 0
-    assert "results.json" in capsys.readouterr().out
-    for wrong in (["study"], ["study", "hh-rewards"]):
-        with pytest.raises(UserError, match="hh-reward"):
-            run_command(wrong)
+def test_the_command(data: str, tmp_path: Path) -> None:
+    script = str(Path(hh_reward.__file__))
+    words = ["--data_path", data, "--output_dir", str(tmp_path / "out"), "--num_folds", "2"]
+
+    def called(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, script, *words, *more], capture_output=True, text=True, timeout=300
+        )
+
+    done = called()
+    assert done.returncode == 0 and done.stdout == f"Results: {tmp_path}/out/results.json\n"
+    refused = called("--trunks", str(tmp_path / "nowhere"))
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
+    assert "nowhere" in refused.stderr
 
 
 @pytest.mark.parametrize("changes", [{"num_folds": 1}, {"trunks": ["a/x", "b/x"]}])

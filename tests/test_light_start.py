@@ -53,8 +53,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "evaluate": ["--output_dir=o", "--prompts=p", "--model_name_or_path=m"],
     "compare": ["rows"],
-    "study hh-reward": ["--data_path=d", "--output_dir=o"],
-    "study methods": [],
+    "compare --world=help_desk": [],
     "data convert": ["d", "o"],
     "data stats": ["d"],
     "data validate": ["d"],
@@ -74,8 +73,7 @@ BAD_VALUES = {
     "train ppo": "--kl_estimator=k9",
     "evaluate": "--confidence=7",
     "compare": "--width=wide",
-    "study hh-reward": "--num_folds=1",
-    "study methods": "--methods=dpo",
+    "compare --world=help_desk": "--methods=dpo",
     "data convert": "--to=nothing",
     "data stats": "--seed=x",
     "data validate": "--split",
@@ -96,7 +94,7 @@ def answers(cases: list[list[str]]) -> list[tuple[int | str, str, str]]:
 
 def test_every_help_page_is_shown_without_a_heavy_import():
     cases = [[*command.split(), "--help"] for command in COMMANDS]
-    cases += [["--help"], ["train", "--help"], ["data", "--help"], ["study", "--help"]]
+    cases += [["--help"], ["train", "--help"], ["data", "--help"]]
     for words, (code, out, err) in zip(cases, answers(cases), strict=True):
         assert code == 0 and out.startswith("usage: ") and not err, (words, code, err)
 
@@ -179,11 +177,10 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
         "train reward": {"model_name_or_path": p.model, "data_path": p.data, "output_dir": p.new},
         "train rank": {"model_name_or_path": p.model, "data_path": p.data, "output_dir": p.new},
         "evaluate": {"model_name_or_path": p.model, "prompts": p.data, "output_dir": p.new},
-        "study hh-reward": {"data_path": p.data, "output_dir": p.new, "trunks": p.model},
         "compare": {"rows": p.run, "output": p.new},
         "response-gen": {"model_name_or_path": p.model, "output_dir": p.new, "prompts": p.data},
         "demo": {"output_dir": p.new},
-        "study methods": {"output_dir": p.new},
+        "compare --world=help_desk": {"output_dir": p.new},
     }
     for stage in ("train iterative", "train ppo"):
         good[stage] = {"model_name_or_path": p.model, "output_dir": p.new}
@@ -242,7 +239,7 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
     wrong("train ppo", "max_steps", "0", "--max_steps 0")
     wrong("evaluate", "baseline", p.missing)
     wrong("evaluate", "gold", "moon", "unknown world 'moon'")
-    wrong("study methods", "world", "moon", "unknown world 'moon'")
+    cases.append((["compare", "--world=moon"], "unknown world 'moon'"))
     wrong("evaluate", "reference_model_name_or_path", p.missing)
     return cases
 

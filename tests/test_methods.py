@@ -99,7 +99,6 @@ def test_mistakes_cost_nothing(
 ) -> None:
     target = ["--output_dir", str(tmp_path / "x")]
     assert main(["compare", "--world", "help_desk", *target, *words]) == 2
-    assert main(["study", "methods", *target, *words]) == 2
     assert words[0] in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -115,10 +114,9 @@ def test_pictures_without_matplotlib_are_refused_before_anything_is_trained(
     trained: list[object] = []
     monkeypatch.setattr(methods, "run_seeds", lambda *what: trained.append(what))
     target = ["--output_dir", str(tmp_path / "x")]
-    for call in (["compare", "--world", "help_desk"], ["study", "methods"]):
-        assert main([*call, *target]) == 2
-        told = capsys.readouterr().err
-        assert "matplotlib is not installed; install rrhf[report]" in told
+    assert main(["compare", "--world", "help_desk", *target]) == 2
+    told = capsys.readouterr().err
+    assert "matplotlib is not installed; install rrhf[report]" in told
     assert not trained and not (tmp_path / "x").exists()
     assert not MethodsConfig(methods=["best-of-n-sft"]).draws_pictures  # without a curve
 
@@ -139,7 +137,7 @@ def test_the_whole_comparison_small(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert gold[key] > gold["sft"] + 0.05, gold
     assert all(len(points) >= 5 for points in numbers["curves"].values())
     capsys.readouterr()
-    assert main(["study", "methods", *words, "--into", str(tmp_path / "paper")]) == 0
+    assert main(["compare", "--world", "help_desk", *words, "--into", str(tmp_path / "paper")]) == 0
     assert capsys.readouterr().out.count("done before") == 5 + 13 + 2
     again = (tmp_path / "paper" / "methods.md").read_text()
     assert again == page

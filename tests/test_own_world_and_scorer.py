@@ -332,7 +332,7 @@ def test_a_study_says_what_a_world_lacks(
     )
     assert "--methods ppo: the recipe of the world hamlet has no settings for ppo" in said
     assert "choose one of help_desk, or name" in refusal(
-        capsys, "study", "methods", "--world", "moon", *words
+        capsys, "compare", "--world", "moon", *words
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
+from hh_reward import HHRewardConfig
 
 import rrhf
 from rrhf.cli.main import main
@@ -19,7 +20,7 @@ from rrhf.generation.config import GenerateConfig
 from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
-from rrhf.studies.config import DemoConfig, HHRewardConfig, MethodsConfig
+from rrhf.studies.config import DemoConfig, MethodsConfig
 from rrhf.training.methods.objectives.dpo import DPOSettings
 from rrhf.training.methods.objectives.raft import RAFTSettings
 from rrhf.training.methods.objectives.rrhf import RRHFSettings

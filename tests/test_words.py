@@ -21,6 +21,7 @@ from rrhf.cli.main import main
 from rrhf.cli.train import STAGES
 from rrhf.errors import UserError
 from rrhf.report.config import CompareConfig
+from rrhf.studies.config import MethodsConfig
 from rrhf.training.methods.rank_config import RankConfig
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_config import PPOConfig
@@ -315,9 +316,10 @@ def require_command(line: list[str]) -> None:
         meant = words.stage_meant(line[1], tuple(STAGES))
         assert meant is not None, line
         command = f"train {meant[0]}"
+    flags = flags_of(MethodsConfig) if "--world" in line else FLAGS.get(command, {})
     for word in line:
         if word.startswith("--"):
-            assert word.removeprefix("--") in FLAGS[command], line
+            assert word.removeprefix("--") in flags, line
 
 
 SENTENCES = [*elsewhere.STAGES.items(), *elsewhere.COMMANDS.items()]

@@ -6,34 +6,32 @@ first, by training every method (`rrhf.studies.methods`).
 
 from __future__ import annotations
 
-import logging
-
 from rrhf.cli.places import read_settings
-from rrhf.cli.terminal import print_once
+from rrhf.cli.terminal import print_once, show_progress_alone
 from rrhf.errors import EXIT_DONE
+
+PROG = "rrhf compare"
 
 
 def main(argv: list[str]) -> int:
     if any(word.partition("=")[0] == "--world" for word in argv):
-        return compare_methods(argv, "rrhf compare")
+        return compare_methods(argv)
     from rrhf.report.config import CompareConfig
 
-    config = read_settings(CompareConfig, argv, "rrhf compare")
+    config = read_settings(CompareConfig, argv, PROG)
     from rrhf.report.compare import compare
 
     print_once(compare(config).text)
     return EXIT_DONE
 
 
-def compare_methods(argv: list[str], prog: str) -> int:
-    """Train and compare the methods themselves."""
+def compare_methods(argv: list[str]) -> int:
+    """Train the methods on a world, then compare them."""
     from rrhf.studies.config import MethodsConfig
 
-    config = read_settings(MethodsConfig, argv, prog)
+    config = read_settings(MethodsConfig, argv, PROG)
     from rrhf.studies.methods import run
 
-    # As in the demonstration, the study has its own lines.
-    logging.getLogger("rrhf").setLevel(logging.WARNING)
-    logging.getLogger("rrhf.progress").setLevel(logging.INFO)
+    show_progress_alone()
     print_once(run(config, say=print_once).read_text())
     return EXIT_DONE

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-
 from rrhf.cli.places import read_settings
-from rrhf.cli.terminal import print_once
+from rrhf.cli.terminal import print_once, show_progress_alone
 from rrhf.errors import EXIT_DONE
 
 
@@ -15,8 +13,6 @@ def main(argv: list[str]) -> int:
     config = read_settings(DemoConfig, argv, "rrhf demo")
     from rrhf.studies.demo import run_demo
 
-    # The story has its own lines; what each stage counts stands in its manifest.
-    logging.getLogger("rrhf").setLevel(logging.WARNING)
-    logging.getLogger("rrhf.progress").setLevel(logging.INFO)
+    show_progress_alone()
     run_demo(config, say=print_once)
     return EXIT_DONE

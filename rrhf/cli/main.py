@@ -1,4 +1,4 @@
-"""The `rrhf` command: finds the command that was named, runs it, turns its end into an exit code.
+"""The `rrhf` command: finds the command that was named, runs it, and returns its exit code.
 
 Commands are imported only when they are called, so that `rrhf --help` answers at once. Exit codes:
 0 done, 2 a mistake that the user can fix (one message, no traceback), 75 or 130 stopped by a
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import rrhf
@@ -39,7 +39,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("rrhf.cli.train", "train a model: sft, reward, rank, iterative, ppo"),
     "evaluate": ("rrhf.cli.evaluate", "measure a policy on held-out prompts"),
     "compare": ("rrhf.cli.compare", "put evaluated runs into one table"),
-    "study": ("rrhf.cli.study", "run a study that the documentation reports"),
     "data": ("rrhf.cli.data", "check, convert or measure data: validate, convert, stats"),
 }
 
@@ -108,37 +107,36 @@ def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and say how it ended; returns the exit code."""
+    return exit_code_of(lambda: run_command(sys.argv[1:] if argv is None else argv))
+
+
+def exit_code_of(command: Callable[[], int]) -> int:
+    """Call a command; what it raises becomes one message and an exit code."""
     configure_logging()
     try:
         with sigterm_interrupts():
-            return _told_end(argv)
+            return _called(command)
     except Interrupted:
         print(
-            "stopped: SIGTERM came; what was finished stands, the rest is made by the same command",
+            "stopped: SIGTERM came; finished work is kept, and the same command makes the rest",
             file=sys.stderr,
         )
         return EXIT_STOPPED_BY_SIGTERM
 
 
-def _told_end(argv: Sequence[str] | None) -> int:
+def _called(command: Callable[[], int]) -> int:
     try:
         try:
-            return run_command(sys.argv[1:] if argv is None else argv)
+            return command()
         finally:
             tell_repeats()
             sys.stdout.flush()  # --help ends by SystemExit; at the interpreter's end it is too late
-    except UserError as error:
+    except (UserError, NonFiniteError, LostRank) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAULT
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT
     except StoppedBySignal as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
-    except LostRank as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAULT
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAULT
@@ -148,7 +146,7 @@ def _told_end(argv: Sequence[str] | None) -> int:
 
 
 def run() -> NoReturn:
-    """The console command: `main` as all that a process is for."""
+    """The console command: run `main`, then end the process."""
     run_process(main)
 
 

@@ -82,6 +82,13 @@ def configure_logging() -> None:
         warnings.filterwarnings("ignore", module=_LIBRARIES)
 
 
+def show_progress_alone() -> None:
+    """For a study, which prints lines of its own: what its stages say stays out, but for warnings
+    and progress."""
+    logging.getLogger("rrhf").setLevel(logging.WARNING)
+    logging.getLogger(_PROGRESS).setLevel(logging.INFO)
+
+
 def tell_repeats() -> None:
     """At the end of a command: which warnings came more than once."""
     for handler in logging.getLogger().handlers:

@@ -11,8 +11,8 @@ from rrhf.seals import EditedFiles
 
 @dataclass
 class CompareConfig(EditedFiles):
-    """Put evaluated rows into one table. With --world NAME it trains and compares the methods
-    themselves: see `rrhf study methods --help`."""
+    """Put evaluated rows into one table. With --world NAME it first trains every method on that
+    world: see `rrhf compare --world help_desk --help`."""
 
     rows: list[str] = field(metadata={"names": "row", "positional": True})
     """Files that `rrhf evaluate` wrote, or folders with such files, in the order of the table."""

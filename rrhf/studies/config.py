@@ -1,25 +1,14 @@
-"""The settings of `rrhf demo` and of the studies."""
+"""The settings of `rrhf demo` and of `rrhf compare --world`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from rrhf.errors import UserError
-from rrhf.ranges import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
-from rrhf.seals import EditedFiles
+from rrhf.ranges import COUNT, INDEX, check_ranges
 from rrhf.studies.method_table import METHODS
 from rrhf.worlds import DEFAULT, WORLDS
-
-_FOLD_RANGES = {
-    "num_folds": "[2, inf)",
-    "num_train_epochs": POSITIVE,
-    "per_device_train_batch_size": COUNT,
-    "learning_rate": NOT_NEGATIVE,
-    "model_max_length": "[2, inf)",
-    "seed": SEED,
-}
 
 
 @dataclass
@@ -83,44 +72,3 @@ class MethodsConfig:
     def draws_pictures(self) -> bool:
         """Whether some method has a curve, so that the report needs the extra `report`."""
         return any(METHODS[method].curve for method in self.methods or METHODS)
-
-
-@dataclass
-class HHRewardConfig(EditedFiles):
-    """Reward models against plain baselines on preference pairs, in folds by first human turn."""
-
-    data_path: str = field(metadata={"names": "data"})
-    """Preference pairs, such as HH's harmless-base .jsonl.gz."""
-
-    output_dir: str = field(metadata={"names": "output folder"})
-    """Folds, results.json and table.md go here; started again, finished folds are kept."""
-
-    trunks: list[str] = field(default_factory=list, metadata={"names": "model"})
-    """Folders of language models that reward models are made of; none = baselines alone."""
-
-    num_folds: int = 5
-    """Parts, each tested once by what was trained on the others."""
-
-    num_train_epochs: float = 1.0
-    """Passes of reward training."""
-
-    per_device_train_batch_size: int = 16
-    """Pairs in one forward."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate of reward training."""
-
-    model_max_length: int = 256
-    """Most tokens of prompt and reply; longer prompts lose turns, longer replies their end."""
-
-    chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "hh"
-    """How conversations are rendered for the reward models."""
-
-    seed: int = 0
-    """Decides folds, heads and order."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, _FOLD_RANGES)
-        names = [Path(trunk).name for trunk in self.trunks]
-        if len(set(names)) < len(names):
-            raise UserError(f"--trunks {' '.join(names)}: two folders have the same name")

@@ -54,7 +54,7 @@ def run_seeds(
                     pool.submit(_on_one_thread, run, seed, len(seeds), _say_line): seed
                     for seed in seeds
                 }
-            stop.raise_if_received("what was finished stands, the rest is made by the same command")
+            stop.raise_if_received("finished work is kept, and the same command makes the rest")
             while waiting:
                 # Not for ever: a signal that comes just before would be answered after it only.
                 ended, _ = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)

@@ -8,43 +8,51 @@ cannot read (it does not fit), and a tie, count one half. Intervals and differen
 over first human turns.
 
 Results stand in `results.json` and `table.md`; a fold that is done is not done again. Texts of the
-data are written to the folds' `train.jsonl` alone.
+data are written to the folds' `train.jsonl` alone. Called as `python paper/hh_reward.py --data_path
+PAIRS --output_dir OUT --trunks MODEL ...`; `--help` lists the settings.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import re
-import zlib
-from collections import Counter, defaultdict
+import sys
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from hh_baselines import (
+    choose_l2,
+    differences,
+    fit_bradley_terry,
+    shorter_is_chosen,
+    verdict,
+)
 
+from rrhf.cli.main import exit_code_of
+from rrhf.cli.places import read_settings
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
-from rrhf.errors import UserError
+from rrhf.errors import EXIT_DONE, UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
 from rrhf.files import COMPLETE, make_folder, read_manifest, write_json
 from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model
 from rrhf.progress import Progress
+from rrhf.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, check_ranges
 from rrhf.records import CandidateSet
 from rrhf.runs import SETTINGS_FILE, settings_file
-from rrhf.studies.config import HHRewardConfig
+from rrhf.seals import EditedFiles
 from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.reward import RewardConfig, train
 from rrhf.training.methods.reward_examples import PreferenceEncoder
@@ -53,9 +61,55 @@ logger = logging.getLogger(__name__)
 
 SHORTER = "shorter reply"
 NGRAMS = "n-gram Bradley-Terry"
-NUM_BUCKETS = 4096
-L2_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-_WORD = re.compile(r"\w+|[^\w\s]")
+RANGES = {
+    "num_folds": "[2, inf)",
+    "num_train_epochs": POSITIVE,
+    "per_device_train_batch_size": COUNT,
+    "learning_rate": NOT_NEGATIVE,
+    "model_max_length": "[2, inf)",
+    "seed": SEED,
+}
+
+
+@dataclass
+class HHRewardConfig(EditedFiles):
+    """Reward models against plain baselines on preference pairs, in folds by first human turn."""
+
+    data_path: str = field(metadata={"names": "data"})
+    """Preference pairs, such as HH's harmless-base .jsonl.gz."""
+
+    output_dir: str = field(metadata={"names": "output folder"})
+    """Folds, results.json and table.md go here; started again, finished folds are kept."""
+
+    trunks: list[str] = field(default_factory=list, metadata={"names": "model"})
+    """Folders of language models that reward models are made of; none = baselines alone."""
+
+    num_folds: int = 5
+    """Parts, each tested once by what was trained on the others."""
+
+    num_train_epochs: float = 1.0
+    """Passes of reward training."""
+
+    per_device_train_batch_size: int = 16
+    """Pairs in one forward."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of reward training."""
+
+    model_max_length: int = 256
+    """Most tokens of prompt and reply; longer prompts lose turns, longer replies their end."""
+
+    chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "hh"
+    """How conversations are rendered for the reward models."""
+
+    seed: int = 0
+    """Decides folds, heads and order."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
+        names = [Path(trunk).name for trunk in self.trunks]
+        if len(set(names)) < len(names):
+            raise UserError(f"--trunks {' '.join(names)}: two folders have the same name")
 
 
 def run(config: HHRewardConfig) -> Path:
@@ -205,77 +259,8 @@ def pair_leads(
     return leads
 
 
-# The plain baselines. They see the replies, not what was asked.
-
-
-def shorter_is_chosen(pair: CandidateSet) -> float:
-    """1 where the chosen reply has fewer characters, 0.5 where both have as many."""
-    chosen, rejected = (len(candidate.response) for candidate in pair.candidates)
-    return _verdict(rejected - chosen)
-
-
-def features(text: str) -> Tensor:
-    """[NUM_BUCKETS] square roots of the counts of hashed words and neighbouring pairs of words."""
-    words = _WORD.findall(text.lower())
-    grams = [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
-    counts = Counter(zlib.crc32(gram.encode("utf-8", "replace")) % NUM_BUCKETS for gram in grams)
-    found = torch.zeros(NUM_BUCKETS)
-    for bucket, count in counts.items():
-        found[bucket] = count**0.5
-    return found
-
-
-def differences(sets: Sequence[CandidateSet]) -> Tensor:
-    """[pairs, NUM_BUCKETS] features of the chosen reply minus those of the rejected one."""
-    rows = [features(s.candidates[0].response) - features(s.candidates[1].response) for s in sets]
-    return torch.stack(rows)
-
-
-def fit_bradley_terry(rows: Tensor, l2: float) -> Tensor:
-    """Weights w that minimise the mean of -log sigmoid(w x) plus l2 * |w|^2 / 2 (L-BFGS).
-
-    Args:
-        rows: [pairs, features] chosen minus rejected.
-        l2: strength of the penalty.
-
-    Returns:
-        [features].
-    """
-    weights = torch.zeros(rows.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=200, history_size=20, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -logsigmoid(rows @ weights).mean() + 0.5 * l2 * weights.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return weights.detach()
-
-
-def choose_l2(sets: Sequence[CandidateSet], seed: int) -> float:
-    """The penalty that does best on a fifth of the training pairs, split off by first turn; the
-    test fold is not looked at."""
-    parts = split_by_first_turn(sets, {"inner": 0.8, "choice": 0.2}, seed + 1)
-    inner, choice = differences(list(parts["inner"])), differences(list(parts["choice"]))
-    right = {
-        l2: float((choice @ fit_bradley_terry(inner, l2) > 0).float().mean()) for l2 in L2_GRID
-    }
-    return max(right, key=lambda l2: (right[l2], l2))
-
-
-# What came out.
-
-
-def _verdict(lead: float) -> float:
-    return 0.5 if lead == 0 else float(lead > 0)
-
-
 def _by_id(test: Sequence[CandidateSet], leads: Sequence[float]) -> dict[str, float]:
-    return {s.id: _verdict(lead) for s, lead in zip(test, leads, strict=True)}
+    return {s.id: verdict(lead) for s, lead in zip(test, leads, strict=True)}
 
 
 def _mean(values: dict[str, float]) -> float:
@@ -346,3 +331,13 @@ def _with_interval(found: dict[str, Any], form: str = ".3f") -> str:
         return "-"
     low, high = (format(found[end], form) for end in ("low", "high"))
     return f"{found['mean']:{form}} [{low}, {high}]"
+
+
+def main(argv: Sequence[str]) -> int:
+    """What the command line does; returns the exit code."""
+    print(f"Results: {run(read_settings(HHRewardConfig, argv, 'python paper/hh_reward.py'))}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(lambda: main(sys.argv[1:])))
