@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rrhf.data.collate import EncodedSet, collate, padded_groups
+from rrhf.data.collate import EncodedSet, TokenExperience, collate, padded_groups
 
 SETS = [
     EncodedSet([5, 6, 7], [[8, 9], [10]], scores=[0.5, -1.0]),
@@ -45,16 +45,19 @@ def test_a_batch_moves_whole() -> None:
     assert moved.prompt_ids.device.type == moved.row_weights.device.type == "meta"
 
 
-def test_token_extras_stand_beside_their_tokens() -> None:
+def stored(*advantages: float) -> TokenExperience:
+    return TokenExperience(-torch.tensor(advantages), torch.tensor(advantages))
+
+
+def test_experience_stands_next_to_its_tokens() -> None:
     sets = [
-        EncodedSet([5], [[8, 9, 7], [10]], token_extras={"advantages": [[0.5, 1.5, -1.0], [3.0]]}),
-        EncodedSet([5, 6], [[1, 2]], token_extras={"advantages": [torch.tensor([4.0, 0.25])]}),
+        EncodedSet([5], [[8, 9, 7], [10]], experience=[stored(0.5, 1.5, -1.0), stored(3.0)]),
+        EncodedSet([5, 6], [[1, 2]], experience=[stored(4.0, 0.25)]),
     ]
-    batch = collate(sets, pad_id=0).to("cpu")
-    assert batch.token_extras["advantages"].tolist() == [
-        [0.5, 1.5, -1.0],
-        [3.0, 0.0, 0.0],
-        [4.0, 0.25, 0.0],
-    ]
+    found = collate(sets, pad_id=0).to("cpu").experience
+    assert found is not None and found.old_values is None
+    assert found.advantages.tolist() == [[0.5, 1.5, -1.0], [3.0, 0.0, 0.0], [4.0, 0.25, 0.0]]
+    assert torch.equal(found.old_logprobs, -found.advantages)
+    assert collate([EncodedSet([5], [[8, 9]])], 0).experience is None
     with pytest.raises(AssertionError, match="for each response token"):
-        collate([EncodedSet([5], [[8, 9]], token_extras={"advantages": [[1.0]]})], 0)
+        collate([EncodedSet([5], [[8, 9]], experience=[stored(1.0)])], 0)

@@ -117,10 +117,16 @@ def built(**changes: Any) -> tuple[list[float], list[float]]:
     config = settings(Path("unused"), "unused", **SETTINGS | changes)
     sets = build_experience(rows(), config, BETA, RunningMeanStd()).sets
     advantages, returns = (
-        [float(x) for s in sets for x in s.token_extras[name][0]]
-        for name in ("advantages", "returns")
+        [x for s in sets for x in stored_of(s)[name]] for name in ("advantages", "returns")
     )
     return advantages, returns
+
+
+def stored_of(one: EncodedSet) -> dict[str, list[float]]:
+    """What is known of the tokens of its only response."""
+    assert one.experience is not None
+    (stored,) = one.experience
+    return {name: values.tolist() for name, values in stored.tensors().items()}
 
 
 def distance(one: list[float], other: list[float]) -> float:
@@ -193,18 +199,14 @@ def test_what_the_rollout_said_is_kept_token_by_token() -> None:
     config = settings(Path("unused"), "unused", **SETTINGS, kl_in="loss")
     sets = build_experience(rows(), config, BETA, RunningMeanStd()).sets
     for one, known in zip(sets, responses(), strict=True):
-        kept = {name: list(map(float, values[0])) for name, values in one.token_extras.items()}
+        kept = stored_of(one)
         assert kept["old_logprobs"] == pytest.approx(known.old)
         assert kept["old_values"] == pytest.approx(known.values)
         assert kept["reference_logprobs"] == pytest.approx(known.reference)
         wanted = [a + v for a, v in zip(kept["returns"], [0.0] * len(known.old), strict=True)]
         assert wanted != pytest.approx(known.values)
-    assert (
-        "reference_logprobs"
-        not in build_experience(rows(), settings(Path("unused"), "unused"), BETA)
-        .sets[0]
-        .token_extras
-    )
+    plain = build_experience(rows(), settings(Path("unused"), "unused"), BETA)
+    assert "reference_logprobs" not in stored_of(plain.sets[0])
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo", "gopo"])
@@ -215,7 +217,7 @@ def test_a_prompt_that_lost_all_its_responses_leaves_no_hole(method: str) -> Non
     for names in ((0, 1, 2), (0, 4, 9)):
         named = [replace(row, prompt=names[row.prompt], values=None) for row in rows()]
         sets = build_experience(named, config, BETA).sets
-        found.append([float(x) for s in sets for x in s.token_extras["advantages"][0]])
+        found.append([x for s in sets for x in stored_of(s)["advantages"]])
     assert found[0] == found[1]
     assert len(set(found[0])) > (1 if method == "gopo" else 3)  # ranks of two are -2 and 2
 
@@ -231,7 +233,7 @@ def test_reinforce_pp_is_the_discounted_reward_to_come(is_whitened: bool) -> Non
         normalize_advantage=is_whitened,
     )
     sets = build_experience([replace(row, values=None) for row in rows()], config, BETA).sets
-    found = [float(x) for s in sets for x in s.token_extras["advantages"][0]]
+    found = [x for s in sets for x in stored_of(s)["advantages"]]
     wanted = []
     for one in responses():
         r = [-BETA * (a - b) for a, b in zip(one.old, one.reference, strict=True)]

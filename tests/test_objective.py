@@ -12,7 +12,7 @@ import torch
 from ppo_cases import settings
 
 from rrhf.algorithms.kl import FixedKLController
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import EncodedSet, TokenBatch, TokenExperience, collate
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.online.objective import PPOObjective
 
@@ -58,11 +58,11 @@ def batch(rows: list[list[Token]] = ROWS, filler: bool = True) -> TokenBatch:
     }
 
     def one(row: list[Token]) -> EncodedSet:
-        extras: dict[str, Any] = {
-            name: [torch.tensor([getattr(token, field) for token in row])]
+        tensors = {
+            name: torch.tensor([getattr(token, field) for token in row])
             for name, field in names.items()
         }
-        return EncodedSet([5, 6], [[7] * len(row)], token_extras=extras)
+        return EncodedSet([5, 6], [[7] * len(row)], experience=[TokenExperience(**tensors)])
 
     sets = [one(row) for row in rows]
     return collate([*sets, replace(one(FILLER), weight=0.0)] if filler else sets, 2)

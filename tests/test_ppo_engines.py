@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rrhf.algorithms.kl import build_kl_controller
 from rrhf.algorithms.normalizers import RunningMeanStd
-from rrhf.data.collate import TokenBatch
+from rrhf.data.collate import TokenBatch, TokenExperience
 from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import LogprobOptions
 from rrhf.models.loading import disable_dropout, enable_checkpointing
@@ -80,7 +80,7 @@ def experience() -> TokenBatch:
     stored |= {name: numbers() * 0.2 - 4 for name in ("old_logprobs", "reference_logprobs")}
     weights = torch.ones(RAGGED.num_prompts)
     weights[1] = 0
-    return replace(RAGGED, prompt_weights=weights, token_extras=stored)
+    return replace(RAGGED, prompt_weights=weights, experience=TokenExperience(**stored))
 
 
 def step(actor: ActorCritic, config: ppo.PPOConfig) -> tuple[dict[str, float], Tensor]:

@@ -315,7 +315,7 @@ def outcome(made: PPOStream) -> dict[str, Any]:
 
 
 def advantages_of(batches: list[TokenBatch]) -> list[Any]:
-    return [batch.token_extras["advantages"].tolist() for batch in batches]
+    return [batch.experience.advantages.tolist() for batch in batches if batch.experience]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5, 6, 7, 8, 12])

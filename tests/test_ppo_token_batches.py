@@ -37,9 +37,7 @@ def stream(budget: TokenBudget | None = None, **changes: Any) -> PPOStream:
     made = PPOStream(
         [nothing] * 6, nothing, config, nothing, nothing, StepCut(0, *sizes, budget=budget)
     )
-    rows = [
-        EncodedSet([p] * (8 + p), [[p, k]], token_extras={}) for p in range(6) for k in range(4)
-    ]
+    rows = [EncodedSet([p] * (8 + p), [[p, k]]) for p in range(6) for k in range(4)]
     made._number, made._place = 0, 0
     made._take(rows)
     return made

@@ -13,11 +13,11 @@ from torch import Tensor
 from trainer_cases import metrics_of, same_weights
 
 from rrhf.algorithms.kl import FixedKLController
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import EncodedSet, TokenBatch, TokenExperience, collate
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.online import ppo
 from rrhf.training.online.objective import PPOObjective
-from rrhf.training.online.ptx import Ptx, PtxObjective, marked
+from rrhf.training.online.ptx import Ptx, PtxObjective
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,12 @@ def demonstrations() -> TokenBatch:
     """Two that count, of three and two tokens, and a filler."""
     sets = [EncodedSet([5], [[6, 7, 8]]), EncodedSet([5, 6], [[7, 8]])]
     filler = replace(EncodedSet([9], [[8, 8, 8, 8]]), weight=0.0)
-    return collate([marked(one) for one in (*sets, filler)], 2)
+    return collate([*sets, filler], 2)
 
 
 def experience() -> TokenBatch:
-    names = ("old_logprobs", "advantages", "old_values", "returns")
-    extras: dict[str, Any] = {name: [torch.full((2,), -1.0)] for name in names}
-    return collate([EncodedSet([5], [[6, 7]], token_extras=extras)], 2)
+    stored = TokenExperience(*[torch.full((2,), -1.0)] * 4)
+    return collate([EncodedSet([5], [[6, 7]], experience=[stored])], 2)
 
 
 def outputs(batch: TokenBatch) -> ActorCriticOutputs:

@@ -170,7 +170,7 @@ def hand_made_rows(lengths: tuple[int, ...] = (1, 4, 2, 3)) -> list[RolloutRow]:
 def advantages(rows: list[RolloutRow], world: Path, **changes: Any) -> list[list[float]]:
     config = settings(world, "unused", normalize_advantage=False, **changes)
     experience = build_experience(rows, config, kl_coefficient=0.1)
-    return [torch.as_tensor(s.token_extras["advantages"][0]).tolist() for s in experience.sets]
+    return [stored.advantages.tolist() for s in experience.sets for stored in s.experience or ()]
 
 
 def test_the_score_stands_on_the_last_token_of_every_ragged_row(world: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_running_normaliser_survives_a_first_batch_of_one(world: Path) -> No
     for rows in (hand_made_rows()[:1], hand_made_rows()):
         experience = build_experience(rows, config, 0.1, normalizer)
         for s in experience.sets:
-            assert torch.as_tensor(s.token_extras["advantages"][0]).isfinite().all()
+            assert s.experience and s.experience[0].advantages.isfinite().all()
     assert normalizer.count == 5
     assert normalizer.mean == pytest.approx((1 + 1 + 2 + 3 + 4) / 5)
 
@@ -246,6 +246,9 @@ def test_an_experience_survives_a_checkpoint_exactly(world: Path, method: str) -
     one, two = collate(sets, 0), collate(again, 0)
     assert torch.equal(one.prompt_ids, two.prompt_ids)
     assert torch.equal(one.response_ids, two.response_ids)
-    assert one.token_extras.keys() == two.token_extras.keys()
-    assert all(torch.equal(v, two.token_extras[n]) for n, v in one.token_extras.items())
+    assert (one.experience is None) == (two.experience is None) == (method == "rrhf")
+    if one.experience is not None and two.experience is not None:
+        again_stored = two.experience.tensors()
+        assert one.experience.tensors().keys() == again_stored.keys()
+        assert all(torch.equal(v, again_stored[n]) for n, v in one.experience.tensors().items())
     assert [s.scores for s in sets] == [s.scores for s in again]

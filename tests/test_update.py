@@ -13,7 +13,7 @@ from rank_threads import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.data.collate import EncodedSet, TokenBatch, TokenExperience, collate
 from rrhf.training.core.parallel import Parallel
 from rrhf.training.core.update import NonFiniteError, Term, Update
 
@@ -176,16 +176,15 @@ def test_what_is_not_finite_stops_all_ranks_before_the_weights_change(
 
 
 def test_all_of_a_batch_that_is_not_finite_is_written_out(tmp_path: Path) -> None:
-    one = EncodedSet(
-        [7, 7], [[2]], extras={"mark": [5.0]}, token_extras={"old": [torch.tensor([-3.0])]}
-    )
+    stored = TokenExperience(torch.tensor([-3.0]), torch.tensor([5.0]))
+    one = EncodedSet([7, 7], [[2]], experience=[stored])
     outcomes, _ = steps([[[SETS[0]], [one]]], tmp_path, objective=Broken("loss is nan"))
     assert isinstance(outcomes[0], NonFiniteError)
     written = load_file(tmp_path / "non_finite_step_1_rank_0.safetensors")
     assert written["prompt_ids"].tolist() == [[7, 7]]
     assert written["response_ids"].tolist() == [[2]]
-    assert written["extra.mark"].tolist() == [5.0]
-    assert written["extra.old"].tolist() == [[-3.0]]
+    assert written["extra.old_logprobs"].tolist() == [[-3.0]]
+    assert written["extra.advantages"].tolist() == [[5.0]]
 
 
 class Weighted(Terms):

@@ -9,12 +9,39 @@ last R + 1 columns. Masks come from lengths alone: a pad id may be a real token 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rrhf.algorithms.masked import length_mask
+
+
+@dataclass(frozen=True)
+class TokenExperience:
+    """What a rollout knows of response tokens, a float32 number for each: of one response [T], in a
+    batch [N, R] with 0 at padding.
+
+    Attributes:
+        old_logprobs: nats, under the policy that sampled.
+        advantages: as the online method estimates them.
+        old_values: the critic's at that time, of the state before each token; None without a
+            critic.
+        returns: what the critic learns; None without one.
+        reference_logprobs: nats, under the reference policy; None where no loss needs them.
+    """
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, those that are there."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -26,17 +53,14 @@ class EncodedSet:
         response_ids: one list for each row; each at least one id.
         scores: one number for each row, or None where the task has none.
         weight: 0 makes the prompt a filler that adds nothing to any sum.
-        extras: further per-row numbers, by name.
-        token_extras: further numbers of every response token, by name: for each row a tensor, or a
-            list, as long as the response.
+        experience: of each row, as long as the response; None where no rollout made the rows.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[Sequence[int]]
     scores: Sequence[float] | None = None
     weight: float = 1.0
-    extras: dict[str, Sequence[float]] = field(default_factory=dict)
-    token_extras: dict[str, Sequence[Tensor | Sequence[float]]] = field(default_factory=dict)
+    experience: Sequence[TokenExperience] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -57,8 +81,7 @@ class TokenBatch:
         prompt_index: [N] int64, ascending: the prompt of each row.
         prompt_weights: [B] float32; 0 for a filler prompt.
         scores: [N] float32, finite; None where the task has none.
-        extras: [N] float32 each.
-        token_extras: [N, R] float32 each; 0 at padding.
+        experience: [N, R] each; None where no rollout made the rows.
     """
 
     prompt_ids: Tensor
@@ -68,8 +91,7 @@ class TokenBatch:
     prompt_index: Tensor
     prompt_weights: Tensor
     scores: Tensor | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    token_extras: dict[str, Tensor] = field(default_factory=dict)
+    experience: TokenExperience | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -106,14 +128,15 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        extras = {name: value.to(device) for name, value in self.extras.items()}
-        token_extras = {name: value.to(device) for name, value in self.token_extras.items()}
-        return replace(self, **moved, extras=extras, token_extras=token_extras)
+        if self.experience is not None:
+            stored = self.experience.tensors()
+            moved["experience"] = TokenExperience(**{n: v.to(device) for n, v in stored.items()})
+        return replace(self, **moved)
 
 
 def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
@@ -126,7 +149,6 @@ def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
     have_scores = all(s.scores is not None for s in sets)
     scores = [score for s in sets for score in s.scores or ()] if have_scores else None
     assert scores is None or len(scores) == len(rows), "one score for each response"
-    names = sets[0].extras.keys()
     return TokenBatch(
         prompt_ids=_pad([s.prompt_ids for s in sets], pad_id, left=True),
         prompt_lengths=torch.tensor([len(s.prompt_ids) for s in sets]),
@@ -135,14 +157,7 @@ def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
         prompt_index=torch.repeat_interleave(torch.arange(len(sets)), torch.tensor(counts)),
         prompt_weights=torch.tensor([s.weight for s in sets], dtype=torch.float32),
         scores=None if scores is None else torch.tensor(scores, dtype=torch.float32),
-        extras={
-            name: torch.tensor([v for s in sets for v in s.extras[name]], dtype=torch.float32)
-            for name in names
-        },
-        token_extras={
-            name: _pad_numbers([values for s in sets for values in s.token_extras[name]], rows)
-            for name in sets[0].token_extras
-        },
+        experience=_collated_experience([e for s in sets for e in s.experience or ()], rows),
     )
 
 
@@ -175,12 +190,16 @@ def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> Tensor:
     return padded
 
 
-def _pad_numbers(
-    values: Sequence[Tensor | Sequence[float]], rows: Sequence[Sequence[int]]
-) -> Tensor:
-    """[N, R] float32, aligned with the padded responses."""
-    padded = torch.zeros((len(rows), max(len(ids) for ids in rows)), dtype=torch.float32)
-    for row, numbers, ids in zip(padded, values, rows, strict=True):
-        assert len(numbers) == len(ids), "a token extra has one number for each response token"
-        row[: len(ids)] = torch.as_tensor(numbers, dtype=torch.float32)
-    return padded
+def _collated_experience(
+    experience: Sequence[TokenExperience], rows: Sequence[Sequence[int]]
+) -> TokenExperience | None:
+    """Aligned with the padded responses."""
+    if not experience:
+        return None
+    stored = [one.tensors() for one in experience]
+    padded = {name: torch.zeros((len(rows), max(map(len, rows)))) for name in stored[0]}
+    for place, (one, ids) in enumerate(zip(stored, rows, strict=True)):
+        for name, numbers in one.items():
+            assert len(numbers) == len(ids), "experience has one number for each response token"
+            padded[name][place, : len(ids)] = numbers
+    return TokenExperience(**padded)

@@ -78,8 +78,8 @@ UPDATE_FAULTS = [
     Mutant(
         "what belongs to tokens is missing from the batch that is written out",
         UPDATE,
-        "for extras in (batch.extras, batch.token_extras):",
-        "for extras in (batch.extras,):",
+        "if batch.experience is not None:",
+        "if False:",
         STEPS,
     ),
     Mutant(

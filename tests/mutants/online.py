@@ -164,8 +164,8 @@ EXPERIENCE_FAULTS = [
     Mutant(
         "returns stand where old values should",
         EXPERIENCE,
-        '{"old_values": values, "returns": returns}',
-        '{"old_values": returns, "returns": returns}',
+        "old, advantages, values, returns,",
+        "old, advantages, returns, returns,",
         EXPERIENCES,
     ),
 ]

@@ -203,15 +203,15 @@ TERM_FAULTS = [
     Mutant(
         "advantages stand where old log-probs should",
         OBJECTIVE,
-        'old, advantages = stored["old_logprobs"], stored["advantages"]',
-        'advantages, old = stored["old_logprobs"], stored["advantages"]',
+        "old, advantages = stored.old_logprobs, stored.advantages",
+        "advantages, old = stored.old_logprobs, stored.advantages",
         TERMS,
     ),
     Mutant(
         "the KL in the loss is taken from the old policy",
         OBJECTIVE,
-        'outputs.logprobs, stored["reference_logprobs"], mask, config',
-        'outputs.logprobs, stored["old_logprobs"], mask, config',
+        "outputs.logprobs, stored.reference_logprobs, mask, config",
+        "outputs.logprobs, stored.old_logprobs, mask, config",
         TERMS,
     ),
     Mutant(

@@ -129,8 +129,9 @@ class Update:
             for f in fields(batch)
             if isinstance(value := getattr(batch, f.name), Tensor)
         }
-        for extras in (batch.extras, batch.token_extras):
-            tensors |= {f"extra.{name}": value.cpu() for name, value in extras.items()}
+        if batch.experience is not None:
+            stored = batch.experience.tensors()
+            tensors |= {f"extra.{name}": value.cpu() for name, value in stored.items()}
         save_file(tensors, path)
         raise NonFiniteError(
             f"step {step}: {what}; stopped before the weights changed. The batch is in "

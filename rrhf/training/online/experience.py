@@ -28,7 +28,7 @@ from rrhf.algorithms.rewards import (
     penalise_unfinished,
     token_rewards,
 )
-from rrhf.data.collate import EncodedSet
+from rrhf.data.collate import EncodedSet, TokenExperience
 from rrhf.training.online.estimators import Rewarded
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_settings import PPOSettings
@@ -145,22 +145,17 @@ def build_experience(
         sets = _ranked_sets(rows, found.sequence_rewards.tolist())
     else:
         advantages, returns = method.estimator()(found, config)
-        tables = {"old_logprobs": old, "advantages": advantages}
-        if values is not None and returns is not None:
-            tables |= {"old_values": values, "returns": returns}
+        if values is None or returns is None:
+            values = returns = None
+        else:
             sums = explained_variance_sums(values, returns, mask)
             metrics["explained_variance"] = explained_variance(sums)
-        if config.kl_in == "loss":
-            tables["reference_logprobs"] = reference
+        stored = TokenExperience(
+            old, advantages, values, returns, reference if config.kl_in == "loss" else None
+        )
         sets = [
-            EncodedSet(
-                row.prompt_ids,
-                [row.token_ids],
-                token_extras={
-                    name: [table[place, : len(row.token_ids)]] for name, table in tables.items()
-                },
-            )
-            for place, row in enumerate(rows)
+            EncodedSet(row.prompt_ids, [row.token_ids], experience=[one])
+            for row, one in zip(rows, _by_row(stored, lengths.tolist()), strict=True)
         ]
     return Experience(
         sets, metrics, metrics["kl"], len(rows), found.sequence_rewards.tolist(), k1.tolist()
@@ -178,6 +173,15 @@ def _ranked_sets(rows: Sequence[RolloutRow], rewards: Sequence[float]) -> list[E
             [rewards[place] for place in places],
         )
         for places in groups.values()
+    ]
+
+
+def _by_row(stored: TokenExperience, lengths: Sequence[int]) -> list[TokenExperience]:
+    """The experience of each response, from tables [N, T]."""
+    tables = stored.tensors().items()
+    return [
+        TokenExperience(**{name: table[row, :length] for name, table in tables})
+        for row, length in enumerate(lengths)
     ]
 
 
@@ -210,9 +214,9 @@ def pack(sets: Sequence[EncodedSet]) -> dict[str, Tensor]:
     if all(s.scores is not None for s in sets):
         scores = [score for s in sets for score in s.scores or ()]
         packed["scores"] = torch.tensor(scores, dtype=torch.float64)
-    for name in sets[0].token_extras:
-        rows = [torch.as_tensor(row) for s in sets for row in s.token_extras[name]]
-        packed[f"token.{name}"] = torch.cat(rows)
+    stored = [one.tensors() for s in sets for one in s.experience or ()]
+    for name in stored[0] if stored else ():
+        packed[f"token.{name}"] = torch.cat([one[name] for one in stored])
     return packed
 
 
@@ -222,11 +226,15 @@ def unpack(packed: dict[str, Tensor]) -> list[EncodedSet]:
     lengths = packed["response_lengths"].tolist()
     prompts = packed["prompt_ids"].split(packed["prompt_lengths"].tolist())
     responses = packed["response_ids"].split(lengths)
-    extras = {
+    columns = {
         name.removeprefix("token."): value.split(lengths)
         for name, value in packed.items()
         if name.startswith("token.")
     }
+    stored = [
+        TokenExperience(**dict(zip(columns, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
+    ]
     scores = packed["scores"].split(sizes) if "scores" in packed else None
     sets, first = [], 0
     for place, size in enumerate(sizes):
@@ -236,7 +244,7 @@ def unpack(packed: dict[str, Tensor]) -> list[EncodedSet]:
                 prompts[place].tolist(),
                 [ids.tolist() for ids in responses[rows]],
                 None if scores is None else scores[place].tolist(),
-                token_extras={name: list(values[rows]) for name, values in extras.items()},
+                experience=stored[rows] or None,
             )
         )
         first += size

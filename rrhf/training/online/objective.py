@@ -48,8 +48,9 @@ class PPOObjective:
 
     def __call__(self, outputs: ActorCriticOutputs, batch: TokenBatch) -> dict[str, Term]:
         """The terms of one micro-batch, with what one watches of them."""
-        config, mask, stored = self.config, _mask(batch), batch.token_extras
-        old, advantages = stored["old_logprobs"], stored["advantages"]
+        config, mask, stored = self.config, _mask(batch), batch.experience
+        assert stored is not None, "a rollout made the batch"
+        old, advantages = stored.old_logprobs, stored.advantages
         clips = (config.clip_range_ratio, config.clip_high, config.dual_clip or None)
         metrics = ppo_losses.policy_metrics(outputs.logprobs, old, advantages, mask, *clips)
         if outputs.entropy is not None:
@@ -60,7 +61,8 @@ class PPOObjective:
         terms = {"policy": self._term(losses, mask, 1.0, metrics)}
         if "value" in self._names():
             assert outputs.values is not None, "a value term needs a critic"
-            stored_values = (stored["old_values"], stored["returns"])
+            assert stored.old_values is not None and stored.returns is not None
+            stored_values = (stored.old_values, stored.returns)
             limit = config.clip_range_value or None
             terms["value"] = Term(
                 self._total(
@@ -74,8 +76,9 @@ class PPOObjective:
             entropy = ppo_losses.entropy_losses(outputs.entropy, mask)
             terms["entropy"] = self._term(entropy, mask, config.entropy_coeff)
         if "kl" in self._names():
+            assert stored.reference_logprobs is not None, "a KL term needs a reference"
             kl = token_kl(
-                outputs.logprobs, stored["reference_logprobs"], mask, config.token_kl_estimator
+                outputs.logprobs, stored.reference_logprobs, mask, config.token_kl_estimator
             )
             terms["kl"] = self._term(kl, mask, self._controller.coefficient)
         return terms

@@ -24,7 +24,6 @@ from torch import nn
 
 from rrhf.algorithms.kl import KLController, build_kl_controller
 from rrhf.algorithms.normalizers import Normalizer, RunningMeanStd
-from rrhf.data.collate import EncodedSet
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations
@@ -54,7 +53,7 @@ from rrhf.training.online.objective import PPOObjective
 from rrhf.training.online.ppo_checks import EVALUATION_MEASURES
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.online.prompts import fitting_prompts
-from rrhf.training.online.ptx import Ptx, PtxObjective, marked
+from rrhf.training.online.ptx import Ptx, PtxObjective
 from rrhf.training.online.rollout import RolloutWriter, UnusableRollout
 from rrhf.training.online.sample_table import SampleTable
 from rrhf.training.online.step_hooks import CriticWarmUp, LargestRatio, RolloutPasses
@@ -266,11 +265,5 @@ def _demonstrations(
         )
     )
     encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
-
-    def encode_marked(demonstration: CandidateSet) -> EncodedSet | None:
-        example = encode(demonstration)
-        return None if example is None else marked(example)
-
-    return OfflineStream(
-        EncodedExamples(sets, encode_marked), cut, max_steps=total_steps, seed=config.seed
-    )
+    examples = EncodedExamples(sets, encode)
+    return OfflineStream(examples, cut, max_steps=total_steps, seed=config.seed)

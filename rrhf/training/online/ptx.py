@@ -1,34 +1,26 @@
 """Demonstrations next to experience: PPO-ptx, which keeps the policy a language model.
 
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
-demonstrations, whose cross-entropy is one more term. A demonstration says so in its batch's
-`extras`; for it the terms of the wrapped objective are zero times what the actor-critic returned,
-so that every weight takes part in every backward pass.
+demonstrations, whose cross-entropy is one more term. A batch of them is one without experience; for
+it the terms of the wrapped objective are zero times what the actor-critic returned, so that every
+weight takes part in every backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rrhf.algorithms.cross_entropy import cross_entropy
-from rrhf.data.collate import EncodedSet, TokenBatch
+from rrhf.data.collate import TokenBatch
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.core.hooks import Hook
 from rrhf.training.core.streams import OfflineStream
 from rrhf.training.core.update import Term
 from rrhf.training.online.objective import PPOObjective
-
-_MARK = "is_demonstration"
-
-
-def marked(example: EncodedSet) -> EncodedSet:
-    """The demonstration as this room's objective knows it."""
-    return replace(example, extras={_MARK: [1.0] * len(example.response_ids)})
 
 
 class PtxObjective:
@@ -47,7 +39,7 @@ class PtxObjective:
         found = self._inner.denominators(batch)
         tokens = (batch.response_lengths * batch.row_weights).sum()
         none = torch.zeros_like(tokens)
-        if _MARK in batch.extras:
+        if batch.experience is None:
             return {**dict.fromkeys(found, none), "ptx": tokens}
         return {**found, "ptx": none}
 
@@ -57,7 +49,7 @@ class PtxObjective:
         if outputs.values is not None:
             nothing = nothing + 0.0 * outputs.values.sum()
         weight = 0.0 if self._inner.policy_is_frozen else self._coefficient
-        if _MARK not in batch.extras:
+        if batch.experience is not None:
             return {**self._inner(outputs, batch), "ptx": Term(nothing, weight)}
         totals, _ = cross_entropy(outputs.logprobs, batch.response_mask)
         total = (totals * batch.row_weights).sum() + nothing
