@@ -126,3 +126,13 @@ def test_the_metric(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "asks back" in capsys.readouterr().out
     row = load_row("ROWS/MODEL.json")
     assert set(row["metrics"]) == {"reward", "asks_back"} and "asks_back" in row["per_prompt"]
+
+
+def test_the_data_source(place: Path) -> None:
+    _, words = EXAMPLES["sums.py"]
+    run(words)
+    sets = list(read_candidate_sets(place / "SUMS.jsonl"))
+    assert len(sets) == 10 and {s.scores for s in sets} == {(1.0, 0.5, 0.0)}
+    ranked = ["--data_path", "sums:ranked", "--output_dir", "RUN/sums", *SMALLER]
+    assert main(["train", "rank", "--model_name_or_path", "MODEL", *ranked]) == 0
+    assert metrics_of(place / "RUN/sums")[0]["loss"] > 0

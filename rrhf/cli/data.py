@@ -45,7 +45,8 @@ class StatsConfig(EditedFiles, ColumnOptions):
     """Measure a data source: responses, ties, lengths, scores."""
 
     data: str = field(metadata={"names": "data", "positional": True})
-    """What to measure: a path, a known name, owner/name of the hub, or a mixture of such."""
+    """What to measure: a path, a known name, package.module:name of a function of your own that
+    yields rows, owner/name of the hub, or a mixture of such."""
     split: str | None = None
     """The split of a named dataset; none = train, or the only one there is."""
     json: bool = False

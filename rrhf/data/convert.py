@@ -21,6 +21,7 @@ from rrhf.data.columns import ColumnOptions
 from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
+from rrhf.data.sources import is_own
 from rrhf.data.views import pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.files import (
@@ -35,6 +36,7 @@ from rrhf.files import (
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.seals import EditedFiles, seal
+from rrhf.user_code import source_file
 
 _PART_NAME = re.compile(r"[\w+-](?:[\w .+-]{0,98}[\w+-])?")
 
@@ -48,8 +50,9 @@ class ConvertConfig(EditedFiles, ColumnOptions):
     """Convert a data source, or split it by first human turn."""
 
     data: str = field(metadata={"names": "data", "positional": True})
-    """What to read: a path, a known name, owner/name of the hub, or a mixture of such
-    (name[:proportion[:path]], separated by commas)."""
+    """What to read: a path, a known name, package.module:name of a function of your own that yields
+    rows, owner/name of the hub, or a mixture of such (name[:proportion[:path]], separated by
+    commas)."""
     output: str = field(metadata={"names": "output", "positional": True})
     """The file to write; with --parts, a folder that gets one file a part."""
     to: Form = "candidates"
@@ -156,8 +159,12 @@ def convert(config: ConvertConfig) -> dict[str, int]:
 
 
 def _input_hashes(data: str) -> dict[str, str]:
-    places = [spec.path or spec.name for spec in parse_mixture(data)]
-    return {place: sha256_file(place) for place in places if os.path.isfile(place)}
+    found = {}
+    for spec in parse_mixture(data):
+        for place in (spec.path or spec.name, is_own(spec.name) and source_file(spec.name)):
+            if place and os.path.isfile(place):
+                found[place] = sha256_file(place)
+    return found
 
 
 def _view(

@@ -37,10 +37,11 @@ from rrhf.data.formats import (
 from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, scan_rows
-from rrhf.data.sources import JSON_SUFFIXES, open_rows, read_sets
+from rrhf.data.sources import JSON_SUFFIXES, is_own, open_rows, read_sets
 from rrhf.errors import UserError
 from rrhf.files import is_same_file
 from rrhf.records import CandidateSet, set_id
+from rrhf.user_code import is_import_path
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class SourceSpec:
     """One part of a mixture.
 
     Attributes:
-        name: a path, a registered name, or a dataset of the hub.
+        name: a path, a registered name, `package.module:name`, or a dataset of the hub.
         proportion: share of its rows, 0 or more; None where `count` is given.
         count: exactly so many rows.
         path: a local copy of the named source.
@@ -127,6 +128,10 @@ def _parse_part(text: str) -> SourceSpec:
         return SourceSpec(text)
     name, _, rest = text.partition(":")
     proportion, _, path = rest.partition(":")
+    as_function = f"{name}:{proportion}"
+    if is_own(as_function):
+        name = as_function
+        proportion, _, path = path.partition(":")
     if not name:
         raise UserError(f"{text!r}: names no source; write name[:proportion[:path]]")
     spec = SourceSpec(name, path=path or None)
@@ -134,9 +139,10 @@ def _parse_part(text: str) -> SourceSpec:
         return spec
     match = _PROPORTION.fullmatch(proportion)
     if match is None:
+        own = f"; there is no module {name!r} here, for a function of your own start in its folder"
         raise UserError(
             f"{text!r}: {proportion!r} is no proportion; write a number (0.5), a fraction (1/3), "
-            "or a count (1000/-1)"
+            f"or a count (1000/-1){own if is_import_path(as_function) else ''}"
         )
     above, below = Fraction(match.group(1)), Fraction(match.group(2) or "1")
     if below == 0:

@@ -6,7 +6,7 @@ import difflib
 import os
 
 from rrhf.commands import next_step
-from rrhf.data.sources import DATA_SUFFIXES, known_names
+from rrhf.data.sources import DATA_SUFFIXES, is_own, known_names
 
 MARK = "text:"
 
@@ -58,8 +58,12 @@ def _names_data(part: str) -> bool:
 
 def _may_name_data(part: str) -> bool:
     """Whether data may be called so: a name there is, a slip of one, or owner/name of the hub."""
-    name = part.partition(":")[0]
+    name, _, rest = part.partition(":")
     return _names_data(part) or (
         not _has_blank(part)
-        and ("/" in name or bool(difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6)))
+        and (
+            "/" in name
+            or is_own(f"{name}:{rest.partition(':')[0]}")
+            or bool(difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6))
+        )
     )

@@ -4,8 +4,9 @@ Whatever the place, rows arrive as dictionaries with the place they stand at; th
 they are read (`rrhf.data.formats`). `read_sets` yields records one at a time and counts what it
 leaves out. Names that people know are one dictionary; `register_source` adds to it.
 
-What is asked for is found in this order: a file or folder of that path, a registered name or alias,
-and, if it has the form owner/name, a dataset of the hub (owner/name/folder for a part of one).
+What is asked for is found in this order: a file or folder of that path; a registered name or alias;
+a function of the user's own, `package.module:name` (`rrhf.data.own_source`); a dataset of the hub,
+owner/name (owner/name/folder for a part of one).
 
 Left out on purpose: proportions and mixtures (`rrhf.data.mixing`).
 """
@@ -28,6 +29,7 @@ from rrhf.data.columns import ColumnNames
 from rrhf.data.formats import Layout, SourceCounts, find_layout, read_row
 from rrhf.data.ids import SeenIds
 from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
+from rrhf.data.own_source import has_module, own_rows
 from rrhf.data.tables import (
     SEPARATORS,
     TEXT_SUFFIX,
@@ -40,6 +42,7 @@ from rrhf.errors import UserError
 from rrhf.files import file_digest
 from rrhf.records import CandidateSet
 from rrhf.seals import seal_difference
+from rrhf.user_code import is_import_path
 
 __all__ = ["REGISTRY", "SourceCounts", "known_names", "read_sets", "register_source"]
 
@@ -231,7 +234,16 @@ def _unknown(name: str) -> UserError:
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(
         f"{name!r} is no file and no known source{hint}; known are {', '.join(known_names())}; "
-        "a dataset of the hub is named owner/name"
+        "a dataset of the hub is named owner/name, a function of your own package.module:name"
+    )
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is the import path of a user's own source, and nothing else that is known."""
+    module = name.partition(":")[0]
+    is_data = os.path.exists(module) or module.lower().endswith(DATA_SUFFIXES)
+    return (
+        is_import_path(name) and not is_data and module not in known_names() and has_module(module)
     )
 
 
@@ -248,6 +260,8 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
     registered = ALIASES.get(name, name)
     if registered in REGISTRY:
         return registered, REGISTRY[registered](path, split)
+    if is_own(name):
+        return name, own_rows(name, path, split)
     if path is not None:
         return name, _path_rows(path, split)
     parts = name.split("/")
@@ -290,7 +304,7 @@ def read_sets(
     """The records of a source, streaming, each with an id of its own and its origin.
 
     Args:
-        spec: a path, a registered name, or a dataset of the hub.
+        spec: a path, a registered name, `package.module:name`, or a dataset of the hub.
         split: which split of a dataset; None = "train", or the only one there is.
         counts: filled while reading.
         path: a local copy of the named source.

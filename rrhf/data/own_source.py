@@ -1,0 +1,112 @@
+"""A source of data of the user's own: a function, `package.module:name`, that yields rows.
+
+    def rows(split=None):
+        yield {"prompt": "How do I boil an egg?", "response": "Eight minutes in boiling water."}
+
+A row is a dictionary with the columns that a file may have, and holds what JSON can hold. The
+function is given, of these, what its parameters name: `split`, and the `path` of a local copy. It
+runs once in each pass over the data, in every process, so it must yield the same rows each time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.user_code import guarded, importable, load_function, message_of, shown
+
+_NO_ROWS = (Mapping, str, bytes)
+_END = object()
+
+
+def has_module(name: str) -> bool:
+    """Whether a module, or the package that holds it, can be found; it is not imported."""
+    top = name.partition(".")[0]
+    with importable(str(Path.cwd())):
+        return top in sys.modules or importlib.util.find_spec(top) is not None
+
+
+def own_rows(target: str, path: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
+    """The rows of the user's function with their places, `target[0]` and so on.
+
+    The function is found here and runs when the first row is asked for.
+
+    Args:
+        target: the import path.
+        path: a local copy that the mixture names, or None.
+        split: which split is wanted, or None.
+
+    Raises:
+        UserError: no such function, or it does not take what is given; later, it raised, or gave
+            something other than rows.
+    """
+    function = load_function(target)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions do not tell
+        signature = inspect.Signature()
+    given = {}
+    for name, value in (("split", split), ("path", path)):
+        parameter = signature.parameters.get(name)
+        if parameter is None and value is not None:
+            raise UserError(
+                f"{target}: has no parameter {name!r} for the {name} {value!r}; give it one, or "
+                f"name no {name}"
+            )
+        if parameter and (value is not None or parameter.default is inspect.Parameter.empty):
+            given[name] = value
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise UserError(
+            f"{target}: cannot be called: {error}; a source may have the parameters `split` and "
+            "`path`, and others with defaults"
+        ) from None
+    return _rows(target, function, given)
+
+
+def _rows(
+    target: str, function: Callable[..., Any], given: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    folder = str(Path.cwd())
+    rows: Iterator[Any] | None = None
+    with guarded(f"{target}:", folder=folder):
+        found = function(**given)
+        if hasattr(found, "__iter__") and not isinstance(found, _NO_ROWS):
+            rows = iter(found)
+    if rows is None:
+        raise UserError(f"{target}: returned {shown(found)}; yield rows, each a dictionary")
+    for number in itertools.count():
+        where = f"{target}[{number}]"
+        with guarded(f"{where}:", folder=folder):
+            row = next(rows, _END)
+            if row is _END:
+                return
+            plain = _as_json(row, where)
+        yield where, plain
+
+
+def _as_json(row: Any, where: str) -> dict[str, Any]:
+    """The row as a file of JSON lines would hold it; a tuple becomes a list."""
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{where}: row: is {shown(row)}; yield dictionaries, such as "
+            '{"prompt": "...", "response": "..."}'
+        )
+    if odd := [name for name in row if not isinstance(name, str)]:
+        raise UserError(f"{where}: row: the column {shown(odd[0])} is no text; name it by a text")
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(row))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: row: JSON cannot hold it ({message_of(error)}): {shown(row)}; give texts, "
+            "numbers, True or False, None, lists and dictionaries"
+        ) from error
+    return plain
