@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import save_tiny
 
+from docs import gold_by_method
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
 
@@ -99,10 +101,47 @@ def test_the_stages_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch)
     }
 
 
+def test_the_lines_of_the_first_screen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reach what they say, with a tiny model and without the time for training."""
+    found = re.search(r"```\n(echo .*?)```", README.read_text(), re.DOTALL)
+    assert found is not None
+    scorer, *commands = found[1].splitlines()
+    assert len(commands) == 4
+    folder = place / "first_screen"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    subprocess.run(["bash", "-c", scorer], check=True)
+    names = {"MODEL": "../MODEL", "PAIRS": "../PAIRS.jsonl"}
+    smaller = {
+        "response-gen": ["--max_new_tokens", "6"],
+        "train": SMALLER["train"],
+        "evaluate": SMALLER["evaluate"],
+    }
+    for line in commands:
+        words = [names.get(word, word) for word in shlex.split(line)[1:]]
+        assert main([*words, *smaller.get(words[0], [])]) == 0, line
+    assert all((folder / "rows" / f"{row}.json").is_file() for row in ("MODEL", "run_greedy"))
+    scored = list(read_candidate_sets(folder / "candidates/train_data.json"))
+    assert all(c.score == -len(c.response.split()) for s in scored for c in s.candidates)
+
+
+def test_the_picture_is_drawn_from_the_study() -> None:
+    rows = json.loads(gold_by_method.SOURCE.read_text())["rows"]
+    drawn = gold_by_method.picture(rows)
+    remake = "run `python docs/gold_by_method.py`"
+    assert gold_by_method.PICTURE.read_text() == drawn, remake
+    rows["ppo"]["metrics"]["gold"]["mean"] += 0.01
+    assert gold_by_method.picture(rows) != drawn
+    assert f"]({gold_by_method.PICTURE.relative_to(README.parent)})" in README.read_text()
+
+
 def test_the_pictures_and_pages_that_it_names_are_there() -> None:
     text = README.read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert "docs/coming_from.md" in links
     missing = [link for link in links if not (README.parent / link).exists()]
     assert not missing
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
     assert "@" not in text.replace("@Human", ""), "a placeholder was left in the README"
