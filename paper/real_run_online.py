@@ -19,6 +19,7 @@ from rrhf.evaluation.results import load_row, measure_from_json
 from rrhf.files import read_manifest
 from rrhf.report.table import NOTHING, format_estimate, format_number, markdown_lines
 from rrhf.runs import settings_file
+from rrhf.training.online.methods import METHODS
 
 SAMPLES = "_4_samples"
 """Rewards are taken from rows with several samples a prompt: one says too little."""
@@ -245,6 +246,6 @@ def _models(config: Mapping[str, Any]) -> str:
     if not config["use_lora"]:
         models.append("reference")
     models.append("reward model")
-    if config["method"] == "ppo" and not config["share_trunk"]:
+    if METHODS[config["method"]].has_critic and not config["share_trunk"]:
         models.append("critic")
     return f"{len(models)} ({', '.join(models)})"

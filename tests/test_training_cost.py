@@ -11,7 +11,7 @@ from rrhf.report.training_cost import TrainingCost, cost_of, mean_cost
 
 
 def stage(folder: Path, seconds: float) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     write_json(folder / "stage.json", {"cpu_seconds": seconds})
     return folder
 
@@ -27,7 +27,7 @@ def test_a_round_of_offline_ranking(tmp_path: Path) -> None:
     write_manifest(
         drawn / "candidates.jsonl", {"status": "complete", "samples": 2000, "tokens": 50_000}
     )
-    ranked = trained(tmp_path / "rrhf", 10.0, stage="rank", tokens=200_000)
+    ranked = trained(tmp_path / "rrhf", 10.0, stage="rank", tokens=200_000, data={"prompts": 9})
     found = cost_of([drawn, ranked], "stage.json")
     assert found == TrainingCost(2000, 50_000, 200_000, 15.0, 1)
     twice = cost_of([drawn, ranked, ranked], "stage.json")
@@ -35,9 +35,14 @@ def test_a_round_of_offline_ranking(tmp_path: Path) -> None:
 
 
 def test_an_online_method_counts_each_rollout_once_and_the_critic_too(tmp_path: Path) -> None:
-    """Two rollouts of 10 responses, 4 and 6 tokens long on average; steps have their own means."""
+    """Two rollouts of 10 responses, 4 and 6 tokens long on average; steps have their own means.
+
+    A method of the user's own has a critic where its run leaves one.
+    """
     costs = {}
-    for method in ("ppo", "rloo"):
+    for method in ("ppo", "rloo", "mine:METHOD"):
+        if method != "rloo":
+            (tmp_path / method / "value").mkdir(parents=True)
         run = trained(
             tmp_path / method,
             7.0,
@@ -54,7 +59,7 @@ def test_an_online_method_counts_each_rollout_once_and_the_critic_too(tmp_path: 
         ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         costs[method] = cost_of([run], "stage.json")
-    assert costs["ppo"] == TrainingCost(20, 100.0, 2000, 7.0, 4)
+    assert costs["ppo"] == costs["mine:METHOD"] == TrainingCost(20, 100.0, 2000, 7.0, 4)
     assert costs["rloo"] == TrainingCost(20, 100.0, 1000, 7.0, 3)
 
 

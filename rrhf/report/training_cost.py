@@ -72,10 +72,11 @@ def _cost_of_stage(folder: Path, stage_file: str) -> TrainingCost:
         return TrainingCost(candidates["samples"], candidates["tokens"], 0, seconds)
     manifest: dict[str, Any] | None = read_manifest(folder)
     assert manifest is not None, f"{folder} holds no finished stage"
-    if manifest["stage"] != "ppo":
+    responses = manifest["data"].get("responses")
+    if responses is None:  # nothing was drawn while it trained
         return TrainingCost(0, 0, manifest["tokens"], seconds, 1)
-    trained = 1 + (manifest["method"] == "ppo")
-    drawn = manifest["data"]["responses"]["sampled"]
+    trained = 1 + (folder / "value").is_dir()
+    drawn = responses["sampled"]
     return TrainingCost(
         drawn,
         drawn * _mean_length(folder),
