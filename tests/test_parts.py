@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from rrhf.cli.main import main
-from rrhf.data import jsonl
+from rrhf.data import candidate_files, jsonl
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.files import manifest_path, replaced_file, write_json
@@ -23,6 +24,7 @@ from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest
+from rrhf.stages import parts as parts_module
 from rrhf.stages.parts import FIRST_LINE, PartAppender, Parts, decode_part_row, encode_part_row
 from rrhf.stages.staged_file import StagedFile
 
@@ -324,6 +326,31 @@ def test_a_part_that_is_damaged_after_it_was_read_is_not_merged(tmp_path: Path) 
     with pytest.raises(UserError, match=r"out\.rank0\.jsonl:2: is not the row"):
         list(parts.merge(["a"]))
     assert not parts.output.exists()
+
+
+def test_a_row_is_parsed_once_to_check_it_and_once_to_score_it(
+    candidates: str, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what this process has written itself is read once, to merge it."""
+    parsed, read = Counter[str](), Counter[str]()
+    parse, decode = candidate_files.parse_candidate_set, parts_module.decode_part_row
+
+    def counted_parse(row: Any, *rest: Any) -> CandidateSet:
+        parsed[row["query"]] += 1
+        return parse(row, *rest)
+
+    def counted_decode(line: bytes) -> dict[str, Any] | None:
+        row = decode(line)
+        assert row is not None
+        read[row["id"]] += 1
+        return row
+
+    monkeypatch.setattr(candidate_files, "parse_candidate_set", counted_parse)
+    monkeypatch.setattr(parts_module, "decode_part_row", counted_decode)
+    output = tmp_path / "out.jsonl"
+    assert score_file(config_of(candidates, output)).read_bytes() == straight
+    assert len(parsed) == len(read) == NUM_PROMPTS
+    assert set(parsed.values()) == {2} and set(read.values()) == {1}
 
 
 # What killed processes leave.

@@ -421,7 +421,7 @@ def test_twenty_kills_lose_and_double_nothing(
     moments, kills, rounds = random.Random(3), 0, 0
     with Zygote("test_score_stage:slowly", arguments) as zygote:
         whole = zygote.run()["seconds"]
-        while kills < 20:
+        while kills < 20 or rounds < 2:
             output.unlink(missing_ok=True)
             manifest_path(output).unlink(missing_ok=True)
             done = {"signal": 1}
@@ -433,7 +433,6 @@ def test_twenty_kills_lose_and_double_nothing(
             assert output.read_bytes() == straight.read_bytes()
             assert leftovers(output) == []
             rounds += 1
-    assert rounds >= 2
 
 
 def test_a_kill_at_every_file_operation_loses_and_doubles_nothing(

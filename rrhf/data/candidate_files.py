@@ -178,10 +178,15 @@ class CandidateFile(IndexedSets):
             )
 
     @classmethod
-    def spool(cls, sets: Iterable[CandidateSet], name: PathLike) -> CandidateFile:
+    def spool(
+        cls,
+        sets: Iterable[CandidateSet],
+        name: PathLike,
+        observe: Callable[[CandidateSet], object] | None = None,
+    ) -> CandidateFile:
         """Sets of any source as a `CandidateFile`, held in a temporary file that nobody else sees.
 
-        Ids that repeat get an occurrence number.
+        Ids that repeat get an occurrence number; `observe` is shown each set.
         """
         spooled = cls.__new__(cls)
         spooled.path = Path(name)
@@ -200,6 +205,8 @@ class CandidateFile(IndexedSets):
                 spooled._offsets.append(position)
                 spooled._lengths.append(len(data))
                 position += len(data)
+                if observe is not None:
+                    observe(given)
             file.flush()
         spooled._file = file
         return spooled
@@ -239,7 +246,9 @@ class CandidateFile(IndexedSets):
             row = data[begin : begin + self._lengths[number]]
             try:
                 place = f"{self.path}, row {number + 1}"
-                parsed = parse_candidate_set(json.loads(row), place, self.ids[number])
+                parsed = parse_candidate_set(
+                    json.loads(row.decode("utf-8")), place, self.ids[number]
+                )
             except ValueError as error:
                 raise UserError(
                     f"{self.path}: row {number + 1} no longer reads as it did when the file was "

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -210,9 +210,18 @@ class JsonlAppender:
         """Write one row that is encoded already, newline included.
 
         Raises:
+            UserError: as `append_lines`.
+        """
+        self.append_lines([data])
+
+    def append_lines(self, lines: Sequence[bytes]) -> None:
+        """Write rows that are encoded already, newlines included, all at once.
+
+        Raises:
             UserError: the disk is full; the file then ends with the row before. Or somebody else
                 changed the file.
         """
+        data = b"".join(lines)
         assert self._handle is not None, f"{self.path} was closed"
         self._require_size(os.lseek(self._handle, 0, os.SEEK_END))
         with explained_os_errors(self.path, len(data)):
@@ -222,7 +231,7 @@ class JsonlAppender:
                 os.ftruncate(self._handle, self._size)
                 raise
         self._size += len(data)
-        self._pending += 1
+        self._pending += len(lines)
         if (
             self._pending >= SYNC_EVERY_RECORDS
             or time.monotonic() - self._synced_at >= SYNC_EVERY_SECONDS

@@ -21,7 +21,7 @@ import os
 import random
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -233,6 +233,7 @@ def load_sets(
     accept_edited: bool = False,
     columns: str | None = None,
     columns_may_miss: bool = False,
+    observe: Callable[[CandidateSet], object] | None = None,
 ) -> Sequence[CandidateSet]:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -246,6 +247,8 @@ def load_sets(
         accept_edited: read files also where they are not as their manifests describe them.
         columns: what the columns are called (`rrhf.data.columns`), where not as they are known.
         columns_may_miss: only warn of a name that no row has: these are not the only data.
+        observe: is shown each set that is returned, in order; of a single file that is read whole,
+            in the pass that checks it.
 
     Raises:
         UserError: as `rrhf.data.sources.read_sets`, no row has a column that `columns` names, or
@@ -255,11 +258,14 @@ def load_sets(
     names = parse_columns(columns)
     parts: list[Sequence[CandidateSet]] = []
     rows: list[list[int]] = []
-    for position, spec in enumerate(parse_mixture(specs)):
+    mixture = parse_mixture(specs)
+    # What is read whole is shown as it is read.
+    at_once = observe if [spec.proportion for spec in mixture] == [1] else None
+    for position, spec in enumerate(mixture):
         if spec.is_skipped:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
-        part = _open_part(spec, split, counts, new_ids, accept_edited, names)
+        part = _open_part(spec, split, counts, new_ids, accept_edited, names, at_once)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         if wanted > max(len(part), MOST_ROWS):
@@ -275,8 +281,13 @@ def load_sets(
     if not any(rows):
         raise UserError(f"{specs}: leaves no rows; fix the proportions, or name another source")
     if len(parts) == 1 and rows[0] == list(range(len(parts[0]))):
-        return parts[0]
-    return Mixture(parts, rows)
+        found = parts[0]
+    else:
+        found = Mixture(parts, rows)
+    if observe is not None and at_once is None:
+        for candidate_set in found:
+            observe(candidate_set)
+    return found
 
 
 def _open_part(
@@ -286,10 +297,11 @@ def _open_part(
     new_ids: bool,
     accept_edited: bool,
     names: ColumnNames,
+    observe: Callable[[CandidateSet], object] | None,
 ) -> Sequence[CandidateSet]:
     place = spec.path or spec.name
     if not new_ids and not names and _first_candidate_row(place) is not None:
-        file = CandidateFile(place, accept_edited)
+        file = CandidateFile(place, accept_edited, observe)
         counts.read += len(file)
         counts.kept += len(file)
         counts.layouts[CANDIDATES] += len(file)
@@ -298,7 +310,7 @@ def _open_part(
     sets = read_sets(spec.name, split, counts, spec.path, accept_edited, names)
     if new_ids:
         sets = (replace(found, id=set_id(found.query, found.messages)) for found in sets)
-    return CandidateFile.spool(sets, spec.name)
+    return CandidateFile.spool(sets, spec.name, observe)
 
 
 def _first_candidate_row(path: str) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ import torch
 from rrhf.commands import command_of
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.formats import SourceCounts
+from rrhf.data.ids import IdList
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
@@ -40,8 +41,8 @@ from rrhf.files import (
 )
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
-from rrhf.progress import Progress, tracked
-from rrhf.records import CandidateSet
+from rrhf.progress import Progress
+from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer, users_target
 from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.scorer import Scorer
@@ -103,13 +104,13 @@ class Input:
 
     Attributes:
         sets: by index.
-        ids: of all prompts.
+        ids: of all prompts, in little memory.
         to_score: candidates that need a score.
         digest: SHA-256 over all rows.
     """
 
     sets: Sequence[CandidateSet]
-    ids: list[str]
+    ids: IdList
     to_score: int
     digest: str
 
@@ -159,18 +160,25 @@ class _Stage:
     # Before.
 
     def _read_input(self) -> Input:
+        digest = hashlib.sha256()
+        ids, to_score = IdList(), 0
+
+        def observe(s: CandidateSet) -> None:
+            nonlocal to_score
+            digest.update(encode_row([s.id, candidate_set_to_row(s)]))
+            ids.append(s.id)
+            if self.config.only_missing:
+                to_score += s.scores.count(None)
+            else:
+                to_score += len(s.candidates)
+
         sets = load_sets(
             self.config.input_file,
             counts=self.counts,
             accept_edited=self.config.accept_edited_files,
             columns=self.config.columns,
+            observe=observe,
         )
-        digest = hashlib.sha256()
-        ids, to_score = [], 0
-        for s in tracked(sets, "read candidates", "prompt"):
-            digest.update(encode_row([s.id, candidate_set_to_row(s)]))
-            ids.append(s.id)
-            to_score += sum(self._is_wanted(score) for score in s.scores)
         return Input(sets, ids, to_score, digest.hexdigest())
 
     def _settings(self, found: Input) -> dict[str, Any]:
@@ -204,17 +212,19 @@ class _Stage:
         """Write the rows of this process' chunks that are not on disk yet."""
         mine = self._chunks(found)
         total = sum(len(chunk) for chunk in mine)
-        done = [found.ids[place] for chunk in mine for place in chunk]
-        done = [prompt_id for prompt_id in done if prompt_id in self.parts.places]
+        done = IdList()
+        if self.parts.places:
+            ids = (found.ids[place] for chunk in mine for place in chunk)
+            done = IdList(one for one in ids if one in self.parts.places)
         failed = _failed(self.parts.rows(done))
         self._require_few_failures(failed, found)
         num_done = len(done)
         num_scores, total_score = 0, 0.0
         with Progress("score", total, "prompt", num_done) as progress:
             for chunk in mine:
-                if all(found.ids[place] in self.parts.places for place in chunk):
+                if done and all(found.ids[place] in self.parts.places for place in chunk):
                     continue
-                sets = [found.sets[place] for place in chunk]
+                sets = found.sets[chunk.start : chunk.stop]
                 scorer = self._scorer(self.staged.what_stands(num_done, total))
                 started = time.monotonic()
                 scored = self.stop.run(
@@ -222,34 +232,42 @@ class _Stage:
                     self.staged.what_stands(num_done, total),
                 )
                 seconds = (time.monotonic() - started) / len(sets)
+                rows = []
                 for before, after in zip(sets, scored, strict=True):
                     if before.id in self.parts.places:
                         continue
-                    row = self._part_row(scorer, before, after, seconds)
-                    part.append(row)
-                    failed += _failed([row])
-                    num_done += 1
+                    rows.append(self._part_row(scorer, before, after, seconds))
                     known = [score for score in after.scores if score is not None]
                     num_scores, total_score = num_scores + len(known), total_score + sum(known)
-                    mean = total_score / max(num_scores, 1)
-                    progress.advance(figures=f"mean {scorer.quantity} {mean:.4g}")
+                part.append_all(rows)
+                failed += _failed(rows)
+                num_done += len(rows)
+                mean = total_score / max(num_scores, 1)
+                progress.advance(len(rows), f"mean {scorer.quantity} {mean:.4g}")
                 self._require_few_failures(failed, found)
 
     def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:
         """The sets with their scores; scores that are kept are not asked for."""
-        asked = [
-            replace(s, candidates=tuple(c for c in s.candidates if self._is_wanted(c.score)))
-            for s in sets
-        ]
+        asked: Sequence[CandidateSet] = sets
+        if self.config.only_missing:
+            asked = [
+                replace(s, candidates=tuple(c for c in s.candidates if c.score is None))
+                for s in sets
+            ]
         answers = scorer.score([s for s in asked if s.candidates])
         given = iter([score for row in answers for score in row])
         scored = [
-            replace(
-                s,
-                candidates=tuple(
-                    replace(c, score=next(given)) if self._is_wanted(c.score) else c
+            CandidateSet(
+                s.id,
+                s.query,
+                s.messages,
+                tuple(
+                    Candidate(c.response, c.source, next(given), c.finish_reason)
+                    if self._is_wanted(c.score)
+                    else c
                     for c in s.candidates
                 ),
+                s.origin,
             )
             for s in sets
         ]
@@ -260,19 +278,18 @@ class _Stage:
         self, scorer: Scorer, before: CandidateSet, after: CandidateSet, seconds: float
     ) -> dict[str, Any]:
         """A row of the part: the candidate row, and what is counted about it."""
-        wanted = [self._is_wanted(score) for score in before.scores]
-        unscored = [
-            candidate
-            for asked, candidate in zip(wanted, after.candidates, strict=True)
-            if asked and candidate.score is None
-        ]
+        # A score that was kept is there.
+        unscored = [candidate for candidate in after.candidates if candidate.score is None]
+        num_kept = 0
+        if self.config.only_missing:
+            num_kept = len(before.candidates) - before.scores.count(None)
         return {
             "id": after.id,
             "row": candidate_set_to_row(after),
             "counts": {
                 "candidates": len(after.candidates),
-                "scored_candidates": sum(score is not None for score in after.scores),
-                "scores_kept": len(wanted) - sum(wanted),
+                "scored_candidates": len(after.candidates) - len(unscored),
+                "scores_kept": num_kept,
                 "unscored": len(unscored),
                 "too_long_to_score": sum(not scorer.fits(after, c) for c in unscored),
             },
@@ -329,18 +346,18 @@ class _Stage:
     def _finish(self, found: Input, settings: dict[str, Any], adjustable: dict[str, Any]) -> None:
         """Merge the parts of all processes and say that the file is whole."""
         scorer = self._scorer(GO_ON)
-        mine = [found.ids[place] for chunk in self._chunks(found) for place in chunk]
+        mine = (found.ids[place] for chunk in self._chunks(found) for place in chunk)
         self.parts.wait_for(found.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
         seconds, spread = 0.0, ScoreSpread(scorer.quantity, scorer.unit)
-        for row in self.parts.rows(found.ids):
-            counts.update(row["counts"])
-            seconds += row["seconds"]
-            spread.add(row["row"].get("scores", ()))
-        self._require_few_failures(counts["unscored"] - counts["too_long_to_score"], found)
-        self._require_scores(counts, found)
-        for _ in self.parts.merge(found.ids):
-            pass
+        with self.parts.merged(found.ids) as rows:
+            for row in rows:
+                for name, count in row["counts"].items():
+                    counts[name] += count
+                seconds += row["seconds"]
+                spread.add(row["row"].get("scores", ()))
+            self._require_few_failures(counts["unscored"] - counts["too_long_to_score"], found)
+            self._require_scores(counts, found)
         details = scorer.describe()
         write_manifest(
             self.output,

@@ -19,12 +19,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+from rrhf.data.ids import IdTable
 from rrhf.data.jsonl import JsonlAppender, begins_with, encode_row
 from rrhf.errors import UserError
 from rrhf.files import Digest, manifest_path, remove_abandoned, replaced_file
@@ -53,8 +55,18 @@ def decode_part_row(line: bytes) -> dict[str, Any] | None:
     body, found, rest = line.rpartition(_CHECKSUM)
     if not found or rest != _checksum(body) + b'"}\n':
         return None
-    value: dict[str, Any] = json.loads(line)
+    value: dict[str, Any] = json.loads(line.decode("utf-8"))
     return value
+
+
+def _row_in(line: bytes) -> bytes | None:
+    """The "row" of a line as it would be encoded alone; None where it is not plain to see.
+
+    No text holds what is looked for: quotes in texts are escaped.
+    """
+    before, found, rest = line.partition(b', "row": ')
+    row, ended, _ = rest.rpartition(b', "counts": {')
+    return row + b"\n" if found and ended and before.startswith(b'{"id": "') else None
 
 
 def _checksum(body: bytes) -> bytes:
@@ -62,24 +74,70 @@ def _checksum(body: bytes) -> bytes:
 
 
 class PartAppender(JsonlAppender):
-    """The part of this process, open for appending."""
+    """The part of this process, open for appending.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the part.
+        parts: to be told where rows stand, so that nobody reads them to find out.
+    """
+
+    def __init__(self, path: Path, parts: Parts | None = None) -> None:
         super().__init__(path, FIRST_LINE)
+        self._parts = parts
 
     def append(self, value: dict[str, Any]) -> None:
         """Write one row with its checksum."""
-        self.append_line(encode_part_row(value))
+        self.append_all([value])
+
+    def append_all(self, values: Sequence[dict[str, Any]]) -> None:
+        """Write rows, each with its checksum, at once."""
+        lines = [encode_part_row(value) for value in values]
+        start = self._size
+        self.append_lines(lines)
+        if self._parts is not None:
+            self._parts.note_own(self.path, start, values, lines)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands: the part, the line (from 1), its first byte and its length."""
+class Place(NamedTuple):
+    """Where a row stands: the part, its first byte and its length."""
 
     part: Path
-    line: int
     offset: int
     length: int
+
+
+class Places:
+    """Where the row of each prompt stands, by id, in about 45 bytes a row."""
+
+    def __init__(self) -> None:
+        self.parts: list[Path] = []
+        self._ids = IdTable()
+        self._part, self._offset, self._length = array("I"), array("Q"), array("Q")
+
+    def note(self, prompt_id: str, place: Place) -> None:
+        """Note a place, unless the prompt has one.
+
+        The first row of a prompt counts; there is a second one only where two processes made the
+        same, after their number changed.
+        """
+        if self._ids.add(prompt_id):
+            if place.part not in self.parts:
+                self.parts.append(place.part)
+            self._part.append(self.parts.index(place.part))
+            self._offset.append(place.offset)
+            self._length.append(place.length)
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return prompt_id in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, prompt_id: str) -> Place:
+        number = self._ids.find(prompt_id)
+        if number is None:
+            raise KeyError(prompt_id)
+        return Place(self.parts[self._part[number]], self._offset[number], self._length[number])
 
 
 @dataclass
@@ -104,7 +162,7 @@ class Parts:
         self.output = output
         self.wait_seconds = wait_seconds
         self.output_digest = Digest()
-        self.places: dict[str, Place] = {}
+        self.places = Places()
         self._reached: dict[Path, _Reached] = {}
 
     def path_of(self, rank: int) -> Path:
@@ -131,7 +189,26 @@ class Parts:
             UserError: another process is writing it; it cannot be written; a file of somebody else,
                 or a link, stands under its name.
         """
-        return PartAppender(self.path_of(rank))
+        return PartAppender(self.path_of(rank), self)
+
+    def note_own(
+        self, path: Path, start: int, rows: Sequence[dict[str, Any]], lines: Sequence[bytes]
+    ) -> None:
+        """Note where rows stand that this process has just written behind all that was read.
+
+        Args:
+            path: the part.
+            start: its size before.
+            rows: what was written.
+            lines: as they stand there.
+        """
+        reached = self._reached.get(path)
+        if reached is None or reached.offset != start:  # `read_on` will find them
+            return
+        for row, line in zip(rows, lines, strict=True):
+            self.places.note(row["id"], Place(path, reached.offset, len(line)))
+            reached.offset += len(line)
+        reached.lines += len(lines)
 
     def read_on(self, is_start: bool = False) -> int:
         """Read what was appended since the last call; returns how many rows are known.
@@ -166,17 +243,14 @@ class Parts:
                     continue
                 row = decode_part_row(line)
                 if row is not None:
-                    # The first row of a prompt counts; there is a second one only where two
-                    # processes made the same, after their number changed.
-                    place = Place(path, reached.lines, offset, len(line))
-                    self.places.setdefault(row["id"], place)
+                    self.places.note(row["id"], Place(path, offset, len(line)))
                 elif is_start:
                     logger.warning("%s; it is made again", _damage(path, reached.lines))
                 else:
                     raise UserError(f"{_damage(path, reached.lines)}; {_START_AGAIN}")
 
     def wait_for(
-        self, ids: Sequence[str], own: Sequence[str], stop: StopRequest, what_stands: str
+        self, ids: Sequence[str], own: Iterable[str], stop: StopRequest, what_stands: str
     ) -> None:
         """Return once the parts of all processes hold all the ids.
 
@@ -192,6 +266,8 @@ class Parts:
                 `wait_seconds`.
         """
         known = self.read_on()
+        if all(prompt_id in self.places for prompt_id in ids):
+            return
         lost = sum(prompt_id not in self.places for prompt_id in own)
         if lost:
             raise UserError(
@@ -226,29 +302,47 @@ class Parts:
         Raises:
             UserError: a part was removed or damaged since it was read.
         """
-        with ExitStack() as opened:
-            files = {
-                path: opened.enter_context(_opened(path))
-                for path in {self.places[prompt_id].part for prompt_id in ids}
-            }
-            for prompt_id in ids:
-                place = self.places[prompt_id]
-                files[place.part].seek(place.offset)
-                row = decode_part_row(files[place.part].read(place.length))
-                if row is None or row["id"] != prompt_id:
-                    raise UserError(f"{_damage(place.part, place.line)}; {_START_AGAIN}")
-                yield row
+        for row, _ in self._rows(ids):
+            yield row
 
-    def merge(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _rows(self, ids: Iterable[str]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Rows and their lines; see `rows`."""
+        with ExitStack() as opened:
+            files: dict[Path, BinaryIO] = {}
+            for prompt_id in ids:
+                part, offset, length = self.places[prompt_id]
+                if part not in files:
+                    files[part] = opened.enter_context(_opened(part))
+                files[part].seek(offset)
+                line = files[part].read(length)
+                row = decode_part_row(line)
+                if row is None or row["id"] != prompt_id:
+                    files[part].seek(0)
+                    number = files[part].read(offset).count(b"\n") + 1
+                    raise UserError(f"{_damage(part, number)}; {_START_AGAIN}")
+                yield row, line
+
+    @contextmanager
+    def merged(self, ids: Sequence[str]) -> Iterator[Iterator[dict[str, Any]]]:
         """Write the output whole from the "row" of each part row; yields these for counting.
 
-        The output stands when the iterator ends.
+        The output stands when the body ends, once it has gone through all rows; where it raises,
+        what stood there stays.
         """
         with replaced_file(self.output) as file:
-            for row in self.rows(ids):
-                file.write(encode_row(row["row"]))
-                yield row
+
+            def written() -> Iterator[dict[str, Any]]:
+                for row, line in self._rows(ids):
+                    file.write(_row_in(line) or encode_row(row["row"]))
+                    yield row
+
+            yield written()
         self.output_digest = file.digest
+
+    def merge(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """As `merged`; the output stands when the iterator ends."""
+        with self.merged(ids) as rows:
+            yield from rows
 
     def remove(self, rank: int) -> None:
         """Remove the parts of a process and of those that have ended; a living one, which may not
