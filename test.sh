@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests: sets up what is needed, then runs pytest. Arguments are passed on:
-# bash test.sh tests/test_records.py -k score; bash test.sh -m slow.
+# bash test.sh tests/scoring -k window; bash test.sh -m slow.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=configs/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/configs/environment.sh"

@@ -26,15 +26,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from places import FOLDERS
+
 from rrhf import signals
 from rrhf.errors import EXIT_STOPPED_BY_SIGTERM
-
-TESTS = Path(__file__).resolve().parent
 
 
 def child_environment() -> dict[str, str]:
     """For a process that imports from tests/, and the package from where this one has it."""
-    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*map(str, FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 

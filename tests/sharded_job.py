@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from places import ROOT, TESTS
 
-TESTS = Path(__file__).resolve().parent
-CONFIGS = TESTS.parent / "configs"
+CONFIGS = ROOT / "configs"
 ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_shared_prefix import MODELS, SHAPES, SMALL, V, step
-from test_shared_prefix import model as tiny
+from layout_cases import MODELS, SHAPES, SMALL, V, step
+from layout_cases import model as tiny
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,

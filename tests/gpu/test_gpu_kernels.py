@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flash_stand_in import flash_attn_varlen_func as exact
-from test_shared_prefix import RAGGED, SHAPES
+from layout_cases import RAGGED, SHAPES
 from torch import Tensor
 
 from rrhf.models.forward.flex_attention import attend_flex, block_mask

@@ -24,7 +24,7 @@ class Mutant:
         file: below the repository's root.
         old: occurs in it exactly once.
         new: stands there instead.
-        tests: arguments of pytest, names relative to `tests/`.
+        tests: arguments of pytest; of a test file its name alone, which occurs once.
         equivalent: why no test can notice it; empty where one must.
     """
 
@@ -65,7 +65,13 @@ class Mutant:
     @property
     def test_files(self) -> set[str]:
         """Below the repository's root."""
-        return {f"tests/{name.partition('::')[0]}" for name in self.tests if ".py" in name}
+        return {path_of(name).partition("::")[0] for name in self.tests if ".py" in name}
+
+
+def path_of(test: str, root: Path = ROOT) -> str:
+    """A test that is given by the name of its file, which occurs once, below the root."""
+    found = next((root / "tests").rglob(test.partition("::")[0]), None)
+    return test if found is None else f"{found.parent.relative_to(root).as_posix()}/{test}"
 
 
 @functools.lru_cache(maxsize=32)

@@ -302,7 +302,7 @@ ROLLOUT_FAULTS = [
         ROLLOUT,
         "with as_reference(self._policy) as policy:",
         "with contextlib.nullcontext(self._policy) as policy:",
-        ("test_ppo.py", "test_ppo_engines.py"),
+        ("test_ppo.py", "test_ppo_layouts.py"),
     ),
     Mutant(
         "engine and trainer agree where the trainer is likelier",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .apply import ROOT, Mutant
+from .apply import ROOT, Mutant, path_of
 from .nursery import Nursery
 
 FOUND, SURVIVED, HUNG, INVALID = "found", "survived", "found (hung)", "invalid"
@@ -83,7 +83,7 @@ def run_tests(
     nursery: Nursery, copy: Path, tests: Sequence[str], timeout_seconds: float
 ) -> tuple[str, str, float]:
     """Verdict, reason and seconds of some tests of the copy, up to the first that fails."""
-    words = [name if ".py" not in name else f"tests/{name}" for name in tests]
+    words = [name if ".py" not in name else path_of(name, copy) for name in tests]
     options = ["-x", "-q", "-n0", "--no-header", "--tb=line", "-rfE", "-p", "no:cacheprovider"]
     before = time.monotonic()
     code, said = nursery.pytest(copy, [*options, *words], timeout_seconds)

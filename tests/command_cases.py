@@ -1,0 +1,32 @@
+"""The commands and their flags."""
+
+from __future__ import annotations
+
+from rrhf.cli import response_gen
+from rrhf.cli.fields import Flag, flags_of
+from rrhf.evaluation.config import EvaluateConfig
+from rrhf.generation.config import GenerateConfig
+from rrhf.scoring.config import ScoreConfig
+from rrhf.training.methods.rank_config import RankConfig
+from rrhf.training.methods.reward_config import RewardConfig
+from rrhf.training.methods.sft_config import SFTConfig
+from rrhf.training.online.ppo_config import PPOConfig
+from rrhf.training.rounds.iterative_config import IterativeConfig
+
+COMMANDS: dict[str, type] = {
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "response-gen": response_gen.ResponseGenConfig,
+    "evaluate": EvaluateConfig,
+    "train sft": SFTConfig,
+    "train reward": RewardConfig,
+    "train rank": RankConfig,
+    "train iterative": IterativeConfig,
+    "train ppo": PPOConfig,
+}
+
+
+def flags_for(command: str) -> dict[str, Flag]:
+    if command == "response-gen":
+        return response_gen.all_flags(GenerateConfig, ScoreConfig)
+    return flags_of(COMMANDS[command])
