@@ -44,7 +44,8 @@ from rrhf.data.mixing import load_sets
 from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
 from rrhf.errors import EXIT_DONE, UserError
 from rrhf.evaluation.bootstrap import Measure, estimate, paired_difference
-from rrhf.files import COMPLETE, make_folder, read_manifest, write_json
+from rrhf.files import make_folder, write_json
+from rrhf.manifests import COMPLETE, read_manifest
 from rrhf.models.loading import load_tokenizer, resolve_device
 from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel, load_reward_model

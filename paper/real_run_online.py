@@ -16,7 +16,7 @@ from curves import draw_curves
 
 from rrhf.evaluation.bootstrap import paired_difference
 from rrhf.evaluation.results import load_row, measure_from_json
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.report.table import NOTHING, format_estimate, format_number, markdown_lines
 from rrhf.runs import settings_file
 from rrhf.training.online.methods import METHODS

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.results import load_row
-from rrhf.files import read_manifest, replaced_file
+from rrhf.files import replaced_file
+from rrhf.manifests import read_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 from rrhf.report.compare import CompareConfig, compare
 from rrhf.report.table import format_number, markdown_lines

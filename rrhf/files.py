@@ -1,12 +1,9 @@
-"""Files that are whole or not there, and the manifests that vouch for them.
+"""Files that are whole or not there.
 
-The idea is one rule: the manifest is written last. A data file `X.json` has `X.manifest.json`
-next to it, a folder has `manifest.json` inside; "status" says "complete" or "unfinished", and
-whoever reads a hand-over looks there first. Every small file is written next to its place, synced
-and moved over, so that a kill at any moment leaves the old file or the new one, never half of one.
-A file that is written as it goes has one writer (`FileLock`), and what a killed one left of a line
-is cut (`cut_torn_tail`). Bytes are counted and hashed while they are written, so that a manifest
-can say which ones it vouches for (`rrhf.seals`).
+A small file is written next to its place, synced and moved over, so that a kill at any moment
+leaves the old file or the new one, never half of one (`replaced_file`). Bytes are counted and
+hashed while they are written, so that a manifest can vouch for them (`rrhf.manifests`). What a
+killed writer left of a last line is cut (`cut_torn_tail`).
 
 Left out on purpose: the format of data files (`rrhf.data`) and run folders (`rrhf.runs`). Standard
 library only.
@@ -15,19 +12,13 @@ library only.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import logging
 import math
 import os
-import re
 import secrets
-import shutil
-import socket
-import stat
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -35,47 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
+from rrhf.locks import is_at, try_lock
+from rrhf.os_errors import NO_SPACE, PathLike, explained_os_errors, no_space, require_plain_output
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-COMPLETE = "complete"
-UNFINISHED = "unfinished"
-
-PathLike = str | os.PathLike[str]
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_WRONG_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
-_FIXES = {
-    **dict.fromkeys(
-        (errno.EROFS, errno.EACCES, errno.EPERM), "choose an output that you may write to"
-    ),
-    **dict.fromkeys(
-        _WRONG_KIND,
-        "a file stands where a folder is needed, or a folder where a file is; choose another path",
-    ),
-    errno.ELOOP: "is a symbolic link, and what it points to must not be written; remove the link, "
-    "or choose another output",
-    errno.ENAMETOOLONG: "choose a shorter name: temporary files next to it have a longer one",
-    errno.EMFILE: "this process may not open more files; raise its limit (ulimit -n)",
-    errno.ENFILE: "this machine may not open more files; end other programs",
-    **dict.fromkeys(
-        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO),
-        "check the disk, or choose an output on another one",
-    ),
-    errno.EFBIG: "a file may not grow so large there (ulimit -f, or the disk's own limit); choose "
-    "an output on another disk",
-    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "end the program that uses it"),
-    **dict.fromkeys(
-        (errno.EINVAL, errno.ENOTSUP), "its disk takes no such file or name; choose another output"
-    ),
-}
-_TEMPORARY = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)
-_NO_WORKING_FOLDER = (
-    "the folder that this was started in does not exist any more; start it elsewhere"
-)
-_OPEN_STREAM = re.compile(r"/dev/std(in|out|err)|(/dev|/proc/[^/]+)/fd/\d+")
-_LOCK_IS_HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _CHUNK_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 18
 
@@ -96,128 +51,13 @@ def with_home_folder(path: PathLike) -> Path:
     return found
 
 
-@contextmanager
-def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn the system's refusal to write somewhere into a `UserError` with the fix.
-
-    Errors that have nothing to do with files pass through.
-
-    Args:
-        path: the file that is being written.
-        needed_bytes: how much is about to be written, where it is known.
-    """
+def is_same_file(one: PathLike, other: PathLike) -> bool:
+    """Whether two paths mean the same file, links and spellings resolved; it may be missing."""
+    first, second = (Path(path).expanduser() for path in (one, other))
     try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            needed = "an unknown number of" if needed_bytes is None else f"{needed_bytes:,}"
-            raise _no_space(path, needed) from error
-        if error.errno != errno.ENOENT and error.errno not in _FIXES:
-            raise
-        named = error.filename if isinstance(error.filename, str) else os.fspath(path)
-        raise UserError(_refusal(os.fspath(path), _without_temporary(named), error)) from error
-
-
-def _refusal(given: str, path: str, error: OSError) -> str:
-    """The message for a path that the system refuses; `given` is what was asked for."""
-    for link in (given, path):
-        if os.path.islink(link) and not os.path.exists(link):
-            return (
-                f"{link}: is a symbolic link that leads nowhere (to {os.readlink(link)}); remove "
-                "the link, or choose another output"
-            )
-    if error.errno == errno.ENOENT:
-        if not _has_working_folder():
-            return _NO_WORKING_FOLDER
-        if not os.path.exists(os.path.dirname(os.path.abspath(path))):
-            return f"{path}: its folder does not exist; make the folder first"
-        return (
-            f"{path}: cannot be written ({error.strerror}): its folder takes no new files, or "
-            "something removed it meanwhile; choose another output"
-        )
-    if error.errno == errno.ELOOP:
-        return f"{path}: {_FIXES[errno.ELOOP]}"
-    if error.errno in _WRONG_KIND:
-        return f"{path}: {error.strerror}: {_FIXES[error.errno]}"
-    return f"{path}: cannot be written ({error.strerror}); {_FIXES[error.errno or 0]}"
-
-
-def require_working_folder() -> None:
-    """Refuse to work where relative paths mean nothing.
-
-    Raises:
-        UserError: the folder that the process was started in is removed.
-    """
-    if not _has_working_folder():
-        raise UserError(_NO_WORKING_FOLDER)
-
-
-def _has_working_folder() -> bool:
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _without_temporary(path: str) -> str:
-    """The path that a temporary file is made for; any other path as it is."""
-    folder, name = os.path.split(path)
-    found = _TEMPORARY.fullmatch(name)
-    return os.path.join(folder, found.group(1)) if found else path
-
-
-def special_file(path: PathLike) -> str | None:
-    """The kind of a pipe, socket or device, such as "a pipe"; None of a file or folder, or nothing.
-
-    Links are followed.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return None
-    kinds = {
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    return kinds.get(stat.S_IFMT(mode))
-
-
-def require_plain_output(path: PathLike) -> None:
-    """Refuse to write over a pipe, a socket, a device, or what a process has open (`/dev/stdout`).
-
-    Raises:
-        UserError: one of them stands there.
-    """
-    kind = special_file(path)
-    if kind is None and _OPEN_STREAM.fullmatch(os.fspath(path)):
-        kind = "an open stream"
-    if kind:
-        raise UserError(
-            f"{path}: is {kind}, where only a file can be written; remove it, or choose another "
-            "output"
-        )
-
-
-def _no_space(path: PathLike, needed: str) -> UserError:
-    """The disk is full. Ask after everything that was written in vain is removed."""
-    return UserError(
-        f"{path}: no space left: {needed} bytes needed, {_free_bytes(path)} bytes free there; "
-        "make room, or choose an output on another disk"
-    )
-
-
-def _free_bytes(path: PathLike) -> str:
-    """The free bytes of the disk that holds `path`, as text; "unknown" where it cannot be asked."""
-    place = Path(os.path.realpath(path)) if _has_working_folder() else Path(path)
-    for folder in (place, *place.parents):
-        try:
-            return f"{shutil.disk_usage(folder).free:,}"
-        except OSError:
-            continue
-    return "unknown"
+        return os.path.samefile(first, second)
+    except OSError:
+        return os.path.realpath(first) == os.path.realpath(second)
 
 
 def make_folder(path: PathLike) -> None:
@@ -359,10 +199,8 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
                 os.replace(temporary, target)  # still locked: nobody takes it for abandoned
         except BaseException as error:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in _NO_SPACE:
-                least = f"more than {file.digest.num_bytes:,}"
-                needed = least if needed_bytes is None else f"{needed_bytes:,}"
-                raise _no_space(path, needed) from error
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise no_space(path, needed_bytes, file.digest.num_bytes) from error
             raise
         sync_folder(target.parent)
 
@@ -392,25 +230,6 @@ def remove_abandoned(target: PathLike) -> None:
                 path.unlink(missing_ok=True)
         finally:
             os.close(handle)
-
-
-def try_lock(handle: int) -> bool:
-    """Lock an open file; False where another process has the lock, or the disk knows none."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def is_at(path: PathLike, handle: int) -> bool:
-    """Whether an open file stands under this name still."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(handle)
-    return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 def _finite(value: Any) -> Any:
@@ -456,215 +275,6 @@ def file_digest(path: PathLike) -> Digest:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest
-
-
-def manifest_path(data_path: PathLike) -> Path:
-    """Where the manifest of a data file or a folder stands.
-
-    `X.json`, `X.jsonl`, `X.jsonl.gz` -> `X.manifest.json`; a folder -> `folder/manifest.json`.
-    """
-    path = Path(data_path)
-    if path.is_dir():
-        return path / "manifest.json"
-    name = path.name.removesuffix(".gz")
-    for suffix in (".jsonl", ".json"):
-        if name.endswith(suffix) and name != suffix:
-            name = name.removesuffix(suffix)
-            break
-    return path.with_name(f"{name}.manifest.json")
-
-
-def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
-    """Write the manifest of a data file or folder, after everything that it vouches for.
-
-    Args:
-        path: the data file or the folder (not the manifest's own path).
-        value: what is to be known; "status" must be given, "schema_version" and, for a data file,
-            its name are added.
-    """
-    assert value.get("status") in (COMPLETE, UNFINISHED), (
-        f"a manifest says complete or unfinished, not {value.get('status')!r}"
-    )
-    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "status": value["status"]}
-    if not Path(path).is_dir():
-        manifest["file"] = Path(path).name
-    manifest.update(value)
-    write_json(manifest_path(path), manifest)
-
-
-def read_manifest(path: PathLike) -> dict[str, Any] | None:
-    """The manifest of a data file or folder; None where there is none.
-
-    `X.json` and `X.jsonl` share the place of their manifest, so one that names the other file,
-    which still stands there or is being made, is not this file's.
-
-    Raises:
-        UserError: the manifest is there but cannot be read, or is of a newer schema.
-    """
-    place = manifest_path(path)
-    try:
-        value = json.loads(manifest_bytes(place))
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
-        return None
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{place}: is not a readable manifest ({error}); make the data again, or remove the "
-            "manifest if you know that the data is whole"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: a manifest is a JSON object, this is a {type(value).__name__}")
-    version = value.get("schema_version", SCHEMA_VERSION)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise UserError(
-            f"{place}: schema_version {version!r} is newer than {SCHEMA_VERSION}, which this "
-            "version reads; update rrhf"
-        )
-    return None if _is_of_another_file(path, value) else value
-
-
-def manifest_bytes(place: Path) -> bytes:
-    """What stands in a manifest's place.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is a pipe, which nobody waits for, or the like.
-    """
-    if kind := special_file(place):
-        raise ValueError(f"it is {kind}")
-    return place.read_bytes()
-
-
-def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest in the place of this file's is another's, not renamed with its file."""
-    named = manifest.get("file")
-    if not isinstance(named, str) or named == Path(path).name:
-        return False
-    is_being_made = manifest.get("status") == UNFINISHED
-    return is_being_made or manifest_path(path).with_name(named).exists()
-
-
-def manifest_owner(path: PathLike) -> str | None:
-    """The name of another file whose manifest stands where this file's would; None without one."""
-    manifest = _standing_manifest(manifest_path(path))
-    return manifest["file"] if _is_of_another_file(path, manifest) else None
-
-
-def _standing_manifest(place: Path) -> dict[str, Any]:
-    """What stands in a manifest's place, whatever it says; empty where that is no object."""
-    try:
-        value = json.loads(manifest_bytes(place))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def require_own_manifest_place(path: PathLike) -> None:
-    """Refuse an output whose manifest would stand where that of another file does.
-
-    An output whose manifest stands there already may be gone on with.
-
-    Raises:
-        UserError: there is another file, `X.jsonl` next to `X.json`, or one is being made.
-    """
-    target = Path(path)
-    place = manifest_path(target)
-    if _standing_manifest(place).get("file") == target.name:
-        return
-    stem = place.name.removesuffix(".manifest.json")
-    names = [stem + suffix for suffix in ("", ".json", ".jsonl", ".json.gz", ".jsonl.gz")]
-    others = [n for n in names if n != target.name and target.with_name(n).is_file()]
-    if owner := manifest_owner(target):
-        others.insert(0, owner)
-    if others:
-        suffix = target.name.removeprefix(stem)
-        raise UserError(
-            f"{path}: its manifest would be {place.name}, which belongs to {others[0]} next to it; "
-            f"choose another name, such as {stem}-2{suffix}"
-        )
-
-
-def is_same_file(one: PathLike, other: PathLike) -> bool:
-    """Whether two paths mean the same file, links and spellings resolved; it may be missing."""
-    first, second = (Path(path).expanduser() for path in (one, other))
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return os.path.realpath(first) == os.path.realpath(second)
-
-
-def forget_manifest(path: PathLike) -> None:
-    """Remove the manifest of a data file that is about to be replaced.
-
-    Raises:
-        UserError: what stands there is no manifest, but somebody else's file.
-    """
-    place = manifest_path(path)
-    require_plain_output(place)
-    try:
-        value = json.loads(manifest_bytes(place))
-    except FileNotFoundError:
-        return
-    except (ValueError, RecursionError):  # half of a manifest
-        value = {"status": UNFINISHED}
-    if not isinstance(value, dict) or value.get("status") not in (COMPLETE, UNFINISHED):
-        raise UserError(
-            f"{place}: is there and is no manifest of this toolkit, which would write one under "
-            "this name; move it away, or choose another output"
-        )
-    place.unlink(missing_ok=True)
-
-
-class FileLock:
-    """Holds a file for one process at a time (flock), until the process ends, however it ends."""
-
-    def __init__(self, path: PathLike) -> None:
-        self.path = Path(path)
-        self._handle: int | None = None
-
-    def acquire(self, what: str) -> None:
-        """Take the lock at once, or raise a `UserError` naming the process and host that hold it.
-
-        Args:
-            what: what is locked, as the message names it, such as "the run folder runs/a".
-        """
-        assert self._handle is None, f"{self.path} is locked by this object already"
-        require_plain_output(self.path)
-        with explained_os_errors(self.path):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = _describe_holder(os.pread(handle, 4096, 0))
-            os.close(handle)
-            if error.errno in _LOCK_IS_HELD:
-                raise UserError(
-                    f"{what} is in use by {holder}; wait for it, stop it, or choose another output"
-                ) from error
-            logger.warning("%s: this disk cannot lock files (%s); going on unlocked", what, error)
-            return
-        holder_row = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
-        os.ftruncate(handle, 0)
-        with explained_os_errors(self.path):
-            os.pwrite(handle, json.dumps(holder_row).encode("ascii"), 0)
-        self._handle = handle
-
-    def release(self) -> None:
-        if self._handle is not None:
-            os.ftruncate(self._handle, 0)
-            # Unlocked by name, because a forked worker may hold the same open file.
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
-            os.close(self._handle)
-            self._handle = None
-
-
-def _describe_holder(data: bytes) -> str:
-    try:
-        row = json.loads(data)
-        return f"process {row['pid']} on host {row['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
 
 
 def cut_torn_tail(path: PathLike) -> int:

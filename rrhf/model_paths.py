@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, read_manifest, special_file, with_home_folder
+from rrhf.files import with_home_folder
+from rrhf.manifests import COMPLETE, MANIFEST, DamagedManifest, load_manifest, read_manifest
+from rrhf.os_errors import special_file
 from rrhf.runs import are_settings, settings_file
-from rrhf.sealed_folders import MANIFEST, DamagedManifest, differences, our_manifest
+from rrhf.sealed_folders import differences
 from rrhf.seals import ACCEPT_FLAG
 
 logger = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
     if not folder.is_dir():
         return
     try:
-        manifest = our_manifest(folder)
+        manifest = load_manifest(folder / MANIFEST, is_ours=False)
         told = [] if manifest is None else _told(folder, manifest, deep)
     except DamagedManifest as error:
         told = [str(error)]

@@ -1,6 +1,6 @@
 """Run folders: what a training leaves on disk, from its settings to its model.
 
-The manifest is written last (`rrhf.files` has the rule), so that it says whether the run is whole.
+The manifest is written last (as everywhere: `rrhf.manifests`), so it says whether the run is whole.
 In a run over several processes one of them alone opens the run folder.
 
 Left out on purpose: checkpoints (`rrhf.training.core.checkpoint` knows what a state is). Standard
@@ -20,21 +20,16 @@ from typing import Any, BinaryIO
 
 from rrhf.errors import UserError
 from rrhf.files import (
-    COMPLETE,
-    UNFINISHED,
-    FileLock,
-    PathLike,
     cut_torn_tail,
-    explained_os_errors,
     json_text,
     make_folder,
-    manifest_path,
     missing_folders,
-    read_manifest,
     remove_empty,
     write_json,
-    write_manifest,
 )
+from rrhf.locks import FileLock
+from rrhf.manifests import COMPLETE, UNFINISHED, manifest_path, read_manifest, write_manifest
+from rrhf.os_errors import PathLike, explained_os_errors
 from rrhf.staged_folders import remove_unfinished
 
 logger = logging.getLogger(__name__)

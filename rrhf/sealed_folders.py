@@ -17,26 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rrhf.files import (
-    COMPLETE,
-    SCHEMA_VERSION,
-    manifest_bytes,
-    sha256_file,
-    sync_folder,
-    write_manifest,
-)
-
-MANIFEST = "manifest.json"
-# A manifest of ours has most of these; other programs may have files of that name too.
-_OUR_KEYS = ("schema_version", "status", "files")
+from rrhf.files import sha256_file, sync_folder
+from rrhf.manifests import COMPLETE, MANIFEST, DamagedManifest, load_manifest, write_manifest
 
 # SHA-256 of files as this process read them last, by what changes when they are written.
 _known: dict[tuple[str, int, int, int], str] = {}
 _CLOCK_STEP = 2_000_000_000
-
-
-class DamagedManifest(ValueError):
-    """A manifest of ours that cannot be relied on; the text says why."""
 
 
 def seal_folder(folder: Path, known: Mapping[str, Any] | None = None) -> None:
@@ -74,43 +60,13 @@ def mode_of_new_file(folder: Path) -> int:
         probe.unlink(missing_ok=True)
 
 
-def our_manifest(folder: Path, is_ours: bool = False) -> dict[str, Any] | None:
-    """The manifest of a folder; None where there is none, or another program's.
-
-    Args:
-        folder: any.
-        is_ours: no other program writes such a folder.
-
-    Raises:
-        DamagedManifest: it cannot be read, or is of a newer version.
-    """
-    try:
-        value = json.loads(manifest_bytes(folder / MANIFEST))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise DamagedManifest(f"{MANIFEST} cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        if is_ours:
-            raise DamagedManifest(f"{MANIFEST} holds no object")
-        return None
-    if not is_ours and sum(key in value for key in _OUR_KEYS) < 2:
-        return None
-    version = value.get("schema_version", SCHEMA_VERSION)
-    if not isinstance(version, int) or isinstance(version, bool) or version > SCHEMA_VERSION:
-        raise DamagedManifest(
-            f"{MANIFEST} has schema_version {version!r}, where {SCHEMA_VERSION} is known"
-        )
-    return value
-
-
 def damage_of(folder: Path) -> str | None:
     """Why a folder of ours is not the whole one that was sealed, or None: its first difference.
 
     Without a manifest it was never sealed.
     """
     try:
-        manifest = our_manifest(folder, is_ours=True)
+        manifest = load_manifest(folder / MANIFEST)
     except DamagedManifest as error:
         return str(error)
     if manifest is None:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import Digest, PathLike, manifest_path
+from rrhf.files import Digest
+from rrhf.manifests import manifest_path
+from rrhf.os_errors import PathLike
 
 logger = logging.getLogger(__name__)
 

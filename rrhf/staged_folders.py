@@ -8,50 +8,18 @@ Standard library only.
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rrhf.errors import UserError
-from rrhf.files import explained_os_errors, sync_folder
+from rrhf.files import sync_folder
+from rrhf.os_errors import explained_os_errors, told_failure
 from rrhf.sealed_folders import damage_of, seal_folder
 
 STAGED, DOOMED = ".staged-", ".doomed-"
 """How names begin of folders that are being filled, and of those that are being removed."""
-
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file would pass the largest size allowed (ulimit -f, or the disk's own)",
-}
-_NATIVE_ERROR = re.compile(r"\(os error (\d+)\)")
-
-
-class FullDisk(Exception):
-    """Raised where something could not be written for lack of space, until the disk is told of.
-
-    Attributes:
-        needed_bytes: what all of it would have taken.
-    """
-
-    def __init__(self, needed_bytes: int) -> None:
-        super().__init__(f"no space for {needed_bytes:,} bytes")
-        self.needed_bytes = needed_bytes
-
-
-@contextmanager
-def telling_need(needed_bytes: int) -> Iterator[None]:
-    """Context manager: turns a full disk into a `FullDisk` that knows the bytes needed."""
-    try:
-        yield
-    except Exception as error:
-        if full_disk(error) is None:
-            raise
-        raise FullDisk(needed_bytes) from error
 
 
 @contextmanager
@@ -70,75 +38,6 @@ def no_trace_of_failure(staged: Path) -> Iterator[None]:
         written = size_of(staged)
         shutil.rmtree(staged, ignore_errors=True)
         raise told_failure(error, staged, written) from error
-
-
-def told_failure(error: BaseException, staged: Path, written: int = 0) -> BaseException:
-    """An error of writing as a message with what to do; any other as it is.
-
-    Args:
-        error: what came.
-        staged: the folder, removed already, so that free space is measured without it.
-        written: bytes that it held.
-    """
-    if (reason := full_disk(error)) is not None:
-        return _no_space(staged.parent, reason, _needed_bytes(error), written)
-    try:
-        with explained_os_errors(staged):
-            raise error
-    except BaseException as told:
-        return told
-
-
-def _needed_bytes(error: BaseException | None) -> int | None:
-    for link in _chain(error):
-        if isinstance(link, FullDisk):
-            return link.needed_bytes
-    return None
-
-
-def full_disk(error: BaseException | None) -> str | None:
-    """Why nothing more can be written, where an error or what caused it says so; else None.
-
-    Libraries that write by themselves tell of it in their own errors, with the system's number.
-    """
-    for link in _chain(error):
-        number = link.errno if isinstance(link, OSError) else None
-        if number is None and (found := _NATIVE_ERROR.search(str(link))):
-            number = int(found.group(1))
-        if number in _FULL:
-            return _FULL[number]
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _no_space(folder: Path, reason: str, needed_bytes: int | None, written: int) -> UserError:
-    """The message of a full disk: its name, what was needed, what is free."""
-    needed = f"more than {written:,}" if needed_bytes is None else f"{needed_bytes:,}"
-    disk = _disk_of(folder)
-    try:
-        free = f"{shutil.disk_usage(disk).free:,}"
-    except OSError:
-        free = "an unknown number of"
-    return UserError(
-        f"{folder}: {reason}: {needed} bytes needed, {free} bytes free on the disk mounted at "
-        f"{disk}; make room there and go on with --resume_from_checkpoint, or choose an output on "
-        "another disk"
-    )
-
-
-def _disk_of(path: Path) -> Path:
-    place = path.absolute()
-    while not os.path.ismount(place) and place != place.parent:
-        place = place.parent
-    return place
 
 
 def size_of(folder: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rrhf.data.collate import EncodedSet, TokenBatch
 from rrhf.errors import AlreadyFinished
-from rrhf.files import UNFINISHED, write_manifest
+from rrhf.manifests import UNFINISHED, write_manifest
 from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.training.core.config import TrainingConfig
 from rrhf.training.core.loop import TrainingOutcome, run_training

@@ -48,7 +48,8 @@ from rrhf.cli.values import (
 )
 from rrhf.cli.words import meanings, spelt_out
 from rrhf.errors import EXIT_DONE, UserError
-from rrhf.files import special_file, with_home_folder
+from rrhf.files import with_home_folder
+from rrhf.os_errors import special_file
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from rrhf.errors import (
     StoppedBySignal,
     UserError,
 )
-from rrhf.files import require_working_folder
+from rrhf.os_errors import require_working_folder
 from rrhf.process_end import run_process
 from rrhf.signals import Interrupted, sigterm_interrupts
 

@@ -36,8 +36,9 @@ from rrhf.cli.terminal import is_first_process
 from rrhf.data.columns import ColumnOptions, parse_columns
 from rrhf.data.json_scan import require_plain_input
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, explained_os_errors, read_manifest, require_plain_output
+from rrhf.manifests import COMPLETE, read_manifest
 from rrhf.model_paths import accept_edited_models, check_model_path
+from rrhf.os_errors import explained_os_errors, require_plain_output
 
 T = TypeVar("T")
 

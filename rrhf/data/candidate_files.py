@@ -34,16 +34,9 @@ from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, Faults, Row, open_bytes, scan_rows
 from rrhf.data.jsonl import encode_row
 from rrhf.errors import UserError
-from rrhf.files import (
-    COMPLETE,
-    PathLike,
-    explained_os_errors,
-    forget_manifest,
-    manifest_path,
-    read_manifest,
-    replaced_file,
-    write_manifest,
-)
+from rrhf.files import replaced_file
+from rrhf.manifests import COMPLETE, forget_manifest, manifest_path, read_manifest, write_manifest
+from rrhf.os_errors import PathLike, explained_os_errors
 from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)

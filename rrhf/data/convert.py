@@ -24,15 +24,9 @@ from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
 from rrhf.data.sources import is_own
 from rrhf.data.views import pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
-from rrhf.files import (
-    COMPLETE,
-    explained_os_errors,
-    forget_manifest,
-    replaced_file,
-    require_own_manifest_place,
-    sha256_file,
-    write_manifest,
-)
+from rrhf.files import replaced_file, sha256_file
+from rrhf.manifests import COMPLETE, forget_manifest, require_own_manifest_place, write_manifest
+from rrhf.os_errors import explained_os_errors
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.seals import EditedFiles, seal

@@ -23,7 +23,8 @@ from json.decoder import JSONDecoder
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from rrhf.errors import UserError
-from rrhf.files import Digest, PathLike, special_file
+from rrhf.files import Digest
+from rrhf.os_errors import PathLike, special_file
 from rrhf.seals import seal_difference, warn_accepted, what_to_do
 
 MAX_FAULTS = 20

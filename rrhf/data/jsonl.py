@@ -7,9 +7,7 @@ fault, stands in `rrhf.data.json_scan`. Left out on purpose: what a row must hol
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,18 +17,9 @@ from typing import Any, Self
 
 from rrhf.data.json_scan import Fault, Faults, scan_rows
 from rrhf.errors import UserError
-from rrhf.files import (
-    PathLike,
-    cut_torn_tail,
-    explained_os_errors,
-    is_at,
-    locked_temporary,
-    remove_abandoned,
-    require_plain_output,
-    sync_folder,
-)
-
-logger = logging.getLogger(__name__)
+from rrhf.files import cut_torn_tail, locked_temporary, remove_abandoned, sync_folder
+from rrhf.locks import is_at, lock_or_warn
+from rrhf.os_errors import PathLike, explained_os_errors, require_plain_output
 
 _encoded = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
@@ -177,13 +166,11 @@ class JsonlAppender:
 
     def _lock(self, handle: int) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_or_warn(handle, self.path)
         except BlockingIOError as error:
             raise UserError(
                 f"{self.path}: another process is writing it; wait for it, or choose another output"
             ) from error
-        except OSError as error:
-            logger.warning("%s: this disk cannot lock files (%s); going on", self.path, error)
 
     def _require_ours(self, handle: int) -> None:
         begins = os.pread(handle, max(16, len(self._first)), 0)

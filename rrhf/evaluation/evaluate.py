@@ -48,7 +48,7 @@ from rrhf.evaluation.metrics.spec import NEEDS
 from rrhf.evaluation.reached import signs_of_nothing
 from rrhf.evaluation.results import require_free_place, save_row
 from rrhf.evaluation.weight_distance import stored_weight_distance, weight_distance
-from rrhf.files import explained_os_errors, made_folder, read_manifest
+from rrhf.files import made_folder
 from rrhf.generation.build import LOCAL, EngineOptions, EngineSpec
 from rrhf.generation.engine import (
     GenerationEngine,
@@ -58,6 +58,7 @@ from rrhf.generation.engine import (
 )
 from rrhf.generation.params import prompt_room
 from rrhf.generation.plan import fit_by_engine, fit_by_tokens
+from rrhf.manifests import read_manifest
 from rrhf.model_paths import accept_edited_models, check_model_path, model_folder
 from rrhf.models.loading import (
     LoadOptions,
@@ -66,6 +67,7 @@ from rrhf.models.loading import (
     load_tokenizer,
     resolve_device,
 )
+from rrhf.os_errors import explained_os_errors
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer
 from rrhf.worlds import World

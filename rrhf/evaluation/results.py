@@ -16,19 +16,16 @@ from typing import Any
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
-from rrhf.files import (
+from rrhf.files import Digest, json_text, make_folder, replaced_file
+from rrhf.manifests import (
     COMPLETE,
-    Digest,
-    PathLike,
     forget_manifest,
-    json_text,
-    make_folder,
     manifest_owner,
     manifest_path,
     read_manifest,
-    replaced_file,
     write_manifest,
 )
+from rrhf.os_errors import PathLike
 from rrhf.records import CandidateSet
 from rrhf.seals import require_as_sealed, seal
 

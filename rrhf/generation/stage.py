@@ -25,11 +25,12 @@ import torch
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.formats import SourceCounts
-from rrhf.files import COMPLETE, made_folder, write_manifest
+from rrhf.files import made_folder
 from rrhf.generation.build import EngineOptions
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.engine import GenerationEngine, Sample, check_decoding, responses
 from rrhf.generation.plan import Plan, plan_prompts
+from rrhf.manifests import COMPLETE, write_manifest
 from rrhf.model_paths import accept_edited_models, check_model_path
 from rrhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer, resolve_device
 from rrhf.progress import Progress

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf.errors import UserError
-from rrhf.files import FileLock, explained_os_errors, made_folder, sha256_file, write_json
+from rrhf.files import made_folder, sha256_file, write_json
+from rrhf.locks import FileLock
+from rrhf.os_errors import explained_os_errors
 
 logger = logging.getLogger(__name__)
 

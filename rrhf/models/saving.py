@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rrhf.staged_folders import telling_need
+from rrhf.os_errors import telling_need
 
 # How peft names what it wraps: the whole model, a layer with adapters, and a layer that is trained
 # in full (such as a new head) next to its original.

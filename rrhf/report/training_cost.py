@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 
 FROZEN_ONLINE = 2
 """In addition to what they train, online methods hold the reference policy and the reward model."""

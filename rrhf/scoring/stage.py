@@ -30,15 +30,8 @@ from rrhf.data.ids import IdList
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
-from rrhf.files import (
-    COMPLETE,
-    made_folder,
-    manifest_path,
-    read_manifest,
-    sha256_file,
-    with_home_folder,
-    write_manifest,
-)
+from rrhf.files import made_folder, sha256_file, with_home_folder
+from rrhf.manifests import COMPLETE, manifest_path, read_manifest, write_manifest
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rrhf.manifests import MANIFEST
 from rrhf.model_paths import model_folder
-from rrhf.sealed_folders import MANIFEST
 
 # Enough of a weight file to notice that it was trained on since.
 _FINGERPRINT_BYTES = 1 << 20

@@ -29,7 +29,8 @@ from typing import Any, BinaryIO, NamedTuple
 from rrhf.data.ids import IdTable
 from rrhf.data.jsonl import JsonlAppender, begins_with, encode_row
 from rrhf.errors import UserError
-from rrhf.files import Digest, manifest_path, remove_abandoned, replaced_file
+from rrhf.files import Digest, remove_abandoned, replaced_file
+from rrhf.manifests import manifest_path
 from rrhf.signals import StopRequest
 
 logger = logging.getLogger(__name__)

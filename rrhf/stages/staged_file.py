@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import (
+from rrhf.files import file_digest
+from rrhf.manifests import (
     COMPLETE,
     UNFINISHED,
-    file_digest,
     manifest_path,
     read_manifest,
     require_own_manifest_place,

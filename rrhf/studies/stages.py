@@ -24,9 +24,10 @@ from typing import Any
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, UserError
-from rrhf.files import COMPLETE, read_manifest, write_json, write_manifest
+from rrhf.files import write_json
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.stage import GenerateConfig, generate_file
+from rrhf.manifests import COMPLETE, read_manifest, write_manifest
 from rrhf.models.loading import load_causal_lm, load_tokenizer
 from rrhf.models.saving import write_model_folder
 from rrhf.runs import settings_file

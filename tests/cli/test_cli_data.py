@@ -15,7 +15,7 @@ from rrhf.data.candidate_files import CandidateFile, read_candidate_sets
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.stats import measure_sets
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.records import Candidate, CandidateSet, set_id
 
 HH = "\n\nHuman: %s\n\nAssistant:"

@@ -35,8 +35,8 @@ from rrhf.data.mixing import parse_mixture
 from rrhf.errors import UserError
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.results import load_row
-from rrhf.files import read_manifest
 from rrhf.generation.config import GenerateConfig
+from rrhf.manifests import read_manifest
 from rrhf.report.compare import CompareConfig
 from rrhf.scoring.stage import ScoreConfig
 

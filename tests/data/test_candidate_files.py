@@ -20,7 +20,7 @@ from rrhf.data.candidate_files import (
     write_candidate_sets,
 )
 from rrhf.errors import UserError
-from rrhf.files import manifest_path, read_manifest, write_manifest
+from rrhf.manifests import manifest_path, read_manifest, write_manifest
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 
 

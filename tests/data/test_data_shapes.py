@@ -29,7 +29,7 @@ from rrhf.data.mixing import load_sets
 from rrhf.data.sources import SourceCounts, read_sets
 from rrhf.data.uses import count_uses, describe_uses
 from rrhf.errors import UserError
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.records import CandidateSet, Message, plain_prompt
 
 torch.set_num_threads(1)

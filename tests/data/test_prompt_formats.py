@@ -17,9 +17,9 @@ from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.mixing import load_sets
 from rrhf.data.prompt_text import prompt_text
-from rrhf.files import read_manifest
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.local.row_loop import Job, Written
+from rrhf.manifests import read_manifest
 from rrhf.models.loading import load_causal_lm
 from rrhf.records import CandidateSet, Message, plain_prompt, set_id
 

@@ -12,7 +12,7 @@ import pytest
 from rrhf.data import sources
 from rrhf.data.sources import SourceCounts, known_names, read_sets, register_source
 from rrhf.errors import UserError
-from rrhf.files import write_manifest
+from rrhf.manifests import write_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}

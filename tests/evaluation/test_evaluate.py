@@ -13,7 +13,7 @@ from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.evaluation.evaluate import EvaluateConfig, evaluate, policy_name
 from rrhf.evaluation.results import load_row
-from rrhf.files import write_manifest
+from rrhf.manifests import write_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
 from rrhf.report.compare import CompareConfig, compare
 from rrhf.worlds.help_desk.world import HelpDesk

@@ -13,20 +13,16 @@ from pathlib import Path
 import pytest
 
 from rrhf.errors import UserError
-from rrhf.files import (
-    FileLock,
-    cut_torn_tail,
-    explained_os_errors,
+from rrhf.files import cut_torn_tail, replaced_file, sha256_file, write_json
+from rrhf.locks import FileLock
+from rrhf.manifests import (
     forget_manifest,
     manifest_path,
     read_manifest,
-    replaced_file,
     require_own_manifest_place,
-    require_plain_output,
-    sha256_file,
-    write_json,
     write_manifest,
 )
+from rrhf.os_errors import explained_os_errors, require_plain_output
 
 # Files that are whole or not there.
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rrhf.cli.flags import with_home
 from rrhf.cli.main import main
 from rrhf.errors import UserError
-from rrhf.files import read_manifest, write_manifest
+from rrhf.manifests import read_manifest, write_manifest
 from rrhf.model_paths import check_model_path, model_folder, require_as_written
 from rrhf.models.loading import load_causal_lm
 from rrhf.runs import RunFolder, settings_file

@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 
 from rrhf.errors import UserError
-from rrhf.files import (
-    read_manifest,
-)
+from rrhf.manifests import read_manifest
 from rrhf.runs import MetricsLog, RunFolder, told_changes
 from rrhf.sealed_folders import seal_folder
 

@@ -9,7 +9,7 @@ import pytest
 from kills import Zygote
 from saved_folder_job import save
 
-from rrhf.files import UNFINISHED, write_manifest
+from rrhf.manifests import UNFINISHED, write_manifest
 from rrhf.runs import RunFolder
 from rrhf.sealed_folders import damage_of
 from rrhf.staged_folders import remove_unfinished, saved_folder

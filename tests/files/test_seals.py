@@ -15,7 +15,8 @@ from trainer_cases import ranked_rows, write_lines
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import CandidateFile, read_candidate_sets, write_candidate_sets
 from rrhf.errors import UserError
-from rrhf.files import manifest_path, read_manifest, sha256_file
+from rrhf.files import sha256_file
+from rrhf.manifests import manifest_path, read_manifest
 from rrhf.records import Candidate, CandidateSet, set_id
 
 SCORER = "function:seal_scorer:by_length"

@@ -21,11 +21,11 @@ import rrhf.generation.stage as stage_module
 import rrhf.stages.fingerprint as fingerprint_module
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGINT, EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
-from rrhf.files import manifest_path, read_manifest
 from rrhf.generation.engine import answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.plan import plan_batches
 from rrhf.generation.stage import GenerateConfig, generate_file
+from rrhf.manifests import manifest_path, read_manifest
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 from rrhf.stages.fingerprint import fingerprint
 from rrhf.stages.parts import Parts

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rrhf.files import write_json, write_manifest
+from rrhf.files import write_json
+from rrhf.manifests import write_manifest
 from rrhf.report.training_cost import TrainingCost, cost_of, mean_cost
 
 

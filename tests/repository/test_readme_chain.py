@@ -17,7 +17,7 @@ import torch
 from places import ROOT
 
 from rrhf.cli.main import main
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -17,7 +17,7 @@ from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.data.views import first_turn
 from rrhf.evaluation.results import load_row
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 
 torch.set_num_threads(1)

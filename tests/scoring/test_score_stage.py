@@ -19,7 +19,7 @@ from reward_cases import conversation, language_model_folder, reward_model_folde
 from rrhf.cli.main import run_command
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import EXIT_STOPPED_BY_SIGTERM, StoppedBySignal, UserError
-from rrhf.files import manifest_path, read_manifest, write_manifest
+from rrhf.manifests import manifest_path, read_manifest, write_manifest
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.reward_model import RewardModelScorer

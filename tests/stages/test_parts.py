@@ -19,7 +19,8 @@ from rrhf.cli.main import main
 from rrhf.data import candidate_files, jsonl
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
-from rrhf.files import manifest_path, replaced_file, write_json
+from rrhf.files import replaced_file, write_json
+from rrhf.manifests import manifest_path
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file

@@ -13,7 +13,7 @@ import pytest
 from kills import Zygote
 
 from rrhf.data.candidate_files import CandidateFile, write_candidate_sets
-from rrhf.files import manifest_path
+from rrhf.manifests import manifest_path
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file

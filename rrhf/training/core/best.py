@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import explained_os_errors, sync_folder
+from rrhf.files import sync_folder
+from rrhf.manifests import MANIFEST, DamagedManifest, load_manifest
 from rrhf.model_paths import require_as_written
-from rrhf.sealed_folders import DamagedManifest, our_manifest, seal_folder
+from rrhf.os_errors import explained_os_errors
+from rrhf.sealed_folders import seal_folder
 from rrhf.staged_folders import no_trace_of_failure, saved_folder
 from rrhf.training.core.config import TrainingConfig
 from rrhf.training.core.model_folders import ModelFolders, full_weights, write_finite
@@ -212,7 +214,7 @@ class BestModel:
 
     def _is_there(self, step: int) -> bool:
         try:
-            manifest = our_manifest(self.folder, is_ours=True)
+            manifest = load_manifest(self.folder / MANIFEST)
         except DamagedManifest:
             return False
         return manifest is not None and manifest.get("step") == step

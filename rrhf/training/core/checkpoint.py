@@ -25,15 +25,9 @@ from torch import nn
 
 from rrhf.errors import UserError
 from rrhf.files import sync_folder, write_json
+from rrhf.os_errors import telling_need, told_failure
 from rrhf.sealed_folders import seal_folder
-from rrhf.staged_folders import (
-    DOOMED,
-    STAGED,
-    no_trace_of_failure,
-    remove_unfinished,
-    telling_need,
-    told_failure,
-)
+from rrhf.staged_folders import DOOMED, STAGED, no_trace_of_failure, remove_unfinished
 from rrhf.training.core.checkpoint_folders import (
     ENGINE,
     OPTIMIZER,

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE
+from rrhf.manifests import COMPLETE, MANIFEST, DamagedManifest, load_manifest
 from rrhf.models.finite import non_finite_in_file
-from rrhf.sealed_folders import DamagedManifest, damage_of, our_manifest
+from rrhf.sealed_folders import damage_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def checkpoints_by_step(folder: Path) -> list[Path]:
 def is_complete(checkpoint: Path) -> bool:
     """True where its manifest says complete (its files are compared by `checkpoint_damage`)."""
     try:
-        manifest = our_manifest(checkpoint, is_ours=True)
+        manifest = load_manifest(checkpoint / MANIFEST)
     except DamagedManifest:
         return False
     return manifest is not None and manifest.get("status") == COMPLETE
@@ -47,7 +47,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None."""
     if (told := damage_of(checkpoint)) is not None:
         return told
-    sealed = (our_manifest(checkpoint) or {})["files"]
+    sealed = (load_manifest(checkpoint / MANIFEST) or {})["files"]
     is_sharded = any(name.startswith(f"{ENGINE}/") for name in sealed)
     for name in (STATE, RANDOM) if is_sharded else (STATE, RANDOM, WEIGHTS, OPTIMIZER):
         if name not in sealed:

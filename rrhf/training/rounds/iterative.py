@@ -28,9 +28,9 @@ import torch
 import rrhf
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
-from rrhf.files import UNFINISHED, read_manifest, write_manifest
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
+from rrhf.manifests import UNFINISHED, read_manifest, write_manifest
 from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet

@@ -9,7 +9,7 @@ from typing import Any
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.evaluation.bootstrap import Measure, estimate
 from rrhf.evaluation.metrics.kl import expectation_note
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.records import CandidateSet
 from rrhf.training.rounds.iterative_config import IterativeConfig
 

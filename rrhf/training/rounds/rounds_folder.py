@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rrhf.errors import UserError
-from rrhf.files import COMPLETE, UNFINISHED, read_manifest
+from rrhf.manifests import COMPLETE, UNFINISHED, read_manifest
 from rrhf.runs import RunFolder, told_changes
 from rrhf.signals import StopRequest
 from rrhf.training.rounds.iterative_config import IterativeConfig

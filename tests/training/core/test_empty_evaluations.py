@@ -17,7 +17,7 @@ from trainer_cases import metrics_of, same_weights, write_lines
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.records import CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training.core import loop

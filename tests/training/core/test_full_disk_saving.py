@@ -16,8 +16,9 @@ from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
+from rrhf.os_errors import FullDisk, full_disk, telling_need
 from rrhf.sealed_folders import damage_of
-from rrhf.staged_folders import FullDisk, full_disk, saved_folder, telling_need
+from rrhf.staged_folders import saved_folder
 from rrhf.training.core.checkpoint_folders import checkpoints_by_step
 
 torch.set_num_threads(1)

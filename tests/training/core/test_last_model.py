@@ -17,7 +17,7 @@ from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.staged_folders import saved_folder
 from rrhf.training.core import best, loop, model_folders
 from rrhf.training.methods import sft

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rrhf.data.collate import TokenBatch, collate
 from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
-from rrhf.files import read_manifest
+from rrhf.manifests import read_manifest
 from rrhf.models.forward.logprobs import Policy
 from rrhf.sealed_folders import damage_of
 from rrhf.training.core.checkpoint_folders import checkpoints_by_step, is_complete

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf.cli.main import main
 from rrhf.errors import AlreadyFinished, UserError
-from rrhf.files import read_manifest, write_manifest
+from rrhf.manifests import read_manifest, write_manifest
 from rrhf.training.methods import rank
 from rrhf.training.rounds import iterative
 from rrhf.training.rounds.iterative import best_round

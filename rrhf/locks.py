@@ -1,0 +1,104 @@
+"""One writer at a time: files that are locked (flock) until their process ends, however it ends.
+
+The lock is the system's own. Where a disk has none, work goes on unlocked, with a warning: a lock
+made of a file's mere presence would outlive a killed process. Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+from rrhf.errors import UserError
+from rrhf.os_errors import PathLike, explained_os_errors, require_plain_output
+
+logger = logging.getLogger(__name__)
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file; False where another process has the lock, or the disk knows none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def lock_or_warn(handle: int, path: PathLike) -> bool:
+    """Lock an open file; where its disk cannot lock files, log that and return False.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        logger.warning("%s: this disk cannot lock files (%s); going on unlocked", path, error)
+        return False
+    return True
+
+
+def is_at(path: PathLike, handle: int) -> bool:
+    """Whether an open file still stands under this name."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+class FileLock:
+    """Holds a file for one process at a time, until it ends; says which process holds it."""
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+        self._handle: int | None = None
+
+    def acquire(self, what: str) -> None:
+        """Take the lock at once, or raise a `UserError` naming the process and host that hold it.
+
+        Args:
+            what: what is locked, as the message names it, such as "the run folder runs/a".
+        """
+        assert self._handle is None, f"{self.path} is locked by this object already"
+        require_plain_output(self.path)
+        with explained_os_errors(self.path):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            if not lock_or_warn(handle, self.path):
+                os.close(handle)
+                return
+        except BlockingIOError as error:
+            holder = _describe_holder(os.pread(handle, 4096, 0))
+            os.close(handle)
+            raise UserError(
+                f"{what} is in use by {holder}; wait for it, stop it, or choose another output"
+            ) from error
+        holder_row = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
+        os.ftruncate(handle, 0)
+        with explained_os_errors(self.path):
+            os.pwrite(handle, json.dumps(holder_row).encode("ascii"), 0)
+        self._handle = handle
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.ftruncate(self._handle, 0)
+            # Unlocked by name, because a forked worker may hold the same open file.
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            os.close(self._handle)
+            self._handle = None
+
+
+def _describe_holder(data: bytes) -> str:
+    try:
+        row = json.loads(data)
+        return f"process {row['pid']} on host {row['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,189 @@
+"""Manifests: what a data file or folder is, and whether it is whole; always written last.
+
+A data file `X.json` has `X.manifest.json` next to it, a folder has `manifest.json` inside. "status"
+says "complete" or "unfinished", and whoever reads what another command wrote looks there first.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rrhf.errors import UserError
+from rrhf.files import write_json
+from rrhf.os_errors import PathLike, require_plain_output, special_file
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+COMPLETE = "complete"
+UNFINISHED = "unfinished"
+# A manifest of ours has most of these; other programs may have files of that name too.
+_OUR_KEYS = ("schema_version", "status", "files")
+
+
+class DamagedManifest(ValueError):
+    """A manifest of ours that cannot be relied on; the text says why."""
+
+
+def manifest_path(data_path: PathLike) -> Path:
+    """Where the manifest of a data file or a folder stands.
+
+    `X.json`, `X.jsonl`, `X.jsonl.gz` -> `X.manifest.json`; a folder -> `folder/manifest.json`.
+    """
+    path = Path(data_path)
+    if path.is_dir():
+        return path / MANIFEST
+    name = path.name.removesuffix(".gz")
+    for suffix in (".jsonl", ".json"):
+        if name.endswith(suffix) and name != suffix:
+            name = name.removesuffix(suffix)
+            break
+    return path.with_name(f"{name}.manifest.json")
+
+
+def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
+    """Write the manifest of a data file or folder, after everything that it vouches for.
+
+    Args:
+        path: the data file or the folder (not the manifest's own path).
+        value: what is to be known; "status" must be given, "schema_version" and, for a data file,
+            its name are added.
+    """
+    assert value.get("status") in (COMPLETE, UNFINISHED), (
+        f"a manifest says complete or unfinished, not {value.get('status')!r}"
+    )
+    manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "status": value["status"]}
+    if not Path(path).is_dir():
+        manifest["file"] = Path(path).name
+    manifest.update(value)
+    write_json(manifest_path(path), manifest)
+
+
+def read_manifest(path: PathLike) -> dict[str, Any] | None:
+    """The manifest of a data file or folder; None where there is none.
+
+    `X.json` and `X.jsonl` share the place of their manifest, so one that names the other file,
+    which still stands there or is being made, is not this file's.
+
+    Raises:
+        UserError: the manifest is there but cannot be read, or is of a newer schema.
+    """
+    place = manifest_path(path)
+    try:
+        value = load_manifest(place)
+    except DamagedManifest as error:
+        raise UserError(
+            f"{place.parent}: {error}; make the data again, update rrhf if a newer version wrote "
+            "it, or remove the manifest if you know that the data is whole"
+        ) from error
+    return None if value is None or _is_of_another_file(path, value) else value
+
+
+def load_manifest(place: Path, is_ours: bool = True) -> dict[str, Any] | None:
+    """The manifest in this place; None where there is none.
+
+    Args:
+        place: of the manifest itself.
+        is_ours: no other program writes a file of this name here; else one without the keys of a
+            manifest of ours counts as none.
+
+    Raises:
+        DamagedManifest: it cannot be read, or is of a newer version.
+    """
+    try:
+        value = _load(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedManifest(f"{place.name} cannot be read ({error})") from error
+    if not is_ours and (not isinstance(value, dict) or sum(k in value for k in _OUR_KEYS) < 2):
+        return None
+    if not isinstance(value, dict):
+        raise DamagedManifest(f"{place.name} holds no JSON object")
+    version = value.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or isinstance(version, bool) or version > SCHEMA_VERSION:
+        raise DamagedManifest(
+            f"{place.name} has schema_version {version!r}, where {SCHEMA_VERSION} is known"
+        )
+    return value
+
+
+def _load(place: Path) -> Any:
+    """What stands in a manifest's place; a pipe, which nobody waits for, is a ValueError."""
+    if kind := special_file(place):
+        raise ValueError(f"it is {kind}")
+    return json.loads(place.read_bytes())
+
+
+def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest in the place of this file's is another's, not renamed with its file."""
+    named = manifest.get("file")
+    if not isinstance(named, str) or named == Path(path).name:
+        return False
+    is_being_made = manifest.get("status") == UNFINISHED
+    return is_being_made or manifest_path(path).with_name(named).exists()
+
+
+def manifest_owner(path: PathLike) -> str | None:
+    """The name of another file whose manifest stands where this file's would; None without one."""
+    manifest = _standing_manifest(manifest_path(path))
+    return manifest["file"] if _is_of_another_file(path, manifest) else None
+
+
+def _standing_manifest(place: Path) -> dict[str, Any]:
+    """What stands in a manifest's place, whatever it says; empty where that is no object."""
+    try:
+        value = _load(place)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def require_own_manifest_place(path: PathLike) -> None:
+    """Refuse an output whose manifest would stand where that of another file does.
+
+    An output whose manifest stands there already may be gone on with.
+
+    Raises:
+        UserError: there is another file, `X.jsonl` next to `X.json`, or one is being made.
+    """
+    target = Path(path)
+    place = manifest_path(target)
+    if _standing_manifest(place).get("file") == target.name:
+        return
+    stem = place.name.removesuffix(".manifest.json")
+    names = [stem + suffix for suffix in ("", ".json", ".jsonl", ".json.gz", ".jsonl.gz")]
+    others = [n for n in names if n != target.name and target.with_name(n).is_file()]
+    if owner := manifest_owner(target):
+        others.insert(0, owner)
+    if others:
+        suffix = target.name.removeprefix(stem)
+        raise UserError(
+            f"{path}: its manifest would be {place.name}, which belongs to {others[0]} next to it; "
+            f"choose another name, such as {stem}-2{suffix}"
+        )
+
+
+def forget_manifest(path: PathLike) -> None:
+    """Remove the manifest of a data file that is about to be replaced.
+
+    Raises:
+        UserError: what stands there is no manifest, but somebody else's file.
+    """
+    place = manifest_path(path)
+    require_plain_output(place)
+    try:
+        value = _load(place)
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError):  # half of a manifest
+        value = {"status": UNFINISHED}
+    if not isinstance(value, dict) or value.get("status") not in (COMPLETE, UNFINISHED):
+        raise UserError(
+            f"{place}: is there and is no manifest of this toolkit, which would write one under "
+            "this name; move it away, or choose another output"
+        )
+    place.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""What the operating system refuses, as one message that names the place and the fix.
+
+Whoever writes does so within `explained_os_errors`. A full disk is reported with what was needed
+and what is free, measured after everything that was written in vain is removed; libraries that
+write by themselves report it in errors of their own, which `full_disk` recognises. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rrhf.errors import UserError
+
+PathLike = str | os.PathLike[str]
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors that say that a disk is full, or a quota used up."""
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file would pass the largest size allowed (ulimit -f, or the disk's own)",
+}
+_FIXES = {
+    "EROFS EACCES EPERM": "choose an output that you may write to",
+    "EISDIR ENOTDIR EEXIST ENOTEMPTY": "a file stands where a folder is needed, or a folder where "
+    "a file is; choose another path",
+    "ENAMETOOLONG": "choose a shorter name: temporary files next to it have a longer one",
+    "EMFILE": "this process may not open more files; raise its limit (ulimit -n)",
+    "ENFILE": "this machine may not open more files; end other programs",
+    "EIO ESTALE ENOTCONN ENODEV ENXIO": "check the disk, or choose an output on another one",
+    "EFBIG": "a file may not grow so large there (ulimit -f, or the disk's own limit); choose an "
+    "output on another disk",
+    "EBUSY ETXTBSY": "end the program that uses it",
+    "EINVAL ENOTSUP": "its disk takes no such file or name; choose another output",
+}
+_FIX_OF = {getattr(errno, name): fix for names, fix in _FIXES.items() for name in names.split()}
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_NATIVE_ERROR = re.compile(r"\(os error (\d+)\)")
+_OPEN_STREAM = re.compile(r"/dev/std(in|out|err)|(/dev|/proc/[^/]+)/fd/\d+")
+_SPECIAL = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_NO_WORKING_FOLDER = (
+    "the folder that this was started in does not exist any more; start it elsewhere"
+)
+
+
+@contextmanager
+def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn the system's refusal to write somewhere into a `UserError` with the fix.
+
+    Errors that have nothing to do with files pass through.
+
+    Args:
+        path: the file that is being written.
+        needed_bytes: how much is about to be written, where it is known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise no_space(path, needed_bytes) from error
+        if error.errno not in (errno.ENOENT, errno.ELOOP, *_FIX_OF):
+            raise
+        named = error.filename if isinstance(error.filename, str) else os.fspath(path)
+        folder, name = os.path.split(named)
+        if found := _TEMPORARY.fullmatch(name):
+            named = os.path.join(folder, found.group(1))
+        raise UserError(_refusal(os.fspath(path), named, error)) from error
+
+
+def _refusal(given: str, path: str, error: OSError) -> str:
+    """The message for a path that the system refuses; `given` is what was asked for."""
+    for link in (given, path):
+        if os.path.islink(link) and not os.path.exists(link):
+            return (
+                f"{link}: is a symbolic link that leads nowhere (to {os.readlink(link)}); remove "
+                "the link, or choose another output"
+            )
+    if error.errno == errno.ELOOP:
+        return (
+            f"{path}: is a symbolic link, and what it points to must not be written; remove the "
+            "link, or choose another output"
+        )
+    if error.errno != errno.ENOENT:
+        return f"{path}: cannot be written ({error.strerror}); {_FIX_OF[error.errno or 0]}"
+    if not _has_working_folder():
+        return _NO_WORKING_FOLDER
+    if not os.path.exists(os.path.dirname(os.path.abspath(path))):
+        return f"{path}: its folder does not exist; make the folder first"
+    return (
+        f"{path}: cannot be written ({error.strerror}): its folder takes no new files, or "
+        "something removed it meanwhile; choose another output"
+    )
+
+
+def require_working_folder() -> None:
+    """Refuse to work where relative paths mean nothing.
+
+    Raises:
+        UserError: the folder that the process was started in is removed.
+    """
+    if not _has_working_folder():
+        raise UserError(_NO_WORKING_FOLDER)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def special_file(path: PathLike) -> str | None:
+    """The kind of a pipe, socket or device, such as "a pipe"; None of a file or folder, or nothing.
+
+    Links are followed.
+    """
+    try:
+        return _SPECIAL.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):
+        return None
+
+
+def require_plain_output(path: PathLike) -> None:
+    """Refuse to write over a pipe, a socket, a device, or what a process has open (`/dev/stdout`).
+
+    Raises:
+        UserError: one of them stands there.
+    """
+    kind = special_file(path)
+    if kind is None and _OPEN_STREAM.fullmatch(os.fspath(path)):
+        kind = "an open stream"
+    if kind:
+        raise UserError(
+            f"{path}: is {kind}, where only a file can be written; remove it, or choose another "
+            "output"
+        )
+
+
+def no_space(path: PathLike, needed_bytes: int | None, written: int | None = None) -> UserError:
+    """The message of a full disk. Call it after everything that was written in vain is removed.
+
+    Args:
+        path: the file that was being written.
+        needed_bytes: how much all of it takes; None = unknown.
+        written: how much of it had been written, for where that is all that is known.
+    """
+    return UserError(
+        f"{path}: no space left: {_needed(needed_bytes, written)} bytes needed, "
+        f"{_free_bytes(path)} bytes free there; make room, or choose an output on another disk"
+    )
+
+
+def _needed(needed_bytes: int | None, written: int | None) -> str:
+    if needed_bytes is not None:
+        return f"{needed_bytes:,}"
+    return "an unknown number of" if written is None else f"more than {written:,}"
+
+
+def _free_bytes(path: PathLike) -> str:
+    """The free bytes of the disk that holds `path`, as text; "unknown" where it cannot be asked."""
+    place = Path(os.path.realpath(path)) if _has_working_folder() else Path(path)
+    for folder in (place, *place.parents):
+        try:
+            return f"{shutil.disk_usage(folder).free:,}"
+        except OSError:
+            continue
+    return "unknown"
+
+
+# Folders that are filled by several writers, some of them in libraries.
+
+
+class FullDisk(Exception):
+    """A write that failed for lack of space, before a message is made of it.
+
+    Attributes:
+        needed_bytes: what all of it would have taken.
+    """
+
+    def __init__(self, needed_bytes: int) -> None:
+        super().__init__(f"no space for {needed_bytes:,} bytes")
+        self.needed_bytes = needed_bytes
+
+
+@contextmanager
+def telling_need(needed_bytes: int) -> Iterator[None]:
+    """Context manager: turns a full disk into a `FullDisk` that knows the bytes needed."""
+    try:
+        yield
+    except Exception as error:
+        if full_disk(error) is None:
+            raise
+        raise FullDisk(needed_bytes) from error
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """Why nothing more can be written, where an error or what caused it says so; else None."""
+    for link in _chain(error):
+        number = link.errno if isinstance(link, OSError) else None
+        if number is None and (found := _NATIVE_ERROR.search(str(link))):
+            number = int(found.group(1))
+        if number in _FULL:
+            return _FULL[number]
+    return None
+
+
+def told_failure(error: BaseException, staged: Path, written: int = 0) -> BaseException:
+    """An error of writing as a message with what to do; any other as it is.
+
+    Args:
+        error: what was raised.
+        staged: the folder, removed already, so that free space is measured without it.
+        written: bytes that it held.
+    """
+    if (reason := full_disk(error)) is None:
+        try:
+            with explained_os_errors(staged):
+                raise error
+        except BaseException as told:
+            return told
+    needed = [link.needed_bytes for link in _chain(error) if isinstance(link, FullDisk)]
+    folder = disk = staged.parent.absolute()
+    while not os.path.ismount(disk) and disk != disk.parent:
+        disk = disk.parent
+    return UserError(
+        f"{staged.parent}: {reason}: {_needed(needed[0] if needed else None, written)} bytes "
+        f"needed, {_free_bytes(folder)} bytes free on the disk mounted at {disk}; make room there "
+        "and go on with --resume_from_checkpoint, or choose an output on another disk"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
