@@ -53,7 +53,10 @@ def build_scorer(
         return SCORERS[prefix](target=target)
     if target:
         return OwnScorer(spec, SCORERS[spec], options=options, device=device)
-    return _reward_model(spec, options, device)
+    from rrhf.scoring.reward_model import RewardModelScorer, TrlxScorer
+
+    kind = TrlxScorer if options.reward_format == "trlx" else RewardModelScorer
+    return kind(spec, options, device)
 
 
 def check_scorer(spec: str, options: RewardModelOptions | None = None) -> None:
@@ -108,34 +111,3 @@ def users_target(spec: str) -> str | None:
     """The import path in a scorer's name; None where it names no code of the user's."""
     target = made_by(spec)[1]
     return target if is_import_path(target) else None
-
-
-def _reward_model(
-    path: str, options: RewardModelOptions, device: torch.device | str | None
-) -> Scorer:
-    from rrhf.scoring.reward_model import RewardModelScorer, TrlxScorer
-
-    if options.reward_format == "trlx":
-        return TrlxScorer(
-            path,
-            base=options.reward_base,
-            double_blank=options.trlx_double_blank,
-            max_length=options.max_length,
-            max_batch_tokens=options.max_batch_tokens,
-            bf16=options.bf16,
-            device=device,
-            engine=options.engine,
-        )
-    return RewardModelScorer(
-        path,
-        score_at=options.score_at,
-        use_normalizer=options.normalize,
-        chat_format=options.reward_chat_format,
-        max_length=options.max_length,
-        max_batch_tokens=options.max_batch_tokens,
-        bf16=options.bf16,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-        device=device,
-        engine=options.engine,
-    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from rrhf.algorithms.normalizers import normalize
+from rrhf.algorithms.normalizers import Normalizer, normalize
 from rrhf.data.chat_format import ChatCodec, render_messages
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
@@ -37,6 +38,7 @@ from rrhf.models.reward_model import (
 from rrhf.models.trlx_reward_model import load_trlx_reward_model
 from rrhf.progress import pulse
 from rrhf.records import Candidate, CandidateSet, Message
+from rrhf.scoring.config import RewardModelOptions
 from rrhf.scoring.row_groups import batches_of, group_batch, group_rows
 from rrhf.scoring.scorer import Scorer
 
@@ -132,25 +134,78 @@ def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     ).to(device)
 
 
-class RewardModelScorer(Scorer):
+class _LocalScorer(Scorer):
+    """A reward model on this machine: each candidate becomes a row of ids, rows become scores.
+
+    Attributes:
+        unscored: why candidates got None, counted.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.unscored: Counter[str] = Counter()
+        self._normalizer: Normalizer | None = None
+
+    @abstractmethod
+    def _row(
+        self, s: CandidateSet, candidate: Candidate, prompts: dict[int | None, list[int] | None]
+    ) -> list[int] | str:
+        """The row of a candidate, or why it has none; `prompts` keeps the set's, by their room."""
+
+    def _take(
+        self,
+        model: Any,
+        options: RewardModelOptions,
+        pad_id: int,
+        first_end_id: int | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """Move the model to its device, freeze it, and put it behind the forward interface."""
+        model = model.to(device or resolve_device()).requires_grad_(False)
+        self.model = build_reward_model(model, options.engine, first_end_id=first_end_id)
+        self._rows = RowScorer(self.model, pad_id, options.max_batch_tokens)
+
+    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
+        """Scores in order; None where a response alone does not fit, or a score is not finite."""
+        scores: list[list[float | None]] = [[None] * len(s.candidates) for s in sets]
+        rows: list[list[int]] = []
+        places: list[tuple[int, int]] = []
+        for i, s in enumerate(sets):
+            prompts: dict[int | None, list[int] | None] = {}
+            for j, candidate in enumerate(s.candidates):
+                row = self._row(s, candidate, prompts)
+                if isinstance(row, str):
+                    self._count(row, s, f" in {self.window} tokens")
+                else:
+                    rows.append(row)
+                    places.append((i, j))
+        for (i, j), value in zip(places, self._rows.score_rows(rows), strict=True):
+            if math.isfinite(value):
+                scores[i][j] = self._normalized(value)
+            else:
+                self._count("score_not_finite", sets[i])
+        return scores
+
+    def _normalized(self, value: float) -> float:
+        if self._normalizer is None:
+            return value
+        raw = torch.tensor(value, dtype=torch.float64)
+        return float(normalize(raw, self._normalizer.mean, self._normalizer.std))
+
+    def _count(self, reason: str, s: CandidateSet, details: str = "") -> None:
+        if not self.unscored[reason]:
+            words = reason.replace("_", " ") + details
+            logger.warning("not scored: %s (first: prompt %s)", words, s.id)
+        self.unscored[reason] += 1
+
+
+class RewardModelScorer(_LocalScorer):
     """Any sequence-classification reward model with one label.
 
     Args:
         path: its folder or hub name.
-        score_at: "last_token", or "first_eos" for models that were trained that way.
-        use_normalizer: apply the normaliser in the model's config, where it has one.
-        chat_format: "auto" = what the model was trained with, else as in `ChatCodec`.
-        max_length: tokens of prompt and response; 0 = the model's window.
-        max_batch_tokens: tokens of one forward, padding included.
-        bf16: weights in bfloat16; the head stays in float32.
-        attn_implementation: as transformers spells it.
-        trust_remote_code: run code that the folder brings.
+        options: how it reads and computes; those of trlx are not looked at.
         device: where; by default the first GPU or the CPU.
-        engine: as in `rrhf.models.reward_layouts.build_reward_model`.
-
-    Attributes:
-        name, normalized, window, model: as `rrhf.scoring.scorer.Scorer`.
-        unscored: why candidates got None, counted.
 
     Raises:
         UserError: no reward model there, or an impossible setting.
@@ -161,64 +216,33 @@ class RewardModelScorer(Scorer):
     def __init__(
         self,
         path: str | Path,
-        score_at: str = "last_token",
-        use_normalizer: bool = True,
-        chat_format: str = "auto",
-        max_length: int = 0,
-        max_batch_tokens: int = 16384,
-        bf16: bool = False,
-        attn_implementation: str = "sdpa",
-        trust_remote_code: bool = False,
+        options: RewardModelOptions | None = None,
         device: torch.device | str | None = None,
-        engine: str = "auto",
     ) -> None:
-        if score_at not in SCORE_POSITIONS:
-            raise UserError(f"--score_at {score_at!r}: choose one of {', '.join(SCORE_POSITIONS)}")
-        dtype = "bfloat16" if bf16 else "float32"
-        model = load_reward_model(path, LoadOptions(dtype, attn_implementation, trust_remote_code))
-        tokenizer = load_tokenizer(path, trust_remote_code)
+        super().__init__(f"reward_model:{model_folder(path)}")
+        options = options or RewardModelOptions()
+        if options.score_at not in SCORE_POSITIONS:
+            raise UserError(
+                f"--score_at {options.score_at!r}: choose one of {', '.join(SCORE_POSITIONS)}"
+            )
+        dtype = "bfloat16" if options.bf16 else "float32"
+        trusted = options.trust_remote_code
+        model = load_reward_model(path, LoadOptions(dtype, options.attn_implementation, trusted))
+        chat_format: str = options.reward_chat_format
         if chat_format == "auto":
             chat_format = getattr(model.config, CHAT_FORMAT_KEY, "auto")
-        self.codec = ChatCodec(tokenizer, chat_format)
+        self.codec = ChatCodec(load_tokenizer(path, trusted), chat_format)
         window = context_window(model)
-        if window is not None and max_length > window:
-            raise UserError(
-                f"--max_length {max_length}: {path} knows {window} positions; give at most {window}"
-            )
-        self.window = max_length or window or DEFAULT_WINDOW
-        self._normalizer = score_normalizer(model.config) if use_normalizer else None
-        self.name = f"reward_model:{model_folder(path)}"
+        _require_room(path, options.max_length, window)
+        self.window = options.max_length or window or DEFAULT_WINDOW
+        self._normalizer = score_normalizer(model.config) if options.normalize else None
         self.normalized = self._normalizer is not None
-        self.unscored: Counter[str] = Counter()
-        first_end_id = self._first_end_id(path) if score_at == "first_eos" else None
-        root = _frozen(model, engine, first_end_id, device)
-        self.model = root
-        self._rows = RowScorer(root, self.codec.pad_id, max_batch_tokens)
-
-    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """Scores in order; None where a response alone does not fit, or a score is not finite."""
-        scores: list[list[float | None]] = [[None] * len(s.candidates) for s in sets]
-        rows: list[list[int]] = []
-        places: list[tuple[int, int]] = []
-        for i, s in enumerate(sets):
-            prompts: dict[int, list[int] | None] = {}
-            for j, candidate in enumerate(s.candidates):
-                row = self._encode(s, candidate, prompts)
-                if isinstance(row, str):
-                    _count_unscored(self.unscored, row, s, f" in {self.window} tokens")
-                else:
-                    rows.append(row)
-                    places.append((i, j))
-        for (i, j), value in zip(places, self._rows.score_rows(rows), strict=True):
-            if math.isfinite(value):
-                scores[i][j] = self._normalize(value)
-            else:
-                self._count("score_not_finite", sets[i])
-        return scores
+        first_end_id = self._first_end_id(path) if options.score_at == "first_eos" else None
+        self._take(model, options, self.codec.pad_id, first_end_id, device)
 
     def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
         """Whether the response fits into the window behind at least the prompt's last turn."""
-        return not isinstance(self._encode(s, candidate, {}), str)
+        return not isinstance(self._row(s, candidate, {}), str)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records."""
@@ -240,42 +264,28 @@ class RewardModelScorer(Scorer):
             )
         return self.codec.end_id
 
-    def _encode(
-        self, s: CandidateSet, candidate: Candidate, prompts: dict[int, list[int] | None]
+    def _row(
+        self, s: CandidateSet, candidate: Candidate, prompts: dict[int | None, list[int] | None]
     ) -> list[int] | str:
-        """The row of a candidate, or why it has none; `prompts` keeps them by their room."""
+        def prompt(room: int | None) -> list[int] | None:
+            if room not in prompts:
+                prompts[room] = self.codec.encode_prompt(s, room)
+            return prompts[room]
+
         response = self.codec.encode_response(s, candidate.response, candidate.finish_reason)
         if not response:
             # Cut before its first token: nothing was said, which is scored as an empty response.
             response = self.codec.encode_response(s, "", "stop")
         room = self.window - len(response)
-        if 0 not in prompts:
-            prompts[0] = self.codec.encode_prompt(s)
-        whole = prompts[0]
-        if whole is not None and len(whole) <= room:
-            return [*whole, *response]
-        if room < 1:
-            return "response_does_not_fit"
-        if room not in prompts:
-            prompts[room] = self.codec.encode_prompt(s, room)
-        cut = prompts[room]
-        if cut is None:
-            return "last_turn_does_not_fit"
-        return [*cut, *response]
-
-    def _normalize(self, value: float) -> float:
-        if self._normalizer is None:
-            return value
-        scaled = normalize(
-            torch.tensor(value, dtype=torch.float64), self._normalizer.mean, self._normalizer.std
-        )
-        return float(scaled)
-
-    def _count(self, reason: str, s: CandidateSet) -> None:
-        _count_unscored(self.unscored, reason, s)
+        ids = prompt(None)
+        if ids is None or len(ids) > room:
+            if room < 1:
+                return "response_does_not_fit"
+            ids = prompt(room)
+        return "last_turn_does_not_fit" if ids is None else [*ids, *response]
 
 
-class TrlxScorer(Scorer):
+class TrlxScorer(_LocalScorer):
     """A reward model in trlX's published layout, scored as it was when RRHF was published.
 
     The text is query + " " + response + EOS (no second blank where the response begins with one),
@@ -284,57 +294,34 @@ class TrlxScorer(Scorer):
 
     Args:
         path: the published folder, or one weight file.
-        base: folder with config and tokenizer, where `path` has none.
-        double_blank: put the blank even before a response that begins with one, as the released
-            script does: for reproducing its numbers.
-        max_length: tokens; 0 = 1024, or the model's window if that is less.
-        max_batch_tokens, bf16, device, engine: as in `RewardModelScorer`.
+        options: of these, what concerns trlx, `max_length` (0 = 1024, or the model's window if that
+            is less), and how it computes. `trlx_double_blank` reproduces the released numbers.
+        device: where; by default the first GPU or the CPU.
+
+    Raises:
+        UserError: no such model there, or an impossible setting.
     """
 
     def __init__(
         self,
         path: str | Path,
-        base: str | Path | None = None,
-        double_blank: bool = False,
-        max_length: int = 0,
-        max_batch_tokens: int = 16384,
-        bf16: bool = False,
+        options: RewardModelOptions | None = None,
         device: torch.device | str | None = None,
-        engine: str = "auto",
     ) -> None:
-        folder = config_folder(path, base)
+        super().__init__(f"reward_model:{model_folder(path)} (trlx)")
+        options = options or RewardModelOptions()
+        folder = config_folder(path, options.reward_base)
         self._tokenizer = load_tokenizer(folder)
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"{folder}: the tokenizer has no EOS token, at which scores are read")
-        model = load_trlx_reward_model(path, base, "bfloat16" if bf16 else "float32")
+        dtype = "bfloat16" if options.bf16 else "float32"
+        model = load_trlx_reward_model(path, options.reward_base, dtype)
         window = context_window(model) or PUBLISHED_TRLX_LENGTH
-        if max_length > window:
-            raise UserError(
-                f"--max_length {max_length}: {path} knows {window} positions; give at most {window}"
-            )
-        self._max_length = max_length or min(PUBLISHED_TRLX_LENGTH, window)
-        self._double_blank = double_blank
+        _require_room(path, options.max_length, window)
+        self._max_length = options.max_length or min(PUBLISHED_TRLX_LENGTH, window)
+        self._double_blank = options.trlx_double_blank
         self._end_id = int(self._tokenizer.eos_token_id)
-        self.name = f"reward_model:{model_folder(path)} (trlx)"
-        self.unscored: Counter[str] = Counter()
-        root = _frozen(model, engine, self._end_id, device)
-        self.model = root
-        self._rows = RowScorer(root, self._end_id, max_batch_tokens)
-
-    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """Scores in order; None where one is not finite."""
-        rows = [self._encode(s, candidate) for s in sets for candidate in s.candidates]
-        values = iter(self._rows.score_rows(rows))
-        scores: list[list[float | None]] = []
-        for s in sets:
-            mine: list[float | None] = []
-            for _ in s.candidates:
-                value = next(values)
-                mine.append(value if math.isfinite(value) else None)
-                if mine[-1] is None:
-                    _count_unscored(self.unscored, "score_not_finite", s)
-            scores.append(mine)
-        return scores
+        self._take(model, options, self._end_id, self._end_id, device)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records."""
@@ -348,7 +335,9 @@ class TrlxScorer(Scorer):
         blank = "" if candidate.response.startswith(" ") and not self._double_blank else " "
         return query + blank + candidate.response
 
-    def _encode(self, s: CandidateSet, candidate: Candidate) -> list[int]:
+    def _row(
+        self, s: CandidateSet, candidate: Candidate, prompts: dict[int | None, list[int] | None]
+    ) -> list[int]:
         encoded = self._tokenizer(
             self.text_of(s, candidate), add_special_tokens=False, split_special_tokens=True
         )
@@ -356,18 +345,8 @@ class TrlxScorer(Scorer):
         return ids[-self._max_length :]
 
 
-def _frozen(
-    model: Any, engine: str, first_end_id: int | None, device: torch.device | str | None
-) -> RewardModel:
-    """The model with the forward interface, moved to its device and frozen."""
-    model = model.to(device or resolve_device()).requires_grad_(False)
-    return build_reward_model(model, engine, first_end_id=first_end_id)
-
-
-def _count_unscored(
-    unscored: Counter[str], reason: str, s: CandidateSet, details: str = ""
-) -> None:
-    if not unscored[reason]:
-        words = reason.replace("_", " ") + details
-        logger.warning("not scored: %s (first: prompt %s)", words, s.id)
-    unscored[reason] += 1
+def _require_room(path: str | Path, max_length: int, window: int | None) -> None:
+    if window is not None and max_length > window:
+        raise UserError(
+            f"--max_length {max_length}: {path} knows {window} positions; give at most {window}"
+        )

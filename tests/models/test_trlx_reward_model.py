@@ -19,6 +19,7 @@ from rrhf.errors import UserError
 from rrhf.models.reward_folders import weight_files
 from rrhf.models.trlx_reward_model import load_trlx_reward_model
 from rrhf.records import CandidateSet, set_id
+from rrhf.scoring.config import RewardModelOptions
 from rrhf.scoring.reward_model import TrlxScorer
 
 WINDOW = 32
@@ -119,7 +120,7 @@ def test_a_blank_is_put_once_and_twice_only_where_asked(tmp_path: Path) -> None:
     bare = CandidateSet(set_id(query), query, None, conversation("why", "so", " so").candidates)
     once = TrlxScorer(folder).score([bare])[0]
     assert once[0] == once[1] == pytest.approx(expected(model, folder, f"{query} so"), abs=1e-5)
-    twice = TrlxScorer(folder, double_blank=True).score([bare])[0]
+    twice = TrlxScorer(folder, RewardModelOptions(trlx_double_blank=True)).score([bare])[0]
     assert twice[0] == pytest.approx(once[0])
     assert twice[1] == pytest.approx(expected(model, folder, f"{query}  so"), abs=1e-5)
     assert abs(twice[1] - once[1]) > 1e-3
@@ -143,10 +144,10 @@ def test_scores_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     folder, _ = published_folder(tmp_path / "rm")
     sets = [conversation(f"why {i}", *("so " * (j + 1) for j in range(3))) for i in range(4)]
     together = TrlxScorer(folder).score(sets)
-    padded = TrlxScorer(folder, engine="padded").score(sets)
+    padded = TrlxScorer(folder, RewardModelOptions(engine="padded")).score(sets)
     for one, other in zip(together, padded, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-    small = TrlxScorer(folder, max_batch_tokens=1)
+    small = TrlxScorer(folder, RewardModelOptions(max_batch_tokens=1))
     for s, mine in zip(sets, together, strict=True):
         assert mine == pytest.approx(small.score([s])[0], abs=1e-5)
 
@@ -158,10 +159,10 @@ def test_config_and_tokenizer_may_come_from_the_base_model(tmp_path: Path) -> No
     base = base_folder(tmp_path / "base", model.config)
     s = conversation("why", "so")
     for path in (folder, folder / "hf_ckpt.pt"):
-        [[score]] = TrlxScorer(path, base=base).score([s])
+        [[score]] = TrlxScorer(path, RewardModelOptions(reward_base=base)).score([s])
         assert score == pytest.approx(expected(model, base, f"{s.query} so"), abs=1e-5)
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        TrlxScorer(folder, base=tmp_path)
+        TrlxScorer(folder, RewardModelOptions(reward_base=tmp_path))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -213,6 +214,6 @@ def test_rows_are_as_long_as_published_where_the_model_could_read_more(
             "rrhf.scoring.reward_model.context_window", lambda model, window=window: window
         )
         assert TrlxScorer(folder).describe()["max_length"] == length
-    assert TrlxScorer(folder, max_length=7).describe()["max_length"] == 7
+    assert TrlxScorer(folder, RewardModelOptions(max_length=7)).describe()["max_length"] == 7
     with pytest.raises(UserError, match="knows 1024 positions"):
-        TrlxScorer(folder, max_length=1025)
+        TrlxScorer(folder, RewardModelOptions(max_length=1025))

@@ -109,7 +109,7 @@ def test_a_cut_response_has_no_end_and_an_empty_one_is_its_end_alone(
 def test_scores_do_not_depend_on_batches_or_order(folder: Path, scorer: RewardModelScorer) -> None:
     sets = some_sets() * 3
     together = scorer.score(sets)
-    small = RewardModelScorer(folder, max_batch_tokens=1)
+    small = RewardModelScorer(folder, RewardModelOptions(max_batch_tokens=1))
     order = list(range(len(sets)))
     random.Random(0).shuffle(order)
     shuffled = small.score([sets[i] for i in order])
@@ -119,7 +119,7 @@ def test_scores_do_not_depend_on_batches_or_order(folder: Path, scorer: RewardMo
 
 def test_padded_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path) -> None:
     widths: list[tuple[int, int]] = []
-    scorer = RewardModelScorer(folder, max_batch_tokens=120, engine="padded")
+    scorer = RewardModelScorer(folder, RewardModelOptions(max_batch_tokens=120, engine="padded"))
     inner = scorer.model.forward
 
     def watched(batch: Any) -> torch.Tensor:
@@ -144,7 +144,9 @@ def test_prompts_pass_once_and_give_the_scores_of_padded_rows(
     long = [Message("user", "old " * 9), Message("assistant", "gone"), Message("user", "why")]
     cut = replace(conversation("", "yes", "no " * 5, "the quick brown " * 9), messages=tuple(long))
     sets = [*some_sets(), cut]
-    expected = RewardModelScorer(folder, score_at=score_at, max_length=90, engine="padded")
+    expected = RewardModelScorer(
+        folder, RewardModelOptions(score_at=score_at, max_length=90, engine="padded")
+    )
     right = expected.score(sets)
     assert expected.unscored == {}
     whole = len(expected.codec.encode_prompt(cut))
@@ -152,7 +154,10 @@ def test_prompts_pass_once_and_give_the_scores_of_padded_rows(
     assert min(lengths) <= 90 - whole < max(lengths)
     for bound in (1, 150, 16384):
         made = RewardModelScorer(
-            folder, score_at=score_at, max_length=90, max_batch_tokens=bound, engine=engine
+            folder,
+            RewardModelOptions(
+                score_at=score_at, max_length=90, max_batch_tokens=bound, engine=engine
+            ),
         )
         for one, other in zip(made.score(sets), right, strict=True):
             assert one == pytest.approx(other, abs=CLOSE)
@@ -224,7 +229,7 @@ def test_long_prompts_lose_whole_turns_and_responses_are_never_cut(
     last = Message("user", "ask a friend")
     long = CandidateSet("a", "", (*old, last), (Candidate("yes"),))
     short = CandidateSet("b", "", (last,), (Candidate("yes"),))
-    window = RewardModelScorer(folder, max_length=40)
+    window = RewardModelScorer(folder, RewardModelOptions(max_length=40))
     assert window.score([long])[0] == pytest.approx(window.score([short])[0], abs=CLOSE)
     assert scorer.score([long])[0] != pytest.approx(scorer.score([short])[0], abs=1e-3)
 
@@ -242,7 +247,7 @@ def test_long_prompts_lose_whole_turns_and_responses_are_never_cut(
 
 def test_raw_text_is_cut_on_the_left_to_make_room(folder: Path) -> None:
     s = CandidateSet("a", "old " * 60 + "friend:", None, (Candidate(" yes"),))
-    scorer = RewardModelScorer(folder, max_length=20)
+    scorer = RewardModelScorer(folder, RewardModelOptions(max_length=20))
     codec = scorer.codec
     response = codec.encode_response(s, " yes")
     prompt = codec.encode_prompt(s, 20 - len(response))
@@ -263,25 +268,30 @@ def test_the_window_is_the_models_own_where_it_has_one(
     (fits,), (crowded,) = scorer.score([conversation("why", texts[room + n]) for n in (0, 1)])
     assert fits is not None and crowded is None
     long = replace(conversation("how? " * 20, "z"), id="long")  # and no less is taken
-    assert RewardModelScorer(folder, max_length=window).score([long]) == scorer.score([long])
+    assert RewardModelScorer(folder, RewardModelOptions(max_length=window)).score(
+        [long]
+    ) == scorer.score([long])
     monkeypatch.setattr("rrhf.scoring.reward_model.context_window", lambda model: 4096)
     assert RewardModelScorer(folder).describe()["max_length"] == 4096
     monkeypatch.setattr("rrhf.scoring.reward_model.context_window", lambda model: None)
     assert RewardModelScorer(folder).describe()["max_length"] == 2048
-    assert RewardModelScorer(folder, max_length=5000).describe()["max_length"] == 5000
+    assert (
+        RewardModelScorer(folder, RewardModelOptions(max_length=5000)).describe()["max_length"]
+        == 5000
+    )
 
 
 def test_first_eos_is_refused_where_the_prompt_holds_an_end(tmp_path: Path) -> None:
     """Read there, every response to a prompt would have the same score."""
     folder = reward_model_folder(tmp_path / "rm", chat=True)
     with pytest.raises(UserError, match="--score_at first_eos: the chat template"):
-        RewardModelScorer(folder, score_at="first_eos")
+        RewardModelScorer(folder, RewardModelOptions(score_at="first_eos"))
 
 
 def test_first_eos_reads_the_end_of_a_response_that_has_one(tmp_path: Path) -> None:
     folder = reward_model_folder(tmp_path / "rm")
     s = conversation("why", "ask a friend", "do not")
-    at_first = RewardModelScorer(folder, score_at="first_eos").score([s])[0]
+    at_first = RewardModelScorer(folder, RewardModelOptions(score_at="first_eos")).score([s])[0]
     assert at_first == pytest.approx(RewardModelScorer(folder).score([s])[0], abs=CLOSE)
     assert at_first[0] != at_first[1]
 
@@ -295,7 +305,7 @@ def test_the_reward_model_s_own_template_is_used(tmp_path: Path) -> None:
     ]
     assert texts[0] == texts[2] == "\n\nHuman: why\n\nAssistant:"
     assert texts[1].startswith("<|start|>user\nwhy<|end|>")
-    forced = RewardModelScorer(chat, chat_format="hh")
+    forced = RewardModelScorer(chat, RewardModelOptions(reward_chat_format="hh"))
     assert forced.codec.prompt_text(conversation("why")) == texts[0]
 
 
@@ -303,7 +313,10 @@ def test_the_normaliser_is_applied_by_the_scorer_alone(tmp_path: Path) -> None:
     normalizer = RunningMeanStd()
     normalizer.update(torch.tensor([1.0, 2.0, 6.0]))  # mean 3, variance 14 / 3
     folder = reward_model_folder(tmp_path / "rm", normalizer=normalizer)
-    raw, scaled = RewardModelScorer(folder, use_normalizer=False), RewardModelScorer(folder)
+    raw, scaled = (
+        RewardModelScorer(folder, RewardModelOptions(normalize=False)),
+        RewardModelScorer(folder),
+    )
     assert (raw.normalized, scaled.normalized) == (False, True)
     for one, other in zip(raw.score(some_sets()), scaled.score(some_sets()), strict=True):
         assert other == pytest.approx([(x - 3) / math.sqrt(14 / 3) for x in one], abs=CLOSE)
@@ -318,7 +331,7 @@ def test_a_score_that_is_not_finite_is_none_and_counted(folder: Path) -> None:
 
 
 def test_bf16_scores_are_near(folder: Path, scorer: RewardModelScorer) -> None:
-    coarse = RewardModelScorer(folder, bf16=True)
+    coarse = RewardModelScorer(folder, RewardModelOptions(bf16=True))
     assert next(coarse._rows._model.model.model.parameters()).dtype == torch.bfloat16
     for one, other in zip(coarse.score(some_sets()), scorer.score(some_sets()), strict=True):
         # bfloat16 keeps 8 bits: a few percent of scores of order 1 after two layers
@@ -339,9 +352,9 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no reward model"):
         build_scorer(str(base))
     with pytest.raises(UserError, match="knows 256 positions"):
-        RewardModelScorer(folder, max_length=257)
+        RewardModelScorer(folder, RewardModelOptions(max_length=257))
     with pytest.raises(UserError, match="--score_at"):
-        RewardModelScorer(folder, score_at="middle")
+        RewardModelScorer(folder, RewardModelOptions(score_at="middle"))
     with pytest.raises(UserError, match="--max_batch_tokens 0"):
         build_scorer(str(folder), RewardModelOptions(max_batch_tokens=0))
     with pytest.raises(UserError, match="gold:help_desk"):
