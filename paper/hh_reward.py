@@ -80,16 +80,16 @@ class HHRewardConfig(EditedFiles):
     """Preference pairs, such as HH's harmless-base .jsonl.gz."""
 
     output_dir: str = field(metadata={"names": "output folder"})
-    """Folds, results.json and table.md go here; started again, finished folds are kept."""
+    """Folder for the folds, results.json and table.md; a second call keeps finished folds."""
 
     trunks: list[str] = field(default_factory=list, metadata={"names": "model"})
-    """Folders of language models that reward models are made of; none = baselines alone."""
+    """Folders of language models to make reward models from; none = only the baselines."""
 
     num_folds: int = 5
-    """Parts, each tested once by what was trained on the others."""
+    """Number of folds; each is tested once, by models trained on the others."""
 
     num_train_epochs: float = 1.0
-    """Passes of reward training."""
+    """Passes over the data in reward training."""
 
     per_device_train_batch_size: int = 16
     """Pairs in one forward."""
@@ -104,7 +104,7 @@ class HHRewardConfig(EditedFiles):
     """How conversations are rendered for the reward models."""
 
     seed: int = 0
-    """Decides folds, heads and order."""
+    """Seed of the folds, new heads and the order of the data."""
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)

@@ -29,11 +29,11 @@ ACCEPT_FLAG = "--accept_edited_files"
 
 @dataclass(kw_only=True)
 class EditedFiles:
-    """Changed input files."""
+    """Input files that were changed."""
 
     accept_edited_files: bool = False
-    """Read files that were changed since they were written, with a warning. By default a file that
-    is not as its manifest describes it (rows, bytes, SHA-256) is refused."""
+    """Read input files that differ from what their manifest records (rows, bytes, SHA-256), with a
+    warning. By default they are refused."""
 
 
 def seal(digest: Digest, rows: int | None = None) -> dict[str, Any]:

@@ -6,16 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rrhf.cli.flags import nearest, parse_config
+from rrhf.cli.flags import parse_config
+from rrhf.cli.menu import Menu
 from rrhf.commands import next_step
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import EXIT_DONE, UserError
 from rrhf.seals import EditedFiles
 
 ACTIONS = {
-    "validate": "check files; every mistake with file, line, field and fix",
-    "convert": "any source to a candidate file, preference rows or prompts",
-    "stats": "what a source holds: responses a prompt, ties, lengths, scores",
+    "validate": "check data files; report every mistake with file, line, field and fix",
+    "convert": "convert or split a source: to candidates, preference rows or prompts",
+    "stats": "measure a source: responses per prompt, ties, lengths, scores",
 }
 
 
@@ -32,17 +33,18 @@ SERVED = {
 
 @dataclass
 class ValidateConfig(EditedFiles, ColumnOptions):
-    """Check files: how each is read, what it holds, every mistake."""
+    """Check data files: report how each is read, what it can be used for, and every mistake with
+    its line and fix. Writes nothing."""
 
     file: list[str] = field(metadata={"names": "data", "positional": True, "aliases": ["data"]})
-    """The files to check, of any layout."""
+    """The files to check, in any supported layout."""
     split: str | None = None
-    """The split, where a folder or a named dataset is checked."""
+    """The split to check, if a folder or a named dataset is given."""
 
 
 @dataclass
 class StatsConfig(EditedFiles, ColumnOptions):
-    """Measure a data source: responses, ties, lengths, scores."""
+    """Measure a data source: its rows, responses per prompt, ties, lengths and scores."""
 
     data: str = field(metadata={"names": "data", "positional": True})
     """What to measure: a path, a known name, package.module:name of a function of your own that
@@ -52,30 +54,22 @@ class StatsConfig(EditedFiles, ColumnOptions):
     json: bool = False
     """Print the figures as one JSON object."""
     seed: int = 0
-    """Decides which rows a proportion draws."""
+    """Seed of the rows that a proportion draws."""
 
 
-def usage() -> str:
-    lines = [f"  {name:<10}{summary}" for name, summary in ACTIONS.items()]
-    return "\n".join(
-        [
-            "usage: rrhf data ACTION [arguments]",
-            "",
-            "actions:",
-            *lines,
-            "",
-            "`rrhf data ACTION --help` lists its arguments.",
-        ]
-    )
+MENU = Menu(
+    "rrhf data",
+    "action",
+    "Check, convert, split or measure data before they are used.",
+    ACTIONS,
+    ("", "`rrhf data ACTION --help` lists its arguments."),
+)
 
 
 def main(argv: list[str]) -> int:
-    if not argv:
-        raise UserError(f"rrhf data: no action given\n\n{usage()}")
-    action, rest = argv[0], argv[1:]
-    if action in ("-h", "--help"):
-        print(usage())
+    if MENU.is_shown(argv):
         return EXIT_DONE
+    action, rest = argv[0], argv[1:]
     if action == "validate":
         return validate(rest)
     if action == "convert":
@@ -84,9 +78,7 @@ def main(argv: list[str]) -> int:
         return stats(rest)
     if action in SERVED:
         raise UserError(f"rrhf data: there is no action {action!r}; {SERVED[action]} does that")
-    close = nearest(action, ACTIONS)
-    hint = f"did you mean {close!r}? " if close else ""
-    raise UserError(f"rrhf data: unknown action {action!r}; {hint}Actions: {', '.join(ACTIONS)}.")
+    raise MENU.unknown(action)
 
 
 def validate(argv: list[str]) -> int:

@@ -79,7 +79,7 @@ COMMANDS: dict[str, str] = {
     "measures a policy",
     "judge": "no language model judges here; `rrhf score --scorer function:module:name` calls a "
     "function of yours, which may ask one",
-    "study": "the comparison of methods is `rrhf compare --world help_desk`; the study of reward "
+    "study": "the comparison of methods is `rrhf compare --world NAME`; the study of reward "
     "models on HH pairs is `python paper/hh_reward.py` in the repository",
     "gui": "there is no graphical interface; `rrhf demo` shows the whole story in a terminal",
     "webui": "there is no graphical interface; `rrhf demo` shows the whole story in a terminal",

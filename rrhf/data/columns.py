@@ -43,13 +43,13 @@ UNREAD = "unread"
 
 @dataclass
 class ColumnOptions:
-    """Column names."""
+    """Names of columns."""
 
     # Another file of the same command may be what `columns` is for. No setting of a user's.
     columns_may_miss = False
 
     columns: str | None = field(default=None, kw_only=True)
-    """What the data's columns are called, where not as this toolkit knows them, such as
+    """Names of the data's columns where they are not recognised, such as
     prompt=question,response=reply; unread=NAME leaves a column out."""
 
 

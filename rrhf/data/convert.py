@@ -41,14 +41,15 @@ Form = Literal["candidates", "preference", "prompts"]
 
 @dataclass
 class ConvertConfig(EditedFiles, ColumnOptions):
-    """Convert a data source, or split it by first human turn."""
+    """Convert a data source to a candidate file, preference rows or prompts; with --parts, split it
+    so that rows with the same first human turn stay together."""
 
     data: str = field(metadata={"names": "data", "positional": True})
     """What to read: a path, a known name, package.module:name of a function of your own that yields
     rows, owner/name of the hub, or a mixture of such (name[:proportion[:path]], separated by
     commas)."""
     output: str = field(metadata={"names": "output", "positional": True})
-    """The file to write; with --parts, a folder that gets one file a part."""
+    """The file to write; with --parts, a folder for one file per part."""
     to: Form = "candidates"
     """candidates: RRHF's rows query, responses, scores; preference: TRL's rows prompt, chosen,
     rejected; prompts: rows with prompt alone, each prompt once."""
@@ -58,9 +59,10 @@ class ConvertConfig(EditedFiles, ColumnOptions):
     """Split by first human turn into parts with these shares, such as
     '{reward: 0.4, policy: 0.4, heldout: 0.2}'."""
     new_ids: bool = False
-    """Make all ids anew from the prompts, as after putting files together by hand."""
+    """Replace all ids by new ones made from the prompts, for instance after joining files by
+    hand."""
     seed: int = 0
-    """Decides which rows a proportion draws, and where a first turn goes with --parts."""
+    """Seed of the rows that a proportion draws, and of the split by --parts."""
 
     def __post_init__(self) -> None:
         if self.parts is not None:

@@ -22,92 +22,97 @@ MAX_UNSCORED_FRACTION = 0.01
 
 @dataclass(kw_only=True)
 class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
-    """Measure a policy, or responses that are there already, on held-out prompts."""
+    """Measure a policy, or existing responses, on held-out prompts and write one row per way of
+    answering."""
 
     output_dir: str = field(metadata={"names": "output folder"})
     """Folder for the rows: NAME.json and NAME.samples.jsonl."""
 
     prompts: str = field(metadata={"names": "data"})
-    """Held-out prompts: a file, a registered name, a dataset; name[:proportion[:path]]. Human
-    responses in it serve as references and pairs."""
+    """Held-out prompts: a file, a registered name or a dataset, as name[:proportion[:path]]. Human
+    responses that come with them serve as references and pairs."""
 
     model_name_or_path: str = field(default="", metadata={"names": "engine's model"})
     """The policy to measure: a model folder, a run folder, or a hub name."""
 
     generation_engine: str = field(default="local", metadata={"registry": ENGINES})
-    """Who writes the policy's responses: local = the model in this process; or one of your own. A
-    baseline is always written by local."""
+    """What writes the policy's responses: local = the model in this process; package.module:name =
+    an engine of your own. A baseline's responses always come from local."""
 
     generation_engine_settings: Any = field(
         default=None, metadata={"settings_of": "generation_engine"}
     )
 
     metrics: tuple[str, ...] = field(default=(), metadata={"registry": METRICS})
-    """What to measure, with commas; empty = all for which everything is there."""
+    """Metrics to measure, separated by commas; empty = all whose inputs are given."""
 
     responses: str = field(default="", metadata={"names": "responses"})
-    """Measure these instead of a policy: a candidate file, or the word dataset for the prompts'
-    own rows."""
+    """Measure these instead of a policy: a candidate file, or the word dataset for the responses
+    that come with the prompts."""
 
     response_source: str = ""
     """With responses: only those of this source, such as human:chosen; empty = all."""
 
     name: str = ""
-    """The row's name; empty = from the folder's name."""
+    """Name of the row; empty = derived from the folder's name."""
 
     scorer: str = field(
         default="",
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
-    """Who gives the reward: a reward model's folder or run, function:module:name, gold:WORLD, or
-    package.module:name of a Scorer of your own; empty = nobody."""
+    """What gives the reward: a reward model's folder or run, function:module:name, gold:WORLD, or
+    package.module:name of a Scorer of your own; empty = no reward is measured."""
 
     gold: str = "auto"
-    """The world that knows how good a response really is: its name, or package.module:name of one
-    of your own; auto: decided by the prompts' origin; none."""
+    """The world whose true preference is measured: its name, or package.module:name of one of your
+    own; auto = the world that the prompts come from, if any; none."""
 
     reference_model_name_or_path: str = field(default="", metadata={"names": "model"})
-    """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither."""
+    """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither is
+    measured."""
 
     baseline: str = field(default="", metadata={"names": "model or file"})
-    """What win rates are against: a policy's folder or a candidate file. It gets rows of its own,
-    once for each output_dir, so that `rrhf compare` shows before and after."""
+    """The opponent of the win rates: a policy's folder or a candidate file. It is measured too,
+    once for each output_dir, so that `rrhf compare` can show what was gained."""
 
     decoding: Literal["both", "greedy", "sample"] = "both"
-    """Which rows to make of a policy; a greedy row has "greedy" in its name."""
+    """How a policy answers: by sampling, greedily or both, one row each; a greedy row has "greedy"
+    in its name."""
 
     best_of_n: int = 1
-    """Above 1: the row is the best of N samples by the scorer (sampled decoding only)."""
+    """Above 1: measure the one of N samples that the scorer rates highest (sampled decoding
+    only)."""
 
     num_prompts: int = 0
-    """So many prompts, the same for every policy; 0 = all."""
+    """Use only this many prompts, the same ones for every policy; 0 = all."""
 
     samples_per_prompt: int = 1
-    """Sampled responses a prompt; they are averaged before prompts are."""
+    """Sampled responses for each prompt; the prompt's value is their mean."""
 
     max_new_tokens: int = 128
-    """Longest response in tokens, its end included."""
+    """Most tokens of a response, EOS included."""
 
     max_prompt_tokens: int = 0
-    """Longer prompts lose whole turns on the left; 0 = as the model's window allows."""
+    """Longer prompts lose their oldest turns; 0 = the model's window is the limit."""
 
     temperature: float = 1.0
     """Divides the logits of sampled decoding."""
 
     top_k: int = 0
-    """Draw among the k likeliest tokens only; 0 = off."""
+    """Sample only from the k likeliest tokens; 0 = off."""
 
     top_p: float = 1.0
-    """Draw among the likeliest tokens with this mass only; 1.0 = off."""
+    """Sample only from the likeliest tokens whose probabilities add up to this; 1.0 = off."""
 
     stop_strings: tuple[str, ...] = ()
-    """Further strings before which a response ends; a chat format brings its own."""
+    """Further strings that end a response, and are not part of it. A chat format adds its own."""
 
     seed: int = 1
-    """Base of all sampling."""
+    """Seed of all sampling."""
 
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How messages become text for policy and reference."""
+    """How conversations become text for policy and reference; auto = by the tokenizer's chat
+    template, else as hh."""
 
     human_responses: str = field(default="", metadata={"names": "data"})
     """Data for ppl_human; empty = the human responses that come with the prompts."""
@@ -117,26 +122,27 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     that come with the prompts."""
 
     num_human_responses: int = 500
-    """So many rows of human_responses and of pairs, where they are named; 0 = all."""
+    """Rows to use of human_responses and of pairs, where they are given; 0 = all."""
 
     ppl_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The model of ppl_paper, such as openai-community/gpt2-medium; empty = no ppl_paper."""
 
     ppl_max_tokens: int = 0
-    """ppl_paper reads so many tokens of a text; 0 = all. The RRHF paper's script likely had 19."""
+    """How many tokens of a text ppl_paper reads; 0 = all. The RRHF paper's script probably read
+    19."""
 
     confidence: float = CONFIDENCE
-    """Of the intervals."""
+    """Confidence level of the intervals."""
 
     bootstrap_resamples: int = RESAMPLES
     """How often the prompts are resampled for an interval."""
 
     max_unscored_fraction: float = MAX_UNSCORED_FRACTION
-    """Stop if the scorer fails on a larger share of the responses; what exceeds a reward model's
-    window is left out and counted, whatever its share."""
+    """Stop if the scorer fails on more than this share of the responses. Responses that exceed a
+    reward model's window are left out and counted, whatever their share."""
 
     per_device_eval_batch_size: int = 32
-    """Responses that are written at the same time."""
+    """Responses that are generated at the same time."""
 
     split: str | None = None
     """Split of a named dataset."""
@@ -148,7 +154,7 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     """Attention of all models: sdpa, eager or flash_attention_2."""
 
     trust_remote_code: bool = False
-    """Run Python code that the model folders bring. Off unless you trust their authors."""
+    """Run Python code from the models' folders; only if you trust their authors."""
 
     def __post_init__(self) -> None:
         self.stop_strings = tuple(self.stop_strings)

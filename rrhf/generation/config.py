@@ -18,43 +18,46 @@ from rrhf.seals import EditedFiles
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """How responses are drawn, for how many prompts, and what is kept with them."""
+    """Sampling: how responses are generated, for how many prompts, and what is kept."""
 
     num_return_sequences: int = 4
     """Responses for each prompt."""
     max_new_tokens: int = 128
-    """Longest response in tokens, its end included."""
+    """Most tokens of a response, EOS included."""
     min_new_tokens: int = 1
     """A response may not end before it has this many tokens."""
     do_sample: bool = True
-    """Draw tokens; false = greedy decoding, or beam search with num_beams above 1."""
+    """Sample tokens; false = greedy decoding, or beam search if num_beams is above 1."""
     temperature: float = 1.0
     """Divides the logits, in sampling and in beam search."""
     top_k: int = 0
-    """Draw among the k likeliest tokens only; 0 = off."""
+    """Sample only from the k likeliest tokens; 0 = off."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens with this mass only; 1.0 = off."""
+    """Sample only from the likeliest tokens whose probabilities add up to this; 1.0 = off."""
     repetition_penalty: float = 1.0
-    """Lowers the logits of tokens that prompt or response hold already; 1.0 = off."""
+    """Lowers the logits of tokens that already occur in the prompt or the response; 1.0 = off."""
     num_beams: int = 1
-    """Beams of beam search; 1 = none. RRHF's paper uses 4."""
+    """Number of beams; 1 = no beam search. RRHF's paper uses 4."""
     num_beam_groups: int = 1
-    """Groups of diverse beam search; 1 = plain beams. RRHF's paper uses 4."""
+    """Number of groups in diverse beam search; 1 = plain beam search. RRHF's paper uses 4."""
     diversity_penalty: float = 0.0
-    """What a token costs for each beam of an earlier group that took it at the same step."""
+    """Subtracted from a token's score for each beam of an earlier group that chose it at the same
+    step."""
     stop_strings: tuple[str, ...] = ()
-    """Further strings before which a response ends; a chat format brings its own."""
+    """Further strings that end a response, and are not part of it. A chat format adds its own."""
     max_prompt_tokens: int = 256
-    """Longer prompts lose whole turns on the left; where even the last does not fit, the prompt is
-    left out and counted."""
+    """Longer prompts lose their oldest turns; a prompt whose last turn does not fit is left out and
+    counted."""
     per_device_prompt_batch_size: int = 8
-    """Prompts whose responses are written at the same time."""
+    """Prompts that one device answers at the same time."""
     num_prompts: int = 0
-    """Only the first so many prompts; 0 = all."""
+    """Use only this many prompts, the first ones; 0 = all."""
     add_dataset_responses: bool = True
-    """Add the source's own human:chosen and human:rejected after the samples."""
+    """Append the responses that come with the prompts (human:chosen, human:rejected) to the
+    samples."""
     deduplicate: bool = False
-    """Keep one of equal responses to a prompt (equal but for white space); counted either way."""
+    """Keep only one of several equal responses to a prompt (white space aside). They are counted
+    either way."""
 
 
 @dataclass
@@ -64,33 +67,36 @@ class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
     model_name_or_path: str = field(metadata={"names": "engine's model"})
     """The policy: a model folder, a run folder, or a hub name."""
     prompts: str = field(metadata={"names": "prompts"})
-    """Where prompts come from: a file, a registered name, a dataset; name[:proportion[:path]],
-    several with commas. Or a prompt itself, in several words, or as text:WORD."""
+    """The prompts: a file, a registered name or a dataset, as name[:proportion[:path]], several
+    separated by commas. Or one prompt as text: several words, or text:WORD."""
     output_file: str = field(metadata={"names": "output file"})
-    """The candidate file to write (.jsonl); its manifest goes next to it, written last."""
+    """The candidate file to write (.jsonl). Its manifest is written next to it, last."""
     length_penalty: float = 1.0
-    """Ended beams are ranked by score / length ** length_penalty."""
+    """Beam search ranks finished beams by score / length ** length_penalty."""
     seed: int = 0
-    """Base of all randomness."""
+    """Seed of everything random."""
     round: int = 0
-    """Number of the sampling round: another round draws other responses from the same seed."""
+    """Number of the sampling round: each round samples other responses from the same seed."""
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How messages become text: auto, hh, alpaca, chat_template or raw."""
+    """How conversations become text; auto = by the tokenizer's chat template, else as hh."""
     split: str | None = None
     """Split of a named dataset."""
     policy: str = ""
-    """Name of the policy in the sources of its responses; empty = from its folder's name."""
+    """Name of the policy in the sources of its responses; empty = derived from its folder's
+    name."""
     engine: str = field(default="local", metadata={"registry": ENGINES})
-    """Who writes: local = the model in this process; or one of your own."""
+    """What writes the responses: local = the model in this process; package.module:name = an engine
+    of your own."""
     engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
     bf16: bool = False
-    """Weights in bfloat16."""
+    """Load the weights in bfloat16."""
     attn_implementation: str = "sdpa"
     """Attention kernel: sdpa, eager or flash_attention_2."""
     trust_remote_code: bool = False
-    """Run Python code that the model's folder brings."""
+    """Run Python code from the model's folder; only if you trust its author."""
     wait_seconds: float = 3600.0
-    """With several processes: give the others up when none has written a row for so long."""
+    """With several processes: stop waiting for the others when none has written a row for this many
+    seconds."""
 
     def __post_init__(self) -> None:
         self.stop_strings = tuple(self.stop_strings)

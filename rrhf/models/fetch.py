@@ -65,7 +65,7 @@ class FetchConfig:
     output_dir: str = field(metadata={"names": "output folder", "positional": True})
     """The folder to write; it must not exist yet, or be empty."""
     wheel: str | None = field(default=None, metadata={"names": "place"})
-    """A wheel that was downloaded before, in place of a download."""
+    """A wheel that is on disk already; by default it is downloaded."""
 
 
 def fetch(config: FetchConfig) -> Path:

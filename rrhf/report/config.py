@@ -11,8 +11,9 @@ from rrhf.seals import EditedFiles
 
 @dataclass
 class CompareConfig(EditedFiles):
-    """Put evaluated rows into one table. With --world NAME it first trains every method on that
-    world: see `rrhf compare --world help_desk --help`."""
+    """Put rows that `rrhf evaluate` wrote into one table, with the gains over a baseline. With
+    --world NAME it trains every method on that world and compares them: see
+    `rrhf compare --world NAME --help`."""
 
     rows: list[str] = field(metadata={"names": "row", "positional": True})
     """Files that `rrhf evaluate` wrote, or folders with such files, in the order of the table."""
@@ -21,26 +22,26 @@ class CompareConfig(EditedFiles):
     """Write the table as Markdown to this file; empty = only show it."""
 
     baseline: str = ""
-    """Name of the row that the others' gains are measured from; empty = the row of the baseline
-    that they were evaluated against, else of their reference policy, else the first of the files
-    that are named."""
+    """Name of the row from which gains are measured; empty = the row of the baseline that the
+    others were evaluated against, else the row of their reference policy, else the first of the
+    given files."""
 
     columns: list[str] = field(default_factory=list)
-    """Metrics to show, in order; empty = the usual ones. Costs (generation_seconds,
-    serving_passes_per_response, training_seconds), weight_distance and parts of a gold preference
-    (part_myth) have names too; the word all shows everything."""
+    """Metrics to show, in order; empty = the usual ones; all = everything. Costs
+    (generation_seconds, serving_passes_per_response, training_seconds), weight_distance and parts
+    of a gold preference (part_myth) can be named too."""
 
     only_common_prompts: bool = False
-    """Measure every row anew on the prompts that all rows have."""
+    """Restrict every row to the prompts that all rows have in common."""
 
     allow_mixed: bool = False
-    """Show rows that were not made alike."""
+    """Put rows into one table even if they were not measured alike."""
 
     bootstrap_resamples: int = RESAMPLES
     """How often the prompts are resampled for an interval."""
 
     width: int = 120
-    """Columns of the terminal; a wider table goes on below."""
+    """Width of the terminal in characters; a wider table is split and continues below."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"bootstrap_resamples": COUNT, "width": COUNT})

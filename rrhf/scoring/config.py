@@ -16,18 +16,19 @@ OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
 
 @dataclass
 class RewardModelOptions:
-    """How a local reward model reads and computes; a scorer of your own may ask for them."""
+    """Reward models in this process; a scorer of your own may use these settings too."""
 
     reward_format: Literal["standard", "trlx"] = "standard"
     """Layout of the reward model: standard (transformers' sequence classification) or trlx (keys
     transformer.* and v_head.weight, such as Dahoas/gptj-rm-static)."""
 
     reward_base: str | None = field(default=None, metadata={"names": "place"})
-    """With trlx: folder with the base model's config.json and tokenizer, where the reward model's
+    """With trlx: folder of the base model's config.json and tokenizer, if the reward model's folder
     has none."""
 
     score_at: Literal["last_token", "first_eos"] = "last_token"
-    """Token at which a standard reward model is read; trlx is always read at the first EOS."""
+    """The token whose score counts in a standard reward model; in trlx it is always the first
+    EOS."""
 
     normalize: bool = True
     """Apply the score normaliser that the reward model carries, if it carries one."""
@@ -54,44 +55,46 @@ class RewardModelOptions:
     """Attention of the reward model: sdpa, eager or flash_attention_2."""
 
     trust_remote_code: bool = False
-    """Run Python code that the model folder brings. Off unless you trust its author."""
+    """Run Python code from the model's folder; only if you trust its author."""
 
     trlx_double_blank: bool = False
-    """With trlx: a blank before a response even if it begins with one, as RRHF's script has it."""
+    """With trlx: put a blank before a response even if it begins with one, as RRHF's script
+    does."""
 
 
 @dataclass
 class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
-    """Score the candidates of a file and write them with their scores."""
+    """Score the responses in a file and write them to a candidate file with their scores."""
 
     input_file: str = field(
         kw_only=True, metadata={"names": "data", "positional": True, "aliases": ["data_path"]}
     )
-    """The candidates: a candidate file, or anything else that holds responses (pairs, HH)."""
+    """The candidates: a candidate file, or other data with responses (pairs, HH)."""
 
     output_file: str = field(kw_only=True, metadata={"names": "output file", "positional": True})
-    """The candidate file to write (.jsonl); its manifest goes next to it, written last."""
+    """The candidate file to write (.jsonl). Its manifest is written next to it, last."""
 
     scorer: str = field(
         kw_only=True,
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
-    """Who scores: folder, run folder or hub name of a reward model; function:module:name of a
-    Python function; package.module:name of a class of your own, derived from
-    rrhf.scoring.scorer.Scorer; or gold:WORLD, a world's true preference."""
+    """What scores: folder, run folder or hub name of a reward model; function:module:name, a Python
+    function; package.module:name, a class of your own derived from rrhf.scoring.scorer.Scorer; or
+    gold:WORLD, a world's true preference."""
 
     only_missing: bool = False
-    """Keep the scores that candidates have, and score the others."""
+    """Keep existing scores and score only the other candidates."""
 
     max_unscored_fraction: float = 0.01
-    """Stop when the scorer fails on more than this share of the candidates. Those that exceed a
-    reward model's window do not count here: they are left without a score, and counted."""
+    """Stop when the scorer fails on more than this share of the candidates. Candidates that exceed
+    a reward model's window are not failures: they get no score and are counted separately."""
 
     prompts_per_chunk: int = 64
-    """Prompts that are scored together; a kill loses at most so many."""
+    """Prompts that are scored together; a killed command loses at most this many."""
 
     wait_seconds: float = 3600.0
-    """With several processes: give the others up when none has written a row for so long."""
+    """With several processes: stop waiting for the others when none has written a row for this many
+    seconds."""
 
     def __post_init__(self) -> None:
         check_ranges(self, OPTION_RANGES | {"wait_seconds": POSITIVE})

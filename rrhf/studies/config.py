@@ -13,19 +13,21 @@ from rrhf.worlds import DEFAULT, WORLDS
 
 @dataclass
 class DemoConfig:
-    """Run every stage on the embedded world and print the table."""
+    """Align a tiny model on an embedded task, from data to evaluation, and print a table of what
+    each method gained; takes minutes on a CPU."""
 
     output_dir: str = field(default="runs/demo", metadata={"names": "output folder"})
-    """Where policy, samples and table go; a stopped demonstration goes on from there."""
+    """Folder for the policies, samples and table; a demonstration that was stopped resumes from
+    it."""
 
     seeds: int = 1
-    """How many times to do everything, each with other data and weights."""
+    """Number of repetitions, each with its own data and weights."""
 
     size: Literal["full", "smoke"] = "full"
     """full, or smoke: a third of the work, for tests."""
 
     jobs: int = 0
-    """Seeds at the same time; 0 = one for each core."""
+    """Seeds to run at the same time; 0 = one for each core."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"seeds": COUNT, "jobs": INDEX})
@@ -33,33 +35,34 @@ class DemoConfig:
 
 @dataclass
 class MethodsConfig:
-    """Train and compare all methods on a world, whose true preference is known."""
+    """Train every method on a world, a small task whose true preference is known, and write a page
+    that compares what each gained and cost."""
 
     world: str = field(default=DEFAULT, metadata={"registry": WORLDS})
-    """The world to compare the methods on; package.module:name for one of your own
+    """The world to compare the methods on, or package.module:name of one of your own
     (rrhf.worlds.protocol)."""
 
     seeds: int = 3
-    """How many times to do everything, each with other data and weights."""
+    """Number of repetitions, each with its own data and weights."""
 
     first_seed: int = 0
-    """Number of the first; settings were chosen on 10 and 11."""
+    """Number of the first seed. The settings were chosen on seeds 10 and 11."""
 
     methods: list[str] = field(default_factory=list)
-    """Which methods; empty = all: best-of-n, best-of-n-sft, rrhf, rrhf-2, rrhf-4, online-rrhf, ppo,
-    rloo, grpo. SFT is always there."""
+    """Methods to train; empty = all: best-of-n, best-of-n-sft, rrhf, rrhf-2, rrhf-4, online-rrhf,
+    ppo, rloo, grpo. SFT is always included."""
 
     output_dir: str = field(default="runs/compare", metadata={"names": "output folder"})
-    """Run folders go here; what was stopped goes on from there."""
+    """Folder for the runs; a comparison that was stopped resumes from it."""
 
     into: str = field(default="", metadata={"names": "output folder"})
-    """Write page, pictures and numbers to this folder; empty = output_dir."""
+    """Folder for the page, its pictures and its numbers; empty = output_dir."""
 
     size: Literal["full", "smoke"] = "full"
     """full, or smoke: a third of the work, for tests."""
 
     jobs: int = 0
-    """Seeds at the same time; 0 = one for each core."""
+    """Seeds to run at the same time; 0 = one for each core."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"seeds": COUNT, "first_seed": INDEX, "jobs": INDEX})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -130,3 +131,18 @@ def test_help_costs_a_few_times_a_bare_interpreter():
         mistaken.append(seconds("-c", code.format(2), "train", "ppo", "--no_such_flag"))
     assert min(helped) < 8 * min(bare)
     assert min(mistaken) < 8 * min(bare)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *FEW_FLAGS, "", "train", "data"])
+def test_a_page_says_what_its_command_does(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a sentence right below the usage line, before any list."""
+    if command in ("", "train", "data"):
+        assert main([*command.split(), "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+    else:
+        lines = shown(capsys, *command.split(), "--help")
+    assert lines[0].startswith("usage: rrhf") and not lines[1]
+    about = " ".join(lines[2 : lines.index("", 2)])
+    assert re.fullmatch(r"[A-Z][\w-]+\b.*\.", about) and len(about.split()) >= 6, about

@@ -71,7 +71,7 @@ class GroupSettings:
 
 @dataclass
 class TrainingConfig(EditedFiles, ColumnOptions):
-    """Training, as in every stage of `rrhf train`."""
+    """Settings that all stages of `rrhf train` share."""
 
     model_name_or_path: str = field(metadata={"names": "model", "aliases": ["model_name"]})
     """Folder, run folder or hub name of the model to start from."""
@@ -86,14 +86,15 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     """Stop after this many optimiser steps; -1 = as many as num_train_epochs asks for."""
 
     per_device_train_batch_size: int = 1
-    """Prompts (with all their responses) in one forward on one device."""
+    """Prompts, with all their responses, in one forward on one device."""
 
     gradient_accumulation_steps: int = 1
-    """Forwards in one optimiser step; does not change the loss, only the memory."""
+    """Forwards in one optimiser step. Cutting the same step into more, smaller forwards saves
+    memory and does not change the loss."""
 
     max_tokens_per_batch: int | None = None
-    """Cut each step by tokens: at most so many that a forward on one device computes. The prompts
-    of a step stay batch size x accumulation x devices, and so does the update."""
+    """Cut each step by tokens: at most this many are computed in one forward on one device. A step
+    still has batch size x accumulation x devices prompts, so the update stays the same."""
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
@@ -102,7 +103,7 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     """How the learning rate falls after warm-up."""
 
     min_learning_rate_ratio: float = 0.0
-    """Where cosine ends, as a share of the peak."""
+    """Learning rate at the end of the cosine, as a share of the peak."""
 
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises from 0."""
@@ -123,7 +124,7 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     """Gradients are scaled down to this L2 norm; 0 = never."""
 
     seed: int = 42
-    """Decides the order of the data and every new weight."""
+    """Seed of the data's order and of all new weights."""
 
     bf16: bool = False
     """Mixed precision: forward and backward in bfloat16, weights and optimiser in float32."""
@@ -140,10 +141,11 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     """How rows pass the model: shared_prefix = each prompt once, auto = fastest that serves it."""
 
     trust_remote_code: bool = False
-    """Run Python code that the model folder brings. Off unless you trust its author."""
+    """Run Python code from the model's folder; only if you trust its author."""
 
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How conversations become text; auto: tokenizer's template or hh; raw without messages."""
+    """How conversations become text; auto = by the tokenizer's chat template, else as hh. Prompts
+    without messages are taken as they are."""
 
     model_max_length: int = field(
         default=512, metadata={"aliases": ["max_length", "max_seq_length"]}
@@ -160,7 +162,7 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     """Rank of the adapters."""
 
     lora_alpha: int = 32
-    """Scale of the adapters: alpha / r."""
+    """The adapters are scaled by lora_alpha / lora_r."""
 
     lora_dropout: float = 0.0
     """Dropout inside the adapters."""
@@ -169,47 +171,48 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     """Names of the layers that get adapters; by default every linear layer but the head."""
 
     logging_steps: int = 1
-    """Write metrics every so many optimiser steps; 0 = of the last one only."""
+    """Write metrics every N optimiser steps; 0 = only after the last."""
 
     eval_steps: int = 0
-    """Evaluate every so many optimiser steps; 0 = at the end only."""
+    """Evaluate every N optimiser steps; 0 = only at the end."""
 
     save_best_model: bool = True
     """With eval_steps and held-out data: keep the models of the best evaluation in best/."""
 
     metric_for_best_model: str | None = None
-    """Which measure of an evaluation is compared; default: loss (ppo: score)."""
+    """Metric by which evaluations are compared; by default the loss (ppo: the score)."""
 
     greater_is_better: bool | None = None
-    """Whether a larger measure is the better one; by default not for losses, perplexity and KL."""
+    """Whether a larger value of that metric is better; by default yes, except for losses,
+    perplexity and KL."""
 
     load_best_model_at_end: bool = False
-    """Let the trained model be the best one (a copy of best/) instead of the last."""
+    """Make the best model (a copy of best/) the trained model, instead of the last one."""
 
     early_stopping_patience: int = 0
-    """Stop after so many evaluations in a row without gain; 0 = never."""
+    """Stop after this many evaluations in a row without improvement; 0 = never."""
 
     early_stopping_threshold: float = 0.0
-    """Smallest difference from the best value that counts as a gain for the patience."""
+    """Smallest improvement over the best value that early stopping counts as one."""
 
     save_steps: int = 100
-    """Write a checkpoint every so many optimiser steps; 0 = none but on a signal."""
+    """Write a checkpoint every N optimiser steps; 0 = only on a signal."""
 
     save_total_limit: int = 2
-    """Checkpoints to keep; an old one goes only after the new one is complete."""
+    """Checkpoints to keep; an old one is deleted only after the new one is complete."""
 
     save_policy_steps: int = 0
-    """Also keep the model of every so many optimiser steps, as a plain folder
-    policies/step-<number> (reward_models/ where it is one); 0 = none."""
+    """Every N optimiser steps, also keep the model as a plain folder, policies/step-<number>
+    (reward_models/step-<number>); 0 = never."""
 
     resume_from_checkpoint: bool = False
-    """Go on from the newest complete checkpoint in output_dir; a finished run is left as it is."""
+    """Resume from the newest complete checkpoint in output_dir; a finished run is left as it is."""
 
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also send metrics to this tracker; metrics.jsonl is always written."""
 
     ddp_timeout: float = 1800.0
-    """With several processes: seconds after which one that waits for another gives it up."""
+    """With several processes: seconds that one waits for another before it treats it as lost."""
 
     def __post_init__(self) -> None:
         """Subclasses call it from theirs.

@@ -12,7 +12,7 @@ from rrhf.training.methods.objectives import OBJECTIVES
 
 @dataclass
 class RankSettings(TrainingConfig):
-    """The objective, and what it reads of the candidates."""
+    """The objective, and which candidates it is trained on."""
 
     objective: str = field(default="rrhf", metadata={"registry": OBJECTIVES})
     """What is minimised; raft is cross-entropy on the best candidate alone."""
@@ -26,13 +26,15 @@ class RankSettings(TrainingConfig):
     """Use only sampled candidates (source not human:*, else all but the last two of a line)."""
 
     stop_response: bool = False
-    """Cut responses where they write the next turn (Human: or Assistant: after a blank line)."""
+    """Cut a response where it begins another turn (Human: or Assistant: after a blank line)."""
 
     max_response_tokens: int | None = None
-    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+    """Most tokens of a response; by default what the prompt leaves of model_max_length, at least
+    half of it."""
 
     long_responses: Literal["cut", "drop"] = "cut"
-    """Responses that do not fit: cut (they then end without EOS) or leave out."""
+    """What to do with responses that do not fit: cut them (they then end without EOS), or drop
+    them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ class RewardConfig(TrainingConfig):
         metadata={"names": "data", "aliases": ["train_file", "train_data", "train_datasets"]},
     )
     """Preferences: chosen/rejected pairs or scored candidates; a file, a registered name,
-    name[:proportion[:path]], several with commas."""
+    name[:proportion[:path]], several separated by commas."""
 
     validation_datasets: str | None = field(
         default=None,
@@ -36,7 +36,8 @@ class RewardConfig(TrainingConfig):
             "aliases": ["valid_file", "valid_data", "eval_datasets", "eval_data_path"],
         },
     )
-    """Held-out data of the same kind; by default validation_fraction is cut off data_path."""
+    """Held-out data of the same kind; by default a share of data_path (validation_fraction) is held
+    out."""
 
     validation_fraction: float = 0.1
     """Share of data_path that is held out, by the first human turn; 0 = train on all."""
@@ -44,8 +45,9 @@ class RewardConfig(TrainingConfig):
     loss_type: Literal["sequence-wise", "token-wise", "per_sample", "average", "last_token"] = (
         "sequence-wise"
     )
-    """What is compared: the last tokens (sequence-wise = last_token), every position from the first
-    difference on (token-wise = per_sample), or the mean over those (average)."""
+    """Which scores of two responses are compared: those of their last tokens (sequence-wise =
+    last_token), of every position from the first difference on (token-wise = per_sample), or the
+    mean over these positions (average)."""
 
     pair_reduction: Literal["prompt", "pair"] = "prompt"
     """Mean over each prompt's pairs, then over prompts; or over all pairs at once."""
@@ -57,24 +59,27 @@ class RewardConfig(TrainingConfig):
     """A further margin for each unit by which the data's own scores differ (Llama 2's margin)."""
 
     regularization: float = 0.0
-    """Weight of the mean of squared scores, which keeps scores near zero."""
+    """Weight of a penalty on the mean squared score, which keeps scores near zero."""
 
     normalizer_type: Literal["none", "RunningMeanStd", "ExponentialMovingAverage"] = (
         "RunningMeanStd"
     )
-    """How mean and deviation of the scores are learnt for later use; none = not at all."""
+    """How the mean and deviation of the scores are estimated, to normalise scores later; none = not
+    at all."""
 
     normalizer_momentum: float = 0.9
     """ExponentialMovingAverage: new = momentum * old + (1 - momentum) * batch."""
 
     normalize_score_during_training: bool = False
-    """Let the losses see normalised scores too (by what was learnt before this step)."""
+    """Normalise scores in the training loss too, with the estimates from before the step."""
 
     max_response_tokens: int | None = None
-    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+    """Most tokens of a response; by default what the prompt leaves of model_max_length, at least
+    half of it."""
 
     long_responses: Literal["drop", "cut"] = "drop"
-    """Responses that do not fit: leave out with their pairs, or cut, which takes their end off."""
+    """What to do with responses that do not fit: drop them with their pairs, or cut off their
+    end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from rrhf.training.core.config import TrainingConfig, check_response_limit
 
 @dataclass
 class SFTConfig(TrainingConfig):
-    """Fine-tune a policy on demonstrations."""
+    """Fine-tune a policy on demonstrations: prompts, each with the response to learn (SFT)."""
 
     data_path: str = field(kw_only=True, metadata={"names": "data"})
     """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
@@ -27,16 +27,18 @@ class SFTConfig(TrainingConfig):
     """Share of the target that is spread evenly over the vocabulary."""
 
     packing: bool = False
-    """Lay several demonstrations end to end in rows of model_max_length, instead of padding."""
+    """Pack several demonstrations into each row of model_max_length tokens, instead of padding."""
 
     sft_reduction: Literal["token", "response"] = "token"
     """Average over all target tokens, or over responses by their token means."""
 
     max_response_tokens: int | None = None
-    """Most tokens of a response; by default what the prompt leaves, at least half of the length."""
+    """Most tokens of a response; by default what the prompt leaves of model_max_length, at least
+    half of it."""
 
     long_responses: Literal["cut", "drop"] = "cut"
-    """Responses that do not fit: cut (they then end without EOS) or leave out."""
+    """What to do with responses that do not fit: cut them (they then end without EOS), or drop
+    them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

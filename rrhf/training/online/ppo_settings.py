@@ -22,7 +22,7 @@ class PPOSettings(TrainingConfig):
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
-    """Prompts: a file, a registered name, name[:proportion[:path]], several with commas."""
+    """Prompts: a file, a registered name, name[:proportion[:path]], several separated by commas."""
 
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
@@ -42,11 +42,12 @@ class PPOSettings(TrainingConfig):
     reward_model_name_or_path."""
 
     share_trunk: bool | None = None
-    """Put a value head, zero at first, on the policy's own trunk: less memory than a second one. By
-    default only where the scorer is no model that a critic could start from."""
+    """Put the critic's value head, zero at first, on the policy's own trunk, which saves the memory
+    of a second one. By default only where the scorer is not a model that a critic could start
+    from."""
 
     detach_value_trunk: bool = False
-    """With share_trunk: the value loss trains its head alone, and moves nothing of the policy."""
+    """With share_trunk: the value loss trains only the value head and leaves the policy alone."""
 
     learning_rate: float = field(default=1e-6, metadata={"aliases": ["actor_learning_rate"]})
     """Peak learning rate of the policy."""
@@ -66,19 +67,19 @@ class PPOSettings(TrainingConfig):
     """Share of the steps over which the critic's learning rate rises from 0."""
 
     critic_warmup_steps: int = 0
-    """Optimiser steps at the start in which the critic learns alone."""
+    """Optimiser steps at the start in which only the critic learns."""
 
     per_device_prompt_batch_size: int = field(
         default=16, metadata={"aliases": ["rollout_mini_batch_size"]}
     )
-    """Prompts that one device samples for at a time; only memory and speed depend on it."""
+    """Prompts that one device samples for at a time; affects only memory and speed."""
 
     per_device_train_batch_size: int = 8
     """Responses in one forward on one device (rrhf: prompts with all their responses)."""
 
     num_return_sequences: int = field(default=0, metadata={"aliases": ["rollout_n"]})
     """Responses to each prompt, all of them trained on; 0 = 4 for methods that compare the
-    responses to one prompt, which need 2 at least, and 1 for the others."""
+    responses to a prompt (they need at least 2), 1 for the others."""
 
     rollout_size: int = 128
     """Responses in one rollout, on all devices together."""
@@ -93,7 +94,7 @@ class PPOSettings(TrainingConfig):
     """Most tokens of a response, EOS included."""
 
     min_new_tokens: int = field(default=0, metadata={"aliases": ["min_dec_len"]})
-    """EOS is not allowed before so many tokens. Above 0 the KL is biased, like under a filter."""
+    """EOS is not allowed before this many tokens; above 0 the KL is biased."""
 
     temperature: float = 1.0
     """Divides the logits, in sampling and in every log-prob."""
@@ -102,69 +103,71 @@ class PPOSettings(TrainingConfig):
     """Sample from the smallest set of tokens with this mass; below 1 the KL is biased."""
 
     top_k: int = 0
-    """Sample from so many likeliest tokens; 0 = all. Otherwise the KL is biased."""
+    """Sample only from this many likeliest tokens; 0 = all; above 0 the KL is biased."""
 
     repetition_penalty: float = 1.0
-    """Penalty on tokens that were used before; other than 1 the KL is biased."""
+    """Penalty on tokens that were used before; with any value but 1 the KL is biased."""
 
     kl_coeff: float = field(default=0.05, metadata={"aliases": ["init_kl_coeff"]})
     """Weight of the KL from the reference, the policy as it was at the start."""
 
     kl_in: Literal["reward", "loss"] = "reward"
-    """Take the KL off the rewards token by token, or add it to the loss."""
+    """Subtract the KL from the rewards, token by token, or add it to the loss."""
 
     kl_estimator: Literal["auto", "k1", "k2", "k3", "k3_with_k2_gradient"] = "auto"
     """Estimator of a token's KL; auto: k1 in the reward, k3_with_k2_gradient in the loss."""
 
     adaptive_kl: bool = field(default=False, metadata={"aliases": ["adaptive_kl_coeff"]})
-    """Let the coefficient follow kl_target."""
+    """Adjust kl_coeff so that the KL approaches kl_target."""
 
     kl_target: float = 6.0
-    """KL that adaptive_kl steers to: nats per response (the sum over its tokens)."""
+    """The KL that adaptive_kl aims for, in nats per response (the sum over its tokens)."""
 
     kl_horizon: float = 10000.0
-    """Responses over which adaptive_kl acts; smaller is faster."""
+    """Number of responses over which adaptive_kl adjusts the coefficient; smaller = faster."""
 
     clip_range_score: float = 10.0
-    """Scores are held within +- this; 0 = no limit."""
+    """Scores are clipped to +- this value; 0 = no limit."""
 
     normalize_reward: bool = field(default=False, metadata={"aliases": ["normalize_rewards"]})
     """Subtract the running mean of all scores so far and divide by their deviation."""
 
     missing_eos_penalty: float = 0.0
-    """Taken off the score of a response that ends neither in EOS nor at truncate_token."""
+    """Subtracted from the score of a response that ends neither in EOS nor at truncate_token."""
 
     truncate_token: str | None = field(default=None, metadata={"aliases": ["stop_token"]})
-    """Cut each response behind the first token that is this text, such as "."; it then counts as
-    ended, without an EOS being put there."""
+    """Cut each response after the first token with this text, such as "."; it then counts as
+    finished, and no EOS is appended."""
 
     truncate_after: int = 0
-    """Tokens of a response that truncate_token leaves alone."""
+    """Number of tokens at the start of a response where truncate_token is ignored."""
 
     max_unscored_fraction: float = 0.01
-    """Stop where the scorer fails on more than this share of a rollout; what exceeds a reward
-    model's window is left out and counted, whatever its share."""
+    """Stop if the scorer fails on more than this share of a rollout. Responses that exceed a reward
+    model's window are left out and counted, whatever their share."""
 
     gamma: float = 1.0
     """Discount for each token."""
 
     gae_lambda: float = 0.95
-    """1 trusts the rewards alone, 0 the critic's next value alone."""
+    """Lambda of GAE: 1 = advantages rest on the rewards alone, 0 = on the critic's next value
+    alone."""
 
     normalize_advantage: bool = field(default=True, metadata={"aliases": ["normalize_advantages"]})
-    """ppo, reinforce_pp: bring the advantages of a rollout to mean 0 and deviation 1."""
+    """ppo, reinforce_pp: shift and scale the advantages of a rollout to mean 0 and deviation 1."""
 
     clip_range_ratio: float = field(default=0.2, metadata={"aliases": ["clip_coeff"]})
-    """How far the probability ratio may move down, and up, before the clip holds it."""
+    """The probability ratio is clipped to between 1 - this and 1 + this."""
 
     clip_range_ratio_high: float | None = None
-    """How far up, where that should differ from clip_range_ratio."""
+    """The upper clip range, where it should differ from clip_range_ratio."""
 
     dual_clip: float = 0.0
-    """Hold the loss of a bad token at this times its advantage (usual: 3); 0 = not held."""
+    """Limit the loss of a token with a negative advantage to this times the advantage (usual: 3); 0
+    = no limit."""
 
     clip_range_value: float = 0.2
-    """How far a value may move from what it was in the rollout; 0 = no clip."""
+    """Values are clipped to within this distance of the rollout's values; 0 = no clip."""
 
     vf_coeff: float = 0.1
     """Weight of the value loss."""
@@ -173,18 +176,22 @@ class PPOSettings(TrainingConfig):
     """Weight of an entropy bonus."""
 
     loss_reduction: Literal["auto", "token-mean", "sequence-mean", "sequence-sum"] = "auto"
-    """Mean over all tokens, over responses' means, or over responses' sums divided by
-    max_new_tokens; auto: sequence-mean for grpo, sequence-sum for dr_grpo, else token-mean."""
+    """token-mean = mean over all tokens; sequence-mean = mean over the responses' means;
+    sequence-sum = mean over the responses' sums, divided by max_new_tokens; auto: sequence-mean for
+    grpo, sequence-sum for dr_grpo, else token-mean."""
 
     target_kl: float = 0.0
-    """Go on to the next rollout once an update moved the policy this far from the one that sampled
-    (k3, nats per token); 0 = never. Not kl_target, which is adaptive_kl's."""
+    """Begin the next rollout once an update has moved the policy this far from the one that sampled
+    (k3, nats per token); 0 = never. Not to be confused with kl_target, which belongs to
+    adaptive_kl."""
 
     ptx_datasets: str | None = field(default=None, metadata={"names": "data"})
-    """Demonstrations: each step adds a batch of them, so that the policy stays a language model."""
+    """Demonstrations: each step also trains on a batch of them, so that the policy stays a good
+    language model."""
 
     ptx_coeff: float = 0.0
-    """Weight of their cross-entropy, the mean over tokens, at the temperature of the sampling."""
+    """Weight of the cross-entropy on ptx_datasets: the mean over tokens, at the sampling
+    temperature."""
 
     use_ema: bool = False
     """Also keep a moving average of the policy's weights, saved as policy_ema/."""
@@ -196,11 +203,11 @@ class PPOSettings(TrainingConfig):
     """Prompts that are answered and scored at eval_steps and at the end."""
 
     sample_table_steps: int = 1
-    """Write a few responses to samples.jsonl, and show them on a terminal: of the first rollout in
-    every so many optimiser steps, and of evaluations; 0 = none."""
+    """Write a few responses to samples.jsonl and show them on a terminal: those of the first
+    rollout in every N optimiser steps, and those of evaluations; 0 = none."""
 
     sample_table_rows: int = 4
-    """How many."""
+    """How many responses to show at a time."""
 
     offload_level: list[str] = field(default_factory=list)
     """What to move from the GPU to the host's memory while it is not needed: any of freeze_model

@@ -18,8 +18,8 @@ EVALUATION_ROUND = 1_000_000_000
 
 @dataclass
 class IterativeConfig(SamplingOptions, RankSettings):
-    """Train by RRHF in rounds (the paper's IP-n): each samples with the policy of the round before,
-    scores the samples, and ranks them."""
+    """Train a policy by RRHF in rounds (the paper's IP-n): each round samples with the policy of
+    the round before, scores the samples, and trains on their ranking."""
 
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
@@ -30,30 +30,30 @@ class IterativeConfig(SamplingOptions, RankSettings):
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
-    """Prompts: a file, a registered name, name[:proportion[:path]], several with commas. Responses
-    that stand with them (human:chosen, human:rejected) are ranked with the samples of every
-    round, unless add_dataset_responses is false."""
+    """Prompts: a file, a registered name, name[:proportion[:path]], several separated by commas.
+    Responses that come with them (human:chosen, human:rejected) are ranked with the samples of
+    every round, unless add_dataset_responses is false."""
 
     num_rounds: int = 2
-    """Rounds of sampling, scoring and training. A finished run that is resumed with more of them
-    goes on."""
+    """Rounds of sampling, scoring and training. A finished run that is resumed with a larger number
+    continues."""
 
     train_from: Literal["previous", "first"] = "previous"
-    """Weights that a round's training starts from: those of the round before, or always those of
-    model_name_or_path. The samples come from the round before either way."""
+    """The weights from which a round's training starts: those of the round before, or always those
+    of model_name_or_path. The samples come from the round before either way."""
 
     kl_coeff: float = 0.0
-    """From the second round on, scores lose this times log p - log p_first of the response, in nats
-    (the paper's r - kl_coeff * KL; it uses 0.01)."""
+    """From the second round on, this times log p - log p_first of a response, in nats, is
+    subtracted from its score (the paper's r - kl_coeff * KL; it uses 0.01)."""
 
     measure_kl: bool = True
     """Measure in every round how far the samples are from the first policy: one forward of two
     models over all candidates. Needed with kl_coeff."""
 
     eval_datasets: str | None = field(default=None, metadata={"names": "data"})
-    """Held-out prompts: every round's policy answers each once, drawn at the temperature; the
-    answers are scored, and the best round's policy is kept in best/policy.
-    load_best_model_at_end makes it the outcome."""
+    """Held-out prompts, which every round's policy answers once, by sampling. The answers are
+    scored, and the best round's policy is kept in best/policy; load_best_model_at_end makes it the
+    trained model."""
 
     reward_format: Literal["standard", "trlx"] = "standard"
     """Layout of the reward model, as in `rrhf score`."""
@@ -62,8 +62,8 @@ class IterativeConfig(SamplingOptions, RankSettings):
     """With trlx: folder of the base model, as in `rrhf score`."""
 
     max_unscored_fraction: float = 0.01
-    """Stop when the scorer fails on more than this share of a round's candidates; what exceeds a
-    reward model's window is left out and counted, whatever its share."""
+    """Stop if the scorer fails on more than this share of a round's candidates. Candidates that
+    exceed a reward model's window are left out and counted, whatever their share."""
 
     def __post_init__(self) -> None:
         RankSettings.__post_init__(self)

@@ -25,11 +25,12 @@ class DPOSettings:
     """The loss of DPO. Its usual learning rate is a tenth of fine-tuning's: 5e-7 to 5e-6."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference; larger stays nearer to it."""
+    """Implicit rewards are this times log p - log p_reference; a larger value keeps the policy
+    nearer to the reference."""
 
     pairs: Literal["all", "best-worst", "adjacent"] = "all"
-    """Pairs of a list that are compared: all of different scores, the best with the worst, or each
-    with those of the next higher score."""
+    """Which pairs of a list are compared: all = every two of different scores; best-worst = the
+    best with the worst; adjacent = each with those of the next higher score."""
 
     pair_reduction: Literal["prompt", "pair"] = "prompt"
     """prompt = the mean over a prompt's pairs, averaged over the prompts that have some; pair = the

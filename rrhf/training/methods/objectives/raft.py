@@ -25,7 +25,8 @@ class RAFTSettings:
     """Cross-entropy on the best candidate."""
 
     sft_reduction: Literal["prompt", "response", "token"] = "prompt"
-    """Token sum, or token mean, of each best response; or the mean of all tokens."""
+    """prompt = sum over the tokens of a best response, response = mean over them, each averaged
+    over prompts; token = mean over all tokens."""
 
 
 def build(settings: RAFTSettings) -> RankLoss:

@@ -27,7 +27,7 @@ class RRHFSettings:
     """The loss of RRHF; the defaults are the paper's."""
 
     rrhf_mode: Literal["paper", "released"] = "paper"
-    """paper = the published equations; released = the published program, fault for fault."""
+    """paper = the published equations; released = the published program, its faults included."""
 
     rrhf_weight: float = 1.0
     """Weight of the rank term; 0 = fine-tuning on the best candidate alone."""
@@ -36,10 +36,12 @@ class RRHFSettings:
     """Candidates are ranked by log-prob / tokens ** this; larger favours longer responses."""
 
     rank_reduction: Literal["prompt", "pair"] = "prompt"
-    """Rank term: sum over a prompt's pairs, averaged over prompts; or averaged over all pairs."""
+    """Rank term: prompt = sum over a prompt's pairs, then mean over prompts; pair = mean over all
+    pairs."""
 
     sft_reduction: Literal["prompt", "response", "token"] = "prompt"
-    """SFT term: token sum, or token mean, of each best response; or the mean of all tokens."""
+    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
+    averaged over prompts; token = mean over all tokens."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"rrhf_weight": NOT_NEGATIVE})

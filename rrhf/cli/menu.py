@@ -1,0 +1,64 @@
+"""What `rrhf`, `rrhf train` and `rrhf data` take as their first word: the page that lists it,
+and the message for any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rrhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Words to choose from.
+
+    Attributes:
+        prog: the words before it, such as "rrhf train".
+        kind: what is chosen, such as "stage".
+        about: what the command is for.
+        entries: word -> what it does.
+        notes: lines below.
+    """
+
+    prog: str
+    kind: str
+    about: str
+    entries: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def page(self) -> str:
+        width = max(map(len, self.entries))
+        lines = [f"usage: {self.prog} {self.kind.upper()} [arguments]", "", self.about, ""]
+        lines += [f"{self.kind}s:"]
+        lines += [f"  {name:<{width}}  {summary}" for name, summary in self.entries.items()]
+        return "\n".join([*lines, *self.notes])
+
+    def is_shown(self, argv: Sequence[str]) -> bool:
+        """Print the page where the words ask for it, and say whether they do.
+
+        Raises:
+            UserError: there are no words.
+        """
+        if not argv:
+            raise UserError(f"{self.prog}: no {self.kind} given\n\n{self.page()}")
+        if argv[0] not in ("-h", "--help", "help"):
+            return False
+        print(self.page())
+        return True
+
+    def unknown(self, word: str, more: Iterable[str] = ()) -> UserError:
+        """The error for a word that is no entry; it names those that were probably meant.
+
+        Args:
+            word: what was typed.
+            more: further words that would do.
+        """
+        from rrhf.cli.fields import near
+
+        close = near(word, [*self.entries, *more])
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+        names = ", ".join(self.entries)
+        return UserError(
+            f"{self.prog}: unknown {self.kind} {word!r}{hint} {self.kind.capitalize()}s: {names}."
+        )
