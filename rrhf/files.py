@@ -27,7 +27,14 @@ from typing import Any
 
 from rrhf.errors import UserError
 from rrhf.locks import is_at, try_lock
-from rrhf.os_errors import NO_SPACE, PathLike, explained_os_errors, no_space, require_plain_output
+from rrhf.os_errors import (
+    NO_SPACE,
+    PathLike,
+    explained_os_errors,
+    no_space,
+    require_plain_output,
+    special_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +270,15 @@ def _as_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
 
 
+def json_object(path: PathLike) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where there is no such file, or it holds none."""
+    try:
+        value = None if special_file(path) else json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def sha256_file(path: PathLike) -> str:
     """The SHA-256 of a file's bytes as 64 hex digits, read in chunks."""
     return file_digest(path).hexdigest()
@@ -277,6 +293,13 @@ def file_digest(path: PathLike) -> Digest:
     return digest
 
 
+def cut_file(path: PathLike, size: int) -> None:
+    """Forget what a file holds after its first `size` bytes, on the disk too."""
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
 def cut_torn_tail(path: PathLike) -> int:
     """Cut the bytes after the last newline of a file that a killed writer left; returns how many.
 
@@ -285,33 +308,21 @@ def cut_torn_tail(path: PathLike) -> int:
     require_plain_output(path)
     with explained_os_errors(path), open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
-        end = size
-        pieces: list[bytes] = []  # of the last line, the last one first
-        while end > 0:
-            start = max(0, end - _CHUNK_BYTES)
-            file.seek(start)
-            chunk = file.read(end - start)
-            newline = chunk.rfind(b"\n")
-            pieces.append(chunk[newline + 1 :])
-            if newline >= 0:
-                break
-            end = start
-        tail = b"".join(reversed(pieces))
+        tail = b""
+        while b"\n" not in tail and len(tail) < size:
+            length = min(size, max(_CHUNK_BYTES, 2 * len(tail)))
+            file.seek(size - length)
+            tail = file.read(length)
+        tail = tail[tail.rfind(b"\n") + 1 :]
         if not tail:
             return 0
-        if _is_whole_object(tail):
+        is_whole = False
+        with suppress(ValueError, RecursionError):
+            is_whole = isinstance(json.loads(tail), dict)
+        if is_whole:
             file.seek(size)
             file.write(b"\n")
             return 0
-        file.truncate(size - len(tail))
-        file.flush()
-        os.fsync(file.fileno())
+        cut_file(path, size - len(tail))
     logger.warning("%s: cut %d bytes of a line that was never finished", path, len(tail))
     return len(tail)
-
-
-def _is_whole_object(data: bytes) -> bool:
-    try:
-        return isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.files import write_json
+from rrhf.files import json_object, write_json
 from rrhf.os_errors import PathLike, require_plain_output, special_file
 
 MANIFEST = "manifest.json"
@@ -129,17 +129,8 @@ def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
 
 def manifest_owner(path: PathLike) -> str | None:
     """The name of another file whose manifest stands where this file's would; None without one."""
-    manifest = _standing_manifest(manifest_path(path))
+    manifest = json_object(manifest_path(path)) or {}
     return manifest["file"] if _is_of_another_file(path, manifest) else None
-
-
-def _standing_manifest(place: Path) -> dict[str, Any]:
-    """What stands in a manifest's place, whatever it says; empty where that is no object."""
-    try:
-        value = _load(place)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def require_own_manifest_place(path: PathLike) -> None:
@@ -152,7 +143,7 @@ def require_own_manifest_place(path: PathLike) -> None:
     """
     target = Path(path)
     place = manifest_path(target)
-    if _standing_manifest(place).get("file") == target.name:
+    if (json_object(place) or {}).get("file") == target.name:
         return
     stem = place.name.removesuffix(".manifest.json")
     names = [stem + suffix for suffix in ("", ".json", ".jsonl", ".json.gz", ".jsonl.gz")]

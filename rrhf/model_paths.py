@@ -11,9 +11,8 @@ only.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,9 +24,7 @@ from rrhf.manifests import COMPLETE, MANIFEST, DamagedManifest, load_manifest, r
 from rrhf.os_errors import special_file
 from rrhf.runs import are_settings, settings_file
 from rrhf.sealed_folders import differences
-from rrhf.seals import ACCEPT_FLAG
-
-logger = logging.getLogger(__name__)
+from rrhf.seals import ACCEPT_FLAG, warn_accepted
 
 MODEL_FILE = "config.json"
 """The file of Hugging Face that makes a folder a model folder."""
@@ -137,9 +134,16 @@ def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
     folder = Path(model_folder(name_or_path))
     if not folder.is_dir():
         return
+    told: list[str] = []
     try:
-        manifest = load_manifest(folder / MANIFEST, is_ours=False)
-        told = [] if manifest is None else _told(folder, manifest, deep)
+        if (manifest := load_manifest(folder / MANIFEST, is_ours=False)) is not None:
+            files = manifest.get("files")
+            known = files if isinstance(files, dict) else {}
+            told = [  # what a loader could come upon
+                difference
+                for name, difference in differences(folder, manifest, deep)
+                if name is None or name in known or _is_loaded(name)
+            ]
     except DamagedManifest as error:
         told = [str(error)]
     if not told:
@@ -147,7 +151,7 @@ def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
     what = "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
     if folder.resolve() in _accepted:
         if deep:
-            logger.warning("%s: %s; read as it is (%s)", folder, what, ACCEPT_FLAG)
+            warn_accepted(folder, what)
         return
     raise UserError(
         f"{folder}: is not as its {MANIFEST} describes it: {what}. If it was changed on purpose, "
@@ -188,17 +192,6 @@ def _local_models(config: Any) -> Iterator[Path]:
             for path in named if isinstance(named, list) else [named]:
                 if path and with_home_folder(path).is_dir():
                     yield Path(model_folder(path))
-
-
-def _told(folder: Path, manifest: Mapping[str, Any], deep: bool) -> list[str]:
-    """The differences that a loader could come upon."""
-    files = manifest.get("files")
-    known = files if isinstance(files, dict) else {}
-    return [
-        difference
-        for name, difference in differences(folder, manifest, deep)
-        if name is None or name in known or _is_loaded(name)
-    ]
 
 
 def _is_loaded(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Folders that are whole or not there: filled next to their place, sealed, and moved into it.
 
-Whatever fails on the way, nothing half-written stays: what is staged goes, and a full disk is told
-with its name and what was needed, measured after that. A killed process leaves its staged folder
-to the next one, which puts it in its place where it is whole and nothing else stands there.
+If writing fails, the staged folder is removed, and then a full disk is reported with what was
+needed and what is free. A killed process leaves its staged folder behind: the next process moves it
+into place if it is whole and nothing else stands there.
 Standard library only.
 """
 
@@ -19,7 +19,7 @@ from rrhf.os_errors import explained_os_errors, told_failure
 from rrhf.sealed_folders import damage_of, seal_folder
 
 STAGED, DOOMED = ".staged-", ".doomed-"
-"""How names begin of folders that are being filled, and of those that are being removed."""
+"""Prefixes of folders that are being filled, and of those that are being removed."""
 
 
 @contextmanager
@@ -35,14 +35,9 @@ def no_trace_of_failure(staged: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        written = size_of(staged)
+        written = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
         shutil.rmtree(staged, ignore_errors=True)
         raise told_failure(error, staged, written) from error
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, at any depth; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -79,9 +74,9 @@ def _beside(target: Path) -> tuple[Path, Path]:
 
 
 def put_back(target: Path) -> None:
-    """Give a name its folder again, after a kill between the two renamings of `saved_folder`.
+    """Repair a kill between the two renamings of `saved_folder`.
 
-    The new one where it is whole, else the older one.
+    The new folder gets its name if it is whole, else the older one does.
     """
     staged, old = _beside(target)
     if target.exists() or not (staged.is_dir() and old.is_dir()):
@@ -94,7 +89,7 @@ def put_back(target: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed saves and deletions left in a folder, once `put_back` had its turn."""
+    """Delete what killed saves and deletions left in a folder, after `put_back` has used it."""
     if folder.is_dir():
         for path in [*folder.iterdir()]:
             if path.name.startswith(DOOMED):

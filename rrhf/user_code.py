@@ -1,7 +1,6 @@
-"""Code of the user's own, imported by name; each way in which that fails is one message.
+"""Code of the user's own, imported by name; each way in which it fails is one message.
 
-A module is looked for in the working directory too. To leave the program (`sys.exit`) is no way for
-it to end well.
+A module is looked for in the working directory too. Calling `sys.exit` counts as failing.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from rrhf.errors import StoppedBySignal, UserError
 from rrhf.signals import Interrupted
 
 NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
-"""What may come out of a user's code without being its mistake."""
+"""Exceptions that may pass through a user's code without being its mistake."""
 
 
 def imported(target: str, kind: str = "function") -> Any:
@@ -35,28 +34,21 @@ def imported(target: str, kind: str = "function") -> Any:
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise UserError(f"{target!r}: name a {kind} as module:{kind}")
-    try:
-        with importable(str(Path.cwd())):
-            module = importlib.import_module(module_name)
-            found = getattr(module, attribute, None)
-    except NOT_ITS_OWN:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"{target}: the module {module_name!r} cannot be imported ({message_of(error)}); start "
-            "in its folder, or install it"
-        ) from error
-    except SystemExit as error:
-        raise UserError(
-            f"{target}: the module {module_name!r} called sys.exit({shown(error.code)}) while it "
-            f"was imported ({place_of(error)}); put what it does as a program below "
-            '`if __name__ == "__main__":`'
-        ) from error
-    except BaseException as error:
-        raise UserError(
-            f"{target}: the module {module_name!r} cannot be imported: it raised "
-            f"{told_error(error)}; fix it"
-        ) from error
+    what = f"{target}: the module {module_name!r}"
+    with guarded(f"{what} cannot be imported: it"):
+        try:
+            found = getattr(importlib.import_module(module_name), attribute, None)
+        except ImportError as error:
+            raise UserError(
+                f"{what} cannot be imported ({message_of(error)}); start in its folder, or install "
+                "it"
+            ) from error
+        except SystemExit as error:
+            raise UserError(
+                f"{what} called sys.exit({shown(error.code)}) while it was imported "
+                f"({place_of(error)}); put what it does as a program below "
+                '`if __name__ == "__main__":`'
+            ) from error
     if found is None:
         raise UserError(f"{target}: {module_name} has no {kind} {attribute!r}")
     return found
@@ -102,7 +94,7 @@ def source_file(target: str) -> str | None:
 
 @contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """Modules of this folder can be imported meanwhile."""
+    """Context manager: modules of this folder can be imported."""
     added = folder not in sys.path
     if added:
         sys.path.insert(0, folder)
@@ -115,7 +107,7 @@ def importable(folder: str) -> Iterator[None]:
 
 @contextmanager
 def guarded(what: str, cure: str = "fix it", folder: str | None = None) -> Iterator[None]:
-    """Whatever the user's code that runs inside raises becomes one message.
+    """Context manager: whatever the user's code inside it raises becomes one message.
 
     Args:
         what: the code, for the message.
@@ -148,7 +140,7 @@ def shown(value: Any) -> str:
 
 
 def told_error(error: BaseException) -> str:
-    """What was raised, and where."""
+    """An exception and the place where it was raised, as text."""
     message = message_of(error)
     kind = type(error).__name__
     return f"{kind}{': ' if message else ''}{message} ({place_of(error)})"

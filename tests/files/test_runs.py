@@ -16,7 +16,8 @@ import pytest
 
 from rrhf.errors import UserError
 from rrhf.manifests import read_manifest
-from rrhf.runs import MetricsLog, RunFolder, told_changes
+from rrhf.metrics_log import MetricsLog
+from rrhf.runs import RunFolder, told_changes
 from rrhf.sealed_folders import seal_folder
 
 
@@ -46,21 +47,8 @@ def test_truncate_to_an_offset_forgets_what_came_after(tmp_path: Path):
     log.close()
 
 
-def test_truncate_after_a_step_drops_all_that_was_written_beyond_it(tmp_path: Path):
-    log = MetricsLog(tmp_path / "m.jsonl")
-    for row in ({"step": 1}, {"eval": 1}, {"step": 2}, {"step": 3}, {"eval": 2}, {"step": 4}):
-        log.append(row)
-    assert log.truncate_after_step(2) == 3
-    assert rows_of(tmp_path / "m.jsonl") == [{"step": 1}, {"eval": 1}, {"step": 2}]
-    assert log.truncate_after_step(2) == 0
-    log.append({"step": 3})
-    assert len(rows_of(tmp_path / "m.jsonl")) == 4
-    log.close()
-
-
 def test_truncate_without_a_file_is_nothing(tmp_path: Path):
     log = MetricsLog(tmp_path / "m.jsonl")
-    assert log.truncate_after_step(5) == 0
     log.truncate_to(0)
     assert log.offset == 0
     assert not (tmp_path / "m.jsonl").exists()

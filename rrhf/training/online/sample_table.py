@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from rrhf.metrics_log import MetricsLog
 from rrhf.records import CandidateSet
-from rrhf.runs import MetricsLog
 from rrhf.training.core.hooks import Hook
 from rrhf.training.core.tracking import Tracker
 from rrhf.training.online.experience import Experience, RolloutRow

@@ -14,7 +14,7 @@ from ppo_cases import build_world, settings
 from rollout_cases import hand_made_rows
 
 from rrhf.data.candidate_files import read_candidate_sets
-from rrhf.runs import MetricsLog
+from rrhf.metrics_log import MetricsLog
 from rrhf.training.core import tracking
 from rrhf.training.core.tracking import Tracker, as_markdown
 from rrhf.training.online import ppo
