@@ -10,6 +10,7 @@ ROLLOUT, READING, ENDS, STREAM, EXPERIENCE, ESTIMATORS = (
     for room in ("rollout", "reading", "response_ends", "stream", "experience", "estimators")
 )
 STREAMS_OF_ALL = "rrhf/training/core/streams.py"
+REFERENCE = "rrhf/training/core/reference.py"
 
 ROLLOUTS = (
     "test_rollout_edges.py",
@@ -216,36 +217,36 @@ ROLLOUT_FAULTS = [
     Mutant(
         "the scorer reads what was cut off",
         ROLLOUT,
-        "            text=text,\n",
+        "            text=self._codec.decode_response(prompt, row.prompt_ids, ids),\n",
         "",
         ROLLOUTS,
     ),
     Mutant(
         "a response that was cut still counts as too long",
         ROLLOUT,
-        '            finish_reason="stop",\n',
+        '            finish="stop",\n',
         "",
         ROLLOUTS,
     ),
     Mutant(
         "an EOS behind a loop hides it",
         ROLLOUT,
-        "if token not in end_ids]",
+        "if i not in end_ids]",
         "if True]",
         ROLLOUTS,
     ),
     Mutant(
         "a score of zero is no score",
         ROLLOUT,
-        "if draft.score is not None]",
-        "if draft.score]",
+        "                if score is not None:",
+        "                if score:",
         ROLLOUTS,
     ),
     Mutant(
         "a response that was cut pays for its missing end",
         ROLLOUT,
-        "d.is_cut or d.token_ids[-1] in",
-        "d.token_ids[-1] in",
+        "            is_finished=True,\n",
+        "",
         ROLLOUTS,
     ),
     Mutant(
@@ -257,23 +258,23 @@ ROLLOUT_FAULTS = [
     ),
     Mutant(
         "sampling has dropout",
-        ROLLOUT,
-        "    root.eval()\n",
+        REFERENCE,
+        "    module.eval()\n",
         "",
         ROLLOUTS,
     ),
     Mutant(
         "training goes on without dropout after a rollout",
-        ROLLOUT,
-        "root.train(was_training)",
-        "root.eval()",
+        REFERENCE,
+        "module.train(was_training)",
+        "module.eval()",
         ROLLOUTS,
     ),
     Mutant(
         "a prompt that just fits counts as cut",
         ROLLOUT,
-        "len(whole) > room",
-        "len(whole) >= room",
+        "len(whole) > self._room",
+        "len(whole) >= self._room",
         ROLLOUTS,
     ),
     Mutant(
@@ -286,8 +287,8 @@ ROLLOUT_FAULTS = [
     Mutant(
         "responses without a token are trained on",
         ROLLOUT,
-        "kept = [draft for draft in drafts if draft.written.num_tokens]",
-        "kept = list(drafts)",
+        "kept = [row for row in rows if row.token_ids]",
+        "kept = list(rows)",
         ROLLOUTS,
     ),
     Mutant(
@@ -299,9 +300,9 @@ ROLLOUT_FAULTS = [
     ),
     Mutant(
         "the policy with its adapters is its own reference",
-        ROLLOUT,
-        "with as_reference(self._policy) as policy:",
-        "with contextlib.nullcontext(self._policy) as policy:",
+        REFERENCE,
+        "as_reference(self._policy) as policy:",
+        "contextlib.nullcontext(self._policy) as policy:",
         ("test_ppo.py", "test_ppo_layouts.py"),
     ),
     Mutant(
@@ -314,8 +315,8 @@ ROLLOUT_FAULTS = [
     Mutant(
         "the shortest response is the trial",
         READING,
-        "key=lambda d: -d.written.num_tokens)[:1]",
-        "key=lambda d: d.written.num_tokens)[:1]",
+        "key=lambda d: -len(d.token_ids))[:1]",
+        "key=lambda d: len(d.token_ids))[:1]",
         ROLLOUTS,
     ),
     Mutant(
@@ -328,7 +329,7 @@ ROLLOUT_FAULTS = [
     Mutant(
         "the trainer's log-probs are computed and not taken",
         READING,
-        "draft.old_logprobs = logprobs[place, tokens].clone()",
+        "row.old_logprobs = logprobs[place, tokens].clone()",
         "pass",
         ROLLOUTS,
     ),

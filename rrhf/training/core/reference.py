@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
 from rrhf.models.forward.logprobs import LogprobOptions, Policy
@@ -20,6 +23,17 @@ def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
     model.requires_grad_(False)
     policy = policy_on_engine(bench, model, LogprobOptions(temperature))
     return policy.to(bench.parallel.device).eval()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, for a while."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 class Reference:
@@ -40,13 +54,8 @@ class Reference:
         with self._parallel.autocast():
             if self._frozen is not None:
                 return self._frozen(batch).logprobs
-            was_training = self._policy.training
-            self._policy.eval()
-            try:
-                with as_reference(self._policy) as policy:
-                    return policy(batch).logprobs
-            finally:
-                self._policy.train(was_training)
+            with evaluating(self._policy), as_reference(self._policy) as policy:
+                return policy(batch).logprobs
 
 
 def build_reference(bench: Workbench, policy: Policy) -> Reference:

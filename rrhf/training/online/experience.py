@@ -12,8 +12,9 @@ Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,23 +30,24 @@ from rrhf.algorithms.rewards import (
     token_rewards,
 )
 from rrhf.data.collate import EncodedSet, TokenExperience
+from rrhf.records import FinishReason
 from rrhf.training.online.estimators import Rewarded
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_settings import PPOSettings
 
 
-@dataclass(frozen=True)
+@dataclass
 class RolloutRow:
-    """One scored response of the live policy, on the CPU.
+    """One response of the live policy, on the CPU; the stages of a rollout fill it in.
 
     Attributes:
         prompt: place of its prompt in the rollout.
         sample: which of the prompt's responses.
         prompt_ids, token_ids: as the policy read and wrote them.
-        old_logprobs: [T] float32 under the policy that sampled.
-        reference_logprobs: [T] float32.
-        values: [T] float32; None without a critic.
-        score: raw, as the scorer gave it.
+        old_logprobs: [T] float32, nats, under the policy that sampled.
+        reference_logprobs: [T] float32, nats; empty before the log-prob pass.
+        values: [T] float32; None without a critic, and before the log-prob pass.
+        score: raw, as the scorer gave it; NaN before.
         is_finished: it ends in EOS, or was cut at a stop token.
         text: of the response.
         finish: "stop" or "length", as the scorer saw it.
@@ -56,12 +58,12 @@ class RolloutRow:
     prompt_ids: list[int]
     token_ids: list[int]
     old_logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor | None
-    score: float
-    is_finished: bool
+    reference_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    values: Tensor | None = None
+    score: float = math.nan
+    is_finished: bool = False
     text: str = ""
-    finish: str = "unknown"
+    finish: FinishReason = "unknown"
 
 
 @dataclass(frozen=True)

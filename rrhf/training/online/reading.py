@@ -1,28 +1,24 @@
-"""What the trained actor-critic and the reference say of responses that were sampled.
+"""The log-prob pass over sampled responses: old log-probs, values, reference log-probs.
 
-In float32 the log-probs that sampling left are the old log-probs, and nothing is read for them but
-a self-check: one response of every rank, its longest, passes the trainer's forward in every
-rollout.
-Where that differs on any rank (as under bf16 always) the trainer's are taken for all. Then values
-are read, of a trunk that policy and critic share without the policy's head; then the reference.
+In float32 the log-probs of sampling serve as the old log-probs, after a self-check: in every
+rollout the longest response of each rank also passes the trainer's forward. If they differ on any
+rank, as they always do under bf16, the trainer's are used for all responses. Values come next (with
+a shared trunk, without computing the policy's head), then the reference.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
-from rrhf.generation.engine import Sample
-from rrhf.models.forward.logprobs import PolicyOutputs
 from rrhf.models.policy_with_value import ActorCritic
 from rrhf.progress import pulse
 from rrhf.training.core.parallel import Parallel
+from rrhf.training.online.experience import RolloutRow
 
 logger = logging.getLogger(__name__)
 
@@ -30,55 +26,22 @@ LOGPROB_TOLERANCE = 1e-4
 """Engine and trainer agree where no token's log-prob differs by more."""
 
 
-@dataclass
-class Draft:
-    """A response of this rank on its way into a rollout."""
-
-    prompt: int
-    sample: int
-    written: Sample
-    score: float | None = None
-    old_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    reference_logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    values: Tensor | None = None
-    is_cut: bool = False
-
-    # An engine that tells no ids or log-probs is refused before the first rollout.
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        assert self.written.prompt_ids is not None, "the engine tells ids"
-        return list(self.written.prompt_ids)
-
-    @property
-    def token_ids(self) -> list[int]:
-        assert self.written.token_ids is not None, "the engine tells ids"
-        ids: list[int] = self.written.token_ids.tolist()
-        return ids
-
-    @property
-    def sampled_logprobs(self) -> Tensor:
-        """[T] as the engine gave them, float32."""
-        assert self.written.logprobs is not None, "the engine tells log-probs"
-        return self.written.logprobs.float()
-
-
 class Reader:
-    """Fills drafts in.
+    """Fills in what the models say of the rows of a rollout.
 
     Args:
-        root: the trained actor-critic, in eval mode while it reads.
-        reference: what the first policy says.
+        root: the trained actor-critic, in eval mode during the pass.
+        reference: log-probs [N, R] of a batch under the reference policy.
         codec: pad and end ids.
         parallel: ranks.
-        rows_at_a_time: of one forward.
-        recompute: old log-probs are the trainer's in any case.
+        rows_at_a_time: rows in one forward.
+        recompute: use the trainer's log-probs in any case.
     """
 
     def __init__(
         self,
         root: ActorCritic,
-        reference: Callable[[TokenBatch], PolicyOutputs],
+        reference: Callable[[TokenBatch], Tensor],
         codec: ChatCodec,
         parallel: Parallel,
         rows_at_a_time: int,
@@ -89,36 +52,34 @@ class Reader:
         self._rows_at_a_time, self._recompute = rows_at_a_time, recompute
         self._said = False
 
-    def read(self, drafts: Sequence[Draft]) -> None:
+    def read(self, rows: Sequence[RolloutRow]) -> None:
         """Old log-probs, and values where there is a critic; every rank must call it."""
-        recompute = self._must_recompute(drafts)
-        for draft in drafts:
-            draft.old_logprobs = draft.sampled_logprobs
+        recompute = self._must_recompute(rows)
         if not recompute and self._root.value is None:
             return
-        batches = list(self._batches(drafts))
+        batches = list(self._batches(rows))
         # Equally many on all ranks: where weights are spread, each is a call that all must join.
         for place in range(int(self._parallel.max(len(batches)))):
             batch = batches[place] if place < len(batches) else []
             self._read_batch(batch, recompute)
             pulse(f"{place + 1} of {len(batches)} batches of log-probs")
 
-    def read_reference(self, drafts: Sequence[Draft]) -> None:
+    def read_reference(self, rows: Sequence[RolloutRow]) -> None:
         """Log-probs under the reference; each rank by itself."""
-        for number, batch in enumerate(self._batches(drafts), 1):
+        for number, batch in enumerate(self._batches(rows), 1):
             pulse(f"batch {number} of reference log-probs")
-            found = self._reference(self._collated(batch)).logprobs.cpu()
-            for place, draft in enumerate(batch):
-                draft.reference_logprobs = found[place, : draft.written.num_tokens].clone()
+            found = self._reference(self._collated(batch)).cpu()
+            for place, row in enumerate(batch):
+                row.reference_logprobs = found[place, : len(row.token_ids)].clone()
 
-    def _must_recompute(self, drafts: Sequence[Draft]) -> bool:
+    def _must_recompute(self, rows: Sequence[RolloutRow]) -> bool:
         """Whether the trainer's log-probs are to be taken, agreed over ranks."""
         if self._recompute:
             self._say("under bf16 they are the trainer's")
             return True
-        trial = sorted(drafts, key=lambda d: -d.written.num_tokens)[:1]
+        trial = sorted(rows, key=lambda d: -len(d.token_ids))[:1]
         read = self._root(self._collated(trial)).logprobs.cpu()
-        gaps = [float((read[0] - draft.sampled_logprobs).abs().max()) for draft in trial]
+        gaps = [float((read[0] - row.old_logprobs).abs().max()) for row in trial]
         gap = self._parallel.max(max(gaps, default=0.0))
         if gap > LOGPROB_TOLERANCE:
             self._say(f"those of sampling differ from the trainer's by up to {gap:.2g}")
@@ -130,25 +91,25 @@ class Reader:
             self._said = True
             logger.info("old log-probs are computed again by the trainer's own forward: %s", why)
 
-    def _read_batch(self, drafts: Sequence[Draft], recompute: bool) -> None:
-        """Without a draft a filler is read, and forgotten."""
-        outputs = self._root(self._collated(drafts), values_only=not recompute)
+    def _read_batch(self, rows: Sequence[RolloutRow], recompute: bool) -> None:
+        """Without a row, one forward of a filler."""
+        outputs = self._root(self._collated(rows), values_only=not recompute)
         logprobs = outputs.logprobs.cpu()
         values = None if outputs.values is None else outputs.values.cpu()
-        for place, draft in enumerate(drafts):
-            tokens = slice(draft.written.num_tokens)
+        for place, row in enumerate(rows):
+            tokens = slice(len(row.token_ids))
             if recompute:
-                draft.old_logprobs = logprobs[place, tokens].clone()
+                row.old_logprobs = logprobs[place, tokens].clone()
             if values is not None:
-                draft.values = values[place, tokens].clone()
+                row.values = values[place, tokens].clone()
 
-    def _batches(self, drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
+    def _batches(self, rows: Sequence[RolloutRow]) -> Iterator[Sequence[RolloutRow]]:
         """Of similar lengths, the responses of a prompt side by side: it may be read once."""
-        order = sorted(drafts, key=lambda d: (len(d.prompt_ids), d.prompt, d.written.num_tokens))
+        order = sorted(rows, key=lambda d: (len(d.prompt_ids), d.prompt, len(d.token_ids)))
         for first in range(0, len(order), self._rows_at_a_time):
             yield order[first : first + self._rows_at_a_time]
 
-    def _collated(self, drafts: Sequence[Draft]) -> TokenBatch:
+    def _collated(self, rows: Sequence[RolloutRow]) -> TokenBatch:
         filler = EncodedSet([self._codec.end_id], [[self._codec.end_id]])
-        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in drafts] or [filler]
+        sets = [EncodedSet(d.prompt_ids, [d.token_ids]) for d in rows] or [filler]
         return collate(sets, self._codec.pad_id).to(self._parallel.device)

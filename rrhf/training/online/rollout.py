@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,20 +28,20 @@ import torch
 
 from rrhf.commands import command_of
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.collate import TokenBatch
 from rrhf.errors import StoppedBySignal, UserError
-from rrhf.generation.engine import GenerationEngine, answers, require_capabilities
+from rrhf.generation.engine import GenerationEngine, Sample, answers, require_capabilities
 from rrhf.generation.local.engine import LocalEngine
-from rrhf.models.forward.logprobs import Policy, PolicyOutputs
-from rrhf.models.policy_with_value import ActorCritic, as_reference
+from rrhf.models.forward.logprobs import Policy
+from rrhf.models.policy_with_value import ActorCritic
 from rrhf.records import Candidate, CandidateSet
 from rrhf.runs import RunFolder
 from rrhf.scoring.scorer import Scorer
 from rrhf.training.core.phases import Phases, Spent, over_ranks, peak_meter
+from rrhf.training.core.reference import Reference, evaluating
 from rrhf.training.core.setup import Workbench
 from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.ppo_config import PPOConfig
-from rrhf.training.online.reading import Draft, Reader
+from rrhf.training.online.reading import Reader
 from rrhf.training.online.response_ends import StopToken, is_loop
 from rrhf.training.online.whole_copy import WholeCopy
 
@@ -104,12 +104,11 @@ class RolloutWriter:
         new_engine: Callable[[Any, ChatCodec, int, int], GenerationEngine] = LocalEngine,
     ) -> None:
         codec, parallel = bench.codec, bench.parallel
-        self._root, self._reference = root, reference
+        self._root = root
         self._stop = bench.stop
         self._phases = bench.phases or Phases(peak_meter(parallel.device))
         self._codec, self._scorer = codec, scorer
         self._config, self._parallel = config, parallel
-        self._rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
         self._told_too_long = False
         self._stop_token: StopToken | None = None
         if config.truncate_token is not None:
@@ -118,12 +117,12 @@ class RolloutWriter:
             )
         self._copy = None if parallel.weights_are_whole else WholeCopy(root.policy, parallel)
         self._policy = root.policy if self._copy is None else self._copy.policy
-        room = config.model_max_length - config.max_new_tokens
-        self._engine = new_engine(self._policy.model, codec, self._rows_at_a_time, room)
+        self._room = config.model_max_length - config.max_new_tokens
+        rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
+        self._engine = new_engine(self._policy.model, codec, rows_at_a_time, self._room)
         require_capabilities(self._engine, "a rollout", "ids", "logprobs", "seeds", "live_weights")
-        self._reader = Reader(
-            root, self._first_policy, codec, parallel, self._rows_at_a_time, config.bf16
-        )
+        first = Reference(reference, self._policy, parallel)
+        self._reader = Reader(root, first, codec, parallel, rows_at_a_time, config.bf16)
 
     @property
     def codec(self) -> ChatCodec:
@@ -137,8 +136,7 @@ class RolloutWriter:
     def is_cut(self, prompt: CandidateSet) -> bool:
         """Whether a prompt that fits loses its beginning."""
         whole = self._codec.encode_prompt(prompt)
-        room = self._config.model_max_length - self._config.max_new_tokens
-        return whole is not None and len(whole) > room
+        return whole is not None and len(whole) > self._room
 
     def write(
         self, prompts: Sequence[CandidateSet], number: int, samples_per_prompt: int | None = None
@@ -157,18 +155,16 @@ class RolloutWriter:
         places = list(range(self._parallel.rank, len(prompts), self._parallel.world_size))
         renamed = _with_own_ids(prompts)
         part = Rollout([], Counter(), {})
-        with _evaluating(self._root), torch.no_grad():
+        with evaluating(self._root), torch.no_grad():
             if self._copy is not None:
                 with self._phases("gather"):
                     self._copy.refresh()
-            drafts: list[Draft] = []
             with contextlib.suppress(StoppedBySignal):
-                drafts = self._sample(renamed, places, number, samples_per_prompt, part.counts)
-                drafts = self._score(drafts, renamed, part.counts)
+                mine = self._sample(renamed, places, number, samples_per_prompt, part.counts)
+                part.rows.extend(self._score(mine, renamed, part.counts))
             self._stop_together(number)
             with contextlib.suppress(StoppedBySignal):
-                self._read(drafts)
-                part.rows.extend(self._rows(drafts))
+                self._read(part.rows)
         self._stop_together(number)
         part.spent.update(self._phases.take())
         parts = self._parallel.gather([part])
@@ -194,122 +190,105 @@ class RolloutWriter:
         number: int,
         samples_per_prompt: int | None,
         counts: Counter[str],
-    ) -> list[Draft]:
+    ) -> list[RolloutRow]:
         """Responses to the prompts at these places, those without a token left out."""
         params = self._config.sampling(number)
         if samples_per_prompt is not None:
             params = replace(params, num_return_sequences=samples_per_prompt)
         mine = [prompts[place] for place in places]
         with self._phases("generate") as spent, self._parallel.autocast():
-            written = self._alone(lambda: answers(self._engine, mine, params))
-            drafts = [
-                Draft(place, number, sample)
-                for place, samples in zip(places, written, strict=True)
+            answered = self._alone(lambda: answers(self._engine, mine, params))
+            sampled = [
+                self._row(place, number, sample)
+                for place, samples in zip(places, answered, strict=True)
                 for number, sample in enumerate(samples)
             ]
-            spent.tokens = sum(draft.written.num_tokens for draft in drafts)
-        drafts = [self._cut(draft, prompts) for draft in drafts]
-        kept = [draft for draft in drafts if draft.written.num_tokens]
+            spent.tokens = sum(len(row.token_ids) for row in sampled)
+        rows = [self._cut(row, prompts[row.prompt]) for row in sampled]
+        kept = [row for row in rows if row.token_ids]
+        end_ids = self._codec.end_ids
         counts.update(
-            sampled=len(drafts), empty=len(drafts) - len(kept), **self._degenerate(drafts)
+            sampled=len(rows),
+            empty=len(rows) - len(kept),
+            cut=sum(row is not whole for row, whole in zip(rows, sampled, strict=True)),
+            unfinished=sum(row.finish == "length" for row in rows),
+            looped=sum(is_loop([i for i in row.token_ids if i not in end_ids]) for row in rows),
         )
         return kept
 
-    def _cut(self, draft: Draft, prompts: Sequence[CandidateSet]) -> Draft:
-        """The response up to its stop token, where it has one."""
-        ids = draft.token_ids
-        kept = None if self._stop_token is None else self._stop_token.kept(ids)
-        if kept is None:
-            return draft
-        text = self._codec.decode_response(prompts[draft.prompt], draft.prompt_ids, ids[:kept])
-        cut = replace(
-            draft.written,
-            token_ids=torch.tensor(ids[:kept]),
-            logprobs=draft.sampled_logprobs[:kept],
-            finish_reason="stop",
-            text=text,
+    def _row(self, place: int, number: int, sample: Sample) -> RolloutRow:
+        # An engine that gives no ids or log-probs was refused before the first rollout.
+        assert sample.prompt_ids is not None, "the engine gives prompt ids"
+        assert sample.token_ids is not None and sample.logprobs is not None, "it gives log-probs"
+        ids = sample.token_ids.tolist()
+        return RolloutRow(
+            place,
+            number,
+            list(sample.prompt_ids),
+            ids,
+            sample.logprobs.float(),
+            is_finished=bool(ids) and ids[-1] in self._codec.end_ids,
+            text=sample.text,
+            finish=sample.finish_reason,
         )
-        return replace(draft, written=cut, is_cut=True)
 
-    def _degenerate(self, drafts: Sequence[Draft]) -> dict[str, int]:
-        """How many responses were cut, and how many have little worth, by what they lack."""
-        end_ids = self._codec.end_ids
-        found = Counter(cut=0, unfinished=0, looped=0)
-        for draft in drafts:
-            words = [token for token in draft.token_ids if token not in end_ids]
-            found["cut"] += draft.is_cut
-            found["unfinished"] += draft.written.finish_reason == "length"
-            found["looped"] += is_loop(words)
-        return dict(found)
+    def _cut(self, row: RolloutRow, prompt: CandidateSet) -> RolloutRow:
+        """The response up to its stop token, where it has one."""
+        kept = None if self._stop_token is None else self._stop_token.kept(row.token_ids)
+        if kept is None:
+            return row
+        ids = row.token_ids[:kept]
+        return replace(
+            row,
+            token_ids=ids,
+            old_logprobs=row.old_logprobs[:kept],
+            is_finished=True,
+            text=self._codec.decode_response(prompt, row.prompt_ids, ids),
+            finish="stop",
+        )
 
     def _score(
-        self, drafts: Sequence[Draft], prompts: Sequence[CandidateSet], counts: Counter[str]
-    ) -> list[Draft]:
-        """The drafts with a score; those that could not be scored are left out."""
-        groups: dict[int, list[Draft]] = {}
-        for draft in drafts:
-            groups.setdefault(draft.prompt, []).append(draft)
+        self, rows: Sequence[RolloutRow], prompts: Sequence[CandidateSet], counts: Counter[str]
+    ) -> list[RolloutRow]:
+        """Fill in scores; rows that could not be scored are left out."""
+        groups: dict[int, list[RolloutRow]] = {}
+        for row in rows:
+            groups.setdefault(row.prompt, []).append(row)
         sets = [
             replace(
                 prompts[place],
                 candidates=tuple(
-                    Candidate(d.written.text, "policy:live", None, d.written.finish_reason)
-                    for d in group
+                    Candidate(row.text, "policy:live", None, row.finish) for row in group
                 ),
             )
             for place, group in groups.items()
         ]
         with self._phases("score") as spent:
             scores = self._alone(lambda: self._scorer.score(sets) if sets else [])
-            spent.tokens = _num_tokens(drafts)
-        too_long = 0
+            spent.tokens = _num_tokens(rows)
+        kept, too_long = [], 0
         for s, group, found in zip(sets, groups.values(), scores, strict=True):
-            for candidate, draft, score in zip(s.candidates, group, found, strict=True):
-                draft.score = score
-                too_long += score is None and not self._scorer.fits(s, candidate)
-        kept = [draft for draft in drafts if draft.score is not None]
-        counts.update(unscored=len(drafts) - len(kept), too_long_to_score=too_long)
+            for candidate, row, score in zip(s.candidates, group, found, strict=True):
+                if score is not None:
+                    row.score = score
+                    kept.append(row)
+                else:
+                    too_long += not self._scorer.fits(s, candidate)
+        counts.update(unscored=len(rows) - len(kept), too_long_to_score=too_long)
         return kept
 
-    def _read(self, drafts: Sequence[Draft]) -> None:
+    def _read(self, rows: Sequence[RolloutRow]) -> None:
         """Old log-probs and values, then reference log-probs."""
-        # The actor-critic's forward may be one that all ranks must do together.
-        run = self._alone if self._parallel.world_size == 1 else _do
         with self._phases("read") as spent, self._parallel.autocast():
-            run(lambda: self._reader.read(drafts))
-            spent.tokens = _num_tokens(drafts)
+            # The actor-critic's forward may be one that all ranks must do together.
+            if self._parallel.world_size == 1:
+                self._alone(lambda: self._reader.read(rows))
+            else:
+                self._reader.read(rows)
+            spent.tokens = _num_tokens(rows)
         with self._phases("reference") as spent, self._parallel.autocast():
-            self._alone(lambda: self._reader.read_reference(drafts))
-            spent.tokens = _num_tokens(drafts)
-
-    def _first_policy(self, batch: TokenBatch) -> PolicyOutputs:
-        if self._reference is not None:
-            found: PolicyOutputs = self._reference(batch)
-            return found
-        with as_reference(self._policy) as policy:
-            found = policy(batch)
-            return found
-
-    def _rows(self, drafts: Sequence[Draft]) -> list[RolloutRow]:
-        rows = []
-        for d in drafts:
-            assert d.score is not None, "responses without a score were left out"
-            rows.append(
-                RolloutRow(
-                    d.prompt,
-                    d.sample,
-                    d.prompt_ids,
-                    d.token_ids,
-                    d.old_logprobs,
-                    d.reference_logprobs,
-                    d.values,
-                    d.score,
-                    d.is_cut or d.token_ids[-1] in self._codec.end_ids,
-                    d.written.text,
-                    d.written.finish_reason,
-                )
-            )
-        return rows
+            self._alone(lambda: self._reader.read_reference(rows))
+            spent.tokens = _num_tokens(rows)
 
     def _check(self, rows: Sequence[RolloutRow], counts: Counter[str]) -> None:
         limit, too_long = self._config.max_unscored_fraction, counts["too_long_to_score"]
@@ -355,13 +334,9 @@ class RolloutWriter:
             )
 
 
-def _do(work: Callable[[], T]) -> T:
-    return work()
-
-
-def _num_tokens(drafts: Sequence[Draft]) -> int:
+def _num_tokens(rows: Sequence[RolloutRow]) -> int:
     """Prompts and responses."""
-    return sum(len(d.prompt_ids) + d.written.num_tokens for d in drafts)
+    return sum(len(row.prompt_ids) + len(row.token_ids) for row in rows)
 
 
 def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:
@@ -373,13 +348,3 @@ def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:
         renamed.append(replace(prompt, id=f"{prompt.id}#{times}") if times else prompt)
         seen[prompt.id] += 1
     return renamed
-
-
-@contextlib.contextmanager
-def _evaluating(root: ActorCritic) -> Iterator[None]:
-    was_training = root.training
-    root.eval()
-    try:
-        yield
-    finally:
-        root.train(was_training)

@@ -22,8 +22,8 @@ from rrhf.records import CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training.core import loop
 from rrhf.training.core.best import BestModel
+from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.ppo import EVALUATION_ROUND
-from rrhf.training.online.reading import Draft
 from rrhf.training.online.rollout import RolloutWriter
 
 torch.set_num_threads(1)
@@ -104,10 +104,10 @@ def none_speaks(patch: pytest.MonkeyPatch) -> None:
 
     def silent(
         self: RolloutWriter, prompts: Any, places: Any, number: int, each: Any, counts: Counter[str]
-    ) -> list[Draft]:
-        drafts = sample(self, prompts, places, number, each, counts)
+    ) -> list[RolloutRow]:
+        rows = sample(self, prompts, places, number, each, counts)
         if number != EVALUATION_ROUND:
-            return drafts
+            return rows
         counts["empty"] = counts["sampled"]
         return []
 

@@ -10,10 +10,10 @@ from rank_threads import on_ranks
 from torch import Tensor, nn
 
 from rrhf.data.collate import TokenBatch
-from rrhf.generation.engine import Sample
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.core.parallel import Parallel
-from rrhf.training.online.reading import Draft, Reader
+from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.reading import Reader
 
 
 class Codec:
@@ -43,25 +43,24 @@ class Root(nn.Module):
         return ActorCriticOutputs(0 * logprobs if values_only else logprobs, values)
 
 
-def draft(place: int, ids: list[int]) -> Draft:
-    tokens = torch.tensor(ids)
-    return Draft(place, 0, Sample([5] * (place + 1), tokens, -tokens.float(), "stop", ""))
-
-
-def drafts() -> list[Draft]:
-    return [draft(0, [3]), draft(1, [4, 6, 8]), draft(2, [5, 7])]
+def sampled() -> list[RolloutRow]:
+    responses = ([3], [4, 6, 8], [5, 7])
+    return [
+        RolloutRow(place, 0, [5] * (place + 1), ids, -torch.tensor(ids).float())
+        for place, ids in enumerate(responses)
+    ]
 
 
 def reader(root: Any, parallel: Parallel | None = None, recompute: bool = False) -> Reader:
     codec: Any = Codec()
 
-    def reference(batch: TokenBatch) -> Any:
-        return ActorCriticOutputs(-2 * batch.response_ids.float())
+    def reference(batch: TokenBatch) -> Tensor:
+        return -2 * batch.response_ids.float()
 
     return Reader(root, reference, codec, parallel or Parallel(), 2, recompute)
 
 
-def logprobs(read: list[Draft]) -> list[list[float]]:
+def logprobs(read: list[RolloutRow]) -> list[list[float]]:
     return [one.old_logprobs.tolist() for one in read]
 
 
@@ -74,7 +73,7 @@ def shifted(gap: float) -> list[Any]:
 
 def test_where_both_agree_those_of_sampling_stay() -> None:
     for root, read in ((Root(0.5e-4), True), (Root(0.5e-4, has_critic=False), False)):
-        made = drafts()
+        made = sampled()
         reader(root).read(made)
         assert logprobs(made) == SAMPLED
         trial, *others = root.read
@@ -84,7 +83,7 @@ def test_where_both_agree_those_of_sampling_stay() -> None:
 
 @pytest.mark.parametrize("gap", [0.5, -0.5, 2e-4, -2e-4])
 def test_where_they_differ_either_way_the_trainers_are_taken(gap: float) -> None:
-    made, root = drafts(), Root(gap)
+    made, root = sampled(), Root(gap)
     reader(root).read(made)
     assert logprobs(made) == shifted(gap)
     for one, tokens in zip(made, ([3], [4, 6, 8], [5, 7]), strict=True):
@@ -92,20 +91,20 @@ def test_where_they_differ_either_way_the_trainers_are_taken(gap: float) -> None
 
 
 def test_a_gap_late_in_a_long_response_is_found() -> None:
-    made = drafts()
+    made = sampled()
     reader(Root(0.5, at=8)).read(made)
     assert made[1].old_logprobs.tolist() == [-4.0, -6.0, -7.5]
 
 
 def test_under_bf16_nothing_is_tried() -> None:
-    made, root = drafts(), Root()
+    made, root = sampled(), Root()
     reader(root, recompute=True).read(made)
     assert [values_only for _, values_only in root.read] == [False, False]
     assert logprobs(made) == SAMPLED
 
 
 def test_the_reference_is_read_row_by_row() -> None:
-    made = drafts()
+    made = sampled()
     reader(Root()).read_reference(made)
     assert [one.reference_logprobs.tolist() for one in made] == [
         [2 * x for x in row] for row in SAMPLED
@@ -117,7 +116,7 @@ def test_ranks_decide_together(gaps: tuple[float, float]) -> None:
     roots: list[nn.Module] = [Root(gap) for gap in gaps]
 
     def work(rank: int, parallel: Parallel) -> list[list[float]]:
-        made = drafts()
+        made = sampled()
         reader(roots[rank], parallel).read(made)
         assert {values_only for _, values_only in vars(roots[rank])["read"][1:]} == {False}
         return logprobs(made)
@@ -131,7 +130,7 @@ def test_ranks_with_less_to_read_join_in(counts: tuple[int, int]) -> None:
     roots: list[nn.Module] = [Root(), Root()]
 
     def work(rank: int, parallel: Parallel) -> list[Tensor | None]:
-        made = drafts()[: counts[rank]]
+        made = sampled()[: counts[rank]]
         reader(roots[rank], parallel).read(made)
         return [one.values for one in made]
 

@@ -19,8 +19,8 @@ from rrhf.generation.engine import Sample
 from rrhf.models.forward.logprobs import Policy
 from rrhf.records import CandidateSet
 from rrhf.training.core.parallel import Parallel
+from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.prompts import fitting_prompts
-from rrhf.training.online.reading import Draft
 from rrhf.training.online.response_ends import StopToken
 from rrhf.training.online.rollout import Rollout, RolloutWriter
 from rrhf.training.online.whole_copy import WholeCopy
@@ -101,15 +101,21 @@ def test_responses_without_a_token_are_left_out_and_counted(
     assert (rollout.counts["sampled"], rollout.counts["empty"]) == (6, 1)
 
 
-def test_a_loop_is_seen_before_its_end(world: Path) -> None:
-    write = writer(world)
-    end = write._codec.end_id
+def test_a_loop_is_seen_before_its_end(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = writer(world, **SCORER, truncate_token=".", num_return_sequences=1)
+    end, stop = write._codec.end_id, min(write._stop_token.ids)  # type: ignore[union-attr]
     loop = Sample([5], torch.tensor([7] * 12 + [end]), torch.zeros(13), "stop", "")
     none = Sample([5], torch.tensor([7] * 11 + [end]), torch.zeros(12), "stop", "")
-    cut = Sample([5], torch.tensor([5, 6]), torch.zeros(2), "length", "")
-    drafts = [Draft(place, 0, sample) for place, sample in enumerate((loop, none, cut))]
-    drafts[2] = replace(drafts[2], is_cut=True)
-    assert write._degenerate(drafts) == {"cut": 1, "unfinished": 1, "looped": 1}
+    long = Sample([5], torch.tensor([5, 6]), torch.zeros(2), "length", "")
+    cut = Sample([5], torch.tensor([stop, 6]), torch.zeros(2), "length", "")
+    written = [(place, [sample]) for place, sample in enumerate((loop, none, long, cut))]
+    monkeypatch.setattr(write._engine, "generate", lambda *_: iter(written))
+    rollout = write.write(prompts(world)[:4], number=0)
+    assert rollout.counts == {
+        **{"sampled": 4, "empty": 0, "cut": 1, "unfinished": 1, "looped": 1},
+        **{"unscored": 0, "too_long_to_score": 0},
+    }
+    assert [row.is_finished for row in rollout.rows] == [True, True, False, True]
 
 
 def test_a_prompt_that_just_fits_is_whole(world: Path) -> None:
@@ -125,13 +131,12 @@ def test_of_a_response_that_is_cut_the_scorer_reads_what_stays(world: Path) -> N
     write = writer(world, truncate_token=".", truncate_after=1)
     ids = write._codec.tokenizer("ask. now", add_special_tokens=False).input_ids
     stop = next(place for place, i in enumerate(ids) if i in write._stop_token.ids)  # type: ignore[union-attr]
-    sample = Sample([5], torch.tensor(ids), torch.zeros(len(ids)), "length", "ask. now")
-    cut = write._cut(Draft(0, 0, sample), prompts(world))
-    assert (cut.written.text, cut.written.finish_reason, cut.is_cut) == ("ask.", "stop", True)
-    assert cut.token_ids == ids[: stop + 1] and len(cut.written.logprobs) == stop + 1
-    whole = Sample([5], torch.tensor(ids[:stop]), torch.zeros(stop), "length", "ask")
-    draft = Draft(0, 0, whole)
-    assert write._cut(draft, prompts(world)) is draft
+    row = RolloutRow(0, 0, [5], ids, torch.zeros(len(ids)), text="ask. now", finish="length")
+    cut = write._cut(row, prompts(world)[0])
+    assert (cut.text, cut.finish, cut.is_finished) == ("ask.", "stop", True)
+    assert cut.token_ids == ids[: stop + 1] and len(cut.old_logprobs) == stop + 1
+    whole = replace(row, token_ids=ids[:stop], old_logprobs=torch.zeros(stop), text="ask")
+    assert write._cut(whole, prompts(world)[0]) is whole
 
 
 class Fitting:
