@@ -1,7 +1,7 @@
 """Whole commands: training with the defaults against padded rows, and the demonstration.
 
 What is counted is the CPU time of the processes, start-up, reading and saving included: what a user
-waits for, if nothing else wants the machine. The baseline is this code with `--engine padded`; with
+waits for, if nothing else wants the machine. The baseline is this code with `--layout padded`; with
 `--before FOLDER`, a checkout of an earlier version, it is that version's default, and the
 demonstration is measured as well, which has no such flag.
 """
@@ -108,7 +108,7 @@ CASES: dict[str, Training | DemoData | Demonstration] = {
 GOALS: dict[str, float] = {}
 ROUNDS = {"train": 2, "train_demo_data": 2, "demo": 2}
 BATCH = 4
-PADDED = ("--engine", "padded")
+PADDED = ("--layout", "padded")
 
 
 def run(case: str, rounds: int, before: str | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A DPO step of one pair against the way of TRL 1.16: policy and reference on its fused head.
 
 Its trainer runs the policy on padded rows, chosen above rejected, then the reference on the same
-rows without gradient, and sums the log-probs of each response. Here both run on the engine that
+rows without gradient, and sums the log-probs of each response. Here both run on the layout that
 computes the prompt once. Loss: Rafailov et al. 2023, arXiv:2305.18290, equation 7. `_precomputed`:
 the reference's log-probs are there already. TRL's metrics are left out: this is the step alone.
 """

@@ -1,7 +1,7 @@
 """An epoch of queries of mixed lengths: cut by tokens, against fixed batches of padded rows.
 
 The baseline takes the queries as they come, four at a time, each batch padded to its longest row.
-Against it stands the engine that computes every prompt once, cut by a token budget into the
+Against it stands the layout that computes every prompt once, cut by a token budget into the
 micro-batches that `--max_tokens_per_batch` would make. All gradients of the epoch are added up, so
 every variant must come to the same sum. As in `rrhf_step`, every pair of candidates is violated.
 """

@@ -59,7 +59,7 @@ class Case:
         mlp: its width, where it is another.
         micro_rows: that pass the model at a time; 0 = all of them.
         device: "cpu", in float32, or "cuda", in bfloat16.
-        engine: how rows pass our models.
+        layout: how rows pass our models.
     """
 
     critic: str
@@ -77,7 +77,7 @@ class Case:
     mlp: int = 0
     micro_rows: int = 0
     device: str = "cpu"
-    engine: str = "auto"
+    layout: str = "auto"
 
     @property
     def intermediate(self) -> int:

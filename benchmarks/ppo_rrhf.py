@@ -50,7 +50,7 @@ def config(world: Path, sizes: dict[str, Any]) -> ppo.PPOConfig:
         critic_lr_scheduler_type="constant",
         chat_format="raw",
         save_steps=0,
-        engine=sizes["engine"],
+        layout=sizes["layout"],
         bf16=sizes["device"] == "cuda",
         **CRITICS[sizes["critic"]],
     )

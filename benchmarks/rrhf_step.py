@@ -1,10 +1,10 @@
 """One training step of RRHF (forward and backward) against the original-style step.
 
 Scores are set against the policy's own ranking, so that every pair is violated and every candidate
-has a gradient: the worst case for an engine that leaves the others out. Losses and gradients are
+has a gradient: the worst case for a layout that leaves the others out. Losses and gradients are
 compared before anything is timed.
 
-`shared_prefix` is the engine as users have it. Where float32 goes by oneDNN (`onednn_linear`), part
+`shared_prefix` is the layout as users have it. Where float32 goes by oneDNN (`onednn_linear`), part
 of its speed comes of that: `shared_prefix_mkl` goes without, `original_onednn` gives it to the
 baseline.
 """

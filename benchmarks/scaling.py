@@ -1,6 +1,6 @@
 """How the cost of an RRHF step grows with the number of responses, their length, the prompt's.
 
-Original-style step against the default engine, at a small model, one axis at a time; each point is
+Original-style step against the default layout, at a small model, one axis at a time; each point is
 compared, then timed. Drawn as a picture beside the result.
 """
 

@@ -97,8 +97,8 @@ def run(case: str, rounds: int) -> dict[str, Any]:
 
 def _steps(case: Case) -> tuple[dict[str, Callable[[], object]], dict[str, dict[str, float]]]:
     steps = {
-        engine: RewardStep(build_reward_model(case.model(), engine), case.shape)
-        for engine in ("padded", "shared_prefix")
+        layout: RewardStep(build_reward_model(case.model(), layout), case.shape)
+        for layout in ("padded", "shared_prefix")
     }
     return dict(steps), compared(steps)
 
@@ -115,8 +115,8 @@ def _scorers(case: Case) -> tuple[dict[str, Callable[[], object]], dict[str, dic
     differences: dict[str, dict[str, float]] = {}
     expected = torch.zeros(0)
     for name, tokens in asked.items():
-        engine = "padded" if name == "row_by_row" else name
-        model = build_reward_model(case.model().requires_grad_(False), engine)
+        layout = "padded" if name == "row_by_row" else name
+        model = build_reward_model(case.model().requires_grad_(False), layout)
         scorer = RowScorer(model, pad_id=0, max_batch_tokens=tokens)
         calls[name] = partial(scorer.score_rows, rows)
         scores = torch.tensor(scorer.score_rows(rows))

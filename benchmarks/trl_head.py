@@ -1,4 +1,4 @@
-"""The RRHF loss on TRL's fused head against the engine that computes every prompt once.
+"""The RRHF loss on TRL's fused head against the layout that computes every prompt once.
 
 The same rows, the same loss, the same gradients; the original-style step stands beside them.
 """

@@ -23,10 +23,18 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: what they are, in the singular, for messages: "objective".
         protocol: what each of them is an instance of.
         entries: name -> import path.
+        other_kinds: names that are no entries though users give them -> what they are instead.
     """
 
-    def __init__(self, kind: str, protocol: type[T], entries: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        protocol: type[T],
+        entries: Mapping[str, str],
+        other_kinds: Mapping[str, str] | None = None,
+    ) -> None:
         self.kind = kind
+        self._other_kinds = other_kinds or {}
         self._protocol = protocol
         self._entries = dict(entries)
 
@@ -47,6 +55,8 @@ class Registry(Mapping[str, T], Generic[T]):
                 nothing of this kind under that name.
         """
         is_users = name not in self._entries
+        if name in self._other_kinds:
+            raise UserError(f"{self.kind} {name!r}: {self._other_kinds[name]}")
         if is_users and ":" not in name:
             raise UserError(
                 f"unknown {self.kind} {name!r}: choose one of {', '.join(self._entries)}, or name "

@@ -39,6 +39,7 @@ SETTINGS_FILE = "settings.json"
 _OLD_SETTINGS_FILE = "config.json"
 # What may differ between the calls of one run: how it is called, and where its folder stands now.
 _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir", "accept_edited_files", "ddp_timeout")
+_RENAMED = {"engine": "layout"}  # by 0.2.0
 _MOST_CHANGES = 10
 # Folders of models that a run keeps on its way.
 _KEPT = ("policies", "reward_models", "best")
@@ -256,6 +257,7 @@ class RunFolder:
         before = None if place is None else json_object(place)
         if before is None:
             return []
+        before = {_RENAMED.get(key, key): value for key, value in before.items()}
         now = json.loads(json_text(config))
         return [
             (key, before.get(key), now.get(key))

@@ -1,4 +1,4 @@
-"""What each rank does under each engine: trainings whose outcome the tests compare."""
+"""What each rank does under each launch: trainings whose outcome the tests compare."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ roots: list[Parallel] = []
 """Who has prepared them."""
 
 
-def do(place: int, engine: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def do(place: int, launch: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Every case that is asked for; returns what became of the roots."""
     torch.set_num_threads(1)
     watch_preparation()
-    accumulation = 2 if engine == "one" else 1  # the same global batch
+    accumulation = 2 if launch == "one" else 1  # the same global batch
     for case in arguments["cases"]:
         globals()[case](place, Path(arguments["world"]), Path(arguments["out"]), accumulation)
     return prepared
@@ -91,7 +91,7 @@ def dpo_adapters(place: int, world: Path, out: Path, accumulation: int) -> None:
 
 
 def ranking_by_tokens(place: int, world: Path, out: Path, accumulation: int) -> None:
-    changes: dict[str, Any] = {"max_tokens_per_batch": 100, "engine": "shared_prefix"}
+    changes: dict[str, Any] = {"max_tokens_per_batch": 100, "layout": "shared_prefix"}
     rank.train(rank_config(world, out / "ranking_by_tokens", accumulation, **changes))
 
 

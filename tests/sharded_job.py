@@ -1,10 +1,10 @@
-"""Whole trainings on two gloo ranks under each engine, at the price of one import.
+"""Whole trainings on two gloo ranks under each launch, at the price of one import.
 
-`Launcher` starts one process that imports torch and the trainers once. For each engine it forks the
+`Launcher` starts one process that imports torch and the trainers once. For each launch it forks the
 ranks, in the environment that `accelerate launch` makes of the files in configs/; a rank does its
 jobs one after the other and writes down what they came to. Ranks that hang are killed, and said so.
 
-Two switches let engines that want GPUs run here. Both are for tests alone: accelerate's FSDP2 is
+Two switches let launches run here that want GPUs. Both are for tests alone: accelerate's FSDP2 is
 told that it may work on CPUs, and DeepSpeed does without its operator for shared memory, which it
 would compile for minutes; its collectives then go through gloo like everybody's.
 """
@@ -31,15 +31,15 @@ CONFIGS = ROOT / "configs"
 ENGINES = ("one", "ddp", "fsdp2", "zero2", "zero3")
 
 
-def environment_of(engine: str) -> dict[str, str]:
-    """What `accelerate launch` hands to each rank for the engine's file in configs/."""
-    if engine == "fsdp2":
+def environment_of(launch: str) -> dict[str, str]:
+    """What `accelerate launch` hands to each rank for the launch's file in configs/."""
+    if launch == "fsdp2":
         settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
         return {"ACCELERATE_USE_FSDP": "true"} | {
             name.upper(): str(value) for name, value in settings.items()
         }
-    if engine.startswith("zero"):
-        file = CONFIGS / f"deepspeed_{engine}.json"
+    if launch.startswith("zero"):
+        file = CONFIGS / f"deepspeed_{launch}.json"
         return {
             "ACCELERATE_USE_DEEPSPEED": "true",
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
@@ -52,7 +52,7 @@ class Launcher:
     """A parent of ranks.
 
     Args:
-        job: "module:function" below tests/; called in each rank with (rank, engine, arguments).
+        job: "module:function" below tests/; called in each rank with (rank, launch, arguments).
     """
 
     def __init__(self, job: str) -> None:
@@ -71,7 +71,7 @@ class Launcher:
         )
 
     def run(
-        self, engine: str, arguments: dict[str, Any], timeout_seconds: float = 150
+        self, launch: str, arguments: dict[str, Any], timeout_seconds: float = 150
     ) -> list[dict[str, Any]]:
         """What each rank's job returned.
 
@@ -79,7 +79,7 @@ class Launcher:
             AssertionError: a rank failed, or had not come to its end in time.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"engine": engine, "arguments": arguments, "timeout": timeout_seconds}
+        order = {"launch": launch, "arguments": arguments, "timeout": timeout_seconds}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         while line := self._process.stdout.readline():
@@ -133,19 +133,19 @@ def _rank(rank: int, count: int, port: int, order: dict[str, Any], job: Any, pip
     answer: dict[str, Any] = {"result": None, "problem": None}
     faulthandler.dump_traceback_later(0.9 * order["timeout"])  # says where it hangs
     try:
-        os.environ.update(environment_of(order["engine"]))
-        if order["engine"] != "one":
+        os.environ.update(environment_of(order["launch"]))
+        if order["launch"] != "one":
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
             os.environ |= {name: str(value) for name, value in places.items()}
             os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-        if order["engine"] == "fsdp2":
+        if order["launch"] == "fsdp2":
             allow_fsdp_on_cpu()
-        if order["engine"].startswith("zero"):
+        if order["launch"].startswith("zero"):
             do_without_compiled_operators()
-        answer["result"] = job(rank, order["engine"], order["arguments"])
+        answer["result"] = job(rank, order["launch"], order["arguments"])
     except BaseException:
-        answer["problem"] = f"rank {rank} of {order['engine']}:\n{traceback.format_exc()}"
+        answer["problem"] = f"rank {rank} of {order['launch']}:\n{traceback.format_exc()}"
     with os.fdopen(pipe, "w") as file:
         json.dump(answer, file)
     os._exit(0)
@@ -161,14 +161,14 @@ def _run_ranks(order: dict[str, Any], job: Any) -> list[dict[str, Any]]:
 
 
 def _run_ranks_at(port: int, order: dict[str, Any], job: Any) -> list[dict[str, Any]]:
-    count = 1 if order["engine"] == "one" else 2
+    count = 1 if order["launch"] == "one" else 2
     children = []
     for rank in range(count):
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(read)
-            os.dup2(2, 1)  # what engines print is not an answer
+            os.dup2(2, 1)  # what FSDP and DeepSpeed print is not an answer
             _rank(rank, count, port, order, job, write)
         os.close(write)
         children.append((child, read))
@@ -187,7 +187,7 @@ def _run_ranks_at(port: int, order: dict[str, Any], job: Any) -> list[dict[str, 
         with os.fdopen(read) as file:
             text = file.read()
         if child in living:
-            problem = f"rank {rank} of {order['engine']} hung for {order['timeout']:.0f} s"
+            problem = f"rank {rank} of {order['launch']} hung for {order['timeout']:.0f} s"
             answers.append({"result": None, "problem": problem})
         else:
             answers.append(json.loads(text))

@@ -43,15 +43,15 @@ def fsdp(root: nn.Module) -> nn.Module:
     return root
 
 
-def policy(engine: str) -> nn.Module:
-    return build_policy(tiny_llama(80), engine)
+def policy(layout: str) -> nn.Module:
+    return build_policy(tiny_llama(80), layout)
 
 
-def reward_model(engine: str) -> nn.Module:
+def reward_model(layout: str) -> nn.Module:
     config = tiny_llama(80).config
     config.num_labels = 1
     torch.manual_seed(0)
-    return build_reward_model(LlamaForSequenceClassification(config).eval(), engine)
+    return build_reward_model(LlamaForSequenceClassification(config).eval(), layout)
 
 
 def loss(root: nn.Module, rank: int) -> Tensor:
@@ -60,7 +60,7 @@ def loss(root: nn.Module, rank: int) -> Tensor:
 
 
 def gradient(rank: int, spread: Callable[[nn.Module], nn.Module], root: nn.Module) -> Tensor:
-    """The mean of the two ranks' gradients, as the engine of training gives it."""
+    """The mean of the two ranks' gradients, as training gives it."""
     root = spread(root)
     loss(root, rank).backward()
     parts = []
@@ -78,10 +78,10 @@ def rank_of_two(out: str) -> None:
         "gloo", store=dist.FileStore(f"{out}/store", 2), rank=rank, world_size=2
     )
     found = {
-        f"{make.__name__} {spread.__name__} {engine}": gradient(rank, spread, make(engine))
+        f"{make.__name__} {spread.__name__} {layout}": gradient(rank, spread, make(layout))
         for make in (policy, reward_model)
         for spread in (ddp, fsdp)
-        for engine in ("shared_prefix", "dense_mask")
+        for layout in ("shared_prefix", "dense_mask")
     }
     if rank == 0:
         torch.save(found, Path(out) / "gradients.pt")

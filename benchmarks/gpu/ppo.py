@@ -47,8 +47,8 @@ TINY = Case("separate", 2, 32, 2, 96, 9, 6, 4, 2, heads=4, key_heads=2, micro_ro
 
 WAYS: dict[str, dict[str, Any]] = {
     "rrhf": {},
-    "rrhf_padded": {"engine": "padded"},
-    "rrhf_varlen": {"engine": "varlen_attention"},
+    "rrhf_padded": {"layout": "padded"},
+    "rrhf_varlen": {"layout": "varlen_attention"},
     "rrhf_shared_trunk": {"critic": "shared trunk"},
     "trl": {},
 }

@@ -62,7 +62,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 ENGINES = {
-    "rank_varlen": ("rank", {"engine": "varlen_attention"}),
+    "rank_varlen": ("rank", {"layout": "varlen_attention"}),
     "rank_flash": ("rank", {"attn_implementation": "flash_attention_2"}),
     "rank_checkpointing": ("rank", {"gradient_checkpointing": ""}),
 }

@@ -143,10 +143,20 @@ _VLLM = (
     "responses are sampled by the model in this process (--engine local); there is no vLLM",
     "responses are sampled by the model in this process; there is no vLLM",
 )
+_LAYOUT = (
+    "how a batch passes the network is --layout now; an engine writes responses "
+    "(`rrhf generate --engine`)",
+    "an engine writes responses (`rrhf generate --engine`)",
+)
 _WARMUP = ("it is a share of the steps here: --warmup_ratio 0.03",)
 _TRACKER = ("in the tracker of --report_to a run has the name of its folder",)
 
 FLAGS: dict[str, tuple[Sentence, ...]] = {
+    "engine": _LAYOUT,
+    "layout": (
+        ("engine", "sampling reads each prompt once by itself; there is nothing to choose"),
+    ),
+    "score_engine": _LAYOUT,
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
     "quantization": _QUANTISED,

@@ -1,8 +1,7 @@
 """`rrhf response-gen MODEL OUT_DIR [true|false]`: `rrhf generate`, then `rrhf score`, in one go.
 
 It takes the flags of both. A name that both know, such as `bf16`, goes to both; `generate_bf16` and
-`score_bf16` reach one of them. A name that means different things there, such as `engine`, has the
-two longer spellings alone. Prompts and sampling are those of RRHF's published script unless
+`score_bf16` reach one of them. Prompts and sampling are those of RRHF's published script unless
 told otherwise: Dahoas/rm-static, diverse beam search, four responses next to the data set's two.
 """
 
@@ -97,9 +96,7 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
             continue
         holders = {stage: found[name] for stage, found in stages.items() if name in found}
         first = next(iter(holders.values()))
-        means_one_thing = all(flag.hint == first.hint for flag in holders.values())
-        if means_one_thing:
-            flags[name] = dataclasses.replace(first, positional=False)
+        flags[name] = dataclasses.replace(first, positional=False)
         if len(holders) > 1:
             for stage, flag in holders.items():
                 flags[f"{stage}_{name}"] = dataclasses.replace(
@@ -107,7 +104,7 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
                     name=f"{stage}_{name}",
                     aliases=(),
                     positional=False,
-                    help=f"As {name}, for `rrhf {stage}` alone." if means_one_thing else flag.help,
+                    help=f"As {name}, for `rrhf {stage}` alone.",
                 )
     flags["prompts"] = dataclasses.replace(flags["prompts"], default=PROMPTS)
     if "columns" in flags:

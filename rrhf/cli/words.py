@@ -103,7 +103,6 @@ SHORT_NAMES: dict[str, tuple[str, ...]] = {
     "log_interval": ("logging_steps",),
     "logger": ("report_to",),
     # responses and online training
-    "engine": ("generate_engine", "score_engine"),
     "num_generations": ("num_return_sequences",),
     "n_samples_per_prompt": ("num_return_sequences", "samples_per_prompt"),
     "max_completion_length": ("max_new_tokens",),

@@ -35,13 +35,11 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     model_name_or_path: str = field(default="", metadata={"names": "engine's model"})
     """The policy to measure: a model folder, a run folder, or a hub name."""
 
-    generation_engine: str = field(default="local", metadata={"registry": ENGINES})
+    engine: str = field(default="local", metadata={"registry": ENGINES})
     """What writes the policy's responses: local = the model in this process; package.module:name =
     an engine of your own. A baseline's responses always come from local."""
 
-    generation_engine_settings: Any = field(
-        default=None, metadata={"settings_of": "generation_engine"}
-    )
+    engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
 
     metrics: tuple[str, ...] = field(default=(), metadata={"registry": METRICS})
     """Metrics to measure, separated by commas; empty = all whose inputs are given."""
@@ -162,8 +160,8 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
         for name in self.metrics:
             METRICS[name]  # or refused
         settings = self.engine_spec.settings
-        if self.generation_engine_settings is None and settings is not None:
-            self.generation_engine_settings = settings()
+        if self.engine_settings is None and settings is not None:
+            self.engine_settings = settings()
         if bool(self.model_name_or_path) == bool(self.responses):
             raise UserError(
                 "give --model_name_or_path to measure a policy, or --responses to measure "
@@ -199,7 +197,7 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
     @property
     def engine_spec(self) -> EngineSpec:
         """Of the engine that writes the policy's responses."""
-        return ENGINES[self.generation_engine]
+        return ENGINES[self.engine]
 
     def params(self, greedy: bool) -> SamplingParams:
         """The settings of the engine."""

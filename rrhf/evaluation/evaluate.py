@@ -248,8 +248,8 @@ class _Models:
         return ChatCodec(tokenizer, self.config.chat_format)
 
     def reader(self, path: str, name: str = "") -> LikelihoodReader:
-        codec, layout = self.codec(path), self.config.engine
-        return LikelihoodReader(self.model(path), codec, name or path, engine=layout)
+        codec, layout = self.codec(path), self.config.layout
+        return LikelihoodReader(self.model(path), codec, name or path, layout=layout)
 
     def engine(self, path: str, spec: EngineSpec = LOCAL) -> GenerationEngine:
         config = self.config
@@ -260,7 +260,7 @@ class _Models:
                 partial(self.codec, path),
                 config.per_device_eval_batch_size,
                 config.max_prompt_tokens or None,
-                config.generation_engine_settings,
+                config.engine_settings,
             )
         )
 
@@ -351,7 +351,7 @@ def _build_evaluator(
             tokenizer,
             config.ppl_max_tokens or None,
             model_folder(path),
-            config.engine,
+            config.layout,
         )
     options = RewardModelOptions(
         **{name: getattr(config, name) for name in RewardModelOptions.__dataclass_fields__}
@@ -447,8 +447,8 @@ def _add_baseline_rows(
         own = replace(
             config,
             model_name_or_path=baseline.place,
-            generation_engine="local",
-            generation_engine_settings=None,
+            engine="local",
+            engine_settings=None,
             responses="",
             name="",
             best_of_n=1,

@@ -40,7 +40,7 @@ def read_logprobs(
     pad_id: int,
     temperature: float = 1.0,
     max_logits: int = MAX_LOGITS,
-    engine: str = "auto",
+    layout: str = "auto",
 ) -> list[Tensor]:
     """log P(token | prompt, earlier tokens) of every response token.
 
@@ -50,17 +50,17 @@ def read_logprobs(
         pad_id: filler.
         temperature: divides the logits.
         max_logits: numbers that the logits of a batch of padded rows may have.
-        engine: as in `rrhf.models.forward.layouts.build_policy`.
+        layout: as in `rrhf.models.forward.layouts.build_policy`.
 
     Returns:
         For each row [T] float32 on the CPU, nats.
 
     Raises:
-        UserError: the engine does not serve the model.
+        UserError: the layout does not serve the model.
     """
     read: list[Tensor] = [torch.zeros(0)] * len(rows)
     device = next(model.parameters()).device
-    policy = _policy(model, temperature, engine)
+    policy = _policy(model, temperature, layout)
     was_training = model.training
     model.eval()
     try:
@@ -80,17 +80,17 @@ _found: WeakKeyDictionary[Any, dict[str, tuple[str, int | None]]] = WeakKeyDicti
 """The interface of each model: a model is used many times, and checked and reported once."""
 
 
-def _policy(model: Any, temperature: float, engine: str) -> Policy:
+def _policy(model: Any, temperature: float, asked: str) -> Policy:
     """The model behind the forward interface; each model goes through the self-check once."""
     layouts = _found.setdefault(model, {})
-    if engine not in layouts:
+    if asked not in layouts:
         with _frozen(model):  # it is only read
-            tried = build_policy(model, engine)
+            tried = build_policy(model, asked)
         found: tuple[str, int | None] = ("padded", None)
         if isinstance(tried, FastPolicy):
             found = (tried.layout, tried.window)
-        layouts[engine] = found
-    layout, window = layouts[engine]
+        layouts[asked] = found
+    layout, window = layouts[asked]
     if layout == "padded":
         return Policy(model, LogprobOptions(temperature))
     policy = FastPolicy(model, layout, LogprobOptions(temperature))
@@ -179,13 +179,13 @@ class LikelihoodReader:
         codec: ChatCodec,
         name: str = "",
         max_logits: int = MAX_LOGITS,
-        engine: str = "auto",
+        layout: str = "auto",
     ) -> None:
         self.model = model
         self.codec = codec
         self.name = name or str(getattr(model.config, "name_or_path", "") or "model")
         self.max_logits = max_logits
-        self.engine = engine
+        self.layout = layout
         self._window = context_window(model)
 
     def encode(self, s: CandidateSet, candidate: Candidate) -> Row | None:
@@ -223,7 +223,7 @@ class LikelihoodReader:
         keys = [row_key(row) for row in rows]
         new = [key for key in dict.fromkeys(keys) if key not in known]
         read = read_logprobs(
-            self.model, new, self.codec.pad_id, temperature, self.max_logits, self.engine
+            self.model, new, self.codec.pad_id, temperature, self.max_logits, self.layout
         )
         known.update(zip(new, read, strict=True))
         return [known[key] for key in keys]

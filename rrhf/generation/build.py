@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rrhf.generation.engine import GenerationEngine
+from rrhf.models.forward.names import LAYOUTS
 from rrhf.registry import Registry
 
 if TYPE_CHECKING:
@@ -65,4 +66,7 @@ def build_local(options: EngineOptions) -> GenerationEngine:
 
 LOCAL = EngineSpec(build_local)
 
-ENGINES: Registry[EngineSpec] = Registry("engine", EngineSpec, {"local": f"{__name__}:LOCAL"})
+_LAYOUT = "that is a layout, how a batch passes the network, and its flag is --layout"
+ENGINES: Registry[EngineSpec] = Registry(
+    "engine", EngineSpec, {"local": f"{__name__}:LOCAL"}, dict.fromkeys(LAYOUTS, _LAYOUT)
+)

@@ -60,17 +60,17 @@ class ValueModel(nn.Module):
     Args:
         model: a sequence classifier with one label, bare or with adapters.
         normalizer: whose mean and deviation put raw values on the scale of the scores; fixed.
-        engine: as in `rrhf.models.reward_layouts.build_reward_model`.
+        layout: as in `rrhf.models.reward_layouts.build_reward_model`.
 
     Raises:
-        UserError: the engine does not serve the model.
+        UserError: the layout does not serve the model.
     """
 
     def __init__(
-        self, model: Any, normalizer: Normalizer | None = None, engine: str = "padded"
+        self, model: Any, normalizer: Normalizer | None = None, layout: str = "padded"
     ) -> None:
         super().__init__()
-        self.scorer = build_reward_model(model, engine)
+        self.scorer = build_reward_model(model, layout)
         self._mean = 0.0 if normalizer is None else normalizer.mean
         self._std = 1.0 if normalizer is None else normalizer.std
         self._is_rescaled = normalizer is not None

@@ -121,26 +121,26 @@ def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
 
 def build_reward_model(
     model: Any,
-    engine: str = "padded",
+    layout: str = "padded",
     per_token: bool = False,
     first_end_id: int | None = None,
     reads_padding: bool = True,
 ) -> RewardModel:
-    """The reward model on the engine that is asked for, tried on this very model.
+    """The reward model on the layout that is asked for, tried on this very model.
 
     Args:
         model: not yet spread over processes, where it will compute.
-        engine: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
+        layout: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
             `auto` = the first that serves the model.
         per_token, first_end_id, reads_padding: as in `RewardModel`.
 
     Raises:
-        UserError: the engine that is asked for by name does not serve this model.
+        UserError: the layout that is asked for by name does not serve this model.
     """
     asked = (per_token, first_end_id, reads_padding)
     fast = None
-    if engine != "padded":
+    if layout != "padded":
         fast = first_that_fits(
-            model, engine, lambda layout: FastRewardModel(model, layout, *asked), LAYOUTS
+            model, layout, lambda name: FastRewardModel(model, name, *asked), LAYOUTS
         )
     return RewardModel(model, *asked) if fast is None else fast

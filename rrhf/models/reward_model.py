@@ -52,7 +52,7 @@ class RewardModel(nn.Module):
         first_end_id: read the score at the row's first token of this id (the convention of some
             published models) instead of its last token; rows without one are read at the last.
         reads_padding: with `per_token`, scores behind a response's end are wanted too; where they
-            are not, a faster engine gives any number there.
+            are not, a faster layout gives any number there.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class RewardModel(nn.Module):
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         head = self._head()
-        # Engines of sharded training hand out weights in bfloat16, whatever they are kept in.
+        # Under sharding, weights may arrive in bfloat16, whatever they are kept in.
         weight = cast(Tensor, head.weight).float()
         bias = None if head.bias is None else cast(Tensor, head.bias).float()
         with torch.autocast(hidden.device.type, enabled=False):

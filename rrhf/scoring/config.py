@@ -8,6 +8,7 @@ from typing import Literal
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
 from rrhf.files import is_same_file
+from rrhf.models.forward.names import Layout
 from rrhf.ranges import COUNT, INDEX, POSITIVE, check_ranges
 from rrhf.seals import EditedFiles
 
@@ -42,9 +43,7 @@ class RewardModelOptions:
     max_batch_tokens: int = 16384
     """Tokens of one forward, padding included; lower it where memory runs out."""
 
-    engine: Literal[
-        "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"
-    ] = "auto"
+    layout: Layout = "auto"
     """How rows pass a model that reads them: shared_prefix = each prompt once, auto = fastest that
     serves it."""
 

@@ -55,7 +55,7 @@ class RowScorer:
 
     Args:
         model: behind the one forward interface, on its device. One of `build_reward_model`'s
-            faster engines gets rows in groups.
+            faster layouts gets rows in groups.
         pad_id: filler.
         max_batch_tokens: tokens of one forward, padding included.
     """
@@ -162,7 +162,7 @@ class _LocalScorer(Scorer):
     ) -> None:
         """Move the model to its device, freeze it, and put it behind the forward interface."""
         model = model.to(device or resolve_device()).requires_grad_(False)
-        self.model = build_reward_model(model, options.engine, first_end_id=first_end_id)
+        self.model = build_reward_model(model, options.layout, first_end_id=first_end_id)
         self._rows = RowScorer(self.model, pad_id, options.max_batch_tokens)
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:

@@ -49,7 +49,7 @@ from rrhf.user_code import source_file
 logger = logging.getLogger(__name__)
 
 # What only says how the work is cut, and reaches scores through the rounding of sums alone.
-_ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "engine")
+_ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "layout")
 _NOT_SETTINGS = (
     *_ADJUSTABLE,
     "output_file",

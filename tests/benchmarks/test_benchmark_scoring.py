@@ -20,10 +20,10 @@ def test_scores_are_compared_before_anything_is_timed(
     assert "P9 R3..6 N3" in scoring.table(result)
     inner = scoring.build_reward_model
 
-    def other_weights(model, engine):
-        if engine == "shared_prefix":
+    def other_weights(model, layout):
+        if layout == "shared_prefix":
             model.score.weight.data *= 1.001
-        return inner(model, engine)
+        return inner(model, layout)
 
     monkeypatch.setattr(scoring, "build_reward_model", other_weights)
     monkeypatch.setattr(scoring, "timed", None)

@@ -98,7 +98,7 @@ def test_whole_commands_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(demo_speed.CASES, "tiny", demo_speed.Training(TINY, 3))
     result = demo_speed.run("tiny", 1)
     padded, now = (arguments for arguments, _ in ran if "rank" in arguments)
-    assert "padded" in padded and "--engine" not in now
+    assert "padded" in padded and "--layout" not in now
     assert result["relative_differences"]["now"]["first loss"] == 0.0
     with pytest.raises(harness.NotMeasured, match="--before"):
         demo_speed.run("demo", 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rrhf.cli.fields import flags_of
 from rrhf.cli.flags import read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.response_gen import ResponseGenConfig, all_flags, stage_values
@@ -165,8 +166,15 @@ def test_each_flag_that_is_offered_reaches_every_stage_that_has_it(name: str):
     assert reached == ({prefixed[name]} if name in prefixed else has_it)
 
 
-def test_a_name_that_means_two_things_is_offered_for_each_stage_alone():
-    assert "engine" not in FLAGS and {"generate_engine", "score_engine"} <= FLAGS.keys()
-    words = ["m", "o", "--engine", "padded"]
-    with pytest.raises(UserError, match=r"(?s)may mean.*--generate_engine.*--score_engine"):
-        stage_values(FLAGS, GenerateConfig, ScoreConfig, words)
+def test_a_shared_name_means_one_thing():
+    """Else it would reach a stage for which it means something else."""
+    stages = flags_of(GenerateConfig), flags_of(ScoreConfig)
+    for name in (stages[0].keys() & stages[1].keys()) - {"columns", "output_file"}:
+        assert stages[0][name].hint == stages[1][name].hint, name
+
+
+def test_an_engine_writes_and_a_layout_scores(tmp_path, capsys):
+    words = ["m", "o", "--engine", "local", "--layout", "padded"]
+    _, generate, score = stage_values(FLAGS, GenerateConfig, ScoreConfig, words)
+    assert generate["engine"] == "local" and "layout" not in generate
+    assert score["layout"] == "padded" and "engine" not in score

@@ -508,3 +508,26 @@ def test_rank_is_still_rank():
     assert parse_config(RankConfig, ["--lr=1", "--model=m", "--out_dir=o", "--data=d"], "x") == (
         RankConfig("m", "o", learning_rate=1.0, data_path="d")
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("train rank", "engine"),
+        ("train ppo", "engine"),
+        ("score", "engine"),
+        ("response-gen", "score_engine"),
+        ("generate", "engine"),
+        ("evaluate", "engine"),
+        ("response-gen", "engine"),
+    ],
+)
+def test_the_old_name_of_a_layout_has_one_message(command: str, flag: str, tmp_path: Path, capsys):
+    """`--engine padded` of version 0.1.0."""
+    words = {"generate": "--model_name_or_path m --prompts p --output_file o.jsonl"}
+    words["evaluate"] = "--prompts p --output_dir o --model_name_or_path m"
+    words["response-gen"] = "m o --scorer function:json:dumps"
+    given = [*command.split(), *words.get(command, "").split(), f"--{flag}", "padded"]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and "--layout" in said and "Traceback" not in said

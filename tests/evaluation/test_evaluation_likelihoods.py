@@ -20,22 +20,22 @@ ROWS = [
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("engine", ["auto", "dense_mask", "padded"])
-def test_log_probs_are_those_of_single_forwards(temperature, engine):
+@pytest.mark.parametrize("layout", ["auto", "dense_mask", "padded"])
+def test_log_probs_are_those_of_single_forwards(temperature, layout):
     model = reader().model
-    read = read_logprobs(model, ROWS, pad_id=2, temperature=temperature, engine=engine)
+    read = read_logprobs(model, ROWS, pad_id=2, temperature=temperature, layout=layout)
     for (prompt_ids, ids), values in zip(ROWS, read, strict=True):
         slow = slow_logprobs(model, prompt_ids, ids, temperature)
         # float32 sums over 400 logits, each good to about 1e-6
         assert values.tolist() == pytest.approx(slow, abs=2e-5)
 
 
-@pytest.mark.parametrize("engine", ["auto", "padded"])
-def test_batch_size_does_not_change_log_probs(engine, monkeypatch):
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_batch_size_does_not_change_log_probs(layout, monkeypatch):
     model = reader().model
-    together = read_logprobs(model, ROWS, pad_id=2, engine=engine)
+    together = read_logprobs(model, ROWS, pad_id=2, layout=layout)
     monkeypatch.setattr(likelihoods, "MAX_BATCH_TOKENS", 1)
-    alone = read_logprobs(model, ROWS, pad_id=2, max_logits=1, engine=engine)
+    alone = read_logprobs(model, ROWS, pad_id=2, max_logits=1, layout=layout)
     for a, b in zip(together, alone, strict=True):
         assert torch.allclose(a, b, atol=2e-6)
 
@@ -96,7 +96,7 @@ def test_a_batch_holds_no_more_logits_than_allowed(monkeypatch):
     monkeypatch.setattr(type(model), "forward", counted)
     rows = [([5], [7] * length) for length in (1, 2, 3, 4, 5, 6)]
     limit = 7 * model.config.vocab_size
-    read_logprobs(model, rows, pad_id=2, max_logits=limit, engine="padded")
+    read_logprobs(model, rows, pad_id=2, max_logits=limit, layout="padded")
     assert max(widths) <= 7
     assert len(widths) == 5  # 6 | 5 | 4 | 3 2 | 1: a new batch is as wide as its own rows
 

@@ -25,7 +25,7 @@ from rrhf.generation.engine import SamplingParams
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
 from rrhf.report.compare import CompareConfig, compare
 
-CANNED = ("--generation_engine", "engine_cases:CANNED")
+CANNED = ("--engine", "engine_cases:CANNED")
 WORDS = ("plants", "dog", "fox", "friend")
 
 QUESTIONS = '''
@@ -234,7 +234,7 @@ def test_likelihoods_of_an_engine_of_texts_alone_are_refused_in_one_message(
 def test_an_engine_without_a_seed_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = (TESTS / "engine_cases.py").read_text()
     (folder / "seedless.py").write_text(source.replace("seeds=True", ""))
-    words = ("--model_name_or_path", "a-teacher", "--generation_engine", "seedless:CANNED")
+    words = ("--model_name_or_path", "a-teacher", "--engine", "seedless:CANNED")
     assert evaluate(*words, "--decoding", "sample") == 0
     sys.modules.pop("seedless")
     assert "takes no seed" in caplog.text

@@ -115,11 +115,11 @@ def test_kernels_in_bfloat16(layout: str, name: str, cuda: str) -> None:
     require_near(lambda: model(name), layout, cuda)
 
 
-@pytest.mark.parametrize("engine", ["auto", "shared_prefix", "varlen_attention", "flex_attention"])
-def test_the_trial_admits_them(engine: str, cuda: str) -> None:
-    policy = build_policy(model("llama").to(cuda), engine)
+@pytest.mark.parametrize("layout", ["auto", "shared_prefix", "varlen_attention", "flex_attention"])
+def test_the_trial_admits_them(layout: str, cuda: str) -> None:
+    policy = build_policy(model("llama").to(cuda), layout)
     assert isinstance(policy, FastPolicy)
-    assert policy.layout == ("shared_prefix" if engine == "auto" else engine)
+    assert policy.layout == ("shared_prefix" if layout == "auto" else layout)
 
 
 def test_flash_attention(cuda: str) -> None:

@@ -35,32 +35,32 @@ def losses(run: Path) -> list[float]:
 
 def test_every_engine_trains_alike(data: dict[str, Any], tmp_path: Path, device: str) -> None:
     """Eight steps in float32; the first losses agree to rounding, later ones to what Adam makes."""
-    engines = ["padded", "shared_prefix", "dense_mask"]
+    layouts = ["padded", "shared_prefix", "dense_mask"]
     found = {}
-    for engine in engines:
-        run = tmp_path / engine
-        rank.train(rank.RankConfig(output_dir=str(run), engine=engine, **data))
-        found[engine] = losses(run)
-    for engine in engines[1:]:
-        assert found[engine][0] == pytest.approx(found["padded"][0], rel=1e-5)
-        assert found[engine] == pytest.approx(found["padded"], rel=1e-2)
+    for layout in layouts:
+        run = tmp_path / layout
+        rank.train(rank.RankConfig(output_dir=str(run), layout=layout, **data))
+        found[layout] = losses(run)
+    for layout in layouts[1:]:
+        assert found[layout][0] == pytest.approx(found["padded"][0], rel=1e-5)
+        assert found[layout] == pytest.approx(found["padded"], rel=1e-2)
 
 
 def test_bfloat16_trains_near_float32(data: dict[str, Any], tmp_path: Path, device: str) -> None:
     """Masters stay float32, and losses within the three digits that bfloat16 has."""
     found = {}
-    engines = ["auto"] + (["varlen_attention"] if device == "cuda" else [])
+    layouts = ["auto"] + (["varlen_attention"] if device == "cuda" else [])
     rank.train(rank.RankConfig(output_dir=str(tmp_path / "exact"), **data))
-    for engine in engines:
-        run = tmp_path / engine
-        rank.train(rank.RankConfig(output_dir=str(run), engine=engine, bf16=True, **data))
-        found[engine] = losses(run)
+    for layout in layouts:
+        run = tmp_path / layout
+        rank.train(rank.RankConfig(output_dir=str(run), layout=layout, bf16=True, **data))
+        found[layout] = losses(run)
         weights = load_file(run / "policy" / "model.safetensors")
         assert {w.dtype for w in weights.values()} == {torch.float32}
     exact = losses(tmp_path / "exact")
-    for engine in engines:
-        assert found[engine][0] == pytest.approx(exact[0], rel=2e-2), engine
-        assert found[engine] == pytest.approx(exact, rel=0.1, abs=0.05), engine
+    for layout in layouts:
+        assert found[layout][0] == pytest.approx(exact[0], rel=2e-2), layout
+        assert found[layout] == pytest.approx(exact, rel=0.1, abs=0.05), layout
 
 
 def test_it_computes_where_the_device_is(device: str) -> None:

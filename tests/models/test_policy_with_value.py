@@ -75,10 +75,10 @@ def test_the_log_probs_are_the_policys() -> None:
     assert ActorCritic(Policy(tiny_llama()))(batch()).values is None
 
 
-@pytest.mark.parametrize("engine", ["padded", "shared_prefix"])
-def test_values_alone_need_no_head(engine: str) -> None:
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_values_alone_need_no_head(layout: str) -> None:
     model = tiny_llama(64)
-    root = ActorCritic(build_policy(model, engine), new_value_head(model))
+    root = ActorCritic(build_policy(model, layout), new_value_head(model))
     with torch.no_grad():
         root.value.weight.normal_()
     seen: list[tuple[int, ...]] = []
@@ -87,7 +87,7 @@ def test_values_alone_need_no_head(engine: str) -> None:
     found = root(batch(), values_only=True)
     torch.testing.assert_close(found.values, expected, atol=1e-5, rtol=1e-5)
     assert found.logprobs.eq(0).all()
-    assert [shape[1] for shape in seen] == ([1] if engine == "padded" else [])
+    assert [shape[1] for shape in seen] == ([1] if layout == "padded" else [])
 
 
 def test_a_first_value_is_on_the_scale_of_the_scores() -> None:

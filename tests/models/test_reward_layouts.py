@@ -186,7 +186,7 @@ def test_with_checkpointing(name: str) -> None:
     enable_checkpointing(inner.train())
     one = fast(inner)
     require_equal(step(one.train(), RAGGED), step(RewardModel(MODELS[name]()), RAGGED))
-    values = ValueModel(inner, engine="shared_prefix").train()
+    values = ValueModel(inner, layout="shared_prefix").train()
     require_equal(critic_step(values), critic_step(ValueModel(MODELS[name]())))
 
 
@@ -251,7 +251,7 @@ def passes_of(inner: Any) -> list[int]:
 
 def test_prompt_tokens_pass_a_critic_and_a_reward_model_once() -> None:
     inner = MODELS["llama"]()
-    one, values = fast(inner), ValueModel(inner, engine="shared_prefix")
+    one, values = fast(inner), ValueModel(inner, layout="shared_prefix")
     seen = passes_of(inner)
     b = batch([(20, [4, 5, 6])])
     one(b), values(b)
@@ -268,7 +268,7 @@ def test_a_model_that_cannot_be_served_falls_back_and_says_so_once(
     assert [r.levelname for r in said] == ["WARNING"]
     assert "BloomForSequenceClassification goes by padded, since shared_prefix:" in caplog.text
     assert torch.equal(model(b), RewardModel(classifier("bloom"), first_end_id=EOS)(b))
-    with pytest.raises(UserError, match=r"--engine shared_prefix: does not serve Bloom"):
+    with pytest.raises(UserError, match=r"--layout shared_prefix: does not serve Bloom"):
         build_reward_model(classifier("bloom"), "shared_prefix")
 
 

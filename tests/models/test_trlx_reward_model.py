@@ -144,7 +144,7 @@ def test_scores_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     folder, _ = published_folder(tmp_path / "rm")
     sets = [conversation(f"why {i}", *("so " * (j + 1) for j in range(3))) for i in range(4)]
     together = TrlxScorer(folder).score(sets)
-    padded = TrlxScorer(folder, RewardModelOptions(engine="padded")).score(sets)
+    padded = TrlxScorer(folder, RewardModelOptions(layout="padded")).score(sets)
     for one, other in zip(together, padded, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     small = TrlxScorer(folder, RewardModelOptions(max_batch_tokens=1))

@@ -16,7 +16,7 @@ SHARDED = (*RANKS, "test_sharded_training.py", "-k")
 DDP, FSDP2, ZERO2 = (
     (*SHARDED, f"not sharded_training or {name}") for name in ("ddp", "fsdp2", "zero2")
 )
-"""In the end whole runs of two processes, on one engine."""
+"""In the end whole runs of two processes, under one launch."""
 
 UPDATE_FAULTS = [
     Mutant(

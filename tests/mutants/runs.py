@@ -338,7 +338,7 @@ CHECKPOINT_FAULTS = [
         CHECKPOINTS,
     ),
     Mutant(
-        "sharded weights of another engine are loaded",
+        "sharded weights of another launch are loaded",
         CHECKPOINT,
         "!= self._parallel.is_sharded or (was_sharded and mine != its):",
         "!= self._parallel.is_sharded:",

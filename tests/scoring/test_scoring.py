@@ -119,7 +119,7 @@ def test_scores_do_not_depend_on_batches_or_order(folder: Path, scorer: RewardMo
 
 def test_padded_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path) -> None:
     widths: list[tuple[int, int]] = []
-    scorer = RewardModelScorer(folder, RewardModelOptions(max_batch_tokens=120, engine="padded"))
+    scorer = RewardModelScorer(folder, RewardModelOptions(max_batch_tokens=120, layout="padded"))
     inner = scorer.model.forward
 
     def watched(batch: Any) -> torch.Tensor:
@@ -135,17 +135,17 @@ def test_padded_batches_are_sorted_by_length_and_bounded_by_tokens(folder: Path)
     assert [width for _, width in widths] == sorted((w for _, w in widths), reverse=True)
 
 
-@pytest.mark.parametrize("engine", ["shared_prefix", "dense_mask"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "dense_mask"])
 @pytest.mark.parametrize("score_at", ["last_token", "first_eos"])
 def test_prompts_pass_once_and_give_the_scores_of_padded_rows(
-    engine: str, score_at: str, folder: Path
+    layout: str, score_at: str, folder: Path
 ) -> None:
     """Under any bound of a batch; a prompt that was cut for one of its responses stands alone."""
     long = [Message("user", "old " * 9), Message("assistant", "gone"), Message("user", "why")]
     cut = replace(conversation("", "yes", "no " * 5, "the quick brown " * 9), messages=tuple(long))
     sets = [*some_sets(), cut]
     expected = RewardModelScorer(
-        folder, RewardModelOptions(score_at=score_at, max_length=90, engine="padded")
+        folder, RewardModelOptions(score_at=score_at, max_length=90, layout="padded")
     )
     right = expected.score(sets)
     assert expected.unscored == {}
@@ -156,7 +156,7 @@ def test_prompts_pass_once_and_give_the_scores_of_padded_rows(
         made = RewardModelScorer(
             folder,
             RewardModelOptions(
-                score_at=score_at, max_length=90, max_batch_tokens=bound, engine=engine
+                score_at=score_at, max_length=90, max_batch_tokens=bound, layout=layout
             ),
         )
         for one, other in zip(made.score(sets), right, strict=True):

@@ -39,7 +39,7 @@ class PaperPerplexity:
         tokenizer: Any,
         max_tokens: int | None = None,
         name: str = "",
-        engine: str = "auto",
+        layout: str = "auto",
     ) -> None:
         bos = tokenizer.bos_token_id
         if bos is None:
@@ -53,7 +53,7 @@ class PaperPerplexity:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"ppl_max_tokens {max_tokens}: must be at least 1")
         self.model = model
-        self.engine = engine
+        self.layout = layout
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.name = name or str(tokenizer.name_or_path)
@@ -73,7 +73,7 @@ class PaperPerplexity:
             rows.append(([self._bos], ids[:limit]))
         from rrhf.evaluation.likelihoods import read_logprobs  # flags are read without torch
 
-        read = read_logprobs(self.model, rows, self._bos, engine=self.engine)
+        read = read_logprobs(self.model, rows, self._bos, layout=self.layout)
         return [-float(values.double().mean()) if len(values) else None for values in read]
 
     def measures(self, sets: Sequence[CandidateSet]) -> dict[str, Measure]:

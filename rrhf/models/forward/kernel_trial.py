@@ -1,6 +1,6 @@
 """A kernel of varlen attention on the card, where the model that is to use it is not there yet.
 
-Weights that will be spread over processes wait on the CPU: the engine's self-check runs there, over
+Weights that will be spread over processes wait on the CPU: the layout's self-check runs there, over
 SDPA, because the card may be too small for all of them. What it cannot see, the kernel, is tried
 meanwhile: of each kind of attention that the model has (heads, scale, window), its own queries,
 keys and values go through the kernel on the card, forward and backward, and are compared with SDPA.

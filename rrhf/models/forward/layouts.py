@@ -1,6 +1,6 @@
 """Faster ways behind the policies' one forward interface.
 
-An engine is how a batch passes the network: `padded` is the reference (`Policy`), the others go by
+A layout is how a batch passes the network: `padded` is the reference (`Policy`), the others go by
 a layout of `packed_trunk`, each tried on the model before it is used. All of them but the reference
 apply the head in chunks, at response positions alone.
 
@@ -114,21 +114,21 @@ class FastPolicy(PackedTrunk, Policy):
         )
 
 
-def build_policy(model: Any, engine: str = "padded", options: LogprobOptions = PLAIN) -> Policy:
-    """The policy on the engine that is asked for, tried on this very model.
+def build_policy(model: Any, layout: str = "padded", options: LogprobOptions = PLAIN) -> Policy:
+    """The policy on the layout that is asked for, tried on this very model.
 
     Args:
         model: not yet spread over processes, where it will compute.
-        engine: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
+        layout: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
             `auto` = the first that serves the model.
         options: as in `Policy`.
 
     Raises:
-        UserError: the engine that is asked for by name does not serve this model.
+        UserError: the layout that is asked for by name does not serve this model.
     """
-    if engine == "padded":
+    if layout == "padded":
         return Policy(model, options)
-    policy = first_that_fits(model, engine, lambda layout: FastPolicy(model, layout, options))
+    policy = first_that_fits(model, layout, lambda name: FastPolicy(model, name, options))
     return Policy(model, options) if policy is None else policy
 
 

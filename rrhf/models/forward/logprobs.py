@@ -2,7 +2,7 @@
 
 Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
 `Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
-silently leaves gradients unsynchronised. The engine here is the reference: one padded row for each
+silently leaves gradients unsynchronised. The layout here is the reference: one padded row for each
 response, the head applied at response positions only; `.layouts` has faster ones.
 """
 

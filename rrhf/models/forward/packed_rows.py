@@ -1,4 +1,4 @@
-"""Another engine behind the forward interface: several rows in one, no padding between them.
+"""Another layout behind the forward interface: several rows in one, no padding between them.
 
 Rows are laid end to end in bins of a fixed width; positions restart at zero in each, from which
 transformers builds attention that stays inside a row. That holds only without a cache and without a

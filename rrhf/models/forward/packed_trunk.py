@@ -3,9 +3,8 @@
 A layout says how a batch passes the network: `shared_prefix` computes every prompt once through
 attention of our own, `varlen_attention` does so through torch's varlen attention, `flex_attention`
 through FlexAttention and `dense_mask` through a mask of all tokens by all tokens; `rows` are padded
-rows. Policies (`engines`) and reward models
-(`reward_engines`) go by the same ones, each tried on the model at hand before it is used
-(`engine_trial`).
+rows. Policies (`layouts`) and reward models
+(`reward_layouts`) share them; each is tried on the model at hand before it is used (`self_check`).
 
 Legend: N rows, M response tokens of the whole batch, T tokens of a sequence, H hidden.
 """
@@ -32,7 +31,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Beside:
-    """What an engine gives for a batch, and what padded rows give.
+    """What a layout gives for a batch, and what padded rows give.
 
     Attributes:
         what: the numbers' name, for people.
@@ -50,7 +49,7 @@ class Beside:
 
 
 class PackedTrunk:
-    """The part that every fast engine shares: a model's trunk on one of the layouts.
+    """What every fast layout shares: a model's trunk.
 
     Attributes:
         model: a Hugging Face model with a head, bare or with adapters.

@@ -1,6 +1,6 @@
-"""An engine against padded rows on a few random tokens of the very model that is to use it.
+"""A layout against padded rows on a few random tokens of the very model that is to use it.
 
-What an engine cannot serve shows there as a difference or as an exception: attention that is not
+What a layout cannot serve shows there as a difference or as an exception: attention that is not
 exchangeable, layers that carry a state along the sequence, outputs shaped in a way not known here,
 masks that are silently wrong. Where the model will be trained, one backward pass goes with it: a
 kernel may have none, or a wrong one (activation checkpointing that runs another kernel again).
@@ -52,7 +52,7 @@ BASES = {name: base for over in ATTENTION.values() for base, name in over.items(
 """What an attention of our own stands over."""
 
 TOLERANCE = 1e-4
-"""By how much an engine may differ from padded rows in float32, plus 1e-5 of the number."""
+"""By how much a layout may differ from padded rows in float32, plus 1e-5 of the number."""
 
 HIDDEN_TOLERANCE = 1e-3
 """Share of a hidden state by which it may differ: in new weights, log-probs hardly tell."""
@@ -71,29 +71,29 @@ Fast = TypeVar("Fast", bound=PackedTrunk)
 
 def first_that_fits(
     model: Any,
-    engine: str,
+    asked: str,
     make: Callable[[str], Fast],
     layouts: tuple[str, ...] | None = None,
 ) -> Fast | None:
-    """The first layout of an engine that serves this model, and says so; None where none does.
+    """The first layout that serves this model, and says so; None where none does.
 
     Args:
         model: not yet spread over processes, where it will compute. Kernels of varlen attention
             cannot be tried on weights that still lie on the CPU; there the layouts are tried over
             sdpa, and the kernel on the card with the same queries, keys and values.
-        engine: `auto`, or the layout to take.
+        asked: `auto`, or the layout to take.
         make: puts the model on a layout.
         layouts: those that there are for this kind of model; None = all.
 
     Raises:
-        UserError: the engine that is asked for by name does not serve this model.
+        UserError: the layout that is asked for by name does not serve this model.
     """
     inner = inner_model(model)
     before = inner.config._attn_implementation
     base = BASES.get(before, before)
-    is_torch_varlen = engine == varlen_attention.ENGINE
+    is_torch_varlen = asked == varlen_attention.LAYOUT
     if is_torch_varlen and (missing := varlen_attention.torch_varlen_missing()):
-        raise UserError(f"--engine {engine}: {missing}; use --engine auto")
+        raise UserError(f"--layout {asked}: {missing}; use --layout auto")
     is_flash = base == varlen_attention.FLASH
     is_on_gpu = inner.device.type in varlen_attention.DEVICES
     is_away = is_flash and not is_on_gpu
@@ -106,7 +106,7 @@ def first_that_fits(
         trial = KernelTrial(own, device)
     failures: list[str] = []
     fast: Fast | None = None
-    for layout in AUTO_OVER.get(base, AUTO) if engine == "auto" else (engine,):
+    for layout in AUTO_OVER.get(base, AUTO) if asked == "auto" else (asked,):
         if layouts is not None and layout not in layouts:
             continue
         try:
@@ -117,7 +117,7 @@ def first_that_fits(
                 failure = misfit(fast, torch.bfloat16 if needs_half else None)
             if trial is not None:
                 failure = failure or trial.failure
-        # Any exception means that this engine does not support the model.
+        # Any exception means that this layout does not support the model.
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         if failure is None:
@@ -133,15 +133,15 @@ def first_that_fits(
         exchange_linears(inner)
     said = "; ".join(failures)
     name = type(inner).__name__
-    if failures and engine != "auto":
-        raise UserError(f"--engine {engine}: does not serve {name} ({said}); use --engine auto")
+    if failures and asked != "auto":
+        raise UserError(f"--layout {asked}: does not serve {name} ({said}); use --layout auto")
     used = "padded" if fast is None else fast.layout
     used += f" over {base}" if has_own else ""
     used = "padded rows, head in chunks" if used == "rows" else used
     if failures:
-        logger.warning("engine: %s goes by %s, since %s", name, used, said)
+        logger.warning("layout: %s goes by %s, since %s", name, used, said)
     else:
-        logger.info("engine: %s goes by %s", name, used)
+        logger.info("layout: %s goes by %s", name, used)
     return fast
 
 
@@ -151,13 +151,13 @@ def _set_attention(inner: Any, name: str) -> None:
 
 
 def misfit(fast: PackedTrunk, autocast: torch.dtype | None = None) -> str | None:
-    """How an engine differs from padded rows; None where it does not.
+    """How a layout differs from padded rows; None where it does not.
 
     For layouts with attention of their own it also finds out whether the model's layers tell their
     sliding window; where the config has one and they do not, longer rows will go as padded rows.
 
     Args:
-        fast: the engine; where a weight requires a gradient, it will be trained.
+        fast: the model on the layout; where a weight requires a gradient, it will be trained.
         autocast: the mixed precision to try it in.
     """
     inner = inner_model(fast.model)
@@ -233,7 +233,7 @@ class _Probes:
     def gradients(
         self, found: Tensor, expected: Tensor, ids: Tensor, is_one_pass: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Of the numbers of an engine and of the reference, as vectors side by side.
+        """Of the numbers of a layout and of the reference, as vectors side by side.
 
         Args:
             found, expected: [M].
@@ -255,7 +255,7 @@ class _Probes:
         return list(zip(*sides, strict=True))
 
     def _to_embeddings(self, ids: Tensor) -> Tensor:
-        """Towards the embedding of each id; engines lay the tokens in different orders, and padded
+        """Towards the embedding of each id; layouts have the tokens in different orders, and padded
         rows hold a prompt many times."""
         width = self.embedded[0][1].shape[-1]
         whole = torch.zeros(len(ids), width, dtype=torch.float32, device=ids.device)

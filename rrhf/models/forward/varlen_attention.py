@@ -7,7 +7,7 @@ lets the last query stand at the last key, which is the mask that a response nee
 sliding windows, soft-capping and dropout are the kernel's own.
 
 There are two kernels. A model loaded with `flash_attention_2` uses the flash-attn package. The
-engine `varlen_attention` uses the one inside torch (`torch.nn.attention.varlen`, since 2.10) for a
+layout `varlen_attention` uses the one inside torch (`torch.nn.attention.varlen`, since 2.10) for a
 model loaded with `sdpa`, so it needs no package; it has neither soft-capping nor dropout.
 
 Both run on CUDA in half precision alone; no GPU was at hand here. What is around them (who reads
@@ -36,8 +36,8 @@ from rrhf.models.forward.shared_prefix import SharedPrefix
 FLASH = "flash_attention_2"
 """What transformers calls the implementation that this one takes the place of."""
 
-ENGINE = "varlen_attention"
-"""The engine that goes by torch's own kernel."""
+LAYOUT = "varlen_attention"
+"""The layout that goes by torch's own kernel."""
 
 DEVICES = ("cuda",)
 """Kinds of device that the kernels run on."""

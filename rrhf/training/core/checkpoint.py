@@ -29,9 +29,9 @@ from rrhf.os_errors import telling_need, told_failure
 from rrhf.sealed_folders import seal_folder
 from rrhf.staged_folders import DOOMED, STAGED, no_trace_of_failure, remove_unfinished
 from rrhf.training.core.checkpoint_folders import (
-    ENGINE,
     OPTIMIZER,
     RANDOM,
+    SHARDED,
     STATE,
     STREAM,
     WEIGHTS,
@@ -50,7 +50,7 @@ class Checkpointer:
 
     Args:
         folder: `checkpoints/` of the run.
-        parallel: ranks and engine.
+        parallel: ranks, and how weights are spread over them.
         model: the prepared trainable module.
         optimizer: the prepared optimiser.
         keep: complete checkpoints that stay; at least 1.
@@ -90,7 +90,7 @@ class Checkpointer:
             with no_trace_of_failure(staged):
                 staged.mkdir(parents=True)
         self._parallel.barrier()
-        self._fill(staged, {"step": step, "engine": self._parallel.kind, **state}, tensors or {})
+        self._fill(staged, {"step": step, "launch": self._parallel.kind, **state}, tensors or {})
         if self._parallel.is_main:
             if target.exists():  # an incomplete folder of the same step: never chosen, now replaced
                 shutil.rmtree(target)
@@ -139,7 +139,7 @@ class Checkpointer:
         self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]
     ) -> None:
         if self._parallel.is_sharded:
-            self._parallel.accelerator.save_state(str(staged / ENGINE))
+            self._parallel.accelerator.save_state(str(staged / SHARDED))
         elif self._parallel.is_main:
             save_file(self._trained_weights(), staged / WEIGHTS)
             _save_torch(self._optimizer.state_dict(), staged / OPTIMIZER)
@@ -171,9 +171,9 @@ class Checkpointer:
         if newest is None:
             return None
         state: dict[str, Any] = json.loads((newest / STATE).read_text())
-        self._require_same_engine(newest, state)
+        self._require_same_launch(newest, state)
         if self._parallel.is_sharded:
-            self._parallel.accelerator.load_state(str(newest / ENGINE))
+            self._parallel.accelerator.load_state(str(newest / SHARDED))
         else:
             self._load_weights(newest / WEIGHTS)
             self._optimizer.load_state_dict(
@@ -207,14 +207,15 @@ class Checkpointer:
             raise none_is_whole(self.folder, damaged)
         return None
 
-    def _require_same_engine(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Sharded weights are kept in their engine's own form.
+    def _require_same_launch(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Sharded weights are kept in the form of what sharded them.
 
         Raises:
-            UserError: another engine wrote the checkpoint.
+            UserError: the checkpoint was written under another launch.
         """
-        mine, its = self._parallel.kind, state.get("engine", self._parallel.kind)
-        was_sharded = (checkpoint / ENGINE).is_dir()
+        mine = self._parallel.kind
+        its = state.get("launch", state.get("engine", mine))  # its name before 0.2.0
+        was_sharded = (checkpoint / SHARDED).is_dir()
         if was_sharded != self._parallel.is_sharded or (was_sharded and mine != its):
             raise UserError(
                 f"resume: {checkpoint} was written under {its if was_sharded else 'no sharding'}, "

@@ -20,7 +20,7 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE, STREAM = (
     "trainer_state.json",
     "stream.safetensors",
 )
-ENGINE = "engine"
+SHARDED = "engine"
 """The folder inside that sharded weights and optimiser are in, as accelerate writes them."""
 
 _NAME = re.compile(r"step-(\d+)")
@@ -48,7 +48,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
     if (told := damage_of(checkpoint)) is not None:
         return told
     sealed = (load_manifest(checkpoint / MANIFEST) or {})["files"]
-    is_sharded = any(name.startswith(f"{ENGINE}/") for name in sealed)
+    is_sharded = any(name.startswith(f"{SHARDED}/") for name in sealed)
     for name in (STATE, RANDOM) if is_sharded else (STATE, RANDOM, WEIGHTS, OPTIMIZER):
         if name not in sealed:
             return f"{name} was never written"

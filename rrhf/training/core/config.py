@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
+from rrhf.models.forward.names import Layout
 from rrhf.ranges import (
     BELOW_ONE,
     COUNT,
@@ -135,9 +136,7 @@ class TrainingConfig(EditedFiles, ColumnOptions):
     attn_implementation: str = "sdpa"
     """Attention of all models: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
 
-    engine: Literal[
-        "auto", "shared_prefix", "varlen_attention", "flex_attention", "dense_mask", "padded"
-    ] = "auto"
+    layout: Layout = "auto"
     """How rows pass the model: shared_prefix = each prompt once, auto = fastest that serves it."""
 
     trust_remote_code: bool = False
@@ -234,8 +233,8 @@ class TrainingConfig(EditedFiles, ColumnOptions):
                 f"--attn_implementation {self.attn_implementation}: computes in half precision "
                 "only; add --bf16"
             )
-        if self.engine == "varlen_attention" and not self.bf16:
-            raise UserError(f"--engine {self.engine}: computes in half precision only; add --bf16")
+        if self.layout == "varlen_attention" and not self.bf16:
+            raise UserError(f"--layout {self.layout}: computes in half precision only; add --bf16")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise UserError(
                 f"--max_tokens_per_batch {self.max_tokens_per_batch}: must be 1 or more; leave it "

@@ -19,7 +19,7 @@ class OpenedRun:
     Attributes:
         config: its settings.
         run: the run folder, held by the main rank.
-        parallel: ranks and engine.
+        parallel: ranks, and how weights are spread over them.
         stop: notes the signals that come, for a stream or an evaluation that watches for them.
             They may raise `StoppedBySignal`, on all ranks, where they have changed nothing.
         held: where signals go on being noted after the steps, until it is closed; None = no longer.

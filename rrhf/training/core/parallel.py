@@ -1,9 +1,9 @@
 """The one room that knows how the model is spread: one process, DDP, FSDP2 or DeepSpeed.
 
 All of it is accelerate's work, started by `accelerate launch` or `torchrun`. The loop sets the
-step boundaries itself (accumulation is 1 for the engine) and multiplies each loss by the number of
-ranks, because every engine averages gradients over them while our losses are already divided by
-global counts.
+step boundaries itself (accumulation is 1 for accelerate and DeepSpeed). It multiplies each loss by
+the number of ranks, because both average gradients over them while our losses are already divided
+by global counts.
 
 accelerate has ways of doing less than it was asked for without a word, so what was asked for is
 asserted: of its state before anything is prepared, of the model afterwards.
@@ -247,7 +247,7 @@ class Parallel:
         self.accelerator.wait_for_everyone()
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The trainable module without the engine's wrapping."""
+        """The trainable module without the wrapping of FSDP or DeepSpeed."""
         unwrapped: nn.Module = self.accelerator.unwrap_model(model)
         return unwrapped
 
@@ -267,8 +267,8 @@ class Parallel:
     def full_state_dict(self) -> dict[str, Tensor]:
         """All weights of the module in full, on the main rank; every rank must call it.
 
-        From the module as `prepare` gave it; trained weights are float32 even where an engine
-        computes with 16 bits.
+        From the module as `prepare` gave it; trained weights are float32 even where the
+        forward computes with 16 bits.
         """
         if self.kind == "DEEPSPEED":
             return self._gathered_by_weight()

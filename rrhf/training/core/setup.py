@@ -141,14 +141,14 @@ def prepare_trainable(
 
 
 def on_device_of_trial(bench: Workbench, model: Any) -> Any:
-    """The same model where its engine can be tried: where it will compute, if that can be."""
-    if bench.config.engine != "padded" and not bench.parallel.is_sharded:
+    """The same model where its layout can be tried: where it will compute, if that can be."""
+    if bench.config.layout != "padded" and not bench.parallel.is_sharded:
         model.to(bench.parallel.device)
     return model
 
 
 def policy_on_engine(bench: Workbench, model: Any, options: LogprobOptions = PLAIN) -> Policy:
-    """A causal language model behind the forward interface, with the layout that `--engine` names.
+    """A causal language model behind the forward interface, with the layout that `--layout` names.
 
     Args:
         bench: of the run.
@@ -156,9 +156,9 @@ def policy_on_engine(bench: Workbench, model: Any, options: LogprobOptions = PLA
         options: as in `Policy`.
 
     Raises:
-        UserError: the engine does not serve the model.
+        UserError: the layout does not serve the model.
     """
-    return build_policy(on_device_of_trial(bench, model), bench.config.engine, options)
+    return build_policy(on_device_of_trial(bench, model), bench.config.layout, options)
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:

@@ -58,7 +58,7 @@ class Update:
     Args:
         model, optimizer: as `Parallel.prepare` gave them.
         objective: the terms of the loss.
-        parallel: ranks and engine.
+        parallel: ranks, and how weights are spread over them.
         max_grad_norm: gradients are scaled down to it; 0 = never.
         folder: gets the batch of a step that was not finite.
 

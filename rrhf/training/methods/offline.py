@@ -25,7 +25,7 @@ def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None
 
     Args:
         config: of the run.
-        model: on its engine, which decides what a batch costs.
+        model: on its layout, which decides what a batch costs.
     """
     if config.max_tokens_per_batch is None:
         return None

@@ -191,7 +191,7 @@ def train(config: RewardConfig) -> Path:
         )
         model = build_reward_model(
             on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS")),
-            config.engine,
+            config.layout,
             per_token=config.reads_tokens,
             reads_padding=config.reads_padding,
         )

@@ -43,8 +43,8 @@ class SFTConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, {"label_smoothing": BELOW_ONE})
-        if self.packing and self.engine not in ("auto", "padded"):
+        if self.packing and self.layout not in ("auto", "padded"):
             raise UserError(
-                f"--packing and --engine {self.engine} both say how rows are laid; give one"
+                f"--packing and --layout {self.layout} both say how rows are laid; give one"
             )
         check_response_limit(self.max_response_tokens, self.model_max_length)

@@ -98,7 +98,7 @@ def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
             f"{config.model_max_length}; lower that"
         )
     model = on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS"))
-    return ValueModel(model, score_normalizer(bare.config), bench.config.engine)
+    return ValueModel(model, score_normalizer(bare.config), bench.config.layout)
 
 
 def _classifier_pad_id(bench: Workbench) -> int | None:

@@ -73,7 +73,7 @@ def train(config: PPOConfig) -> Path:
     """
     scoring = RewardModelOptions(
         bf16=config.bf16,
-        engine=config.engine,
+        layout=config.layout,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )

@@ -8,7 +8,7 @@ changed none of that: what is saved then is the state before it, and resuming ma
 The prompts of a rollout follow from (seed, its number), the order of a pass from (seed, its
 number, the pass). A rollout is cut into equally many minibatches, whether or not responses were
 left out; a minibatch is cut over ranks and micro-batches as in `rrhf.training.core.streams`, with
-the responses to one prompt side by side, since engines that share prompts then compute it once.
+the responses to one prompt side by side, since layouts that share prompts then compute it once.
 """
 
 from __future__ import annotations

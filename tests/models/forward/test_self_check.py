@@ -1,4 +1,4 @@
-"""The trial of an engine: what it notices beyond numbers, and that it leaves no trace."""
+"""The trial of a layout: what it notices beyond numbers, and that it leaves no trace."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TestFlexAttention:
     def test_on_a_cpu_it_does_not_train(self, caplog: pytest.LogCaptureFixture) -> None:
         """Refused by name, with what torch says of it; `auto` goes on to padded rows."""
         one = model("llama")
-        with pytest.raises(UserError, match=r"does not support backward on CPU.*--engine auto"):
+        with pytest.raises(UserError, match=r"does not support backward on CPU.*--layout auto"):
             build_policy(one, "flex_attention")
         assert one.config._attn_implementation == "sdpa"
         build_policy(one, "auto")

@@ -157,10 +157,10 @@ def test_bfloat16(autocast: bool) -> None:
     """No farther from float32 than padded rows in bfloat16 are, to within their own rounding."""
     exact = step(Policy(model("llama")), RAGGED)
 
-    def half(engine: str) -> tuple[float, Tensor, Tensor]:
+    def half(layout: str) -> tuple[float, Tensor, Tensor]:
         inner = model("llama") if autocast else model("llama").bfloat16()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return step(build_policy(inner, engine), RAGGED)
+            return step(build_policy(inner, layout), RAGGED)
 
     def off(found: tuple[float, Tensor, Tensor]) -> tuple[float, float]:
         gradient = float((found[2] - exact[2]).norm() / exact[2].norm())
@@ -282,7 +282,7 @@ class TestTrial:
             ).transpose(1, 2),
         )
         for one in (fresh, model("llama")):
-            with pytest.raises(UserError, match=r"--engine shared_prefix: .* differ from"):
+            with pytest.raises(UserError, match=r"--layout shared_prefix: .* differ from"):
                 build_policy(one, "shared_prefix")
             assert one.config._attn_implementation == "sdpa"
 

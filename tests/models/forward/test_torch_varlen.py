@@ -1,4 +1,4 @@
-"""The engine `varlen_attention`: torch's own kernel, in every signature that it has had."""
+"""The layout `varlen_attention`: torch's own kernel, in every signature that it has had."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_kernel_that_sees_too_much_is_noticed(use: Callable[..., None]) -> Non
         return torch_2_11(q.flip(0), k.flip(0), v, *rows, window_size=(-1, 0))
 
     use(top_left)
-    with pytest.raises(UserError, match="--engine varlen_attention: does not serve"):
+    with pytest.raises(UserError, match="--layout varlen_attention: does not serve"):
         build_policy(model("llama"), "varlen_attention")
 
 
@@ -124,8 +124,8 @@ def test_a_reward_model(use: Callable[..., None]) -> None:
     use(torch_2_13)
     for per_token in (False, True):
         found, expected = (
-            build_reward_model(MODELS["llama"](), engine, per_token=per_token)
-            for engine in ("varlen_attention", "padded")
+            build_reward_model(MODELS["llama"](), layout, per_token=per_token)
+            for layout in ("varlen_attention", "padded")
         )
         calls.clear()
         torch.testing.assert_close(found(SCORED), expected(SCORED), atol=2e-5, rtol=1e-4)
@@ -152,10 +152,10 @@ def test_deterministic_mode_reaches_flash_attention() -> None:
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--engine varlen_attention: needs a CUDA GPU"):
+    with pytest.raises(UserError, match="--layout varlen_attention: needs a CUDA GPU"):
         build_policy(model("llama"), "varlen_attention")
 
 
 def test_training_in_float32_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="half precision only; add --bf16"):
-        RankConfig("no-model", str(tmp_path / "run"), data_path="", engine="varlen_attention")
+        RankConfig("no-model", str(tmp_path / "run"), data_path="", layout="varlen_attention")

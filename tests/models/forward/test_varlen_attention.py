@@ -115,14 +115,14 @@ def test_weights_that_are_not_yet_where_the_kernel_runs(
     caplog.set_level("INFO", "rrhf")
     monkeypatch.setattr(varlen_attention, "DEVICES", ("cuda",))
     monkeypatch.setattr(varlen_attention, "load_varlen", None)
-    for engine in ("auto", "flex_attention"):
+    for layout in ("auto", "flex_attention"):
         one = flash("llama").requires_grad_(False)
-        policy = build_policy(one, engine)
+        policy = build_policy(one, layout)
         assert isinstance(policy, FastPolicy)
         assert BASES[one.config._attn_implementation] == "flash_attention_2"
     assert [record.getMessage() for record in caplog.records if record.name.startswith("rrhf")] == [
-        "engine: LlamaForCausalLM goes by shared_prefix over flash_attention_2",
-        "engine: LlamaForCausalLM goes by flex_attention over flash_attention_2",
+        "layout: LlamaForCausalLM goes by shared_prefix over flash_attention_2",
+        "layout: LlamaForCausalLM goes by flex_attention over flash_attention_2",
     ]
 
 

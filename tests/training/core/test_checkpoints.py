@@ -413,7 +413,7 @@ def test_each_rank_finds_its_own_random_state(tmp_path: Path) -> None:
     drawn.append(torch.rand(4))
     first = keeper(0)
     torch.manual_seed(22)
-    state = {"step": 3, "engine": "NO"}
+    state = {"step": 3, "launch": "NO"}
     first._write_parts(folder / ".staged-3", state, {})
     drawn.append(torch.rand(4))
     checkpoint.seal_folder(folder / ".staged-3")

@@ -78,15 +78,15 @@ def test_scores_stay_float32_where_layers_are_bfloat16(one_rank: Any) -> None:
     scores.sum().backward()
 
 
-@pytest.mark.parametrize("engine", ["padded", "shared_prefix", "dense_mask"])
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix", "dense_mask"])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.filterwarnings("error")
-def test_no_root_of_scores_returns_a_view(one_rank: Any, engine: str, per_token: bool) -> None:
+def test_no_root_of_scores_returns_a_view(one_rank: Any, layout: str, per_token: bool) -> None:
     """FSDP2 would lose its hook where somebody changed one in place, and warns each user of it."""
     config = tiny_llama().config
     config.num_labels = 1
     model = LlamaForSequenceClassification(config)
-    root = build_reward_model(model, engine, per_token)
+    root = build_reward_model(model, layout, per_token)
     scores = sharded(root, model.model.layers, one_rank)(BATCH)
     assert scores._base is None
     scores.sum().backward()

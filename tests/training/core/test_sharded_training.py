@@ -21,7 +21,7 @@ from rrhf.errors import UserError
 from rrhf.training.core.checkpoint import Checkpointer
 from rrhf.training.core.parallel import Parallel
 
-pytestmark = pytest.mark.timeout(600)  # the first test of an engine does all its trainings
+pytestmark = pytest.mark.timeout(600)  # the first test of a launch does all its trainings
 
 SLOW_ZERO3 = pytest.param("zero3", marks=pytest.mark.slow)
 
@@ -41,7 +41,7 @@ NAMES_OF_LOSSES += ("dpo_loss",)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world; and below it the runs, by engine and case."""
+    """The world; and below it the runs, by launch and case."""
     world = build_world(tmp_path_factory.mktemp("world"))
     write_lines(world / "ranked.jsonl", ranked_rows(11))
     return world
@@ -63,19 +63,19 @@ def one(folder: Path, launcher: Launcher) -> Path:
 def two(
     folder: Path, launcher: Launcher, request: pytest.FixtureRequest
 ) -> tuple[str, Path, list[dict[str, Any]]]:
-    """All cases on two: the engine, the runs, and what became of their roots."""
-    engine: str = request.param
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+    """All cases on two: the launch, the runs, and what became of their roots."""
+    launch: str = request.param
+    if launch.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed; it comes with rrhf[deepspeed]")
-    return engine, *run(launcher, folder, engine, CASES)
+    return launch, *run(launcher, folder, launch, CASES)
 
 
 def run(
-    launcher: Launcher, folder: Path, engine: str, cases: list[str]
+    launcher: Launcher, folder: Path, launch: str, cases: list[str]
 ) -> tuple[Path, list[dict[str, Any]]]:
-    out = folder / engine
+    out = folder / launch
     arguments = {"world": str(folder), "out": str(out), "cases": cases}
-    return out, launcher.run(engine, arguments, timeout_seconds=560)[0]
+    return out, launcher.run(launch, arguments, timeout_seconds=560)[0]
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
@@ -86,21 +86,21 @@ Two = tuple[str, Path, list[dict[str, Any]]]
 
 
 def test_the_engine_is_the_one_that_was_asked_for(two: Two, one: Path) -> None:
-    engine, _, roots = two
+    launch, _, roots = two
     assert len(roots) == len(CASES) + 2  # those that are resumed are prepared twice
     for root in roots:
         assert root["layouts"] == ["shared_prefix"]
-        if engine == "ddp":
+        if launch == "ddp":
             assert root["class"] == "DistributedDataParallel" and root["cut"] == 0
-        elif engine == "fsdp2":
+        elif launch == "fsdp2":
             assert root["class"].startswith("FSDP") and root["cut"] == 1
         else:
-            assert root["class"] == "DeepSpeedEngine" and root["stage"] == int(engine[-1])
+            assert root["class"] == "DeepSpeedEngine" and root["stage"] == int(launch[-1])
     whole = sum(
         tensor.numel() for tensor in load_file(one / "ranking/policy/model.safetensors").values()
     )
     mine = {"fsdp2": whole / 2, "zero3": 0}  # what zero3 has stands outside the model
-    assert roots[0]["mine"] == mine.get(engine, whole)
+    assert roots[0]["mine"] == mine.get(launch, whole)
 
 
 @pytest.mark.parametrize("case", [*COMPARED, *CUT_OTHERWISE])
@@ -171,12 +171,12 @@ def test_every_rank_keeps_its_own_random_state(two: Two) -> None:
 
 
 def test_a_checkpoint_of_another_engine_is_refused_by_name(two: Two) -> None:
-    engine, runs, _ = two
+    launch, runs, _ = two
     model = nn.Linear(1, 1)
     folder = runs / "ranking_resumed" / "checkpoints"
     here = Checkpointer(folder, Parallel(), model, torch.optim.AdamW(model.parameters()))
     names = {"ddp": "holds other weights", "fsdp2": "under FSDP, and this launch runs NO"}
-    with pytest.raises(UserError, match=names.get(engine, "under DEEPSPEED, and this launch")):
+    with pytest.raises(UserError, match=names.get(launch, "under DEEPSPEED, and this launch")):
         here.restore()
 
 

@@ -363,11 +363,11 @@ def train(stage: str, world: Path, out: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("rank", {"engine": "shared_prefix"}),
-        ("rank", {"engine": "padded"}),
+        ("rank", {"layout": "shared_prefix"}),
+        ("rank", {"layout": "padded"}),
         ("sft", {"packing": True}),
-        ("reward", {"engine": "shared_prefix"}),
-        ("reward", {"engine": "padded"}),
+        ("reward", {"layout": "shared_prefix"}),
+        ("reward", {"layout": "padded"}),
     ],
 )
 def test_a_run_cut_by_tokens_trains_the_same(
@@ -389,7 +389,7 @@ def test_a_run_cut_by_tokens_trains_the_same(
 
 
 def test_resumed_equals_straight(world: Path, tmp_path: Path) -> None:
-    changes = {"max_tokens_per_batch": 120, "engine": "shared_prefix"}
+    changes = {"max_tokens_per_batch": 120, "layout": "shared_prefix"}
     train("rank", world, tmp_path / "straight", **changes)
     with stopped_after(3), pytest.raises(StoppedBySignal):
         train("rank", world, tmp_path / "resumed", **changes)

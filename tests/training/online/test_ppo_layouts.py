@@ -1,4 +1,4 @@
-"""PPO on the engine that computes every prompt once: the losses and gradients of padded rows."""
+"""PPO on the layout that computes every prompt once: the losses and gradients of padded rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = ppo.PPOConfig(
 )
 
 
-def critic(name: str, engine: str) -> ValueModel:
+def critic(name: str, layout: str) -> ValueModel:
     config = model(name).config
     config.num_labels, config.pad_token_id = 1, 2
     torch.manual_seed(3)
@@ -44,10 +44,10 @@ def critic(name: str, engine: str) -> ValueModel:
     disable_dropout(found)
     normalizer = RunningMeanStd()
     normalizer.update(torch.tensor([-1.0, 2.0, 3.0]))
-    return ValueModel(found.eval(), normalizer, engine)
+    return ValueModel(found.eval(), normalizer, layout)
 
 
-def root(name: str, kind: str, engine: str, entropy_has_gradient: bool) -> ActorCritic:
+def root(name: str, kind: str, layout: str, entropy_has_gradient: bool) -> ActorCritic:
     inner: Any = model(name)
     disable_dropout(inner)
     if kind == "lora":
@@ -59,9 +59,9 @@ def root(name: str, kind: str, engine: str, entropy_has_gradient: bool) -> Actor
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(weight, std=0.1)
     options = LogprobOptions(0.7, True, entropy_has_gradient=entropy_has_gradient)
-    policy = build_policy(inner, engine, options)
+    policy = build_policy(inner, layout, options)
     if kind == "separate":
-        return ActorCritic(policy, critic(name, engine))
+        return ActorCritic(policy, critic(name, layout))
     head = ValueHead(32)
     torch.manual_seed(2)
     torch.nn.init.normal_(head.weight)
@@ -105,8 +105,8 @@ def test_a_step_is_that_of_padded_rows(name: str, kind: str) -> None:
     with_more = FAMILIES.index(name) % 2 == 1
     config = replace(CONFIG, entropy_coeff=0.01 if with_more else 0.0)
     found = []
-    for engine in ("padded", "shared_prefix"):
-        actor = root(name, kind, engine, entropy_has_gradient=with_more).train()
+    for layout in ("padded", "shared_prefix"):
+        actor = root(name, kind, layout, entropy_has_gradient=with_more).train()
         if with_more:
             enable_checkpointing(actor.policy.model)
             if kind == "lora":
@@ -123,15 +123,15 @@ def test_a_step_is_that_of_padded_rows(name: str, kind: str) -> None:
 def test_the_gradient_of_an_entropy_bonus_is_there_where_it_is_asked_for() -> None:
     """An entropy that is only watched must not be weighed: then the gradient would lack it."""
     config = replace(CONFIG, entropy_coeff=0.5)
-    for engine in ("padded", "shared_prefix"):
+    for layout in ("padded", "shared_prefix"):
         with_it, without = (
-            step(root("llama", "shared", engine, asked), config)[1] for asked in (True, False)
+            step(root("llama", "shared", layout, asked), config)[1] for asked in (True, False)
         )
         assert float((with_it - without).norm() / with_it.norm()) > 1e-3
 
 
 def test_reading_goes_by_the_engine_with_adapters_on_and_off() -> None:
-    padded, fast = (root("llama", "lora", engine, False).eval() for engine in ("padded", "auto"))
+    padded, fast = (root("llama", "lora", layout, False).eval() for layout in ("padded", "auto"))
     assert isinstance(fast.policy, FastPolicy) and fast.policy.layout == "shared_prefix"
     batch = experience()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_reading_goes_by_the_engine_with_adapters_on_and_off() -> None:
 def test_a_run_is_that_of_padded_rows(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rollouts included: the engines that read and train are the fast ones, of every model."""
+    """Rollouts included: the layouts that read and train are the fast ones, of every model."""
     world = build_world(tmp_path)
     critics: dict[str, dict[str, Any]] = {
         "separate": {},
@@ -164,11 +164,11 @@ def test_a_run_is_that_of_padded_rows(
 
         monkeypatch.setattr(owner, method, counted)
     rows = {}
-    for engine in ("padded", "auto"):
+    for layout in ("padded", "auto"):
         changes = {"num_return_sequences": 2, "learning_rate": 1e-4, "adam_epsilon": 1e-3}
-        ppo.train(settings(world, tmp_path / engine, engine=engine, **changes, **critics[kind]))
-        rows[engine] = [without_clock(row) for row in metrics_of(tmp_path / engine)]
-        if engine == "padded":
+        ppo.train(settings(world, tmp_path / layout, layout=layout, **changes, **critics[kind]))
+        rows[layout] = [without_clock(row) for row in metrics_of(tmp_path / layout)]
+        if layout == "padded":
             assert not calls
     assert set(calls) == {"FastPolicy", "FastRewardModel"}
     for found, expected in zip(rows["auto"], rows["padded"], strict=True):

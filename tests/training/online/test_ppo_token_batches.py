@@ -21,7 +21,7 @@ from rrhf.training.core.token_batches import SHARED, TokenBudget
 from rrhf.training.online import ppo
 from rrhf.training.online.stream import PPOStream
 
-GROUPED: dict[str, Any] = {"method": "rloo", "num_return_sequences": 4, "engine": "shared_prefix"}
+GROUPED: dict[str, Any] = {"method": "rloo", "num_return_sequences": 4, "layout": "shared_prefix"}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_rows_beyond_the_budget_are_said_once(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"share_trunk": True, "engine": "shared_prefix", "num_return_sequences": 2},
+        {"share_trunk": True, "layout": "shared_prefix", "num_return_sequences": 2},
         {**GROUPED, "ptx": True},
         {"method": "rrhf", "num_return_sequences": 3, "per_device_train_batch_size": 2},
     ],

@@ -40,13 +40,13 @@ def test_a_run_is_the_run_of_padded_rows(
     """Step by step, as far as float32 lets two orders of the same sums go together."""
     caplog.set_level("INFO", "rrhf.models.forward.self_check")
     runs = {}
-    for engine in ("padded", "auto"):
-        out = tmp_path / engine
-        settings = {"num_train_epochs": 1, "learning_rate": 1e-3, "engine": engine, **changes}
+    for layout in ("padded", "auto"):
+        out = tmp_path / layout
+        settings = {"num_train_epochs": 1, "learning_rate": 1e-3, "layout": layout, **changes}
         train("rank", str(model_folder), str(data), str(out), **settings)
-        runs[engine] = [row for row in metrics_of(out) if "loss" in row]
+        runs[layout] = [row for row in metrics_of(out) if "loss" in row]
     said = [record.getMessage() for record in caplog.records if record.name.endswith("self_check")]
-    assert said == ["engine: LlamaForCausalLM goes by shared_prefix over sdpa"]
+    assert said == ["layout: LlamaForCausalLM goes by shared_prefix over sdpa"]
     assert len(runs["auto"]) == len(runs["padded"]) > 1
     for found, expected in zip(runs["auto"], runs["padded"], strict=True):
         for name in ("loss", "rank_loss", "sft_loss", "grad_norm", "score_margin"):
@@ -60,8 +60,8 @@ def test_a_run_is_the_run_of_padded_rows(
 
 
 def test_engines_that_would_be_ignored_are_refused() -> None:
-    with pytest.raises(UserError, match="--packing and --engine dense_mask"):
-        SFTConfig("", "", data_path="", packing=True, engine="dense_mask")
+    with pytest.raises(UserError, match="--packing and --layout dense_mask"):
+        SFTConfig("", "", data_path="", packing=True, layout="dense_mask")
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +75,15 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("make", [two_ranks.policy, two_ranks.reward_model])
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
-@pytest.mark.parametrize("engine", ["shared_prefix", "dense_mask"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "dense_mask"])
 def test_two_processes_have_the_mean_gradient_of_padded_rows(
-    make: Callable[[str], nn.Module], spread: str, engine: str, gradients: dict[str, torch.Tensor]
+    make: Callable[[str], nn.Module], spread: str, layout: str, gradients: dict[str, torch.Tensor]
 ) -> None:
     model = make("padded")
     for rank in range(2):
         (two_ranks.loss(model, rank) / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    found = gradients[f"{make.__name__} {spread} {engine}"]
+    found = gradients[f"{make.__name__} {spread} {layout}"]
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
