@@ -37,7 +37,7 @@ class ValidateConfig(EditedFiles, ColumnOptions):
     its line and fix. Writes nothing."""
 
     file: list[str] = field(metadata={"names": "data", "positional": True, "aliases": ["data"]})
-    """The files to check, in any supported layout."""
+    """The files to check, in any supported format."""
     split: str | None = None
     """The split to check, if a folder or a named dataset is given."""
 

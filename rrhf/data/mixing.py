@@ -304,7 +304,7 @@ def _open_part(
         file = CandidateFile(place, accept_edited, observe)
         counts.read += len(file)
         counts.kept += len(file)
-        counts.layouts[CANDIDATES] += len(file)
+        counts.formats[CANDIDATES] += len(file)
         counts.name_unread(place, [x for x in file.columns if x not in CANDIDATE_COLUMNS])
         return file
     sets = read_sets(spec.name, split, counts, spec.path, accept_edited, names)

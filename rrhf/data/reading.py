@@ -1,7 +1,7 @@
 """One row on its way to a record, and what became of all the rows that were read.
 
 A row remembers which of its columns were asked for (`rrhf.data.columns`). How a prompt is found in
-it is said here, once for all layouts: a conversation; a text in HH's form, which is read into
+it is said here, once for all formats: a conversation; a text in HH's form, which is read into
 turns; a question or instruction, which is a user's turn; or a plain text, which a model with a chat
 template gets as a user's turn, and any other model as it is.
 """
@@ -28,6 +28,28 @@ Prompt = str | tuple[Message, ...]
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
+class Dropped(Exception):
+    """Ends the reading of a row that reads well but is of no use; it has been counted."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompt of a row.
+
+    Attributes:
+        query: the conversation, or a text that is taken as it is.
+        query_format: how a conversation is rendered as the record's `query`.
+    """
+
+    query: Prompt
+    query_format: QueryFormat = "hh"
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The conversation; a text is a user's turn."""
+        return (Message("user", self.query),) if isinstance(self.query, str) else self.query
+
+
 @dataclass
 class SourceCounts:
     """What became of the rows that were read.
@@ -38,7 +60,7 @@ class SourceCounts:
         dropped: rows left out, by reason.
         mended: rows changed in passing, by reason; they are kept.
         query_formats: how the `query` was rendered: "hh", "alpaca", or "raw" = as it was.
-        layouts: rows read, by the layout that was told from their columns.
+        formats: rows read, by the format that their columns showed.
         scores_from: rows whose scores were read, by what they were read from.
         unread: columns that were not read, by source.
         is_quiet: only count.
@@ -49,7 +71,7 @@ class SourceCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     mended: Counter[str] = field(default_factory=Counter)
     query_formats: Counter[str] = field(default_factory=Counter)
-    layouts: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     scores_from: Counter[str] = field(default_factory=Counter)
     unread: dict[str, list[str]] = field(default_factory=dict)
     is_quiet: bool = False
@@ -104,11 +126,29 @@ class Reading:
         self.reader.fault(column, reason)
         return RowError(self.reader.faults)
 
-    def prompt(self, turns: Sequence[Message]) -> tuple[Message, ...] | None:
-        """The turns as a prompt, neighbours joined; None (counted) if the user does not end it."""
+    def dropped(self, reason: str) -> Dropped:
+        """To be raised where the row is of no use; counts it."""
+        self.counts.drop(reason, self.where)
+        return Dropped(reason)
+
+    def texts(self, *columns: str) -> list[str]:
+        """Text columns.
+
+        Raises:
+            RowError: one is missing or holds no text.
+        """
+        found = [self.reader.text(column) for column in columns]
+        self.raise_faults()
+        return found
+
+    def prompt(self, turns: Sequence[Message]) -> tuple[Message, ...]:
+        """The turns as a prompt, neighbours joined.
+
+        Raises:
+            Dropped: the user does not have the last word.
+        """
         if not turns or turns[-1].role != "user":
-            self.counts.drop("prompt_ends_with_assistant", self.where)
-            return None
+            raise self.dropped("prompt_ends_with_assistant")
         joined: list[Message] = []
         for turn in turns:
             if joined and joined[-1].role == turn.role:
@@ -118,52 +158,41 @@ class Reading:
             self.counts.mend("joined_turns", self.where)
         return tuple(joined)
 
-    def made(
-        self,
-        query: Prompt,
-        replies: Sequence[tuple[str, str]] = (),
-        query_format: QueryFormat = "hh",
-    ) -> CandidateSet | None:
-        """The candidate set; None, and counted, where its replies cannot be used.
+    def made(self, asked: Asked, replies: Sequence[tuple[str, str]] = ()) -> CandidateSet:
+        """The record of a prompt and its replies, each with its source.
 
-        Args:
-            query: the conversation, or a text that is taken as it is.
-            replies: (source, text) of each.
-            query_format: how a conversation is rendered as `query`.
+        Raises:
+            Dropped: the replies cannot be used, or nothing is asked.
         """
         texts = [text for _, text in replies]
         if any(not text.strip() for text in texts):
-            self.counts.drop("empty_reply", self.where)
-            return None
+            raise self.dropped("empty_reply")
         if len(texts) == 2 and texts[0].strip() == texts[1].strip():
-            self.counts.drop("equal_replies", self.where)
-            return None
+            raise self.dropped("equal_replies")
         return self.with_candidates(
-            query, tuple(Candidate(text, source) for source, text in replies), query_format
+            asked, tuple(Candidate(text, source) for source, text in replies)
         )
 
-    def with_candidates(
-        self, query: Prompt, candidates: tuple[Candidate, ...], query_format: QueryFormat = "hh"
-    ) -> CandidateSet | None:
-        """The set, or None (counted) where nothing is asked; candidates are as they are."""
-        asked = query if isinstance(query, str) else query[-1].content
-        if not asked.strip():
-            self.counts.drop("empty_prompt", self.where)
-            return None
+    def with_candidates(self, asked: Asked, candidates: tuple[Candidate, ...]) -> CandidateSet:
+        """The record of a prompt and its candidates, which are kept as they are.
+
+        Raises:
+            Dropped: nothing is asked.
+        """
+        query = asked.query
+        if not asked.turns[-1].content.strip():
+            raise self.dropped("empty_prompt")
         if isinstance(query, str):
             self.counts.query_formats["raw"] += 1
             return replace(plain_prompt(query), candidates=candidates)
-        self.counts.query_formats[query_format] += 1
-        text = render_messages(query_format, query)
+        self.counts.query_formats[asked.query_format] += 1
+        text = render_messages(asked.query_format, query)
         return CandidateSet(set_id(text, query), text, query, candidates)
 
-    def text_prompt(self, column: str) -> Prompt | None:
+    def text_prompt(self, column: str) -> Prompt:
         """A text column as a prompt: an HH transcript as its turns, any other text as it is."""
-        text = self.reader.text(column)
-        self.raise_faults()
-        if not is_hh_prompt(text):
-            return text
-        return self.prompt(parse_hh_transcript(text))
+        [text] = self.texts(column)
+        return self.prompt(parse_hh_transcript(text)) if is_hh_prompt(text) else text
 
     def turns(self, column: str) -> tuple[Message, ...]:
         """A conversation, whoever has the last word; ShareGPT's `from` and `value` are read too."""
@@ -178,33 +207,33 @@ class Reading:
             raise self.wrong(column, f'is {kind_of(value)}; give a list of {{"role", "content"}}')
         return turns
 
-    def find_prompt(self) -> tuple[Prompt, QueryFormat] | None:
-        """The prompt in whichever column holds it, and how it is rendered; None = dropped, counted.
+    def find_prompt(self) -> Asked:
+        """The prompt in whichever column holds it.
 
         Raises:
             RowError: no column holds a prompt.
+            Dropped: the user does not have the last word.
         """
         names = (*PROMPTS, *CONVERSATIONS)
         column = first_of(self.row, names)
         if column is None:
             column = next((name for name in names if name in self.row), PROMPTS[0])
-        query_format: QueryFormat = "alpaca" if column == "instruction" else "hh"
-        query: Prompt | None
+        query: Prompt
         if isinstance(self.row[column], list):
             query = self.prompt(self.turns(column))
-        elif column in ("prompt", "query"):
-            query = self.text_prompt(column)
         else:
-            asked = self.text_prompt(column)
+            query = self.text_prompt(column)
             given = self._context() if column == "instruction" else ""
-            asked = f"{asked}\n{given}" if isinstance(asked, str) and given.strip() else asked
-            query = (Message("user", asked),) if isinstance(asked, str) else asked
-        if query is None:
-            return None
-        if isinstance(query, str):
-            turns = self.with_system((Message("user", query),))
-            return (query if len(turns) == 1 else turns), query_format
-        return self.with_system(query), query_format
+            if isinstance(query, str) and column not in ("prompt", "query"):
+                query = (Message("user", f"{query}\n{given}" if given.strip() else query),)
+        asked = Asked(query, "alpaca" if column == "instruction" else "hh")
+        turns = self.with_system(asked.turns)
+        is_plain = isinstance(query, str) and len(turns) == 1
+        return asked if is_plain else replace(asked, query=turns)
+
+    def after_system(self, turns: Sequence[Message]) -> Asked:
+        """A conversation as the prompt, after the text of the row's system column."""
+        return Asked(self.with_system(self.prompt(turns)))
 
     def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
         """The turns after the text of the row's system column, unless they have one of their own.

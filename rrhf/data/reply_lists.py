@@ -21,7 +21,7 @@ _TEXT_KEYS = (*REPLIES, "text", "content", "value")
 _SOURCE_KEYS = ("model", "source")
 
 
-def read_reply_list(reading: Reading) -> CandidateSet | None:
+def read_reply_list(reading: Reading) -> CandidateSet:
     """A prompt, a list of replies, and what is known of their worth."""
     column = first_of(reading.row, REPLY_LISTS)
     if column is None:
@@ -30,7 +30,7 @@ def read_reply_list(reading: Reading) -> CandidateSet | None:
     return read_replies_of(reading, column)
 
 
-def read_replies_of(reading: Reading, column: str) -> CandidateSet | None:
+def read_replies_of(reading: Reading, column: str) -> CandidateSet:
     """As `read_reply_list`, the list in a given column."""
     if reading.row.get("ranking") is not None:
         raise reading.wrong(
@@ -45,19 +45,17 @@ def read_replies_of(reading: Reading, column: str) -> CandidateSet | None:
     sources = reading.reader.sources(len(entries)) or [""] * len(entries)
     finish_reasons = reading.reader.finish_reasons(len(entries)) or ["unknown"] * len(entries)
     reading.raise_faults()
-    found = reading.find_prompt()
-    if found is None:
-        return None
+    asked = reading.find_prompt()
     candidates = tuple(
         Candidate(text, _source_of(entry) or source or "", score, finish_reason)
         for text, entry, source, score, finish_reason in zip(
             texts, entries, sources, scores, finish_reasons, strict=True
         )
     )
-    return reading.with_candidates(found[0], candidates, found[1])
+    return reading.with_candidates(asked, candidates)
 
 
-def read_ranking(reading: Reading) -> CandidateSet | None:
+def read_ranking(reading: Reading) -> CandidateSet:
     """A prompt and its replies in order, the best first: their scores are -1, -2, ..."""
     entries = _entries(reading, "ranking")
     if any(isinstance(entry, (int, float)) for entry in entries):
@@ -68,15 +66,13 @@ def read_ranking(reading: Reading) -> CandidateSet | None:
         )
     texts = [_text_of(reading, entry, f"ranking[{i}]") for i, entry in enumerate(entries)]
     reading.raise_faults()
-    found = reading.find_prompt()
-    if found is None:
-        return None
+    asked = reading.find_prompt()
     reading.counts.scores_from["the order of ranking"] += 1
     candidates = tuple(
         Candidate(text, _source_of(entry) or "", -1.0 - place)
         for place, (text, entry) in enumerate(zip(texts, entries, strict=True))
     )
-    return reading.with_candidates(found[0], candidates, found[1])
+    return reading.with_candidates(asked, candidates)
 
 
 def _entries(reading: Reading, column: str) -> list[Any]:

@@ -26,7 +26,7 @@ from rrhf.data.candidate_files import require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.cells import TextCells, with_lists
 from rrhf.data.columns import ColumnNames
-from rrhf.data.formats import Layout, SourceCounts, find_layout, read_row
+from rrhf.data.formats import CANDIDATES, RowFormat, SourceCounts, find_format, read_row
 from rrhf.data.ids import SeenIds
 from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
 from rrhf.data.own_source import has_module, own_rows
@@ -211,7 +211,7 @@ def register_source(name: str, reader: Reader, aliases: tuple[str, ...] = ()) ->
     Args:
         name: how it is asked for.
         reader: (path of a local copy or None, split or None) -> an iterator of (place, row), where
-            a row is a dictionary with the columns of any layout.
+            a row is a dictionary with the columns of any format.
         aliases: other names for it.
 
     Raises:
@@ -318,7 +318,7 @@ def read_sets(
     """
     counts = SourceCounts() if counts is None else counts
     origin, rows = open_rows(spec, path, split)
-    layout: Layout | None = None
+    row_format: RowFormat | None = None
     faults = Faults(accept_edited)
     ids = SeenIds()
     seen_any = False
@@ -333,14 +333,14 @@ def read_sets(
             try:
                 if isinstance(row, Mapping):
                     row = with_lists(row, where, is_table)
-                layout = layout or find_layout(row, where)
-                found = read_row(layout, row, where, counts, path or spec)
+                row_format = row_format or find_format(row, where)
+                found = read_row(row_format, row, where, counts, path or spec)
             except RowError as error:
                 for text in error.faults:
                     faults.add(text)
             else:
                 if found is not None and not faults:
-                    yield _marked(ids.give(found), origin, layout)
+                    yield _marked(ids.give(found), origin, row_format)
         if faults.is_full:
             break
     faults.raise_if_any()
@@ -348,8 +348,8 @@ def read_sets(
         raise UserError(f"{path or spec}: holds no rows; make it again, or name another source")
 
 
-def _marked(found: CandidateSet, origin: str, layout: Layout) -> CandidateSet:
+def _marked(found: CandidateSet, origin: str, row_format: RowFormat) -> CandidateSet:
     """The set with its origin; a candidate file's rows say their own, or have none."""
-    if found.origin or layout.name == "candidates":
+    if found.origin or row_format.name == CANDIDATES:
         return found
     return CandidateSet(found.id, found.query, found.messages, found.candidates, origin)

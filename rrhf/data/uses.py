@@ -45,7 +45,7 @@ def describe_uses(
     path: str, counts: SourceCounts, uses: Counter[str], columns: str | None = None
 ) -> list[str]:
     """Lines that say how a file was read and what each command will find in it."""
-    lines = [f"read as: {', '.join(counts.layouts)}"]
+    lines = [f"read as: {', '.join(counts.formats)}"]
     if unread := [name for names in counts.unread.values() for name in names]:
         lines.append(f"columns that are not read: {', '.join(unread)}")
     spoken = uses["prompts"] - uses["plain"] - uses["as_they_stand"]

@@ -1,11 +1,11 @@
-"""Every layout of columns gives the record it means; what is of no use is dropped, counted."""
+"""Every format gives the record it means; what is of no use is dropped, counted."""
 
 from __future__ import annotations
 
 import pytest
 
 from rrhf.data.candidate_rows import RowError
-from rrhf.data.formats import LAYOUTS, SourceCounts, find_layout, read_row
+from rrhf.data.formats import FORMATS, SourceCounts, find_format, read_row
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet, Message, set_id
 
@@ -14,7 +14,7 @@ HH_TURNS = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user"
 
 
 def read(row: dict, counts: SourceCounts | None = None) -> CandidateSet | None:
-    return read_row(find_layout(row, "f:1"), row, "f:1", counts or SourceCounts())
+    return read_row(find_format(row, "f:1"), row, "f:1", counts or SourceCounts())
 
 
 def kept(row: dict) -> CandidateSet:
@@ -87,7 +87,7 @@ def test_only_the_first_of_each_kind_is_logged(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO"):
         for line in (1, 2, 3):
             row = {"chosen": HH + " secret text", "rejected": HH + " secret text"}
-            read_row(find_layout(row, "f"), row, f"f:{line}", counts)
+            read_row(find_format(row, "f"), row, f"f:{line}", counts)
     assert counts.dropped == {"equal_replies": 3}
     assert caplog.text.count("equal_replies") == 1 and "f:1" in caplog.text
     assert "secret" not in caplog.text
@@ -239,25 +239,25 @@ def test_a_row_of_wrong_types_is_a_mistake_not_a_drop(row: dict, field: str):
 
 def test_columns_that_nobody_knows_are_named_beside_those_that_are():
     with pytest.raises(UserError) as caught:
-        find_layout({"qestion": "q", "body": "r"}, "f:1")
+        find_format({"qestion": "q", "body": "r"}, "f:1")
     assert "(qestion (did you mean 'question'?), body)" in str(caught.value)
-    for layout in LAYOUTS:
-        assert ", ".join(layout.columns) in str(caught.value)
+    for row_format in FORMATS:
+        assert ", ".join(row_format.columns) in str(caught.value)
 
 
 @pytest.mark.parametrize("row", [None, [1], "text", 3])
 def test_a_first_row_that_is_no_object(row: object):
     with pytest.raises(UserError, match="must be an object"):
-        find_layout(row, "f:1")
+        find_format(row, "f:1")
 
 
 def test_later_rows_follow_the_first():
-    layout = find_layout({"chosen": HH, "rejected": HH}, "f:1")
+    row_format = find_format({"chosen": HH, "rejected": HH}, "f:1")
     with pytest.raises(RowError, match="f:2: rejected: is missing"):
-        read_row(layout, {"chosen": HH}, "f:2", SourceCounts())
+        read_row(row_format, {"chosen": HH}, "f:2", SourceCounts())
     with pytest.raises(RowError, match="must be an object"):
-        read_row(layout, 3, "f:3", SourceCounts())
-    query = find_layout({"query": "q"}, "f:1")
+        read_row(row_format, 3, "f:3", SourceCounts())
+    query = find_format({"query": "q"}, "f:1")
     with pytest.raises(RowError, match="missing in the file's first row"):
         read_row(query, {"query": "q", "responses": []}, "f:2", SourceCounts())
 

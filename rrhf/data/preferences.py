@@ -1,0 +1,141 @@
+"""Rows with two replies to a prompt, of which one is preferred.
+
+The prompt may stand in a column of its own, in both replies, or in both places; HH has whole
+transcripts. Where the two do not share their prompt, the row says nothing about the replies and is
+left out.
+"""
+
+from __future__ import annotations
+
+from rrhf.data.candidate_rows import kind_of, text_fault
+from rrhf.data.chat_format import parse_hh_transcript
+from rrhf.data.columns import CONVERSATIONS, PROMPTS, REPLIES, first_of
+from rrhf.data.reading import Asked, Reading, is_hh_prompt
+from rrhf.data.single_replies import join_turns, read_turns, require_wanted, split_reply
+from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet, Message
+
+PromptAndReply = tuple[tuple[Message, ...], str]
+
+
+def read_preference(reading: Reading) -> CandidateSet:
+    """TRL: `prompt`, `chosen`, `rejected`, texts or conversations; the prompt may stand in both."""
+    if not isinstance(reading.row.get("chosen"), list):
+        return _read_text_preference(reading)
+    chosen, rejected = reading.turns("chosen"), reading.turns("rejected")
+    prompt: tuple[Message, ...] = ()
+    column = first_of(reading.row, PROMPTS)
+    if column is not None and isinstance(reading.row[column], list):
+        prompt = reading.turns(column)
+    elif column is not None and chosen[0].role == "assistant":
+        prompt = reading.find_prompt().turns
+    return _pair(
+        reading, split_reply(join_turns(prompt, chosen)), split_reply(join_turns(prompt, rejected))
+    )
+
+
+def _pair(reading: Reading, chosen: PromptAndReply, rejected: PromptAndReply) -> CandidateSet:
+    if chosen[0] != rejected[0]:
+        raise reading.dropped("prompts_differ")
+    replies = ((CHOSEN_SOURCE, chosen[1]), (REJECTED_SOURCE, rejected[1]))
+    return reading.made(reading.after_system(chosen[0]), replies)
+
+
+def _read_text_preference(reading: Reading) -> CandidateSet:
+    column = first_of(reading.row, (*PROMPTS, *CONVERSATIONS))
+    if column is None or (column != "prompt" and _is_transcript(reading.row["chosen"])):
+        return _read_transcripts(reading)
+    chosen, rejected = reading.texts("chosen", "rejected")
+    asked = reading.find_prompt()
+    given = reading.row[column]
+    if not isinstance(given, str):
+        return _pair(reading, (asked.turns, chosen), (asked.turns, rejected))
+    if all(_repeats(given, text) for text in (chosen, rejected)):
+        return _read_transcripts(reading)
+    if chosen.startswith(given) and rejected.startswith(given):
+        chosen, rejected = chosen[len(given) :], rejected[len(given) :]
+    if is_hh_prompt(given):
+        chosen, rejected = chosen.removeprefix(" "), rejected.removeprefix(" ")
+    return reading.made(asked, ((CHOSEN_SOURCE, chosen), (REJECTED_SOURCE, rejected)))
+
+
+def _read_transcripts(reading: Reading) -> CandidateSet:
+    """HH: `chosen` and `rejected`, each a whole transcript that ends with its reply."""
+    conversations = []
+    for column in ("chosen", "rejected"):
+        [text] = reading.texts(column)
+        try:
+            conversations.append(split_reply(parse_hh_transcript(text)))
+        except ValueError:
+            raise reading.wrong(
+                column,
+                'has no "\\n\\nHuman:" turn; give whole transcripts, or a column `prompt` next to '
+                "the two replies",
+            ) from None
+    return _pair(reading, *conversations)
+
+
+def _is_transcript(text: object) -> bool:
+    """Whether a reply is a whole HH transcript, which repeats the conversation."""
+    return isinstance(text, str) and text.lstrip("\n").startswith("Human:")
+
+
+def _repeats(prompt: str, text: str) -> bool:
+    """Whether a text is an HH transcript in which a plain prompt is the user's first or last turn
+    before the reply."""
+    if not _is_transcript(text):
+        return False
+    turns, reply = split_reply(parse_hh_transcript(text))
+    asked = Message("user", prompt.strip())
+    ends = [Message(turn.role, turn.content.strip()) for turn in (*turns[:1], *turns[-1:])]
+    return bool(reply) and asked in ends
+
+
+def read_numbered_preference(reading: Reading) -> CandidateSet:
+    """PaddleNLP: `prompt`, `response_0`, `response_1`, `better_response_id` (0 or 1)."""
+    prompt = reading.reader.text("prompt")
+    replies = [reading.reader.text("response_0"), reading.reader.text("response_1")]
+    better = reading.row.get("better_response_id")
+    if isinstance(better, bool) or better not in (0, 1):
+        reading.reader.fault("better_response_id", f"is {kind_of(better)}; must be 0 or 1")
+    reading.raise_faults()
+    assert isinstance(better, (int, float)), "any other type has been refused"
+    chosen = replies.pop(int(better))  # a table with gaps has 1.0 for 1
+    asked = Asked((Message("user", prompt),))
+    return reading.made(asked, ((CHOSEN_SOURCE, chosen), (REJECTED_SOURCE, replies[0])))
+
+
+def read_raw_sample(reading: Reading) -> CandidateSet:
+    """PaddleNLP's RawSample: `input` (a text, or turns from the user to the user), `answer`,
+    `other_answer`, `better` (True: `answer` is), or `dialogue` (turns from the user on); in place
+    of `answer` also `output` and its like."""
+    row, reader = reading.row, reading.reader
+    column = "input" if row.get("input") is not None else "dialogue"
+    value = row.get(column)
+    texts = value if isinstance(value, list) else [value]
+    for number, text in enumerate(texts):
+        if reason := text_fault(text):
+            reader.fault(f"{column}[{number}]" if isinstance(value, list) else column, reason)
+    if not texts:
+        reader.fault(column, "is an empty list; give the turns, the user's first")
+    if column == "input" and len(texts) % 2 == 0 and texts:
+        reader.fault(column, f"has {len(texts)} turns; it begins and ends with the user's, so odd")
+    replies: list[tuple[str, str]] = []
+    if row.get("answer") is not None or row.get("other_answer") is not None:
+        replies.append((CHOSEN_SOURCE, reader.text("answer")))
+    elif column == "input" and (other := first_of(row, REPLIES)) is not None:
+        replies.append((CHOSEN_SOURCE, reader.text(other)))
+    if row.get("other_answer") is not None:
+        replies.append((REJECTED_SOURCE, reader.text("other_answer")))
+        if not isinstance(row.get("better"), bool):
+            reader.fault("better", f"is {kind_of(row.get('better'))}; must be true or false")
+        elif not row["better"]:
+            replies = [(CHOSEN_SOURCE, replies[-1][1]), (REJECTED_SOURCE, replies[0][1])]
+    reading.raise_faults()
+    turns = tuple(
+        Message("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)
+    )
+    if column == "dialogue":
+        return read_turns(reading, turns)
+    if len(replies) == 1:
+        require_wanted(reading)
+    return reading.made(Asked(reading.with_system(turns)), replies)
