@@ -64,7 +64,8 @@ def kind_of(value: object) -> str:
 
 def text_fault(value: object) -> str | None:
     if not isinstance(value, str):
-        return f"must be a text, is {kind_of(value)}; put it in quotes, or fix the row"
+        fix = "give the text alone" if isinstance(value, (list, dict)) else "put it in quotes"
+        return f"must be a text, is {kind_of(value)}; {fix}, or fix the row"
     if half := _SURROGATE.search(value):
         return (
             f"holds half a surrogate pair (\\u{ord(half.group()):04x} at character "

@@ -253,14 +253,25 @@ class Reading:
 
 
 def as_turn(turn: Any) -> Any:
-    """A turn under the keys `role` and `content`, where it has ShareGPT's."""
-    if isinstance(turn, dict) and "from" in turn and "value" in turn:
+    """A turn under the keys `role` and `content`, which ShareGPT names otherwise; parts joined."""
+    if not isinstance(turn, dict):
+        return turn
+    if "from" in turn and "value" in turn:
         speaker = turn["from"]
         if isinstance(speaker, str):  # "Human" too
             speaker = speaker.lower()
             speaker = _SPEAKERS.get(speaker, speaker)
-        return {"role": speaker, "content": turn["value"]}
+        turn = {"role": speaker, "content": turn["value"]}
+    parts = turn.get("content")
+    if isinstance(parts, list) and parts and all(map(_is_text_part, parts)):
+        return {**turn, "content": "".join(part["text"] for part in parts)}
     return turn
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def is_hh_prompt(text: str) -> bool:

@@ -85,12 +85,19 @@ def _file_rows(path: str) -> Rows:
 
 def _folder_rows(path: str, split: str | None) -> Rows:
     """A folder's rows: `<split>.jsonl` or its like, as HH comes, else as `datasets` has it."""
+    stem = split or _DEFAULT_SPLIT
+    names = sorted(os.listdir(path), reverse=True)  # of two that differ in case, the small one
     for suffix in (*JSON_SUFFIXES, *SEPARATORS, TEXT_SUFFIX):
-        file = os.path.join(path, f"{split or _DEFAULT_SPLIT}{suffix}")
-        if os.path.isfile(file):
-            if split is None:
-                logger.info("%s: reading %s", path, os.path.basename(file))
-            return _file_rows(file)
+        for name in names:
+            file = os.path.join(path, name)
+            if (
+                name.startswith(stem)
+                and name[len(stem) :].lower() == suffix
+                and os.path.isfile(file)
+            ):
+                if split is None:
+                    logger.info("%s: reading %s", path, name)
+                return _file_rows(file)
     return _dataset_rows(path, split, path)
 
 
@@ -118,22 +125,30 @@ def _dataset_rows(path: str, split: str | None, name: str, **options: Any) -> Ro
         datasets.disable_progress_bars()
         if not options and not os.path.isdir(path):
             logger.info("%s: loading from the hub, or from its copy on this machine", name)
+    marks = (os.path.join(path, mark) for mark in ("state.json", "dataset_dict.json"))
+    is_here = os.path.exists(name)
+    verbosity = datasets.logging.get_verbosity()
+    if is_here:  # what is wrong with it is said below, once
+        datasets.logging.set_verbosity(logging.CRITICAL)
     try:
-        if os.path.isdir(path) and any(
-            os.path.exists(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json")
-        ):
+        if any(map(os.path.exists, marks)):
             found: Any = datasets.load_from_disk(path)
         else:
             found = datasets.load_dataset(path, **options)
-        rows = _choose_split(found, split, name)
-    except UserError:
-        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        fix = (
+            "make it again, or fetch it again"
+            if is_here
+            else "check the name and the network, or give a local copy: "
+            f"{name}:1:/path/to/file.jsonl"
+        )
         raise UserError(
-            f"{name}: cannot be had through `datasets` ({type(error).__name__}: {reason}); check "
-            f"the name and the network, or give a local copy: {name}:1:/path/to/file.jsonl"
+            f"{name}: cannot be had through `datasets` ({type(error).__name__}: {reason}); {fix}"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+    rows = _choose_split(found, split, name)
     for number in range(len(rows)):
         yield f"{name}[{number}]", rows[number]
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,8 @@ TEXT_SUFFIX = ".txt"
 PROMPT_COLUMN = "prompt"
 
 _MAX_CELL_CHARACTERS = 1 << 26
+# As Excel reads and writes it before the names of the columns.
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
 
 
 def kind_of_file(path: str) -> str | None:
@@ -41,7 +44,7 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fau
 
     Args:
         path: the file.
-        separator: that of its suffix; its first line may show another.
+        separator: that of its suffix; its first line may show another, or say so (`sep=;`).
 
     Raises:
         UserError: it is no UTF-8, or a quote is not closed.
@@ -55,9 +58,12 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fau
         line = 1
         reader = None
         try:
+            stated = ""
             while not header or (not header[-1].strip() and header[-1]):
                 header.append(text.readline())
-            found = _separator_of(header[-1], separator)
+                if line_of_its_own := _SEPARATOR_LINE.fullmatch(header[-1]):
+                    stated, header[-1] = line_of_its_own[1], "\n"
+            found = stated or _separator_of(header[-1], separator)
             if found != separator:
                 logger.info("%s: the columns are separated by %r", path, found)
             reader = csv.reader(itertools.chain(header, text), delimiter=found, strict=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,17 @@ def test_the_file_that_a_folder_is_read_from_is_told(
     assert f"{tmp_path}: reading train.jsonl" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".CSV", ".Jsonl", ".TXT"])
+def test_the_case_of_a_suffix_does_not_count_in_a_folder(suffix: str, tmp_path: Path) -> None:
+    text = '{"prompt": "p"}\n' if suffix == ".Jsonl" else "prompt\n"
+    (tmp_path / f"train{suffix}").write_text(text + ("p\n" if suffix == ".CSV" else ""))
+    assert [len(s.query) for s in read_sets(str(tmp_path))] == [1 if suffix != ".TXT" else 6]
+    small = tmp_path / f"train{suffix.lower()}"
+    small.write_bytes((tmp_path / f"train{suffix}").read_bytes().replace(b"p\n", b"small\n"))
+    if suffix == ".CSV":
+        assert [s.query for s in read_sets(str(tmp_path))] == ["small"]
+
+
 # Through `datasets`, without network.
 
 
@@ -166,6 +179,15 @@ def test_no_network_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, name: 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=r"check the name and the network, or give a local copy"):
         list(read_sets(name))
+
+
+def test_a_damaged_table_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_text("PAR1 nothing of the kind PAR1")
+    words = [sys.executable, "-m", "rrhf.cli.main", "data", "validate", "bad.parquet"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and not ended.stdout
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("error: bad.parquet: cannot be had") and line.endswith("fetch it again")
 
 
 # Names.
