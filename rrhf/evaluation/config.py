@@ -199,6 +199,16 @@ class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
         """Of the engine that writes the policy's responses."""
         return ENGINES[self.engine]
 
+    @property
+    def measured(self) -> str:
+        """The policy, or the file of responses, that is measured."""
+        return self.model_name_or_path or self.responses
+
+    @property
+    def decodings(self) -> tuple[bool, ...]:
+        """For each row of a policy, whether its decoding is greedy."""
+        return {"greedy": (True,), "sample": (False,), "both": (False, True)}[self.decoding]
+
     def params(self, greedy: bool) -> SamplingParams:
         """The settings of the engine."""
         return SamplingParams(

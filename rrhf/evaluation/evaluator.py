@@ -28,16 +28,13 @@ from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.measure import Measure
 from rrhf.evaluation.metrics import METRICS, chosen_metrics
 from rrhf.evaluation.metrics.gold import gold_scores
-from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
 from rrhf.evaluation.metrics.spec import Metric
 from rrhf.evaluation.responses import as_sets, write_responses
 from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION, keep_best, score_sets
 from rrhf.evaluation.shared import Baseline, Shared, fingerprint
 from rrhf.generation.engine import GenerationEngine, SamplingParams
-from rrhf.records import CandidateSet, set_id
-from rrhf.scoring.scorer import Scorer
+from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
-from rrhf.worlds import World
 
 Values = Mapping[str, Measure | float | None]
 
@@ -53,38 +50,22 @@ class Evaluator:
 
     def __init__(
         self,
-        prompts: Sequence[CandidateSet],
-        scorer: Scorer | None = None,
-        gold: World | None = None,
-        reference: LikelihoodReader | None = None,
-        human: Sequence[CandidateSet] = (),
-        pairs: Sequence[CandidateSet] = (),
-        paper: PaperPerplexity | None = None,
+        shared: Shared,
+        metrics: Sequence[str] = (),
         confidence: float = CONFIDENCE,
         resamples: int = RESAMPLES,
         max_unscored_fraction: float = MAX_UNSCORED_FRACTION,
-        metrics: Sequence[str] = (),
     ) -> None:
-        """Keep what all rows share.
+        """Choose what is measured.
 
         Args:
-            prompts: held-out prompts; their candidates are ignored.
-            scorer: gives scores, and chooses for best-of-N.
-            gold: the world that knows how good a response is.
-            reference: the reference policy.
-            human: sets whose candidates are all human references.
-            pairs: sets of two candidates, the better one first.
-            paper: the model of `ppl_paper`.
+            shared: prompts, scorer, reference policy and what else all rows share.
+            metrics: names or import paths; empty = all that are listed.
             confidence: of the intervals.
             resamples: of the bootstrap.
-            max_unscored_fraction: a scorer that leaves out more stops the evaluation.
-            metrics: names or import paths; empty = all that are listed.
+            max_unscored_fraction: a scorer that fails on more responses stops the evaluation.
         """
-        assert prompts, "an evaluation needs prompts"
-        bare = [replace(s, candidates=()) for s in prompts]
-        assert len({s.id for s in bare}) == len(bare), "prompt ids are unique"
-        own_human, own_pairs = ([_under_its_prompt(s) for s in sets] for sets in (human, pairs))
-        self.shared = Shared(bare, scorer, gold, reference, own_human, own_pairs, paper)
+        self.shared = shared
         self.metrics = chosen_metrics(metrics)
         self.confidence = confidence
         self.resamples = resamples
@@ -218,18 +199,16 @@ class Evaluator:
         self._measure(draft, "responses")
         draft.cost.seconds.setdefault("likelihoods", 0.0)
         row = draft.as_row(self.made_with(decoding), self.confidence, self.resamples)
-        if own := self._own_columns():
-            row["columns"] = own
-        return {**row, **(extra or {})}
+        return {**row, **self._own_columns(), **(extra or {})}
 
-    def _own_columns(self) -> dict[str, dict[str, Any]]:
-        """Columns of metrics that are not listed, for whoever makes a table of the row."""
-        return {
-            column: asdict(shown)
-            for name, metric in self.metrics.items()
-            if name not in METRICS
-            for column, shown in metric.columns.items()
-        }
+    def _own_columns(self) -> dict[str, Any]:
+        """What a table of the row must know of metrics that are not listed: their columns, and
+        which of them are measured on other data than the prompts."""
+        own = [metric for name, metric in self.metrics.items() if name not in METRICS]
+        columns = {n: asdict(column) for metric in own for n, column in metric.columns.items()}
+        of_policy = [name for metric in own if metric.of == "policy" for name in metric.columns]
+        told = {"columns": columns, "columns_of_policy": of_policy}
+        return {key: value for key, value in told.items() if value}
 
     def made_with(self, decoding: Mapping[str, Any]) -> dict[str, Any]:
         """What must agree between rows that are compared, for a row of this decoding."""
@@ -263,8 +242,3 @@ def _values(name: str, metric: Metric, draft: Draft) -> Values:
                 f"metric {name}: {column!r} is not finite; leave such prompts out and count them"
             )
     return found
-
-
-def _under_its_prompt(s: CandidateSet) -> CandidateSet:
-    """The set under the id of its prompt, which all rows share: prompts are resampled, not rows."""
-    return replace(s, id=set_id(s.query, s.messages))

@@ -18,6 +18,7 @@ from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations, pairs
 from rrhf.errors import UserError
+from rrhf.evaluation.config import EvaluateConfig
 from rrhf.records import REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.worlds import WORLDS, World, gold_of, make_world
 
@@ -39,38 +40,27 @@ class EvaluationData:
     pairs: list[CandidateSet]
 
 
-def load_evaluation_data(
-    prompts: str,
-    num_prompts: int = 0,
-    human_responses: str = "",
-    preference_pairs: str = "",
-    num_human_responses: int = 0,
-    split: str | None = None,
-    accept_edited: bool = False,
-    columns: str | None = None,
-) -> EvaluationData:
-    """Read and choose; specs as `rrhf.data.mixing.load_sets` takes them.
+def load_evaluation_data(config: EvaluateConfig) -> EvaluationData:
+    """Read prompts, human references and pairs, and choose as many as the settings ask for.
 
-    Args:
-        prompts: where prompts come from; each is taken once.
-        num_prompts: how many of them; 0 = all.
-        human_responses: other data for `ppl_human`; empty = the prompts' own rows.
-        preference_pairs: other data for `pi_accuracy`; empty = the prompts' own rows.
-        num_human_responses: how many rows of such other data; 0 = all.
-        split: the split of named datasets.
-        accept_edited: read files also where they are not as their manifests describe them.
-        columns: what the columns are called, where not as they are known.
+    References and pairs are those of the prompts' own rows where no other data is named.
     """
-    load = partial(load_sets, split=split, accept_edited=accept_edited, columns=columns)
-    load_other = partial(load, columns_may_miss=True)
-    sets = choose(unique_prompts(load(prompts)), num_prompts)
+    load = partial(
+        load_sets,
+        split=config.split,
+        accept_edited=config.accept_edited_files,
+        columns=config.columns,
+    )
+    sets = choose(unique_prompts(load(config.prompts)), config.num_prompts)
     human = own_references(sets)
-    if human_responses:
-        human = choose(demonstrations(load_other(human_responses)), num_human_responses)
+    if config.human_responses:
+        other = load(config.human_responses, columns_may_miss=True)
+        human = choose(demonstrations(other), config.num_human_responses)
     marked = [s for s in sets if any(c.source == REJECTED_SOURCE for c in s.candidates)]
     found = list(pairs(marked)) if marked else []
-    if preference_pairs:
-        found = choose(pairs(load_other(preference_pairs)), num_human_responses)
+    if config.pairs:
+        other = load(config.pairs, columns_may_miss=True)
+        found = choose(pairs(other), config.num_human_responses)
     return EvaluationData(sets, human, found)
 
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rrhf.evaluation.metrics import columns_of
 from rrhf.progress import without_negative_zeros
 
 Row = Mapping[str, Any]
 
-_SHOWN = {
-    "gold": ("gold", 2),
-    "reward": ("reward", 2),
-    "win_gold": ("wins by gold", 2),
-    "win_reward": ("wins by reward", 2),
-    "kl": ("KL", 2),
-    "ppl_reference": ("ppl_reference", 2),
-    "ppl_human": ("ppl_human", 2),
-}
-_MOST = 3
+_MOST_FIGURES = 3
 
 
 def reached(rows: Sequence[Row]) -> str:
@@ -29,13 +21,14 @@ def reached(rows: Sequence[Row]) -> str:
     """
     row = _first_of_policy(rows)
     before = None if row is rows[0] else rows[0]
+    columns = sorted(columns_of(rows).items(), key=lambda item: item[1].summary_rank)
     parts: list[str] = []
-    for metric, (name, digits) in _SHOWN.items():
-        if (told := _told(row, metric, digits)) is None or len(parts) == _MOST:
+    for name, column in columns:
+        figure = _figure(row, name, column.digits) if column.summary else None
+        if figure is None or len(parts) == _MOST_FIGURES:
             continue
-        other = None if before is None or metric.startswith(("win", "kl")) else before
-        was = None if other is None else _told(other, metric, digits)
-        parts.append(f"{name} {told}" + (f" (before: {was})" if was else ""))
+        was = None if column.is_relative else before and _figure(before, name, column.digits)
+        parts.append(f"{column.summary} {figure}" + (f" (before: {was})" if was else ""))
     num_prompts = row["made_with"]["num_prompts"]
     against = f" against {before['name']}" if before is not None else ""
     figures = ", ".join(parts) or "no scorer, gold or reference to measure by"
@@ -74,7 +67,7 @@ def _first_of_policy(rows: Sequence[Row]) -> Row:
     return rows[measured.index(last)]
 
 
-def _told(row: Row, metric: str, digits: int) -> str | None:
+def _figure(row: Row, metric: str, digits: int) -> str | None:
     value = row["metrics"].get(metric) or {}
     if value.get("mean") is None:
         return None

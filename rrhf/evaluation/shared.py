@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
-from rrhf.records import CandidateSet
+from rrhf.records import CandidateSet, set_id
 from rrhf.scoring.scorer import Scorer
 from rrhf.worlds import World
 
@@ -34,8 +34,8 @@ class Shared:
     """What all rows of an evaluation share; None or empty where there is none.
 
     Attributes:
-        prompts: the held-out prompts, without candidates.
-        scorer: gives the responses their scores.
+        prompts: held-out prompts, each id once; their candidates are dropped.
+        scorer: gives the responses their scores, and chooses for best-of-N.
         gold: the world that knows how good a response is.
         reference: the reference policy.
         human: sets whose candidates are all human references.
@@ -44,14 +44,20 @@ class Shared:
         baseline: what win rates are against.
     """
 
-    prompts: list[CandidateSet]
+    prompts: Sequence[CandidateSet]
     scorer: Scorer | None = None
     gold: World | None = None
     reference: LikelihoodReader | None = None
-    human: list[CandidateSet] = field(default_factory=list)
-    pairs: list[CandidateSet] = field(default_factory=list)
+    human: Sequence[CandidateSet] = ()
+    pairs: Sequence[CandidateSet] = ()
     paper: PaperPerplexity | None = None
     baseline: Baseline | None = None
+
+    def __post_init__(self) -> None:
+        assert self.prompts, "an evaluation needs prompts"
+        self.prompts = [replace(s, candidates=()) for s in self.prompts]
+        assert len({s.id for s in self.prompts}) == len(self.prompts), "prompt ids are unique"
+        self.human, self.pairs = map(_by_prompt_id, (self.human, self.pairs))
 
     @property
     def has(self) -> set[str]:
@@ -74,6 +80,11 @@ class Shared:
             "scores_are_normalized": self.scorer and self.scorer.normalized,
             **dict(described for need, described in needed.items() if need in needs),
         }
+
+
+def _by_prompt_id(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """The sets under the ids of their prompts: prompts are resampled, not rows of a file."""
+    return [replace(s, id=set_id(s.query, s.messages)) for s in sets]
 
 
 def fingerprint(sets: Sequence[CandidateSet]) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rrhf.data.candidate_rows import candidate_set_to_row
@@ -13,17 +11,14 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets
-from rrhf.data.prompt_formats import PromptFormats
 from rrhf.data.prompt_text import prompt_text
-from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.engine import GenerationEngine, engine_name
-from rrhf.generation.params import SamplingParams, prompt_room
+from rrhf.generation.engine import GenerationEngine
+from rrhf.generation.fitting import Fitting, fit_by_engine, fit_by_tokens
+from rrhf.generation.params import prompt_room
 from rrhf.models.loading import context_window
 from rrhf.progress import tracked
 from rrhf.records import CandidateSet, plain_prompt
-
-logger = logging.getLogger(__name__)
 
 # Prompts are sorted by length within so many batches, so that a batch holds little padding.
 SORTED_BATCHES = 32
@@ -74,48 +69,6 @@ def plan_batches(lengths: Sequence[int], size: int, window: int) -> list[list[in
     return batches
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a prompt fits.
-
-    Attributes:
-        length: by which prompts are sorted.
-        misfit: why it is left out; "" where it fits.
-        is_cut: it loses its beginning.
-    """
-
-    length: int
-    misfit: str = ""
-    is_cut: bool = False
-
-
-def fit_by_tokens(codec: ChatCodec, room: int | None) -> Callable[[CandidateSet], Fit]:
-    """For an engine whose prompts are measured here; they are cut to the room by whole turns."""
-
-    def fit(prompt: CandidateSet) -> Fit:
-        tokens = codec.encode_prompt(prompt)
-        is_cut = tokens is not None and room is not None and len(tokens) > room
-        if is_cut:
-            tokens = codec.encode_prompt(prompt, room)
-        if not tokens:
-            return Fit(0, "empty" if tokens == [] else f"last turn longer than {room} tokens")
-        return Fit(len(tokens), is_cut=is_cut)
-
-    return fit
-
-
-def fit_by_engine(engine: GenerationEngine, params: SamplingParams) -> Callable[..., Fit]:
-    """For an engine that alone knows what it can answer."""
-
-    def fit(prompt: CandidateSet) -> Fit:
-        fits = engine.fits(prompt, params)
-        return Fit(
-            len(prompt.query), "" if fits else f"refused by the engine {engine_name(engine)}"
-        )
-
-    return fit
-
-
 def plan_prompts(
     config: GenerateConfig,
     counts: SourceCounts,
@@ -142,60 +95,24 @@ def plan_prompts(
     else:
         assert engine is not None, "without a tokenizer an engine says what fits"
         fit_of = fit_by_engine(engine, params)
-    count = min(len(sets), config.num_prompts or len(sets))
+    fitting = Fitting(config.prompts, fit_of, codec, room, "raise --max_prompt_tokens")
     digest = hashlib.sha256()
     indices, ids, lengths = [], [], []
-    dropped: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    formats = PromptFormats(codec)
-    num_cut = 0
+    count = min(len(sets), config.num_prompts or len(sets))
     for index in tracked(range(count), "read prompts", "prompt"):
         prompt = sets[index]
         digest.update(encode_row([prompt.id, candidate_set_to_row(prompt)]))
-        formats.add(prompt)
-        fit = fit_of(prompt)
-        if fit.misfit:
-            first.setdefault(fit.misfit, prompt.id)
-            dropped[fit.misfit] += 1
-            continue
-        num_cut += fit.is_cut
-        indices.append(index)
-        ids.append(prompt.id)
-        lengths.append(fit.length)
-    if not ids:
-        why = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
-        raise UserError(
-            f"{config.prompts}: no prompt is left of {count}{f' ({why})' if why else ''}; raise "
-            "max_prompt_tokens, or name other prompts"
-        )
-    for reason, number in dropped.items():
-        logger.warning(
-            "%s: %d of %d prompts left out: %s (first: prompt %s)",
-            config.prompts,
-            number,
-            count,
-            reason,
-            first[reason],
-        )
-    if num_cut:
-        logger.warning(
-            "%s: %d of %d prompts are longer than %d tokens and lose their beginning "
-            "(--max_prompt_tokens allows more)",
-            config.prompts,
-            num_cut,
-            count,
-            room,
-        )
-    if formats.counts["empty"]:
-        logger.warning(
-            "%s: %d of %d prompts ask nothing", config.prompts, formats.counts["empty"], count
-        )
-    formats.tell(config.prompts)
+        fit = fitting.add(prompt)
+        if not fit.misfit:
+            indices.append(index)
+            ids.append(prompt.id)
+            lengths.append(fit.length)
+    fitting.report()
     size = config.per_device_prompt_batch_size
     at_a_time = size if config.num_beams > 1 else size * BATCHES_OF_A_CALL
     batches = plan_batches(lengths, at_a_time, size * SORTED_BATCHES)
-    told = {"prompts_cut": num_cut, "prompts_empty": formats.counts["empty"]}
-    return Plan(sets, indices, ids, batches, dict(dropped), digest.hexdigest(), told)
+    found = {"prompts_cut": fitting.num_cut, "prompts_empty": fitting.formats.counts["empty"]}
+    return Plan(sets, indices, ids, batches, dict(fitting.left_out), digest.hexdigest(), found)
 
 
 def _read(config: GenerateConfig, counts: SourceCounts) -> Sequence[CandidateSet]:

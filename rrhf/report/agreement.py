@@ -66,13 +66,14 @@ def _difference(key: str, values: Mapping[str, Any]) -> list[str]:
 def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[Row]:
     """The rows measured anew on the prompts that all of them have.
 
-    Metrics over other data than the prompts (`ppl_human`, `pi_accuracy`) stay; those that have no
-    values by prompt (distinct-n) are left out.
+    Metrics of a policy alone are measured on other data (`ppl_human`, `pi_accuracy`) and stay;
+    those without values by prompt (distinct-n) are left out.
 
     Raises:
         UserError: they have no prompt in common.
     """
     elsewhere = {name for m in METRICS.values() if m.of == "policy" for name in m.columns}
+    elsewhere |= {name for row in rows for name in row.get("columns_of_policy", ())}
     common = set.intersection(
         *(
             {

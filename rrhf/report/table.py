@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rrhf.evaluation.metrics import METRICS
+from rrhf.evaluation.metrics import columns_of
 from rrhf.evaluation.metrics.spec import Column
 
 Row = Mapping[str, Any]
 
 
-COLUMNS: dict[str, Column] = {
-    name: column for metric in METRICS.values() for name, column in metric.columns.items()
-}
 # Not estimates: what a row cost, and what is known of its policy.
 FACT_COLUMNS: dict[str, Column] = {
     "generation_seconds": Column("seconds", 1),
@@ -59,12 +56,6 @@ def format_number(value: float, digits: int) -> str:
         return f"{value:.2e}"
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
-
-
-def columns_of(rows: Sequence[Row]) -> dict[str, Column]:
-    """The columns of all metrics, with those that are a user's own in some row."""
-    own = {name: Column(**c) for row in rows for name, c in row.get("columns", {}).items()}
-    return COLUMNS | own
 
 
 def default_columns(rows: Sequence[Row]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.results import file_stem, is_row, load_row, save_row, try_json
+from rrhf.evaluation.shared import Shared
 from rrhf.generation.engine import SamplingParams
 from rrhf.scoring.build import build_scorer
 from rrhf.studies.stages import Stages
@@ -63,12 +64,14 @@ def evaluate_rows(
     if missing:
         reference = study.engine("sft")
         evaluator = Evaluator(
-            world.prompts("test")[:num_prompts],
-            scorer=build_scorer(str(study.folder / "reward" / "reward_model")),
-            gold=world,
-            reference=LikelihoodReader(reference.model, reference.codec, "sft"),
-            human=world.references() if has_likelihoods else (),
-            pairs=world.pairs("held_out") if has_likelihoods else (),
+            Shared(
+                world.prompts("test")[:num_prompts],
+                scorer=build_scorer(str(study.folder / "reward" / "reward_model")),
+                gold=world,
+                reference=LikelihoodReader(reference.model, reference.codec, "sft"),
+                human=world.references() if has_likelihoods else (),
+                pairs=world.pairs("held_out") if has_likelihoods else (),
+            )
         )
         sampled = SamplingParams(
             num_return_sequences=samples, max_new_tokens=study.recipe.max_new_tokens, seed=ROW_SEED

@@ -190,7 +190,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(folder):
     row = evaluate(config(folder, decoding="greedy")).rows[0]
     assert row["prompts_that_do_not_fit"] == 1
     assert row["made_with"]["num_prompts"] == 5
-    with pytest.raises(UserError, match="not one of 6 prompts fits"):
+    with pytest.raises(UserError, match="no prompt is left of 6"):
         evaluate(config(folder, max_prompt_tokens=2))
 
 
@@ -229,7 +229,7 @@ def test_mistakes_are_told_before_anything_is_written(folder, options, words):
 
 def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(folder, monkeypatch):
     (folder / "out").write_text("a file, not a folder")
-    monkeypatch.setattr("rrhf.evaluation.evaluate.load_causal_lm", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rrhf.evaluation.models.load_causal_lm", lambda *_: pytest.fail("loaded"))
     with pytest.raises((UserError, OSError)):
         evaluate(config(folder))
 
@@ -398,6 +398,14 @@ def test_a_baseline_of_given_responses_gets_a_row(folder):
     within = str(folder / "out" / "first.samples.jsonl")
     evaluate(config(folder, baseline=within, scorer=SCORER, decoding="sample"))
     assert Path(file).read_bytes() == before and (folder / "out" / "first.json").exists()
+
+
+def test_the_best_of_n_is_set_against_given_responses(folder):
+    elsewhere = folder / "elsewhere"
+    evaluate(config(folder, decoding="sample", name="first", output_dir=str(elsewhere)))
+    file = str(elsewhere / "first.samples.jsonl")
+    result = evaluate(config(folder, baseline=file, scorer=SCORER, best_of_n=2))
+    assert [row["name"] for row in result.rows] == ["first", "rrhf best of 2"]
 
 
 def test_the_best_of_n_is_set_against_the_baselines_plain_samples(folder):

@@ -17,7 +17,7 @@ from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.metrics.kl import best_of_n_bound
 from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
-from rrhf.evaluation.shared import fingerprint
+from rrhf.evaluation.shared import Shared, fingerprint
 from rrhf.generation.engine import Sample, SamplingParams, answers
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
@@ -57,7 +57,7 @@ def row_of(evaluator, name, engine, params, **options):
 
 
 def test_a_policy_does_not_diverge_from_itself():
-    row = row_of(Evaluator(PROMPTS, reference=reader(0)), "sft", engine(0), SAMPLED)
+    row = row_of(Evaluator(Shared(PROMPTS, reference=reader(0))), "sft", engine(0), SAMPLED)
     assert row["metrics"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)
     assert row["metrics"]["kl_k3"]["mean"] == pytest.approx(0.0, abs=1e-5)
     assert row["notes"] == []
@@ -67,7 +67,7 @@ def test_a_policy_does_not_diverge_from_itself():
 def test_kl_is_read_on_the_sampled_tokens_at_the_sampling_temperature(temperature):
     policy, reference = engine(0), reader(1)
     params = replace(SAMPLED, temperature=temperature)
-    row = row_of(Evaluator(PROMPTS, reference=reference), "p", policy, params)
+    row = row_of(Evaluator(Shared(PROMPTS, reference=reference)), "p", policy, params)
     means = []
     for s, written in zip(PROMPTS, answers(policy, PROMPTS, params), strict=True):
         prompt_ids = policy.encode_prompt(s, params)
@@ -84,11 +84,12 @@ def test_kl_is_read_on_the_sampled_tokens_at_the_sampling_temperature(temperatur
 
 def test_what_the_reference_read_at_another_temperature_is_not_its_perplexity():
     """Perplexities are at temperature 1, whatever responses were sampled at."""
-    evaluator, policy = Evaluator(PROMPTS, reference=reader(1)), engine()
+    evaluator, policy = Evaluator(Shared(PROMPTS, reference=reader(1))), engine()
     row = row_of(
         evaluator, "p", Encoded(policy.model, policy.codec), replace(SAMPLED, temperature=0.5)
     )
-    fresh = Evaluator(PROMPTS, reference=reader(1)).responses_row("again", evaluator.samples["p"])
+    other = Evaluator(Shared(PROMPTS, reference=reader(1)))
+    fresh = other.responses_row("again", evaluator.samples["p"])
     for one in (row, fresh):
         assert one["counts"]["responses_that_do_not_fit"] == 0
     assert row["metrics"]["kl"]["mean"] != 0
@@ -98,7 +99,7 @@ def test_what_the_reference_read_at_another_temperature_is_not_its_perplexity():
 
 
 def test_a_row_counts_its_responses_by_prompt_first():
-    evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(1))
+    evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength(), reference=reader(1)))
     row = row_of(evaluator, "p", engine(0), SAMPLED)
     samples = evaluator.samples["p"]
     assert [len(s.candidates) for s in samples] == [2] * 4
@@ -114,7 +115,7 @@ def test_a_row_counts_its_responses_by_prompt_first():
 
 def test_a_row_is_ready_for_json_and_the_same_when_made_again():
     def again():
-        evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(1))
+        evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength(), reference=reader(1)))
         row = row_of(evaluator, "p", engine(0), SAMPLED, extra={"training": {"steps": 3}})
         del row["cost"]
         return json.dumps(row)
@@ -124,13 +125,13 @@ def test_a_row_is_ready_for_json_and_the_same_when_made_again():
 
 
 def test_greedy_rows_say_that_their_kl_is_no_expectation():
-    row = row_of(Evaluator(PROMPTS, reference=reader(1)), "p", engine(0), GREEDY)
+    row = row_of(Evaluator(Shared(PROMPTS, reference=reader(1))), "p", engine(0), GREEDY)
     assert row["made_with"]["decoding"]["kind"] == "greedy"
     assert "greedy" in row["notes"][0]
 
 
 def test_the_best_of_n_is_chosen_from_n_samples_by_the_scorer():
-    evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(0))
+    evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength(), reference=reader(0)))
     row = row_of(evaluator, "bo3", engine(0), SAMPLED, best_of=3)
     drawn = answers(engine(0), PROMPTS, replace(SAMPLED, num_return_sequences=6))
     for s, written in zip(evaluator.samples["bo3"], drawn, strict=True):
@@ -144,7 +145,7 @@ def test_the_best_of_n_is_chosen_from_n_samples_by_the_scorer():
 
 
 def test_the_win_rate_is_against_the_baselines_responses():
-    evaluator = Evaluator(PROMPTS, scorer=ByLength())
+    evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength()))
     row = evaluator.row("before", CannedTexts("xx"), SAMPLED)
     assert "win_reward" not in row["metrics"]
     evaluator.set_baseline("sft", evaluator.sample("sft", CannedTexts("x", "xxx"), SAMPLED))
@@ -159,7 +160,7 @@ def test_the_win_rate_is_against_the_baselines_responses():
 def test_gold_and_win_by_gold_where_the_world_knows_it():
     world = HelpDesk("smoke")
     prompts = world.prompts("test")[:6]
-    evaluator = Evaluator(prompts, scorer=GoldScorer("help_desk"), gold=world)
+    evaluator = Evaluator(Shared(prompts, scorer=GoldScorer("help_desk"), gold=world))
     evaluator.set_baseline("bad", [replace(s, candidates=(reply("Go away."),)) for s in prompts])
     good = {s.id: s for s in world.references("GOOD", len(world.prompts("test")))}
     row = evaluator.responses_row("good", [good[s.id] for s in prompts], kind="human")
@@ -178,7 +179,7 @@ def test_likelihoods_of_the_policy_stand_in_its_row():
     policy = engine(0)
     tokenizer = policy.codec.tokenizer
     paper = PaperPerplexity(tiny_llama(len(tokenizer), 5), tokenizer)
-    evaluator = Evaluator(PROMPTS, human=human, pairs=pairs, paper=paper)
+    evaluator = Evaluator(Shared(PROMPTS, human=human, pairs=pairs, paper=paper))
     row = row_of(evaluator, "p", policy, GREEDY)
     nats = tokens = 0.0
     for s in human:
@@ -198,7 +199,7 @@ def test_pairs_and_references_of_one_prompt_are_one_prompt():
     human = [
         replace(s, id=f"{s.id}-{i}", candidates=(reply(texts[i]),)) for s in PROMPTS for i in (0, 1)
     ]
-    evaluator = Evaluator(PROMPTS, human=human, pairs=pairs_view(ranked))
+    evaluator = Evaluator(Shared(PROMPTS, human=human, pairs=pairs_view(ranked)))
     assert len(evaluator.shared.pairs) == 6
     row = row_of(evaluator, "p", engine(0), GREEDY)
     assert row["metrics"]["pi_accuracy"]["n"] == 2
@@ -206,7 +207,7 @@ def test_pairs_and_references_of_one_prompt_are_one_prompt():
 
 
 def test_an_engine_that_tells_nothing_of_its_tokens_is_measured_by_its_texts():
-    evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(0))
+    evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength(), reference=reader(0)))
     row = evaluator.row("endpoint", CannedTexts("You could ask."), SAMPLED)
     assert "kl" not in row["metrics"]
     assert row["metrics"]["ppl_reference"]["mean"] > 1
@@ -214,7 +215,7 @@ def test_an_engine_that_tells_nothing_of_its_tokens_is_measured_by_its_texts():
 
 
 def test_empty_responses_divide_nothing_by_zero():
-    evaluator = Evaluator(PROMPTS, scorer=ByLength(), reference=reader(0))
+    evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength(), reference=reader(0)))
     evaluator.set_baseline("same", evaluator.sample("same", CannedTexts(""), SAMPLED))
     row = evaluator.row("mute", CannedTexts(""), SAMPLED)
     metrics = row["metrics"]
@@ -228,13 +229,13 @@ def test_empty_responses_divide_nothing_by_zero():
 def test_another_vocabulary_gives_a_note_instead_of_a_kl():
     tokenizer = byte_level_tokenizer(vocab_size=300)
     policy = LocalEngine(tiny_llama(len(tokenizer)), ChatCodec(tokenizer))
-    row = row_of(Evaluator(PROMPTS, reference=reader(0)), "p", policy, SAMPLED)
+    row = row_of(Evaluator(Shared(PROMPTS, reference=reader(0))), "p", policy, SAMPLED)
     assert "kl" not in row["metrics"]
     assert "vocabularies" in row["notes"][0]
 
 
 def test_prompts_without_a_given_response_are_counted():
-    evaluator = Evaluator(PROMPTS, scorer=ByLength())
+    evaluator = Evaluator(Shared(PROMPTS, scorer=ByLength()))
     row = evaluator.responses_row("file", [replace(PROMPTS[1], candidates=(reply("xx"),))])
     assert row["counts"]["prompts_without_response"] == 3
     assert row["metrics"]["reward"] == {"mean": 2.0, "low": None, "high": None, "n": 1}
@@ -242,7 +243,7 @@ def test_prompts_without_a_given_response_are_counted():
 
 def test_measures_of_a_policy_can_be_handed_to_its_other_decoding():
     human = [replace(s, candidates=(reply("You could ask a friend."),)) for s in PROMPTS]
-    evaluator = Evaluator(PROMPTS, human=human)
+    evaluator = Evaluator(Shared(PROMPTS, human=human))
     shared, counts = evaluator.policy_measures(reader(0))
     row = evaluator.row("p", CannedTexts("x"), GREEDY, policy_measures=shared)
     assert (

@@ -8,6 +8,7 @@ from evaluation_cases import prompt, reply
 
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
+from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.inputs import (
     choose,
     find_world,
@@ -20,6 +21,10 @@ from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
 from rrhf.worlds.help_desk.world import HelpDesk
 
 PROMPTS = [prompt(f"question {i}") for i in range(40)]
+
+
+def settings(path, **changes):
+    return EvaluateConfig(output_dir="unused", prompts=str(path), responses="dataset", **changes)
 
 
 def test_the_choice_does_not_depend_on_the_order_of_the_file():
@@ -66,7 +71,7 @@ def test_pairs_and_references_come_from_the_prompts_own_rows(tmp_path):
         for i in range(6)
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load_evaluation_data(str(path), num_prompts=4)
+    data = load_evaluation_data(settings(path, num_prompts=4))
     assert len(data.sets) == len(data.human) == len(data.pairs) == 4
     for s, human, pair in zip(data.sets, data.human, data.pairs, strict=True):
         assert s.id == human.id == pair.id
@@ -85,10 +90,11 @@ def test_other_data_for_references_and_pairs_may_repeat_a_prompt(tmp_path):
         ),
     )
     write_candidate_sets(other, [ranked])
-    data = load_evaluation_data(str(prompts), 0, str(other), str(other))
+    data = load_evaluation_data(settings(prompts, human_responses=str(other), pairs=str(other)))
     assert [c.response for s in data.human for c in s.candidates] == ["ccc"]
     assert len(data.pairs) == 3
-    assert len(load_evaluation_data(str(prompts), 0, "", str(other), 2).pairs) == 2
+    fewer = settings(prompts, pairs=str(other), num_human_responses=2)
+    assert len(load_evaluation_data(fewer).pairs) == 2
 
 
 def test_given_responses_are_those_to_the_prompts_and_of_the_source(tmp_path):

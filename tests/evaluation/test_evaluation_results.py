@@ -16,6 +16,7 @@ from rrhf.evaluation.results import (
     measure_to_json,
     save_row,
 )
+from rrhf.evaluation.shared import Shared
 
 SETS = [prompt("a", reply("xx")), prompt("b", reply("y", reason="length"))]
 
@@ -30,7 +31,7 @@ def test_a_measure_comes_back_with_the_same_estimate():
 
 
 def test_a_row_and_its_responses_come_back(tmp_path):
-    evaluator = Evaluator(SETS)
+    evaluator = Evaluator(Shared(SETS))
     row = evaluator.responses_row("the data: own", SETS)
     path = save_row(row, evaluator.samples["the data: own"], tmp_path / "new")
     assert path.name == "the_data_own.json"

@@ -21,6 +21,7 @@ from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.metrics import METRICS
 from rrhf.evaluation.metrics.spec import NEEDS
 from rrhf.evaluation.results import load_row
+from rrhf.evaluation.shared import Shared
 from rrhf.generation.engine import SamplingParams
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE
 from rrhf.report.compare import CompareConfig, compare
@@ -31,6 +32,7 @@ WORDS = ("plants", "dog", "fox", "friend")
 QUESTIONS = '''
 """Responses that ask back."""
 
+from rrhf.evaluation.measure import Measure
 from rrhf.evaluation.metrics.spec import Column, Metric
 
 
@@ -45,6 +47,12 @@ ASKS = Metric(
     made_with={"asks_mark": "?"},
 )
 NEEDY = Metric({"needy": Column("needy")}, measure, needs=("reference", "pairs"))
+ELSEWHERE = Metric(
+    {"elsewhere": Column("elsewhere", summary="elsewhere", summary_rank=0)},
+    lambda row: {"elsewhere": Measure({"other data": 2.0, "more": 3.0})},
+    needs=("policy",),
+    of="policy",
+)
 '''
 MISTAKES = {
     "RAISES": ("lambda row: 1 / 0", "metric mistakes:RAISES: raised ZeroDivisionError"),
@@ -128,6 +136,18 @@ def test_rows_of_few_metrics_are_compared_on_their_common_prompts(folder: Path) 
     assert [row["metrics"]["pi_accuracy"]["n"] for row in rows] == [4, 3]
 
 
+def test_ones_own_metric_of_the_policy_keeps_its_data_on_common_prompts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--metrics", "words,questions:ELSEWHERE")
+    assert of_policy(*chosen) == 0
+    assert "rrhf, 4 prompts: elsewhere 2.50 [" in capsys.readouterr().out
+    assert of_policy(*chosen, "--num_prompts", "3", "--name", "fewer") == 0
+    rows = compare(CompareConfig(["rows"], only_common_prompts=True, allow_mixed=True)).rows
+    assert [row["metrics"]["words"]["n"] for row in rows] == [3, 3]
+    assert [row["metrics"]["elsewhere"]["n"] for row in rows] == [2, 2]
+
+
 def test_chosen_metrics_are_measured_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "rrhf.evaluation.likelihoods.read_logprobs", lambda *_: pytest.fail("nothing asks for it")
@@ -165,7 +185,7 @@ def test_what_cannot_be_measured_is_told_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rrhf.evaluation.evaluate.load_causal_lm", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rrhf.evaluation.models.load_causal_lm", lambda *_: pytest.fail("loaded"))
     assert of_policy(*words) == 2
     assert told in capsys.readouterr().err
     assert not list(folder.glob("rows/*"))
@@ -190,7 +210,7 @@ def test_every_listed_metric_says_what_it_needs_and_how_it_stands() -> None:
 
 def test_by_default_all_is_measured_that_can_be() -> None:
     sets = [prompt(f"How do I keep my {word} alive?") for word in WORDS]
-    row = Evaluator(sets, scorer=ByLength()).responses_row(
+    row = Evaluator(Shared(sets, scorer=ByLength())).responses_row(
         "given", [prompt(f"How do I keep my {word} alive?", reply("ask")) for word in WORDS]
     )
     assert set(row["metrics"]) == {
@@ -244,7 +264,7 @@ def test_likelihoods_are_read_of_the_policy_that_is_given() -> None:
     """What an engine can do does not decide it: the evaluator takes a reader, or does without."""
     greedy = SamplingParams(num_return_sequences=1, max_new_tokens=6, do_sample=False)
     human = [prompt(f"How do I keep my {word} alive?", reply("Ask.")) for word in WORDS]
-    evaluator = Evaluator(human, human=human)
+    evaluator = Evaluator(Shared(human, human=human))
     engine: Any = CannedTexts("x")
     assert "ppl_human" not in evaluator.row("without", engine, greedy)["metrics"]
     found = evaluator.row("with", engine, greedy, policy=reader(0))["metrics"]

@@ -273,8 +273,8 @@ ROLLOUT_FAULTS = [
     Mutant(
         "a prompt that just fits counts as cut",
         ROLLOUT,
-        "len(whole) > self._room",
-        "len(whole) >= self._room",
+        "is_cut=length > self.room",
+        "is_cut=length >= self.room",
         ROLLOUTS,
     ),
     Mutant(

@@ -224,15 +224,15 @@ TERM_FAULTS = [
     Mutant(
         "prompts keep the candidates that they bring",
         PROMPTS,
-        "prompt.messages, (), prompt.origin)",
-        "prompt.messages, prompt.candidates, prompt.origin)",
+        "replace(prompt, candidates=())",
+        "replace(prompt)",
         ("test_rollout_edges.py",),
     ),
     Mutant(
         "prompts that do not fit count as cut",
         PROMPTS,
-        "return kept, len(cut)",
-        "return kept, len(cut) + len(left_out)",
+        "return kept, fitting.num_cut",
+        "return kept, fitting.num_cut + fitting.left_out.total()",
         ("test_rollout_edges.py",),
     ),
     Mutant(

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
 from rrhf.evaluation.bootstrap import paired_difference
-from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.results import load_row, measure_from_json
+from rrhf.evaluation.shared import Shared
 from rrhf.models.loading import load_causal_lm
 from rrhf.report.pooling import pooled_rows
 from rrhf.studies import rows
@@ -35,13 +35,13 @@ def demo(
             patch.setitem(
                 RECIPES, "smoke", replace(smoke, online=replace(smoke.online, num_rollouts=7))
             )
-            patch.setattr(rows, "Evaluator", with_fewer_texts)
+            patch.setattr(rows, "Shared", with_fewer_texts)
         run_demo(DemoConfig(output_dir=str(folder), size="smoke"), said.append)
     return folder, said
 
 
-def with_fewer_texts(prompts: Any, *, human: Any, pairs: Any, **settings: Any) -> Evaluator:
-    return Evaluator(prompts, human=human[:40], pairs=pairs[:50], **settings)
+def with_fewer_texts(prompts: Any, *, human: Any, pairs: Any, **settings: Any) -> Shared:
+    return Shared(prompts, human=human[:40], pairs=pairs[:50], **settings)
 
 
 def row(folder: Path, name: str) -> dict:

@@ -1,11 +1,12 @@
-"""Metrics of `rrhf evaluate`, a file each, or one for those that are computed together."""
+"""The metrics of `rrhf evaluate`: each file holds one, or several that are computed together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rrhf.errors import UserError
-from rrhf.evaluation.metrics.spec import Metric
+from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.registry import Registry
 
 _HERE = "rrhf.evaluation.metrics"
@@ -32,6 +33,15 @@ METRICS: Registry[Metric] = Registry(
     },
 )
 """In the order in which their columns stand in a table."""
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
+    """The columns of all listed metrics, then those of a user's own metrics that rows bring."""
+    listed = {
+        name: column for metric in METRICS.values() for name, column in metric.columns.items()
+    }
+    own = {name: Column(**c) for row in rows for name, c in row.get("columns", {}).items()}
+    return listed | own
 
 
 def chosen_metrics(names: Sequence[str]) -> dict[str, Metric]:

@@ -70,7 +70,9 @@ def measure_parts(draft: Draft) -> Mapping[str, Measure]:
     return part_measures(draft.shared.gold, draft.sets)
 
 
-GOLD = Metric({"gold": Column("gold", better="↑")}, measure, needs=("gold",))
+GOLD = Metric(
+    {"gold": Column("gold", better="↑", summary="gold", summary_rank=1)}, measure, needs=("gold",)
+)
 PARTS = Metric(
     {
         "refused_harmful": Column("refused harmful", better="↑", shown=False),

@@ -114,7 +114,10 @@ def measure(draft: Draft) -> Mapping[str, Measure]:
 
 
 KL = Metric(
-    {"kl": Column("KL nats"), "kl_k3": Column("KL (k3)", shown=False)},
+    {
+        "kl": Column("KL nats", summary="KL", summary_rank=5, is_relative=True),
+        "kl_k3": Column("KL (k3)", shown=False),
+    },
     measure,
     needs=("reference", "policy", "samples"),
     of="samples",

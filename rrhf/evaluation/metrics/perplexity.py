@@ -94,13 +94,13 @@ def measure_human(draft: Draft) -> Mapping[str, Measure]:
 
 
 PPL_REFERENCE = Metric(
-    {"ppl_reference": Column("ppl_reference", better="↓")},
+    {"ppl_reference": Column("ppl_reference", better="↓", summary="ppl_reference", summary_rank=6)},
     measure_reference,
     needs=("reference",),
     phase="likelihoods",
 )
 PPL_HUMAN = Metric(
-    {"ppl_human": Column("ppl_human", better="↓", gain=False)},
+    {"ppl_human": Column("ppl_human", better="↓", gain=False, summary="ppl_human", summary_rank=7)},
     measure_human,
     needs=("policy", "human"),
     of="policy",

@@ -29,4 +29,8 @@ def measure(draft: Draft) -> Mapping[str, Measure]:
     return {"reward": reward_measure(draft.sets)}
 
 
-REWARD = Metric({"reward": Column("reward", better="↑")}, measure, needs=("scorer",))
+REWARD = Metric(
+    {"reward": Column("reward", better="↑", summary="reward", summary_rank=2)},
+    measure,
+    needs=("scorer",),
+)

@@ -40,6 +40,10 @@ class Column:
         better: "↑", "↓" or "" where neither is better in itself.
         shown: it stands in a table for which no columns are chosen.
         gain: it stands in a table of gains too.
+        summary: what the one-line summary of an evaluation calls it; "" = it is not mentioned.
+        summary_rank: the summary mentions those of the lowest rank.
+        is_relative: it compares with the baseline or the reference, so the summary gives no value
+            of the baseline next to it.
     """
 
     title: str
@@ -47,6 +51,9 @@ class Column:
     better: str = ""
     shown: bool = True
     gain: bool = True
+    summary: str = ""
+    summary_rank: int = 9
+    is_relative: bool = False
 
     @property
     def heading(self) -> str:

@@ -82,9 +82,13 @@ def measure(draft: Draft) -> Mapping[str, Measure]:
 
 WIN_RATE = Metric(
     {
-        "win_reward": Column("win (reward)", better="↑"),
+        "win_reward": Column(
+            "win (reward)", better="↑", summary="wins by reward", summary_rank=4, is_relative=True
+        ),
         "tie_reward": Column("tie (reward)", gain=False),
-        "win_gold": Column("win (gold)", better="↑"),
+        "win_gold": Column(
+            "win (gold)", better="↑", summary="wins by gold", summary_rank=3, is_relative=True
+        ),
         "tie_gold": Column("tie (gold)", gain=False),
     },
     measure,

@@ -30,6 +30,7 @@ from rrhf.commands import command_of
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import GenerationEngine, Sample, answers, require_capabilities
+from rrhf.generation.fitting import Fit
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.models.forward.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic
@@ -92,6 +93,9 @@ class RolloutWriter:
 
     Raises:
         UserError: the engine lacks something that a rollout needs.
+
+    Attributes:
+        room: tokens that a prompt may have, so that a whole response still fits.
     """
 
     def __init__(
@@ -117,9 +121,9 @@ class RolloutWriter:
             )
         self._copy = None if parallel.weights_are_whole else WholeCopy(root.policy, parallel)
         self._policy = root.policy if self._copy is None else self._copy.policy
-        self._room = config.model_max_length - config.max_new_tokens
+        self.room = config.model_max_length - config.max_new_tokens
         rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
-        self._engine = new_engine(self._policy.model, codec, rows_at_a_time, self._room)
+        self._engine = new_engine(self._policy.model, codec, rows_at_a_time, self.room)
         require_capabilities(self._engine, "a rollout", "ids", "logprobs", "seeds", "live_weights")
         first = Reference(reference, self._policy, parallel)
         self._reader = Reader(root, first, codec, parallel, rows_at_a_time, config.bf16)
@@ -129,14 +133,12 @@ class RolloutWriter:
         """How prompts become tokens."""
         return self._codec
 
-    def fits(self, prompt: CandidateSet) -> bool:
+    def fit(self, prompt: CandidateSet) -> Fit:
         """Whether the prompt, cut by whole turns, leaves room for a response."""
-        return self._engine.fits(prompt, self._config.sampling(0))
-
-    def is_cut(self, prompt: CandidateSet) -> bool:
-        """Whether a prompt that fits loses its beginning."""
-        whole = self._codec.encode_prompt(prompt)
-        return whole is not None and len(whole) > self._room
+        length = len(self._codec.encode_prompt(prompt) or ())
+        if not self._engine.fits(prompt, self._config.sampling(0)):
+            return Fit(length, "without room for a response")
+        return Fit(length, is_cut=length > self.room)
 
     def write(
         self, prompts: Sequence[CandidateSet], number: int, samples_per_prompt: int | None = None

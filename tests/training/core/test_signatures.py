@@ -29,7 +29,14 @@ def is_public(name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("room", "least"), [("training", 200), ("scoring", 20), ("algorithms", 50)]
+    ("room", "least"),
+    [
+        ("training", 200),
+        ("scoring", 20),
+        ("algorithms", 50),
+        ("generation", 50),
+        ("evaluation", 50),
+    ],
 )
 def test_nothing_public_takes_more_than_seven_parameters(room: str, least: int) -> None:
     folder = Path(rrhf.__file__).parent / room

@@ -328,7 +328,7 @@ def test_prompts_that_leave_no_room_are_refused(world: Path, tmp_path: Path) -> 
         ppo.train(settings(world, tmp_path / "run", train_datasets=str(tmp_path / "empty.jsonl")))
     tight = {"chat_format": "alpaca", "model_max_length": 8}
     prompts = save_prompts(tmp_path / "prompts.jsonl")
-    with pytest.raises(UserError, match="none of its 6 prompts"):
+    with pytest.raises(UserError, match="no prompt is left of 6"):
         ppo.train(settings(world, tmp_path / "run", train_datasets=str(prompts), **tight))
 
 

@@ -79,11 +79,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no model there": ({"model_name_or_path": "{world}/nothing"}, ["{world}/nothing"]),
     "all prompts too long": (
         {"train_datasets": "{world}/long.jsonl", "chat_format": "hh"},
-        ["none of its 3 prompts", "--model_max_length"],
+        ["no prompt is left of 3", "--model_max_length"],
     ),
     "held-out prompts too long": (
         {"eval_datasets": "{world}/long.jsonl", "chat_format": "hh"},
-        ["long.jsonl", "none of its 3 prompts"],
+        ["long.jsonl", "no prompt is left of 3"],
     ),
     "an empty prompt file": ({"train_datasets": "{world}/empty.jsonl"}, ["empty.jsonl", "no rows"]),
     "no prompt file": ({"train_datasets": "{world}/nothing.jsonl"}, ["{world}/nothing.jsonl"]),
@@ -159,7 +159,7 @@ def test_bad_input_is_told_in_one_message(
 def test_some_prompts_that_are_too_long_are_counted(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = {"hh": "3 of 7 prompts do not fit", "raw": "3 of 7 prompts are too long and lose"}
+    said = {"hh": "3 of 7 prompts left out", "raw": "3 of 7 prompts are longer than"}
     for chat_format, counts in (("hh", (4, 3, 0)), ("raw", (7, 0, 3))):
         run = tmp_path / chat_format
         prompts = world / f"some_long_{chat_format}.jsonl"

@@ -16,6 +16,7 @@ from tiny import byte_level_tokenizer
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import StoppedBySignal, UserError
 from rrhf.generation.engine import Sample
+from rrhf.generation.fitting import Fit
 from rrhf.models.forward.logprobs import Policy
 from rrhf.records import CandidateSet
 from rrhf.training.core.parallel import Parallel
@@ -124,7 +125,7 @@ def test_a_prompt_that_just_fits_is_whole(world: Path) -> None:
     sizes: dict[str, Any] = {**SCORER, "max_new_tokens": 6}
     for room, is_cut in ((length + 1, False), (length, False), (length - 1, True)):
         made = writer(world, **sizes, model_max_length=room + 6)
-        assert made.fits(prompt) and made.is_cut(prompt) is is_cut
+        assert not made.fit(prompt).misfit and made.fit(prompt).is_cut is is_cut
 
 
 def test_of_a_response_that_is_cut_the_scorer_reads_what_stays(world: Path) -> None:
@@ -142,13 +143,11 @@ def test_of_a_response_that_is_cut_the_scorer_reads_what_stays(world: Path) -> N
 class Fitting:
     """Prompts of three letters or more do not fit, those of two are cut."""
 
-    codec = ChatCodec(byte_level_tokenizer(), "raw")
+    codec, room = ChatCodec(byte_level_tokenizer(), "raw"), 1
 
-    def fits(self, prompt: CandidateSet) -> bool:
-        return len(prompt.query) < 3
-
-    def is_cut(self, prompt: CandidateSet) -> bool:
-        return len(prompt.query) == 2
+    def fit(self, prompt: CandidateSet) -> Fit:
+        length = len(prompt.query)
+        return Fit(length, "too long" if length > 2 else "", is_cut=length > 1)
 
 
 def test_prompts_that_do_not_fit_are_counted_and_candidates_forgotten(
@@ -162,9 +161,10 @@ def test_prompts_that_do_not_fit_are_counted_and_candidates_forgotten(
     assert [prompt.query for prompt in kept] == ["a", "bb", "f"] and cut == 1
     assert all(prompt.candidates == () for prompt in kept)
     left_out, shortened = [record.getMessage() for record in caplog.records][:2]
-    assert left_out.startswith("file: 3 of 6 prompts do not fit") and "ccc" in left_out
-    assert shortened.startswith("file: 1 of 6 prompts are too long") and "bb" in shortened
-    with pytest.raises(UserError, match="none of its 1 prompts"):
+    assert left_out == "file: 3 of 6 prompts left out: too long (first: prompt ccc)"
+    assert shortened.startswith("file: 1 of 6 prompts are longer than 1 tokens")
+    assert "prompt bb" in shortened
+    with pytest.raises(UserError, match="file: no prompt is left of 1 "):
         fitting_prompts(given[2:3], fitting, "file")
 
 

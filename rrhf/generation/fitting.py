@@ -1,0 +1,138 @@
+"""Which prompts an engine can answer: counted, and reported to the user, alike everywhere."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.prompt_formats import PromptFormats
+from rrhf.errors import UserError
+from rrhf.generation.engine import GenerationEngine, engine_name
+from rrhf.generation.params import SamplingParams
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a prompt fits.
+
+    Attributes:
+        length: by which prompts are sorted.
+        misfit: why it is left out; "" where it fits.
+        is_cut: it loses its beginning.
+    """
+
+    length: int
+    misfit: str = ""
+    is_cut: bool = False
+
+
+def fit_by_tokens(codec: ChatCodec, room: int | None) -> Callable[[CandidateSet], Fit]:
+    """For prompts that are measured here; a long one is cut to `room` tokens by whole turns."""
+
+    def fit(prompt: CandidateSet) -> Fit:
+        tokens = codec.encode_prompt(prompt)
+        is_cut = tokens is not None and room is not None and len(tokens) > room
+        if is_cut:
+            tokens = codec.encode_prompt(prompt, room)
+        if not tokens:
+            return Fit(0, "empty" if tokens == [] else f"last turn longer than {room} tokens")
+        return Fit(len(tokens), is_cut=is_cut)
+
+    return fit
+
+
+def fit_by_engine(
+    engine: GenerationEngine, params: SamplingParams
+) -> Callable[[CandidateSet], Fit]:
+    """For an engine that alone knows what it can answer."""
+    refusal = f"refused by the engine {engine_name(engine)}"
+
+    def fit(prompt: CandidateSet) -> Fit:
+        return Fit(len(prompt.query), "" if engine.fits(prompt, params) else refusal)
+
+    return fit
+
+
+class Fitting:
+    """Sorts out the prompts that fit.
+
+    Args:
+        source: what messages call the prompts.
+        fit_of: how a prompt fits.
+        codec: how prompts become tokens; None where that is not known here.
+        room: tokens that a prompt may have, for messages.
+        fix: what helps prompts that do not fit, for messages.
+
+    Attributes:
+        left_out: number of prompts by the reason why they are left out.
+        num_cut: prompts that lose their beginning.
+        formats: what is known of the prompts' turns.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        fit_of: Callable[[CandidateSet], Fit],
+        codec: ChatCodec | None,
+        room: int | None,
+        fix: str,
+    ) -> None:
+        self._source, self._fit_of, self._room, self._fix = source, fit_of, room, fix
+        self.left_out: Counter[str] = Counter()
+        self.num_cut = 0
+        self.formats = PromptFormats(codec)
+        self._first: dict[str, str] = {}  # reason -> id of a prompt
+
+    def add(self, prompt: CandidateSet) -> Fit:
+        """Count one prompt."""
+        self.formats.add(prompt)
+        fit = self._fit_of(prompt)
+        if fit.misfit:
+            self.left_out[fit.misfit] += 1
+            self._first.setdefault(fit.misfit, prompt.id)
+        elif fit.is_cut:
+            self.num_cut += 1
+            self._first.setdefault("", prompt.id)
+        return fit
+
+    def select(self, prompts: Iterable[CandidateSet]) -> list[CandidateSet]:
+        """The prompts that fit, once the user has been told of the others.
+
+        Raises:
+            UserError: as `report`.
+        """
+        kept = [prompt for prompt in prompts if not self.add(prompt).misfit]
+        self.report()
+        return kept
+
+    def report(self) -> None:
+        """Say which prompts are left out or cut, which are empty, and in which form they are.
+
+        Raises:
+            UserError: not one prompt fits.
+        """
+        count = self.formats.counts["prompts"]
+        if self.left_out.total() == count:
+            why = ", ".join(f"{number} {reason}" for reason, number in self.left_out.items())
+            raise UserError(
+                f"{self._source}: no prompt is left of {count}{f' ({why})' if why else ''}; "
+                f"{self._fix}, or name other prompts"
+            )
+        told = [
+            (number, f"left out: {reason} (first: prompt {self._first[reason]})")
+            for reason, number in self.left_out.items()
+        ]
+        if self.num_cut:
+            what = f"are longer than {self._room} tokens and lose their beginning"
+            told.append((self.num_cut, f"{what} (first: prompt {self._first['']}); {self._fix}"))
+        if empty := self.formats.counts["empty"]:
+            told.append((empty, "ask nothing"))
+        for number, what in told:
+            logger.warning("%s: %d of %d prompts %s", self._source, number, count, what)
+        self.formats.tell(self._source)
