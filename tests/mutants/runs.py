@@ -34,8 +34,8 @@ LOOP_FAULTS = [
     Mutant(
         "the model trains as it was loaded, in eval mode",
         THE_LOOP,
-        "    model.train()\n    optimizer",
-        "    optimizer",
+        "        model.train()\n        optimizer",
+        "        optimizer",
         ("test_loop_order.py", *WHOLE_RUNS, "test_sft.py", "test_rank.py"),
     ),
     Mutant(
@@ -55,7 +55,7 @@ LOOP_FAULTS = [
     Mutant(
         "the stream's tensors are not loaded",
         THE_LOOP,
-        "stream.load_tensors(tensors)",
+        "self.live.load_tensors(tensors)",
         "pass",
         RESUMED,
     ),
@@ -76,21 +76,21 @@ LOOP_FAULTS = [
     Mutant(
         "a signal ends the run without a checkpoint",
         THE_LOOP,
-        "except StoppedBySignal as stopped:\n            self._save(stream)\n",
+        "except StoppedBySignal as stopped:\n            self._save()\n",
         "except StoppedBySignal as stopped:\n",
         RESUMED,
     ),
     Mutant(
         "an end by patience at the last planned step counts as early",
         THE_LOOP,
-        "stopped_early=self.step != stream.total_steps",
+        "stopped_early=not is_whole",
         "stopped_early=self.kept.is_over",
         EVALUATED,
     ),
     Mutant(
         "an evaluation that a signal cut short is not made up for",
         THE_LOOP,
-        "if evaluate is not None and self.step and self._is_due(self.config.eval_steps):",
+        "if self.step and self._is_due(self.config.eval_steps):",
         "if False:",
         (*EVALUATED, "test_ppo_signals.py::test_a_signal_within_a_rollout_is_answered_at_once"),
     ),
@@ -139,16 +139,14 @@ LOOP_FAULTS = [
     Mutant(
         "a signal is each rank's own affair",
         THE_LOOP,
-        "int(self.parallel.max(stop.exit_code))",
-        "int(stop.exit_code)",
+        "int(self.parallel.max(self.stop.exit_code))",
+        "int(self.stop.exit_code)",
         ORDER,
     ),
     Mutant(
         "there is no evaluation at the end",
         THE_LOOP,
-        "            if evaluate is not None:\n"
-        "                self._evaluate(evaluate, tracker, stream)\n"
-        "        return tokens",
+        "            self._evaluate()\n        return tokens",
         "        return tokens",
         EVALUATED,
     ),
@@ -162,8 +160,8 @@ LOOP_FAULTS = [
     Mutant(
         "a step is evaluated as often as it is asked for",
         THE_LOOP,
-        "if self.evaluated_step == self.step:",
-        "if False:",
+        "if self.evaluate is None or self.evaluated_step == self.step:",
+        "if self.evaluate is None:",
         EVALUATED,
     ),
     Mutant(
@@ -183,8 +181,8 @@ LOOP_FAULTS = [
     Mutant(
         "every rank writes the metrics",
         THE_LOOP,
-        "if self.parallel.is_main:\n            self.folder.metrics.append(row)",
-        "if True:\n            self.folder.metrics.append(row)",
+        'if self.parallel.is_main:\n            row = {"step"',
+        'if True:\n            row = {"step"',
         ORDER,
     ),
     Mutant(
@@ -204,7 +202,7 @@ LOOP_FAULTS = [
     Mutant(
         "a checkpoint has no tensors of the stream",
         THE_LOOP,
-        "stream_tensors = stream.tensors() if isinstance(stream, LiveStream) else {}",
+        "stream_tensors = {} if self.live is None else self.live.tensors()",
         "stream_tensors: dict[str, torch.Tensor] = {}",
         RESUMED,
     ),
@@ -225,7 +223,7 @@ LOOP_FAULTS = [
     Mutant(
         "hooks do not hear of the beginning",
         THE_LOOP,
-        "        loop.hooks.begin(tracker, optimizer)\n",
+        "        self.hooks.begin(tracker, self.optimizer)\n",
         "",
         ORDER,
     ),

@@ -25,7 +25,7 @@ from rrhf.errors import NonFiniteError, StoppedBySignal, UserError
 from rrhf.models.finite import first_non_finite
 from rrhf.progress import Progress, figures
 from rrhf.runs import told_changes
-from rrhf.signals import StopRequest, caught_signals
+from rrhf.signals import caught_signals
 from rrhf.training.core.best import BestModel
 from rrhf.training.core.checkpoint import Checkpointer
 from rrhf.training.core.held_out_figures import held_out_figures
@@ -47,6 +47,9 @@ from rrhf.training.core.tracking import Tracker, build_tracker
 from rrhf.training.core.update import Objective, Update
 
 logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+"""Measures the prepared model on held-out data, on every rank."""
 
 SHOWN = {
     "loss": "loss {:.4g}",
@@ -92,7 +95,7 @@ def run_training(
     objective: Objective,
     stream: UpdateStream,
     opened: OpenedRun,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     models: ModelFolders | None = None,
     hooks: Sequence[Hook] = (),
 ) -> TrainingOutcome:
@@ -113,25 +116,19 @@ def run_training(
         NonFiniteError: loss, gradient or a weight is NaN or infinite.
         StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
     """
+    loop = _Loop(model, objective, stream, opened, evaluate, models, hooks)
     config, parallel = opened.config, opened.parallel
-    kept = KeptModels(opened.run.path, models, config, parallel, evaluate is not None)
-    model.train()
-    optimizer: torch.optim.Optimizer = build_optimizer(model, config)
-    model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
-    scheduler = build_scheduler(optimizer, config, stream.total_steps)
-    loop = _Loop(model, optimizer, scheduler, objective, opened, kept, Hooks(hooks))
     # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun,
     # and a late one sees what the first has just begun.
     if parallel.gather([config.resume_from_checkpoint])[0]:
-        loop.resume(stream)
+        loop.resume()
     else:
         loop.cut_back(0, {})
-    open_tracker = contextlib.closing(build_tracker(config, opened.run.path, parallel.is_main))
-    with open_tracker as tracker, contextlib.ExitStack() as ours:
+    tracker = build_tracker(config, opened.run.path, parallel.is_main)
+    with contextlib.closing(tracker), contextlib.ExitStack() as ours:
         held = ours if opened.held is None else opened.held
         held.enter_context(caught_signals(opened.stop))
-        loop.hooks.begin(tracker, optimizer)
-        return loop.run(stream, evaluate, tracker, opened.stop)
+        return loop.run(tracker)
 
 
 class _Loop:
@@ -140,22 +137,31 @@ class _Loop:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
         objective: Objective,
+        stream: UpdateStream,
         opened: OpenedRun,
-        kept: KeptModels,
-        hooks: Hooks,
+        evaluate: Evaluate | None,
+        models: ModelFolders | None,
+        hooks: Sequence[Hook],
     ) -> None:
-        self.config, self.folder, self.parallel = opened.config, opened.run, opened.parallel
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        config, parallel = opened.config, opened.parallel
+        self.config, self.folder, self.parallel = config, opened.run, parallel
+        self.stream, self.evaluate, self.hooks = stream, evaluate, Hooks(hooks)
+        self.live = stream if isinstance(stream, LiveStream) else None
+        self.stop, self.phases = opened.stop, opened.phases
+        self.kept = KeptModels(opened.run.path, models, config, parallel, evaluate is not None)
+        model.train()
+        optimizer: torch.optim.Optimizer = build_optimizer(model, config)
+        model, optimizer = parallel.prepare(model, optimizer, config.max_grad_norm)
+        self.model, self.optimizer = model, optimizer
+        self.scheduler = build_scheduler(optimizer, config, stream.total_steps)
         self.update = Update(
-            model, optimizer, objective, self.parallel, self.config.max_grad_norm, self.folder.path
+            model, optimizer, objective, parallel, config.max_grad_norm, opened.run.path
         )
         self.checkpointer = Checkpointer(
-            self.folder.checkpoints, self.parallel, model, optimizer, self.config.save_total_limit
+            opened.run.checkpoints, parallel, model, optimizer, config.save_total_limit
         )
-        self.kept, self.hooks, self.phases = kept, hooks, opened.phases
+        self.tracker = Tracker()
         self.settings = optimizer_settings(optimizer)
         self.step = 0
         self.saved_step = -1
@@ -163,7 +169,7 @@ class _Loop:
         self.evaluation: dict[str, float] = {}
         self.evaluated_step = -1
 
-    def resume(self, stream: UpdateStream) -> None:
+    def resume(self) -> None:
         """Take up the newest checkpoint and cut back to it what was written later."""
         state = self.checkpointer.restore()
         if state is None:
@@ -175,13 +181,13 @@ class _Loop:
         # A run that was killed behind its last step has nothing left to measure.
         self.metrics, self.evaluation = state["metrics"], state["evaluation"]
         self.evaluated_step = int(state["evaluated_step"])
-        stream.load_state_dict(state["stream"])
+        self.stream.load_state_dict(state["stream"])
         self.scheduler.load_state_dict(state["scheduler"])
         self._take_changed_settings(state)
         self.cut_back(self.step, state)
         tensors = self.hooks.load_tensors(state["tensors"])
-        if isinstance(stream, LiveStream):
-            stream.load_tensors(tensors)
+        if self.live is not None:
+            self.live.load_tensors(tensors)
 
     def _take_changed_settings(self, state: dict[str, Any]) -> None:
         """What optimiser and schedule are told now holds, not what they were told before.
@@ -189,13 +195,10 @@ class _Loop:
         Raises:
             UserError: the optimiser's settings changed, and it is sharded.
         """
-        is_sharded, now = self.parallel.is_sharded, self.settings
-        before = state.get("optimizer_settings")  # earlier checkpoints have none
-        if before is None and is_sharded:
-            before = [{"learning_rate": rate} for rate in self.scheduler.base_lrs]
-        elif before is None:
-            before = optimizer_settings(self.optimizer)
-        if is_sharded:
+        now, before = self.settings, state.get("optimizer_settings")
+        if self.parallel.is_sharded:
+            if before is None:  # an earlier version wrote the checkpoint
+                before = [{"learning_rate": rate} for rate in self.scheduler.base_lrs]
             changed = [
                 (name, was[name], its[name])
                 for was, its in zip(before, now, strict=False)
@@ -210,7 +213,7 @@ class _Loop:
                 )
             if "optimizer_settings" not in state:
                 self._warn_of_unknown_settings()
-        elif before != now:
+        elif now != (before or optimizer_settings(self.optimizer)):
             apply_settings(self.optimizer, self.scheduler, now)
         follow_schedule(self.optimizer, self.scheduler)
 
@@ -239,25 +242,21 @@ class _Loop:
             self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
         self.kept.cut_back(step, state.get("best", {}))
 
-    def run(
-        self,
-        stream: UpdateStream,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None,
-        tracker: Tracker,
-        stop: StopRequest,
-    ) -> TrainingOutcome:
+    def run(self, tracker: Tracker) -> TrainingOutcome:
+        self.tracker = tracker
+        self.hooks.begin(tracker, self.optimizer)
         started = time.monotonic()
         try:
-            tokens = self._train(stream, evaluate, tracker, stop)
+            tokens = self._train()
         except StoppedBySignal as stopped:
-            self._save(stream)
+            self._save()
             raise StoppedBySignal(
                 stopped.exit_code,
-                f"stopped at step {self.step} of {stream.total_steps}; go on with "
+                f"stopped at step {self.step} of {self.stream.total_steps}; go on with "
                 "--resume_from_checkpoint",
             ) from stopped
-        if self.step != stream.total_steps and not self.kept.is_over:
-            raise AssertionError(f"{self.step} steps done of {stream.total_steps} planned")
+        is_whole = self.step == self.stream.total_steps
+        assert is_whole or self.kept.is_over, f"only {self.step} of the planned steps were done"
         return TrainingOutcome(
             model=self.parallel.unwrap(self.model),
             steps=self.step,
@@ -266,29 +265,21 @@ class _Loop:
             metrics=self.metrics,
             evaluation=self.evaluation,
             best=self.kept.best,
-            stopped_early=self.step != stream.total_steps,
-            keep=lambda: self.keep(stream),
+            stopped_early=not is_whole,
+            keep=self.keep,
         )
 
-    def _train(
-        self,
-        stream: UpdateStream,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None,
-        tracker: Tracker,
-        stop: StopRequest,
-    ) -> int:
+    def _train(self) -> int:
         """All steps and evaluations that are left; returns the tokens of the steps."""
-        tokens = 0
+        tokens, stream = 0, self.stream
         rollout: dict[str, float] = {}
         with Progress("train", stream.total_steps, "step", self.step) as progress:
-            if evaluate is not None and self.step and self._is_due(self.config.eval_steps):
-                self._evaluate(
-                    evaluate, tracker, stream
-                )  # left undone where a signal came during it
+            if self.step and self._is_due(self.config.eval_steps):
+                self._evaluate()  # left undone where a signal came during it
             for batches in () if self.kept.is_over else stream:
-                if isinstance(stream, LiveStream) and (news := stream.take_news()):
+                if self.live is not None and (news := self.live.take_news()):
                     rollout = news
-                    self._log({"step": self.step, **news}, tracker)
+                    self._log(news)
                 batches = [*self.hooks.before_step(self.step + 1), *batches]
                 before = time.monotonic()
                 row, step_tokens = self._measured_update(batches)
@@ -302,21 +293,20 @@ class _Loop:
                 self.scheduler.step()
                 self.metrics |= self.hooks.after_step(self.step, self.metrics)
                 if self._is_due(self.config.logging_steps) or self.step == stream.total_steps:
-                    self._log({"step": self.step, **self.metrics}, tracker)
+                    self._log(self.metrics)
                 progress.total = stream.total_steps
                 progress.advance(figures=figures(rollout | self.metrics, SHOWN))
                 self._require_finite()
                 self.kept.after_step(self.step)
-                if evaluate is not None and self._is_due(self.config.eval_steps):
-                    self._evaluate(evaluate, tracker, stream)
-                if signalled := self._signalled(stop):
+                if self._is_due(self.config.eval_steps):
+                    self._evaluate()
+                if signalled := int(self.parallel.max(self.stop.exit_code)):
                     raise StoppedBySignal(signalled, "a signal came during the step")
                 if self._is_due(self.config.save_steps):
-                    self._save(stream)
+                    self._save()
                 if self.kept.is_over:
                     break
-            if evaluate is not None:
-                self._evaluate(evaluate, tracker, stream)
+            self._evaluate()
         return tokens
 
     @property
@@ -331,19 +321,14 @@ class _Loop:
             spent.tokens = num_tokens // self.parallel.world_size
         return row | as_metrics(self.phases.take()), num_tokens
 
-    def _evaluate(
-        self,
-        evaluate: Callable[[nn.Module], dict[str, float]],
-        tracker: Tracker,
-        stream: UpdateStream,
-    ) -> None:
-        """Once for each step, however often it is asked for; where it fails, the step is kept."""
-        if self.evaluated_step == self.step:
+    def _evaluate(self) -> None:
+        """Once for each step, however often it is asked for; if it fails, the step is kept."""
+        if self.evaluate is None or self.evaluated_step == self.step:
             return
         before = self.evaluation, self.evaluated_step
         offset = self.folder.metrics.offset if self.parallel.is_main else 0
         try:
-            self._measure(evaluate, tracker)
+            self._measure(self.evaluate)
         except StoppedBySignal:
             raise
         except Exception:
@@ -351,43 +336,43 @@ class _Loop:
             if self.parallel.world_size == 1:
                 self.evaluation, self.evaluated_step = before
                 self.folder.metrics.truncate_to(offset)
-                self.keep(stream)
+                self.keep()
             raise
 
-    def _measure(self, evaluate: Callable[[nn.Module], dict[str, float]], tracker: Tracker) -> None:
+    def _measure(self, evaluate: Evaluate) -> None:
         self.model.eval()
         with torch.no_grad():
             self.evaluation, self.evaluated_step = evaluate(self.model), self.step
         self.model.train()
         if self.evaluation:
-            row = {f"eval_{name}": value for name, value in self.evaluation.items()}
-            self._log({"step": self.step, **row}, tracker)
+            self._log({f"eval_{name}": value for name, value in self.evaluation.items()})
         told = held_out_figures(self.evaluation) or "no figures"
         logger.info("step %d, held out: %s", self.step, told)
         self.kept.after_evaluation(self.step, self.evaluation)
 
-    def _log(self, row: dict[str, float], tracker: Tracker) -> None:
+    def _log(self, figures: dict[str, float]) -> None:
         if self.parallel.is_main:
+            row = {"step": self.step, **figures}
             self.folder.metrics.append(row)
-            tracker.log(row, self.step)
+            self.tracker.log(row, self.step)
 
-    def keep(self, stream: UpdateStream) -> None:
-        """Write a checkpoint after a failure, which is what is to be told."""
+    def keep(self) -> None:
+        """Write a checkpoint after a failure; its own failure is only a warning."""
         try:
-            self._save(stream)
+            self._save()
         except Exception as error:
             logger.warning("step %d has no checkpoint either: %s", self.step, error)
 
-    def _save(self, stream: UpdateStream) -> None:
+    def _save(self) -> None:
         if self.saved_step == self.step:
             return
         if self.parallel.is_main:
             self.folder.metrics.sync()
-        stream_tensors = stream.tensors() if isinstance(stream, LiveStream) else {}
+        stream_tensors = {} if self.live is None else self.live.tensors()
         self.checkpointer.save(
             self.step,
             {
-                "stream": stream.state_dict(),
+                "stream": self.stream.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "optimizer_settings": self.settings,
                 "metrics": self.metrics,
@@ -422,7 +407,3 @@ class _Loop:
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-    def _signalled(self, stop: StopRequest) -> int:
-        """The exit code that a signal on any rank asks for, or 0."""
-        return int(self.parallel.max(stop.exit_code))
