@@ -1,4 +1,4 @@
-"""The pages that `--help` and `--help all` show, and the presets that they name.
+"""The pages that `--help` and `--help all` show.
 
 The first fits on one screen: what must be given, what people change, an example. Which flags those
 are stands in `rrhf.cli.pages`; a command without an entry shows all of its few flags at once.
@@ -6,7 +6,6 @@ are stands in `rrhf.cli.pages`; a command without an entry shows all of its few 
 
 from __future__ import annotations
 
-import importlib.resources
 import inspect
 import re
 import textwrap
@@ -14,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
-from rrhf.cli.fields import Flag
-from rrhf.cli.pages import PAGES, Page
+from rrhf.cli.config_files import preset_names
+from rrhf.cli.fields import Flag, choices_of
+from rrhf.cli.pages import PAGES
 from rrhf.cli.values import is_sequence, placeholder
 
 HELP_WIDTH = 96
@@ -24,20 +24,12 @@ TEXT_COLUMN = 36
 SENTENCE_END = re.compile(r"\. (?=[A-Z])")
 
 
-def preset_names() -> list[str]:
-    """The presets that come with the package."""
-    folder = importlib.resources.files("rrhf.presets")
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
-
-
 def help_page(
     prog: str,
     config_class: type,
     flags: Mapping[str, Flag],
     every_flag: bool = False,
-    choice: str | None = None,
+    chosen: Mapping[str, str] | None = None,
     is_fixed: bool = False,
 ) -> str:
     """What `--help` shows.
@@ -47,36 +39,26 @@ def help_page(
         config_class: says what it is for.
         flags: what the command takes, also of other classes.
         every_flag: show all of them.
-        choice: the value of the field that chooses among methods; None = its default.
+        chosen: field that chooses from a registry -> its value, where not the default.
         is_fixed: the command's name makes that choice, so that there are no others.
     """
     page = PAGES.get(config_class.__name__)
     if page is None or every_flag:
         return full_page(prog, config_class, flags)
-    return short_page(prog, config_class, flags, page, choice, is_fixed)
-
-
-def short_page(
-    prog: str,
-    config_class: type,
-    flags: Mapping[str, Flag],
-    page: Page,
-    choice: str | None,
-    is_fixed: bool,
-) -> str:
-    """One screen."""
-    lines = [*heading(prog, config_class, flags)]
-    required = [flag for flag in flags.values() if flag.default is MISSING]
-    sections = {"must be given": required, "often changed": [flags[name] for name in page.common]}
-    if page.chosen_by:
-        chosen = flags[page.chosen_by]
-        assert chosen.registry is not None, f"{chosen.name} chooses from a registry"
-        choice = choice or str(chosen.default)
-        others = ", ".join(name for name in chosen.registry if name != choice)
+    lines = heading(prog, config_class, flags)
+    sections = {
+        "must be given": [flag for flag in flags.values() if flag.default is MISSING],
+        "often changed": [flags[name] for name in page.common],
+    }
+    for field in choices_of(config_class).values():
+        registry = flags[field].registry
+        assert registry is not None, f"{field} chooses from a registry"
+        choice = (chosen or {}).get(field) or str(flags[field].default)
+        others = ", ".join(name for name in registry if name != choice)
         hint = "" if is_fixed else f" (add one of {others} to see its own)"
         own = [flag for flag in flags.values() if flag.part_of]
-        own += [flags[name] for name in getattr(chosen.registry[choice], "shown", ())]
-        sections[f"settings of --{chosen.name} {choice}{hint}"] = own
+        own += [flags[name] for name in getattr(registry[choice], "shown", ())]
+        sections[f"settings of --{field} {choice}{hint}"] = own
     for title, found in sections.items():
         lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]
     lines += ["example:", *(f"  {line}" for line in page.example.format(prog=prog).splitlines())]

@@ -1,7 +1,7 @@
 """What a command's help shows first: the flags that people change, and an example.
 
-One table, by class of settings. A command that is not in it has so few flags that its help shows
-them all; `--help all` shows all of any command.
+One table, by class of settings. The settings of what is chosen, such as an objective, are shown
+below these flags. A command that is not in the table has so few flags that its help shows them all.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ class Page:
         common: fields that people change, in the order in which they are shown; those that must be
             given come first.
         example: a call that works, of the command `{prog}`.
-        chosen_by: the field that chooses from a registry; the settings of what it chooses, and
-            the flags that this names as `shown`, stand on the page too; "" where there is none.
     """
 
     common: tuple[str, ...]
     example: str
-    chosen_by: str = ""
 
 
 _OFFLINE = (
@@ -46,7 +43,6 @@ PAGES: dict[str, Page] = {
     "RankConfig": Page(
         (*_OFFLINE, "objective", "eval_data_path", *_MACHINE),
         "{prog} --model_name_or_path runs/sft --data_path scored.jsonl --output_dir runs/rank",
-        chosen_by="objective",
     ),
     "IterativeConfig": Page(
         (
@@ -79,7 +75,6 @@ PAGES: dict[str, Page] = {
         ),
         "{prog} --model_name_or_path runs/sft --reward_model_name_or_path runs/reward \\\n"
         "  --train_datasets prompts.jsonl --output_dir runs/online",
-        chosen_by="method",
     ),
     "GenerateConfig": Page(
         (

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.cli.fields import Flag, flags_of
-from rrhf.cli.flags import asks_for_help, build, help_asked_for, read_values
+from rrhf.cli.flags import asks_for_all, asks_for_help, build, read_values
+from rrhf.cli.help_page import help_page
 from rrhf.cli.places import check_places
 from rrhf.cli.terminal import print_once, process_place, tell_repeats
 from rrhf.commands import next_step
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
 
     flags = all_flags(GenerateConfig, ScoreConfig)
     if asks_for_help(argv):
-        print_once(help_asked_for(ResponseGenConfig, flags, argv, PROG))
+        print_once(help_page(PROG, ResponseGenConfig, flags, asks_for_all(argv)))
         sys.exit(EXIT_DONE)
     own, generate, score = stage_values(flags, GenerateConfig, ScoreConfig, argv)
     # Both are built before the first stage starts, so that a mistake in the second costs nothing.

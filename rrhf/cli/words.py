@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rrhf.cli.fields import Flag, normalise
+from rrhf.cli.fields import Flag, normalise, spellings
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.online.methods import METHODS
 
@@ -79,14 +79,10 @@ def meanings(word: str, flags: Mapping[str, Flag]) -> list[Flag]:
     return [flags[name] for name in SHORT_NAMES.get(word, ()) if name in flags]
 
 
-def spelt_out(flags: Mapping[str, Flag], names: Mapping[str, Flag]) -> dict[str, Flag]:
-    """`names` with the short names that mean one flag of the command.
-
-    Args:
-        flags: of the command.
-        names: what is accepted already; it goes before the table.
-    """
-    found = dict(names)
+def spelt_out(flags: Mapping[str, Flag]) -> dict[str, Flag]:
+    """Every name that a command accepts, with underscores: the flags, their other spellings, and
+    the short names that mean one of them."""
+    found = spellings(flags)
     for word in SHORT_NAMES:
         meant = meanings(word, flags)
         if word not in found and len(meant) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,3 +125,14 @@ def test_help_has_the_settings_of_what_is_chosen(capsys):
     text = capsys.readouterr().out
     assert "--edge" in text and "--strength" not in text
     assert "--kind {mild,sharp,plain}|MODULE:NAME" in text
+
+
+def test_settings_come_from_a_pipe_that_also_chooses() -> None:
+    """A pipe is read once, though the choice in it is needed before the other settings."""
+    reader, writer = os.pipe()
+    os.write(writer, b"kind: sharp\nedge: 5\n")
+    os.close(writer)
+    try:
+        assert parse("--config", f"/dev/fd/{reader}").kind_settings == SharpSettings(5)
+    finally:
+        os.close(reader)

@@ -492,7 +492,7 @@ def takes(command: str, words: Sequence[str]) -> bool:
 
 def somebody_takes(words: Sequence[str]) -> bool:
     if len(words) == 1:
-        accepted = (spelt_out(flags, spellings(flags)) for flags in FLAGS.values())
+        accepted = (spelt_out(flags) for flags in FLAGS.values())
         return any(normalise(words[0]) in names for names in accepted)
     return any(takes(command, words) for command in FLAGS)
 

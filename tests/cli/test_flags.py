@@ -10,9 +10,8 @@ from typing import Literal
 
 import pytest
 
-from rrhf.cli import flags as flags_module
 from rrhf.cli.fields import field_docs, flags_of, nearest
-from rrhf.cli.flags import parse_config
+from rrhf.cli.flags import parse_config, read_values
 from rrhf.cli.help_page import help_page, preset_names
 from rrhf.errors import UserError
 
@@ -309,7 +308,7 @@ def test_a_bare_file_is_a_config_where_no_bare_word_is_expected(tmp_path: Path):
         ("mode: no\n", ["mode", "False", "one of paper, released"]),
         ("data: 3\n", ["data", "3", "text"]),
         ("learning_rate: .nan\n", ["learning_rate", "nan", "a number"]),
-        ("data: a\ntrain_data: b\n", ["train_data is given twice"]),
+        ("data: a\ntrain_data: b\n", ["data is given twice, the second time by train_data"]),
         ("- steps\n", ["expected `name: value` lines, found a list"]),
         ("a: [\n", ["cannot be parsed"]),
         ("!!python/object/apply:os.getcwd []\n", ["cannot be parsed"]),
@@ -397,4 +396,4 @@ def test_the_tiny_preset_fits_every_trainer():
     for stage in ("sft", "reward", "rank"):
         module_name, config, _ = importlib.import_module("rrhf.cli.train").STAGES[stage]
         flags = flags_of(getattr(importlib.import_module(module_name), config))
-        flags_module.read_config_file(flags, "tiny")
+        assert read_values(flags, ["--config", "tiny"], "rrhf train")

@@ -15,10 +15,11 @@ from trainer_cases import ranked_rows, write_lines
 
 from rrhf.cli import elsewhere, words
 from rrhf.cli.fields import edits, flags_of, near, nearest, spellings
-from rrhf.cli.flags import parse_config, read_words, unknown
+from rrhf.cli.flags import parse_config, read_words
 from rrhf.cli.main import COMMANDS as ALL_COMMANDS
 from rrhf.cli.main import main
 from rrhf.cli.train import STAGES
+from rrhf.cli.unknown import unknown
 from rrhf.errors import UserError
 from rrhf.report.config import CompareConfig
 from rrhf.studies.config import MethodsConfig
@@ -100,7 +101,7 @@ def test_the_table_of_short_names_is_sound():
     for word, fields in words.SHORT_NAMES.items():
         assert fields and set(fields) <= known | {"output"}, word
     for command, flags in FLAGS.items():
-        found = words.spelt_out(flags, spellings(flags))
+        found = words.spelt_out(flags)
         for word in words.SHORT_NAMES:
             meant = words.meanings(word, flags)
             if word in spellings(flags):
@@ -113,7 +114,7 @@ def test_the_table_of_short_names_is_sound():
 
 def test_a_flag_of_that_name_goes_before_the_table():
     flags = flags_of(CompareConfig)
-    assert words.spelt_out(flags, spellings(flags))["output"].name == "output"
+    assert words.spelt_out(flags)["output"].name == "output"
 
 
 def test_a_short_name_and_the_long_one_are_given_twice(tmp_path: Path):
@@ -362,7 +363,7 @@ def test_other_names_of_commands_run(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_flag_of_another_program_is_told_what_serves(command: str):
     flags, silent = FLAGS[command], []
-    taken = words.spelt_out(flags, spellings(flags))
+    taken = words.spelt_out(flags)
     for word in elsewhere.FLAGS:
         if word in taken:
             continue

@@ -1,0 +1,46 @@
+"""The message for a flag, or a key in a file of settings, that does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rrhf.cli.elsewhere import what_serves
+from rrhf.cli.fields import Flag, near, normalise, own_flags, spellings
+from rrhf.cli.help_page import first_sentence
+from rrhf.cli.words import meanings
+
+
+def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") -> str:
+    """The message for an unknown name: what it may mean, what to use instead, or what is near.
+
+    Args:
+        name: as it was typed.
+        flags: of the command.
+        where: the command, or the file.
+        mark: two dashes for a flag, nothing for a key.
+    """
+    word = normalise(name)
+    kind = "flag" if mark else "key"
+    if meant := meanings(word, flags):
+        lines = (f"  {mark}{flag.name}: {first_sentence(flag.help)}" for flag in meant)
+        return "\n".join([f"{where}: {kind} {name} may mean", *lines])
+    if served := what_serves(word, flags):
+        return f"{where}: unknown {kind} {name}: {served}."
+    if owner := chosen_elsewhere(word, flags):
+        return f"{where}: {kind} {name} is a setting of --{owner}, which is not chosen."
+    names = [*spellings(flags), "config"] if mark else spellings(flags)
+    if close := near(word, names):
+        meant_names = " or ".join(f"{mark}{one}" for one in close)
+        return f"{where}: unknown {kind} {name}; did you mean {meant_names}?"
+    pointer = f" `{where} --help all` lists all flags." if mark else ""
+    return f"{where}: unknown {kind} {name}.{pointer}"
+
+
+def chosen_elsewhere(word: str, flags: Mapping[str, Flag]) -> str:
+    """The choice, such as "objective dpo", that would make a word a flag; "" where none would."""
+    for flag in flags.values():
+        for name, entry in (flag.registry or {}).items():
+            settings = getattr(entry, "settings", None)
+            if settings is not None and word in spellings(own_flags(settings)):
+                return f"{flag.name} {name}"
+    return ""
