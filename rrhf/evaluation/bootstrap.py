@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rrhf.evaluation.config import CONFIDENCE, RESAMPLES
-from rrhf.evaluation.measure import Measure, Scale
+from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES, Measure, Scale
 
 _CHUNK_ELEMENTS = 4_000_000
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rrhf.data.columns import ColumnOptions
 from rrhf.errors import UserError
+from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES
 from rrhf.evaluation.metrics import METRICS
 from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
@@ -15,8 +16,6 @@ from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
 from rrhf.seals import EditedFiles
 from rrhf.worlds import WORLDS
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 MAX_UNSCORED_FRACTION = 0.01
 
 

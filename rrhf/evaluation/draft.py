@@ -14,11 +14,11 @@ from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.cost import CostMeter
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row, RowKey
 from rrhf.evaluation.measure import Measure, candidate_mean
-from rrhf.evaluation.metrics.gold import gold_scores
 from rrhf.evaluation.results import SCHEMA_VERSION, measure_to_json
 from rrhf.evaluation.shared import Shared
 from rrhf.generation.engine import Sample, SamplingParams
 from rrhf.records import Candidate, CandidateSet
+from rrhf.worlds import gold_scores
 
 # Settings of an engine that do not change what a response is drawn from.
 _NOT_DECODING = ("num_return_sequences", "seed", "round")

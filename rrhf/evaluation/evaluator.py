@@ -27,7 +27,6 @@ from rrhf.evaluation.draft import Draft, describe_decoding
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.measure import Measure
 from rrhf.evaluation.metrics import METRICS, chosen_metrics
-from rrhf.evaluation.metrics.gold import gold_scores
 from rrhf.evaluation.metrics.spec import Metric
 from rrhf.evaluation.responses import as_sets, write_responses
 from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION, keep_best, score_sets
@@ -35,6 +34,7 @@ from rrhf.evaluation.shared import Baseline, Shared, fingerprint
 from rrhf.generation.engine import GenerationEngine, SamplingParams
 from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
+from rrhf.worlds import gold_scores
 
 Values = Mapping[str, Measure | float | None]
 

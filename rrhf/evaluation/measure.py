@@ -8,6 +8,10 @@ from typing import Literal
 
 from rrhf.records import Candidate, CandidateSet
 
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+"""Of intervals, unless told otherwise."""
+
 Scale = Literal["mean", "exp"]
 
 

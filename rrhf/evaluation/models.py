@@ -9,7 +9,7 @@ from typing import Any
 from rrhf.data.chat_format import ChatCodec
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.likelihoods import LikelihoodReader
-from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
+from rrhf.evaluation.paper_perplexity import PaperPerplexity
 from rrhf.generation.build import LOCAL, EngineOptions, EngineSpec
 from rrhf.generation.engine import GenerationEngine
 from rrhf.model_paths import model_folder

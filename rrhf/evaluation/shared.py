@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rrhf.evaluation.likelihoods import LikelihoodReader
-from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
+from rrhf.evaluation.paper_perplexity import PaperPerplexity
 from rrhf.records import CandidateSet, set_id
 from rrhf.scoring.scorer import Scorer
 from rrhf.worlds import World

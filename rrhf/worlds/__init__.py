@@ -6,6 +6,7 @@ A world's own things lie in its folder; nothing above this package names one of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rrhf.errors import UserError
@@ -60,3 +61,8 @@ def gold_of(world: World, s: CandidateSet, candidate: Candidate) -> float | None
         f"world {world.name}: gold() is {value} for prompt {s.id}; return a finite number, or None "
         "for a prompt of another world"
     )
+
+
+def gold_scores(world: World, sets: Sequence[CandidateSet]) -> dict[str, list[float | None]]:
+    """Prompt id -> the gold utility of each candidate."""
+    return {s.id: [gold_of(world, s, candidate) for candidate in s.candidates] for s in sets}

@@ -16,7 +16,7 @@ from rrhf.data.views import pairs as pairs_view
 from rrhf.evaluation.evaluator import Evaluator
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.metrics.kl import best_of_n_bound
-from rrhf.evaluation.metrics.paper_perplexity import PaperPerplexity
+from rrhf.evaluation.paper_perplexity import PaperPerplexity
 from rrhf.evaluation.shared import Shared, fingerprint
 from rrhf.generation.engine import Sample, SamplingParams, answers
 from rrhf.generation.local.engine import LocalEngine

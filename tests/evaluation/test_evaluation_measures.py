@@ -14,13 +14,14 @@ from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.cost import CostMeter
 from rrhf.evaluation.measure import candidate_mean
 from rrhf.evaluation.metrics.distinct import distinct_n
-from rrhf.evaluation.metrics.gold import gold_measure, gold_scores, part_measures
+from rrhf.evaluation.metrics.gold import gold_measure, part_measures
 from rrhf.evaluation.metrics.pi_accuracy import ranking_accuracy
 from rrhf.evaluation.metrics.reward import reward_measure
 from rrhf.evaluation.metrics.texts import length_in_words, share_empty, share_without_end
 from rrhf.evaluation.metrics.win_rate import win_rate
 from rrhf.evaluation.reward import keep_best, score_sets
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
+from rrhf.worlds import gold_scores
 from rrhf.worlds.help_desk.world import HelpDesk
 from rrhf.worlds.protocol import World
 

@@ -8,12 +8,12 @@ from tiny import byte_level_tokenizer, tiny_llama
 
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import estimate
-from rrhf.evaluation.metrics.paper_perplexity import (
+from rrhf.evaluation.metrics.perplexity import perplexity_measure, response_perplexity
+from rrhf.evaluation.paper_perplexity import (
     PaperPerplexity,
     clean_for_paper,
     paper_measures,
 )
-from rrhf.evaluation.metrics.perplexity import perplexity_measure, response_perplexity
 
 
 def test_perplexity_is_exp_of_nats_per_token_over_all_responses():

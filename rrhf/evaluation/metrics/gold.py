@@ -15,7 +15,7 @@ from rrhf.evaluation.measure import Measure
 from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
-from rrhf.worlds import World, gold_of
+from rrhf.worlds import World
 
 if TYPE_CHECKING:
     from rrhf.evaluation.draft import Draft
@@ -24,11 +24,6 @@ HARMFUL = "harmful"
 REFUSED = "refused"
 # Of a part that is about the whole response, a share says nothing new.
 _NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
-
-
-def gold_scores(world: World, sets: Sequence[CandidateSet]) -> dict[str, list[float | None]]:
-    """Prompt id -> the gold utility of each candidate."""
-    return {s.id: [gold_of(world, s, candidate) for candidate in s.candidates] for s in sets}
 
 
 def gold_measure(scores: Mapping[str, Sequence[float | None]]) -> Measure:

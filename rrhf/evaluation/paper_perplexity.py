@@ -1,0 +1,90 @@
+"""Reads texts under a model of its own, as the RRHF paper's perplexity has it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rrhf.errors import UserError
+from rrhf.evaluation.likelihoods import Row, read_logprobs
+from rrhf.evaluation.measure import Measure
+from rrhf.records import CandidateSet
+
+logger = logging.getLogger(__name__)
+
+
+class PaperPerplexity:
+    """The RRHF paper's perplexity of bare texts under a model of its own.
+
+    Attributes:
+        name: what results call the model.
+        max_tokens: texts are cut after so many; None = at the model's window.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_tokens: int | None = None,
+        name: str = "",
+        layout: str = "auto",
+    ) -> None:
+        bos = tokenizer.bos_token_id
+        if bos is None:
+            bos = tokenizer.eos_token_id
+            logger.info("%s: no BOS token; texts begin after EOS instead", tokenizer.name_or_path)
+        if bos is None:
+            raise UserError(
+                f"{tokenizer.name_or_path}: has neither BOS nor EOS, so the first token of a text "
+                "would have no probability; choose another ppl_model_name_or_path"
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"ppl_max_tokens {max_tokens}: must be at least 1")
+        self.model = model
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.name = name or str(tokenizer.name_or_path)
+        self._bos = int(bos)
+        self._window = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+
+    def mean_nats(self, texts: Sequence[str]) -> list[float | None]:
+        """Nats per token of each text; None where the text has no token at all."""
+        limit = min(self.max_tokens or self._window, self._window - 1)
+        rows: list[Row] = []
+        for text in texts:
+            # The script gives an empty text one blank, so that there is something to read.
+            cleaned = clean_for_paper(text) or " "
+            ids = self.tokenizer(
+                cleaned, add_special_tokens=False, split_special_tokens=True
+            ).input_ids
+            rows.append(([self._bos], ids[:limit]))
+        read = read_logprobs(self.model, rows, self._bos, layout=self.layout)
+        return [-float(values.double().mean()) if len(values) else None for values in read]
+
+    def measures(self, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
+        """`ppl_paper` (base 2) and `ppl_paper_e`, a prompt's texts averaged first."""
+        flat = self.mean_nats([c.response for s in sets for c in s.candidates])
+        nats = iter(flat)
+        by_prompt: dict[str, list[float]] = {}
+        for s in sets:
+            found = [next(nats) for _ in s.candidates]
+            known = [value for value in found if value is not None]
+            if known:
+                by_prompt[s.id] = known
+        return paper_measures(by_prompt)
+
+
+def paper_measures(mean_nats: Mapping[str, Sequence[float]]) -> dict[str, Measure]:
+    """Perplexities with base 2 and base e, from the mean nats of each prompt's texts."""
+    two = {i: float(np.mean(np.exp2(np.asarray(v)))) for i, v in mean_nats.items()}
+    e = {i: float(np.mean(np.exp(np.asarray(v)))) for i, v in mean_nats.items()}
+    return {"ppl_paper": Measure(two), "ppl_paper_e": Measure(e)}
+
+
+def clean_for_paper(text: str) -> str:
+    """Line breaks as blanks, ends stripped."""
+    return text.replace("\n", " ").strip()
