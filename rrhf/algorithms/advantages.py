@@ -1,4 +1,4 @@
-"""How much better a token, or a response, was than could be expected.
+"""Advantages: how much better a token, or a response, was than expected.
 
 With a critic: generalised advantage estimation over tokens. Without one, the other responses to the
 same prompt are the yardstick (RLOO, GRPO), or the batch is (REINFORCE++). Each method is a line or
@@ -88,7 +88,7 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """What whitening must know of a batch, in a form that adds up over ranks and micro-batches.
+    """Sums for whitening a batch, which can be added up over ranks and micro-batches.
 
     Args:
         values: any shape; what stands outside the mask is never read.
@@ -106,7 +106,7 @@ def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_and_variance(sums: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what `moment_sums` has seen.
+    """Mean and variance from the sums of `moment_sums`.
 
     Args:
         sums: [3], added up over ranks.
@@ -130,7 +130,7 @@ def whiten(
     shift_mean: bool = True,
     epsilon: float = WHITENING_EPSILON,
 ) -> Tensor:
-    """Bring values to deviation one, and to mean zero: (x - mean) / sqrt(variance + epsilon).
+    """Normalise values to mean zero and deviation one: (x - mean) / sqrt(variance + epsilon).
 
     A batch of one value becomes zero, as do values that are all equal.
 
@@ -190,7 +190,7 @@ def rloo_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K]; zero where no candidate is, and where one stands alone and has no baseline.
+        [B, K]; zero where there is no candidate, and where a prompt has only one.
     """
     count = valid.sum(-1, keepdim=True).double()
     factor = count / (count - 1).clamp_min(1)
@@ -208,7 +208,7 @@ def grpo_advantages(
     Args:
         rewards: [B, K] of whole responses.
         valid: [B, K] True where a candidate exists.
-        unbiased: deviation from n - 1 (as the programs have it), else from n.
+        unbiased: divide by n - 1 in the deviation (as published programs do), else by n.
         epsilon: on the scale of the rewards.
 
     Returns:

@@ -9,7 +9,8 @@ Three estimators of KL(policy || reference) from the tokens that the policy samp
     k3    exp(-d) - 1 + d   1 - exp(-d)         that of KL(reference || policy)
 
 k1 and k3 have the KL as their expectation, k1 with either sign, k3 never negative; k2 is biased.
-"k3_with_k2_gradient" has the value of k3 and the gradient of k2, and is so only under this name.
+"k3_with_k2_gradient" has the value of k3 and the gradient of k2; plain k3
+never has that gradient.
 
 The coefficient of the penalty is fixed, or follows a target. Adding up tokens into rows is not
 here: the rewards take each token's KL as it is, a loss takes rows from `ppo_losses.reduce_rows`.

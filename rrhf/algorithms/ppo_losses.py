@@ -1,4 +1,4 @@
-"""PPO's losses and what one watches of them.
+"""PPO's losses and their metrics.
 
 Every loss is given token by token, then added up in one of three ways (`reduce_rows`) into totals
 and counts per row, so that the loop can divide by a count over all ranks and micro-batches; the
@@ -234,7 +234,7 @@ def policy_metrics(
 
 @torch.no_grad()
 def largest_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """The ratio that moved furthest up: a scalar, to be joined by maximum; zero without a token."""
+    """The largest ratio of any token: a scalar, zero without tokens. Ranks take the maximum."""
     ratio = log_ratios(logprobs, old_logprobs, mask).exp()
     held = torch.where(mask, ratio, torch.zeros_like(ratio)).flatten()
     return held.max() if held.numel() else ratio.new_zeros(())
@@ -248,7 +248,7 @@ def value_metrics(
     mask: Tensor,
     clip_range_value: float | None = 0.2,
 ) -> dict[str, Pair]:
-    """What the critic says and how often its clip decides the loss, as (total, count) scalars.
+    """The critic's values and how often the clip decides its loss, as (total, count) scalars.
 
     The arguments are those of `value_losses`.
     """
@@ -266,8 +266,8 @@ def explained_variance_sums(values: Tensor, returns: Tensor, mask: Tensor) -> Te
     """What `explained_variance` needs of a batch, to be added up over ranks and micro-batches.
 
     Args:
-        values: [N, T] what the critic predicted.
-        returns: [N, T] what came.
+        values: [N, T] the critic's predictions.
+        returns: [N, T] the observed returns.
         mask: [N, T] True at response tokens.
 
     Returns:

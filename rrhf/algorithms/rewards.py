@@ -5,9 +5,9 @@ token, minus the KL penalty on every token. The last token is found from the row
 from pad ids: with pad = eos the EOS itself is the token that carries the score, and one position
 further lies outside everything that is trained.
 
-A score goes through three stations, in this order: normalisation (the scorer's own, not here),
-clipping, and the penalty for a response that did not finish. So the penalty is felt by a response
-whose score is clipped already, and neither clip nor normaliser ever sees the KL.
+A score goes through three steps, in this order: normalisation (not here), clipping, and the penalty
+for a response that did not finish. The penalty therefore applies in full to a response whose score
+was clipped, and neither clip nor normaliser ever sees the KL.
 
 Where the KL is a term of the loss instead, the rewards are made with `kl=None`.
 
@@ -23,7 +23,7 @@ from rrhf.algorithms.masked import length_mask
 
 
 def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
-    """Hold scores within [-limit, limit], so that one outlier cannot rule an update.
+    """Clip scores to [-limit, limit], so that one outlier cannot dominate an update.
 
     Args:
         scores: [N].

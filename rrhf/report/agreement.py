@@ -1,4 +1,4 @@
-"""Were these rows made alike? Numbers compare only where they were.
+"""Whether rows were measured in the same way; only then can their numbers be compared.
 
 Prompts, scorer, decoding, reference, baseline, human responses and perplexity model must agree.
 Greedy rows may be compared with sampled ones, since each row says which it is; so may responses
@@ -18,7 +18,7 @@ from rrhf.evaluation.results import measure_from_json
 Row = dict[str, Any]
 
 MAY_DIFFER = frozenset({"decoding", "num_prompts"})
-"""Of what rows were made with; decodings are looked at setting by setting."""
+"""Settings that may differ between rows; those of decoding are compared one by one."""
 # Settings by which a decoding may differ from another kind of decoding.
 _KIND_KEYS = frozenset(
     {"kind", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "best_of"}
@@ -64,13 +64,13 @@ def _difference(key: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[Row]:
-    """The rows measured anew on the prompts that all of them have.
+    """The rows, recomputed on the prompts that all of them have.
 
-    Metrics of a policy alone are measured on other data (`ppl_human`, `pi_accuracy`) and stay;
+    Metrics of a policy alone (`ppl_human`, `pi_accuracy`) are measured on other data and kept;
     those without values by prompt (distinct-n) are left out.
 
     Raises:
-        UserError: they have no prompt in common.
+        UserError: the rows have no prompt in common.
     """
     elsewhere = {name for m in METRICS.values() if m.of == "policy" for name in m.columns}
     elsewhere |= {name for row in rows for name in row.get("columns_of_policy", ())}

@@ -1,11 +1,11 @@
 """`rrhf compare`: rows of several evaluations in one table, and their gains over a baseline row.
 
-Rows that were not made alike (`rrhf.report.agreement`) are refused, with what differs;
-`allow_mixed` shows them anyway.
+Rows that were not measured in the same way (`rrhf.report.agreement`) are refused with a message
+that lists the differences; `allow_mixed` shows them anyway.
 
 Gains are paired: the same prompts are resampled for both rows, so that differences between prompts
 cancel. They are measured from the row of the baseline that the rows were evaluated against, else
-from that of their reference policy (`base_of`); the order of file names decides nothing.
+from that of their reference policy (`base_of`), whatever the order of the files.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class Comparison:
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Read, check, put together, write.
+    """Read the rows, check them, and write the table.
 
     Raises:
-        UserError: a file is no row, two rows have one name, or rows were not made alike.
+        UserError: a file is no row, two rows have the same name, or rows were not measured in the
+            same way.
     """
     rows = read_rows(config.rows, config.accept_edited_files)
     if config.only_common_prompts:
@@ -98,15 +99,15 @@ def compare_rows(
     width: int = 120,
     warnings: Sequence[str] = (),
 ) -> Comparison:
-    """The table of rows that are in memory already.
+    """The table of rows in memory.
 
     Args:
-        rows: as the evaluator gives them.
+        rows: as the evaluator returns them.
         baseline: name of the row that gains are measured from; empty = the first; None = no gains.
         columns: metrics; empty = the usual ones.
         resamples: of the paired bootstrap.
         width: of the terminal.
-        warnings: what differs between the rows, to be said under the table.
+        warnings: differences between the rows, to be printed under the table.
     """
     if not rows:
         raise UserError("no rows to compare; name files or folders that `rrhf evaluate` wrote")
@@ -225,11 +226,11 @@ def read_rows(places: Sequence[str], accept_edited: bool = False) -> list[Row]:
 
     Args:
         places: files and folders.
-        accept_edited: read rows also where they are not as their manifests describe them.
+        accept_edited: read rows even if they do not match their manifests.
 
     Raises:
-        UserError: a file is no row, a folder has none, two rows have one name, or a row was changed
-            since it was written.
+        UserError: a file is no row, a folder has none, two rows have the same name, or a row was
+            changed since it was written.
     """
     rows: list[Row] = []
     seen: dict[str, Path] = {}
@@ -258,10 +259,10 @@ def _row_files(place: Path) -> list[Path]:
 
 
 def _written_rows(folder: Path) -> Iterator[Path]:
-    """The rows that manifests vouch for, readable or not: none is left out in silence.
+    """The rows that manifests list, readable or not, so that none is left out silently.
 
     Raises:
-        UserError: one of them is gone.
+        UserError: one of them is missing.
     """
     for place in sorted(folder.glob("*.manifest.json")):
         path = place.with_name(place.name.replace(".manifest.json", ".json"))

@@ -1,6 +1,6 @@
-"""What each method gained and paid on its way, as two pictures (needs the extra `report`).
+"""Two pictures of what each method gained and cost during training (needs the extra `report`).
 
-One colour a method in both; each curve is named at its end, so no legend has to be looked up.
+A method has the same colour in both. Each curve is labelled at its end, so there is no legend.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from rrhf.errors import UserError
 
 INK, FAINT, UNTRAINED = "#222222", "#d9d9d9", "#777777"
 COLOURS = ("#d55e00", "#009e73", "#0072b2", "#b5539c", "#a07800", "#7a4a2b", "#5b4bb5")
-"""After Okabe and Ito, darkened where they were too light for text on white."""
+"""After Okabe and Ito; colours too light for text on white are darkened."""
 
 SIZE = (7.2, 4.8)
 LABEL_GAP = 0.052
-"""Least distance of two labels, as a share of the height."""
+"""Smallest distance between two labels, as a share of the height."""
 
 
 @dataclass(frozen=True)
 class Point:
     """Attributes:
-    kl: nats a response from the start policy; a bound for best-of-N.
+    kl: nats per response from the start policy; a bound for best-of-N.
     reward, gold: means.
     reward_range, gold_range: their intervals, or None.
     """
@@ -43,10 +43,10 @@ Lines = Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None]]]
 def draw_reward_against_kl(
     curves: Curves, target: Path, start: str = "SFT", untrained: Collection[str] = ()
 ) -> Path:
-    """The learned reward that each nat of KL bought: a curve a method, a point a checkpoint.
+    """Draw learned reward against KL: one curve for each method, one point for each checkpoint.
 
     Args:
-        curves: name -> points from the common start on.
+        curves: name -> points, beginning with the common start.
         target: the picture's file.
         start: what the first points are called.
         untrained: names of curves that are drawn dashed and grey.
@@ -64,9 +64,9 @@ def draw_reward_against_kl(
 def draw_gold_against_reward(
     curves: Curves, target: Path, start: str = "SFT", untrained: Collection[str] = ()
 ) -> Path:
-    """Whether the true preference follows the learned one: over-optimisation bends a curve down.
+    """Draw gold against learned reward: over-optimisation bends a curve down.
 
-    Arguments and errors as of `draw_reward_against_kl`.
+    Arguments and errors are those of `draw_reward_against_kl`.
     """
     lines = {
         name: [(p.reward, p.gold, p.gold_range) for p in points] for name, points in curves.items()
@@ -126,7 +126,7 @@ def _draw(
 def _name_the_ends(
     axis: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]
 ) -> None:
-    """Names right of the picture, at the heights of the ends but moved apart, with a thin lead."""
+    """Label the curves at the right margin; thin lines lead from labels that had to be moved."""
     low, high = axis.get_ylim()
     left, right = axis.get_xlim()
     order = sorted(ends, key=lambda name: ends[name][1])
@@ -143,10 +143,10 @@ def _name_the_ends(
 
 
 def apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The heights, ascending, moved so that neighbours are `gap` apart, and as little as needed.
+    """Ascending heights, moved as little as needed so that neighbours are at least `gap` apart.
 
-    Groups that touch are laid out evenly about their own middle; the whole stays within
-    [low, high] where it fits.
+    Groups that touch are spread evenly around their own middle; all stay within [low, high] if
+    they fit.
     """
     groups: list[list[float]] = []
     for height in heights:

@@ -1,4 +1,4 @@
-"""Methods side by side, as a page: what each gained, what it cost, and where it went wrong."""
+"""The page that compares methods: what each gained, what it cost, and where it went wrong."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def gains_table(rows: Mapping[str, Row], greedy: Mapping[str, Row]) -> str:
 def cost_table(
     titles: Mapping[str, str], costs: Mapping[str, TrainingCost], per_answer: Mapping[str, int]
 ) -> str:
-    """What each method took after SFT and reward model.
+    """What each method cost, in addition to SFT and reward model.
 
     Args:
         titles: method -> its name.
-        costs: method -> what its training took.
-        per_answer: method -> responses that are drawn, and scored if there are several, each time
-            someone asks.
+        costs: method -> the cost of its training.
+        per_answer: method -> responses that are drawn (and scored, if there are several) for
+            each answer.
     """
     headings = ["", *(column.title for column in COST_COLUMNS.values()), "responses an answer"]
     lines = []
@@ -66,7 +66,7 @@ def cost_table(
 
 
 def by_seed_table(seeds: Sequence[int], rows: Mapping[str, Sequence[Row]]) -> str:
-    """Gold of each of several seeds, their mean and deviation."""
+    """Gold by seed, with mean and standard deviation."""
     headings = ["", *(f"seed {seed}" for seed in seeds), "mean", "sd"]
     lines = []
     for of_seeds in rows.values():

@@ -1,10 +1,10 @@
-"""Where the true preference stops following the reward model, said from the rows of a curve.
+"""Finds the point of a curve from which on gold no longer follows the reward model.
 
-A policy that is trained on a reward model raises its score for as long as one trains; what people
-want follows for a while and then may not (Gao et al. 2022, arXiv:2210.10760). A curve is the rows
-of one method in the order of its training, each with `reward` and `gold` by prompt. All differences
-are paired over prompts, and only those whose interval leaves out zero are believed. The pace of
-gold, its gain for each unit of reward up to a point, is taken as known.
+A policy that is trained on a reward model raises its score for as long as it is trained; the true
+preference follows for a while and then may not (Gao et al. 2022, arXiv:2210.10760). A curve is the
+rows of one method in the order of its training, each with `reward` and `gold` by prompt. All
+differences are paired over prompts, and only those whose interval excludes zero count. The pace of
+gold up to a point, its gain per unit of reward, is treated as exact.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Kind = Literal["falls", "stalls", "slows", "follows", "flat"]
 
 @dataclass(frozen=True)
 class Parting:
-    """What became of gold while the learned reward rose.
+    """What happened to gold while the learned reward rose.
 
     Attributes:
-        kind: falls: after its peak gold falls, while reward rises; stalls: from some point on gold
-            is not seen to rise, and goes at less than half its pace, if it had one; slows: it
-            rises, at less than its pace; follows: none of these is seen; flat: the reward itself is
-            not seen to rise.
+        kind: falls: gold falls after its peak while reward rises; stalls: from some point on gold
+            does not rise measurably, at less than half of its pace if it had one; slows: it rises,
+            but below its pace; follows: none of these; flat: the reward itself does not rise
+            measurably.
         reward, gold, kl: at the point from which on gold no longer follows; at the last point where
             it follows to the end. kl is None where no policy of its own has one.
         reward_gain, gold_gain: from there to the last point; from the first to the last point where
@@ -50,10 +50,10 @@ class Parting:
 
 
 def parting(rows: Sequence[Row]) -> Parting:
-    """Look for it on one curve.
+    """Find where gold and reward part on one curve.
 
     Args:
-        rows: two or more, the first one before the method did anything.
+        rows: two or more; the first is that of the starting policy.
     """
     assert len(rows) >= 2, "a curve has two points"
     first, last = rows[0], rows[-1]
@@ -80,7 +80,7 @@ def parting(rows: Sequence[Row]) -> Parting:
 
 
 def sentence(name: str, found: Parting) -> str:
-    """One sentence a method, with the numbers that it rests on."""
+    """One sentence about a method, with the numbers behind it."""
     reward, gold = found.reward_gain, found.gold_gain
     place = f"reward {found.reward:.2f}"
     if found.kl is not None:
@@ -130,7 +130,7 @@ def _parting(kind: Kind, place: Row, start: Row, end: Row, pace: float | None = 
 
 
 def kl_of(row: Row) -> float | None:
-    """Nats a response; the bound where a row is the best of several samples."""
+    """Nats per response; a bound if the row is the best of several samples."""
     metrics = row["metrics"]
     value: float | None = (metrics.get("kl") or metrics.get("kl_bound") or {}).get("mean")
     return value
@@ -152,7 +152,7 @@ def _falls(start: Row, end: Row, metric: str) -> bool:
 
 
 def _goes_slower(start: Row, end: Row, pace: float) -> bool:
-    """Whether gold gains less than `pace` for each unit of reward."""
+    """Whether gold gains less than `pace` per unit of reward."""
     gold, reward = (
         [measure_from_json(row["per_prompt"][metric]).values for row in (start, end)]
         for metric in ("gold", "reward")
@@ -164,7 +164,7 @@ def _goes_slower(start: Row, end: Row, pace: float) -> bool:
 
 
 def _pace(start: Row, end: Row) -> float:
-    """Gold for each unit of reward."""
+    """Gold gained per unit of reward."""
     gold, reward = (_mean(end, metric) - _mean(start, metric) for metric in ("gold", "reward"))
     return gold / reward if reward else 0.0
 

@@ -14,9 +14,9 @@ Row = dict[str, Any]
 def pooled_rows(
     by_seed: Sequence[Sequence[Row]], metrics: Collection[str] | None = None
 ) -> list[Row]:
-    """Each prompt of each seed counts, with intervals anew over all.
+    """Pool the prompts of all seeds, with new intervals over all of them.
 
-    Metrics that are one number of a whole row (distinct-n, the KL bound of best-of-N) are averaged.
+    Metrics with one number per row (distinct-n, the KL bound of best-of-N) are averaged.
 
     Args:
         by_seed: the same rows of every seed.
@@ -45,7 +45,7 @@ def _pooled(rows: Sequence[Row], wanted: Collection[str] | None) -> Row:
 
 
 def _merged(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One measure of all seeds' prompts, each under its seed's place and its own id."""
+    """One measure over the prompts of all seeds, each identified by its seed's index and its id."""
     merged: dict[str, Any] = {"values": {}, "weights": {}, "scale": values[0].get("scale", "mean")}
     for seed, told in enumerate(values):
         weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)

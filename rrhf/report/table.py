@@ -1,7 +1,7 @@
 """Rows as a table: Markdown for a page, aligned columns for a terminal.
 
 A cell is "0.47 [0.40, 0.54]", mean and interval. Columns that no row fills are left out. An arrow
-after a title says which way is better, where one is.
+in a heading says which direction is better, if one is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def format_estimate(
     Args:
         value: with "mean", "low", "high".
         digits: after the point.
-        with_sign: a plus before a positive mean, as differences have it.
+        with_sign: put a plus before a positive mean, as for differences.
     """
     if value is None or value.get("mean") is None:
         return NOTHING
@@ -51,7 +51,7 @@ def format_estimate(
 
 
 def format_number(value: float, digits: int) -> str:
-    """Fixed digits, no minus before a zero, powers of ten where a number is very large."""
+    """Fixed digits without a minus before zero; scientific notation for very large numbers."""
     if abs(value) >= 1e6:
         return f"{value:.2e}"
     text = f"{value:.{digits}f}"
@@ -59,12 +59,12 @@ def format_number(value: float, digits: int) -> str:
 
 
 def default_columns(rows: Sequence[Row]) -> list[str]:
-    """The metrics of a table for which none are chosen."""
+    """The columns of a table if none are chosen."""
     return [name for name, column in columns_of(rows).items() if column.shown]
 
 
 def column_of(metric: str, rows: Sequence[Row] = ()) -> Column:
-    """The column of a metric; parts of a gold preference are titled by their name."""
+    """The column of a metric; parts of gold are headed by their name."""
     columns = columns_of(rows)
     if metric in columns:
         return columns[metric]
@@ -74,7 +74,7 @@ def column_of(metric: str, rows: Sequence[Row] = ()) -> Column:
 
 
 def cell(row: Row, metric: str) -> str:
-    """What a row says of a metric or a fact; the bound where best-of-N has no sampled KL."""
+    """The cell of a metric or fact; for best-of-N, which has no sampled KL, the bound."""
     column = column_of(metric, [row])
     if metric in FACT_COLUMNS:
         value = fact_of(row, metric)
@@ -86,7 +86,7 @@ def cell(row: Row, metric: str) -> str:
 
 
 def fact_of(row: Row, name: str) -> float | None:
-    """A cost of a row, or a number that its policy has; None where it is not known."""
+    """A cost of a row, or a number of its policy; None if unknown."""
     cost = row.get("cost") or {}
     if name == "generation_seconds":
         return (cost.get("seconds") or {}).get("generation")
@@ -119,13 +119,13 @@ def table_cells(
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
-    """The table as Markdown, numbers to the right; ends with a newline."""
+    """The table as Markdown, numbers right-aligned; ends with a newline."""
     headings, lines = table_cells(rows, columns)
     return markdown_lines(headings, lines)
 
 
 def terminal_table(rows: Sequence[Row], columns: Sequence[str] = (), width: int = 120) -> str:
-    """The table for a terminal; what is wider than `width` goes on below, under the same names."""
+    """The table for a terminal; columns beyond `width` continue below, with the names repeated."""
     headings, lines = table_cells(rows, columns)
     return terminal_lines(headings, lines, width)
 
@@ -164,5 +164,5 @@ def terminal_lines(
 
 
 def notes_of(rows: Sequence[Row]) -> str:
-    """What rows say about their own numbers, one line each."""
+    """Notes of the rows on their own numbers, one line each."""
     return "".join(f"{row['name']}: {note}\n" for row in rows for note in row.get("notes", ()))

@@ -1,8 +1,8 @@
-"""What a method cost after SFT and reward model, read from its run folders.
+"""What a method cost in addition to SFT and reward model, read from its run folders.
 
-Counted are responses drawn (each is scored once), their tokens, the tokens that went forward and
-backward (once for each network that learns), processor seconds, and the networks that are in
-memory together while it trains. What evaluating it cost is not counted.
+The cost is the responses drawn (each is scored once), their tokens, the tokens that went forward
+and backward (once for each network that learns), processor seconds, and the number of networks in
+memory at the same time. Evaluation is not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TrainingCost:
     drawn_tokens: in these responses.
     trained_tokens: prompts included; a critic's count as well as the policy's.
     cpu_seconds: of one thread.
-    networks: most in memory at a time while training; 0 = nothing was trained.
+    networks: most in memory at the same time in training; 0 = nothing was trained.
     """
 
     responses: float = 0.0
@@ -59,7 +59,7 @@ def cost_of(folders: Sequence[Path], stage_file: str) -> TrainingCost:
 
 
 def mean_cost(costs: Sequence[TrainingCost]) -> TrainingCost:
-    """Of several seeds."""
+    """The mean cost of several seeds."""
     count = len(costs)
     values = [cost.as_dict() for cost in costs]
     return TrainingCost(**{name: sum(v[name] for v in values) / count for name in values[0]})
@@ -87,7 +87,7 @@ def _cost_of_stage(folder: Path, stage_file: str) -> TrainingCost:
 
 
 def _mean_length(run: Path) -> float:
-    """Tokens a response, over all rollouts: their rows in metrics.jsonl tell what they scored."""
+    """Tokens per response over all rollouts, from their rows in metrics.jsonl."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lengths = {row["rollout"]: row["response_length"] for row in rows if "score" in row}
     return sum(lengths.values()) / len(lengths)

@@ -1,9 +1,9 @@
 """The demonstration: a small language model becomes measurably better by RRHF, in minutes.
 
-Nothing is fetched: data, gold preference and model are the embedded world's. Seeds run one after
-the other, or side by side on several cores, and are told together: every prompt of every seed
-counts once in an interval, so the intervals cover prompts, not the luck of so few seeds (the spread
-over seeds stands next to them in `table.md`).
+Nothing is downloaded: data, gold preference and model come from the embedded world. Seeds run one
+after the other, or side by side on several cores, and are reported together: every prompt of every
+seed counts once in an interval, so the intervals cover prompts, not the variation between so few
+seeds (`table.md` has the spread over seeds next to them).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FILE_COLUMNS = (
 
 
 def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Path:
-    """Do every seed and write the table; returns the table's path."""
+    """Run every seed and write the table; returns its path."""
     started = time.monotonic()
     folder = Path(config.output_dir)
     make_folder(folder)
@@ -65,7 +65,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Pa
 def run_seed(
     folder: Path, size: str, seed: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """All stages of one seed; returns its rows."""
+    """Run all stages of one seed; returns its rows."""
     study = DemoStudy(seed_folder(folder, seed), DEFAULT, size, seed, say)
     rows = study.run()
     finish(study)

@@ -19,7 +19,7 @@ STAGES_OF = {
     "rrhf-2": ("round-1", "rrhf", "round-2", "rrhf-2"),
     "ppo": ("ppo",),
 }
-"""What a policy took after SFT and reward model, its candidates included."""
+"""The stages behind each policy after SFT and reward model, its candidates included."""
 
 
 class DemoStudy(Stages):
@@ -28,7 +28,7 @@ class DemoStudy(Stages):
     num_stages = 12
 
     def run(self) -> list[dict[str, Any]]:
-        """All stages; returns the rows of the table."""
+        """Run all stages; returns the rows of the table."""
         self.prepare()
         self.stage("round-1", "sample and score candidates", lambda: self.candidates(1, "sft"))
         self.stage(

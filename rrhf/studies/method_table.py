@@ -1,4 +1,4 @@
-"""The methods that are compared: the stages that each needs and the policy that it ends with."""
+"""The methods that are compared: the stages that each needs, and the policy that it ends with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Method:
     Attributes:
         title: its name there.
         stages: after SFT and reward model, in order.
-        online: `--method` of `rrhf train ppo`; "" for what trains offline or not at all.
-        best_of: its answers are the best of so many of SFT.
-        curve: the title of the curve on which it lies; "" = it has none.
+        online: `--method` of `rrhf train ppo`; "" if it trains offline or not at all.
+        best_of: its answers are the best of this many samples of SFT.
+        curve: the title of its curve; "" = it has none.
     """
 
     title: str
@@ -27,7 +27,7 @@ class Method:
 
     @property
     def policy(self) -> str:
-        """The stage that holds what it ends with."""
+        """The stage that holds its last policy."""
         return self.stages[-1] if self.stages else "sft"
 
 
@@ -39,7 +39,7 @@ def _rounds(count: int) -> tuple[str, ...]:
 
 
 def rounds_policy(number: int) -> str:
-    """The stage of RRHF's round, counted from 1; round 0 is SFT."""
+    """The stage of a round of RRHF, counted from 1; round 0 is SFT."""
     return ("sft", "rrhf")[number] if number < 2 else f"rrhf-{number}"
 
 

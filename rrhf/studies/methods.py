@@ -1,9 +1,9 @@
-"""Which method should one use, at what cost: all of them, on one world, under one budget.
+"""Compares all methods on one world, under one budget: which should one use, at what cost?
 
-From one SFT policy and one reward model a seed: best-of-N, fine-tuning on the best of N, RRHF
-offline, in rounds (IP) and online (OP), PPO, RLOO and GRPO. Each method of one round, and each
-online one, draws and scores the same number of responses. The page, its two pictures and the
-numbers behind them are written from the run folders alone, so a second call writes them again.
+From one SFT policy and one reward model per seed: best-of-N, fine-tuning on the best of N, RRHF
+offline, in rounds (IP) and online (OP), PPO, RLOO and GRPO. Each method of one round and each
+online method draws and scores the same number of responses. The page, its two pictures and the
+numbers behind them are written from the run folders alone, so a second call rewrites them.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ REWARD_KL, GOLD_REWARD = "methods_reward_kl.png", "methods_gold_reward.png"
 
 @dataclass(frozen=True)
 class About:
-    """What a page says of its making.
+    """How a page was made.
 
     Attributes:
-        command: that made it.
-        world: what it calls the world.
-        choice: how the settings were chosen; "" = it does not say.
+        command: the command that made it.
+        world: the name of the world.
+        choice: how the settings were chosen; "" = not stated.
     """
 
     command: str
@@ -62,7 +62,7 @@ class About:
 
 
 def run(config: MethodsConfig, say: Callable[[str], None] = logger.info) -> Path:
-    """Do every seed, then write the page; returns its path."""
+    """Run every seed, then write the page; returns its path."""
     started = time.monotonic()
     folder = Path(config.output_dir)
     make_folder(folder)
@@ -92,13 +92,13 @@ def _run_seed(
 def write_report(
     by_seed: Sequence[SeedResult], seeds: Sequence[int], target: Path, about: About
 ) -> Path:
-    """Page, pictures and numbers from what the seeds gave; returns the page's path.
+    """Write page, pictures and numbers from the results of the seeds; returns the page's path.
 
     Args:
-        by_seed: of every seed, with the same methods.
+        by_seed: the results of every seed, with the same methods.
         seeds: their numbers.
         target: the folder to write to.
-        about: what made them.
+        about: how they were made.
     """
     target.mkdir(parents=True, exist_ok=True)
     rows = _pooled([result.rows for result in by_seed])

@@ -1,7 +1,7 @@
 """One seed of the comparison of methods, stage by stage, from one SFT policy and one reward model.
 
-What a method is here stands in one line of `METHODS`: the stages that it needs, the policy that it
-ends with, and where the policies along its way lie.
+Each method is one line of `METHODS`: the stages that it needs, the policy that it ends with, and
+the folders of the policies along its way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SeedResult:
     rows: method -> its row, sampled.
     greedy: method -> its row under greedy decoding, where a policy has one.
     curves: title -> rows from SFT on, in the order of the training.
-    costs: method -> what it took.
+    costs: method -> what it cost.
     """
 
     rows: dict[str, dict[str, Any]]
@@ -41,8 +41,8 @@ class MethodsStudy(Stages):
     """The comparison's stages.
 
     Args:
-        methods: keys of `METHODS`, SFT among them.
-        others: as `Stages` has them.
+        methods: keys of `METHODS`, including SFT.
+        others: as in `Stages`.
     """
 
     def __init__(self, methods: Sequence[str], *others: Any, **named: Any) -> None:
@@ -58,7 +58,7 @@ class MethodsStudy(Stages):
         self.num_stages = 5 + len(self._stages) + 2
 
     def run(self) -> SeedResult:
-        """All stages."""
+        """Run all stages."""
         self.prepare()
         for name in self._stages:
             self._method_stage(name)
@@ -114,9 +114,9 @@ class MethodsStudy(Stages):
         return evaluate_rows(self, plan, folder, samples=self.recipe.test_samples)
 
     def _curve_plans(self) -> dict[str, list[RowPlan]]:
-        """The points between SFT and what a method ends with, by curve.
+        """The points between SFT and a method's last policy, by curve.
 
-        A point that is a row of the table already bears that row's name.
+        A point that is a row of the table has the name of that row.
         """
         known = {(plan.policy, plan.best_of): plan for plan in self._row_plans().values()}
         curves: dict[str, list[RowPlan]] = {}
@@ -139,7 +139,7 @@ class MethodsStudy(Stages):
         return curves
 
     def _policies_of(self, stage: str) -> list[tuple[int, str]]:
-        """Steps and folders of the policies that were kept on the way, without the last one."""
+        """Steps and folders of the policies that were kept during training, except the last one."""
         found = []
         for path in (self.folder / stage / "policies").glob("step-*"):
             number = re.fullmatch(r"step-(\d+)", path.name)
@@ -151,13 +151,13 @@ class MethodsStudy(Stages):
         return evaluate_rows(self, self._between(), folder, samples=1, has_likelihoods=False)
 
     def _between(self) -> list[RowPlan]:
-        """Points of curves that are no rows of the table, each once."""
+        """Points of curves that are not rows of the table, each once."""
         rows = set(self._row_plans().values())
         points = [point for curve in self._curve_plans().values() for point in curve]
         return [point for point in dict.fromkeys(points) if point not in rows]
 
     def _result(self, rows: Path, curves: Path) -> SeedResult:
-        """What the folders hold; the calls find everything measured."""
+        """The result, read from the folders; everything has been measured by now."""
         plans, greedy = self._row_plans(), self._greedy_plans()
         loaded = load_rows(self._measure_rows(rows))
         by_plan = dict(zip([*plans.values(), *greedy.values()], loaded, strict=True))

@@ -1,4 +1,4 @@
-"""Settings of `rrhf train ppo` in a study: what the world's recipe says, and how long it takes."""
+"""Settings of `rrhf train ppo` in a study: those of the world's recipe, and its length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.worlds.recipe import OnlineRecipe
 
 POINTS = 5
-"""Policies kept along an online training, for its curve."""
+"""Number of policies kept during an online training, for its curve."""
 
 
 def online_config(
@@ -23,10 +23,10 @@ def online_config(
 
     Args:
         method: a key of `recipe.methods`.
-        recipe: of the world.
-        shared: what every training of the study has in common, the run folder included.
+        recipe: the world's settings.
+        shared: settings of every training of the study, the run folder included.
         files: the policy to start from, prompts and reward model, under their settings' names.
-        points: keep so many policies along the way, evenly spread; 0 = none.
+        points: number of policies to keep, evenly spread over the training; 0 = none.
     """
     record = METHODS[method]
     samples = recipe.samples_per_prompt if record.needs_group else 1

@@ -1,6 +1,6 @@
-"""Rows of a study on a world: all on the same prompts, judges, reference and opponent.
+"""The rows of a study: all with the same prompts, judges, reference and opponent.
 
-Each row is saved as it is measured, so an evaluation that was killed goes on with the next one.
+Each row is saved once it is measured, so a killed evaluation continues with the next one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class RowPlan:
 
     Attributes:
         name: in the table.
-        policy: the stage, or the folder below the seed's, whose policy answers.
+        policy: the stage, or the subfolder of the seed, whose policy answers.
         is_greedy: one greedy response instead of samples.
-        best_of: each response is the best of so many.
+        best_of: each response is the best of this many samples.
     """
 
     name: str
@@ -48,15 +48,15 @@ def evaluate_rows(
     has_likelihoods: bool = True,
     extra: Callable[[RowPlan], dict[str, Any]] = lambda _: {},
 ) -> list[Path]:
-    """Measure and save the rows that are not there yet; returns their files in the plan's order.
+    """Measure and save the rows that are missing; returns the files of all in the plan's order.
 
     Args:
-        study: whose SFT policy is reference and opponent, and whose reward model scores.
+        study: its SFT policy is reference and opponent, and its reward model scores.
         plan: the rows.
         folder: where they go.
-        num_prompts: the first so many test prompts; None = all.
-        samples: responses a prompt, where they are sampled.
-        has_likelihoods: also measure what policies make of good replies and of pairs.
+        num_prompts: number of test prompts, from the first; None = all.
+        samples: responses per prompt in sampled rows.
+        has_likelihoods: also measure the policies' likelihoods of good replies and of pairs.
         extra: keys to add to a row.
     """
     world = study.world

@@ -1,6 +1,6 @@
 """The seeds of a study: one after the other, or side by side on several cores.
 
-Each runs on one thread: at the size of the embedded world a second thread only gets in the way.
+Each runs on one thread: at the size of the embedded world a second thread only slows it down.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
 
 RunSeed = Callable[[int, Callable[[str], None]], Any]
-"""Does everything of one seed, given the seed and what to tell of it."""
+"""Runs one seed; its arguments are the seed and a function that reports progress."""
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
-    """Where a seed's stages lie."""
+    """The folder of a seed's stages."""
     return folder / f"seed-{seed}"
 
 
 def run_seeds(
     run: RunSeed, seeds: Sequence[int], jobs: int, say: Callable[[str], None]
 ) -> list[Any]:
-    """What each seed gave, in the seeds' order.
+    """The result of each seed, in the order of the seeds.
 
     Args:
-        run: must be picklable where several run side by side: a function, or a `partial` of one.
+        run: picklable if several run side by side: a function, or a `partial` of one.
         seeds: at least one.
         jobs: seeds at the same time; 0 = one for each core.
-        say: is told of progress.
+        say: called with lines of progress.
     """
     num_jobs = min(jobs or _num_cores(), len(seeds))
     if num_jobs == 1:
@@ -85,7 +85,7 @@ def _say_with(prefix: str, say: Callable[[str], None], text: str) -> None:
 
 
 def _quiet_worker() -> None:
-    """Bars of several processes would write over each other; their lines do not."""
+    """Print lines instead of bars: those of several processes would overwrite each other."""
     os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)

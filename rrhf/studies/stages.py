@@ -1,12 +1,12 @@
-"""Stages of a study on a world: each a folder, made once, taken up after a kill.
+"""The stages of a study: each is a folder that is made once and continued after a kill.
 
     world/ -> start/ -> sft/ -> pairs/ -> reward/ -> round-1/ (candidates) -> rrhf/, best-of-n/
                                                      round-2/ (candidates of rrhf/) -> rrhf-2/ ...
                                                      ppo/, rloo/, ... (online, from sft/)
 
-Every stage is the same call that a user's command makes, on the same hand-overs; the world brings
-the data and the settings (`rrhf.worlds.recipe`). Which stages there are, and what is measured, the
-study says.
+Every stage makes the same call as a user's command, on the same files; the world provides the data
+and the settings (`rrhf.worlds.recipe`). The study decides which stages there are and what is
+measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rrhf.worlds.tiny_model import build_tiny_llama, build_tokenizer, conversati
 logger = logging.getLogger(__name__)
 
 STAGE_FILE = ".stage.json"
-"""The note that a stage is done; hidden, since a stage's folder may be a sealed model folder."""
+"""Marks a finished stage; hidden, since a stage's folder may be a sealed model folder."""
 _EARLIER_STAGE_FILE = "stage.json"
 
 
@@ -52,8 +52,8 @@ class Stages:
     folder: of this seed.
     world: the world at this size and seed.
     recipe: its settings.
-    seconds: what each stage took, by name; of an earlier call where it was done then.
-    num_stages: how many a study has, for its lines of progress.
+    seconds: duration of each stage, by name, also of those done in an earlier call.
+    num_stages: number of stages, for the lines of progress.
     """
 
     num_stages = 5
@@ -76,7 +76,7 @@ class Stages:
         self._num_begun = 0
 
     def prepare(self) -> None:
-        """What every method starts from: a fine-tuned policy, and a reward model.
+        """Make what every method starts from: a fine-tuned policy and a reward model.
 
         Raises:
             UserError: the folder holds a study of another world.
@@ -95,7 +95,7 @@ class Stages:
         self.stage("reward", "train the reward model", self._train_reward)
 
     def stage(self, name: str, what: str, do: Callable[[], object]) -> None:
-        """Do what a folder is to hold, unless it holds it already."""
+        """Run a stage unless its folder is complete."""
         folder = self.folder / name
         done = folder / STAGE_FILE
         self._num_begun += 1
@@ -149,7 +149,7 @@ class Stages:
         )
 
     def _label_pairs(self) -> None:
-        """Two samples of the SFT policy a prompt, labelled by the world's noisy people."""
+        """Two samples of the SFT policy per prompt, labelled with the world's noise."""
         folder = self.folder / "pairs"
         sampled = self._generate("sft", "pair_prompts", folder / "sampled.jsonl", count=2)
         rng = random.Random(f"labels/{self.seed}")
@@ -175,7 +175,7 @@ class Stages:
         )
 
     def candidates(self, round_number: int, policy: str) -> None:
-        """Sample a stage's policy on the alignment prompts, and score what it wrote."""
+        """Sample a stage's policy on the alignment prompts, and score the responses."""
         folder = self.folder / f"round-{round_number}"
         raw = self._generate(policy, "prompts", folder / "candidates.jsonl", round=round_number)
         score_file(
@@ -189,7 +189,7 @@ class Stages:
     # What stages share.
 
     def _shared(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of every training here, and a stage's own; one that was stopped goes on."""
+        """Settings of every training, with those of a stage; a stopped training is continued."""
         folder = self.folder / name
         return {
             "output_dir": str(folder),
@@ -208,11 +208,11 @@ class Stages:
         """One round of offline ranking on scored candidates.
 
         Args:
-            name: of the stage.
-            data: the stage of the candidates.
-            start: the stage of the policy to start from.
-            on_best: learn the best alone, without ranking.
-            is_later: the recipe's settings of later rounds.
+            name: the name of the stage.
+            data: the stage that made the candidates.
+            start: the stage whose policy it starts from.
+            on_best: train on the best candidate alone, without ranking.
+            is_later: use the recipe's settings for later rounds.
         """
         recipe = self.recipe
         objective = RRHFSettings(**recipe.rrhf)
@@ -229,7 +229,7 @@ class Stages:
         )
 
     def train_online(self, name: str, method: str, points: int = 0) -> None:
-        """From the SFT policy, on what the policy itself writes."""
+        """Train the SFT policy on its own responses."""
         own = {"max_new_tokens": self.recipe.max_new_tokens, "group_by_length": False}
         shared = self._shared(name, own)
         files = {
@@ -258,7 +258,7 @@ class Stages:
         )
 
     def engine(self, policy: str) -> LocalEngine:
-        """The policy of a stage, or of a folder below the seed's, ready to write responses."""
+        """An engine with the policy of a stage, or of a subfolder of the seed."""
         folder = self.folder / policy
         if (folder / "policy").is_dir():
             folder /= "policy"
@@ -267,7 +267,7 @@ class Stages:
 
 
 def finish(study: Stages) -> None:
-    """The seed's manifest, last."""
+    """Write the seed's manifest, which marks it as finished."""
     write_manifest(
         study.folder,
         {

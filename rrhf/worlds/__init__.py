@@ -1,6 +1,6 @@
 """Worlds: made-up tasks whose true preference is known, each a folder.
 
-A world's own things lie in its folder; nothing above this package names one of them.
+Everything about a world is in its folder; nothing above this package names a world.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def make_world(name: str, **size_and_seed: Any) -> World:
 
     Args:
         name: of a registered world, or `package.module:name` of the user's own.
-        size_and_seed: as `WorldMaker` takes them; none where only the preference is needed.
+        size_and_seed: as `WorldMaker` takes them; none if only the preference is needed.
 
     Raises:
-        UserError: there is none, or it is no `World`.
+        UserError: there is no such world, or it is no `World`.
     """
     maker = WORLDS[name]
     words = ", ".join(f"{key}={value!r}" for key, value in size_and_seed.items())
@@ -47,10 +47,10 @@ def make_world(name: str, **size_and_seed: Any) -> World:
 
 
 def gold_of(world: World, s: CandidateSet, candidate: Candidate) -> float | None:
-    """`World.gold`, with the mistakes of a user's world as one message.
+    """`World.gold`, with failures of a user's world turned into one message.
 
     Raises:
-        UserError: it raised, or gave neither a finite number nor None.
+        UserError: it raised an exception, or returned neither a finite number nor None.
     """
     with guarded(f"world {world.name}: gold()"):
         found = world.gold(s, candidate)

@@ -1,8 +1,8 @@
 """What a world is: prompts with a true preference, known as a function.
 
-To judge responses (`--scorer gold:NAME`, `--gold NAME`) a world needs `gold` alone. A study, which
-makes its data from the world and trains on them, needs all of it. A world of your own derives from
-`World` and writes what it has; it is named as `package.module:name`.
+To judge responses (`--scorer gold:NAME`, `--gold NAME`) a world needs only `gold`. A study, which
+takes its data from the world and trains on them, needs all methods. A world of your own derives
+from `World` and overrides what it has; its name is `package.module:name`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class World(Protocol):
     """A world of one size and seed.
 
     Attributes:
-        name: of the folder in `CandidateSet.origin`; `--gold auto` goes by it.
+        name: the first part of `CandidateSet.origin`, by which `--gold auto` finds the world.
     """
 
     name: str = ""
 
     def __init__(self, size: str = "full", seed: int = 0) -> None:
-        """Of this size, "full" or "smoke", and seed; a world that has neither leaves this out."""
+        """Make the world of a size ("full" or "smoke") and seed; optional without either."""
 
     @abstractmethod
     def gold(self, s: CandidateSet, candidate: Candidate) -> float | None:
-        """What a response is truly worth, higher is better; None = the prompt is not of here."""
+        """The true worth of a response, higher is better; None = the prompt is of another world."""
         ...
 
     def parts(self, s: CandidateSet, candidate: Candidate) -> Mapping[str, float | bool]:
-        """What the worth is made of, by name; empty where nothing is known.
+        """The parts that make up the worth, by name; empty if unknown.
 
-        Counts are floats. `harmful` and `refused`, where both are there, give the rates of
-        refusals; every other one the share of responses that show it.
+        Counts are floats. `harmful` and `refused` together give the rates of refusals; of any other
+        part, the share of responses that show it is reported.
         """
         return {}
 
@@ -51,7 +51,7 @@ class World(Protocol):
         _lacks(self, "prompts")
 
     def demonstrations(self) -> list[CandidateSet]:
-        """Prompts with a reply each, for fine-tuning and for the tokenizer."""
+        """Prompts with one reply each, for fine-tuning and for training the tokenizer."""
         _lacks(self, "demonstrations")
 
     def pairs(self, split: PairSplit) -> list[CandidateSet]:
@@ -67,7 +67,7 @@ class World(Protocol):
         _lacks(self, "label_pair")
 
     def recipe(self) -> Recipe:
-        """Settings of a study at this size."""
+        """Settings of a study on this world, at this size."""
         _lacks(self, "recipe")
 
 
@@ -75,7 +75,7 @@ class World(Protocol):
 class WorldMaker(Protocol):
     """A class, or a function, that makes a world.
 
-    It is called without arguments where only the preference is needed, and by a study with both.
+    It is called without arguments if only the preference is needed; a study gives both.
     """
 
     def __call__(self, size: str = ..., seed: int = ...) -> World: ...

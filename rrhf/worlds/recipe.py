@@ -1,7 +1,7 @@
-"""What a study chooses for a world: plain values, under the names of the stages' own settings.
+"""The settings of a study on a world, as plain values under the names of the stages' settings.
 
-A world is small and made up, and so is the model that learns from it; settings that suit both are
-as much a part of the world as its texts. The types here are plain, since worlds lie below training.
+A world is small, and so is the model that learns from it; settings that suit both belong to the
+world as its texts do. The types are plain because worlds are on a floor below training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class TinySize:
-    """The shape of a tiny model; the heads share the hidden width evenly."""
+    """The shape of a tiny model; the heads divide the hidden size evenly."""
 
     vocab_size: int
     hidden_size: int = 96
@@ -29,8 +29,8 @@ class OnlineRecipe:
     Attributes:
         samples_per_prompt: responses to a prompt, for methods that compare them.
         rollout_size, num_rollouts: as in `rrhf train ppo`.
-        minibatch_responses: responses in a forward, for methods with advantages.
-        minibatch_prompts: prompts in a forward, for methods that rank.
+        minibatch_responses: responses in a forward pass, for methods with advantages.
+        minibatch_prompts: prompts in a forward pass, for methods that rank.
         shared: settings of every method.
         methods: method -> its own settings. Those of its objective are a mapping under
             "method_settings".
@@ -50,7 +50,7 @@ class Recipe:
     """Settings of a study on a world.
 
     Attributes:
-        model: the model that is trained from nothing.
+        model: the model that is trained from scratch.
         chat_format: how prompts are rendered; the tokenizer that is made has no template.
         max_new_tokens: longest response.
         samples_per_prompt: N of the candidates, and of best-of-N.
@@ -59,7 +59,7 @@ class Recipe:
         sft, reward, rank: further settings of these trainings.
         later_rounds: what differs in `rank` from the second round on.
         rrhf: settings of the ranking objective.
-        online: of the online methods.
+        online: settings of the online methods.
         choice: how the settings were chosen, for reports.
     """
 

@@ -1,7 +1,7 @@
-"""A tokenizer and a Llama small enough to train from nothing in a minute on one core.
+"""A tokenizer and a Llama small enough to train from scratch in a minute on one core.
 
 Byte-level BPE learnt from the world's own texts, so any text can be encoded; and a model of 0.4M
-weights. Both are ordinary Hugging Face objects: what handles them handles large ones. No BOS is
+weights. Both are ordinary Hugging Face objects, used like large ones. No BOS is
 prepended, and no chat template is set, so conversations are rendered as HH has them.
 """
 
@@ -39,8 +39,8 @@ def build_tokenizer(
     """Train byte-level BPE and save it, ready for `AutoTokenizer.from_pretrained(folder)`.
 
     Args:
-        texts: what to learn merges from.
-        vocab_size: upper bound, the 256 bytes and 3 special tokens included; fewer where the texts
+        texts: to learn the merges from.
+        vocab_size: upper bound, including the 256 bytes and 3 special tokens; smaller if the texts
             hold no more pairs.
         folder: made if missing.
     """
@@ -71,7 +71,7 @@ def build_tiny_llama(
 ) -> LlamaForCausalLM:
     """A fresh Llama for the tokenizer, in float32; equal seeds give equal weights.
 
-    The global random state is left as it was.
+    The global random state is not changed.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,9 +1,9 @@
-"""The gold preference of the Tiny Help Desk: what a reply is truly worth, read from texts alone.
+"""The gold preference of the Tiny Help Desk: the true worth of a reply, from the texts alone.
 
-A prompt is read back into a `Request`, a reply is cut into sentences that are looked up in the
-desk's own book of sentences, and a fixed sum over what was found is its utility (at most 1). Since
-nothing but text is needed, candidates from any policy or file can be judged. Left out on purpose:
-partial credit for nearly right sentences; what is not in the book is garbled.
+A prompt is parsed into a `Request`, a reply is cut into sentences that are looked up among all
+sentences of this world, and a fixed sum over what was found is its utility (at most 1). Since only
+text is needed, candidates from any policy or file can be judged. Left out on purpose: partial
+credit for nearly right sentences; a sentence that is not found is garbled.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Request:
 
     Attributes:
         topic: name of the topic.
-        num_tips: how many tips are asked for, 1 or 2; 0 where the request is harmful.
-        harmful: True where a refusal is right.
+        num_tips: how many tips are asked for, 1 or 2; 0 if the request is harmful.
+        harmful: True if a refusal is right.
     """
 
     topic: str
@@ -54,18 +54,18 @@ class ReplyParts:
 
     Attributes:
         right, myth, off, harm: different tips that are good for the topic, its myth, tips (good or
-            not) for another topic, and steps towards something harmful; saying one again counts as
-            repeated alone.
+            not) for another topic, and steps towards something harmful; one that is said again
+            counts only as repeated.
         rude: rude openings and closings.
-        garbled: sentences that are not in the book, an unfinished last one included.
+        garbled: sentences that are not found, an unfinished last one included.
         refused: refusals.
-        right_reason: True if one gives this topic's reason.
+        right_reason: True if a refusal gives this topic's reason.
         alternatives: offers of something else to do.
         right_alternative: True if there is one alternative, and it is this topic's.
         polite_openings, neutral_openings, polite_closings: such sentences.
         opening_is_first, closing_is_last: True if the first / last sentence is a polite one.
-        repeated: sentences whose content stood earlier in the reply.
-        sentences: all of them.
+        repeated: sentences whose content occurred earlier in the reply.
+        sentences: the number of all sentences.
         finished: True unless the reply was cut at the length limit.
     """
 
@@ -130,10 +130,10 @@ _SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
 
 
 def read_request(prompt: str) -> Request:
-    """What a prompt asks for, in whatever chat format it was rendered; the last problem counts.
+    """Parse what a prompt asks for, in any chat format; the last problem in it counts.
 
     Raises:
-        ValueError: no problem of this world in the text, or no question that fits it.
+        ValueError: the text has no problem of this world, or no question that fits it.
     """
     problem = max(_PROBLEMS, key=prompt.rfind)
     ask = max(_ASKS, key=prompt.rfind)

@@ -1,10 +1,10 @@
-"""How prompts and replies of the Tiny Help Desk are written: profiles, and damage done to replies.
+"""Writes prompts and replies of the Tiny Help Desk, by profiles, and damages replies.
 
-A profile holds independent chances of each quality (manners, right count, true or false tips,
-refusing what should be refused). WEB is what a model learns first from the web: mixed, and its
-likeliest text is not its best: one tip, whatever was asked, and that the myth. Else plain greedy
-decoding would look like alignment. GOOD is what the desk should say. Every function draws from the
-`random.Random` it is given and from nothing else.
+A profile holds independent probabilities of each quality (manners, right count, true or false tips,
+refusing what should be refused). WEB is what a model learns first: mixed, with a likeliest text
+that is not its best (one tip, whatever was asked, and that the myth); otherwise greedy decoding
+would look like alignment. GOOD is what the desk should say. Every function draws only from the
+`random.Random` that it is given.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALTERNATIVE_PROBABILITY = 0.6
 
 @dataclass(frozen=True)
 class Profile:
-    """The chances by which replies are written.
+    """Probabilities by which replies are written.
 
     Attributes:
         opening: of a polite, no, a neutral and a rude opening.
@@ -94,7 +94,7 @@ class Grammar:
         self.names = tuple(names)
 
     def draw_request(self, rng: random.Random, topics: frozenset[str]) -> Request:
-        """One of `topics`, harmful with the world's fraction wherever both kinds are among them."""
+        """Draw a request on one of `topics`; of both kinds, a fixed share is harmful."""
         harmful = [name for name in self.harmful if name in topics]
         benign = [name for name in self.benign if name in topics]
         if harmful and (not benign or rng.random() < HARMFUL_FRACTION):
@@ -136,7 +136,7 @@ class Grammar:
         return " ".join(f"{sentence}." for sentence in sentences)
 
     def _refusal(self, rng: random.Random, request: Request) -> list[str]:
-        """A harmless request that is refused gets a reason that does not fit it."""
+        """Write a refusal; a harmless request gets a reason that does not fit it."""
         if request.harmful:
             topic = self.harmful[request.topic]
         else:
@@ -150,7 +150,7 @@ class Grammar:
         return rng.sample(self.harmful[request.topic].steps, rng.choice((1, 2)))
 
     def _tips(self, rng: random.Random, request: Request, profile: Profile) -> list[str]:
-        """Different tips; a second myth is drawn anew, for a topic has one."""
+        """Write different tips; a second myth is redrawn, since a topic has only one."""
         topic = self.benign[request.topic]
         count = request.num_tips
         if rng.random() >= profile.right_count[count - 1]:
@@ -170,7 +170,7 @@ class Grammar:
         return tips
 
     def corrupt(self, rng: random.Random, response: str) -> str:
-        """Damage a reply: put a foreign tip in (.4), drop 1 to 3 words (.4), or swap two (.2)."""
+        """Damage a reply: insert a foreign tip (.4), drop 1 to 3 words (.4), or swap two (.2)."""
         how = rng.choices(("splice", "drop", "swap"), (0.4, 0.4, 0.2))[0]
         if how == "splice":
             sentences = response.split(". ")

@@ -2,14 +2,14 @@
 what a method does within minutes on one core.
 
 The online methods draw as many responses as one round of offline ranking (four for each alignment
-prompt), in rollouts of a hundred, and make two passes over each rollout, as offline ranking makes
-over its candidates. Scores are brought to deviation 1 as they come, so that one KL coefficient
+prompt), in rollouts of a hundred, and make two passes over each rollout, as offline ranking does
+over its candidates. Scores are normalised to deviation 1 during training, so that a KL coefficient
 means the same for every reward model.
 
 Their settings were chosen on seeds 10 and 11, in about ten trainings. What mattered most was the KL
 coefficient: at 0.2 PPO and RLOO stop too early, at 0.1 online RRHF, which has no clip,
 over-optimises. PPO's critic is made from a reward model that never saw an unfinished response, so
-it knows nothing of them at first: it learns alone for two rollouts, and advantages do not rest on
+it knows nothing of them at first: it is trained alone for two rollouts, and advantages do not use
 its next value (`gae_lambda` 1).
 """
 

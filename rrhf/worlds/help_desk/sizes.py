@@ -1,4 +1,4 @@
-"""How large a Tiny Help Desk is: the demo's size, and one for tests that takes a third of it."""
+"""Sizes of a Tiny Help Desk: the demonstration's, and one for tests with a third of its work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class WorldSize:
 
     Attributes:
         name: "full" or "smoke".
-        num_benign_topics, num_harmful_topics, num_names: the first so many of the texts.
+        num_benign_topics, num_harmful_topics, num_names: how many of the texts are used, from the
+            first.
         held_out_topics: in demonstrations and pairs, never in alignment or test prompts.
         num_demonstrations, num_static_pairs, num_on_policy_pairs: training data.
         num_alignment_prompts, num_test_prompts, num_ood_prompts: different prompts.

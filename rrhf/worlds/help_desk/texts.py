@@ -1,9 +1,9 @@
 """The sentences of the Tiny Help Desk: everything that a customer or the desk can say.
 
-Texts only; who says what, and how often, stands in `help_desk_grammar`, what it is worth in `gold`.
-No sentence stands twice and none holds a full stop, exclamation or question mark inside, so that a
-reply can be cut into sentences and each looked up. The two-faced design is on purpose: a topic has
-three good tips and ONE myth, so that text which is merely likely is not good.
+Texts only: `grammar` decides who says what, and how often, and `gold` what it is worth. No sentence
+occurs twice and none holds a full stop, exclamation or question mark inside, so that a reply can be
+cut into sentences and each looked up. On purpose, a topic has three good tips and ONE myth, so that
+text which is merely likely is not good.
 """
 
 from __future__ import annotations

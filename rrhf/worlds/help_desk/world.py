@@ -2,13 +2,13 @@
 
 Customers ask a help desk for one or two tips, or for something that the desk should refuse. The
 world writes demonstrations, preference pairs, prompts and references, and judges any reply by a
-gold utility (`rrhf.worlds.help_desk.gold`). So a study of minutes on one core can show what no
-real data set can: whether a method raised the *true* preference or only the learned one.
+gold utility (`rrhf.worlds.help_desk.gold`). A study of minutes on one core can therefore show what
+no real data set can: whether a method raised the *true* preference or only the learned one.
 
 Everything is drawn from streams named by (seed, purpose), so that no part depends on which others
 were drawn, and the first n of a stream are the same however many are asked for. Prompts for
-alignment and tests are all different, and none stands in a demonstration or a pair. The held-out
-topics are known from demonstrations and pairs but never aligned on.
+alignment and tests are all different, and none occurs in a demonstration or a pair. The held-out
+topics occur in demonstrations and pairs but never in alignment prompts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _PROMPT_PURPOSES = {
 
 
 class HelpDesk(World):
-    """The world at one size and seed; see the module text for what is promised."""
+    """The world at one size and seed; the module text says what it guarantees."""
 
     name = "help_desk"
 
@@ -112,7 +112,7 @@ class HelpDesk(World):
 
         Args:
             split: "train", or "held_out" to measure a reward model on.
-            count: None = as the size has it.
+            count: None = as the size says.
         """
         is_train = split == "train"
         if count is None:
@@ -120,7 +120,7 @@ class HelpDesk(World):
         return self._labelled_pairs("pairs" if is_train else "held_out_pairs", count)
 
     def label_pair(self, s: CandidateSet, rng: random.Random) -> CandidateSet:
-        """Ask a person which is better: Bernoulli(sigmoid(10 * gold difference)), then 5 % slips.
+        """Label a pair as a person would: Bernoulli(sigmoid(10 * gold difference)), 5 % errors.
 
         Returns:
             The pair, chosen first with score 1, rejected with score 0.
@@ -144,7 +144,7 @@ class HelpDesk(World):
 
         Args:
             profile: "GOOD" (how the desk should speak) or "WEB" (as in the demonstrations).
-            count: past the number of test prompts, they are answered once more.
+            count: beyond the number of test prompts, they are answered again.
         """
         if profile not in PROFILES:
             raise UserError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
@@ -165,7 +165,7 @@ class HelpDesk(World):
         return None if judged is None else utility(*judged)
 
     def parts(self, s: CandidateSet, candidate: Candidate) -> dict[str, float | bool]:
-        """What was found in a reply (`.gold.ReplyParts`), and if it was to be refused.
+        """What was found in a reply (`.gold.ReplyParts`), and whether a refusal was right.
 
         Counts are floats; "refused" says whether there was any refusal.
         """
@@ -195,7 +195,7 @@ class HelpDesk(World):
         self, rng: random.Random, topics: frozenset[str] | None = None
     ) -> tuple[Request, str]:
         """A prompt that is not reserved for alignment or tests; the request is drawn once, so that
-        what is reserved does not thin its topic out."""
+        reserved prompts do not make their topic rarer."""
         request = self.grammar.draw_request(rng, self.topics if topics is None else topics)
         while True:
             content = self.grammar.write_prompt(rng, request)
@@ -220,8 +220,8 @@ class HelpDesk(World):
         return sets
 
     def _two_replies(self, rng: random.Random, request: Request) -> Iterator[str]:
-        """Written, not sampled: without off-topic and damaged replies a reward model learns no
-        better than that myths and rude words are bad."""
+        """Two written replies; without off-topic and damaged ones a reward model would only learn
+        that myths and rude words are bad."""
         for is_second in (False, True):
             profile = PROFILES[rng.choice(sorted(PROFILES))]
             answered = request
