@@ -17,7 +17,7 @@ from rrhf.models.forward.flex_attention import attend_flex, block_mask
 from rrhf.models.forward.head import token_statistics
 from rrhf.models.forward.logit_shape import LogitShape
 from rrhf.models.forward.prefix_attention import attend
-from rrhf.models.forward.shared_prefix import lay_out
+from rrhf.models.forward.shared_prefix import AttentionRules, lay_out
 from rrhf.models.forward.varlen_attention import load_torch_varlen, load_varlen
 
 QUERIES, KEYS = (5, 1, 130, 33), (9, 1, 400, 40)
@@ -133,8 +133,9 @@ def test_flex_attention(window: int | None, softcap: float | None, device: str) 
         for x in (query, key, value):
             x.requires_grad_(device == "cuda")
         mask = block_mask(layout, window)
-        found = attend_flex(query, key, value, mask, None, 0.0, softcap)
-        expected = attend(query, key, value, layout, None, 0.0, window, softcap)
+        rules = AttentionRules(window=window, softcap=softcap)
+        found = attend_flex(query, key, value, mask, rules)
+        expected = attend(query, key, value, layout, rules)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         if device == "cuda":
             states, both = (query, key, value), (found, expected)

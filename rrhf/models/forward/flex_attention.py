@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from rrhf.models.forward.shared_prefix import SharedPrefix
+from rrhf.models.forward.shared_prefix import AttentionRules, SharedPrefix
 
 
 def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
@@ -49,9 +49,7 @@ def attend_flex(
     key: Tensor,
     value: Tensor,
     mask: BlockMask,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
+    rules: AttentionRules,
 ) -> Tensor:
     """Attention of the whole sequence.
 
@@ -59,17 +57,17 @@ def attend_flex(
         query: [1, heads, T, D].
         key, value: [1, key heads, T, D].
         mask: of the layout, and of the layer's window.
-        scaling: of the scores; None = 1 / sqrt(D).
-        dropout: must be 0; it has none.
-        softcap: bound of the scores, or None.
+        rules: of the layer; its window is in the mask already, and it has no dropout.
 
     Returns:
         [1, T, heads, D].
     """
-    if dropout:
+    if rules.dropout:
         raise NotImplementedError("FlexAttention has no dropout of attention weights")
 
-    bound = None if softcap is None else query.new_tensor(softcap, dtype=torch.float32)
+    bound = None
+    if rules.softcap is not None:
+        bound = query.new_tensor(rules.softcap, dtype=torch.float32)
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         assert bound is not None
@@ -82,7 +80,7 @@ def attend_flex(
         value,
         score_mod=None if bound is None else capped,
         block_mask=mask,
-        scale=scaling,
+        scale=rules.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return found.transpose(1, 2)

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rrhf.models.forward import varlen_attention
 from rrhf.models.forward.prefix_attention import attend
-from rrhf.models.forward.shared_prefix import SharedPrefix
+from rrhf.models.forward.shared_prefix import AttentionRules, SharedPrefix
 from rrhf.models.forward.varlen_attention import Calls, attend_varlen, calls_of
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
@@ -51,10 +51,10 @@ class KernelTrial:
         self.kinds: set[tuple[Any, ...]] = set()
 
     def __call__(
-        self, states: Sequence[Tensor], layout: SharedPrefix, settings: Sequence[Any]
+        self, states: Sequence[Tensor], layout: SharedPrefix, rules: AttentionRules
     ) -> None:
-        scaling, _, window, softcap = settings
-        kind = (scaling, window, softcap, *(x.shape for x in states))
+        rules = replace(rules, dropout=0.0)
+        kind = (rules, *(x.shape for x in states))
         if kind in self.kinds or self.failure is not None:
             return
         self.kinds.add(kind)
@@ -64,14 +64,12 @@ class KernelTrial:
         with torch.enable_grad(), torch.autocast(device, enabled=False), own_hooks:
             expected = _with_gradients(
                 [x.detach().float() for x in states],
-                lambda q, k, v: attend(q, k, v, layout, scaling, 0.0, window, softcap, False),
+                lambda q, k, v: attend(q, k, v, layout, rules, keeps_pieces=False),
             )
             calls = _moved(calls_of(layout), self._device)
             found = _with_gradients(
                 [x.detach().to(self._device, torch.bfloat16) for x in states],
-                lambda *own: attend_varlen(
-                    own, layout, calls, self._load(), scaling, 0.0, window, softcap
-                ),
+                lambda *own: attend_varlen(own, layout, calls, self._load(), rules),
             )
         names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
         for name, mine, its in zip(names, found, expected, strict=True):

@@ -37,7 +37,7 @@ from transformers.masking_utils import (
 
 from rrhf.models.forward import varlen_attention
 from rrhf.models.forward.flex_attention import BlockMask, attend_flex, block_mask
-from rrhf.models.forward.shared_prefix import Bucket, SharedPrefix, Slots
+from rrhf.models.forward.shared_prefix import AttentionRules, Bucket, SharedPrefix, Slots
 from rrhf.models.forward.varlen_attention import (
     FLASH,
     Calls,
@@ -110,10 +110,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     layout: SharedPrefix,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    window: int | None = None,
-    softcap: float | None = None,
+    rules: AttentionRules,
     keeps_pieces: bool = True,
 ) -> Tensor:
     """Attention of the whole sequence.
@@ -122,17 +119,13 @@ def attend(
         query: [1, heads, T, D].
         key, value: [1, key heads, T, D].
         layout: of the sequence.
-        scaling: of the scores; None = 1 / sqrt(D).
-        dropout: of the attention weights.
-        window: how many positions back a token sees, itself included; None = all.
-        softcap: bound of the scores, or None.
-        keeps_pieces: for the backward pass a prompt's keys are kept once, not once a response.
-            Where activations are computed again this would keep what checkpointing lets go.
+        rules: of the layer.
+        keeps_pieces: keep a prompt's keys for the backward pass once, not once a response. Where
+            activations are recomputed this would keep what checkpointing frees.
 
     Returns:
         [1, T, heads, D].
     """
-    kernel = _Kernel(scaling, dropout, softcap, query.shape[1] != key.shape[1])
     # [parts][query, key, value], each [tokens, heads, D]
     parts = list(
         zip(*(x[0].transpose(0, 1).split(layout.sizes) for x in (query, key, value)), strict=True)
@@ -140,7 +133,9 @@ def attend(
     outputs: list[Tensor] = []
     taken = 0
     for bucket in layout.buckets:
-        narrow = window if window is not None and bucket.longest > window else None
+        narrow = rules.window
+        if narrow is not None and bucket.longest <= narrow:
+            narrow = None
         prompts = bucket.prompts
         q, k, v = (spread(x, prompts) for x in parts[taken])
         taken += 1
@@ -148,7 +143,7 @@ def attend(
         if narrow is not None or prompts.blind is not None:
             mask = _causal(prompts.width, prompts.width, narrow, q.device)
             mask = _without_themselves(mask, prompts)
-        outputs.append(gather(kernel(q, k, v, mask, is_causal=mask is None), prompts))
+        outputs.append(gather(_scaled_dot_product(q, k, v, mask, rules), prompts))
         responses = bucket.responses
         if responses is None:
             continue
@@ -165,7 +160,7 @@ def attend(
         if keeps_pieces:
             pieces = saved_tensors_hooks(partial(_in_pieces, joined), _as_a_whole)
         with pieces:
-            found = kernel(own_q, whole_k, whole_v, mask, is_causal=False)
+            found = _scaled_dot_product(own_q, whole_k, whole_v, mask, rules)
         outputs.append(gather(found, responses))
     return torch.cat(outputs)[None]
 
@@ -234,42 +229,34 @@ def _without_themselves(mask: Tensor, slots: Slots) -> Tensor:
     return mask & ~(is_blind[:, None, :, None] & is_self)
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    scaling: float | None
-    dropout: float
-    softcap: float | None
-    is_grouped: bool
+def _scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rules: AttentionRules
+) -> Tensor:
+    """[rows, heads, queries, D] each; the mask is True where a query sees a key, None = causal."""
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and (rules.softcap is not None or (mask is not None and q.device.type != "cpu")):
+        # There no fast kernel takes a mask and grouped heads together.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        is_grouped = False
+    if rules.softcap is not None:
+        return _capped(q, k, v, mask, rules)
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        # There the kernels for float32 are the faster ones, casts included.
+        return _scaled_dot_product(q.float(), k.float(), v.float(), mask, rules).to(q.dtype)
+    return scaled_dot_product_attention(
+        q, k, v, mask, rules.dropout, mask is None, scale=rules.scaling, enable_gqa=is_grouped
+    )
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """[rows, heads, queries, D] each; the mask is True where a query sees a key."""
-        if self.softcap is not None:
-            return self._capped(q, k, v, mask)
-        if q.device.type == "cpu" and q.dtype != torch.float32:
-            # There the kernels for float32 are the faster ones, casts included.
-            return self(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
-        grouped = self.is_grouped
-        if grouped and mask is not None and q.device.type != "cpu":
-            # There no fast kernel takes a mask and grouped heads together.
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            grouped = False
-        return scaled_dot_product_attention(
-            q, k, v, mask, self.dropout, is_causal, scale=self.scaling, enable_gqa=grouped
-        )
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        assert self.softcap is not None
-        if self.is_grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * (self.scaling or q.shape[-1] ** -0.5)
-        scores = torch.tanh(scores / self.softcap) * self.softcap
-        if mask is None:
-            mask = _causal(q.shape[2], k.shape[2], None, q.device)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        return drop(weights, self.dropout) @ v
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rules: AttentionRules) -> Tensor:
+    assert rules.softcap is not None
+    scores = q @ k.transpose(-1, -2) * (rules.scaling or q.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / rules.softcap) * rules.softcap
+    if mask is None:
+        mask = _causal(q.shape[2], k.shape[2], None, q.device)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return drop(weights, rules.dropout) @ v
 
 
 def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = False) -> Any:
@@ -302,23 +289,20 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
                 raise NotImplementedError(f"its attention has a {name}")
         window = kwargs.get("sliding_window")
         shared_prefix.windows.append(window)
-        softcap = kwargs.get("softcap")
+        rules = AttentionRules(scaling, dropout, window, kwargs.get("softcap"))
         states = varlen_attention.in_one_precision(query, key, value)
+        layout = shared_prefix.layout
         if by_flex:
-            mask = shared_prefix.block_mask(window)
             q, k, v = states
-            return attend_flex(q, k, v, mask, scaling, dropout, softcap), None
-        layout, more = shared_prefix.layout, (scaling, dropout, window, softcap)
-        if base == FLASH:
-            kernel = varlen_attention.load_varlen()
-            return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
-        if by_torch_varlen and varlen_attention.serves(states):
-            kernel = varlen_attention.load_torch_varlen()
-            return attend_varlen(states, layout, shared_prefix.calls, kernel, *more), None
+            return attend_flex(q, k, v, shared_prefix.block_mask(window), rules), None
+        if base == FLASH or (by_torch_varlen and varlen_attention.serves(states)):
+            load = varlen_attention.load_varlen
+            kernel = load() if base == FLASH else varlen_attention.load_torch_varlen()
+            return attend_varlen(states, layout, shared_prefix.calls, kernel, rules), None
         if varlen_attention.on_attention is not None:
-            varlen_attention.on_attention((query, key, value), layout, more)
+            varlen_attention.on_attention((query, key, value), layout, rules)
         keeps_pieces = not shared_prefix.is_recomputed
-        return attend(query, key, value, layout, *more, keeps_pieces), None
+        return attend(query, key, value, layout, rules, keeps_pieces), None
 
     return forward
 

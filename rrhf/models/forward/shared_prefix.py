@@ -32,6 +32,23 @@ SCORES_OF_A_CALL = {"cpu": 1 << 13, "cuda": 1 << 20}
 
 
 @dataclass(frozen=True)
+class AttentionRules:
+    """What a layer says of its attention.
+
+    Attributes:
+        scaling: of the scores; None = 1 / sqrt(D).
+        dropout: of the attention weights.
+        window: how many positions back a token sees, itself included; None = all.
+        softcap: bound of the scores, or None.
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class Slots:
     """Pieces of the sequence as a grid of rows, padded on the right.
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.flash_attention import flash_attention_forward
 
-from rrhf.models.forward.shared_prefix import SharedPrefix
+from rrhf.models.forward.shared_prefix import AttentionRules, SharedPrefix
 
 FLASH = "flash_attention_2"
 """What transformers calls the implementation that this one takes the place of."""
@@ -45,9 +45,9 @@ DEVICES = ("cuda",)
 HALF = (torch.bfloat16, torch.float16)
 """What torch's kernel computes in."""
 
-on_attention: Callable[[Sequence[Tensor], SharedPrefix, Sequence[Any]], None] | None = None
-"""Is shown query, key and value, layout and settings of attention that SDPA computes: a trial of
-the kernel on another device (`rrhf.models.forward.kernel_trial`)."""
+on_attention: Callable[[Sequence[Tensor], SharedPrefix, AttentionRules], None] | None = None
+"""Called with query, key and value, layout and rules of each attention that SDPA computes: a trial
+of the kernel on another device (`rrhf.models.forward.kernel_trial`)."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,7 @@ def attend_varlen(
     layout: SharedPrefix,
     calls: Calls,
     varlen: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    window: int | None = None,
-    softcap: float | None = None,
+    rules: AttentionRules,
 ) -> Tensor:
     """Attention of the whole sequence, as `prefix_attention.attend`.
 
@@ -140,10 +137,7 @@ def attend_varlen(
         layout: of the sequence.
         calls: of the layout.
         varlen: a function of the signature of flash_attn.flash_attn_varlen_func.
-        scaling: of the scores; None = 1 / sqrt(D).
-        dropout: of the attention weights.
-        window: how many positions back a token sees, itself included; None = all.
-        softcap: bound of the scores, or None.
+        rules: of the layer.
 
     Returns:
         [1, T, heads, D].
@@ -151,18 +145,18 @@ def attend_varlen(
 
     def call(rows: list[Tensor], bounds: list[Tensor], longest: list[int]) -> Tensor:
         more: dict[str, Any] = {}
-        if window is not None and longest[1] > window:
-            more["window_size"] = (window - 1, 0)  # how many keys on either side of its own
-        if softcap is not None:
-            more["softcap"] = softcap
+        if rules.window is not None and longest[1] > rules.window:
+            more["window_size"] = (rules.window - 1, 0)  # how many keys on either side of its own
+        if rules.softcap is not None:
+            more["softcap"] = rules.softcap
         if torch.are_deterministic_algorithms_enabled():
             more["deterministic"] = True
         found = varlen(
             *rows,
             *bounds,
             *longest,
-            dropout_p=dropout,
-            softmax_scale=scaling,
+            dropout_p=rules.dropout,
+            softmax_scale=rules.scaling,
             causal=True,
             **more,
         )
@@ -170,7 +164,8 @@ def attend_varlen(
         return whole
 
     # [T, heads, D], prompts first
-    q, k, v = (_prompts_first(x[0].transpose(0, 1), layout) for x in states)
+    order = _order(layout)
+    q, k, v = (_reordered(x[0].transpose(0, 1), layout.sizes, order) for x in states)
     count, bounds = calls.prompts, calls.prompt_bounds
     outputs = [call([q[:count], k[:count], v[:count]], [bounds] * 2, [calls.longest_prompt] * 2)]
     if calls.keys is not None:
@@ -178,33 +173,24 @@ def attend_varlen(
         rows = [q[count:], _Read.apply(k, calls.keys), _Read.apply(v, calls.keys)]
         both = [calls.own_bounds, calls.key_bounds]
         outputs.append(call(rows, both, [calls.longest_own, calls.longest_keys]))
-    return _as_laid(torch.cat(outputs), layout)[None]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return _reordered(torch.cat(outputs), [layout.sizes[place] for place in order], back)[None]
 
 
 def _order(layout: SharedPrefix) -> list[int]:
     """The parts of the sequence, those that hold prompts first."""
-    prompts: list[int] = []
-    responses: list[int] = []
+    parts: list[bool] = []  # whether it holds responses
     for bucket in layout.buckets:
-        prompts.append(len(prompts) + len(responses))
-        if bucket.responses is not None:
-            responses.append(len(prompts) + len(responses))
-    return prompts + responses
+        parts += [False] if bucket.responses is None else [False, True]
+    return sorted(range(len(parts)), key=parts.__getitem__)
 
 
-def _prompts_first(tokens: Tensor, layout: SharedPrefix) -> Tensor:
-    if len(layout.buckets) == 1:
+def _reordered(tokens: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
+    """The parts of a sequence, of these sizes, in another order."""
+    if order == sorted(order):
         return tokens
-    parts = tokens.split(layout.sizes)
-    return torch.cat([parts[place] for place in _order(layout)])
-
-
-def _as_laid(tokens: Tensor, layout: SharedPrefix) -> Tensor:
-    if len(layout.buckets) == 1:
-        return tokens
-    order = _order(layout)
-    parts = tokens.split([layout.sizes[place] for place in order])
-    return torch.cat([parts[order.index(place)] for place in range(len(order))])
+    parts = tokens.split(sizes)
+    return torch.cat([parts[place] for place in order])
 
 
 class _Read(torch.autograd.Function):

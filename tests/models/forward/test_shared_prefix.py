@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -340,8 +341,8 @@ class TestTrial:
         monkeypatch.setattr(
             prefix_attention,
             "attend",
-            lambda q, k, v, layout, scaling, dropout, window, softcap, *more: inner(
-                q, k, v, layout, scaling, dropout, None, softcap, *more
+            lambda q, k, v, layout, rules, *more: inner(
+                q, k, v, layout, replace(rules, window=None), *more
             ),
         )
         # As if no layer had said anything.

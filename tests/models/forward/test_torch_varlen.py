@@ -18,7 +18,7 @@ from rrhf.errors import UserError
 from rrhf.models.forward import varlen_attention
 from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import Policy
-from rrhf.models.forward.shared_prefix import lay_out
+from rrhf.models.forward.shared_prefix import AttentionRules, lay_out
 from rrhf.models.forward.varlen_attention import as_flash, attend_varlen, calls_of
 from rrhf.models.reward_layouts import build_reward_model
 from rrhf.training.methods.rank import RankConfig
@@ -144,7 +144,7 @@ def test_deterministic_mode_reaches_flash_attention() -> None:
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         try:
-            attend_varlen(states, layout, calls_of(layout), kernel)
+            attend_varlen(states, layout, calls_of(layout), kernel, AttentionRules())
         finally:
             torch.use_deterministic_algorithms(False)
     assert asked == [False, False, True, True]

@@ -17,7 +17,7 @@ from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import Policy
 from rrhf.models.forward.self_check import BASES
 from rrhf.models.forward.shared_prefix import dense_mask, lay_out
-from rrhf.models.forward.varlen_attention import _as_laid, _prompts_first, calls_of
+from rrhf.models.forward.varlen_attention import _order, _reordered, calls_of
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,11 @@ def test_each_response_reads_its_prompt_and_then_itself() -> None:
     for packed in (lay_out(b), lay_out(b, whole=True), lay_out(RAGGED)):
         calls = calls_of(packed)
         assert calls.keys is not None and calls.key_bounds is not None
-        order = _prompts_first(torch.arange(packed.ids.shape[1]), packed)
-        assert torch.equal(_as_laid(order, packed), torch.arange(len(order)))
+        parts = _order(packed)
+        order = _reordered(torch.arange(packed.ids.shape[1]), packed.sizes, parts)
+        sizes = [packed.sizes[place] for place in parts]
+        back = sorted(range(len(parts)), key=parts.index)
+        assert torch.equal(_reordered(order, sizes, back), torch.arange(len(order)))
         sees = dense_mask(packed, False, torch.float32)[0, 0][order][:, order]
         assert int(calls.prompt_bounds[-1]) == calls.prompts
         assert calls.own_bounds is not None
