@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rrhf.models.forward.logit_shape import LogitShape
+from rrhf.models.forward.logprobs import PLAIN, LogprobOptions
 from rrhf.models.forward.onednn_linear import is_served, multiply
 
 STORED_BYTES = 256 << 20
@@ -55,11 +56,9 @@ def token_statistics(
     head: nn.Linear,
     targets: Tensor,
     shape: LogitShape,
-    with_entropy: bool = False,
-    with_mean_logprobs: bool = False,
+    options: LogprobOptions = PLAIN,
     stored_bytes: int = STORED_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
-    entropy_has_gradient: bool = True,
 ) -> TokenStatistics:
     """Log-prob of each target under the logits of its hidden state.
 
@@ -67,61 +66,52 @@ def token_statistics(
         hidden: [M, H] after the final norm.
         head: the output layer, H to V.
         targets: [M] int64.
-        shape: what follows the linear layer.
-        with_entropy: also the entropy of each distribution.
-        with_mean_logprobs: also the mean log-prob of the V tokens.
+        shape: what follows the linear layer, temperature included.
+        options: what is asked for besides log-probs; an entropy without a gradient costs little.
         stored_bytes: logits up to this size are kept for the backward pass; 0 = never.
         chunk_bytes: bounds the logits that exist at once where they are not kept.
-        entropy_has_gradient: False where the entropy is only looked at; it costs little then.
     """
-    plan = _Plan(
-        shape, with_entropy, with_mean_logprobs, stored_bytes, chunk_bytes, entropy_has_gradient
-    )
+    plan = _Plan(shape, options, stored_bytes, chunk_bytes)
     logprobs, entropy, mean = _Statistics.apply(hidden, head.weight, head.bias, targets, plan)
     return TokenStatistics(
-        logprobs, entropy if with_entropy else None, mean if with_mean_logprobs else None
+        logprobs,
+        entropy if options.with_entropy else None,
+        mean if options.with_mean_logprobs else None,
     )
 
 
 def statistics_of_logits(
-    raw: Tensor,
-    targets: Tensor,
-    shape: LogitShape,
-    with_entropy: bool = False,
-    with_mean_logprobs: bool = False,
-    entropy_has_gradient: bool = True,
+    raw: Tensor, targets: Tensor, shape: LogitShape, options: LogprobOptions
 ) -> TokenStatistics:
     """As `token_statistics`, from what a head of any kind gave: [M, V], in one piece."""
     logits = raw.float() * shape.scale
     if shape.softcap is not None:
         logits = torch.tanh(logits / shape.softcap) * shape.softcap
     logs = (logits / shape.temperature).log_softmax(-1)
-    watched = logs if entropy_has_gradient else logs.detach()
+    watched = logs if options.entropy_has_gradient else logs.detach()
     return TokenStatistics(
         logs.gather(-1, targets[:, None]).squeeze(-1),
-        -(watched.exp() * watched).sum(-1) if with_entropy else None,
-        logs.mean(-1) if with_mean_logprobs else None,
+        -(watched.exp() * watched).sum(-1) if options.with_entropy else None,
+        logs.mean(-1) if options.with_mean_logprobs else None,
     )
 
 
 @dataclass(frozen=True)
 class _Plan:
     shape: LogitShape
-    with_entropy: bool
-    with_mean: bool
+    options: LogprobOptions
     stored_bytes: int
     chunk_bytes: int
-    entropy_has_gradient: bool
 
     @property
     def pulls_entropy(self) -> bool:
-        return self.with_entropy and self.entropy_has_gradient
+        return self.options.with_entropy and self.options.entropy_has_gradient
 
     @property
     def only_logprobs(self) -> bool:
         """Nothing else has a gradient: then the slopes of all rows are known in the forward pass,
         but for one factor each."""
-        return not (self.pulls_entropy or self.with_mean)
+        return not (self.pulls_entropy or self.options.with_mean_logprobs)
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
         """Of a chunk."""
@@ -145,8 +135,9 @@ class _Statistics(torch.autograd.Function):
 
         normaliser = hidden.new_empty(count, dtype=torch.float32)
         logprobs = torch.empty_like(normaliser)
-        entropy = torch.empty_like(normaliser) if plan.with_entropy else normaliser.new_empty(0)
-        mean = torch.empty_like(normaliser) if plan.with_mean else normaliser.new_empty(0)
+        with_entropy, with_mean = plan.options.with_entropy, plan.options.with_mean_logprobs
+        entropy = normaliser.new_empty(count if with_entropy else 0)
+        mean = normaliser.new_empty(count if with_mean else 0)
         step = max(1, count) if stored else plan.rows(vocabulary, compute)
         room = hidden.new_empty((min(step, count), vocabulary), dtype=compute)
         kept = None
@@ -166,9 +157,9 @@ class _Statistics(torch.autograd.Function):
                     # The largest share tells what all were divided by.
                     normaliser[rows] = logits.amax(-1) - shares.amax(-1).log_()
                     logprobs[rows] = logits.gather(-1, picked).squeeze(-1) - normaliser[rows]
-                    if plan.with_mean:
+                    if with_mean:
                         mean[rows] = logits.mean(-1) - normaliser[rows]
-                    if plan.with_entropy:
+                    if with_entropy:
                         expected = torch.bmm(shares[:, None], logits[:, :, None]).flatten()
                         entropy[rows] = normaliser[rows] - expected
                     if plan.only_logprobs and (frozen or stored):
@@ -177,7 +168,7 @@ class _Statistics(torch.autograd.Function):
                     to_states[chunk] = _back(raw, matrix)
                 del raw, logits, shares  # before the next are made
         ctx.plan, ctx.compute = plan, compute
-        if plan.with_entropy and not plan.entropy_has_gradient:
+        if with_entropy and not plan.pulls_entropy:
             ctx.mark_non_differentiable(entropy)
         if needs_grad:
             ctx.save_for_backward(
@@ -197,7 +188,7 @@ class _Statistics(torch.autograd.Function):
         is_active = for_logprobs != 0
         if plan.pulls_entropy:
             is_active = is_active | (for_entropy != 0)
-        if plan.with_mean:
+        if plan.options.with_mean_logprobs:
             is_active = is_active | (for_mean != 0)
         count = len(hidden)
         step = plan.rows(len(weight), ctx.compute)
@@ -231,7 +222,7 @@ class _Statistics(torch.autograd.Function):
                             (for_entropy[rows][tile], entropy[rows][tile])
                             if plan.pulls_entropy
                             else None,
-                            for_mean[rows][tile] if plan.with_mean else None,
+                            for_mean[rows][tile] if plan.options.with_mean_logprobs else None,
                         )
                     del logits, shares
                 sums.add(rows, raw, states, matrix, factor[rows] if plan.only_logprobs else None)

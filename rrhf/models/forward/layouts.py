@@ -99,19 +99,13 @@ class FastPolicy(PackedTrunk, Policy):
 
     def _statistics(self, hidden: Tensor, targets: Tensor) -> TokenStatistics:
         head = inner_model(self.model).get_output_embeddings()
-        options = self.options
-        asked = (options.with_entropy, options.with_mean_logprobs)
         if not _is_plain(head):
-            return statistics_of_logits(
-                head(hidden), targets, self.shape, *asked, options.entropy_has_gradient
-            )
+            return statistics_of_logits(head(hidden), targets, self.shape, self.options)
         # Who saves memory on activations does not want it back as logits.
         saves = is_checkpointing(inner_model(self.model))
         stored = 0 if saves else STORED_BYTES
         chunk = CHUNK_BYTES // 4 if saves else CHUNK_BYTES
-        return token_statistics(
-            hidden, head, targets, self.shape, *asked, stored, chunk, options.entropy_has_gradient
-        )
+        return token_statistics(hidden, head, targets, self.shape, self.options, stored, chunk)
 
 
 def build_policy(model: Any, layout: str = "padded", options: LogprobOptions = PLAIN) -> Policy:

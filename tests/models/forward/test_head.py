@@ -13,6 +13,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 from rrhf.models.forward import head as head_module
 from rrhf.models.forward.head import token_statistics
 from rrhf.models.forward.logit_shape import LogitShape, logit_shape
+from rrhf.models.forward.logprobs import LogprobOptions
 
 M, H, V = 150, 16, 70
 FORMS: dict[str, dict[str, int]] = {
@@ -37,6 +38,12 @@ def case(
         head.weight.normal_()
     hidden = torch.randn(M, H, dtype=dtype, requires_grad=True)
     return hidden, head, torch.randint(V, (M,))
+
+
+def asked_for(
+    entropy: bool = False, mean: bool = False, has_gradient: bool = True
+) -> LogprobOptions:
+    return LogprobOptions(1.0, entropy, mean, has_gradient)
 
 
 def plain(hidden: Tensor, head: nn.Linear, targets: Tensor, shape: LogitShape) -> list[Tensor]:
@@ -83,7 +90,7 @@ def test_equals_a_full_table(
     truth = [part for part, asked in zip(truth, (True, entropy, mean), strict=True) if asked]
     parameters = [hidden, *head.parameters()]
     expected = torch.autograd.grad(weighted(truth), parameters)
-    found = token_statistics(hidden, head, targets, shape, entropy, mean, **FORMS[form])
+    found = token_statistics(hidden, head, targets, shape, asked_for(entropy, mean), **FORMS[form])
     parts = [found.logprobs, found.entropy, found.mean_logprobs]
     given = [part for part in parts if part is not None]
     for part, whole in zip(given, truth, strict=True):
@@ -107,8 +114,7 @@ def test_a_frozen_head_multiplies_nothing_again(
         head,
         targets,
         shape,
-        with_entropy=watches_entropy,
-        entropy_has_gradient=False,
+        asked_for(watches_entropy, has_gradient=False),
         **FORMS["recomputed"],
     )
     if watches_entropy:
@@ -125,7 +131,7 @@ def test_an_entropy_that_is_only_watched_changes_no_gradient(form: str) -> None:
     truth = plain(hidden, head, targets, SHAPES[2])
     expected = torch.autograd.grad(weighted(truth[:1]), [hidden, head.weight])
     found = token_statistics(
-        hidden, head, targets, SHAPES[2], True, **FORMS[form], entropy_has_gradient=False
+        hidden, head, targets, SHAPES[2], asked_for(True, has_gradient=False), **FORMS[form]
     )
     assert found.entropy is not None
     assert torch.allclose(found.entropy.double(), truth[1], atol=1e-5)
@@ -176,7 +182,7 @@ def test_a_second_backward_gives_the_same(form: str) -> None:
 
 def test_a_second_backward_of_entropy_is_refused_rather_than_wrong() -> None:
     hidden, head, targets = case()
-    entropy = token_statistics(hidden, head, targets, LogitShape(), with_entropy=True).entropy
+    entropy = token_statistics(hidden, head, targets, LogitShape(), asked_for(True)).entropy
     assert entropy is not None
     entropy.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
@@ -205,7 +211,7 @@ def test_nothing_active_gives_zeros(form: str, entropy: bool, mean: bool, count:
     """Every incoming gradient is zero, as of a filler micro-batch; or there are no rows at all."""
     hidden, head, targets = case(bias=True)
     found = token_statistics(
-        hidden[:count], head, targets[:count], SHAPES[1], entropy, mean, **FORMS[form]
+        hidden[:count], head, targets[:count], SHAPES[1], asked_for(entropy, mean), **FORMS[form]
     )
     given = [found.logprobs, found.entropy, found.mean_logprobs]
     total = sum((part * 0).sum() for part in given if part is not None)
