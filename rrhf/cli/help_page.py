@@ -55,11 +55,11 @@ def help_page(
         assert registry is not None, f"{field} chooses from a registry"
         choice = (chosen or {}).get(field) or str(flags[field].default)
         others = ", ".join(name for name in registry if name != choice)
-        hint = "" if is_fixed else f" (add one of {others} to see its own)"
+        hint = f" (add one of {others} to see its own)" if others and not is_fixed else ""
         own = [flag for flag in flags.values() if flag.part_of]
         own += [flags[name] for name in getattr(registry[choice], "shown", ())]
         sections[f"settings of --{field} {choice}{hint}"] = own
-    for title, found in sections.items():
+    for title, found in ((title, found) for title, found in sections.items() if found):
         lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]
     lines += ["example:", *(f"  {line}" for line in page.example.format(prog=prog).splitlines())]
     more = (

@@ -66,6 +66,10 @@ def test_help_without_a_method_shows_those_of_the_default(capsys: pytest.Capture
         parse_config(PPOConfig, ["--method", "no-such", "--help"], "rrhf train ppo")
 
 
+def test_an_engine_without_settings_has_no_section(capsys: pytest.CaptureFixture[str]):
+    assert not [line for line in shown(capsys, "evaluate", "--help") if "settings of" in line]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_parts_of_a_page(command: str, capsys: pytest.CaptureFixture[str]):
     page, flags = PAGES[COMMANDS[command].__name__], flags_for(command)

@@ -71,12 +71,6 @@ def test_a_wheel_holds_the_presets_and_the_command_but_no_tests(tmp_path: Path):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_licence_is_apache_2():
-    text = (ROOT / "LICENSE").read_text()
-    assert "Apache License\n                           Version 2.0, January 2004" in text
-    assert "The rrhf authors" in text and "[name of copyright owner]" not in text
-
-
 @pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
 def test_every_launch_file_is_read_by_accelerate_as_it_is_meant(
     path: Path, monkeypatch: pytest.MonkeyPatch
