@@ -101,7 +101,7 @@ class _Stage:
         self.params = config.sampling_params()
         self.counts = SourceCounts()
         self.has_model = config.engine_spec.has_model
-        self._codec = cache(partial(load_codec, config))
+        self._codec = cache(self._load_codec)
         self._engine = cache(lambda: stop.run(self._build, GO_ON))
 
     def run(self) -> Path:
@@ -199,13 +199,25 @@ class _Stage:
                         done += 1
                         progress.advance(figures=rate if engine.capabilities.ids else "")
 
+    def _load_codec(self) -> ChatCodec:
+        tokenizer = load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code)
+        return ChatCodec(tokenizer, self.config.chat_format)
+
+    def _load_policy(self) -> Any:
+        """The policy on this process' GPU, if there is one."""
+        config, device = self.config, resolve_device()
+        if device.type == "cuda":
+            device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config, config.bf16))
+        return model.to(device)  # type: ignore[arg-type]
+
     def _build(self) -> GenerationEngine:
         config = self.config
         rows_each = max(config.num_return_sequences, config.num_beams)
         engine = config.engine_spec.build(
             EngineOptions(
                 config.model_name_or_path,
-                partial(load_policy, config, self.local_rank),
+                self._load_policy,
                 self._codec,
                 config.per_device_prompt_batch_size * rows_each,
                 config.max_prompt_tokens,
@@ -322,18 +334,3 @@ class _Stage:
             else None,
             "scorer": None,
         }
-
-
-def load_codec(config: GenerateConfig) -> ChatCodec:
-    """The policy's token boundary."""
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    return ChatCodec(tokenizer, config.chat_format)
-
-
-def load_policy(config: GenerateConfig, local_rank: int = 0) -> Any:
-    """The policy on this process' GPU, if there is one."""
-    device = resolve_device()
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config, config.bf16))
-    return model.to(device)  # type: ignore[arg-type]

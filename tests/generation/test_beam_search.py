@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrhf.generation.local.beam_search import BeamSearch, BeamSettings
+from rrhf.generation.local.beam_search import BeamSearch
 from rrhf.generation.local.incremental import IncrementalModel
+from rrhf.generation.params import SamplingParams
+
+beam_params = partial(SamplingParams, do_sample=False, min_new_tokens=0)
 
 END = 0
 
@@ -70,7 +74,7 @@ def every_sequence(vocabulary: int, length: int):
 def test_with_room_for_all_the_best_are_exact(seed, length_penalty):
     vocabulary, length = 4, 4
     table = Table(vocabulary, seed)
-    settings = BeamSettings(num_beams=200, length_penalty=length_penalty, max_new_tokens=length)
+    settings = beam_params(num_beams=200, length_penalty=length_penalty, max_new_tokens=length)
     assert sum(1 for _ in every_sequence(vocabulary, length)) < 200
     found = search([table], settings).best(0, 5)
     ranked = sorted(
@@ -89,7 +93,7 @@ def test_with_room_for_all_the_best_are_exact(seed, length_penalty):
 def test_one_beam_is_greedy():
     for seed in range(5):
         table = Table(6, seed)
-        (found,) = search([table], BeamSettings(num_beams=1, max_new_tokens=7)).best(0, 1)
+        (found,) = search([table], beam_params(num_beams=1, max_new_tokens=7)).best(0, 1)
         greedy: tuple[int, ...] = ()
         while len(greedy) < 7 and END not in greedy:
             greedy = (*greedy, int(table.next(greedy).argmax()))
@@ -153,7 +157,7 @@ def test_diverse_beams_equal_a_slow_second_implementation(beams, groups, penalty
     for seed in range(8):
         for length_penalty in (0.0, 1.0):
             table = Table(7, seed, sharpness=1.0)
-            settings = BeamSettings(
+            settings = beam_params(
                 num_beams=beams,
                 num_beam_groups=groups,
                 diversity_penalty=penalty if groups > 1 else 0.0,
@@ -176,7 +180,7 @@ def test_the_penalty_counts_how_often_earlier_groups_took_a_token():
     b -2.15, c -2.3 -> a.
     """
     logprobs = torch.tensor([-math.inf, -0.1, -1.15, -2.3])
-    settings = BeamSettings(num_beams=4, num_beam_groups=4, diversity_penalty=1.0, max_new_tokens=5)
+    settings = beam_params(num_beams=4, num_beam_groups=4, diversity_penalty=1.0, max_new_tokens=5)
     runner = BeamSearch(1, settings, {END})
     rows, tokens = runner.advance(logprobs.expand(4, -1))
     assert tokens.tolist() == [1, 1, 2, 1]
@@ -185,9 +189,9 @@ def test_the_penalty_counts_how_often_earlier_groups_took_a_token():
 
 def test_without_penalty_all_groups_do_the_same():
     table = Table(6, 3)
-    settings = BeamSettings(num_beams=6, num_beam_groups=3, max_new_tokens=5)
+    settings = beam_params(num_beams=6, num_beam_groups=3, max_new_tokens=5)
     found = search([table], settings).best(0, 6)
-    plain = search([table], BeamSettings(num_beams=2, max_new_tokens=5)).best(0, 2)
+    plain = search([table], beam_params(num_beams=2, max_new_tokens=5)).best(0, 2)
     assert {h.tokens for h in found} == {h.tokens for h in plain}
 
 
@@ -195,7 +199,7 @@ def test_logprobs_are_without_penalty():
     paid = []
     for seed in range(5):
         table = Table(6, seed)
-        settings = BeamSettings(
+        settings = beam_params(
             num_beams=4, num_beam_groups=4, diversity_penalty=0.25, max_new_tokens=5
         )
         for hypothesis in search([table], settings).best(0, 4):
@@ -211,7 +215,7 @@ def test_logprobs_are_without_penalty():
 
 def test_prompts_side_by_side_do_not_touch_each_other():
     tables = [Table(6, seed, sharpness=0.5 + seed / 2) for seed in range(7)]
-    settings = BeamSettings(num_beams=4, num_beam_groups=2, diversity_penalty=0.7, max_new_tokens=9)
+    settings = beam_params(num_beams=4, num_beam_groups=2, diversity_penalty=0.7, max_new_tokens=9)
     together = search(tables, settings)
     for place, table in enumerate(tables):
         alone = search([table], settings)
@@ -221,7 +225,7 @@ def test_prompts_side_by_side_do_not_touch_each_other():
 def test_a_prompt_that_is_done_leaves():
     sure = Table(5, 0)
     sure._known[()] = torch.log_softmax(torch.tensor([50.0, 0.0, 0.0, 0.0, 0.0]), -1)
-    runner = BeamSearch(2, BeamSettings(num_beams=1, max_new_tokens=9), {END})
+    runner = BeamSearch(2, beam_params(num_beams=1, max_new_tokens=9), {END})
     other = torch.log_softmax(torch.tensor([0.0, 9.0, 0.0, 0.0, 0.0]), -1)
     rows, tokens = runner.advance(torch.stack([sure.next(()), other]))
     assert runner.searching == [1]
@@ -231,7 +235,7 @@ def test_a_prompt_that_is_done_leaves():
 def test_every_prompt_gets_as_many_as_it_has_beams():
     for seed in range(20):
         for groups in (1, 2, 4):
-            settings = BeamSettings(
+            settings = beam_params(
                 num_beams=4,
                 num_beam_groups=groups,
                 diversity_penalty=1.0 if groups > 1 else 0.0,
@@ -245,7 +249,7 @@ def test_a_stop_rule_ends_like_an_end_id():
     """Token 3 as an end id, and the same by rule, give the same hypotheses."""
     for seed in range(10):
         table = Table(6, seed)
-        settings = BeamSettings(num_beams=3, max_new_tokens=6)
+        settings = beam_params(num_beams=3, max_new_tokens=6)
         by_id = search([table], settings, end_ids=(END, 3))
         by_rule = search([table], settings, stops=lambda prompt, tokens: tokens[-1] == 3)
         assert by_rule.best(0, 3) == by_id.best(0, 3)
@@ -253,7 +257,7 @@ def test_a_stop_rule_ends_like_an_end_id():
 
 def test_no_end_before_min_new_tokens():
     table = Table(5, 2, sharpness=0.1)
-    settings = BeamSettings(num_beams=4, max_new_tokens=8, min_new_tokens=5, length_penalty=0.0)
+    settings = beam_params(num_beams=4, max_new_tokens=8, min_new_tokens=5, length_penalty=0.0)
     found = search([table], settings).best(0, 4)
     assert min(len(h.tokens) for h in found) >= 6
 
@@ -286,14 +290,15 @@ def model_search(model, prompts, settings, end_ids):
     runner = BeamSearch(len(prompts), settings, end_ids)
     incremental = IncrementalModel(model, pad_id=END)
     with torch.no_grad():
-        logits = incremental.start(prompts)
-        incremental.repeat(settings.num_beams)
-        logits = logits.repeat_interleave(settings.num_beams, dim=0)
+        handles, logits = incremental.read(prompts)
+        owners = [handle for handle in handles for _ in range(settings.num_beams)]
+        incremental.arrange([None] * len(owners), owners)
+        logits = logits[owners]
         while True:
             rows, tokens = runner.advance(torch.log_softmax(logits, -1))
             if runner.is_done:
                 return runner
-            incremental.select(rows)
+            incremental.arrange(rows.tolist(), [])
             logits = incremental.step(tokens)
 
 
@@ -303,7 +308,7 @@ def model_search(model, prompts, settings, end_ids):
 def test_plain_beams_equal_transformers(model, length_penalty, end_ids, num_beams):
     torch.manual_seed(0)
     prompts = [torch.randint(1, 64, (size,)).tolist() for size in (3, 9, 5, 7, 4, 12)]
-    settings = BeamSettings(
+    settings = beam_params(
         num_beams=num_beams, length_penalty=length_penalty, max_new_tokens=16, min_new_tokens=1
     )
     runner = model_search(model, prompts, settings, end_ids)

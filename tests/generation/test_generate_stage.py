@@ -372,7 +372,7 @@ def test_a_finished_file_is_left_alone(model_folder, prompts, tmp_path, straight
     config = config_of(model_folder, prompts, output)
     generate_file(config)
     before = (output.stat().st_mtime_ns, manifest_path(output).read_bytes())
-    monkeypatch.setattr(stage_module, "load_policy", None)  # nothing is loaded
+    monkeypatch.setattr(stage_module, "load_causal_lm", None)  # nothing is loaded
     generate_file(config)
     assert (output.stat().st_mtime_ns, manifest_path(output).read_bytes()) == before
     assert leftovers(output) == []

@@ -470,6 +470,14 @@ KINDS = {
 }
 
 
+def twice(runner, prompts):
+    """Read prompts for two rows each; gives the logits of the rows."""
+    handles, logits = runner.read(prompts)
+    rows = [handle for handle in handles for _ in range(2)]
+    runner.arrange([None] * len(rows), rows)
+    return logits[rows]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_models_read_on_as_in_a_plain_forward(kind):
     torch.manual_seed(0)
@@ -478,13 +486,11 @@ def test_other_models_read_on_as_in_a_plain_forward(kind):
     rows = [list(prompt) for prompt in prompts for _ in range(2)]
     runner = IncrementalModel(model, pad_id=0)
     with torch.no_grad():
-        logits = runner.start(prompts)
-        runner.repeat(2)
-        logits = logits.repeat_interleave(2, dim=0)
+        logits = twice(runner, prompts)
         for step in range(16):
             if step == 7:
                 kept = torch.tensor([1, 3, 4, 5])
-                runner.select(kept)
+                runner.arrange(kept.tolist(), [])
                 rows, logits = [rows[place] for place in kept.tolist()], logits[kept]
             plain = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
             torch.testing.assert_close(logits, plain, atol=1e-4, rtol=1e-4)
@@ -500,12 +506,11 @@ def test_incremental_logits_equal_a_plain_forward_after_any_selection(model):
     rows = [list(prompt) for prompt in prompts for _ in range(2)]
     runner = IncrementalModel(model, pad_id=0)
     with torch.no_grad():
-        logits = runner.start(prompts).repeat_interleave(2, dim=0)
-        runner.repeat(2)
+        logits = twice(runner, prompts)
         for step in range(70):  # beyond the room of a buffer
             if step in (5, 6, 40):
                 kept = torch.tensor([2, 0, 0] if step == 6 else range(len(rows)))
-                runner.select(kept)
+                runner.arrange(kept.tolist(), [])
                 rows = [list(rows[place]) for place in kept.tolist()]
                 logits = logits[kept]
             for place, row in enumerate(rows):

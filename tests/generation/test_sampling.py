@@ -89,14 +89,14 @@ def test_draws_follow_the_distribution(temperature):
 def test_impossible_tokens_are_never_drawn_at_any_place():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     places = torch.tensor([0.0, 0.4999999, 0.5, 0.75, 1 - 2.0**-53], dtype=torch.float64)
-    tokens = draw_tokens(logits.expand(5, -1), places)
+    tokens = draw_tokens(logits.softmax(-1).expand(5, -1), places)
     assert tokens.tolist() == [1, 1, 3, 3, 3]
 
 
 def test_a_token_without_weight_at_the_end_is_not_drawn_by_rounding():
     logits = torch.tensor([[0.0] * 1000 + [-200.0]])
     place = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
-    assert draw_tokens(logits, place).item() == 999
+    assert draw_tokens(logits.softmax(-1), place).item() == 999
 
 
 def test_logprobs_are_of_the_unfiltered_distribution_at_the_temperature():
@@ -106,7 +106,7 @@ def test_logprobs_are_of_the_unfiltered_distribution_at_the_temperature():
         temperature=0.7, top_k=3, top_p=0.5, repetition_penalty=1.3, min_new_tokens=1
     )
     seen = torch.rand(64, 30) < 0.3
-    tokens, logprobs = pick_tokens(logits, params, uniforms_of(64), forbidden={4}, seen=seen)
+    tokens, logprobs = pick_tokens(logits, params, uniforms_of(64), seen, {4}, range(64))
     expected = torch.log_softmax(logits.double() / 0.7, -1).gather(-1, tokens[:, None])[:, 0]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=1e-6)
@@ -168,7 +168,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 
 def test_forbidden_tokens_leave_the_input_as_it_was():
     logits = torch.zeros(1, 3)
-    assert forbid_tokens(logits, {0, 2}).tolist() == [[-math.inf, 0.0, -math.inf]]
+    assert forbid_tokens(logits, {0, 2}, [0]).tolist() == [[-math.inf, 0.0, -math.inf]]
     assert logits.tolist() == [[0.0, 0.0, 0.0]]
 
 

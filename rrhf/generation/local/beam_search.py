@@ -29,21 +29,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rrhf.generation.params import SamplingParams
 from rrhf.records import FinishReason
 
 StopRule = Callable[[int, Sequence[int]], bool]
-
-
-@dataclass(frozen=True)
-class BeamSettings:
-    """How to search; the fields are those of `SamplingParams`."""
-
-    num_beams: int
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    length_penalty: float = 1.0
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class BeamSearch:
     def __init__(
         self,
         num_prompts: int,
-        settings: BeamSettings,
+        settings: SamplingParams,
         end_ids: Collection[int],
         stops: StopRule | None = None,
     ) -> None:

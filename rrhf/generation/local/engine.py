@@ -21,7 +21,7 @@ import torch
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
 from rrhf.generation.engine import Capabilities, Sample, SamplingParams
-from rrhf.generation.local.beam_search import BeamSearch, BeamSettings, Hypothesis
+from rrhf.generation.local.beam_search import BeamSearch, Hypothesis
 from rrhf.generation.local.decoders import Decoder, decoding
 from rrhf.generation.local.row_loop import ByParams, Chooser, Job, RowLoop, Written
 from rrhf.generation.params import check_params, prompt_room
@@ -122,13 +122,9 @@ class LocalEngine:
                 try:
                     yield from loop.run(new_decoder(), max_rows)
                 except (MemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
                     rows = loop.put_back()
-                    if rows <= 1:
-                        raise _no_memory(jobs[0], params) from error
+                    _require_memory_for_fewer(error, rows, rows > 1, jobs[0], params)
                     max_rows = rows // 2
-                    logger.warning("no memory for %d rows at a time; trying half as many", rows)
 
     def _holds_any(self, ids: list[int], stops: tuple[str, ...]) -> bool:
         text = self.codec.decode_tail(ids)
@@ -149,35 +145,23 @@ class LocalEngine:
                 try:
                     written = self._search_part([jobs[n] for n in part], params, new_decoder())
                 except (MemoryError, RuntimeError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    if len(part) == 1:
-                        raise _no_memory(jobs[part[0]], params) from error
                     rows, half = len(part) * params.num_beams, len(part) // 2
+                    _require_memory_for_fewer(error, rows, half > 0, jobs[part[0]], params)
                     parts[:0] = [part[:half], part[half:]]
-                    logger.warning("no memory for %d rows at a time; trying half as many", rows)
-                    continue
-                yield from zip(part, written, strict=True)
+                else:
+                    yield from zip(part, written, strict=True)
 
     def _search_part(
         self, jobs: list[Job], params: SamplingParams, decoder: Decoder
     ) -> list[list[Written]]:
         """The best hypotheses of each job, the best first; log-probs are at the temperature."""
-        settings = BeamSettings(
-            num_beams=params.num_beams,
-            num_beam_groups=params.num_beam_groups,
-            diversity_penalty=params.diversity_penalty,
-            length_penalty=params.length_penalty,
-            max_new_tokens=params.max_new_tokens,
-            min_new_tokens=params.min_new_tokens,
-        )
         tail_tokens = max((len(s.encode()) for job in jobs for s in job.stops), default=0) + 1
 
         def stops(prompt: int, tokens: Sequence[int]) -> bool:
             return self._holds_any(list(tokens[-tail_tokens:]), jobs[prompt].stops)
 
         has_stops = any(job.stops for job in jobs)
-        search = BeamSearch(len(jobs), settings, self.codec.end_ids, stops if has_stops else None)
+        search = BeamSearch(len(jobs), params, self.codec.end_ids, stops if has_stops else None)
         handles, logits = decoder.read([job.ids for job in jobs])
         logits = logits.repeat_interleave(params.num_beams, dim=0)
         owners = [handle for handle in handles for _ in range(params.num_beams)]
@@ -246,17 +230,24 @@ def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
     return hypotheses
 
 
-def _no_memory(job: Job, params: SamplingParams) -> UserError:
-    return UserError(
-        f"prompt {job.prompt.id}: no memory for one response of {params.max_new_tokens} tokens "
-        f"after {len(job.ids)}; lower max_new_tokens or max_prompt_tokens"
-    )
+def _require_memory_for_fewer(
+    error: Exception, rows: int, can_halve: bool, job: Job, params: SamplingParams
+) -> None:
+    """Say that half as many rows are tried; raise where that cannot help.
 
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "DefaultCPUAllocator" in str(error)
-    )
+    Raises:
+        UserError: there is no memory for a single response.
+        Exception: `error`, where it is about something else than memory.
+    """
+    is_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if not is_of_memory and "DefaultCPUAllocator" not in str(error):
+        raise error
+    if not can_halve:
+        raise UserError(
+            f"prompt {job.prompt.id}: no memory for one response of {params.max_new_tokens} tokens "
+            f"after {len(job.ids)}; lower max_new_tokens or max_prompt_tokens"
+        ) from error
+    logger.warning("no memory for %d rows at a time; trying half as many", rows)
 
 
 @contextmanager

@@ -99,27 +99,15 @@ class IncrementalModel:
         self._takes_positions = takes_anything or "position_ids" in accepted
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; returns the logits of each one's first response token: [B, V]."""
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        """Begin a batch, which ends the last one; see `rrhf.generation.local.decoders.Decoder`."""
         ids, mask = pad_left(prompts, self._pad_id)
         self._mask = mask.to(self._device)
         self._next_position = self._mask.sum(dim=-1)  # [B]
         self._cache = empty_cache(self._model)
+        self._is_new = True
         positions = (self._mask.cumsum(dim=-1) - 1).clamp_(min=0)
-        return self._forward(ids.to(self._device), positions)
-
-    def repeat(self, times: int) -> None:
-        """Each row becomes `times` rows, side by side."""
-        if times > 1:
-            self._cache.batch_repeat_interleave(times)
-            self._mask = self._mask.repeat_interleave(times, dim=0)
-            self._next_position = self._next_position.repeat_interleave(times, dim=0)
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may come twice or not at all."""
-        self._cache.batch_select_indices(rows)
-        self._mask = self._mask[rows]
-        self._next_position = self._next_position[rows]
+        return list(range(len(prompts))), self._forward(ids.to(self._device), positions)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add one token [R] to each row; returns the logits of the next: [R, V]."""
@@ -127,12 +115,6 @@ class IncrementalModel:
         positions = self._next_position[:, None]
         self._next_position = self._next_position + 1
         return self._forward(tokens[:, None], positions)
-
-    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
-        """As `start`, for `rrhf.generation.local.decoders.Decoder`; ends the last batch."""
-        logits = self.start(prompts)
-        self._is_new = True
-        return list(range(len(prompts))), logits
 
     def release(self, handles: Sequence[int]) -> None:
         """Nothing: prompts stay with their rows."""
@@ -146,7 +128,10 @@ class IncrementalModel:
         assert self._is_new or None not in sources, "plain rows begin together"
         rows = list(handles) if self._is_new else [row for row in sources if row is not None]
         if rows != list(range(len(self._next_position))):
-            self.select(torch.tensor(rows, device=self._device))
+            kept = torch.tensor(rows, device=self._device)
+            self._cache.batch_select_indices(kept)
+            self._mask = self._mask[kept]
+            self._next_position = self._next_position[kept]
         self._is_new = False
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:

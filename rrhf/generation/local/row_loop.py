@@ -106,9 +106,7 @@ class ByParams:
             uniforms = torch.tensor(now, dtype=torch.float64, device=logits.device)
         least = self.params.min_new_tokens
         early = [place for place, row in enumerate(rows) if len(row.token_ids) < least]
-        return pick_tokens(
-            logits, self.params, uniforms, self.end_ids if early else (), seen, early
-        )
+        return pick_tokens(logits, self.params, uniforms, seen, self.end_ids, early)
 
 
 class RowLoop:

@@ -71,18 +71,13 @@ def penalise_repetitions(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
     return torch.where(seen, lowered, logits)
 
 
-def forbid_tokens(
-    logits: Tensor, token_ids: Collection[int], rows: Sequence[int] | None = None
-) -> Tensor:
-    """The logits with some tokens made impossible, in some rows or (None) in all of them."""
-    if not token_ids or rows == []:
+def forbid_tokens(logits: Tensor, token_ids: Collection[int], rows: Sequence[int]) -> Tensor:
+    """The logits with some tokens made impossible in some rows."""
+    if not token_ids or not rows:
         return logits
     allowed = logits.clone()
     tokens = torch.tensor(sorted(token_ids), device=logits.device)
-    if rows is None or len(rows) == len(logits):
-        allowed[:, tokens] = -torch.inf
-    else:
-        allowed[torch.tensor(rows, device=logits.device)[:, None], tokens] = -torch.inf
+    allowed[torch.tensor(rows, device=logits.device)[:, None], tokens] = -torch.inf
     return allowed
 
 
@@ -120,23 +115,19 @@ def _nucleus_threshold(descending: Tensor, p: float) -> Tensor:
     return descending.gather(-1, size - 1).squeeze(-1)
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The tokens at given places of the cumulative distribution.
 
     Token i is drawn where the probability of the tokens below i is at most u, and with i more
     than u: an impossible token is never drawn.
 
     Args:
-        logits: [R, V], -inf where impossible; at least one finite entry a row.
+        probs: [R, V] float32, 0 where impossible.
         uniforms: [R] float64 in [0, 1).
 
     Returns:
         [R] int64.
     """
-    return _tokens_at(torch.softmax(logits, dim=-1), uniforms)
-
-
-def _tokens_at(probs: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probs.cumsum(dim=-1)  # [R, V]
     total = cumulative[:, -1:]
     place = (uniforms[:, None] * total.double()).to(cumulative.dtype)
@@ -149,9 +140,9 @@ def pick_tokens(
     logits: Tensor,
     params: SamplingParams,
     uniforms: Tensor | None,
-    forbidden: Collection[int] = (),
     seen: Tensor | None = None,
-    forbidden_rows: Sequence[int] | None = None,
+    forbidden: Collection[int] = (),
+    forbidden_rows: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, and its log-prob at the sampling temperature, before filters.
 
@@ -162,9 +153,9 @@ def pick_tokens(
         logits: [R, V] of any float type, as the model gave them.
         params: the settings.
         uniforms: [R] float64 for sampling; None for greedy.
-        forbidden: tokens that must not come now (end ids before min_new_tokens).
         seen: [R, V] bool for the repetition penalty; None where it is off.
-        forbidden_rows: where they must not; None = in all rows.
+        forbidden: tokens that must not come yet (end ids before min_new_tokens).
+        forbidden_rows: the rows in which they must not.
 
     Returns:
         tokens [R] int64 and their log-probs [R] float32.
@@ -180,7 +171,7 @@ def pick_tokens(
         shaped = shaped if params.temperature == 1.0 else shaped / params.temperature
         filtered = keep_top_p(keep_top_k(shaped, params.top_k), params.top_p)
         probs = torch.softmax(filtered, dim=-1)
-        tokens = _tokens_at(probs, uniforms)
+        tokens = draw_tokens(probs, uniforms)
         if is_own and filtered is shaped:  # the distribution that the log-probs are asked of
             return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
     else:
