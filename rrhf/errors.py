@@ -19,10 +19,10 @@ class UserError(ValueError):
 
 
 class AlreadyFinished(Exception):
-    """Raised where a run is to be resumed that is complete; nothing was changed.
+    """Raised when a run that is to be resumed is already complete; nothing was changed.
 
     Attributes:
-        folder: of the model that it left.
+        folder: of the run's model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,11 +31,11 @@ class AlreadyFinished(Exception):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, a gradient or a weight became NaN or infinite; nothing of it was kept."""
+    """A loss, a gradient or a weight became NaN or infinite; it was not saved."""
 
 
 class LostRank(Exception):
-    """Raised in a process that another one does not answer any more."""
+    """Raised when another process no longer answers."""
 
 
 class StoppedBySignal(Exception):

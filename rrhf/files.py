@@ -1,9 +1,9 @@
-"""Files that are whole or not there.
+"""Writes files so that they are complete or absent.
 
-A small file is written next to its place, synced and moved over, so that a kill at any moment
+A small file is written under a temporary name, synced and renamed, so that a kill at any moment
 leaves the old file or the new one, never half of one (`replaced_file`). Bytes are counted and
-hashed while they are written, so that a manifest can vouch for them (`rrhf.manifests`). What a
-killed writer left of a last line is cut (`cut_torn_tail`).
+hashed while they are written, so that a manifest can vouch for them (`rrhf.manifests`). The
+incomplete last line of a killed writer is cut off (`cut_torn_tail`).
 
 Left out on purpose: the format of data files (`rrhf.data`) and run folders (`rrhf.runs`). Standard
 library only.
@@ -43,10 +43,10 @@ _WRITE_BYTES = 1 << 18
 
 
 def with_home_folder(path: PathLike) -> Path:
-    """A path with the home folder in place of its `~` or `~name`.
+    """A path with its `~` or `~name` replaced by the home folder.
 
     Raises:
-        UserError: nobody here has that name, and no file has it either.
+        UserError: there is no user, and no file, of that name.
     """
     text = os.fspath(path)
     found = Path(os.path.expanduser(text))
@@ -59,7 +59,7 @@ def with_home_folder(path: PathLike) -> Path:
 
 
 def is_same_file(one: PathLike, other: PathLike) -> bool:
-    """Whether two paths mean the same file, links and spellings resolved; it may be missing."""
+    """Whether two paths mean the same file, with links resolved; the file may be missing."""
     first, second = (Path(path).expanduser() for path in (one, other))
     try:
         return os.path.samefile(first, second)
@@ -68,7 +68,7 @@ def is_same_file(one: PathLike, other: PathLike) -> bool:
 
 
 def make_folder(path: PathLike) -> None:
-    """Make a folder and those above it, where they are not there yet.
+    """Make a folder and its parents, if they are missing.
 
     Raises:
         UserError: as `explained_os_errors`.
@@ -78,13 +78,13 @@ def make_folder(path: PathLike) -> None:
 
 
 def missing_folders(path: PathLike) -> list[Path]:
-    """A folder and those above it that are not there, the innermost first."""
+    """The missing ones of a folder and its parents, innermost first."""
     folder = Path(path)
     return [place for place in (folder, *folder.parents) if not place.exists()]
 
 
 def remove_empty(folders: Iterable[PathLike]) -> None:
-    """Remove folders in this order, up to the first that is not empty or not there."""
+    """Remove folders in this order, up to the first that is not empty or is missing."""
     with suppress(OSError):
         for folder in folders:
             os.rmdir(folder)
@@ -92,7 +92,7 @@ def remove_empty(folders: Iterable[PathLike]) -> None:
 
 @contextmanager
 def made_folder(path: PathLike) -> Iterator[None]:
-    """Make a folder to work in; where the work ends in an error, take back what is empty of it.
+    """Make a folder to work in; if the work raises, remove the new folders that are empty.
 
     Raises:
         UserError: as `explained_os_errors`.
@@ -108,7 +108,7 @@ def made_folder(path: PathLike) -> Iterator[None]:
 
 
 def sync_folder(path: PathLike) -> None:
-    """Make the names in a folder (a file that was just moved in or removed) outlive a power cut."""
+    """Sync a folder, so that renamed and removed files in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -120,10 +120,10 @@ def sync_folder(path: PathLike) -> None:
 
 
 class Digest:
-    """Counts bytes and hashes them as they pass.
+    """Counts and hashes bytes.
 
     Attributes:
-        num_bytes: how many have passed.
+        num_bytes: how many there were so far.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class Digest:
         return self._sha256.hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        """What a manifest says of a file with these bytes."""
+        """The entries of a manifest for a file with these bytes."""
         return {"bytes": self.num_bytes, "sha256": self.hexdigest()}
 
 
@@ -163,7 +163,7 @@ class DigestedWriter(io.BufferedWriter):
     """A buffered binary file that knows the digest of what was written to it.
 
     Attributes:
-        digest: of the bytes that have left the buffer: of all of them once the file is closed.
+        digest: of the bytes written so far; of all of them once the file is closed.
     """
 
     def __init__(self, handle: int) -> None:
@@ -172,7 +172,7 @@ class DigestedWriter(io.BufferedWriter):
         self.digest = raw.digest
 
     def sync(self) -> None:
-        """Force what was written to the disk: from here on it cannot lack space."""
+        """Sync the file to disk, so that a lack of space shows now."""
         self.flush()
         os.fsync(self.fileno())
 
@@ -181,17 +181,17 @@ class DigestedWriter(io.BufferedWriter):
 def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[DigestedWriter]:
     """Write a whole file atomically: yields a binary file that takes `path`'s place at the end.
 
-    If the body raises, `path` stays as it was and the temporary file is removed; one that a killed
-    process left is removed by the next writer of the same path. A symbolic link stays a link; what
-    it points to is replaced.
+    If the body raises, `path` is unchanged and the temporary file is removed; the temporary file of
+    a killed process is removed by the next writer of the same path. A symbolic link stays a link;
+    the file that it points to is replaced.
 
     Args:
         path: the file.
-        needed_bytes: its size, where it is known.
+        needed_bytes: its size, if known.
 
     Raises:
-        UserError: as `explained_os_errors`, where the free space is measured without the temporary
-            file; or a pipe, a socket or a device stands there.
+        UserError: as `explained_os_errors`, with the free space measured without the temporary
+            file; or `path` is a pipe, a socket or a device.
     """
     require_plain_output(path)
     with explained_os_errors(path):
@@ -213,7 +213,7 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
 
 
 def locked_temporary(target: Path) -> tuple[Path, int]:
-    """A new file next to `target` and its handle, which holds its lock where the disk has locks."""
+    """A new temporary file next to `target` and its handle, locked if the disk supports it."""
     while True:
         name = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         temporary = target.with_name(name)
@@ -225,7 +225,7 @@ def locked_temporary(target: Path) -> tuple[Path, int]:
 
 
 def remove_abandoned(target: PathLike) -> None:
-    """Remove temporary files of `replaced_file` next to a target whose writers were killed."""
+    """Remove the temporary files of killed writers next to a target of `replaced_file`."""
     target = Path(target)
     for path in target.parent.glob(f".{escape(target.name)}.*.tmp"):
         try:
@@ -240,7 +240,7 @@ def remove_abandoned(target: PathLike) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, because JSON has no word for them."""
+    """The value with NaN and infinities as None, because JSON cannot hold them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -271,7 +271,7 @@ def _as_json(value: Any) -> Any:
 
 
 def json_object(path: PathLike) -> dict[str, Any] | None:
-    """The JSON object that a file holds; None where there is no such file, or it holds none."""
+    """The JSON object in a file; None if the file is missing or holds something else."""
     try:
         value = None if special_file(path) else json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -294,7 +294,7 @@ def file_digest(path: PathLike) -> Digest:
 
 
 def cut_file(path: PathLike, size: int) -> None:
-    """Forget what a file holds after its first `size` bytes, on the disk too."""
+    """Truncate a file to its first `size` bytes, and sync it."""
     with open(path, "r+b") as file:
         file.truncate(size)
         os.fsync(file.fileno())

@@ -1,7 +1,8 @@
 """One writer at a time: files that are locked (flock) until their process ends, however it ends.
 
-The lock is the system's own. Where a disk has none, work goes on unlocked, with a warning: a lock
-made of a file's mere presence would outlive a killed process. Standard library only.
+The lock is the operating system's. If a disk does not support it, work goes on unlocked, with a
+warning: a lock that is a file's mere presence would outlive a killed process. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def try_lock(handle: int) -> bool:
-    """Lock an open file; False where another process has the lock, or the disk knows none."""
+    """Lock an open file; False if another process has the lock, or the disk has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -31,7 +32,7 @@ def try_lock(handle: int) -> bool:
 
 
 def lock_or_warn(handle: int, path: PathLike) -> bool:
-    """Lock an open file; where its disk cannot lock files, log that and return False.
+    """Lock an open file; if its disk cannot lock files, log that and return False.
 
     Raises:
         BlockingIOError: another process has the lock.
@@ -47,7 +48,7 @@ def lock_or_warn(handle: int, path: PathLike) -> bool:
 
 
 def is_at(path: PathLike, handle: int) -> bool:
-    """Whether an open file still stands under this name."""
+    """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -55,7 +56,7 @@ def is_at(path: PathLike, handle: int) -> bool:
 
 
 class FileLock:
-    """Holds a file for one process at a time, until it ends; says which process holds it."""
+    """A file that one process at a time holds until it ends, and that says which process it is."""
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)

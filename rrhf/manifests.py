@@ -1,7 +1,7 @@
 """Manifests: what a data file or folder is, and whether it is whole; always written last.
 
 A data file `X.json` has `X.manifest.json` next to it, a folder has `manifest.json` inside. "status"
-says "complete" or "unfinished", and whoever reads what another command wrote looks there first.
+says "complete" or "unfinished"; every reader of another command's output checks it first.
 Standard library only.
 """
 
@@ -25,11 +25,11 @@ _OUR_KEYS = ("schema_version", "status", "files")
 
 
 class DamagedManifest(ValueError):
-    """A manifest of ours that cannot be relied on; the text says why."""
+    """A manifest of rrhf that cannot be trusted; the text says why."""
 
 
 def manifest_path(data_path: PathLike) -> Path:
-    """Where the manifest of a data file or a folder stands.
+    """The path of the manifest of a data file or a folder.
 
     `X.json`, `X.jsonl`, `X.jsonl.gz` -> `X.manifest.json`; a folder -> `folder/manifest.json`.
     """
@@ -49,7 +49,7 @@ def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
 
     Args:
         path: the data file or the folder (not the manifest's own path).
-        value: what is to be known; "status" must be given, "schema_version" and, for a data file,
+        value: its content; "status" must be given, "schema_version" and, for a data file,
             its name are added.
     """
     assert value.get("status") in (COMPLETE, UNFINISHED), (
@@ -63,13 +63,13 @@ def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
 
 
 def read_manifest(path: PathLike) -> dict[str, Any] | None:
-    """The manifest of a data file or folder; None where there is none.
+    """The manifest of a data file or folder; None if it has none.
 
-    `X.json` and `X.jsonl` share the place of their manifest, so one that names the other file,
-    which still stands there or is being made, is not this file's.
+    `X.json` and `X.jsonl` share the path of their manifest, so one that names the other file, which
+    still exists or is being written, does not count.
 
     Raises:
-        UserError: the manifest is there but cannot be read, or is of a newer schema.
+        UserError: the manifest cannot be read, or has a newer schema.
     """
     place = manifest_path(path)
     try:
@@ -83,15 +83,15 @@ def read_manifest(path: PathLike) -> dict[str, Any] | None:
 
 
 def load_manifest(place: Path, is_ours: bool = True) -> dict[str, Any] | None:
-    """The manifest in this place; None where there is none.
+    """The manifest at this path; None if there is none.
 
     Args:
-        place: of the manifest itself.
-        is_ours: no other program writes a file of this name here; else one without the keys of a
-            manifest of ours counts as none.
+        place: path of the manifest itself.
+        is_ours: no other program writes a file of this name here; if False, a file without the
+            keys of a manifest of rrhf counts as none.
 
     Raises:
-        DamagedManifest: it cannot be read, or is of a newer version.
+        DamagedManifest: it cannot be read, or has a newer version.
     """
     try:
         value = _load(place)
@@ -112,14 +112,14 @@ def load_manifest(place: Path, is_ours: bool = True) -> dict[str, Any] | None:
 
 
 def _load(place: Path) -> Any:
-    """What stands in a manifest's place; a pipe, which nobody waits for, is a ValueError."""
+    """The content of a manifest; a pipe, which would block, is a ValueError."""
     if kind := special_file(place):
         raise ValueError(f"it is {kind}")
     return json.loads(place.read_bytes())
 
 
 def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest in the place of this file's is another's, not renamed with its file."""
+    """Whether the manifest at this file's path belongs to a different, existing or new file."""
     named = manifest.get("file")
     if not isinstance(named, str) or named == Path(path).name:
         return False
@@ -128,15 +128,15 @@ def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
 
 
 def manifest_owner(path: PathLike) -> str | None:
-    """The name of another file whose manifest stands where this file's would; None without one."""
+    """The name of another file whose manifest has the path of this one's; None without one."""
     manifest = json_object(manifest_path(path)) or {}
     return manifest["file"] if _is_of_another_file(path, manifest) else None
 
 
 def require_own_manifest_place(path: PathLike) -> None:
-    """Refuse an output whose manifest would stand where that of another file does.
+    """Refuse an output whose manifest would overwrite that of another file.
 
-    An output whose manifest stands there already may be gone on with.
+    An output with a manifest of its own may be continued.
 
     Raises:
         UserError: there is another file, `X.jsonl` next to `X.json`, or one is being made.
@@ -162,7 +162,7 @@ def forget_manifest(path: PathLike) -> None:
     """Remove the manifest of a data file that is about to be replaced.
 
     Raises:
-        UserError: what stands there is no manifest, but somebody else's file.
+        UserError: the file at that path is not a manifest of rrhf.
     """
     place = manifest_path(path)
     require_plain_output(place)

@@ -1,11 +1,11 @@
 """Which folder a model's name means: a model folder itself, or the main model of a run folder.
 
-A run leaves its model in a folder inside (`policy/`, `reward_model/`), and its manifest says in
-which. Whoever is given a model's name asks here before anything is loaded, so a run folder may
-stand wherever a model folder is meant.
+A run writes its model to a subfolder (`policy/`, `reward_model/`), which its manifest names. All
+model names are resolved here before anything is loaded, so a run folder can be given wherever a
+model folder is expected.
 
-A model that a run left has a manifest of its own, and its files are compared with it before they
-are read: small ones as soon as the model is named, weights when they are loaded. Standard library
+A model that a run wrote has a manifest, and its files are compared with it before they are read:
+small files as soon as the model is named, weights when they are loaded. Standard library
 only.
 """
 
@@ -27,10 +27,10 @@ from rrhf.sealed_folders import differences
 from rrhf.seals import ACCEPT_FLAG, warn_accepted
 
 MODEL_FILE = "config.json"
-"""The file of Hugging Face that makes a folder a model folder."""
+"""The file by which Hugging Face recognises a model folder."""
 
 MODEL_NAMES = ("policy", "reward_model")
-"""Where a run's main model stands."""
+"""Subfolders that can hold a run's main model."""
 
 # What a loader may open; a note or a picture that a user adds is no part of a model.
 _LOADED = (
@@ -55,10 +55,10 @@ def model_folder(name_or_path: str | Path) -> str:
             run, a hub name, or a file; `~` is the home folder.
 
     Returns:
-        what is neither a run nor begins with `~` as it was given.
+        The folder; a name that is neither a run nor begins with `~` is returned unchanged.
 
     Raises:
-        UserError: a run folder that holds no model, or several of which none is the main one.
+        UserError: the run folder holds no model, or several without a main one.
     """
     text = str(name_or_path)
     path = with_home_folder(text)
@@ -122,11 +122,11 @@ def _require_readable(folder: Path) -> None:
 
 
 def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
-    """Compare a model folder with its manifest; where it has none of ours, there is nothing to do.
+    """Compare a model folder with its manifest, if it has one that rrhf wrote.
 
     Args:
         name_or_path: as `model_folder` takes it.
-        deep: read the weights too; else their sizes alone.
+        deep: read the weights too; else compare only their sizes.
 
     Raises:
         UserError: it differs, and the settings do not accept that.
@@ -161,10 +161,10 @@ def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
 
 
 def accept_edited_models(config: Any) -> None:
-    """Take note of which model folders the settings of a call accept as they are.
+    """Note which model folders the settings of a command accept although they were edited.
 
     Args:
-        config: of any command; its fields say what they name.
+        config: of any command; the metadata of its fields says which are models.
     """
     for folder in _local_models(config):
         if getattr(config, "accept_edited_files", False):
@@ -174,7 +174,7 @@ def accept_edited_models(config: Any) -> None:
 
 
 def require_models_as_written(config: Any) -> None:
-    """Compare all models of a call before its first stage, so that the last one is not in vain.
+    """Compare all models of a command with their manifests before its first stage begins.
 
     Raises:
         UserError: one differs from its manifest, and the settings do not accept that.
@@ -200,7 +200,7 @@ def _is_loaded(name: str) -> bool:
 
 
 def _main_model(run: Path) -> str | None:
-    """The name of the main model's folder, where a manifest vouches for it."""
+    """The name of the main model's folder, as a manifest gives it."""
     manifest: dict[str, Any] = read_manifest(run) or {}
     if manifest.get("status") != COMPLETE:
         return None

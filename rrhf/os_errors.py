@@ -1,8 +1,8 @@
-"""What the operating system refuses, as one message that names the place and the fix.
+"""Turns errors of the operating system into one message that names the place and the fix.
 
-Whoever writes does so within `explained_os_errors`. A full disk is reported with what was needed
-and what is free, measured after everything that was written in vain is removed; libraries that
-write by themselves report it in errors of their own, which `full_disk` recognises. Standard library
+All writing happens within `explained_os_errors`. A full disk is reported with the space that was
+needed and the space that is free, measured after incomplete files are removed; libraries that write
+files themselves report it in errors of their own, which `full_disk` recognises. Standard library
 only.
 """
 
@@ -22,7 +22,7 @@ from rrhf.errors import UserError
 PathLike = str | os.PathLike[str]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the errors that say that a disk is full, or a quota used up."""
+"""Error numbers of a full disk, or a quota that is used up."""
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -64,7 +64,7 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
 
     Args:
         path: the file that is being written.
-        needed_bytes: how much is about to be written, where it is known.
+        needed_bytes: how much is about to be written, if known.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
 
 
 def _refusal(given: str, path: str, error: OSError) -> str:
-    """The message for a path that the system refuses; `given` is what was asked for."""
+    """The message for a path that the system refuses; `given` is the path that was asked for."""
     for link in (given, path):
         if os.path.islink(link) and not os.path.exists(link):
             return (
@@ -106,10 +106,10 @@ def _refusal(given: str, path: str, error: OSError) -> str:
 
 
 def require_working_folder() -> None:
-    """Refuse to work where relative paths mean nothing.
+    """Refuse to start in a working directory that no longer exists.
 
     Raises:
-        UserError: the folder that the process was started in is removed.
+        UserError: it was removed.
     """
     if not _has_working_folder():
         raise UserError(_NO_WORKING_FOLDER)
@@ -151,12 +151,12 @@ def require_plain_output(path: PathLike) -> None:
 
 
 def no_space(path: PathLike, needed_bytes: int | None, written: int | None = None) -> UserError:
-    """The message of a full disk. Call it after everything that was written in vain is removed.
+    """The message of a full disk. Call it after incomplete files are removed.
 
     Args:
         path: the file that was being written.
-        needed_bytes: how much all of it takes; None = unknown.
-        written: how much of it had been written, for where that is all that is known.
+        needed_bytes: size of the complete file; None = unknown.
+        written: how much had been written, if only that is known.
     """
     return UserError(
         f"{path}: no space left: {_needed(needed_bytes, written)} bytes needed, "
@@ -171,7 +171,7 @@ def _needed(needed_bytes: int | None, written: int | None) -> str:
 
 
 def _free_bytes(path: PathLike) -> str:
-    """The free bytes of the disk that holds `path`, as text; "unknown" where it cannot be asked."""
+    """The free bytes of the disk that holds `path`, as text, or "unknown"."""
     place = Path(os.path.realpath(path)) if _has_working_folder() else Path(path)
     for folder in (place, *place.parents):
         try:
@@ -188,7 +188,7 @@ class FullDisk(Exception):
     """A write that failed for lack of space, before a message is made of it.
 
     Attributes:
-        needed_bytes: what all of it would have taken.
+        needed_bytes: size of everything that was to be written.
     """
 
     def __init__(self, needed_bytes: int) -> None:
@@ -208,7 +208,7 @@ def telling_need(needed_bytes: int) -> Iterator[None]:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """Why nothing more can be written, where an error or what caused it says so; else None."""
+    """Why nothing more can be written, if an error or one of its causes says so; else None."""
     for link in _chain(error):
         number = link.errno if isinstance(link, OSError) else None
         if number is None and (found := _NATIVE_ERROR.search(str(link))):
@@ -223,7 +223,7 @@ def told_failure(error: BaseException, staged: Path, written: int = 0) -> BaseEx
 
     Args:
         error: what was raised.
-        staged: the folder, removed already, so that free space is measured without it.
+        staged: the folder, already removed, so that free space is measured without it.
         written: bytes that it held.
     """
     if (reason := full_disk(error)) is None:
@@ -244,7 +244,7 @@ def told_failure(error: BaseException, staged: Path, written: int = 0) -> BaseEx
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it."""
+    """An error and its causes."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)

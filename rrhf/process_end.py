@@ -3,7 +3,7 @@
 Gloo's threads outlive `destroy_process_group` and may ask for the interpreter's lock while the
 interpreter ends. CPython 3.11 answers by unwinding such a thread, through code that forbids it
 ("terminate called without an active exception"): the work is done, but the process has crashed. A
-process that is one of several therefore leaves without that stage. Standard library only.
+process that is one of several therefore skips that stage. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END_FOLDER = "RRHF_RANK_ENDS"
 
 
 def run_process(work: Callable[[], int | None]) -> NoReturn:
-    """Do all that this process is for, and end it: the last call of a program.
+    """Run the program and end the process: the last call of a program.
 
     Args:
         work: returns the exit code (None = done); an error ends the process with its traceback.
@@ -49,8 +49,8 @@ def run_process(work: Callable[[], int | None]) -> NoReturn:
 def end_process(code: int) -> NoReturn:
     """End this process with an exit code, once everything is written.
 
-    What was registered with `atexit` runs, and both streams are flushed, in every case. SIGTERM
-    changes nothing any more.
+    Functions registered with `atexit` run, and both streams are flushed, in every case. SIGTERM has
+    no effect from here on.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -67,8 +67,8 @@ def end_process(code: int) -> NoReturn:
 
 
 def note_end(text: str) -> None:
-    """Tell the launcher, where it is ours (`rrhf.cli.launch`), that this rank lives, or its code:
-    torchrun and accelerate have but one code for whatever becomes of their ranks."""
+    """Tell our launcher (`rrhf.cli.launch`), if there is one, that this rank is alive, or its exit
+    code: torchrun and accelerate return the same code however their ranks end."""
     if folder := os.environ.get(END_FOLDER):
         Path(folder, f"rank-{os.environ.get('RANK', '0')}").write_text(text)
 

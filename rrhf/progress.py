@@ -1,12 +1,12 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line every few seconds.
+"""Progress of long work: a bar on a terminal, elsewhere a line every few seconds.
 
 Lines are messages of the logger `rrhf.progress`, so they go where the package's messages go (the
 command line sends them to stderr, from the main rank alone), and code that uses the package as a
 library sees neither bar nor line until it lets that logger speak at level INFO.
 
-Work within work is a stack. What goes on deep inside a single item, such as the tokens of a long
-batch of responses, calls `pulse`: the line of the innermost work is then repeated with what is
-being done. Standard library only; tqdm is imported where a bar is drawn.
+Nested work is a stack. Code deep inside a single item, such as the tokens of a long batch of
+responses, calls `pulse`: the line of the innermost work is then repeated with the current state.
+Standard library only; tqdm is imported where a bar is drawn.
 
 One thread only: a bar or a line is written by the thread that does the work.
 """
@@ -36,10 +36,10 @@ class Progress:
     """Work whose number of items is known; a context manager.
 
     Args:
-        what: is done, such as "train" or "score".
-        total: items in all; may be changed on the way.
-        unit: what an item is, in the singular; its plural ends in s.
-        done: items that were there already.
+        what: the work, such as "train" or "score".
+        total: number of items; may be changed during the work.
+        unit: name of an item, in the singular; its plural ends in s.
+        done: items that are done already.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
@@ -55,7 +55,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, leave=not _active)
 
     def advance(self, count: int = 1, figures: str = "") -> None:
-        """Say that `count` more items are done, and what they came to."""
+        """Report that `count` more items are done, with their figures."""
         self._done += count
         self._figures = figures
         if self._bar is not None:
@@ -66,7 +66,7 @@ class Progress:
             self._tell("")
 
     def _tell(self, detail: str) -> None:
-        """Write the line, unless there was one a moment ago."""
+        """Write the line, unless one was written a moment ago."""
         global _last_told
         if (now := _now()) - _told_since(now) < LINE_SECONDS:
             return
@@ -94,7 +94,7 @@ class Progress:
 
 
 def _told_since(now: float) -> float:
-    """When the last line was written; many short pieces of work are told like a long one."""
+    """When the last line was written, over all work: many short pieces print like a long one."""
     global _last_told
     if _last_told is None:
         _last_told = now
@@ -102,13 +102,13 @@ def _told_since(now: float) -> float:
 
 
 def pulse(detail: str) -> None:
-    """Say what the innermost work is at, in the middle of an item; cheap enough for each token."""
+    """Report the state of the innermost work within an item; cheap enough for each token."""
     if _active and _active[-1]._bar is None:
         _active[-1]._tell(detail)
 
 
 def tracked(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
-    """The items one after the other, with their progress."""
+    """Yield the items one by one, with progress."""
     with Progress(what, len(items), unit) as progress:
         for item in items:
             yield item
@@ -116,12 +116,11 @@ def tracked(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
 
 
 def figures(values: Mapping[str, float], forms: Mapping[str, str]) -> str:
-    """Some of the values in words, in the order of `forms`.
+    """Some of the values as text, in the order of `forms`.
 
     Args:
         values: by name.
-        forms: name -> how it is shown, such as "loss {:.4g}"; names without a value are passed
-            over.
+        forms: name -> format, such as "loss {:.4g}"; names without a value are left out.
     """
     said = [form.format(values[name]) for name, form in forms.items() if name in values]
     return without_negative_zeros(", ".join(said))
@@ -143,8 +142,7 @@ def duration(seconds: float) -> str:
 
 
 def _can_draw() -> bool:
-    """Whether stderr is a terminal that a bar fits on; one without a size, as some tools open, is
-    given lines."""
+    """Whether stderr is a terminal that a bar fits on; one without a size gets lines."""
     if not sys.stderr.isatty():
         return False
     try:

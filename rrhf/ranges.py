@@ -1,8 +1,8 @@
-"""Which numbers a setting may take: one table for each class of settings, checked when it is built.
+"""The range of each numeric setting: a table per class of settings, checked when it is built.
 
 A range is written as in mathematics: "[0, 1)" holds 0 and everything below 1. Every number of a
-configuration must be finite, in the table or not: an infinite rate makes infinite weights, and a
-NaN slips through every comparison. Standard library only.
+configuration must be finite, in the table or not: an infinite rate makes infinite weights, and NaN
+passes every comparison. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from rrhf.errors import UserError
 
 COUNT, INDEX = "[1, inf)", "[0, inf)"
-"""Of things that must be there, and of things that may be none."""
+"""The range of counts that must be at least one, and of those that may be zero."""
 NOT_NEGATIVE, POSITIVE, SHARE, BELOW_ONE = "[0, inf)", "(0, inf)", "[0, 1]", "[0, 1)"
 SEED = "[-4611686018427387904, 4611686018427387904]"
 """2 ** 62 either way: seeds are added to, and torch takes 64 bits."""
@@ -29,8 +29,8 @@ class Interval:
     """The numbers from `least` to `most`.
 
     Attributes:
-        least, most: its ends; -inf or inf where it has none.
-        holds_least, holds_most: whether they belong to it.
+        least, most: its ends; -inf or inf if unbounded.
+        holds_least, holds_most: whether the ends belong to it.
     """
 
     least: float
@@ -40,7 +40,7 @@ class Interval:
 
     @classmethod
     def parse(cls, text: str) -> Interval:
-        """From a text such as "(0, 1]"."""
+        """Parse a text such as "(0, 1]"."""
         found = _FORM.fullmatch(text)
         assert found is not None, f"{text!r} is no interval such as '[0, 1)'"
         left, least, most, right = found.groups()
@@ -51,7 +51,7 @@ class Interval:
         return is_above and (value <= self.most if self.holds_most else value < self.most)
 
     def __str__(self) -> str:
-        """In words, as a message has it after "must be"."""
+        """In words, to follow "must be" in a message."""
         low = f"{self.least} or more" if self.holds_least else f"above {self.least}"
         high = f"at most {self.most}" if self.holds_most else f"below {self.most}"
         if self.most == math.inf:
@@ -62,11 +62,11 @@ class Interval:
 
 
 def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
-    """Refuse numbers that are not finite or out of their range; None is no number.
+    """Refuse numbers that are not finite or out of their range; None is allowed.
 
     Args:
         config: a dataclass; its fields that are not in the table must be finite.
-        ranges: by name; what is alone outside an interval stands before it: "-1 or [1, inf)".
+        ranges: field -> range; a single number outside the interval comes first: "-1 or [1, inf)".
 
     Raises:
         UserError: one is.
@@ -87,5 +87,5 @@ def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
 
 
 def _number(text: str) -> float:
-    """Whole numbers stay whole: 2 ** 62 and its neighbours are one float."""
+    """Keeps integers as integers: 2 ** 62 and its neighbours are the same float."""
     return int(text) if text.lstrip("-").isdigit() else float(text)

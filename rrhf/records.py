@@ -1,8 +1,8 @@
 """The one record that passes between stages: a prompt and any number of responses to it.
 
 A bare prompt is a set without candidates, a demonstration a set with one, a preference pair a set
-with two, a ranked group a set with any number. What a stage makes of a set is a view
-(`rrhf.data.views`); how it is written is the candidate file (`rrhf.data.candidate_files`).
+with two, a ranked group a set with any number. A stage sees a set through a
+view (`rrhf.data.views`); on disk it is a row of a candidate file (`rrhf.data.candidate_files`).
 Standard library only.
 """
 
@@ -31,13 +31,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A response as text, and what is known of it.
+    """A response as text, with its source and score.
 
     Attributes:
-        response: the text. Where the set has `messages`, it is the reply's own content, without the
-            blank or newline that a chat format puts between cue and reply; else taken as it is.
+        response: the text. If the set has `messages`, it is the content of the reply, without the
+            space or newline that a chat format puts before it; else it is used unchanged.
         source: who wrote it: "policy:<name>", "teacher:<model>", "human:chosen", "" if unknown.
-        score: what a scorer gave; None = not scored; never NaN.
+        score: from a scorer; None = not scored; never NaN.
         finish_reason: "stop" ended by itself, "length" was cut (no EOS is appended in training),
             "unknown" is treated as complete.
     """
@@ -55,10 +55,10 @@ class CandidateSet:
     Attributes:
         id: see `set_id`; unique within a file.
         query: the prompt as text, as a person and RRHF's own readers see it.
-        messages: the conversation behind the query (the last turn is the user's), or None where
-            only text is known, which is taken as it is.
+        messages: the conversation behind the query (the last turn is the user's), or None if only
+            the text is known, which is used unchanged.
         candidates: any number, ragged across prompts.
-        origin: where the prompt came from, such as "hh-rlhf/harmless-base".
+        origin: the source of the prompt, such as "hh-rlhf/harmless-base".
     """
 
     id: str
@@ -73,9 +73,9 @@ class CandidateSet:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the prompt is a plain text: `messages` only say that a person would say it.
+        """Whether the prompt is a plain text, which `messages` only repeat as the user's turn.
 
-        A model with a chat template gets it as the user's turn, any other as it stands.
+        A model with a chat template gets it as the user's turn, any other model unchanged.
         """
         return _is_plain(self.query, self.messages)
 
@@ -96,9 +96,9 @@ def set_id(query: str, messages: tuple[Message, ...] | None = None, occurrence: 
 
     Args:
         query: the prompt as text.
-        messages: the conversation, if known; then the id does not depend on how it was rendered
-            (that of a plain prompt is its text's).
-        occurrence: how often the same prompt stood earlier in the file; appended as "-1", "-2", ...
+        messages: the conversation, if known; the id then does not depend on the chat format (a
+            plain prompt has the id of its text).
+        occurrence: how often the same prompt came earlier in the file; appended as "-1", "-2", ...
     """
     is_text = messages is None or _is_plain(query, messages)
     if is_text:

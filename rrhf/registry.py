@@ -1,8 +1,8 @@
-"""Names for what a user can choose, or bring: an objective, a method, an engine, a scorer, ...
+"""Registries of what a user can choose by name: objectives, methods, engines, scorers, ...
 
-An entry is an import path, `package.module:name`, that is followed when the entry is asked for, so
-that names can be listed and flags read without importing torch. A user's own thing is named by such
-a path on the command line; its module is found in the working directory too.
+An entry is an import path, `package.module:name`, that is imported when the entry is used, so that
+names can be listed and flags parsed without importing torch. On the command line, a user's own code
+is named by such a path; its module is found in the working directory too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things of one kind by name; also by the import path of one that is not listed.
+    """Entries of one kind by name, or by the import path of the user's own.
 
     Args:
-        kind: what they are, in the singular, for messages: "objective".
-        protocol: what each of them is an instance of.
+        kind: in the singular, for messages: "objective".
+        protocol: the class of all entries.
         entries: name -> import path.
-        other_kinds: names that are no entries though users give them -> what they are instead.
+        other_kinds: names that users may give by mistake -> what they are instead.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return name in self._entries
 
     def __getitem__(self, name: str) -> T:
-        """What a name or an import path stands for.
+        """The object for a name or an import path.
 
         Raises:
-            UserError: no such entry; or the module of an import path cannot be imported, or holds
-                nothing of this kind under that name.
+            UserError: there is no such entry; or the module of an import path cannot be imported,
+                or has nothing of this kind under that name.
         """
         is_users = name not in self._entries
         if name in self._other_kinds:

@@ -35,7 +35,7 @@ from rrhf.staged_folders import remove_unfinished
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
-"""What a run was asked to do. Not `config.json`, by which Hugging Face knows a model folder."""
+"""The settings of a run. Not `config.json`, by which Hugging Face recognises a model folder."""
 _OLD_SETTINGS_FILE = "config.json"
 # What may differ between the calls of one run: how it is called, and where its folder stands now.
 _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir", "accept_edited_files", "ddp_timeout")
@@ -47,10 +47,10 @@ _HAD = "has_checkpoints"
 
 
 def settings_file(run: PathLike) -> Path | None:
-    """The settings of the run in a folder; None where no run was begun there.
+    """The settings file of the run in a folder; None if no run was started there.
 
-    Earlier versions called them config.json, as models do: that file counts where it names an
-    output_dir, which no model's does.
+    Earlier versions called it config.json, as models do: that file counts if it has an output_dir,
+    which no model's does.
     """
     settings, old = Path(run) / SETTINGS_FILE, Path(run) / _OLD_SETTINGS_FILE
     if settings.is_file():
@@ -80,7 +80,7 @@ class RunFolder:
         policy: where the trained policy goes, as a plain Hugging Face folder.
         reward_model: where a trained reward model goes.
         metrics: the log of the run.
-        samples: responses of the policy on its way.
+        samples: the log of sampled responses.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -95,12 +95,12 @@ class RunFolder:
         self._made: list[Path] = []
 
     def finished_model(self, config: Mapping[str, Any]) -> Path | None:
-        """The model's folder where a run with these settings is complete here, else None.
+        """The model's folder if a run with these settings is complete here, else None.
 
-        Only reads, so that every process of a run may ask before one of them opens the folder.
+        Only reads, so that every process of a run can call it before one of them opens the folder.
 
         Raises:
-            UserError: a complete run is here that had other settings; the text says which.
+            UserError: the folder holds a complete run with other settings; the text says which.
         """
         manifest = read_manifest(self.path) if self.path.is_dir() else None
         if manifest is None or manifest.get("status") != COMPLETE:
@@ -120,12 +120,12 @@ class RunFolder:
         """Take the folder for this run, before anything slow is loaded.
 
         Writes `settings.json` and a manifest that says "unfinished". With `resume`, an earlier run
-        in the folder is continued (settings that differ are logged); where there is none, one
-        begins.
+        in the folder is continued (settings that differ are logged); if there is none, a new one is
+        started.
 
         Raises:
             UserError: another process holds the folder; it cannot be written; it holds a run and
-                `resume` is off; files of the names that a run writes are not of one.
+                `resume` is off; or it has files that no run wrote, under names that a run uses.
         """
         self._require_ours()
         self._made = missing_folders(self.path)
@@ -159,10 +159,10 @@ class RunFolder:
             write_manifest(self.path, {"status": UNFINISHED, _HAD: True})
 
     def require_no_lost_checkpoints(self) -> None:
-        """Refuse to resume without a checkpoint where the run had one.
+        """Refuse to resume without a checkpoint if the run once had one.
 
         Raises:
-            UserError: it had.
+            UserError: it had one.
         """
         if self._had_checkpoints():
             raise UserError(
@@ -171,11 +171,11 @@ class RunFolder:
             )
 
     def _had_checkpoints(self) -> dict[str, bool]:
-        """The manifest's entry for it; empty where there never was a checkpoint."""
+        """The manifest's entry for checkpoints; empty if there never was one."""
         return {_HAD: True} if (read_manifest(self.path) or {}).get(_HAD) else {}
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes of this run left half-written, under hidden names."""
+        """Remove the incomplete, hidden files of this run's killed processes."""
         for folder in (self.path, self.checkpoints, *(self.path / name for name in _KEPT)):
             remove_unfinished(folder)
         for path in self.path.glob(".probe.*"):
@@ -190,7 +190,7 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
 
     def require_free(self) -> None:
-        """Refuse a folder that holds a run already, or files that would be overwritten.
+        """Refuse a folder that already holds a run, or files that would be overwritten.
 
         Raises:
             UserError: it does.
@@ -229,7 +229,7 @@ class RunFolder:
 
     @property
     def is_bare(self) -> bool:
-        """True where no step has left anything: no metrics, no checkpoint, no model."""
+        """True if no step has written anything: no metrics, no checkpoint, no model."""
         holds_states = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         has_rows = any(
             log.path.exists() and log.path.stat().st_size > 0
@@ -239,7 +239,7 @@ class RunFolder:
         return not (holds_states or has_rows or any(path.exists() for path in left))
 
     def discard(self) -> None:
-        """Take back what `open` wrote, after a mistake that was found before the first step."""
+        """Remove what `open` wrote, after an error before the first step."""
         assert self.is_bare, f"{self.path} holds work that must not be thrown away"
         self.metrics.close()
         self.samples.close()
@@ -252,7 +252,7 @@ class RunFolder:
         remove_empty([self.path, *self._made[1:]])  # unless something else of the user's is in it
 
     def _changed_settings(self, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(name, value before, value now) of each setting that is not what the run had."""
+        """(name, value before, value now) of each setting that differs from the run's."""
         place = settings_file(self.path)
         before = None if place is None else json_object(place)
         if before is None:
@@ -266,7 +266,7 @@ class RunFolder:
         ]
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest that says that the run is whole, after everything else."""
+        """Write the manifest that marks the run as complete, after everything else."""
         self.metrics.sync()
         self.samples.sync()
         write_manifest(self.path, {"status": COMPLETE, **manifest, **self._had_checkpoints()})

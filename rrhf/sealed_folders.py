@@ -1,11 +1,12 @@
-"""Folders that vouch for what they hold: a manifest with bytes and SHA-256 of each file, last.
+"""Sealed folders: a manifest, written last, has the bytes and SHA-256 of each file.
 
-Checkpoints and the models that a run leaves are sealed when they are written and compared with
-their manifest when they are read. A checkpoint that differs is damaged. A model folder that differs
-may have been edited, which is a user's right: `--accept_edited_files` takes it as it is, and one
-without a manifest of ours, as other programs write it, is not looked at.
+Checkpoints and the models of a run are sealed when they are written and compared with their
+manifest when they are read. A checkpoint that differs is damaged. A model folder that differs may
+have been edited on purpose: `--accept_edited_files` accepts it, and a folder without a manifest of
+rrhf, as other programs write it, is not checked.
 
-A folder inside that has a manifest of its own is vouched for by that. Standard library only.
+The files of a subfolder with a manifest of its own are covered by that manifest. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _CLOCK_STEP = 2_000_000_000
 def seal_folder(folder: Path, known: Mapping[str, Any] | None = None) -> None:
     """Sync every file and folder in a folder and write its manifest, last.
 
-    Every file gets the mode of a new one: some writers of weights hide theirs from other users.
+    Every file gets the mode of a new file: some libraries write weights that others cannot read.
 
     Args:
-        folder: filled.
-        known: what else the manifest should say.
+        folder: complete.
+        known: further entries of the manifest.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     mode = mode_of_new_file(folder)
@@ -51,7 +52,7 @@ def seal_folder(folder: Path, known: Mapping[str, Any] | None = None) -> None:
 
 
 def mode_of_new_file(folder: Path) -> int:
-    """The permissions that a program's new file gets here: what the umask leaves."""
+    """The permissions of a new file under the current umask."""
     probe = folder / f".mode.{os.getpid()}"
     try:
         probe.touch()
@@ -61,9 +62,9 @@ def mode_of_new_file(folder: Path) -> int:
 
 
 def damage_of(folder: Path) -> str | None:
-    """Why a folder of ours is not the whole one that was sealed, or None: its first difference.
+    """The first difference of a folder from what was sealed; None if it is whole.
 
-    Without a manifest it was never sealed.
+    A folder without a manifest was never sealed.
     """
     try:
         manifest = load_manifest(folder / MANIFEST)
@@ -77,12 +78,12 @@ def damage_of(folder: Path) -> str | None:
 def differences(
     folder: Path, manifest: Mapping[str, Any], deep: bool = True
 ) -> Iterator[tuple[str | None, str]]:
-    """What is not in a folder as its manifest says: the file, None = the manifest, and a text.
+    """Differences of a folder from its manifest: the file (None = the manifest), and a text.
 
     Args:
-        folder: sealed once.
-        manifest: its own.
-        deep: read every file; else weights are compared by their size alone.
+        folder: a sealed folder.
+        manifest: its manifest.
+        deep: read every file; else weights are compared only by size.
     """
     if manifest.get("status") != COMPLETE:
         yield None, f"{MANIFEST} says {manifest.get('status')!r} instead of {COMPLETE!r}"
@@ -134,7 +135,7 @@ def _is_seal(value: Any) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file that this process may have read before: a policy is often its own reference."""
+    """The SHA-256 of a file, cached, since a policy is often its own reference too."""
     found = path.stat()
     key = (str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino)
     if key in _known:
@@ -146,7 +147,7 @@ def _sha256(path: Path) -> str:
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """Every file that the folder's manifest speaks of: of a sealed folder inside, its manifest."""
+    """Every file that the folder's manifest covers; of a sealed subfolder, only its manifest."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             inner = path / MANIFEST

@@ -1,10 +1,10 @@
 """Whether a file is still the one that its manifest vouches for.
 
 A stage that writes a data file puts its rows, bytes and SHA-256 into the manifest (the seal); a
-stage that reads it counts and hashes what it reads anyway and compares at the end. So a copy that
-was cut, a bit that flipped or a score that was edited is detected before the data is used. Editing
-a file is a user's right: `--accept_edited_files` takes it as it is, with a warning. A file without
-a manifest, and what a manifest does not mention, is not checked.
+stage that reads it counts and hashes while it reads and compares at the end. A truncated copy, a
+flipped bit or an edited score is therefore detected before the data is used. For files that were
+edited on purpose, `--accept_edited_files` turns the error into a warning. A file without a
+manifest, or without such entries in it, is not checked.
 
 Standard library only.
 """
@@ -37,20 +37,20 @@ class EditedFiles:
 
 
 def seal(digest: Digest, rows: int | None = None) -> dict[str, Any]:
-    """What a manifest says of its file, to be checked by whoever reads it."""
+    """The entries of a manifest by which readers check its file."""
     return {**({} if rows is None else {"rows": rows}), **digest.as_dict()}
 
 
 def seal_difference(
     path: PathLike, manifest: Mapping[str, Any] | None, digest: Digest, rows: int | None = None
 ) -> str | None:
-    """How a file differs from what its manifest says of it; None where it does not.
+    """How a file differs from its manifest; None if it does not.
 
     Args:
         path: the file.
-        manifest: its manifest, or None where it has none.
+        manifest: its manifest, or None.
         digest: of all its bytes.
-        rows: how many it has, where they were counted.
+        rows: how many it has, if they were counted.
     """
     found = seal(digest, rows)
     told = [
@@ -64,7 +64,7 @@ def seal_difference(
 
 
 def what_to_do(difference: str) -> str:
-    """The difference with the ways out."""
+    """The difference, and what the user can do."""
     return (
         f"{difference}. If it was changed on purpose, give {ACCEPT_FLAG}; else make the file "
         "again, or copy it again from where it is whole"
@@ -81,13 +81,13 @@ def require_as_sealed(
     digest: Digest,
     accept_edited: bool = False,
 ) -> None:
-    """Compare what was read of a file with its manifest.
+    """Compare a file that was read with its manifest.
 
     Args:
         path: the file.
-        manifest: its manifest, or None where it has none.
+        manifest: its manifest, or None.
         digest: of all its bytes.
-        accept_edited: warn of a difference instead.
+        accept_edited: warn of a difference instead of raising.
 
     Raises:
         UserError: it differs.
