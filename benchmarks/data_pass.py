@@ -116,12 +116,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--without_score", action="store_true", help="read and check alone")
     given = parser.parse_args(arguments)
+    from rrhf.data.candidate_files import write_candidate_sets
+    from rrhf.data.candidate_rows import parse_candidate_set
+
     with tempfile.TemporaryDirectory() as folder:
         for form in given.forms:
             path = Path(folder) / f"{form}.jsonl"
-            with open(path, "w") as file:
-                for number in range(given.rows):
-                    file.write(json.dumps(row(form, number)) + "\n")
+            write_candidate_sets(
+                path, (parse_candidate_set(row(form, n), "") for n in range(given.rows))
+            )
             seconds = measure(path, given.rounds, not given.without_score)
             print(told(form, given.rows, path.stat().st_size, seconds))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

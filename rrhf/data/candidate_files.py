@@ -17,27 +17,36 @@ Left out on purpose: other people's columns (`rrhf.data.sources`), and what a ro
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, cast, overload
 
 from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
 from rrhf.data.ids import IdList, SeenIds
 from rrhf.data.indexed_sets import IndexedSets
-from rrhf.data.json_scan import Fault, Faults, Row, open_bytes, scan_rows
-from rrhf.data.jsonl import encode_row
+from rrhf.data.json_scan import (
+    READ_BYTES,
+    UNREADABLE,
+    Fault,
+    Faults,
+    Row,
+    open_bytes,
+    scan_rows,
+)
+from rrhf.data.jsonl import decode_row, encode_row
 from rrhf.errors import UserError
-from rrhf.files import replaced_file
+from rrhf.files import Digest, replaced_file
 from rrhf.manifests import COMPLETE, forget_manifest, manifest_path, read_manifest, write_manifest
 from rrhf.os_errors import PathLike, explained_os_errors
 from rrhf.records import CandidateSet
+from rrhf.seals import seal_difference
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +70,9 @@ def require_finished(path: PathLike) -> dict[str, Any] | None:
     return manifest
 
 
-def _scan_sets(path: PathLike, accept_edited: bool) -> Iterator[tuple[Row, CandidateSet]]:
+def _scan_sets(
+    path: PathLike, accept_edited: bool, digest: Digest | None = None
+) -> Iterator[tuple[Row, CandidateSet]]:
     """Rows with their sets, ids unique; from the first fault on, only more faults are looked for.
 
     Raises:
@@ -72,7 +83,7 @@ def _scan_sets(path: PathLike, accept_edited: bool) -> Iterator[tuple[Row, Candi
     ids = SeenIds()
     rows = 0
     place = str(path)
-    for item in scan_rows(path, manifest):
+    for item in scan_rows(path, manifest, digest):
         rows += 1
         if isinstance(item, Fault):
             faults.add_fault(item.place_in(path), item)
@@ -120,49 +131,36 @@ def read_candidate_sets(path: PathLike, accept_edited: bool = False) -> Iterator
 class CandidateFile(IndexedSets):
     """A candidate file by index: the places of its rows are in memory, the rows are not.
 
-    A gzip file is unpacked to a temporary file. Reading does not move a file position, so that
-    forked workers may read the same object.
+    A file that a stage of this toolkit wrote, and that is as its manifest describes it, is hashed
+    and not parsed when it is opened: its rows were checked when they were written. A gzip file is
+    unpacked to a temporary file. Reading does not move a file position, so that forked workers may
+    read the same object.
 
     Attributes:
         path: the file, or what the spooled rows came from.
         manifest: the file's manifest, or None.
-        columns: what any of the rows has, in the order of their coming; none of spooled sets.
-        ids: of the sets.
+        columns: what any of the rows has, in the order of their coming; none of rows that are as
+            written.
+        digest: SHA-256 of the file, or of the spooled rows.
+        num_candidates: of all rows.
+        is_as_written: whether each row stands there as `encode_row` writes it.
     """
 
     columns: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        path: PathLike,
-        accept_edited: bool = False,
-        observe: Callable[[CandidateSet], object] | None = None,
-    ) -> None:
+    def __init__(self, path: PathLike, accept_edited: bool = False) -> None:
         """Open and check the whole file.
 
         Args:
             path, accept_edited: as `read_candidate_sets` has them.
-            observe: is shown each set in the pass that checks it.
 
         Raises:
             UserError: as `read_candidate_sets`, before anything is yielded.
         """
-        self.path = Path(path)
-        self.manifest = require_finished(path)
-        self._offsets = array("Q")
-        self._lengths = array("Q")
-        self.ids = IdList()
+        self._start(path, require_finished(path))
         before = _identity(path)
-        columns: dict[str, None] = {}
-        for row, candidate_set in _scan_sets(path, accept_edited):
-            self._offsets.append(row.offset)
-            self._lengths.append(row.length)
-            self.ids.append(candidate_set.id)
-            if not row.value.keys() <= columns.keys():
-                columns.update(dict.fromkeys(row.value))
-            if observe is not None:
-                observe(candidate_set)
-        self.columns = tuple(columns)
+        if not self._index_as_written():
+            self._check(accept_edited)
         self._file = _seekable(path)
         if _identity(path) != before:
             self._file.close()
@@ -170,38 +168,76 @@ class CandidateFile(IndexedSets):
                 f"{path}: was changed while it was read; do not change a file while it is used"
             )
 
+    def _start(self, name: PathLike, manifest: dict[str, Any] | None) -> None:
+        self.path, self.manifest = Path(name), manifest
+        self.num_candidates = 0
+        self.is_as_written = False
+        self._offsets, self._lengths = array("Q"), array("Q")
+        self._ids = IdList()  # empty where rows are as written, which say their ids themselves
+
+    def _index_as_written(self) -> bool:
+        """Find the rows by their line ends alone; False where the manifest does not vouch for them.
+
+        Manifests that count rows, bytes and candidates are of files whose rows were written from
+        records.
+        """
+        manifest = self.manifest or {}
+        if not all(isinstance(manifest.get(name), int) for name in ("rows", "bytes", "candidates")):
+            return False
+        digest = Digest()
+        lengths = array("Q")
+        try:
+            with open_bytes(self.path, digest) as file:
+                while lines := file.readlines(READ_BYTES):
+                    lengths.extend(map(len, lines))
+        except UNREADABLE:
+            return False
+        is_changed = seal_difference(self.path, manifest, digest, len(lengths)) is not None
+        if is_changed or manifest.get("sha256") is None or not lengths:
+            return False
+        self._offsets.extend(accumulate(lengths[:-1], initial=0))
+        self._lengths, self.digest = lengths, digest.hexdigest()
+        self.num_candidates = manifest["candidates"]
+        self.is_as_written = True
+        return True
+
+    def _check(self, accept_edited: bool) -> None:
+        """Find the rows by reading each.
+
+        Raises:
+            UserError: as `read_candidate_sets`.
+        """
+        columns: dict[str, None] = {}
+        digest = Digest()
+        for row, candidate_set in _scan_sets(self.path, accept_edited, digest):
+            self._offsets.append(row.offset)
+            self._lengths.append(row.length)
+            self._ids.append(candidate_set.id)
+            self.num_candidates += len(candidate_set.candidates)
+            if not row.value.keys() <= columns.keys():
+                columns.update(dict.fromkeys(row.value))
+        self.columns, self.digest = tuple(columns), digest.hexdigest()
+
     @classmethod
-    def spool(
-        cls,
-        sets: Iterable[CandidateSet],
-        name: PathLike,
-        observe: Callable[[CandidateSet], object] | None = None,
-    ) -> CandidateFile:
+    def spool(cls, sets: Iterable[CandidateSet], name: PathLike) -> CandidateFile:
         """Sets of any source as a `CandidateFile`, held in a temporary file that nobody else sees.
 
-        Ids that repeat get an occurrence number; `observe` is shown each set.
+        Ids that repeat get an occurrence number.
         """
         spooled = cls.__new__(cls)
-        spooled.path = Path(name)
-        spooled.manifest = None
-        spooled._offsets = array("Q")
-        spooled._lengths = array("Q")
-        spooled.ids = IdList()
-        ids = SeenIds()
-        position = 0
+        spooled._start(name, None)
+        ids, digest = SeenIds(), Digest()
         with _temporary_file("rrhf-spool") as file:
             for candidate_set in sets:
-                given = ids.give(candidate_set)
-                data = encode_row(candidate_set_to_row(given))
-                file.write(data)
-                spooled.ids.append(given.id)
-                spooled._offsets.append(position)
+                data = encode_row(candidate_set_to_row(ids.give(candidate_set)))
+                spooled._offsets.append(digest.num_bytes)
                 spooled._lengths.append(len(data))
-                position += len(data)
-                if observe is not None:
-                    observe(given)
+                spooled.num_candidates += len(candidate_set.candidates)
+                file.write(data)
+                digest.update(data)
             file.flush()
-        spooled._file = file
+        spooled._file, spooled.digest = file, digest.hexdigest()
+        spooled.is_as_written = True
         return spooled
 
     def __len__(self) -> int:
@@ -225,29 +261,38 @@ class CandidateFile(IndexedSets):
                 return self._read(first, end)
         return super().__getitem__(index)
 
-    def _read(self, first: int, end: int) -> list[CandidateSet]:
+    def lines(self) -> Iterator[bytes]:
+        """The bytes of each row, its line end included where a line is a row."""
+        for first in range(0, len(self), _BLOCK_ROWS):
+            yield from self._bytes(first, min(first + _BLOCK_ROWS, len(self)))
+
+    def _bytes(self, first: int, end: int) -> list[bytes]:
         """Neighbouring rows, at least one; read at once, unless they are large."""
-        start, length = self._offsets[first], self._lengths[end - 1]
-        size = self._offsets[end - 1] + length - start
+        start = self._offsets[first]
+        size = self._offsets[end - 1] + self._lengths[end - 1] - start
         if size > _BLOCK_BYTES and end - first > 1:
             middle = (first + end) // 2
-            return self._read(first, middle) + self._read(middle, end)
+            return self._bytes(first, middle) + self._bytes(middle, end)
         data = os.pread(self._file.fileno(), size, start)
+        return [
+            data[offset - start : offset - start + length]
+            for offset, length in zip(
+                self._offsets[first:end], self._lengths[first:end], strict=True
+            )
+        ]
+
+    def _read(self, first: int, end: int) -> list[CandidateSet]:
         found = []
-        for number in range(first, end):
-            begin = self._offsets[number] - start
-            row = data[begin : begin + self._lengths[number]]
+        for number, line in enumerate(self._bytes(first, end), start=first):
             try:
-                place = f"{self.path}, row {number + 1}"
-                parsed = parse_candidate_set(
-                    json.loads(row.decode("utf-8")), place, self.ids[number]
-                )
+                value = decode_row(line)
+                known_id = self._ids[number] if self._ids else ""
+                found.append(parse_candidate_set(value, f"{self.path}, row {number + 1}", known_id))
             except ValueError as error:
                 raise UserError(
                     f"{self.path}: row {number + 1} no longer reads as it did when the file was "
                     f"opened ({error}); do not change a file while it is used"
                 ) from error
-            found.append(parsed)
         return found
 
     def close(self) -> None:

@@ -374,6 +374,26 @@ def parse_candidate_set(row: Any, where: str, known_id: str = "") -> CandidateSe
     )
 
 
+# What follows the responses. No text holds it, since quotes in texts are escaped.
+_AFTER_RESPONSES = re.compile(
+    rb'\], "(?:scores": \[[^]]*(\])|(?:messages|id|origin|sources|finish_reasons)": )|\]\}\n$'
+)
+
+
+def with_scores(line: bytes, scores: bytes | None) -> bytes:
+    """A row as `candidate_set_to_row` and `encode_row` write it, with other scores.
+
+    Args:
+        line: the row.
+        scores: the new ones, as a JSON array; None = nothing is scored.
+    """
+    place = _AFTER_RESPONSES.search(line)
+    assert place is not None, f"no row of ours: {line!r:.100}"
+    begin, end = place.start(), max(place.start(), place.start(1))
+    middle = b"" if scores is None else b', "scores": ' + scores
+    return line[: begin + 1] + middle + line[end + 1 :]
+
+
 def _as_float(score: float | None) -> float | None:
     return None if score is None else float(score)
 

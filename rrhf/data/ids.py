@@ -7,7 +7,7 @@ in some 10 million files of a million rows; they would then be taken for one tha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -28,10 +28,10 @@ class IdTable:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def __contains__(self, given_id: str) -> bool:
+    def __contains__(self, given_id: Hashable) -> bool:
         return self.find(given_id) is not None
 
-    def find(self, given_id: str) -> int | None:
+    def find(self, given_id: Hashable) -> int | None:
         """The number of an id; None where it has not come."""
         hashed = hash(given_id)
         slots, hashes, mask = self._slots, self._hashes, self._mask
@@ -42,7 +42,7 @@ class IdTable:
             place = (place + 1) & mask
         return None
 
-    def add(self, given_id: str) -> bool:
+    def add(self, given_id: Hashable) -> bool:
         """Number an id; False where it has a number already."""
         hashed = hash(given_id)
         slots, hashes, mask = self._slots, self._hashes, self._mask

@@ -206,7 +206,9 @@ class _Gunzip(gzip.GzipFile):
         self._below.close()
 
 
-def scan_rows(path: PathLike, manifest: Mapping[str, Any] | None = None) -> Iterator[Row | Fault]:
+def scan_rows(
+    path: PathLike, manifest: Mapping[str, Any] | None = None, digest: Digest | None = None
+) -> Iterator[Row | Fault]:
     """Every row and every fault of a JSON Lines file or JSON array, in order, in constant memory.
 
     A faulty line does not end a file of lines; a fault in an array, a cut gzip or a text that is
@@ -216,11 +218,13 @@ def scan_rows(path: PathLike, manifest: Mapping[str, Any] | None = None) -> Iter
         path: the file.
         manifest: of the file; where it names rows, bytes or a SHA-256 that the file does not have,
             an `Edited` is the last item.
+        digest: is given the bytes of the file as they are read from the disk.
 
     Raises:
         UserError: there is no such file.
     """
-    digest = None if manifest is None else Digest()
+    if digest is None and manifest is not None:
+        digest = Digest()
     num_rows = 0
     is_whole = True
     with open_bytes(path, digest) as file:

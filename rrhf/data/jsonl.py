@@ -21,9 +21,9 @@ from rrhf.files import cut_torn_tail, locked_temporary, remove_abandoned, sync_f
 from rrhf.locks import is_at, lock_or_warn
 from rrhf.os_errors import PathLike, explained_os_errors, require_plain_output
 
+_decoder = json.JSONDecoder()
 _encoded = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
-SYNC_EVERY_RECORDS = 32
 SYNC_EVERY_SECONDS = 1.0
 _SURE_BYTES = 20  # of a first line that was cut, to know it by
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -46,6 +46,19 @@ def read_rows(path: PathLike) -> Iterator[tuple[int, Any]]:
         elif not faults:
             yield item.line, item.value
     faults.raise_if_any()
+
+
+def decode_row(line: bytes) -> Any:
+    """The value of a line that was found to be JSON before.
+
+    Raises:
+        ValueError: it is not any more.
+    """
+    text = line.decode("utf-8").strip()
+    value, end = _decoder.raw_decode(text)
+    if end < len(text):
+        raise ValueError(f"something follows the row: {text[end : end + 20]!r}")
+    return value
 
 
 def encode_row(value: Any) -> bytes:
@@ -81,9 +94,9 @@ def _write_all(handle: int, data: bytes) -> None:
 class JsonlAppender:
     """Appends rows to a JSON Lines file so that a kill loses none that was handed over.
 
-    Each row goes to the system with its own write (a killed process loses nothing), and to the disk
-    every 32 rows or second (a power cut loses little). One process at a time; who else removes the
-    file or changes its size is noticed at the next row or sync. Symbolic links are not followed.
+    Each row goes to the system at once (a killed process loses nothing), and to the disk every
+    second (a power cut loses little). One process at a time; who else removes the file or changes
+    its size is noticed at the next row or sync. Symbolic links are not followed.
 
     Args:
         path: the file, made if it is not there.
@@ -104,7 +117,6 @@ class JsonlAppender:
         if self.path.name.endswith(".gz"):
             raise UserError(f"{path}: rows are appended to plain files; drop the .gz of its name")
         self._first = first
-        self._pending = 0
         self._synced_at = time.monotonic()
         require_plain_output(path)
         with explained_os_errors(path):
@@ -115,7 +127,7 @@ class JsonlAppender:
             self.bytes_cut = cut_torn_tail(path)
             self._size = os.fstat(self._handle).st_size
             if self._size == 0 and first:
-                self.append_line(first)
+                self.append_lines([first])
         except BaseException:
             self.close()
             raise
@@ -189,17 +201,9 @@ class JsonlAppender:
         """Write one row.
 
         Raises:
-            UserError: as `append_line`.
-        """
-        self.append_line(encode_row(value))
-
-    def append_line(self, data: bytes) -> None:
-        """Write one row that is encoded already, newline included.
-
-        Raises:
             UserError: as `append_lines`.
         """
-        self.append_lines([data])
+        self.append_lines([encode_row(value)])
 
     def append_lines(self, lines: Sequence[bytes]) -> None:
         """Write rows that are encoded already, newlines included, all at once.
@@ -218,11 +222,7 @@ class JsonlAppender:
                 os.ftruncate(self._handle, self._size)
                 raise
         self._size += len(data)
-        self._pending += len(lines)
-        if (
-            self._pending >= SYNC_EVERY_RECORDS
-            or time.monotonic() - self._synced_at >= SYNC_EVERY_SECONDS
-        ):
+        if time.monotonic() - self._synced_at >= SYNC_EVERY_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -243,7 +243,6 @@ class JsonlAppender:
     def _sync(self, handle: int) -> None:
         with explained_os_errors(self.path):
             os.fsync(handle)
-        self._pending = 0
         self._synced_at = time.monotonic()
 
     def _require_size(self, size: int) -> None:

@@ -21,7 +21,7 @@ import os
 import random
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -233,7 +233,6 @@ def load_sets(
     accept_edited: bool = False,
     columns: str | None = None,
     columns_may_miss: bool = False,
-    observe: Callable[[CandidateSet], object] | None = None,
 ) -> Sequence[CandidateSet]:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -247,8 +246,6 @@ def load_sets(
         accept_edited: read files also where they are not as their manifests describe them.
         columns: what the columns are called (`rrhf.data.columns`), where not as they are known.
         columns_may_miss: only warn of a name that no row has: these are not the only data.
-        observe: is shown each set that is returned, in order; of a single file that is read whole,
-            in the pass that checks it.
 
     Raises:
         UserError: as `rrhf.data.sources.read_sets`, no row has a column that `columns` names, or
@@ -257,15 +254,12 @@ def load_sets(
     counts = SourceCounts() if counts is None else counts
     names = parse_columns(columns)
     parts: list[Sequence[CandidateSet]] = []
-    rows: list[list[int]] = []
-    mixture = parse_mixture(specs)
-    # What is read whole is shown as it is read.
-    at_once = observe if [spec.proportion for spec in mixture] == [1] else None
-    for position, spec in enumerate(mixture):
+    rows: list[Sequence[int]] = []
+    for position, spec in enumerate(parse_mixture(specs)):
         if spec.is_skipped:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
-        part = _open_part(spec, split, counts, new_ids, accept_edited, names, at_once)
+        part = _open_part(spec, split, counts, new_ids, accept_edited, names)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         if wanted > max(len(part), MOST_ROWS):
@@ -273,21 +267,18 @@ def load_sets(
                 f"{spec.name}: {wanted:,} rows are asked for of a source that has {len(part):,}; "
                 f"at most {MOST_ROWS:,} are made by copying, so lower its proportion"
             )
-        rows.append(choose_rows(len(part), wanted, f"{seed}/{position}/{spec.name}"))
+        is_whole = wanted == len(part)
+        draw = f"{seed}/{position}/{spec.name}"
+        rows.append(range(wanted) if is_whole else choose_rows(len(part), wanted, draw))
     for told in names.never_seen(str(specs)) if parts else ():
         if not columns_may_miss:
             raise UserError(told)
         logger.warning("%s", told)
     if not any(rows):
         raise UserError(f"{specs}: leaves no rows; fix the proportions, or name another source")
-    if len(parts) == 1 and rows[0] == list(range(len(parts[0]))):
-        found = parts[0]
-    else:
-        found = Mixture(parts, rows)
-    if observe is not None and at_once is None:
-        for candidate_set in found:
-            observe(candidate_set)
-    return found
+    if len(parts) == 1 and rows[0] == range(len(parts[0])):
+        return parts[0]
+    return Mixture(parts, rows)
 
 
 def _open_part(
@@ -297,11 +288,10 @@ def _open_part(
     new_ids: bool,
     accept_edited: bool,
     names: ColumnNames,
-    observe: Callable[[CandidateSet], object] | None,
 ) -> Sequence[CandidateSet]:
     place = spec.path or spec.name
     if not new_ids and not names and _first_candidate_row(place) is not None:
-        file = CandidateFile(place, accept_edited, observe)
+        file = CandidateFile(place, accept_edited)
         counts.read += len(file)
         counts.kept += len(file)
         counts.formats[CANDIDATES] += len(file)
@@ -310,7 +300,7 @@ def _open_part(
     sets = read_sets(spec.name, split, counts, spec.path, accept_edited, names)
     if new_ids:
         sets = (replace(found, id=set_id(found.query, found.messages)) for found in sets)
-    return CandidateFile.spool(sets, spec.name, observe)
+    return CandidateFile.spool(sets, spec.name)
 
 
 def _first_candidate_row(path: str) -> dict[str, Any] | None:

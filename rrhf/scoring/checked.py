@@ -57,6 +57,8 @@ class CheckedScorer(Scorer):
 
     def _numbers(self, values: list[Any]) -> list[float | None]:
         """Each value as a number, or None where it is none that can be ranked."""
+        if set(map(type, values)) <= {float} and all(map(math.isfinite, values)):
+            return values  # nearly always
         return [self._number(value, place) for place, value in enumerate(values)]
 
     def _number(self, value: Any, place: int) -> float | None:

@@ -36,10 +36,11 @@ class ScoreSpread:
         if not known:
             return
         self.num_scores += len(known)
-        self._low, self._high = min(self._low, *known), max(self._high, *known)
+        low, high = min(known), max(known)
+        self._low, self._high = min(self._low, low), max(self._high, high)
         if len(known) > 1:
             self.num_compared += 1
-            self.num_tied += len(set(known)) == 1
+            self.num_tied += low == high
         mean = sum(known) / len(known)
         self._prompts, self._sum = self._prompts + 1, self._sum + mean
         self._squares += mean * mean

@@ -14,19 +14,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from rrhf.commands import command_of
-from rrhf.data.candidate_rows import candidate_set_to_row
+from rrhf.data.candidate_files import CandidateFile
+from rrhf.data.candidate_rows import candidate_set_to_row, with_scores
 from rrhf.data.formats import SourceCounts
-from rrhf.data.ids import IdList
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
@@ -35,14 +34,14 @@ from rrhf.manifests import COMPLETE, manifest_path, read_manifest, write_manifes
 from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress
-from rrhf.records import Candidate, CandidateSet
+from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer, users_target
 from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.scorer import Scorer
 from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.stages.fingerprint import fingerprint
-from rrhf.stages.parts import PartAppender
+from rrhf.stages.parts import PartAppender, whole_row
 from rrhf.stages.staged_file import GO_ON, StagedFile
 from rrhf.user_code import source_file
 
@@ -50,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 # What only says how the work is cut, and reaches scores through the rounding of sums alone.
 _ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "layout")
+# What the manifest counts, in its order.
+_COUNTS = (*("candidates", "scored_candidates", "scores_kept", "unscored", "too_long_to_score"),)
 _NOT_SETTINGS = (
     *_ADJUSTABLE,
     "output_file",
@@ -97,15 +98,19 @@ class Input:
 
     Attributes:
         sets: by index.
-        ids: of all prompts, in little memory.
         to_score: candidates that need a score.
-        digest: SHA-256 over all rows.
+        digest: SHA-256 of the file, or over all rows of a mixture.
     """
 
     sets: Sequence[CandidateSet]
-    ids: IdList
     to_score: int
     digest: str
+
+    @property
+    def file(self) -> CandidateFile | None:
+        """The file whose lines the output repeats with scores; None where rows are written anew."""
+        is_file = isinstance(self.sets, CandidateFile) and self.sets.is_as_written
+        return cast(CandidateFile, self.sets) if is_file else None
 
 
 class _Stage:
@@ -153,26 +158,22 @@ class _Stage:
     # Before.
 
     def _read_input(self) -> Input:
-        digest = hashlib.sha256()
-        ids, to_score = IdList(), 0
-
-        def observe(s: CandidateSet) -> None:
-            nonlocal to_score
-            digest.update(encode_row([s.id, candidate_set_to_row(s)]))
-            ids.append(s.id)
-            if self.config.only_missing:
-                to_score += s.scores.count(None)
-            else:
-                to_score += len(s.candidates)
-
         sets = load_sets(
             self.config.input_file,
             counts=self.counts,
             accept_edited=self.config.accept_edited_files,
             columns=self.config.columns,
-            observe=observe,
         )
-        return Input(sets, ids, to_score, digest.hexdigest())
+        if isinstance(sets, CandidateFile):
+            digest, to_score = sets.digest, sets.num_candidates
+        else:
+            rows = hashlib.sha256()
+            for s in sets:
+                rows.update(encode_row([s.id, candidate_set_to_row(s)]))
+            digest, to_score = rows.hexdigest(), sum(len(s.candidates) for s in sets)
+        if self.config.only_missing:
+            to_score = sum(s.scores.count(None) for s in sets)
+        return Input(sets, to_score, digest)
 
     def _settings(self, found: Input) -> dict[str, Any]:
         """What the scores depend on: going on with other ones is refused."""
@@ -192,45 +193,40 @@ class _Stage:
 
     # The work.
 
-    def _is_wanted(self, score: float | None) -> bool:
-        return score is None or not self.config.only_missing
-
     def _chunks(self, found: Input) -> list[range]:
         """Places of this process' prompts, in chunks that are scored together."""
-        size = self.config.prompts_per_chunk
-        starts = range(0, len(found.ids), size)[self.share]
-        return [range(start, min(start + size, len(found.ids))) for start in starts]
+        size, total = self.config.prompts_per_chunk, len(found.sets)
+        starts = range(0, total, size)[self.share]
+        return [range(start, min(start + size, total)) for start in starts]
 
     def _score(self, found: Input, part: PartAppender) -> None:
         """Write the rows of this process' chunks that are not on disk yet."""
-        mine = self._chunks(found)
+        places, mine = self.parts.places, self._chunks(found)
         total = sum(len(chunk) for chunk in mine)
-        done = IdList()
-        if self.parts.places:
-            ids = (found.ids[place] for chunk in mine for place in chunk)
-            done = IdList(one for one in ids if one in self.parts.places)
+        done = [place for chunk in mine for place in chunk if place in places] if places else []
         failed = _failed(self.parts.rows(done))
         self._require_few_failures(failed, found)
         num_done = len(done)
         num_scores, total_score = 0, 0.0
         with Progress("score", total, "prompt", num_done) as progress:
             for chunk in mine:
-                if done and all(found.ids[place] in self.parts.places for place in chunk):
+                missing = [place for place in chunk if place not in places]
+                if not missing:
                     continue
+                what_stands = self.staged.what_stands(num_done, total)
+                scorer = self._scorer(what_stands)
                 sets = found.sets[chunk.start : chunk.stop]
-                scorer = self._scorer(self.staged.what_stands(num_done, total))
                 started = time.monotonic()
-                scored = self.stop.run(
-                    partial(self._score_chunk, scorer, sets),
-                    self.staged.what_stands(num_done, total),
-                )
+                scored = self.stop.run(partial(self._score_chunk, scorer, sets), what_stands)
                 seconds = (time.monotonic() - started) / len(sets)
                 rows = []
-                for before, after in zip(sets, scored, strict=True):
-                    if before.id in self.parts.places:
-                        continue
-                    rows.append(self._part_row(scorer, before, after, seconds))
-                    known = [score for score in after.scores if score is not None]
+                for place in missing:
+                    s, scores = sets[place - chunk.start], scored[place - chunk.start]
+                    row = self._part_row(scorer, s, scores)
+                    if found.file is None:
+                        row["row"] = candidate_set_to_row(_with_scores(s, scores))
+                    rows.append({"id": place, **row, "seconds": seconds})
+                    known = [score for score in scores if score is not None]
                     num_scores, total_score = num_scores + len(known), total_score + sum(known)
                 part.append_all(rows)
                 failed += _failed(rows)
@@ -239,55 +235,35 @@ class _Stage:
                 progress.advance(len(rows), f"mean {scorer.quantity} {mean:.4g}")
                 self._require_few_failures(failed, found)
 
-    def _score_chunk(self, scorer: Scorer, sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-        """The sets with their scores; scores that are kept are not asked for."""
-        asked: Sequence[CandidateSet] = sets
-        if self.config.only_missing:
+    def _score_chunk(
+        self, scorer: Scorer, sets: Sequence[CandidateSet]
+    ) -> list[list[float | None]]:
+        """The scores of the sets; those that are kept are not asked for."""
+        if not self.config.only_missing:
+            given = iter(scorer.score([s for s in sets if s.candidates]))
+            scored = [next(given) if s.candidates else [] for s in sets]
+        else:
             asked = [
                 replace(s, candidates=tuple(c for c in s.candidates if c.score is None))
                 for s in sets
             ]
-        answers = scorer.score([s for s in asked if s.candidates])
-        given = iter([score for row in answers for score in row])
-        scored = [
-            CandidateSet(
-                s.id,
-                s.query,
-                s.messages,
-                tuple(
-                    Candidate(c.response, c.source, next(given), c.finish_reason)
-                    if self._is_wanted(c.score)
-                    else c
-                    for c in s.candidates
-                ),
-                s.origin,
-            )
-            for s in sets
-        ]
+            answers = scorer.score([s for s in asked if s.candidates])
+            given = iter([score for row in answers for score in row])
+            scored = [[next(given) if score is None else score for score in s.scores] for s in sets]
         assert next(given, "none") == "none", f"{scorer.name} gave a score too many"
         return scored
 
     def _part_row(
-        self, scorer: Scorer, before: CandidateSet, after: CandidateSet, seconds: float
+        self, scorer: Scorer, s: CandidateSet, scores: Sequence[float | None]
     ) -> dict[str, Any]:
-        """A row of the part: the candidate row, and what is counted about it."""
-        # A score that was kept is there.
-        unscored = [candidate for candidate in after.candidates if candidate.score is None]
-        num_kept = 0
+        """A row of the part: the scores, and what is counted about them beyond their number."""
+        row: dict[str, Any] = {"scores": scores}
         if self.config.only_missing:
-            num_kept = len(before.candidates) - before.scores.count(None)
-        return {
-            "id": after.id,
-            "row": candidate_set_to_row(after),
-            "counts": {
-                "candidates": len(after.candidates),
-                "scored_candidates": len(after.candidates) - len(unscored),
-                "scores_kept": num_kept,
-                "unscored": len(unscored),
-                "too_long_to_score": sum(not scorer.fits(after, c) for c in unscored),
-            },
-            "seconds": seconds,
-        }
+            row["kept"] = len(scores) - s.scores.count(None)
+        if None in scores:
+            unscored = [c for c, score in zip(s.candidates, scores, strict=True) if score is None]
+            row["too_long"] = sum(not scorer.fits(s, candidate) for candidate in unscored)
+        return row
 
     def _require_few_failures(self, failed: int, found: Input) -> None:
         """Stop as soon as the whole file cannot come out well any more.
@@ -339,16 +315,24 @@ class _Stage:
     def _finish(self, found: Input, settings: dict[str, Any], adjustable: dict[str, Any]) -> None:
         """Merge the parts of all processes and say that the file is whole."""
         scorer = self._scorer(GO_ON)
-        mine = (found.ids[place] for chunk in self._chunks(found) for place in chunk)
-        self.parts.wait_for(found.ids, mine, self.stop, GO_ON)
-        counts: Counter[str] = Counter()
+        mine = (place for chunk in self._chunks(found) for place in chunk)
+        places = range(len(found.sets))
+        self.parts.wait_for(places, mine, self.stop, GO_ON)
+        counts = dict.fromkeys(_COUNTS, 0)
         seconds, spread = 0.0, ScoreSpread(scorer.quantity, scorer.unit)
-        with self.parts.merged(found.ids) as rows:
+        lines = None if found.file is None else found.file.lines()
+        line_of = whole_row if lines is None else partial(_line_with_scores, lines)
+        with self.parts.merged(places, line_of) as rows:
             for row in rows:
-                for name, count in row["counts"].items():
-                    counts[name] += count
+                unscored = row["scores"].count(None)
+                counts["candidates"] += len(row["scores"])
+                counts["unscored"] += unscored
+                if unscored:
+                    counts["too_long_to_score"] += row["too_long"]
+                counts["scores_kept"] += row.get("kept", 0)
                 seconds += row["seconds"]
-                spread.add(row["row"].get("scores", ()))
+                spread.add(row["scores"])
+            counts["scored_candidates"] = counts["candidates"] - counts["unscored"]
             self._require_few_failures(counts["unscored"] - counts["too_long_to_score"], found)
             self._require_scores(counts, found)
         details = scorer.describe()
@@ -357,7 +341,7 @@ class _Stage:
             {
                 "status": COMPLETE,
                 "stage": "score",
-                "rows": len(found.ids),
+                "rows": len(found.sets),
                 **self.parts.output_digest.as_dict(),
                 **counts,
                 "scorer": details.pop("name"),
@@ -396,7 +380,7 @@ class _Stage:
             self.output,
             counts["scored_candidates"],
             counts["candidates"],
-            len(found.ids),
+            len(found.sets),
             spread.quantity,
             spread,
         )
@@ -404,8 +388,21 @@ class _Stage:
 
 def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
     """Candidates of some part rows that the scorer failed on."""
-    counts = [row["counts"] for row in rows]
-    return sum(count["unscored"] - count.get("too_long_to_score", 0) for count in counts)
+    return sum(row["scores"].count(None) - row.get("too_long", 0) for row in rows)
+
+
+def _with_scores(s: CandidateSet, scores: Sequence[float | None]) -> CandidateSet:
+    scored = zip(s.candidates, scores, strict=True)
+    return replace(s, candidates=tuple(replace(c, score=score) for c, score in scored))
+
+
+def _line_with_scores(lines: Iterator[bytes], row: Mapping[str, Any], part_line: bytes) -> bytes:
+    """The next line of the input with the scores of its part row."""
+    scores = row["scores"]
+    if scores.count(None) == len(scores):
+        return with_scores(next(lines), None)
+    begin = part_line.index(b"[")
+    return with_scores(next(lines), part_line[begin : part_line.index(b"]", begin) + 1])
 
 
 def _window_of(scorer: Scorer) -> str:

@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from rrhf.data.ids import IdTable
-from rrhf.data.jsonl import JsonlAppender, begins_with, encode_row
+from rrhf.data.jsonl import JsonlAppender, begins_with, decode_row, encode_row
 from rrhf.errors import UserError
 from rrhf.files import Digest, remove_abandoned, replaced_file
 from rrhf.manifests import manifest_path
@@ -42,6 +41,10 @@ STALLED_SECONDS = 3600.0
 FIRST_LINE = b'{"part": "unfinished rows, which the command that writes them takes up again"}\n'
 _CHECKSUM = b', "sha256": "'
 _CHECKSUM_DIGITS = 16
+
+Key = str | int
+"""What a row of a part is known by: the id of its prompt, or its place in the input."""
+
 _START_AGAIN = "start the same command again: what is missing is made again"
 
 
@@ -56,8 +59,13 @@ def decode_part_row(line: bytes) -> dict[str, Any] | None:
     body, found, rest = line.rpartition(_CHECKSUM)
     if not found or rest != _checksum(body) + b'"}\n':
         return None
-    value: dict[str, Any] = json.loads(line.decode("utf-8"))
+    value: dict[str, Any] = decode_row(line)
     return value
+
+
+def whole_row(part_row: Mapping[str, Any], line: bytes) -> bytes:
+    """The "row" of a part row as a line of the output."""
+    return _row_in(line) or encode_row(part_row["row"])
 
 
 def _row_in(line: bytes) -> bytes | None:
@@ -108,14 +116,14 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Where the row of each prompt stands, by id, in about 45 bytes a row."""
+    """Where the row of each prompt stands, in about 45 bytes a row."""
 
     def __init__(self) -> None:
         self.parts: list[Path] = []
         self._ids = IdTable()
         self._part, self._offset, self._length = array("I"), array("Q"), array("Q")
 
-    def note(self, prompt_id: str, place: Place) -> None:
+    def note(self, prompt_id: Key, place: Place) -> None:
         """Note a place, unless the prompt has one.
 
         The first row of a prompt counts; there is a second one only where two processes made the
@@ -128,13 +136,13 @@ class Places:
             self._offset.append(place.offset)
             self._length.append(place.length)
 
-    def __contains__(self, prompt_id: str) -> bool:
+    def __contains__(self, prompt_id: object) -> bool:
         return prompt_id in self._ids
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, prompt_id: str) -> Place:
+    def __getitem__(self, prompt_id: Key) -> Place:
         number = self._ids.find(prompt_id)
         if number is None:
             raise KeyError(prompt_id)
@@ -156,7 +164,7 @@ class Parts:
         output: the file that they become.
         wait_seconds: other processes are given up when none has written for so long.
         output_digest: of that file, once `merge` has ended.
-        places: where the row of each prompt stands, by id, as far as it has been read.
+        places: where the row of each prompt stands, by its key, as far as it has been read.
     """
 
     def __init__(self, output: Path, wait_seconds: float = STALLED_SECONDS) -> None:
@@ -251,7 +259,7 @@ class Parts:
                     raise UserError(f"{_damage(path, reached.lines)}; {_START_AGAIN}")
 
     def wait_for(
-        self, ids: Sequence[str], own: Iterable[str], stop: StopRequest, what_stands: str
+        self, ids: Sequence[Key], own: Iterable[Key], stop: StopRequest, what_stands: str
     ) -> None:
         """Return once the parts of all processes hold all the ids.
 
@@ -297,7 +305,7 @@ class Parts:
                 total += path.stat().st_size
         return total
 
-    def rows(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, ids: Iterable[Key]) -> Iterator[dict[str, Any]]:
         """The rows of these prompts, in this order, one in memory at a time.
 
         Raises:
@@ -306,7 +314,7 @@ class Parts:
         for row, _ in self._rows(ids):
             yield row
 
-    def _rows(self, ids: Iterable[str]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    def _rows(self, ids: Iterable[Key]) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Rows and their lines; see `rows`."""
         with ExitStack() as opened:
             files: dict[Path, BinaryIO] = {}
@@ -324,23 +332,31 @@ class Parts:
                 yield row, line
 
     @contextmanager
-    def merged(self, ids: Sequence[str]) -> Iterator[Iterator[dict[str, Any]]]:
-        """Write the output whole from the "row" of each part row; yields these for counting.
+    def merged(
+        self,
+        ids: Iterable[Key],
+        line_of: Callable[[dict[str, Any], bytes], bytes] = whole_row,
+    ) -> Iterator[Iterator[dict[str, Any]]]:
+        """Write the output whole; yields the part rows for counting.
 
         The output stands when the body ends, once it has gone through all rows; where it raises,
         what stood there stays.
+
+        Args:
+            ids: of all rows, in the order of the output.
+            line_of: gives a line of the output, from a part row and its line.
         """
         with replaced_file(self.output) as file:
 
             def written() -> Iterator[dict[str, Any]]:
                 for row, line in self._rows(ids):
-                    file.write(_row_in(line) or encode_row(row["row"]))
+                    file.write(line_of(row, line))
                     yield row
 
             yield written()
         self.output_digest = file.digest
 
-    def merge(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def merge(self, ids: Iterable[Key]) -> Iterator[dict[str, Any]]:
         """As `merged`; the output stands when the iterator ends."""
         with self.merged(ids) as rows:
             yield from rows

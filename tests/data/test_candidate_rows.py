@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rrhf.data import candidate_rows
-from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
+from rrhf.data.candidate_rows import (
+    RowError,
+    candidate_set_to_row,
+    parse_candidate_set,
+    with_scores,
+)
+from rrhf.data.jsonl import encode_row
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 
 PUBLISHED = {
@@ -219,3 +226,42 @@ def test_the_short_path_reads_what_the_long_one_reads(monkeypatch: pytest.Monkey
             num_short += 1
             assert repr(parse_candidate_set(row, "f:1")) == repr(found), row
     assert num_short > 500
+
+
+_PIECES = [
+    "a",
+    '], "messages": ',
+    '], "scores": [1]',
+    "x], ",
+    '"]}\n',
+    "\\",
+    "\u2028é",
+    "]}",
+    '], "id": "',
+]
+
+
+def test_scores_are_put_into_a_line_as_a_row_would_be_written_with_them():
+    draw = random.Random(1)
+
+    def text() -> str:
+        return "".join(draw.choices(_PIECES, k=draw.randrange(4)))
+
+    for _ in range(3000):
+        count = draw.randrange(4)
+        scores = draw.choices([None, None, 1.5, -2.0], k=count)
+        new = draw.choices([None, 3.5, 1e-9], k=count)
+        candidates = [
+            Candidate(text(), draw.choice(["", text()]), score, draw.choice(["stop", "unknown"]))
+            for score in scores
+        ]
+        messages = draw.choice([None, (Message("user", text()),)])
+        before = CandidateSet("", text(), messages, tuple(candidates), draw.choice(["", text()]))
+        before = replace(before, id=draw.choice([text() or "i", set_id(before.query, messages)]))
+        after = replace(
+            before,
+            candidates=tuple(replace(c, score=x) for c, x in zip(candidates, new, strict=True)),
+        )
+        line = encode_row(candidate_set_to_row(before))
+        given = None if new.count(None) == count else encode_row(new)[:-1]
+        assert with_scores(line, given) == encode_row(candidate_set_to_row(after))

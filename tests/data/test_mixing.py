@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -220,9 +219,3 @@ def test_mistakes_of_any_part_come_before_anything_is_returned(pairs_file: str, 
     bad.write_text('{"query": "q", "responses": ["a"], "scores": [NaN]}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl:1: scores\[0\]"):
         load_sets(f"{pairs_file},{bad}")
-
-
-def test_sets_are_shown_in_order_whatever_they_come_from(pairs_file: str, candidates_file: str):
-    for specs in (candidates_file, pairs_file, f"{pairs_file},{candidates_file}:3/-1"):
-        shown: list[Any] = []
-        assert list(load_sets(specs, observe=shown.append)) == shown != []
