@@ -161,11 +161,37 @@ class CandidateFile(IndexedSets):
         before = _identity(path)
         if not self._index_as_written():
             self._check(accept_edited)
-        self._file = _seekable(path)
-        if _identity(path) != before:
+        self._open(before)
+
+    @classmethod
+    def as_written(cls, path: PathLike) -> CandidateFile | None:
+        """A file that a stage wrote and nobody changed since; None where it is no such file.
+
+        Raises:
+            UserError: its manifest says that it is unfinished.
+        """
+        file = cls.__new__(cls)
+        file._start(path, require_finished(path))
+        before = _identity(path)
+        if not file._index_as_written():
+            return None
+        file._open(before)
+        return file
+
+    def _open(self, before: tuple[int, ...] | None) -> None:
+        """Make the rows readable.
+
+        Args:
+            before: the file's identity before its rows were found.
+
+        Raises:
+            UserError: it was changed meanwhile.
+        """
+        self._file = _seekable(self.path)
+        if _identity(self.path) != before:
             self._file.close()
             raise UserError(
-                f"{path}: was changed while it was read; do not change a file while it is used"
+                f"{self.path}: was changed while it was read; do not change a file while it is used"
             )
 
     def _start(self, name: PathLike, manifest: dict[str, Any] | None) -> None:

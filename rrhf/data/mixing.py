@@ -16,6 +16,7 @@ Left out on purpose: weights that change while training.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -187,11 +188,13 @@ def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
 
 
 class Mixture(IndexedSets):
-    """Chosen rows of several sequences as one; a row that repeats gets an id of its own."""
+    """Chosen rows of several files as one; a row that repeats gets an id of its own.
 
-    def __init__(
-        self, parts: Sequence[Sequence[CandidateSet]], rows: Sequence[Sequence[int]]
-    ) -> None:
+    Attributes:
+        digest: tells apart what other files or other choices would give.
+    """
+
+    def __init__(self, parts: Sequence[CandidateFile], rows: Sequence[Sequence[int]]) -> None:
         """
         Args:
             parts: where rows are.
@@ -203,6 +206,10 @@ class Mixture(IndexedSets):
         for number, chosen in enumerate(rows):
             self._part.extend([number] * len(chosen))
             self._row.extend(chosen)
+        digest = hashlib.sha256(" ".join(part.digest for part in parts).encode())
+        digest.update(self._part)
+        digest.update(self._row)
+        self.digest = digest.hexdigest()
         self._own_ids: dict[int, str] = {}
         if len(parts) > 1 or any(len(set(chosen)) < len(chosen) for chosen in rows):
             self._tell_ids_apart()
@@ -233,7 +240,7 @@ def load_sets(
     accept_edited: bool = False,
     columns: str | None = None,
     columns_may_miss: bool = False,
-) -> Sequence[CandidateSet]:
+) -> CandidateFile | Mixture:
     """The records of a mixture by index; everything is checked before this returns.
 
     Args:
@@ -253,7 +260,7 @@ def load_sets(
     """
     counts = SourceCounts() if counts is None else counts
     names = parse_columns(columns)
-    parts: list[Sequence[CandidateSet]] = []
+    parts: list[CandidateFile] = []
     rows: list[Sequence[int]] = []
     for position, spec in enumerate(parse_mixture(specs)):
         if spec.is_skipped:
@@ -288,10 +295,15 @@ def _open_part(
     new_ids: bool,
     accept_edited: bool,
     names: ColumnNames,
-) -> Sequence[CandidateSet]:
+) -> CandidateFile:
     place = spec.path or spec.name
-    if not new_ids and not names and _first_candidate_row(place) is not None:
-        file = CandidateFile(place, accept_edited)
+    file = None
+    if not new_ids and not names:
+        if os.path.isfile(place):
+            file = CandidateFile.as_written(place)
+        if file is None and _first_candidate_row(place) is not None:
+            file = CandidateFile(place, accept_edited)
+    if file is not None:
         counts.read += len(file)
         counts.kept += len(file)
         counts.formats[CANDIDATES] += len(file)

@@ -239,17 +239,19 @@ class _Stage:
         self, scorer: Scorer, sets: Sequence[CandidateSet]
     ) -> list[list[float | None]]:
         """The scores of the sets; those that are kept are not asked for."""
-        if not self.config.only_missing:
-            given = iter(scorer.score([s for s in sets if s.candidates]))
-            scored = [next(given) if s.candidates else [] for s in sets]
-        else:
+        asked = sets
+        if self.config.only_missing:
             asked = [
                 replace(s, candidates=tuple(c for c in s.candidates if c.score is None))
                 for s in sets
             ]
-            answers = scorer.score([s for s in asked if s.candidates])
-            given = iter([score for row in answers for score in row])
-            scored = [[next(given) if score is None else score for score in s.scores] for s in sets]
+        answers = scorer.score([s for s in asked if s.candidates])
+        given = iter([score for row in answers for score in row])
+        is_kept = self.config.only_missing
+        scored = [
+            [score if is_kept and score is not None else next(given) for score in s.scores]
+            for s in sets
+        ]
         assert next(given, "none") == "none", f"{scorer.name} gave a score too many"
         return scored
 

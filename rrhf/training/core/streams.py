@@ -73,28 +73,43 @@ class LiveStream(UpdateStream, Protocol):
 class EncodedExamples(Sequence[EncodedSet]):
     """Candidate sets encoded when they are asked for, so that a large file need not fit in memory.
 
-    One pass at the start finds which sets yield an example and how long each is: `lengths` in
-    tokens of padded rows, `sizes` in detail.
+    One pass at the start finds which sets yield an example and, unless `yields` tells it without
+    encoding, how long each is.
 
     Args:
         sets: random access to candidate sets.
         encode: a set's example, or None where it yields none (the encoder counts why).
+        yields: whether a set yields an example.
+        identity: tells the examples apart from any others that a run could have.
+
+    Attributes:
+        lengths: in tokens of padded rows; None with `yields`.
+        sizes: in detail; None with `yields`.
 
     Raises:
         UserError: no set yields an example.
     """
 
     def __init__(
-        self, sets: Sequence[CandidateSet], encode: Callable[[CandidateSet], EncodedSet | None]
+        self,
+        sets: Sequence[CandidateSet],
+        encode: Callable[[CandidateSet], EncodedSet | None],
+        yields: Callable[[CandidateSet], bool] | None = None,
+        identity: str | None = None,
     ) -> None:
         self._sets = sets
         self._encode = encode
         self._places = array("Q")
-        self.lengths = array("Q")
-        self.sizes = SizeTable()
-        for place, candidate_set in enumerate(tracked(sets, "encode", "prompt")):
-            example = encode(candidate_set)
-            if example is not None:
+        self.lengths: array[int] | None = None if yields else array("Q")
+        self.sizes: SizeTable | None = None if yields else SizeTable()
+        self.identity = identity
+        work = "check" if yields else "encode"
+        for place, candidate_set in enumerate(tracked(sets, work, "prompt")):
+            if yields is not None:
+                if yields(candidate_set):
+                    self._places.append(place)
+            elif (example := encode(candidate_set)) is not None:
+                assert self.lengths is not None and self.sizes is not None
                 self._places.append(place)
                 self.lengths.append(example.num_tokens)
                 self.sizes.append(example)
@@ -112,7 +127,7 @@ class EncodedExamples(Sequence[EncodedSet]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         example = self._encode(self._sets[self._places[index]])
-        assert example is not None, "an encoder must answer the same each time"
+        assert example is not None, "a set that yields an example does so each time"
         return example
 
 
@@ -234,6 +249,11 @@ class OfflineStream:
         known = getattr(self._examples, "lengths", None)
         return known or [example.num_tokens for example in self._examples]
 
+    @property
+    def _knows_lengths(self) -> bool:
+        """False where examples are encoded when they are used: lengths then take a pass."""
+        return getattr(self._examples, "lengths", ()) is not None
+
     @functools.cached_property
     def _sizes(self) -> Sequence[Size]:
         return sizes_of(self._examples)
@@ -252,7 +272,8 @@ class OfflineStream:
         return {
             "step": self._step,
             "examples": len(self._examples),
-            "lengths_sha256": self._lengths_digest,
+            "examples_identity": getattr(self._examples, "identity", None),
+            "lengths_sha256": self._lengths_digest if self._knows_lengths else None,
             "global_batch_size": self.global_batch_size,
             "world_size": self._cut.world_size,
             "seed": self._seed,
@@ -277,14 +298,20 @@ class OfflineStream:
                     f"resume: {name} was {state[name]} in the checkpoint and is {mine[name]} now; "
                     "start with what the checkpoint had"
                 )
-        # Earlier checkpoints know only how many examples there were.
-        if state.get("lengths_sha256", mine["lengths_sha256"]) != mine["lengths_sha256"]:
+        if self._is_of_others(state, mine):
             raise UserError(
                 f"resume: the {mine['examples']} training examples are not those of the "
-                "checkpoint (their lengths differ); start with the data, the tokenizer and the "
-                "length limits that it had"
+                "checkpoint (their rows or lengths differ); start with the data, the tokenizer and "
+                "the length limits that it had"
             )
         self._step = int(state["step"])
+
+    def _is_of_others(self, state: dict[str, Any], mine: dict[str, Any]) -> bool:
+        """Whether a checkpoint had as many other examples; the earliest cannot tell."""
+        lengths, identity = state.get("lengths_sha256"), state.get("examples_identity")
+        if not (lengths and self._knows_lengths) and identity and mine["examples_identity"]:
+            return identity != mine["examples_identity"]
+        return lengths is not None and lengths != self._lengths_digest
 
     def _epoch_order(self, epoch: int) -> list[list[int]]:
         """Examples of each step of the epoch."""

@@ -7,7 +7,8 @@ same counts stand in the run's manifest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from rrhf.commands import next_step
@@ -56,6 +57,21 @@ class Encoder(Protocol):
     def __call__(self, candidate_set: CandidateSet, /) -> EncodedSet | None: ...
 
 
+@dataclass(frozen=True)
+class Survey:
+    """How to go by the sets of a run that may use few of them.
+
+    Attributes:
+        yields: whether a set has an example, told without encoding it where that is possible.
+        identity: tells the examples apart from those of other data or limits.
+        is_quick: use `yields`; else encode every set at the start.
+    """
+
+    yields: Callable[[CandidateSet], bool]
+    identity: str
+    is_quick: bool
+
+
 def encoded(
     name: str,
     sets: Sequence[CandidateSet],
@@ -63,6 +79,7 @@ def encoded(
     read: SourceCounts | None = None,
     purpose: str = "training",
     columns: str | None = None,
+    survey: Survey | None = None,
 ) -> EncodedExamples:
     """The examples of candidate sets, with a sentence about them in the log.
 
@@ -73,6 +90,7 @@ def encoded(
         read: what became of the rows of the source, where it is known.
         purpose: "training", or "evaluating".
         columns: what the data's columns are called, for the command that scores them.
+        survey: how to go by the sets without encoding them all; None = each is encoded.
 
     Raises:
         UserError: no set yields an example; the text says why.
@@ -83,8 +101,15 @@ def encoded(
         formats.add(candidate_set)
         return encode(candidate_set)
 
+    def yields(candidate_set: CandidateSet) -> bool:
+        assert survey is not None, "called where there is one"
+        formats.add(candidate_set)
+        return survey.yields(candidate_set)
+
+    identity = None if survey is None else survey.identity
+    is_quick = survey is not None and survey.is_quick
     try:
-        examples = EncodedExamples(sets, encode_and_count)
+        examples = EncodedExamples(sets, encode_and_count, yields if is_quick else None, identity)
     except UserError as error:
         why = [
             *told_rows(read),
@@ -98,6 +123,8 @@ def encoded(
             used += f" with {counted(number, what)}"
     rows = f" from {counted(read.read, 'row')}" if read else ""
     parts = [f"{purpose} on {used}{rows}", *told_rows(read), *told_cases(encode.fitter)]
+    if is_quick:
+        parts.append("--max_steps: encoded when they are used, so what is cut is not counted")
     logger.info("%s: %s", name, "; ".join(parts))
     formats.tell(name)
     return examples

@@ -8,11 +8,15 @@ still too long is cut, and then has no end; or it is left out. Every case is cou
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from rrhf.data.chat_format import ChatCodec
-from rrhf.records import Candidate, CandidateSet
+from rrhf.data.chat_format import ChatCodec, conversation_of, render_messages
+from rrhf.records import Candidate, CandidateSet, Message
+
+_SPARE_TOKENS = 8  # a BOS, and what a tokenizer puts before a text's first word
 
 
 @dataclass
@@ -35,6 +39,7 @@ class RowFitter:
     long_responses: str = "cut"
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    _known_around: dict[tuple[str, tuple[str, ...]], int] = field(default_factory=dict, repr=False)
 
     def fit(self, candidate_set: CandidateSet) -> tuple[list[int], dict[int, list[int]]] | None:
         """Prompt ids, and the ids of each response that is kept, by its place in the set.
@@ -64,6 +69,56 @@ class RowFitter:
         elif too_long:
             self.note("responses_cut", candidate_set, len(too_long))
         return prompt_ids, {place: ids[:room] for place, ids in rows.items()}
+
+    def surely_fits(self, candidate_set: CandidateSet) -> bool:
+        """Whether `fit` surely gives something, as far as can be told without the tokenizer.
+
+        A text of ASCII characters has at most as many tokens as characters. What may be cut is a
+        prompt's beginning or a response's end; only the last turns must fit.
+        """
+        chat_format = self.codec.format_of(candidate_set)
+        if self.long_responses == "drop" or chat_format == "alpaca" or not self._tokens_are_few:
+            return False
+        for candidate in candidate_set.candidates:
+            text = candidate.response
+            if candidate.finish_reason == "length" and not (text.isascii() and text.strip()):
+                return False  # it may have no token at all
+        room = self.model_max_length - (self.max_response_tokens or self.model_max_length // 2)
+        if chat_format == "raw":
+            return room > _SPARE_TOKENS and bool(candidate_set.query.strip())
+        messages = conversation_of(candidate_set)
+        system = [m for m in messages if m.role == "system"]
+        turns = [m for m in messages if m.role != "system"]
+        kept = [*system, *turns[(len(turns) - 1) // 2 * 2 :]]
+        around = self._around(chat_format, tuple(m.role for m in kept))
+        texts = ["".join(m.content for m in kept)]
+        if candidate_set.messages is None or candidate_set.is_plain:
+            texts.append(candidate_set.query)  # may be taken as it stands
+        return all(text.isascii() and around + len(text) <= room for text in texts)
+
+    def _around(self, chat_format: str, roles: tuple[str, ...]) -> int:
+        """The most tokens that a format adds to turns of these roles; too many = not known."""
+        if (chat_format, roles) not in self._known_around:
+            short, long = (
+                render_messages(
+                    chat_format, [Message(role, text) for role in roles], self.codec.tokenizer
+                )
+                for text in ("x", "x" * 11)
+            )
+            is_plain_sum = len(long) - len(short) == 10 * len(roles)
+            most = len(short.encode()) + _SPARE_TOKENS if is_plain_sum else self.model_max_length
+            self._known_around[chat_format, roles] = most
+        return self._known_around[chat_format, roles]
+
+    @cached_property
+    def _tokens_are_few(self) -> bool:
+        """Whether ASCII texts have no more tokens than characters, tried on each character."""
+        texts = [string.printable, string.printable[::-1], " ".join(string.printable)]
+        return all(
+            len(self.codec.tokenizer(text, add_special_tokens=False).input_ids)
+            <= len(text) + _SPARE_TOKENS
+            for text in texts
+        )
 
     def note(self, what: str, candidate_set: CandidateSet, times: int = 1) -> None:
         """Count a case, and remember the first prompt of its kind."""

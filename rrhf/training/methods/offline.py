@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
+WORTH_LEAVING = 1000
+"""Encoding fewer examples takes less than a second, and then what is cut is counted."""
+
 
 def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None:
     """What `--max_tokens_per_batch` means for a model, prepared or not; None where it is not given.
@@ -48,6 +51,21 @@ def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
         parallel.world_size,
         token_budget(config, model),
     )
+
+
+def is_short(bench: Workbench, num_sets: int) -> bool:
+    """Whether a run uses so few of its examples that most need not be encoded at all.
+
+    Args:
+        bench: of the run.
+        num_sets: what there is to train on.
+    """
+    config = bench.config
+    if config.max_steps < 1 or config.group_by_length or config.max_tokens_per_batch is not None:
+        return False  # the lengths of all decide which come together
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    used = config.max_steps * step * bench.parallel.world_size
+    return num_sets - used >= WORTH_LEAVING and num_sets > 2 * used
 
 
 def offline_stream(

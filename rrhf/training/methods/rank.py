@@ -32,11 +32,11 @@ from rrhf.training.core.setup import (
     policy_on_engine,
 )
 from rrhf.training.core.update import Term
-from rrhf.training.methods.data_summary import encoded
+from rrhf.training.methods.data_summary import Survey, encoded
 from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss
-from rrhf.training.methods.offline import held_out_evaluation, offline_stream
+from rrhf.training.methods.offline import held_out_evaluation, is_short, offline_stream
 from rrhf.training.methods.rank_config import RankConfig, RankSettings
 from rrhf.training.methods.rank_examples import RankEncoder
 
@@ -148,7 +148,10 @@ def train(config: RankConfig) -> Path:
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window, loss)
-        examples = encoded(config.data_path, sets, encode, read, columns=config.columns)
+        survey = Survey(encode.yields, encode.identity(sets.digest), is_short(bench, len(sets)))
+        examples = encoded(
+            config.data_path, sets, encode, read, columns=config.columns, survey=survey
+        )
         counts: dict[str, Any] = {
             **dict(sorted(encode.counts.items())),
             "read": read.as_dict(),

@@ -15,7 +15,10 @@ it also closes with a special token.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rrhf.data.collate import EncodedSet
@@ -88,14 +91,47 @@ class RankEncoder:
 
     def __call__(self, candidate_set: CandidateSet) -> EncodedSet | None:
         """The example of a set, or None where it yields none."""
+        chosen = self._chosen(candidate_set)
+        return None if chosen is None else self._example(chosen)
+
+    def yields(self, candidate_set: CandidateSet) -> bool:
+        """Whether a set has an example; it is encoded only where that is needed to tell.
+
+        Counts as a call does, but for what is cut.
+        """
+        chosen = self._chosen(candidate_set)
+        if chosen is None:
+            return False
+        if self.released or not self.fitter.surely_fits(chosen):
+            return self._example(chosen) is not None
+        self._count(known_scores(chosen.candidates), chosen)
+        return True
+
+    def identity(self, rows_digest: str) -> str:
+        """Tells the examples of these rows apart from those of others, and of other limits."""
+        codec = self.fitter.codec.describe()
+        del codec["tokenizer"]  # a path, which may change
+        limits = (
+            *(self.fitter.model_max_length, self.fitter.max_response_tokens),
+            *(self.fitter.long_responses, self.only_use_provide, self.only_use_sample),
+            *(self.stop_response, self.released, self.window),
+        )
+        return hashlib.sha256(json.dumps([rows_digest, codec, limits]).encode()).hexdigest()
+
+    def _chosen(self, candidate_set: CandidateSet) -> CandidateSet | None:
+        """The set with the candidates that count, at least one."""
         self.counts["prompts"] += 1
         chosen = replace(candidate_set, candidates=self._choose(candidate_set))
         if not chosen.candidates:
             self.fitter.note("prompts_without_candidates", chosen)
             return None
+        return chosen
+
+    def _example(self, chosen: CandidateSet) -> EncodedSet | None:
         example = self._encode_released(chosen) if self.released else self._encode(chosen)
         if example is not None:
-            self._count(example, chosen)
+            assert example.scores is not None, "candidates without a score were left out"
+            self._count(example.scores, chosen)
         return example
 
     def _encode(self, candidate_set: CandidateSet) -> EncodedSet | None:
@@ -149,11 +185,10 @@ class RankEncoder:
             chosen.append(candidate)
         return tuple(chosen)
 
-    def _count(self, example: EncodedSet, candidate_set: CandidateSet) -> None:
-        assert example.scores is not None, "candidates without a score were left out"
+    def _count(self, scores: Sequence[float], candidate_set: CandidateSet) -> None:
         self.counts["prompts_used"] += 1
-        self.counts["candidates_used"] += len(example.response_ids)
-        if len(example.scores) == 1:
+        self.counts["candidates_used"] += len(scores)
+        if len(scores) == 1:
             self.fitter.note("prompts_with_one_candidate", candidate_set)
-        elif len(set(example.scores)) == 1:
+        elif len(set(scores)) == 1:
             self.fitter.note("prompts_all_tied", candidate_set)

@@ -1,7 +1,11 @@
 """What fits a length, what is cut and what is left out."""
 
+import random
+from collections.abc import Callable
+from typing import Any
+
 import pytest
-from tiny import byte_level_tokenizer
+from tiny import byte_level_tokenizer, sentencepiece_like_tokenizer
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import UserError
@@ -126,3 +130,40 @@ def test_unknown_scores_are_a_fault_of_the_program() -> None:
     assert known_scores((Candidate("a", score=1.0), Candidate("b", score=0.0))) == [1.0, 0.0]
     with pytest.raises(AssertionError):
         known_scores((Candidate("a"),))
+
+
+# Whether a set fits, told without encoding it.
+
+WORDS = ["a", " garden", "\n", "\n\nHuman: ", "é", "ﷺ", "<|end|>", " ", "</s>", "x" * 30]
+
+
+def random_set(draw: random.Random) -> CandidateSet:
+    def text(most: int) -> str:
+        return "".join(draw.choices(WORDS, [8, 8, 2, 1, 1, 1, 1, 2, 1, 1], k=draw.randrange(most)))
+
+    roles = draw.choice([["user"], ["system", "user"], ["assistant", "user"]])
+    if draw.random() < 0.5:
+        roles = [*roles, "assistant", "user"] * draw.choice([1, 1, 2])
+    messages = tuple(Message(role, text(6)) for role in roles)
+    candidates = [
+        Candidate(text(8), finish_reason=draw.choice(["stop", "length", "unknown"]))
+        for _ in range(draw.randrange(1, 4))
+    ]
+    return CandidateSet("i", text(9), draw.choice([messages, None]), tuple(candidates))
+
+
+@pytest.mark.parametrize("chat_format", ["auto", "raw", "hh", "alpaca"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [byte_level_tokenizer, lambda: byte_level_tokenizer(chat=True), sentencepiece_like_tokenizer],
+)
+def test_what_surely_fits_gives_an_example(tokenizer: Callable[[], Any], chat_format: str) -> None:
+    codec, draw, num_sure = ChatCodec(tokenizer(), chat_format), random.Random(0), 0
+    for _ in range(400):
+        s, length = random_set(draw), draw.choice([8, 24, 64, 128, 256])
+        limit = draw.choice([None, None, 4, length // 3])
+        fitter = RowFitter(codec, length, limit, draw.choice(["cut", "cut", "drop"]))
+        if fitter.surely_fits(s):
+            num_sure += 1
+            assert fitter.fit(s) is not None, (s, length, limit)
+    assert num_sure > 40 if chat_format != "alpaca" else num_sure == 0

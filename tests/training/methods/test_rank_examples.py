@@ -1,5 +1,6 @@
 """What candidate sets become as training rows, and how what is left out is counted."""
 
+import random
 from typing import Any
 
 import pytest
@@ -189,3 +190,34 @@ def test_released_rows_beyond_the_models_window_are_counted(codec: ChatCodec) ->
     long_query = "\n\nHuman: " + "garden " * 30 + "\n\nAssistant:"
     assert encoder(group(*scored(" fold" * 40), query=long_query)) is None
     assert encoder.counts["prompts_beyond_the_window"] == 1
+
+
+@pytest.mark.parametrize("long_responses", ["cut", "drop"])
+@pytest.mark.parametrize("released", [False, True])
+def test_a_set_is_told_to_have_an_example_where_it_has_one(
+    codec: ChatCodec, released: bool, long_responses: str
+) -> None:
+    draw = random.Random(0)
+    options = {"only_use_sample": True, "stop_response": True, "released": released, "window": 40}
+    telling, encoding = (rank_encoder(codec, 32, None, long_responses, **options) for _ in range(2))
+    for _ in range(200):
+        candidates = [
+            Candidate(
+                draw.choice(["", " a", " garden" * 12, " a\n\nHuman: fold"]),
+                draw.choice(["", "human:chosen", "policy:x"]),
+                draw.choice([None, 1.0, 2.0]),
+                draw.choice(["length", "stop"]),
+            )
+            for _ in range(draw.randrange(4))
+        ]
+        one = group(*candidates, query=draw.choice(["", "ask", "ask " * 30]))
+        assert telling.yields(one) == (encoding(one) is not None)
+    for name in ("prompts", "prompts_used", "prompts_without_candidates", "responses_stopped"):
+        assert telling.counts[name] == encoding.counts[name] > 0
+
+
+def test_other_rows_and_limits_have_another_identity(codec: ChatCodec) -> None:
+    one = rank_encoder(codec, 32)
+    assert one.identity("a") == rank_encoder(codec, 32).identity("a")
+    others = [rank_encoder(codec, 33), rank_encoder(codec, 32, stop_response=True)]
+    assert len({one.identity("a"), one.identity("b"), *(o.identity("a") for o in others)}) == 4
