@@ -1,21 +1,26 @@
 """What rows of a candidate file cost to read, check and score, against `json.loads`.
 
     python -m benchmarks.data_pass --rows 20000 --rounds 5
+    python -m benchmarks.data_pass --whole 1000000     # the commands themselves, time and memory
 
-Every figure is the CPU time of this process for one way through a file, as a multiple of the time
-that `json.loads` takes for its lines in the same round; the order is reversed from round to round.
-The same file measures an earlier version: `PYTHONPATH=EARLIER python benchmarks/data_pass.py`.
+Every figure of the first form is the CPU time of this process for one way through a file that a
+stage wrote, as a multiple of the time that `json.loads` takes for its lines in the same round; the
+order is reversed from round to round. The same file measures an earlier version:
+`PYTHONPATH=EARLIER python benchmarks/data_pass.py`. The second form runs `rrhf score` with a Python
+function and `rrhf train rank --max_steps 3` on a model of random weights, each in a process of its
+own, and takes off what the same command needs for 16 rows.
 
-Left out on purpose: tokens (a tokenizer's own time hides all of this), and the clock on the wall,
-of which the disk takes its share when rows are forced to it.
+Left out on purpose: tokens (a tokenizer's own time hides all of this), and, in the first form, the
+clock on the wall, of which the disk takes its share when rows are forced to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -109,26 +114,83 @@ def told(form: str, rows: int, size: int, seconds: dict[str, list[float]]) -> st
     return "\n".join(lines)
 
 
+def commands(folder: Path, source: Path, name: str) -> dict[str, list[str]]:
+    """The commands from a file of candidates to the first steps, by what they are called."""
+    scored = folder / f"{name}.scored.jsonl"
+    scorer = f"function:{Path(__file__).stem}:length_of"
+    rank = ["train", "rank", "--model_name_or_path", str(folder / "model"), "--data_path"]
+    limits = ["--max_steps", "3", "--model_max_length", "256", "--save_steps", "1000"]
+    return {
+        "score": ["score", str(source), str(scored), "--scorer", scorer],
+        "train rank": [*rank, str(scored), "--output_dir", str(folder / f"{name}.run"), *limits],
+    }
+
+
+def timed(words: list[str]) -> tuple[float, float, int]:
+    """Seconds on the wall and of CPU that a command takes, and its peak memory in MB."""
+    call = f"import sys; from rrhf.cli.main import run_command; sys.exit(run_command({words!r}))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            [sys.executable, "-c", call], env=environment, stdout=told, stderr=told
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            told.seek(0)
+            raise RuntimeError(told.read().decode()[-2000:])
+    seconds = time.monotonic() - started
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss >> 10
+
+
+def whole(folder: Path, form: str, rows: int) -> None:
+    """Print what each command takes for this many rows, beyond what it takes for 16."""
+    from rrhf.worlds.tiny_model import TinySize, build_tiny_llama, build_tokenizer
+
+    texts = [str(row("hh", number)) for number in range(50)]
+    tokenizer = build_tokenizer(texts, 500, folder / "model")
+    build_tiny_llama(TinySize(500), tokenizer).save_pretrained(folder / "model")
+    few = {
+        name: timed(words)
+        for name, words in commands(folder, write(folder / "few.jsonl", form, 16), "few").items()
+    }
+    source = write(folder / "many.jsonl", form, rows)
+    print(f"{form}: {rows:,} rows, {source.stat().st_size / 1e6:.0f} MB")
+    for name, words in commands(folder, source, "many").items():
+        wall, cpu, memory = timed(words)
+        own = (cpu - few[name][1]) / rows * 1e6
+        print(
+            f"  {name:12} {wall:6.1f} s (16 rows: {few[name][0]:.1f} s), CPU {cpu:6.1f} s, "
+            f"{own:5.1f} us a row; peak {memory} MB (16 rows: {few[name][2]} MB)"
+        )
+
+
+def write(path: Path, form: str, rows: int) -> Path:
+    """A file as a stage writes it."""
+    from rrhf.data.candidate_files import write_candidate_sets
+    from rrhf.data.candidate_rows import parse_candidate_set
+
+    write_candidate_sets(path, (parse_candidate_set(row(form, n), "") for n in range(rows)))
+    return path
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--without_score", action="store_true", help="read and check alone")
+    parser.add_argument("--whole", type=int, help="run the commands on this many rows")
     given = parser.parse_args(arguments)
-    from rrhf.data.candidate_files import write_candidate_sets
-    from rrhf.data.candidate_rows import parse_candidate_set
-
-    with tempfile.TemporaryDirectory() as folder:
-        for form in given.forms:
-            path = Path(folder) / f"{form}.jsonl"
-            write_candidate_sets(
-                path, (parse_candidate_set(row(form, n), "") for n in range(given.rows))
-            )
+    for form in given.forms:
+        with tempfile.TemporaryDirectory() as folder:
+            if given.whole:
+                whole(Path(folder), form, given.whole)
+                continue
+            path = write(Path(folder) / f"{form}.jsonl", form, given.rows)
             seconds = measure(path, given.rounds, not given.without_score)
             print(told(form, given.rows, path.stat().st_size, seconds))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"peak memory of the process: {peak} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""JSON as a stream: rows with the place they came from, however large or broken the file is.
+"""JSON files: rows with the place they came from, however broken the file is.
 
-Reads `.jsonl` and `.json`, plain or gzip, JSON lines or one JSON array, and holds one row and one
-chunk in memory at a time. Lines end at b"\\n" alone (a U+2028 inside a text is text), a leading
-byte-order mark and carriage returns are accepted. What cannot be read becomes a `Fault` with its
-line, so that a reader can tell all of them at once instead of one a run.
+Reads `.jsonl` and `.json`, plain or gzip. Of JSON lines one row is in memory at a time; a JSON
+array is read whole, up to `MAX_ARRAY_BYTES`. Lines end at b"\\n" alone (a U+2028 inside a text is
+text), a leading byte-order mark and carriage returns are accepted. What cannot be read becomes a
+`Fault` with its line, so that a reader can report all faults of a file at once.
 
 Left out on purpose: writing (`rrhf.data.jsonl`), and what a row must hold
 (`rrhf.data.candidate_rows`, `rrhf.data.formats`).
@@ -17,8 +17,9 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from json.decoder import JSONDecoder
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -29,6 +30,9 @@ from rrhf.seals import seal_difference, warn_accepted, what_to_do
 
 MAX_FAULTS = 20
 MAX_ROW_BYTES = 256 << 20
+MAX_ARRAY_BYTES = 1 << 30
+"""A JSON array is read whole, into some two to five times as much memory."""
+
 READ_BYTES = 1 << 18
 # A gzip file that unpacks to more than this, and to more than so many times its size, is taken for
 # one that was made to fill memory or disk: text packs to a tenth, alike rows to a hundredth.
@@ -39,7 +43,13 @@ _BOM = codecs.BOM_UTF8
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP_MAGIC = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
+_BLANKS = b" \t\r\n"
 _FIX_ROW = "fix the line, or remove it"
+_CUT_ARRAY = "the array is cut off here; make or copy the file again"
+_LONG_ARRAY = (
+    "the array is longer than {:,} bytes, and arrays are read whole; write it as JSON lines, one "
+    "row a line (jq -c '.[]' FILE), which may be of any length"
+)
 UNREADABLE = (EOFError, OSError, zlib.error)
 """What reading raises where a gzip file is cut or damaged, or a disk fails."""
 
@@ -122,7 +132,7 @@ class Faults:
             raise UserError("\n".join(self._lines + tail))
 
 
-def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
+def open_bytes(path: PathLike, digest: Digest | None = None) -> io.BufferedReader:
     """A file's bytes, decompressed where the file is gzip (told by its first bytes, not its name).
 
     Args:
@@ -145,7 +155,7 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     file = io.BufferedReader(raw, max(READ_BYTES, io.DEFAULT_BUFFER_SIZE))
     if file.peek(2)[:2] == _GZIP_MAGIC:
-        return cast(BinaryIO, io.BufferedReader(cast(Any, _Gunzip(file))))
+        return io.BufferedReader(cast(Any, _Gunzip(file)))
     return file
 
 
@@ -209,7 +219,7 @@ class _Gunzip(gzip.GzipFile):
 def scan_rows(
     path: PathLike, manifest: Mapping[str, Any] | None = None, digest: Digest | None = None
 ) -> Iterator[Row | Fault]:
-    """Every row and every fault of a JSON Lines file or JSON array, in order, in constant memory.
+    """Every row and every fault of a JSON Lines file or JSON array, in order.
 
     A faulty line does not end a file of lines; a fault in an array, a cut gzip or a text that is
     not UTF-8 at all does, because nothing behind it can be trusted.
@@ -243,75 +253,31 @@ def scan_rows(
         yield Edited(0, difference)
 
 
-def _scan(file: BinaryIO) -> Iterator[Row | Fault]:
+def _scan(file: io.BufferedReader) -> Iterator[Row | Fault]:
+    line = offset = 0
+    is_start = True  # nothing but white space so far
     try:
-        start = file.read(3)
-        while len(start) < 3 and (more := file.read(3 - len(start))):
-            start += more
+        start = file.peek(len(_BOM))[: len(_BOM)]
         if start[:2] in _WIDE_BOMS:
             yield Fault(1, "the file is UTF-16; write it as UTF-8")
             return
-        skipped = len(_BOM) if start == _BOM else 0
-        whole = _Prefixed(start[skipped:], file, skipped)
-        lead = whole.skip_space()
+        if start == _BOM:
+            offset = len(file.read(len(_BOM)))
+        while data := file.readline(MAX_ROW_BYTES + 1):
+            line += 1
+            if is_start and (text := data.strip(_BLANKS)):
+                is_start = False
+                if text[:1] == b"[":
+                    yield from _scan_array(data, file, line, offset)
+                    return
+            if len(data) > MAX_ROW_BYTES:
+                yield Fault(line, f"the line is longer than {MAX_ROW_BYTES:,} bytes; {_FIX_ROW}")
+                return
+            if data.strip():
+                yield _parse_line(data, line, offset)
+            offset += len(data)
     except UNREADABLE as error:
-        yield broken_bytes(1, error)
-        return
-    if lead == b"[":
-        yield from _scan_array(whole)
-    else:
-        yield from _scan_lines(whole)
-
-
-class _Prefixed:
-    """A binary file with some bytes put back in front of it.
-
-    Attributes:
-        line: the line that the next byte stands on, from 1.
-        column: how many bytes of that line have been skipped.
-        offset: the bytes before the next one.
-    """
-
-    def __init__(self, prefix: bytes, file: BinaryIO, offset: int) -> None:
-        self._prefix = prefix
-        self._at = 0  # of the prefix, what has been read
-        self._file = file
-        self.line = 1
-        self.column = 0
-        self.offset = offset
-
-    def skip_space(self) -> bytes:
-        """Pass over white space of any length; returns the byte behind it, empty at the end.
-
-        `line`, `column` and `offset` are right until something is read.
-        """
-        while True:
-            stripped = self._prefix.lstrip(b" \t\r\n")
-            space = self._prefix[: len(self._prefix) - len(stripped)]
-            self.line += space.count(b"\n")
-            self.offset += len(space)
-            newline = space.rfind(b"\n")
-            self.column = len(space) - newline - 1 + (self.column if newline < 0 else 0)
-            self._prefix = stripped or self._file.read(READ_BYTES)
-            if stripped or not self._prefix:
-                return stripped[:1]
-
-    def read(self, size: int) -> bytes:
-        if self._at < len(self._prefix):
-            self._at, start = min(self._at + size, len(self._prefix)), self._at
-            return self._prefix[start : self._at]
-        return self._file.read(size)
-
-    def readline(self, limit: int) -> bytes:
-        if self._at == len(self._prefix):
-            return self._file.readline(limit)
-        start = self._at
-        newline = self._prefix.find(b"\n", start, start + limit)
-        self._at = newline + 1 if newline >= 0 else min(start + limit, len(self._prefix))
-        taken = self._prefix[start : self._at]
-        if newline >= 0 or len(taken) == limit:
-            return taken
-        return taken + self._file.readline(limit - len(taken))
+        yield broken_bytes(line + 1, error)
 
 
 def broken_bytes(line: int, error: Exception) -> Fault:
@@ -334,27 +300,7 @@ def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
     )
 
 
-def _scan_lines(file: _Prefixed) -> Iterator[Row | Fault]:
-    line, offset, column = file.line - 1, file.offset, file.column
-    while True:
-        line += 1
-        try:
-            data = file.readline(MAX_ROW_BYTES + 1)
-        except UNREADABLE as error:
-            yield broken_bytes(line, error)
-            return
-        if not data:
-            return
-        if len(data) > MAX_ROW_BYTES:
-            yield Fault(line, f"the line is longer than {MAX_ROW_BYTES:,} bytes; {_FIX_ROW}")
-            return
-        if data.strip():
-            yield _parse_line(data, line, offset, column)
-        offset += len(data)
-        column = 0
-
-
-def _parse_line(data: bytes, line: int, offset: int, column: int) -> Row | Fault:
+def _parse_line(data: bytes, line: int, offset: int) -> Row | Fault:
     try:  # the usual line, for half the time
         text = data.decode("utf-8")
         value, end = _decoder.raw_decode(text)
@@ -373,108 +319,105 @@ def _parse_line(data: bytes, line: int, offset: int, column: int) -> Row | Fault
                 "the line ends before its JSON does (one row must stand on one line; a cut file "
                 "must be made again, or its last line removed)",
             )
-        place = column + error.pos + 1
-        return Fault(line, f"is not JSON at column {place}: {error.msg}; {_FIX_ROW}")
+        return Fault(line, f"is not JSON at column {error.pos + 1}: {error.msg}; {_FIX_ROW}")
     except (ValueError, RecursionError) as error:
         return Fault(line, f"is not JSON that can be read ({error}); {_FIX_ROW}")
 
 
-class _ArrayText:
-    """The text of a JSON array: a window that moves on, knowing its line and its byte."""
-
-    def __init__(self, file: _Prefixed) -> None:
-        self._file = file
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._read_bytes = READ_BYTES
-        self.text = ""
-        self.position = 0
-        self.line = file.line
-        self.offset = file.offset
-        self.is_over = False
-
-    def skip_to(self, position: int) -> int:
-        """Move on to a position of the window; returns the bytes moved over."""
-        passed = self.text[self.position : position]
-        size = len(passed) if passed.isascii() else len(passed.encode("utf-8", "surrogatepass"))
-        self.line += passed.count("\n")
-        self.offset += size
-        self.position = position
-        return size
-
-    def more(self) -> bool:
-        """Read on, twice as much each time one row asks again; False at the end of the file."""
-        if self.is_over:
-            return False
-        data = self._file.read(self._read_bytes)
-        self._read_bytes = min(2 * self._read_bytes, 64 << 20)
-        self.is_over = not data
-        self.text = self.text[self.position :] + self._decode(data, final=self.is_over)
-        self.position = 0
-        return not self.is_over
-
-    def row_done(self) -> None:
-        self._read_bytes = READ_BYTES
-
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end of the file."""
-        while True:
-            match = _SPACE.match(self.text, self.position)
-            assert match is not None, "the pattern matches the empty text"
-            self.skip_to(match.end())
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if not self.more():
-                return ""
-
-
-def _scan_array(file: _Prefixed) -> Iterator[Row | Fault]:
-    window = _ArrayText(file)
-    try:
-        opening = window.peek()
-        assert opening == "[", f"an array begins with a bracket, not {opening!r}"
-        window.skip_to(window.position + 1)
-        while True:
-            mark = window.peek()
-            if mark == "]":
-                break
-            row = _next_element(window)
-            yield row
-            if isinstance(row, Fault):
-                return
-            mark = window.peek()
-            if mark == ",":
-                window.skip_to(window.position + 1)
-                if window.peek() != "]":
-                    continue
-                yield Fault(window.line, "a comma stands before the closing ]; remove it")
-                return
-            if mark != "]":
-                yield _array_fault(window, mark)
-                return
-        window.skip_to(window.position + 1)
-        if window.peek():
-            yield Fault(
-                window.line,
-                "something follows the closing ] of the array; a file is one array, or one JSON "
-                "object a line",
-            )
-    except UnicodeDecodeError as error:
-        yield Fault(window.line, _not_utf8(error, window.offset))
-    except UNREADABLE as error:
-        yield broken_bytes(window.line, error)
-
-
-def _array_fault(window: _ArrayText, mark: str) -> Fault:
-    if mark:
-        return Fault(window.line, f"a comma or ] is missing before {mark!r}; put it there")
-    return Fault(window.line, "the array is cut off here; make or copy the file again")
-
-
 _decoder = JSONDecoder()
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-_LONGEST_ESCAPE = len(r"\ud83d\ude00")
 _CUT_ESCAPE = re.compile(r"\\?u?[0-9a-fA-F]{0,4}")
-_NUMBER_MAY_GO_ON = re.compile(r"[-+.eE0-9]*")
+
+
+def _scan_array(
+    start: bytes, file: io.BufferedReader, line: int, offset: int
+) -> Iterator[Row | Fault]:
+    """The rows of an array, which is read whole.
+
+    Args:
+        start: the first line, or what was read of it.
+        file: the rest.
+        line, offset: of the start in the file.
+    """
+    text, broken = _read_text(start, file, offset)
+    position = 0
+
+    def here(place: int) -> int:
+        """Move on to a place of the text; returns the bytes moved over."""
+        nonlocal line, offset, position
+        passed = text[position:place]
+        size = len(passed) if passed.isascii() else len(passed.encode("utf-8"))
+        line, offset, position = line + passed.count("\n"), offset + size, place
+        return size
+
+    def mark(place: int) -> str:
+        """Move on to the next character that is not white space; empty at the end."""
+        found = _SPACE.match(text, place)
+        assert found is not None, "the pattern matches the empty text"
+        here(found.end())
+        return text[position : position + 1]
+
+    def fault(found: str) -> Fault:
+        if found:
+            return Fault(line, f"a comma or ] is missing before {found!r}; put it there")
+        return broken(line) if broken else Fault(line, _CUT_ARRAY)
+
+    opening = mark(0)
+    assert opening == "[", f"an array begins with a bracket, not {opening!r}"
+    found = mark(position + 1)
+    while found != "]":
+        try:
+            value, end = _decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            is_cut = error.msg.startswith("Unterminated") or _is_cut_word(text[error.pos :])
+            here(position if is_cut else error.pos)
+            reason = f"is not JSON: {error.msg}; fix the row, or remove it"
+            yield fault("") if is_cut else Fault(line, reason)
+            return
+        except (ValueError, RecursionError) as error:
+            yield Fault(line, f"is not JSON that can be read ({error}); {_FIX_ROW}")
+            return
+        begin = (line, offset)
+        yield Row(*begin, here(end), value)
+        found = mark(end)
+        if found == ",":
+            found = mark(position + 1)
+            if found == "]":
+                yield Fault(line, "a comma stands before the closing ]; remove it")
+                return
+        elif found != "]":
+            yield fault(found)
+            return
+    if mark(position + 1):
+        yield Fault(
+            line,
+            "something follows the closing ] of the array; a file is one array, or one JSON "
+            "object a line",
+        )
+    elif broken:
+        yield broken(line)
+
+
+def _read_text(
+    start: bytes, file: io.BufferedReader, offset: int
+) -> tuple[str, Callable[[int], Fault] | None]:
+    """The text up to the end, or to where it cannot be read on; then what is told of its line."""
+    data = bytearray(start)
+    broken: Callable[[int], Fault] | None = None
+    try:
+        while len(data) <= MAX_ARRAY_BYTES and (piece := file.read(READ_BYTES)):
+            data += piece
+    except UNREADABLE as error:
+        broken = partial(broken_bytes, error=error)
+    if len(data) > MAX_ARRAY_BYTES:
+        broken = partial(Fault, reason=_LONG_ARRAY.format(MAX_ARRAY_BYTES))
+        del data[MAX_ARRAY_BYTES:]
+    try:
+        return data.decode("utf-8"), broken
+    except UnicodeDecodeError as error:
+        if error.end < len(data) or broken is None:
+            broken = partial(Fault, reason=_not_utf8(error, offset))
+        return data[: error.start].decode("utf-8"), broken
 
 
 def _is_cut_word(rest: str) -> bool:
@@ -483,29 +426,3 @@ def _is_cut_word(rest: str) -> bool:
     return any(literal.startswith(word) for literal in _LITERALS) or bool(
         _CUT_ESCAPE.fullmatch(word)
     )
-
-
-def _next_element(window: _ArrayText) -> Row | Fault:
-    """The element that begins at the window's position."""
-    while True:
-        try:
-            value, end = _decoder.raw_decode(window.text, window.position)
-        except json.JSONDecodeError as error:
-            margin = len(window.text) - _LONGEST_ESCAPE
-            is_cut = error.msg.startswith("Unterminated") or error.pos >= margin
-            if is_cut and len(window.text) - window.position > MAX_ROW_BYTES:
-                reason = f"the row is longer than {MAX_ROW_BYTES:,} bytes; {_FIX_ROW}"
-                return Fault(window.line, reason)
-            if is_cut and window.more():
-                continue
-            if error.msg.startswith("Unterminated") or _is_cut_word(window.text[error.pos :]):
-                return _array_fault(window, "")
-            line = window.line + window.text.count("\n", window.position, error.pos)
-            return Fault(line, f"is not JSON: {error.msg}; fix the row, or remove it")
-        except (ValueError, RecursionError) as error:
-            return Fault(window.line, f"is not JSON that can be read ({error}); {_FIX_ROW}")
-        if _NUMBER_MAY_GO_ON.fullmatch(window.text, end) and window.more():
-            continue
-        window.row_done()
-        line, offset = window.line, window.offset
-        return Row(line, offset, window.skip_to(end), value)

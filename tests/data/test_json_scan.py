@@ -1,4 +1,4 @@
-"""Streaming JSON: every form gives the same rows, faults have their line, memory is bounded."""
+"""JSON files: every form gives the same rows, faults have their line, memory is bounded."""
 
 from __future__ import annotations
 
@@ -189,13 +189,27 @@ def test_a_row_beyond_the_limit_is_refused_before_it_fills_memory(
 ):
     monkeypatch.setattr(json_scan, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(json_scan, "READ_BYTES", 100)
-    for name, data in (
-        ("f.jsonl", b'{"a": 1}\n{"b": "' + b"x" * 5000 + b'"}\n'),
-        ("f.json", b'[{"a": 1},\n{"b": "' + b"x" * 5000 + b'"}]\n'),
-    ):
-        (tmp_path / name).write_bytes(data)
-        fault = only_fault(tmp_path / name)
-        assert fault.line == 2 and "longer than 1,000 bytes" in fault.reason
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 5000 + b'"}\n')
+    fault = only_fault(path)
+    assert fault.line == 2 and "longer than 1,000 bytes" in fault.reason
+
+
+@pytest.mark.parametrize("newline", ["", "\n"])
+def test_an_array_beyond_the_limit_is_told_behind_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newline: str
+):
+    monkeypatch.setattr(json_scan, "MAX_ARRAY_BYTES", 1000)
+    monkeypatch.setattr(json_scan, "READ_BYTES", 100)
+    path = tmp_path / "f.json"
+    path.write_text("[" + f",{newline}".join(['{"a": 1}'] * 1000) + "]")
+    rows = [item for item in scan_rows(path) if isinstance(item, Row)]
+    assert 0 < len(rows) <= 1000 / len('{"a": 1},')
+    fault = only_fault(path)
+    assert "longer than 1,000 bytes" in fault.reason and "JSON lines" in fault.reason
+    assert fault.line == (len(rows) if newline else 1)
+    path.write_text("[" + ",".join(['{"a": 1}'] * 111) + "]")  # 1,000 bytes
+    assert values(path) == [{"a": 1}] * 111
 
 
 def test_an_empty_file_has_no_rows(tmp_path: Path):
@@ -292,7 +306,7 @@ def test_rows_that_are_alike_pack_well_and_are_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "array in one line", "gzip"])
-def test_memory_does_not_grow_with_the_file(tmp_path: Path, form: str):
+def test_memory_does_not_grow_with_a_file_of_lines(tmp_path: Path, form: str):
     rows = [{"query": f"{n} " + "x" * 1000, "responses": ["y" * 500]} for n in range(8000)]
     path = tmp_path / "f.json"
     data = {
@@ -302,6 +316,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, form: str):
         "gzip": gzip.compress(as_lines(rows), 1),
     }[form]
     path.write_bytes(data)
+    size = len(data)
     del rows, data
     count = 0
     tracemalloc.start()
@@ -310,5 +325,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, form: str):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 8000
-    # 12 MB of file; a window of 256 KiB is held as bytes and as text, old and new.
-    assert peak < 3_000_000, peak
+    # 12 MB of file; an array is held as bytes that grow and as text.
+    assert peak < (4 * size if form.startswith("array") else 3_000_000), peak
