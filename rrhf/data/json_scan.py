@@ -132,7 +132,7 @@ class Faults:
             raise UserError("\n".join(self._lines + tail))
 
 
-def open_bytes(path: PathLike, digest: Digest | None = None) -> io.BufferedReader:
+def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
     """A file's bytes, decompressed where the file is gzip (told by its first bytes, not its name).
 
     Args:
@@ -155,7 +155,7 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> io.BufferedReade
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     file = io.BufferedReader(raw, max(READ_BYTES, io.DEFAULT_BUFFER_SIZE))
     if file.peek(2)[:2] == _GZIP_MAGIC:
-        return io.BufferedReader(cast(Any, _Gunzip(file)))
+        return cast(BinaryIO, io.BufferedReader(cast(Any, _Gunzip(file))))
     return file
 
 
@@ -253,11 +253,11 @@ def scan_rows(
         yield Edited(0, difference)
 
 
-def _scan(file: io.BufferedReader) -> Iterator[Row | Fault]:
+def _scan(file: BinaryIO) -> Iterator[Row | Fault]:
     line = offset = 0
     is_start = True  # nothing but white space so far
     try:
-        start = file.peek(len(_BOM))[: len(_BOM)]
+        start = cast(io.BufferedReader, file).peek(len(_BOM))[: len(_BOM)]
         if start[:2] in _WIDE_BOMS:
             yield Fault(1, "the file is UTF-16; write it as UTF-8")
             return
@@ -329,9 +329,7 @@ _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _CUT_ESCAPE = re.compile(r"\\?u?[0-9a-fA-F]{0,4}")
 
 
-def _scan_array(
-    start: bytes, file: io.BufferedReader, line: int, offset: int
-) -> Iterator[Row | Fault]:
+def _scan_array(start: bytes, file: BinaryIO, line: int, offset: int) -> Iterator[Row | Fault]:
     """The rows of an array, which is read whole.
 
     Args:
@@ -399,7 +397,7 @@ def _scan_array(
 
 
 def _read_text(
-    start: bytes, file: io.BufferedReader, offset: int
+    start: bytes, file: BinaryIO, offset: int
 ) -> tuple[str, Callable[[int], Fault] | None]:
     """The text up to the end, or to where it cannot be read on; then what is told of its line."""
     data = bytearray(start)
