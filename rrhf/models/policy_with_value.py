@@ -120,10 +120,6 @@ class ActorCritic(nn.Module):
         self.value = value
         self._detach_value_trunk = detach_value_trunk
 
-    @property
-    def shares_trunk(self) -> bool:
-        return isinstance(self.value, ValueHead)
-
     def forward(self, batch: TokenBatch, values_only: bool = False) -> ActorCriticOutputs:
         """Everything that PPO asks of a batch.
 
@@ -132,26 +128,20 @@ class ActorCritic(nn.Module):
             values_only: leave out what the policy has for itself, its trunk or its head; its
                 log-probs are zero then. Never in a forward that is trained on.
         """
-        if isinstance(self.value, ValueHead):
-            return self._one_trunk(batch, self.value, values_only)
-        values = None
+        outputs = values = None
         if isinstance(self.value, ValueModel):
-            values = self.value(batch).masked_fill(~batch.response_mask, 0.0)
+            values = self.value(batch)
+        if isinstance(self.value, ValueHead):
+            if values_only:
+                hidden = self.policy.hidden(batch)
+            else:
+                outputs, hidden = self.policy.with_hidden(batch)
+            values = self.value(hidden.detach() if self._detach_value_trunk else hidden)
+        if values is not None:
+            values = values.masked_fill(~batch.response_mask, 0.0)
             if values_only:
                 return ActorCriticOutputs(torch.zeros_like(values), values)
-        outputs = self.policy(batch)
-        return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
-
-    def _one_trunk(
-        self, batch: TokenBatch, head: ValueHead, values_only: bool
-    ) -> ActorCriticOutputs:
-        if values_only:
-            values = head(self.policy.hidden(batch)).masked_fill(~batch.response_mask, 0.0)
-            return ActorCriticOutputs(torch.zeros_like(values), values)
-        outputs, hidden = self.policy.with_hidden(batch)
-        if self._detach_value_trunk:
-            hidden = hidden.detach()
-        values = head(hidden).masked_fill(~batch.response_mask, 0.0)
+        outputs = outputs or self.policy(batch)
         return ActorCriticOutputs(outputs.logprobs, values, outputs.entropy)
 
 
@@ -223,11 +213,7 @@ def write_value_folder(
     value = root.value
     assert value is not None, "there is no critic to write"
     if isinstance(value, ValueModel):
-        mine = (
-            None
-            if state_dict is None
-            else weights_below(f"{VALUE_PREFIX}scorer.model.", state_dict)
-        )
+        mine = state_dict and weights_below(f"{VALUE_PREFIX}scorer.model.", state_dict)
         write_model_folder(folder, value.model, tokenizer, mine)
         return
     weight = value.weight if state_dict is None else state_dict[f"{VALUE_PREFIX}weight"]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch
-from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, declared_window, inner_model
+from rrhf.models.forward.logprobs import inner_model
+from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, declared_window
 from rrhf.models.forward.prefix_attention import Prefix
 from rrhf.models.forward.self_check import first_that_fits
 from rrhf.models.forward.shared_prefix import SharedPrefix

@@ -13,7 +13,6 @@ encoders.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from rrhf.algorithms.normalizers import Normalizer, normalizer_from_state
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
 from rrhf.model_paths import check_model_path, model_folder
-from rrhf.models.forward.packed_trunk import inner_model
+from rrhf.models.forward.logprobs import inner_model, padded_arguments
 from rrhf.models.loading import DEFAULT, LoadOptions, disable_dropout, load_model
 from rrhf.models.reward_folders import names_classifier, require_classifier
 
@@ -99,11 +98,8 @@ class RewardModel(nn.Module):
 
     def _hidden(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         trunk = inner_model(self.model).base_model
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        # Without them (some place tokens by the mask alone) the mask says the same.
-        if "position_ids" in inspect.signature(trunk.forward).parameters:
-            arguments["position_ids"] = position_ids
-        hidden: Tensor = trunk(**arguments, use_cache=False).last_hidden_state
+        outputs = trunk(**padded_arguments(trunk, ids, mask, position_ids))
+        hidden: Tensor = outputs.last_hidden_state
         return hidden
 
     def _apply_head(self, hidden: Tensor) -> Tensor:

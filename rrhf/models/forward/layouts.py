@@ -22,9 +22,9 @@ from rrhf.models.forward.head import (
     token_statistics,
 )
 from rrhf.models.forward.logit_shape import logit_shape
-from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs, inner_model
 from rrhf.models.forward.onednn_linear import OneDnnLinear
-from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, inner_model, is_checkpointing
+from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, is_checkpointing
 from rrhf.models.forward.prefix_attention import Prefix
 from rrhf.models.forward.self_check import first_that_fits
 

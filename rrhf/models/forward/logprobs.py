@@ -74,81 +74,61 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch) -> PolicyOutputs:
         """Log-probs of every response token of the batch."""
         width = batch.response_ids.shape[1]
-        ids, mask, position_ids = batch.full_rows()
-        # The last column predicts nothing that is asked for.
-        logits = response_logits(
-            self.model, ids[:, :-1], mask[:, :-1], position_ids[:, :-1], width
-        )  # [N, R, V]
-        return self._of_logits(logits, batch)
+        return self._of_logits(self._run(batch, width).logits[:, -width:], batch)
 
     def with_hidden(self, batch: TokenBatch) -> tuple[PolicyOutputs, Tensor]:
         """What `forward` gives, and the hidden states [N, R, H] that predict the response tokens:
         the last layer's, after the final norm. What stands at padding means nothing."""
-        logits, hidden = response_logits_and_hidden(self.model, batch)
+        width = batch.response_ids.shape[1]
+        outputs = self._run(batch, width, output_hidden_states=True)
+        logits, hidden = outputs.logits[:, -width:], outputs.hidden_states[-1][:, -width:]
         return self._of_logits(logits, batch), hidden
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """The hidden states of `with_hidden`, with as little of the head as the model allows."""
-        ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
-        arguments = _arguments(self.model, ids, mask, position_ids, 1)
-        outputs = self.model(**arguments, output_hidden_states=True)
+        outputs = self._run(batch, 1, output_hidden_states=True)
         found: Tensor = outputs.hidden_states[-1][:, -batch.response_ids.shape[1] :]
         return found
 
+    def _run(self, batch: TokenBatch, num_logits: int, **more: Any) -> Any:
+        """The model's outputs on padded rows, with the logits of their last columns.
+
+        Without each row's last token: it predicts nothing that is asked for.
+        """
+        inner = inner_model(self.model)
+        arguments = padded_arguments(inner, *(whole[:, :-1] for whole in batch.full_rows()))
+        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            arguments["logits_to_keep"] = num_logits
+        return self.model(**arguments, **more)
+
     def _of_logits(self, logits: Tensor, batch: TokenBatch) -> PolicyOutputs:
-        return logprobs_of_logits(logits, batch, self.options)
+        """From the logits [N, R, V] that predict the response tokens."""
+        options, is_padding = self.options, ~batch.response_mask
+        logits = logits.float() / options.temperature
+        chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
+        normaliser = torch.logsumexp(logits, dim=-1)
+        logprobs = (chosen - normaliser).masked_fill(is_padding, 0.0)
+        mean_logprobs = entropy = None
+        if options.with_mean_logprobs:
+            mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(is_padding, 0.0)
+        if options.with_entropy:
+            logs = logits - normaliser[..., None]
+            logs = logs if options.entropy_has_gradient else logs.detach()
+            entropy = -(logs.exp() * logs).sum(-1).masked_fill(is_padding, 0.0)
+        return PolicyOutputs(logprobs, mean_logprobs, entropy)
 
 
-def logprobs_of_logits(
-    logits: Tensor, batch: TokenBatch, options: LogprobOptions = PLAIN
-) -> PolicyOutputs:
-    """What the forward interface returns, from the logits [N, R, V] that predict the response
-    tokens of the batch."""
-    logits = logits.float() / options.temperature
-    response_mask = batch.response_mask
-    chosen = logits.gather(-1, batch.response_ids[..., None]).squeeze(-1)
-    normaliser = torch.logsumexp(logits, dim=-1)
-    logprobs = (chosen - normaliser).masked_fill(~response_mask, 0.0)
-    mean_logprobs = entropy = None
-    if options.with_mean_logprobs:
-        mean_logprobs = (logits.mean(-1) - normaliser).masked_fill(~response_mask, 0.0)
-    if options.with_entropy:
-        logs = logits - normaliser[..., None]
-        logs = logs if options.entropy_has_gradient else logs.detach()
-        entropy = -(logs.exp() * logs).sum(-1).masked_fill(~response_mask, 0.0)
-    return PolicyOutputs(logprobs, mean_logprobs, entropy)
+def inner_model(model: Any) -> Any:
+    """The Hugging Face model itself, with adapters or without."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
-def response_logits(
-    model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
-) -> Tensor:
-    """Logits of the last `count` columns: [N, count, V], in the model's own type."""
-    logits: Tensor = model(**_arguments(model, ids, mask, position_ids, count)).logits
-    return logits[:, -count:]
-
-
-def response_logits_and_hidden(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Logits [N, R, V] that predict the response tokens, and the hidden states [N, R, H] they
-    come from: the last layer's, after the final norm."""
-    count = batch.response_ids.shape[1]
-    ids, mask, position_ids = (whole[:, :-1] for whole in batch.full_rows())
-    arguments = _arguments(model, ids, mask, position_ids, count)
-    outputs = model(**arguments, output_hidden_states=True)
-    return outputs.logits[:, -count:], outputs.hidden_states[-1][:, -count:]
-
-
-def _arguments(
-    model: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, count: int
+def padded_arguments(
+    module: nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor
 ) -> dict[str, Any]:
-    accepted = _accepted_arguments(model)
+    """What a model or its trunk is called with for padded rows."""
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in accepted:
+    # Some place tokens by the mask alone, which says the same.
+    if "position_ids" in inspect.signature(module.forward).parameters:
         arguments["position_ids"] = position_ids
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = count
     return arguments
-
-
-def _accepted_arguments(model: nn.Module) -> set[str]:
-    base = getattr(model, "get_base_model", lambda: model)()
-    return set(inspect.signature(base.forward).parameters)

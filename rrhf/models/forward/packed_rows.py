@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
-from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs
+from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs, inner_model
 
 TOLERANCE = 1e-3
 """Nats by which packed and padded log-probs may differ in float32; leaks make tenths and more."""
@@ -133,7 +133,7 @@ class PackedPolicy(Policy):
     ) -> None:
         super().__init__(model, options)  # type: ignore[arg-type]
         assert not options.with_entropy, "packed rows give no entropy"
-        base = getattr(model, "get_base_model", lambda: model)()
+        base = inner_model(model)
         if "position_ids" not in inspect.signature(base.forward).parameters:
             raise UserError(
                 f"--packing: {type(base).__name__} takes no position ids, so rows that share one "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rrhf.data.collate import TokenBatch
+from rrhf.models.forward.logprobs import inner_model
 from rrhf.models.forward.prefix_attention import FLEX_OVER, OVER, VARLEN_OVER, Prefix
 from rrhf.models.forward.shared_prefix import SharedPrefix, dense_mask, lay_out
 
@@ -130,11 +131,6 @@ def exchange_attention(inner: Any, over: dict[str, str]) -> None:
         known = ", ".join(over)
         raise NotImplementedError(f"its attention is {current}, and there is a form for {known}")
     inner.set_attn_implementation(over[current])
-
-
-def inner_model(model: Any) -> Any:
-    """The Hugging Face model itself, adapters or not."""
-    return getattr(model, "get_base_model", lambda: model)()
 
 
 def is_checkpointing(inner: Any) -> bool:

@@ -25,13 +25,13 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.forward import varlen_attention
 from rrhf.models.forward.kernel_trial import KernelTrial, card, watched
+from rrhf.models.forward.logprobs import inner_model
 from rrhf.models.forward.onednn_linear import exchange_linears
 from rrhf.models.forward.packed_trunk import (
     ATTENTION,
     Beside,
     PackedTrunk,
     declared_window,
-    inner_model,
 )
 from rrhf.models.forward.prefix_attention import Prefix
 from rrhf.models.forward.shared_prefix import lay_out

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -138,25 +139,35 @@ class SharedPrefix:
 
 
 @dataclass
+class _Response:
+    row: int  # of the batch; the first of those that are fed alike
+    ids: list[int]  # that are fed
+    is_blind: bool  # whether the last of them is
+
+
+@dataclass
 class _Group:
     prompt: list[int]
-    rows: list[int]  # of the batch; the first of each kind that is fed alike
-    tails: list[int]  # response tokens fed
-    are_blind: list[bool]  # whether the last of them is
+    responses: list[_Response]
 
     @property
-    def has_one_response(self) -> bool:
-        return len(self.rows) == 1 or not any(self.tails)
+    def alone(self) -> list[_Response]:
+        """Its only response, which shares the prompt's row; empty where it has several."""
+        return self.responses if len(self.responses) == 1 else []
 
     @property
     def causal(self) -> int:
         """Tokens of its row among the prompts."""
-        return len(self.prompt) + (self.tails[0] if len(self.rows) == 1 else 0)
+        return len(self.prompt) + sum(len(response.ids) for response in self.alone)
 
     @property
-    def fed(self) -> list[int]:
-        """Lengths of its rows among the responses."""
-        return [] if self.has_one_response else [tail for tail in self.tails if tail]
+    def fed(self) -> list[_Response]:
+        """What stands in rows among the responses."""
+        return [] if self.alone else [response for response in self.responses if response.ids]
+
+    @property
+    def longest_fed(self) -> int:
+        return max((len(response.ids) for response in self.fed), default=0)
 
 
 def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) -> SharedPrefix:
@@ -174,47 +185,41 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
     """
     device = batch.response_ids.device
     groups, first_of = _groups(batch, 0 if whole or with_padding else 1, with_padding)
-    counts = batch.response_lengths.tolist()
-    responses = batch.response_ids.tolist()
     ids: list[int] = []
     positions: list[int] = []
     group_of: list[int] = []
     response_of: list[int] = []
+    blind: list[int] = []
     prompt_end, response_start = [0] * batch.num_rows, [0] * batch.num_rows
     buckets, sizes = [], []
-    blind: list[int] = []
+
+    def lay(tokens: list[int], first: int, group: int, response: int) -> None:
+        ids.extend(tokens)
+        positions.extend(range(first, first + len(tokens)))
+        group_of.extend([group] * len(tokens))
+        response_of.extend([response] * len(tokens))
+
+    def lay_response(response: _Response, group: _Group, number: int) -> None:
+        response_start[response.row] = len(ids)
+        lay(response.ids, len(group.prompt), number, response.row)
+        if response.is_blind:
+            positions[-1] -= 1
+            blind.append(len(ids) - 1)
+
     number = 0
     for members in _bucketed(groups, SCORES_OF_A_CALL.get(device.type, 1 << 13)):
         begin = len(ids)
-        for place, group in enumerate(members):
-            start, length = len(ids), len(group.prompt)
-            for row in group.rows:
-                prompt_end[row] = start + length - 1
-            ids += group.prompt
-            response_of += [-1] * length
-            if len(group.rows) == 1:
-                ids += responses[group.rows[0]][: group.tails[0]]
-                response_of += [group.rows[0]] * group.tails[0]
-                response_start[group.rows[0]] = start + length
-            positions += range(group.causal)
-            if len(group.rows) == 1 and group.are_blind[0]:
-                positions[-1] -= 1
-                blind.append(len(ids) - 1)
-            group_of += [number + place] * group.causal
+        for place, group in enumerate(members, number):
+            lay(group.prompt, 0, place, -1)
+            for response in group.responses:
+                prompt_end[response.row] = len(ids) - 1
+            for response in group.alone:
+                lay_response(response, group, place)
         sizes.append(len(ids) - begin)
         begin = len(ids)
-        for place, group in enumerate(members):
-            if len(group.rows) == 1:
-                continue
-            for row, tail, is_blind in zip(group.rows, group.tails, group.are_blind, strict=True):
-                response_start[row] = len(ids)
-                ids += responses[row][:tail]
-                positions += range(len(group.prompt), len(group.prompt) + tail)
-                if is_blind:
-                    positions[-1] -= 1
-                    blind.append(len(ids) - 1)
-                group_of += [number + place] * tail
-                response_of += [row] * tail
+        for place, group in enumerate(members, number):
+            for response in [] if group.alone else group.responses:
+                lay_response(response, group, place)
         number += len(members)
         if len(ids) > begin:
             sizes.append(len(ids) - begin)
@@ -222,16 +227,14 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
 
     for row, first in first_of.items():
         prompt_end[row], response_start[row] = prompt_end[first], response_start[first]
-    lengths = torch.tensor(counts)
+    lengths = batch.response_lengths.cpu()
     row_of = torch.repeat_interleave(torch.arange(batch.num_rows), lengths)
     begins = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     column = torch.arange(len(row_of)) - begins
     before = torch.tensor(response_start)[row_of] + column - 1
     predicted_from = torch.where(column == 0, torch.tensor(prompt_end)[row_of], before)
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device)
-
+    tensor = partial(torch.tensor, device=device)
     hidden = None
     if blind:
         hidden = torch.zeros(len(ids), dtype=torch.bool, device=device)
@@ -268,68 +271,56 @@ def _groups(
     met: dict[tuple[int, tuple[int, ...]], int] = {}
     for row, place in enumerate(batch.prompt_index.tolist()):
         prompt = prompts[place][len(prompts[place]) - lengths[place] :]
-        group = groups.setdefault(tuple(prompt), _Group(prompt, [], [], []))
+        group = groups.setdefault(tuple(prompt), _Group(prompt, []))
         is_blind = with_padding and counts[row] < width
-        tail = max(counts[row] - left_away, 0) + is_blind
-        fed = (counts[row] if is_blind else -1, *responses[row][:tail])
-        first = met.setdefault((id(group), fed), row)
-        if first != row:
+        fed = responses[row][: max(counts[row] - left_away, 0) + is_blind]
+        kind = (counts[row] if is_blind else -1, *fed)
+        first = met.setdefault((id(group), kind), row)
+        if first == row:
+            group.responses.append(_Response(row, fed, is_blind))
+        else:
             first_of[row] = first
-            continue
-        group.rows.append(row)
-        group.tails.append(tail)
-        group.are_blind.append(is_blind)
     return list(groups.values()), first_of
 
 
 def _bucketed(groups: Sequence[_Group], scores_of_a_call: int) -> list[list[_Group]]:
     """Groups of similar lengths together, as far as padding costs less than further calls do."""
-    ordered = sorted(groups, key=lambda group: (group.causal, max(group.fed, default=0)))
     buckets: list[list[_Group]] = []
     needed = 0
-    for group in ordered:
+    for group in sorted(groups, key=lambda group: (group.causal, group.longest_fed)):
         alone = _scores([group])
-        if buckets:
-            together = _scores([*buckets[-1], group])
-            if together <= PADDING_ALLOWED * (needed + alone) + scores_of_a_call:
-                buckets[-1].append(group)
-                needed += alone
-                continue
-        buckets.append([group])
-        needed = alone
+        if buckets and _scores([*buckets[-1], group]) <= (
+            PADDING_ALLOWED * (needed + alone) + scores_of_a_call
+        ):
+            buckets[-1].append(group)
+            needed += alone
+        else:
+            buckets.append([group])
+            needed = alone
     return buckets
 
 
 def _scores(groups: Sequence[_Group]) -> int:
     """Attention scores of one bucket."""
     prompt = max(group.causal for group in groups)
-    fed = [tail for group in groups for tail in group.fed]
-    longest = max(fed, default=0)
-    return len(groups) * prompt * prompt // 2 + len(fed) * longest * (prompt + longest)
+    longest = max(group.longest_fed for group in groups)
+    num_fed = sum(len(group.fed) for group in groups)
+    return len(groups) * prompt * prompt // 2 + num_fed * longest * (prompt + longest)
 
 
 def _bucket(groups: Sequence[_Group], device: torch.device) -> Bucket:
     lengths = [group.causal for group in groups]
-    fed = [tail for group in groups for tail in group.fed]
-    blind_alone = [len(group.rows) == 1 and group.are_blind[0] for group in groups]
-    blind_fed = [
-        is_blind
-        for group in groups
-        if not group.has_one_response
-        for tail, is_blind in zip(group.tails, group.are_blind, strict=True)
-        if tail
-    ]
+    blind_alone = [any(response.is_blind for response in group.alone) for group in groups]
+    fed = [response for group in groups for response in group.fed]
+    fed_lengths, blind_fed = [len(one.ids) for one in fed], [one.is_blind for one in fed]
     owners = [place for place, group in enumerate(groups) for _ in group.fed]
     return Bucket(
         prompts=_slots(lengths, blind_alone, device),
-        responses=_slots(fed, blind_fed, device) if fed else None,
+        responses=_slots(fed_lengths, blind_fed, device) if fed else None,
         owners=owners,
         owner=torch.tensor(owners, device=device) if len(groups) > 1 else None,
         prompt_lengths=None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device),
-        longest=max(
-            group.causal if group.has_one_response else len(group.prompt) + max(group.tails)
-            for group in groups
-        ),
+        longest=max(group.causal + group.longest_fed for group in groups),
     )
 
 
