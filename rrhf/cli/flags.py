@@ -27,6 +27,7 @@ from rrhf.cli.unknown import unknown
 from rrhf.cli.values import (
     FALSE_WORDS,
     TRUE_WORDS,
+    Unfit,
     convert,
     expected,
     is_boolean,
@@ -259,16 +260,21 @@ def one_word(words: list[str], name: str, what: str, prog: str) -> str:
 
 
 def checked(given: Any, flag: Flag, where: str, from_words: bool = True) -> Any:
+    """The value as the flag's type has it, with home folders filled in.
+
+    Raises:
+        UserError: it does not fit.
+    """
     try:
-        fits, value = convert(given, flag.hint, from_words)
+        value = convert(given, flag.hint, from_words)
     except ConfigTextError as error:
         raise UserError(f"{where}: {error}") from error
-    if fits:
-        return with_home(value) if flag.names and not is_prompt(flag, value) else value
-    shown = repr(" ".join(given) if from_words and isinstance(given, list) else given)
-    if len(shown) > MAX_SHOWN:
-        shown = f"{shown[:MAX_SHOWN]}..."
-    raise UserError(f"{where}: {shown} does not fit; expected {expected(flag.hint)}.")
+    except Unfit:
+        shown = repr(" ".join(given) if from_words and isinstance(given, list) else given)
+        if len(shown) > MAX_SHOWN:
+            shown = f"{shown[:MAX_SHOWN]}..."
+        raise UserError(f"{where}: {shown} does not fit; expected {expected(flag.hint)}.") from None
+    return with_home(value) if flag.names and not is_prompt(flag, value) else value
 
 
 def is_prompt(flag: Flag, value: Any) -> bool:

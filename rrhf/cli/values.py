@@ -8,6 +8,7 @@ is taken where a number is expected. NaN is never a number.
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import math
 import types
 import typing
@@ -88,80 +89,79 @@ def placeholder(hint: Any) -> str:
     return "|".join(words)
 
 
-def convert(value: Any, hint: Any, from_words: bool) -> tuple[bool, Any]:
-    """(True, the value as the first alternative that it fits), or (False, None).
+class Unfit(Exception):
+    """A value is nothing that a type accepts."""
+
+
+def convert(value: Any, hint: Any, from_words: bool) -> Any:
+    """The value as the first alternative that it fits.
 
     Args:
         value: a word or a list of words of the command line, or a value read from a file.
         hint: the field's type.
         from_words: True for the command line, where everything is text.
+
+    Raises:
+        Unfit: it fits none.
     """
     for member in members(hint):
-        fits, converted = convert_member(value, member, from_words)
-        if fits:
-            return True, converted
-    return False, None
+        with contextlib.suppress(Unfit):
+            return _convert_member(value, member, from_words)
+    raise Unfit
 
 
-def convert_member(value: Any, member: Any, from_words: bool) -> tuple[bool, Any]:
+def _convert_member(value: Any, member: Any, from_words: bool) -> Any:
     origin = typing.get_origin(member)
     if member is type(None):
-        return value is None or (from_words and value in NONE_WORDS), None
-    if origin is Literal:
-        return convert_choice(value, typing.get_args(member), from_words)
-    if member is bool:
+        if value is None or (from_words and value in NONE_WORDS):
+            return None
+    elif origin is Literal:
+        for choice in typing.get_args(member):
+            if (type(choice) is type(value) and choice == value) or (
+                from_words and str(choice) == value
+            ):
+                return choice
+    elif member is bool:
         if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
-            return True, bool(value)
-        return from_words and value in TRUE_WORDS + FALSE_WORDS, value in TRUE_WORDS
-    if member in (int, float):
-        return convert_number(value, member)
-    if member in (str, Path):
-        return (True, member(value)) if isinstance(value, str) else (False, None)
-    if member is dict or origin is dict:
-        return convert_mapping(value, from_words)
-    assert is_sequence(member), f"a configuration field of type {member} is not supported"
-    return convert_sequence(value, member, from_words)
+            return bool(value)
+        if from_words and value in TRUE_WORDS + FALSE_WORDS:
+            return value in TRUE_WORDS
+    elif member in (int, float):
+        return _convert_number(value, member)
+    elif member in (str, Path):
+        if isinstance(value, str):
+            return member(value)
+    elif dict in (member, origin):
+        if from_words and isinstance(value, str):
+            with contextlib.suppress(yaml.YAMLError):
+                value = parse_yaml(value)
+        if isinstance(value, dict):
+            return value
+    else:
+        assert is_sequence(member), f"a configuration field of type {member} is not supported"
+        return _convert_sequence(value, member, from_words)
+    raise Unfit
 
 
-def convert_choice(value: Any, choices: tuple[Any, ...], from_words: bool) -> tuple[bool, Any]:
-    for choice in choices:
-        if type(choice) is type(value) and choice == value:
-            return True, choice
-        if from_words and str(choice) == value:
-            return True, choice
-    return False, None
-
-
-def convert_number(value: Any, kind: type[int] | type[float]) -> tuple[bool, Any]:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False, None
-    if kind is int and isinstance(value, float):
-        return False, None
+def _convert_number(value: Any, kind: type[int] | type[float]) -> int | float:
+    is_fraction = kind is int and isinstance(value, float)
+    if isinstance(value, bool) or is_fraction or not isinstance(value, (int, float, str)):
+        raise Unfit
     try:
         number = kind(value)
-    except (ValueError, OverflowError):
-        return False, None
-    if kind is int and abs(number) > MAX_INT:
-        return False, None
-    return (False, None) if math.isnan(number) else (True, number)
+    except (ValueError, OverflowError) as error:
+        raise Unfit from error
+    if (kind is int and abs(number) > MAX_INT) or math.isnan(number):
+        raise Unfit
+    return number
 
 
-def convert_mapping(value: Any, from_words: bool) -> tuple[bool, Any]:
-    if from_words and isinstance(value, str):
-        try:
-            value = parse_yaml(value)
-        except yaml.YAMLError:
-            return False, None
-    return (True, value) if isinstance(value, dict) else (False, None)
-
-
-def convert_sequence(value: Any, member: Any, from_words: bool) -> tuple[bool, Any]:
+def _convert_sequence(value: Any, member: Any, from_words: bool) -> Any:
     values = value if isinstance(value, (list, tuple)) else [value]
     arguments = typing.get_args(member) or (str, Ellipsis)
     count = fixed_length(member)
     if count is not None and len(values) != count:
-        return False, None
+        raise Unfit
     hints = arguments if count is not None else [arguments[0]] * len(values)
-    done = [convert(item, hint, from_words) for item, hint in zip(values, hints, strict=True)]
     kind = tuple if tuple in (member, typing.get_origin(member)) else list
-    return all(fits for fits, _ in done), kind(item for _, item in done)
+    return kind(convert(item, hint, from_words) for item, hint in zip(values, hints, strict=True))
