@@ -64,9 +64,9 @@ def test_a_wheel_holds_the_presets_and_the_command_but_no_tests(tmp_path: Path):
         names = archive.namelist()
         (entries,) = [name for name in names if name.endswith("entry_points.txt")]
         assert "rrhf = rrhf.cli.main:run" in archive.read(entries).decode()
-    packed = {name for name in names if name.startswith("rrhf/presets/")}
-    kept = {f"rrhf/presets/{path.name}" for path in (ROOT / "rrhf/presets").glob("*.yaml")}
-    assert kept <= packed and kept
+    data = [*(ROOT / "rrhf").rglob("*.yaml"), *(ROOT / "rrhf").rglob("*.toml")]
+    kept = {str(path.relative_to(ROOT)) for path in data}
+    assert {"rrhf/presets/tiny.yaml", "rrhf/worlds/help_desk/topics.toml"} <= kept <= set(names)
     assert not [name for name in names if name.startswith(("tests", "configs"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -14,10 +14,11 @@ topics occur in demonstrations and pairs but never in alignment prompts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rrhf.data.chat_format import render_messages
 from rrhf.errors import UserError
@@ -90,22 +91,16 @@ class HelpDesk(World):
             contents = [self._free_prompt(rng)[1] for _ in range(count)]
         else:
             contents = self._contents[split]
-        occurrences: Counter[str] = Counter()
-        purpose = _PROMPT_PURPOSES[split]
-        return [_new_set(content, purpose, (), occurrences) for content in contents]
+        return list(_as_sets(_PROMPT_PURPOSES[split], ((content, ()) for content in contents)))
 
     def demonstrations(self, count: int | None = None) -> list[CandidateSet]:
         """Conversations as the web has them (profile WEB), one reply each."""
-        count = self.size.num_demonstrations if count is None else count
         rng = self._stream("demonstrations")
-        occurrences: Counter[str] = Counter()
-        sets = []
-        for _ in range(count):
+        rows = []
+        for _ in range(self.size.num_demonstrations if count is None else count):
             request, content = self._free_prompt(rng)
-            reply = self.grammar.write_reply(rng, request, PROFILES["WEB"])
-            candidate = Candidate(reply, DEMONSTRATION_SOURCE, finish_reason="stop")
-            sets.append(_new_set(content, "demonstrations", (candidate,), occurrences))
-        return sets
+            rows.append((content, self._reply(rng, request, "WEB", DEMONSTRATION_SOURCE)))
+        return list(_as_sets("demonstrations", rows))
 
     def pairs(self, split: str, count: int | None = None) -> list[CandidateSet]:
         """Labelled pairs of written replies: good, mixed, off-topic and damaged ones.
@@ -117,7 +112,10 @@ class HelpDesk(World):
         is_train = split == "train"
         if count is None:
             count = self.size.num_static_pairs if is_train else NUM_HELD_OUT_PAIRS
-        return self._labelled_pairs("pairs" if is_train else "held_out_pairs", count)
+        purpose = "pairs" if is_train else "held_out_pairs"
+        rng = self._stream(purpose)
+        sets = _as_sets(purpose, self._written_pairs(rng))
+        return [self.label_pair(s, rng) for s in itertools.islice(sets, count)]
 
     def label_pair(self, s: CandidateSet, rng: random.Random) -> CandidateSet:
         """Label a pair as a person would: Bernoulli(sigmoid(10 * gold difference)), 5 % errors.
@@ -149,15 +147,13 @@ class HelpDesk(World):
         if profile not in PROFILES:
             raise UserError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
         rng = self._stream(f"references/{profile}")
-        test = self._contents["test"]
-        occurrences: Counter[str] = Counter()
-        sets = []
-        for index in range(count):
-            content = test[index % len(test)]
-            reply = self.grammar.write_reply(rng, read_request(content), PROFILES[profile])
-            candidate = Candidate(reply, f"human:{profile.lower()}", finish_reason="stop")
-            sets.append(_new_set(content, f"references_{profile}", (candidate,), occurrences))
-        return sets
+        contents = itertools.islice(itertools.cycle(self._contents["test"]), count)
+        source = f"human:{profile.lower()}"
+        rows = [
+            (content, self._reply(rng, read_request(content), profile, source))
+            for content in contents
+        ]
+        return list(_as_sets(f"references_{profile}", rows))
 
     def gold(self, s: CandidateSet, candidate: Candidate) -> float | None:
         """The true utility of a reply, -2 to 1; None for a prompt of another world."""
@@ -202,22 +198,19 @@ class HelpDesk(World):
             if content not in self._reserved:
                 return request, content
 
-    def _labelled_pairs(self, purpose: str, count: int) -> list[CandidateSet]:
-        rng = self._stream(purpose)
-        occurrences: Counter[str] = Counter()
-        sets: list[CandidateSet] = []
-        while len(sets) < count:
+    def _reply(
+        self, rng: random.Random, request: Request, profile: str, source: str
+    ) -> tuple[Candidate]:
+        text = self.grammar.write_reply(rng, request, PROFILES[profile])
+        return (Candidate(text, source, finish_reason="stop"),)
+
+    def _written_pairs(self, rng: random.Random) -> Iterator[tuple[str, tuple[Candidate, ...]]]:
+        """Prompts with two different replies each, without end."""
+        while True:
             request, content = self._free_prompt(rng)
             first, second = self._two_replies(rng, request)
-            if first == second:
-                continue
-            candidates = (
-                Candidate(first, finish_reason="stop"),
-                Candidate(second, finish_reason="stop"),
-            )
-            pair = _new_set(content, purpose, candidates, occurrences)
-            sets.append(self.label_pair(pair, rng))
-        return sets
+            if first != second:
+                yield content, tuple(Candidate(t, finish_reason="stop") for t in (first, second))
 
     def _two_replies(self, rng: random.Random, request: Request) -> Iterator[str]:
         """Two written replies; without off-topic and damaged ones a reward model would only learn
@@ -241,21 +234,20 @@ def _judged(s: CandidateSet, candidate: Candidate) -> tuple[Request, ReplyParts]
         return None
 
 
-def _new_set(
-    content: str,
-    purpose: str,
-    candidates: tuple[Candidate, ...] = (),
-    occurrences: Counter[str] | None = None,
-) -> CandidateSet:
-    messages = (Message("user", content),)
-    query = render_messages("hh", messages)
-    occurrence = 0 if occurrences is None else occurrences[content]
-    if occurrences is not None:
+def _as_sets(
+    purpose: str, rows: Iterable[tuple[str, tuple[Candidate, ...]]]
+) -> Iterator[CandidateSet]:
+    """What customers ask, with replies, as candidate sets; a prompt that comes again gets its own
+    id."""
+    occurrences: Counter[str] = Counter()
+    for content, candidates in rows:
+        messages = (Message("user", content),)
+        query = render_messages("hh", messages)
+        yield CandidateSet(
+            id=set_id(query, messages, occurrences[content]),
+            query=query,
+            messages=messages,
+            candidates=candidates,
+            origin=f"help_desk/{purpose}",
+        )
         occurrences[content] += 1
-    return CandidateSet(
-        id=set_id(query, messages, occurrence),
-        query=query,
-        messages=messages,
-        candidates=candidates,
-        origin=f"help_desk/{purpose}",
-    )
