@@ -235,10 +235,10 @@ def looks_like_replies(name: str) -> bool:
     )
 
 
-def near_hint(name: str, known: Iterable[str]) -> str:
+def near_hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Words that name the nearest known name; empty where none is near."""
     names = [str(one) for one in known]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
     return "" if name in names or not near else f" (did you mean {near[0]!r}?)"
 
 

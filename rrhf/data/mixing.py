@@ -38,7 +38,8 @@ from rrhf.data.formats import (
 from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Fault, scan_rows
-from rrhf.data.sources import JSON_SUFFIXES, is_own, open_rows, read_sets
+from rrhf.data.row_files import JSON_SUFFIXES
+from rrhf.data.sources import is_own, open_rows, read_sets
 from rrhf.errors import UserError
 from rrhf.files import is_same_file
 from rrhf.records import CandidateSet, set_id

@@ -6,7 +6,8 @@ import difflib
 import os
 
 from rrhf.commands import next_step
-from rrhf.data.sources import DATA_SUFFIXES, is_own, known_names
+from rrhf.data.row_files import DATA_SUFFIXES
+from rrhf.data.sources import is_own, known_names
 
 MARK = "text:"
 

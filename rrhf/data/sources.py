@@ -14,9 +14,7 @@ Left out on purpose: proportions and mixtures (`rrhf.data.mixing`).
 from __future__ import annotations
 
 import difflib
-import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,165 +23,31 @@ from typing import Any
 from rrhf.data.candidate_files import require_finished
 from rrhf.data.candidate_rows import RowError
 from rrhf.data.cells import TextCells, with_lists
-from rrhf.data.columns import ColumnNames
+from rrhf.data.columns import ColumnNames, near_hint
+from rrhf.data.dataset_rows import dataset_rows
 from rrhf.data.formats import CANDIDATES, RowFormat, SourceCounts, find_format, read_row
 from rrhf.data.ids import SeenIds
-from rrhf.data.json_scan import Edited, Fault, Faults, require_plain_input, scan_rows
+from rrhf.data.json_scan import Fault, Faults
 from rrhf.data.own_source import has_module, own_rows
-from rrhf.data.tables import (
-    SEPARATORS,
-    TEXT_SUFFIX,
-    kind_of_file,
-    looks_like_json,
-    table_rows,
-    text_rows,
-)
+from rrhf.data.row_files import DATA_SUFFIXES, Rows, path_rows
 from rrhf.errors import UserError
-from rrhf.files import file_digest
 from rrhf.records import CandidateSet
-from rrhf.seals import seal_difference
 from rrhf.user_code import is_import_path
 
 __all__ = ["REGISTRY", "SourceCounts", "known_names", "read_sets", "register_source"]
 
-logger = logging.getLogger(__name__)
-
-# Rows with the place they stand at; a Fault in place of a row that cannot be read.
-Rows = Iterator[tuple[str, Any]]
 # (path of a local copy or None, split or None) -> rows
 Reader = Callable[[str | None, str | None], Rows]
-
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
-DATA_SUFFIXES = (*JSON_SUFFIXES, *_TABLE_KINDS, *SEPARATORS, TEXT_SUFFIX)
-_DEFAULT_SPLIT = "train"
-
-
-def _file_rows(path: str) -> Rows:
-    kind = kind_of_file(path)
-    if kind in SEPARATORS or kind == TEXT_SUFFIX:
-        # `rrhf data convert` writes JSON lines, with a manifest, under any name.
-        manifest = require_finished(path)
-        difference = manifest and seal_difference(path, manifest, file_digest(path))
-        if difference:
-            yield path, Edited(0, difference)
-    if kind in SEPARATORS:
-        for line, row in table_rows(path, SEPARATORS[kind]):
-            yield f"{path}:{line}", row
-        return
-    if kind == TEXT_SUFFIX and not looks_like_json(path):
-        for line, prompt in text_rows(path):
-            if prompt is not None:
-                yield f"{path}:{line}", prompt
-        return
-    for item in scan_rows(path, require_finished(path)):
-        if isinstance(item, Fault):
-            yield item.place_in(path), item
-        else:
-            yield f"{path}:{item.line}", item.value
-
-
-def _folder_rows(path: str, split: str | None) -> Rows:
-    """A folder's rows: `<split>.jsonl` or its like, as HH comes, else as `datasets` has it."""
-    stem = split or _DEFAULT_SPLIT
-    names = sorted(os.listdir(path), reverse=True)  # of two that differ in case, the small one
-    for suffix in (*JSON_SUFFIXES, *SEPARATORS, TEXT_SUFFIX):
-        for name in names:
-            file = os.path.join(path, name)
-            if (
-                name.startswith(stem)
-                and name[len(stem) :].lower() == suffix
-                and os.path.isfile(file)
-            ):
-                if split is None:
-                    logger.info("%s: reading %s", path, name)
-                return _file_rows(file)
-    return _dataset_rows(path, split, path)
-
-
-def _path_rows(path: str, split: str | None) -> Rows:
-    if os.path.isdir(path):
-        return _folder_rows(path, split)
-    if not os.path.exists(path):
-        raise UserError(f"{path}: there is no such file or folder; check the path")
-    require_plain_input(path)
-    kind = _TABLE_KINDS.get(Path(path).suffix.lower())
-    if kind is not None:
-        return _dataset_rows(kind, _DEFAULT_SPLIT, path, data_files=path)
-    return _file_rows(path)
-
-
-def _dataset_rows(path: str, split: str | None, name: str, **options: Any) -> Rows:
-    """Rows through the `datasets` library: a hub name, a local folder, or a kind of table.
-
-    Raises:
-        UserError: it cannot be had (no network, no such dataset or split), with the fix.
-    """
-    import datasets
-
-    if not sys.stderr.isatty():  # its bars would fill a log with pieces of lines
-        datasets.disable_progress_bars()
-        if not options and not os.path.isdir(path):
-            logger.info("%s: loading from the hub, or from its copy on this machine", name)
-    marks = (os.path.join(path, mark) for mark in ("state.json", "dataset_dict.json"))
-    is_here = os.path.exists(name)
-    verbosity = datasets.logging.get_verbosity()
-    if is_here:  # what is wrong with it is said below, once
-        datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        if any(map(os.path.exists, marks)):
-            found: Any = datasets.load_from_disk(path)
-        else:
-            found = datasets.load_dataset(path, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        fix = (
-            "make it again, or fetch it again"
-            if is_here
-            else "check the name and the network, or give a local copy: "
-            f"{name}:1:/path/to/file.jsonl"
-        )
-        raise UserError(
-            f"{name}: cannot be had through `datasets` ({type(error).__name__}: {reason}); {fix}"
-        ) from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-    rows = _choose_split(found, split, name)
-    for number in range(len(rows)):
-        yield f"{name}[{number}]", rows[number]
-
-
-def _choose_split(found: Any, split: str | None, name: str) -> Any:
-    if not isinstance(found, Mapping):
-        return found
-    names = [str(one) for one in found]
-    if split is None:
-        split = names[0] if len(names) == 1 else _DEFAULT_SPLIT
-        logger.info("%s: reading the split %s (of %s)", name, split, ", ".join(names))
-    if split not in found:
-        raise UserError(f"{name}: has no split {split!r}; {_choice(name, names)}")
-    return found[split]
-
-
-def _choice(name: str, splits: list[str]) -> str:
-    """How to name a split: in the path of a saved dataset, which every command takes."""
-    folders = [os.path.join(name, split) for split in splits]
-    if all(os.path.isdir(folder) for folder in folders):
-        return f"choose one of {', '.join(splits)} (as {folders[0]})"
-    return f"choose one of {', '.join(splits)} (--split)"
-
-
-def _from_hub(hub_name: str, local_copy: str | None, split: str | None, **options: Any) -> Rows:
-    if local_copy is not None:
-        return _path_rows(local_copy, split)
-    return _dataset_rows(hub_name, split, hub_name, **options)
 
 
 def _hub(hub_name: str, fixed_split: str | None = None, **options: Any) -> Reader:
     """A reader of one hub dataset, or of its local copy where a path is given."""
 
     def read(local_copy: str | None, split: str | None) -> Rows:
-        return _from_hub(hub_name, local_copy, fixed_split or split, **options)
+        split = fixed_split or split
+        if local_copy is not None:
+            return path_rows(local_copy, split)
+        return dataset_rows(hub_name, split, hub_name, **options)
 
     return read
 
@@ -245,11 +109,10 @@ def known_names() -> list[str]:
 
 
 def _unknown(name: str) -> UserError:
-    near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(
-        f"{name!r} is no file and no known source{hint}; known are {', '.join(known_names())}; "
-        "a dataset of the hub is named owner/name, a function of your own package.module:name"
+        f"{name!r} is no file and no known source{near_hint(name, known_names(), 0.5)}; known are "
+        f"{', '.join(known_names())}; a dataset of the hub is named owner/name, a function of "
+        "your own package.module:name"
     )
 
 
@@ -271,17 +134,16 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
     if path is None and os.path.exists(name):
         if os.path.isfile(name):
             require_finished(name)
-        return _origin_of_path(name), _path_rows(name, split)
+        return _origin_of_path(name), path_rows(name, split)
     registered = ALIASES.get(name, name)
     if registered in REGISTRY:
         return registered, REGISTRY[registered](path, split)
     if is_own(name):
         return name, own_rows(name, path, split)
     if path is not None:
-        return name, _path_rows(path, split)
+        return name, path_rows(path, split)
     parts = name.split("/")
-    looks_like_path = name.startswith((".", "/", "~")) or name.lower().endswith(DATA_SUFFIXES)
-    if looks_like_path:
+    if name.startswith((".", "/", "~")) or name.lower().endswith(DATA_SUFFIXES):
         raise UserError(f"{name}: there is no such file or folder; check the path")
     if len(parts) < 2 or not all(parts):
         raise _unknown(name)
@@ -292,7 +154,7 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
 def _hub_rows(name: str, hub_name: str, split: str | None, options: dict[str, Any]) -> Rows:
     """Rows of a name that may be the hub's or a registered one, mistyped: both are said."""
     try:
-        yield from _dataset_rows(hub_name, split, name, **options)
+        yield from dataset_rows(hub_name, split, name, **options)
     except UserError as error:
         near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.7)
         if near:

@@ -9,35 +9,26 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rrhf.data.views import first_turn
 from rrhf.records import CandidateSet
 
 
-class _Spread:
-    """Numbers, and where they lie."""
-
-    def __init__(self) -> None:
-        self.values = array("d")
-
-    def add(self, value: float) -> None:
-        self.values.append(value)
-
-    def as_dict(self) -> dict[str, float] | None:
-        """Smallest, mean, median, the value that 95 % do not exceed, largest; None of nothing."""
-        if not self.values:
-            return None
-        ordered = sorted(self.values)
-        last = len(ordered) - 1
-        return {
-            "min": ordered[0],
-            "mean": math.fsum(ordered) / len(ordered),
-            "median": ordered[last // 2],
-            "p95": ordered[min(last, math.ceil(0.95 * len(ordered)) - 1)],
-            "max": ordered[-1],
-        }
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Smallest, mean, median, the value that 95 % do not exceed, largest; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        "min": ordered[0],
+        "mean": math.fsum(ordered) / len(ordered),
+        "median": ordered[last // 2],
+        "p95": ordered[min(last, math.ceil(0.95 * len(ordered)) - 1)],
+        "max": ordered[-1],
+    }
 
 
 def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
@@ -47,8 +38,8 @@ def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
     sources: Counter[str] = Counter()
     finish_reasons: Counter[str] = Counter()
     origins: Counter[str] = Counter()
-    spreads = {
-        name: _Spread()
+    numbers = {
+        name: array("d")
         for name in ("query_characters", "response_characters", "response_words", "scores")
     }
     opened: set[int] = set()
@@ -57,18 +48,17 @@ def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
         figures["conversations"] += item.messages is not None and not item.is_plain
         opened.add(hash(first_turn(item)))
         origins[item.origin] += 1
-        spreads["query_characters"].add(len(item.query))
+        numbers["query_characters"].append(len(item.query))
         histogram[len(item.candidates)] += 1
         for candidate in item.candidates:
             figures["responses"] += 1
             figures["empty_responses"] += not candidate.response.strip()
             sources[candidate.source] += 1
             finish_reasons[candidate.finish_reason] += 1
-            spreads["response_characters"].add(len(candidate.response))
-            spreads["response_words"].add(len(candidate.response.split()))
+            numbers["response_characters"].append(len(candidate.response))
+            numbers["response_words"].append(len(candidate.response.split()))
         scores = [score for score in item.scores if score is not None]
-        for score in scores:
-            spreads["scores"].add(score)
+        numbers["scores"].extend(scores)
         figures["scored_responses"] += len(scores)
         figures["prompts_with_ties"] += len(set(scores)) < len(scores)
         figures["prompts_with_all_scores_equal"] += len(set(scores)) == 1 < len(scores)
@@ -82,7 +72,7 @@ def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
         "sources": dict(sources.most_common()),
         "finish_reasons": dict(finish_reasons.most_common()),
         "origins": dict(origins.most_common()),
-        **{name: spread.as_dict() for name, spread in spreads.items()},
+        **{name: _spread(values) for name, values in numbers.items()},
     }
 
 

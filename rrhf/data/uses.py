@@ -5,14 +5,13 @@ For `rrhf data validate`, which says it before anything is trained.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 
 from rrhf.commands import next_step
 from rrhf.data.columns import columns_flag
 from rrhf.data.reading import SourceCounts
-from rrhf.data.views import demonstrations, pairs
+from rrhf.data.views import demonstrations, pairs, prompt_key
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 
 _MARKS = (CHOSEN_SOURCE, REJECTED_SOURCE)
@@ -25,8 +24,7 @@ def count_uses(sets: Iterable[CandidateSet]) -> Counter[str]:
     seen: set[bytes] = set()  # hashes: prompts may be more than fit into memory
     for s in sets:
         found["prompts"] += 1
-        what = s.query if s.messages is None else repr(s.messages)
-        key = hashlib.blake2b(what.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = prompt_key(s)
         found["different_prompts"] += key not in seen
         seen.add(key)
         found["as_they_stand"] += s.messages is None

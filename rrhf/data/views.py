@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rrhf.data.chat_format import conversation_of
@@ -40,14 +40,20 @@ class View(IndexedSets):
     """
 
     def __init__(
-        self, sets: Sequence[CandidateSet], entries: Iterable[tuple[int, int, int]] = ()
+        self,
+        sets: Sequence[CandidateSet],
+        entries: Iterable[tuple[int, int, int]] = (),
+        shown: Callable[[CandidateSet], CandidateSet] = lambda found: found,
     ) -> None:
         """
         Args:
             sets: what is viewed.
-            entries: (row, first candidate, second candidate), -1 for none; both -1 = all of them.
+            entries: (row, first candidate, second candidate), -1 for none; both -1 = what `shown`
+                leaves of them.
+            shown: what is shown of a row of which no candidate is chosen.
         """
         self._sets = sets
+        self._shown = shown
         self.rows = array("Q")
         self._first = array("l")
         self._second = array("l")
@@ -63,33 +69,17 @@ class View(IndexedSets):
         found = self._sets[self.rows[number]]
         first, second = self._first[number], self._second[number]
         if first == _ALL:
-            return self._show_all(found)
+            return self._shown(found)
         if second == _ALL:
             return replace(found, candidates=(found.candidates[first],))
         chosen = (found.candidates[first], found.candidates[second])
         shown_id = found.id if len(found.candidates) == 2 else f"{found.id}/{first}>{second}"
         return replace(found, id=shown_id, candidates=chosen)
 
-    def _show_all(self, found: CandidateSet) -> CandidateSet:
-        return found
-
-
-class _Groups(View):
-    def _show_all(self, found: CandidateSet) -> CandidateSet:
-        return _scored_only(found)
-
-
-class _Prompts(View):
-    def _show_all(self, found: CandidateSet) -> CandidateSet:
-        return replace(found, candidates=())
-
 
 def _marked(found: CandidateSet, source: str) -> int | None:
     """Which candidate bears the mark; the first, if several do."""
-    for number, candidate in enumerate(found.candidates):
-        if candidate.source == source:
-            return number
-    return None
+    return next((i for i, c in enumerate(found.candidates) if c.source == source), None)
 
 
 def _best(found: CandidateSet) -> int | None:
@@ -176,7 +166,7 @@ def ranked_groups(
                 counts.mend("all_scores_equal", where)
             yield row, _ALL, _ALL
 
-    return _Groups(sets, entries())
+    return View(sets, entries(), _scored_only)
 
 
 def _scored_only(found: CandidateSet) -> CandidateSet:
@@ -199,15 +189,20 @@ def prompts(
     def entries() -> Iterator[tuple[int, int, int]]:
         seen: set[bytes] = set()
         for row, found in enumerate(sets):
-            what = found.query if found.messages is None else repr(found.messages)
-            key = hashlib.blake2b(what.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+            key = prompt_key(found)
             if unique and key in seen:
                 counts.drop("repeated_prompt", f"row {row + 1} ({found.id})")
                 continue
             seen.add(key)
             yield row, _ALL, _ALL
 
-    return _Prompts(sets, entries())
+    return View(sets, entries(), lambda found: replace(found, candidates=()))
+
+
+def prompt_key(found: CandidateSet) -> bytes:
+    """16 bytes that two sets share where they ask the same."""
+    asked = found.query if found.messages is None else repr(found.messages)
+    return hashlib.blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def first_turn(found: CandidateSet) -> str:
@@ -251,13 +246,3 @@ def split_by_first_turn(
                 entries[name].append((row, _ALL, _ALL))
                 break
     return {name: View(sets, chosen) for name, chosen in entries.items()}
-
-
-def split_train_test(
-    sets: Sequence[CandidateSet], test_fraction: float = 0.2, seed: int = 42
-) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
-    """(train, test), sharing no first human turn."""
-    parts = split_by_first_turn(
-        sets, {"test": test_fraction, "train": max(0.0, 1 - test_fraction)}, seed
-    )
-    return parts["train"], parts["test"]

@@ -17,7 +17,6 @@ from rrhf.data.views import (
     prompts,
     ranked_groups,
     split_by_first_turn,
-    split_train_test,
 )
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet, Message
@@ -217,13 +216,6 @@ def test_fractions_below_one_leave_a_rest():
 def test_fractions_that_are_none(fractions: dict[str, float]):
     with pytest.raises(UserError, match="fix them"):
         split_by_first_turn([], fractions)
-
-
-def test_train_and_test():
-    sets = [dialogue(n, 0, f"opening {n % 50}") for n in range(300)]
-    train, test = split_train_test(sets)
-    assert len(train) + len(test) == 300 and len(test) > 0
-    assert not {first_turn(s) for s in train} & {first_turn(s) for s in test}
 
 
 def test_parts_of_the_real_file(shared_data: Path):
