@@ -242,10 +242,9 @@ def rank_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
     rank = 1 + better + (equal - 1) / 2
     last = (valid.sum(-1, keepdim=True) - 1).double()
     centred = torch.where(last > 0, 2 - 4 * (rank - 1) / last.clamp_min(1), torch.zeros_like(rank))
-    is_nan = (rewards.isnan() & valid).any(
-        -1, keepdim=True
-    )  # has no rank, and must come out as one
-    centred = torch.where(is_nan, torch.full_like(rank, torch.nan), centred)
+    # NaN has no rank, and must come out as one.
+    has_nan = (rewards.isnan() & valid).any(-1, keepdim=True)
+    centred = torch.where(has_nan, torch.full_like(rank, torch.nan), centred)
     return torch.where(valid, centred, torch.zeros_like(rank)).to(rewards.dtype)
 
 

@@ -21,7 +21,7 @@ Legend: N rows (responses), T positions.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,53 +86,8 @@ def _k3(difference: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
-class KLController(Protocol):
-    """Where the coefficient of the KL penalty comes from.
-
-    Attributes:
-        coefficient: beta, by which the next rollout's KL is multiplied.
-    """
-
-    coefficient: float
-
-    def update(self, kl: float, num_responses: int) -> None:
-        """Take a finished rollout into account.
-
-        Args:
-            kl: nats per response: the sum of k1 over a response's tokens, averaged over all
-                responses of the rollout, on all ranks.
-            num_responses: how many those were, on all ranks.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class FixedKLController:
-    """The same coefficient from beginning to end."""
-
-    def __init__(self, coefficient: float) -> None:
-        if not (math.isfinite(coefficient) and coefficient >= 0):
-            raise ValueError(f"the KL coefficient is {coefficient}; give zero or more")
-        self.coefficient = float(coefficient)
-
-    def update(self, kl: float, num_responses: int) -> None:
-        """Nothing to follow."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, fit for a checkpoint."""
-        return {"type": "fixed", "coefficient": self.coefficient}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        assert state["type"] == "fixed", "a run resumes with the KL controller that it began with"
-        self.coefficient = float(state["coefficient"])
-
-
-class AdaptiveKLController:
-    """A coefficient that steers the KL towards a target.
+class KLController:
+    """The coefficient of the KL penalty: fixed, or steered so that the KL meets a target.
 
         e = clip(kl / target - 1, -0.2, 0.2)
         coefficient = coefficient * (1 + e * num_responses / horizon)
@@ -146,36 +101,51 @@ class AdaptiveKLController:
     ranks' coefficients drift apart.
 
     Args:
-        coefficient: to begin with; above zero, for zero would never change.
-        target: nats per response.
+        coefficient: beta, to begin with; with a target above zero, for zero would never change.
+        target: nats per response; None = the coefficient stays as it is.
         horizon: responses.
 
+    Attributes:
+        coefficient: beta, by which the next rollout's KL is multiplied.
+
     Raises:
-        ValueError: one of the three is not above zero.
+        ValueError: the coefficient is negative, or with a target one of the three is not above
+            zero.
     """
 
-    def __init__(self, coefficient: float, target: float, horizon: float = 10_000) -> None:
-        for name, value in (
-            ("first adaptive KL coefficient", coefficient),
-            ("KL target", target),
-            ("KL horizon", horizon),
-        ):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"the {name} is {value}; give a number above zero")
+    def __init__(
+        self, coefficient: float, target: float | None = None, horizon: float = 10_000
+    ) -> None:
+        if target is None:
+            if not (math.isfinite(coefficient) and coefficient >= 0):
+                raise ValueError(f"the KL coefficient is {coefficient}; give zero or more")
+        else:
+            given = {
+                "first adaptive KL coefficient": coefficient,
+                "KL target": target,
+                "KL horizon": horizon,
+            }
+            for name, value in given.items():
+                if not (math.isfinite(value) and value > 0):
+                    raise ValueError(f"the {name} is {value}; give a number above zero")
         self.coefficient = float(coefficient)
-        self.target = float(target)
+        self.target = target
         self.horizon = float(horizon)
+        self._kind = "fixed" if target is None else "adaptive"
 
     def update(self, kl: float, num_responses: int) -> None:
         """Raise the coefficient where the KL was above the target, lower it where below.
 
         Args:
-            kl: nats per response, over all ranks; see the class.
-            num_responses: of the rollout, over all ranks.
+            kl: nats per response of a finished rollout: the sum of k1 over a response's tokens,
+                averaged over all responses, on all ranks.
+            num_responses: how many those were, on all ranks.
 
         Raises:
             ValueError: one rollout is five horizons or longer, which could turn the sign.
         """
+        if self.target is None:
+            return
         assert math.isfinite(kl), "a KL that is not finite belongs to the NaN guard, not here"
         if ERROR_LIMIT * num_responses >= self.horizon:
             raise ValueError(
@@ -186,19 +156,10 @@ class AdaptiveKLController:
         self.coefficient *= 1.0 + error * num_responses / self.horizon
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been learnt; target and horizon are the configuration's."""
-        return {"type": "adaptive", "coefficient": self.coefficient}
+        """What has been learnt, as plain numbers; target and horizon are the configuration's."""
+        return {"type": self._kind, "coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        assert state["type"] == "adaptive", "a run resumes with the KL controller it began with"
+        assert state["type"] == self._kind, "a run resumes with the KL controller it began with"
         self.coefficient = float(state["coefficient"])
-
-
-def build_kl_controller(
-    coefficient: float, target: float | None = None, horizon: float = 10_000
-) -> KLController:
-    """Fixed without a target, adaptive with one (nats per response)."""
-    if target is None:
-        return FixedKLController(coefficient)
-    return AdaptiveKLController(coefficient, target, horizon)

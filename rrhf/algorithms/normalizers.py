@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -54,31 +54,8 @@ class Moments:
         )
 
 
-class Normalizer(Protocol):
-    """What both normalisers offer.
-
-    Attributes:
-        count: scores seen so far.
-        mean: their running mean.
-        std: their running deviation; 1 while it is not known.
-    """
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def mean(self) -> float: ...
-
-    @property
-    def std(self) -> float: ...
-
-    def update(self, batch: Tensor | Moments) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-
 class RunningMeanStd:
-    """Mean and deviation of every score seen so far, each with the same weight.
+    """Mean and deviation (1 while not known) of every score seen so far, each with the same weight.
 
     The variance is the population's (divided by n, not n - 1): it equals `numpy.var` of the whole
     stream whatever the batches were, and it is zero, not undefined, for one score. Over the
@@ -104,9 +81,7 @@ class RunningMeanStd:
 
     def update(self, batch: Tensor | Moments) -> None:
         """Take a batch of scores (or the merged moments of all ranks' batches) into account."""
-        self.moments = self.moments.merge(
-            batch if isinstance(batch, Moments) else Moments.of(batch)
-        )
+        self.moments = self.moments.merge(_moments(batch))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, fit for a model's config."""
@@ -130,28 +105,24 @@ class ExponentialMovingAverage:
         assert 0.0 <= momentum < 1.0, "the momentum of a moving average lies in [0, 1)"
         self.momentum = momentum
         self.count = 0
-        self._mean = 0.0
-        self._variance: float | None = None
-
-    @property
-    def mean(self) -> float:
-        return self._mean
+        self.mean = 0.0
+        self.variance: float | None = None
 
     @property
     def std(self) -> float:
-        return 1.0 if self._variance is None else math.sqrt(self._variance)
+        return 1.0 if self.variance is None else math.sqrt(self.variance)
 
     def update(self, batch: Tensor | Moments) -> None:
         """Take a batch of scores (or the merged moments of all ranks' batches) into account."""
-        moments = batch if isinstance(batch, Moments) else Moments.of(batch)
+        moments = _moments(batch)
         if moments.count == 0:
             return
-        self._mean = moments.mean if self.count == 0 else self._blend(self._mean, moments.mean)
+        self.mean = moments.mean if self.count == 0 else self._blend(self.mean, moments.mean)
         self.count += moments.count
         if moments.count > 1:
             variance = moments.squared_deviations / (moments.count - 1)
-            known = self._variance
-            self._variance = variance if known is None else self._blend(known, variance)
+            known = self.variance
+            self.variance = variance if known is None else self._blend(known, variance)
 
     def _blend(self, old: float, batch: float) -> float:
         return self.momentum * old + (1.0 - self.momentum) * batch
@@ -162,9 +133,17 @@ class ExponentialMovingAverage:
             "type": "ExponentialMovingAverage",
             "momentum": self.momentum,
             "count": self.count,
-            "mean": self._mean,
-            "variance": self._variance,
+            "mean": self.mean,
+            "variance": self.variance,
         }
+
+
+Normalizer = RunningMeanStd | ExponentialMovingAverage
+"""Both have the `count` of the scores seen so far, their `mean` and their `std`."""
+
+
+def _moments(batch: Tensor | Moments) -> Moments:
+    return batch if isinstance(batch, Moments) else Moments.of(batch)
 
 
 def build_normalizer(normalizer_type: str, momentum: float = 0.9) -> Normalizer:
@@ -185,11 +164,11 @@ def normalizer_from_state(state: dict[str, Any]) -> Normalizer:
         normalizer.moments = Moments(
             int(state["count"]), float(state["mean"]), float(state["squared_deviations"])
         )
-    elif isinstance(normalizer, ExponentialMovingAverage):
+    else:
         normalizer.count = int(state["count"])
-        normalizer._mean = float(state["mean"])
+        normalizer.mean = float(state["mean"])
         variance = state["variance"]
-        normalizer._variance = None if variance is None else float(variance)
+        normalizer.variance = None if variance is None else float(variance)
     return normalizer
 
 

@@ -198,6 +198,10 @@ def entropy_losses(entropy: Tensor, mask: Tensor) -> Tensor:
 Pair = tuple[Tensor, Tensor]
 
 
+def _totals(values: dict[str, Tensor], mask: Tensor) -> dict[str, Pair]:
+    return {name: (masked_sum(value, mask).sum(), mask.sum()) for name, value in values.items()}
+
+
 @torch.no_grad()
 def policy_metrics(
     logprobs: Tensor,
@@ -228,8 +232,7 @@ def policy_metrics(
     if dual_clip is not None:
         is_held = (advantages < 0) & (torch.maximum(free, clipped) > -dual_clip * advantages)
         metrics["dual_clip_share"] = is_held.to(ratio.dtype)
-    count = mask.sum()
-    return {name: (masked_sum(value, mask).sum(), count) for name, value in metrics.items()}
+    return _totals(metrics, mask)
 
 
 @torch.no_grad()
@@ -258,8 +261,7 @@ def value_metrics(
         "return": returns,
         "value_clip_share": (clipped > free).to(values.dtype),
     }
-    count = mask.sum()
-    return {name: (masked_sum(value, mask).sum(), count) for name, value in metrics.items()}
+    return _totals(metrics, mask)
 
 
 def explained_variance_sums(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from rrhf.algorithms.kl import (
-    AdaptiveKLController,
-    FixedKLController,
-    build_kl_controller,
+    KLController,
     token_kl,
 )
 from rrhf.algorithms.masked import length_mask
@@ -229,7 +227,7 @@ def looped_coefficients(clip: float = 0.2, shift: int = 0, per_token: float = 1.
 
 
 def test_the_adaptive_coefficient_over_a_random_walk_equals_a_loop() -> None:
-    controller = AdaptiveKLController(0.15, target=6.0, horizon=10_000)
+    controller = KLController(0.15, target=6.0, horizon=10_000)
     got = []
     for kl, n in walk():
         controller.update(kl, n)
@@ -246,14 +244,14 @@ def test_the_adaptive_coefficient_over_a_random_walk_equals_a_loop() -> None:
 
 def test_a_resumed_controller_equals_the_straight_one_bit_for_bit() -> None:
     observed = walk(50)
-    straight = build_kl_controller(0.15, 6.0, 1000)
+    straight = KLController(0.15, 6.0, 1000)
     for kl, n in observed:
         straight.update(kl, n)
     for cut in (0, 1, 30, 50):
-        first = build_kl_controller(0.15, 6.0, 1000)
+        first = KLController(0.15, 6.0, 1000)
         for kl, n in observed[:cut]:
             first.update(kl, n)
-        second = build_kl_controller(0.15, 6.0, 1000)
+        second = KLController(0.15, 6.0, 1000)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         for kl, n in observed[cut:]:
             second.update(kl, n)
@@ -261,29 +259,29 @@ def test_a_resumed_controller_equals_the_straight_one_bit_for_bit() -> None:
 
 
 def test_a_fixed_coefficient_stays() -> None:
-    controller = build_kl_controller(0.02)
-    assert isinstance(controller, FixedKLController)
+    controller = KLController(0.02)
+    assert controller.target is None
     controller.update(100.0, 64)
     assert controller.coefficient == 0.02
-    other = build_kl_controller(0.5)
+    other = KLController(0.5)
     other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
     assert other.coefficient == 0.02
     with pytest.raises(AssertionError, match="resumes"):
-        build_kl_controller(0.1, 6.0).load_state_dict(controller.state_dict())
+        KLController(0.1, 6.0).load_state_dict(controller.state_dict())
     with pytest.raises(AssertionError, match="resumes"):
-        controller.load_state_dict(build_kl_controller(0.1, 6.0).state_dict())
+        controller.load_state_dict(KLController(0.1, 6.0).state_dict())
 
 
 def test_bad_coefficients_are_refused_with_their_value() -> None:
     with pytest.raises(ValueError, match=r"-0\.1"):
-        build_kl_controller(-0.1)
+        KLController(-0.1)
     with pytest.raises(ValueError, match="KL target is 0"):
-        build_kl_controller(0.1, 0.0)
+        KLController(0.1, 0.0)
     with pytest.raises(ValueError, match="first adaptive KL coefficient is 0"):
-        build_kl_controller(0.0, 6.0)
+        KLController(0.0, 6.0)
     with pytest.raises(ValueError, match="KL horizon is -5"):
-        build_kl_controller(0.1, 6.0, -5)
+        KLController(0.1, 6.0, -5)
     with pytest.raises(ValueError, match="horizon above 20"):
-        build_kl_controller(0.1, 6.0, 15).update(6.0, 100)
+        KLController(0.1, 6.0, 15).update(6.0, 100)
     with pytest.raises(AssertionError, match="NaN guard"):
-        build_kl_controller(0.1, 6.0).update(math.nan, 10)
+        KLController(0.1, 6.0).update(math.nan, 10)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rrhf.algorithms.kl import KLController, build_kl_controller
+from rrhf.algorithms.kl import KLController
 from rrhf.algorithms.normalizers import Normalizer, RunningMeanStd
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
@@ -115,7 +115,7 @@ def train(config: PPOConfig) -> Path:
             offload.add_trained(root.value, {"read", TRAIN})
         writer = RolloutWriter(root, reference, scorer, config, bench)
         fitting, num_cut = fitting_prompts(prompts, writer, config.train_datasets)
-        controller = build_kl_controller(
+        controller = KLController(
             config.kl_coeff, config.kl_target if config.adaptive_kl else None, config.kl_horizon
         )
         method = METHODS[config.method]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ppo_cases import settings
 
-from rrhf.algorithms.kl import FixedKLController
+from rrhf.algorithms.kl import KLController
 from rrhf.data.collate import EncodedSet, TokenBatch, TokenExperience, collate
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.online.objective import PPOObjective
@@ -83,7 +83,7 @@ def outputs(rows: list[list[Token]] = ROWS, filler: bool = True) -> ActorCriticO
 
 def objective(coefficient: float = 0.05, **changes: Any) -> PPOObjective:
     config = settings(Path("w"), "o", **changes)
-    return PPOObjective(config, FixedKLController(coefficient))
+    return PPOObjective(config, KLController(coefficient))
 
 
 def surrogate(token: Token, low: float, high: float, dual: float | None = None) -> float:
@@ -152,7 +152,7 @@ def test_the_kl_in_the_loss_is_that_from_the_reference_at_the_controllers_coeffi
         sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-5
     )
     assert term.weight == 0.7
-    made._controller = FixedKLController(0.2)
+    made._controller = KLController(0.2)
     assert made(outputs(), batch())["kl"].weight == 0.2
     assert "kl" not in objective(coefficient=0.7)(outputs(), batch())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer_cases import metrics_of
 from transformers import AutoModelForSequenceClassification
 
-from rrhf.algorithms.kl import build_kl_controller
+from rrhf.algorithms.kl import KLController
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import TokenBatch, TokenExperience
 from rrhf.models.forward.layouts import FastPolicy, build_policy
@@ -86,7 +86,7 @@ def experience() -> TokenBatch:
 def step(actor: ActorCritic, config: ppo.PPOConfig) -> tuple[dict[str, float], Tensor]:
     """What is logged of a step, and its whole gradient."""
     batch = experience()
-    objective = PPOObjective(config, build_kl_controller(0.1, None, 1.0))
+    objective = PPOObjective(config, KLController(0.1, None, 1.0))
     terms = objective(actor(batch), batch)
     counts = objective.denominators(batch)
     loss = torch.stack([t.total * t.weight / counts[n] for n, t in terms.items()]).sum()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ppo_cases import settings
 
-from rrhf.algorithms.kl import AdaptiveKLController
+from rrhf.algorithms.kl import KLController
 from rrhf.algorithms.normalizers import RunningMeanStd
 from rrhf.data.collate import TokenBatch
 from rrhf.errors import UserError
@@ -91,7 +91,7 @@ def stream(
 ) -> PPOStream:
     config = settings(Path("w"), "o", **SIZES | changes)
     prompts = [CandidateSet(str(n), str(n)) for n in range(num_prompts)]
-    controller = AdaptiveKLController(0.1, 0.15, 100.0)
+    controller = KLController(0.1, 0.15, 100.0)
     normalizer = RunningMeanStd()
     writer = writer or Writer(config.num_return_sequences)
     sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)

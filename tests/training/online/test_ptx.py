@@ -12,7 +12,7 @@ from ppo_cases import build_world, save_demonstrations, settings
 from torch import Tensor
 from trainer_cases import metrics_of, same_weights
 
-from rrhf.algorithms.kl import FixedKLController
+from rrhf.algorithms.kl import KLController
 from rrhf.data.collate import EncodedSet, TokenBatch, TokenExperience, collate
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.online import ppo
@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def objective(is_frozen: bool = False, **changes: Any) -> PtxObjective:
     config = settings(Path("w"), "o", **changes)
-    inner = PPOObjective(config, FixedKLController(config.kl_coeff))
+    inner = PPOObjective(config, KLController(config.kl_coeff))
     inner.policy_is_frozen = is_frozen
     return PtxObjective(inner, 0.5)
 
