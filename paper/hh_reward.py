@@ -39,6 +39,7 @@ from rrhf.cli.places import read_settings
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, collate
+from rrhf.data.columns import DataOptions
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import first_turn, pairs, ranked_groups, split_by_first_turn
@@ -124,7 +125,10 @@ def run(config: HHRewardConfig) -> Path:
     edited = settings.pop("accept_edited_files")
     _require_same_settings(folder, settings)
     counts = SourceCounts()
-    found = pairs(load_sets(config.data_path, counts=counts, accept_edited=edited), counts)
+    found = pairs(
+        load_sets(config.data_path, counts=counts, options=DataOptions(accept_edited_files=edited)),
+        counts,
+    )
     share = 1 / config.num_folds
     folds = split_by_first_turn(
         found, {str(number): share for number in range(config.num_folds)}, config.seed

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from rrhf.cli.flags import parse_config
 from rrhf.cli.menu import Menu
 from rrhf.commands import next_step
-from rrhf.data.columns import ColumnOptions
+from rrhf.data.columns import DataOptions
 from rrhf.errors import EXIT_DONE, UserError
-from rrhf.seals import EditedFiles
 
 ACTIONS = {
     "validate": "check data files; report every mistake with file, line, field and fix",
@@ -32,7 +31,7 @@ SERVED = {
 
 
 @dataclass
-class ValidateConfig(EditedFiles, ColumnOptions):
+class ValidateConfig(DataOptions):
     """Check data files: report how each is read, what it can be used for, and every mistake with
     its line and fix. Writes nothing."""
 
@@ -43,7 +42,7 @@ class ValidateConfig(EditedFiles, ColumnOptions):
 
 
 @dataclass
-class StatsConfig(EditedFiles, ColumnOptions):
+class StatsConfig(DataOptions):
     """Measure a data source: its rows, responses per prompt, ties, lengths and scores."""
 
     data: str = field(metadata={"names": "data", "positional": True})
@@ -70,12 +69,9 @@ def main(argv: list[str]) -> int:
     if MENU.is_shown(argv):
         return EXIT_DONE
     action, rest = argv[0], argv[1:]
-    if action == "validate":
-        return validate(rest)
-    if action == "convert":
-        return convert(rest)
-    if action == "stats":
-        return stats(rest)
+    run = {"validate": validate, "convert": convert, "stats": stats}.get(action)
+    if run is not None:
+        return run(rest)
     if action in SERVED:
         raise UserError(f"rrhf data: there is no action {action!r}; {SERVED[action]} does that")
     raise MENU.unknown(action)
@@ -152,14 +148,7 @@ def stats(argv: list[str]) -> int:
 
     config = parse_config(StatsConfig, argv, "rrhf data stats")
     counts = SourceCounts()
-    sets = load_sets(
-        config.data,
-        config.seed,
-        config.split,
-        counts,
-        accept_edited=config.accept_edited_files,
-        columns=config.columns,
-    )
+    sets = load_sets(config.data, config.seed, config.split, counts, config)
     figures = {"rows_read": counts.read, "rows_left_out": dict(counts.dropped)}
     figures |= measure_sets(sets)
     print(json.dumps(figures, ensure_ascii=False) if config.json else format_figures(figures))

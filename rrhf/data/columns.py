@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from rrhf.errors import UserError
+from rrhf.seals import EditedFiles
 
 # In each family the names mean the same; the first one that a row has is read.
 PROMPTS = ("prompt", "query", "question", "instruction", "input")
@@ -51,6 +52,17 @@ class ColumnOptions:
     columns: str | None = field(default=None, kw_only=True)
     """Names of the data's columns where they are not recognised, such as
     prompt=question,response=reply; unread=NAME leaves a column out."""
+
+
+@dataclass
+class DataOptions(EditedFiles, ColumnOptions):
+    """How the files and columns of data are read."""
+
+    def for_other_data(self) -> DataOptions:
+        """The same for further data of a command; a column that they all lack is only warned of."""
+        others = DataOptions(accept_edited_files=self.accept_edited_files, columns=self.columns)
+        others.columns_may_miss = True
+        return others
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rrhf.data.candidate_files import write_candidate_sets
-from rrhf.data.columns import ColumnOptions
+from rrhf.data.columns import DataOptions
 from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
@@ -29,7 +29,7 @@ from rrhf.manifests import COMPLETE, forget_manifest, require_own_manifest_place
 from rrhf.os_errors import explained_os_errors
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
-from rrhf.seals import EditedFiles, seal
+from rrhf.seals import seal
 from rrhf.user_code import source_file
 
 _PART_NAME = re.compile(r"[\w+-](?:[\w .+-]{0,98}[\w+-])?")
@@ -40,7 +40,7 @@ Form = Literal["candidates", "preference", "prompts"]
 
 
 @dataclass
-class ConvertConfig(EditedFiles, ColumnOptions):
+class ConvertConfig(DataOptions):
     """Convert a data source to a candidate file, preference rows or prompts; with --parts, split it
     so that rows with the same first human turn stay together."""
 
@@ -114,15 +114,7 @@ def convert(config: ConvertConfig) -> dict[str, int]:
         UserError: as the sources say it; nothing is written then.
     """
     counts = SourceCounts()
-    sets = load_sets(
-        config.data,
-        config.seed,
-        config.split,
-        counts,
-        config.new_ids,
-        accept_edited=config.accept_edited_files,
-        columns=config.columns,
-    )
+    sets = load_sets(config.data, config.seed, config.split, counts, config, new_ids=config.new_ids)
     found: dict[str, Sequence[CandidateSet]] = {config.output: sets}
     if config.parts:
         parts = split_by_first_turn(sets, config.parts, config.seed)

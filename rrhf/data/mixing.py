@@ -28,7 +28,7 @@ from fractions import Fraction
 from typing import Any
 
 from rrhf.data.candidate_files import CandidateFile
-from rrhf.data.columns import ColumnNames, parse_columns
+from rrhf.data.columns import ColumnNames, DataOptions, parse_columns
 from rrhf.data.formats import (
     CANDIDATE_COLUMNS,
     CANDIDATES,
@@ -237,10 +237,9 @@ def load_sets(
     seed: int = 0,
     split: str | None = None,
     counts: SourceCounts | None = None,
+    options: DataOptions | None = None,
+    *,
     new_ids: bool = False,
-    accept_edited: bool = False,
-    columns: str | None = None,
-    columns_may_miss: bool = False,
 ) -> CandidateFile | Mixture:
     """The records of a mixture by index; everything is checked before this returns.
 
@@ -249,25 +248,25 @@ def load_sets(
         seed: decides which rows are drawn where a proportion is no whole number.
         split: the split of named datasets.
         counts: filled with what was read and dropped.
+        options: whether changed files are read, what the columns are called, and whether a name
+            that no row has is only warned of, because these are not the only data.
         new_ids: forget the ids that candidate files give, which may repeat; make them from the
             prompts.
-        accept_edited: read files also where they are not as their manifests describe them.
-        columns: what the columns are called (`rrhf.data.columns`), where not as they are known.
-        columns_may_miss: only warn of a name that no row has: these are not the only data.
 
     Raises:
         UserError: as `rrhf.data.sources.read_sets`, no row has a column that `columns` names, or
             nothing is left.
     """
     counts = SourceCounts() if counts is None else counts
-    names = parse_columns(columns)
+    options = options or DataOptions()
+    names = parse_columns(options.columns)
     parts: list[CandidateFile] = []
     rows: list[Sequence[int]] = []
     for position, spec in enumerate(parse_mixture(specs)):
         if spec.is_skipped:
             logger.info("%s: skipped, its proportion is 0", spec.name)
             continue
-        part = _open_part(spec, split, counts, new_ids, accept_edited, names)
+        part = _open_part(spec, split, counts, new_ids, options.accept_edited_files, names)
         parts.append(part)
         wanted = spec.number_of_rows(len(part))
         if wanted > max(len(part), MOST_ROWS):
@@ -279,7 +278,7 @@ def load_sets(
         draw = f"{seed}/{position}/{spec.name}"
         rows.append(range(wanted) if is_whole else choose_rows(len(part), wanted, draw))
     for told in names.never_seen(str(specs)) if parts else ():
-        if not columns_may_miss:
+        if not options.columns_may_miss:
             raise UserError(told)
         logger.warning("%s", told)
     if not any(rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rrhf.data.columns import ColumnOptions
+from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
 from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES
 from rrhf.evaluation.metrics import METRICS
@@ -13,14 +13,13 @@ from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import SEED, SHARE, check_ranges
 from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
-from rrhf.seals import EditedFiles
 from rrhf.worlds import WORLDS
 
 MAX_UNSCORED_FRACTION = 0.01
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RewardModelOptions, EditedFiles, ColumnOptions):
+class EvaluateConfig(RewardModelOptions, DataOptions):
     """Measure a policy, or existing responses, on held-out prompts and write one row per way of
     answering."""
 

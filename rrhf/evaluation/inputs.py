@@ -45,21 +45,17 @@ def load_evaluation_data(config: EvaluateConfig) -> EvaluationData:
 
     References and pairs are those of the prompts' own rows where no other data is named.
     """
-    load = partial(
-        load_sets,
-        split=config.split,
-        accept_edited=config.accept_edited_files,
-        columns=config.columns,
-    )
-    sets = choose(unique_prompts(load(config.prompts)), config.num_prompts)
+    load = partial(load_sets, split=config.split, options=config.for_other_data())
+    prompts = load_sets(config.prompts, split=config.split, options=config)
+    sets = choose(unique_prompts(prompts), config.num_prompts)
     human = own_references(sets)
     if config.human_responses:
-        other = load(config.human_responses, columns_may_miss=True)
+        other = load(config.human_responses)
         human = choose(demonstrations(other), config.num_human_responses)
     marked = [s for s in sets if any(c.source == REJECTED_SOURCE for c in s.candidates)]
     found = list(pairs(marked)) if marked else []
     if config.pairs:
-        other = load(config.pairs, columns_may_miss=True)
+        other = load(config.pairs)
         found = choose(pairs(other), config.num_human_responses)
     return EvaluationData(sets, human, found)
 

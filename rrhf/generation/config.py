@@ -6,14 +6,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rrhf.data.columns import ColumnOptions
+from rrhf.data.columns import DataOptions
 from rrhf.data.mixing import require_not_read
 from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
 from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
 from rrhf.ranges import INDEX, POSITIVE, SEED, check_ranges
-from rrhf.seals import EditedFiles
 
 
 @dataclass(kw_only=True)
@@ -61,7 +60,7 @@ class SamplingOptions:
 
 
 @dataclass
-class GenerateConfig(SamplingOptions, EditedFiles, ColumnOptions):
+class GenerateConfig(SamplingOptions, DataOptions):
     """Sample responses to prompts with a policy and write a candidate file."""
 
     model_name_or_path: str = field(metadata={"names": "engine's model"})

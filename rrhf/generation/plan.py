@@ -119,14 +119,6 @@ def _read(config: GenerateConfig, counts: SourceCounts) -> Sequence[CandidateSet
     """The prompts of a source, or the one that the command line gives."""
     text = prompt_text(config.prompts)
     if text is None:
-        return load_sets(
-            config.prompts,
-            config.seed,
-            config.split,
-            counts,
-            accept_edited=config.accept_edited_files,
-            columns=config.columns,
-            columns_may_miss=config.columns_may_miss,
-        )
+        return load_sets(config.prompts, config.seed, config.split, counts, config)
     counts.read = counts.kept = 1
     return [plain_prompt(text)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rrhf.data.columns import ColumnOptions
+from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
 from rrhf.files import is_same_file
 from rrhf.models.forward.names import Layout
 from rrhf.ranges import COUNT, INDEX, POSITIVE, check_ranges
-from rrhf.seals import EditedFiles
 
 OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
 
@@ -62,7 +61,7 @@ class RewardModelOptions:
 
 
 @dataclass
-class ScoreConfig(RewardModelOptions, EditedFiles, ColumnOptions):
+class ScoreConfig(RewardModelOptions, DataOptions):
     """Score the responses in a file and write them to a candidate file with their scores."""
 
     input_file: str = field(

@@ -158,12 +158,7 @@ class _Stage:
     # Before.
 
     def _read_input(self) -> Input:
-        sets = load_sets(
-            self.config.input_file,
-            counts=self.counts,
-            accept_edited=self.config.accept_edited_files,
-            columns=self.config.columns,
-        )
+        sets = load_sets(self.config.input_file, counts=self.counts, options=self.config)
         if isinstance(sets, CandidateFile):
             digest, to_score = sets.digest, sets.num_candidates
         else:

@@ -98,6 +98,7 @@ def test_no_configuration_is_forgotten() -> None:
         "GroupSettings",
         "ResponseGenConfig",
         "ColumnOptions",
+        "DataOptions",
     }
     known = {config.__name__ for config in CONFIGS} | without_numbers | inherited | inner
     for module in pkgutil.walk_packages(rrhf.__path__, "rrhf."):

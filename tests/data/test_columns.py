@@ -15,6 +15,7 @@ from shape_cases import (
 from tiny import save_tiny
 
 from rrhf.cli.main import main
+from rrhf.data.columns import DataOptions
 from rrhf.data.mixing import load_sets
 
 
@@ -53,7 +54,7 @@ def test_a_column_that_no_row_has_is_told_of_all_files_together(
     both = [*map(str, paths)]
     good, bad = "prompt=frage,unread=x,unread=y", "prompt=frage,unread=z"
     assert main(["data", "validate", *both, "--columns", good]) == 0
-    assert len(load_sets(both, columns=good)) == 3
+    assert len(load_sets(both, options=DataOptions(columns=good))) == 3
     assert main(["data", "validate", *both, "--columns", bad]) == 2
     said = capsys.readouterr().err
     told = "--columns unread=z: no row of {} has a column 'z'; the columns are frage, prompt, x, y"
@@ -62,7 +63,7 @@ def test_a_column_that_no_row_has_is_told_of_all_files_together(
         assert main(["data", *words, "--columns", bad]) == 2
         assert "has a column 'z'" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
-    assert len(load_sets(both[0], columns=bad, columns_may_miss=True)) == 1
+    assert len(load_sets(both[0], options=DataOptions(columns=bad).for_other_data())) == 1
     assert "no row of" in caplog.text
 
 
@@ -81,5 +82,5 @@ def test_a_mapping_is_looked_at_before_anything_is_loaded(
 
 def test_columns_of_other_names_hold_lists_too(tmp_path: Path) -> None:
     write_cells(path := tmp_path / "data.csv", {"frage": ASKED, "texte": [A, B]}, cell, ",")
-    [found] = load_sets(str(path), columns="prompt=frage,responses=texte")
+    [found] = load_sets(str(path), options=DataOptions(columns="prompt=frage,responses=texte"))
     assert [c.response for c in found.candidates] == [A, B]

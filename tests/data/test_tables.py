@@ -20,6 +20,7 @@ from shape_cases import (
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.data.columns import DataOptions
 from rrhf.data.mixing import load_sets
 from rrhf.errors import UserError
 
@@ -75,7 +76,7 @@ def test_a_table_shows_its_separator_in_its_first_line(
     [found] = load_sets(str(path))
     assert (found.query, triples(found)) == ("a, b; c\td|e", DEMONSTRATION)
     write_cells(path, {"frage": ASKED, "antwort": A}, str, mark)
-    [found] = load_sets(str(path), columns="prompt=frage,response=antwort")
+    [found] = load_sets(str(path), options=DataOptions(columns="prompt=frage,response=antwort"))
     assert (found.query, triples(found)) == (ASKED, DEMONSTRATION)
 
 

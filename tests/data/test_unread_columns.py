@@ -10,6 +10,7 @@ import pytest
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.data.columns import DataOptions
 from rrhf.data.mixing import load_sets
 from rrhf.manifests import read_manifest
 
@@ -87,9 +88,18 @@ def test_a_list_by_another_name_is_read_where_it_is_named_or_left_out(
     for row in ({"prompt": "p"}, {"query": "p"}):
         row |= {"responses": ["a", "b"], column: [3, 1]}
         path.write_text(json.dumps(row) + "\n")
-        assert load_sets(str(path), columns=f"ranks={column}")[0].scores == (-3.0, -1.0)
-        assert load_sets(str(path), columns=f"scores={column}")[0].scores == (3.0, 1.0)
-        assert load_sets(str(path), columns=f"unread={column}")[0].scores == (None, None)
+        assert load_sets(str(path), options=DataOptions(columns=f"ranks={column}"))[0].scores == (
+            -3.0,
+            -1.0,
+        )
+        assert load_sets(str(path), options=DataOptions(columns=f"scores={column}"))[0].scores == (
+            3.0,
+            1.0,
+        )
+        assert load_sets(str(path), options=DataOptions(columns=f"unread={column}"))[0].scores == (
+            None,
+            None,
+        )
         path.write_text(json.dumps({**row, "scores": [1, 2]}) + "\n")
         assert load_sets(str(path))[0].scores == (1.0, 2.0)
 

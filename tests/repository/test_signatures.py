@@ -32,6 +32,7 @@ def is_public(name: str) -> bool:
     ("room", "least"),
     [
         ("training", 200),
+        ("data", 150),
         ("scoring", 20),
         ("algorithms", 50),
         ("generation", 50),

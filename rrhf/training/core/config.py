@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from rrhf.data.columns import ColumnOptions
+from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
 from rrhf.models.forward.names import Layout
 from rrhf.ranges import (
@@ -18,7 +18,6 @@ from rrhf.ranges import (
     SHARE,
     check_ranges,
 )
-from rrhf.seals import EditedFiles
 
 _RANGES = {
     "num_train_epochs": NOT_NEGATIVE,
@@ -71,7 +70,7 @@ class GroupSettings:
 
 
 @dataclass
-class TrainingConfig(EditedFiles, ColumnOptions):
+class TrainingConfig(DataOptions):
     """Settings that all stages of `rrhf train` share."""
 
     model_name_or_path: str = field(metadata={"names": "model", "aliases": ["model_name"]})

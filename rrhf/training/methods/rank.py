@@ -131,19 +131,11 @@ def train(config: RankConfig) -> Path:
     """
     with opened_workbench(config) as bench:
         read = SourceCounts()
-        edited = config.accept_edited_files
-        sets = load_sets(
-            config.data_path, config.seed, counts=read, accept_edited=edited, columns=config.columns
-        )
+        sets = load_sets(config.data_path, config.seed, counts=read, options=config)
         held_out = None
         if config.eval_data_path:
-            held_out = load_sets(
-                config.eval_data_path,
-                config.seed,
-                accept_edited=edited,
-                columns=config.columns,
-                columns_may_miss=True,
-            )
+            others = config.for_other_data()
+            held_out = load_sets(config.eval_data_path, config.seed, options=others)
         loss = rank_loss(config)
         model = load_trainable_causal_lm(config)
         window = context_window(model)

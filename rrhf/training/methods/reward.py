@@ -250,19 +250,14 @@ def _load(
     config: RewardConfig, counts: SourceCounts, held_out_counts: SourceCounts
 ) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
     """Ranked groups to train on, and held-out ones (maybe none)."""
-    edited = config.accept_edited_files
-    sets = load_sets(
-        config.data_path, config.seed, counts=counts, accept_edited=edited, columns=config.columns
-    )
+    sets = load_sets(config.data_path, config.seed, counts=counts, options=config)
     groups = ranked_groups(sets, counts)
     if config.validation_datasets is not None:
         others = load_sets(
             config.validation_datasets,
             config.seed,
             counts=held_out_counts,
-            accept_edited=edited,
-            columns=config.columns,
-            columns_may_miss=True,
+            options=config.for_other_data(),
         )
         return groups, ranked_groups(others, held_out_counts)
     if config.validation_fraction == 0:

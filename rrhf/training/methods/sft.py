@@ -118,21 +118,14 @@ def train(config: SFTConfig) -> Path:
     """
     with opened_workbench(config) as bench:
         read = SourceCounts()
-        edited = config.accept_edited_files
-        found = load_sets(
-            config.data_path, config.seed, counts=read, accept_edited=edited, columns=config.columns
-        )
+        found = load_sets(config.data_path, config.seed, counts=read, options=config)
         sets = demonstrations(found, read)
         held_out = None
         if config.eval_data_path:
-            others = load_sets(
-                config.eval_data_path,
-                config.seed,
-                accept_edited=edited,
-                columns=config.columns,
-                columns_may_miss=True,
+            options = config.for_other_data()
+            held_out = demonstrations(
+                load_sets(config.eval_data_path, config.seed, options=options)
             )
-            held_out = demonstrations(others)
         policy = _policy(config, bench)
         encode = _encoder(config, bench)
         examples = encoded(config.data_path, sets, encode, read, columns=config.columns)

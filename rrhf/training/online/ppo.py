@@ -84,23 +84,11 @@ def train(config: PPOConfig) -> Path:
         )
         bench = replace(opened, phases=phases)
         read = SourceCounts()
-        edited = config.accept_edited_files
-        prompts = load_sets(
-            config.train_datasets,
-            config.seed,
-            counts=read,
-            accept_edited=edited,
-            columns=config.columns,
-        )
+        prompts = load_sets(config.train_datasets, config.seed, counts=read, options=config)
         held_out: Sequence[CandidateSet] = ()
         if config.eval_datasets:
-            held_out = load_sets(
-                config.eval_datasets,
-                config.seed,
-                accept_edited=edited,
-                columns=config.columns,
-                columns_may_miss=True,
-            )
+            others = config.for_other_data()
+            held_out = load_sets(config.eval_datasets, config.seed, options=others)
         root = build_root(config, bench)
         # With LoRA the first policy is this one, adapters off.
         reference = None if config.use_lora else frozen_copy(bench, config.temperature)
@@ -254,15 +242,8 @@ def _demonstrations(
 ) -> OfflineStream:
     """Batches of `--ptx_datasets`, as large as those of experience."""
     assert config.ptx_datasets is not None, "there are no demonstrations"
-    edited = config.accept_edited_files
     sets = demonstrations(
-        load_sets(
-            config.ptx_datasets,
-            config.seed,
-            accept_edited=edited,
-            columns=config.columns,
-            columns_may_miss=True,
-        )
+        load_sets(config.ptx_datasets, config.seed, options=config.for_other_data())
     )
     encode = SFTEncoder(RowFitter(bench.codec, config.model_max_length))
     examples = EncodedExamples(sets, encode)
