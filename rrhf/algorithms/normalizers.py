@@ -12,7 +12,7 @@ file carries them exactly. Several ranks merge their `Moments`, so all hold the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -85,12 +85,7 @@ class RunningMeanStd:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, fit for a model's config."""
-        return {
-            "type": "RunningMeanStd",
-            "count": self.moments.count,
-            "mean": self.moments.mean,
-            "squared_deviations": self.moments.squared_deviations,
-        }
+        return {"type": "RunningMeanStd", **asdict(self.moments)}
 
 
 class ExponentialMovingAverage:

@@ -14,6 +14,8 @@ Legend: N rows (responses), T positions.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -86,19 +88,35 @@ def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+class Clips(NamedTuple):
+    """How far an update may go: distances of the ratio from 1, and a bound on the loss.
+
+    Two ranges make the clip asymmetric: a wider `high` lets unlikely tokens grow (Yu et al. 2025,
+    DAPO, arXiv:2503.14476).
+
+    Attributes:
+        low: 0 to 1.
+        high: at least 0.
+        dual: c, above 1: a loss where A < 0 is held at -c * A (Ye et al. 2020, arXiv:1912.09729),
+            without a gradient there; None leaves it unbounded.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+
+
+DEFAULT_CLIPS = Clips()
+
+
 def _surrogates(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_range_low: float,
-    clip_range_high: float,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clips: Clips
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses without and with the clip, and the advantages, zero outside the mask."""
-    assert 0 <= clip_range_low <= 1 and clip_range_high >= 0, "a clip range is a distance from 1"
+    assert 0 <= clips.low <= 1 and clips.high >= 0, "a clip range is a distance from 1"
     ratio = log_ratios(logprobs, old_logprobs, mask).exp()
     advantages = torch.where(mask, advantages.detach(), torch.zeros_like(ratio))
-    clipped = ratio.clamp(1 - clip_range_low, 1 + clip_range_high)
+    clipped = ratio.clamp(1 - clips.low, 1 + clips.high)
     return -ratio * advantages, -clipped * advantages, advantages
 
 
@@ -107,37 +125,29 @@ def policy_losses(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range_low: float = 0.2,
-    clip_range_high: float = 0.2,
-    dual_clip: float | None = None,
+    clips: Clips = DEFAULT_CLIPS,
 ) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) for every token.
 
-    Schulman et al. 2017, equation 7. Two ranges make it asymmetric: a wider `clip_range_high` lets
-    unlikely tokens grow (Yu et al. 2025, DAPO, arXiv:2503.14476). The minimum bounds what a token
-    can gain, never what it can lose: where A < 0 and the ratio is huge, so is the loss, unless
-    `dual_clip` c holds it at -c * A (Ye et al. 2020, arXiv:1912.09729), without a gradient there.
+    Schulman et al. 2017, equation 7. The minimum bounds what a token can gain, never what it can
+    lose: where A < 0 and the ratio is huge, so is the loss, unless `clips.dual` bounds it.
 
     Args:
         logprobs: [N, T] under the policy being trained, at the sampling temperature, nats.
         old_logprobs: [N, T] under the policy that sampled, likewise.
         advantages: [N, T].
         mask: [N, T] True at response tokens.
-        clip_range_low: 0 to 1.
-        clip_range_high: at least 0.
-        dual_clip: c, above 1; None leaves the loss unbounded.
+        clips: how far the ratio may move.
 
     Returns:
         [N, T]; zero outside the mask.
     """
-    free, clipped, advantages = _surrogates(
-        logprobs, old_logprobs, advantages, mask, clip_range_low, clip_range_high
-    )
+    free, clipped, advantages = _surrogates(logprobs, old_logprobs, advantages, mask, clips)
     losses = torch.maximum(free, clipped)
-    if dual_clip is None:
+    if clips.dual is None:
         return losses
-    assert dual_clip > 1, "a dual clip of one or less would clip ratios that have not moved"
-    return torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    assert clips.dual > 1, "a dual clip of one or less would clip ratios that have not moved"
+    return torch.where(advantages < 0, torch.minimum(losses, -clips.dual * advantages), losses)
 
 
 def value_losses(
@@ -208,9 +218,7 @@ def policy_metrics(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range_low: float = 0.2,
-    clip_range_high: float = 0.2,
-    dual_clip: float | None = None,
+    clips: Clips = DEFAULT_CLIPS,
 ) -> dict[str, Pair]:
     """How far an update has gone, as (total, count of tokens) scalars.
 
@@ -219,9 +227,7 @@ def policy_metrics(
     approximate_kl_k3: KL(policy that sampled || policy now), from the tokens that the first one
     sampled. The arguments are those of `policy_losses`.
     """
-    free, clipped, advantages = _surrogates(
-        logprobs, old_logprobs, advantages, mask, clip_range_low, clip_range_high
-    )
+    free, clipped, advantages = _surrogates(logprobs, old_logprobs, advantages, mask, clips)
     ratio = log_ratios(logprobs, old_logprobs, mask).exp()
     metrics = {
         "ratio": ratio,
@@ -229,8 +235,8 @@ def policy_metrics(
         "approximate_kl_k1": token_kl(old_logprobs, logprobs, mask, "k1"),
         "approximate_kl_k3": token_kl(old_logprobs, logprobs, mask, "k3"),
     }
-    if dual_clip is not None:
-        is_held = (advantages < 0) & (torch.maximum(free, clipped) > -dual_clip * advantages)
+    if clips.dual is not None:
+        is_held = (advantages < 0) & (torch.maximum(free, clipped) > -clips.dual * advantages)
         metrics["dual_clip_share"] = is_held.to(ratio.dtype)
     return _totals(metrics, mask)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rrhf.algorithms.masked import length_mask
 from rrhf.algorithms.ppo_losses import (
     REDUCTIONS,
+    Clips,
     entropy_losses,
     explained_variance,
     explained_variance_sums,
@@ -115,7 +116,7 @@ def test_policy_losses_and_gradients_equal_the_cases(name: str, garbage: float) 
     low, high, dual = CLIPS[name]
     new, old, advantages = batch(garbage)
     new.requires_grad_()
-    got = policy_losses(new, old, advantages, mask(), low, high, dual)
+    got = policy_losses(new, old, advantages, mask(), Clips(low, high, dual))
     tables = new.detach(), old, advantages
     assert worst(got, each_token(one_policy_loss(low, high, dual), *tables)) < TOLERANCE
     got.sum().backward()
@@ -129,7 +130,7 @@ def test_policy_losses_and_gradients_equal_the_cases(name: str, garbage: float) 
     unbounded = each_token(one_policy_loss(low, high, None), *tables)
     assert dual is None or worst(got, unbounded) > 1e-2  # the control: without the dual clip
     shifted = torch.cat([advantages[:, 1:], advantages[:, :1]], dim=1).nan_to_num(0, 0, 0)
-    wrong = policy_losses(new, old, shifted, mask(), low, high, dual)
+    wrong = policy_losses(new, old, shifted, mask(), Clips(low, high, dual))
     assert worst(got, wrong) > 1e-2  # the control: the advantage of the next token
     hot = one_policy_loss(low, high, dual, temperature_ratio=0.7)
     assert worst(got, each_token(hot, *tables)) > 1e-2  # the control: another temperature
@@ -228,7 +229,7 @@ def test_totals_over_counts_do_not_depend_on_how_the_batch_is_cut(
         oracle = each_token(lambda old: old, batch()[1])
     else:
         dual = 1.5 if loss == "dual" else None
-        table = policy_losses(*batch(), mask(), dual_clip=dual)
+        table = policy_losses(*batch(), mask(), Clips(dual=dual))
         oracle = each_token(one_policy_loss(0.2, 0.2, dual), *batch())
     expected = looped_mean(oracle, reduction)
     means = []
@@ -268,7 +269,7 @@ def test_padding_in_a_reduction_reaches_no_gradient() -> None:
 def test_policy_metrics_equal_counts_by_hand(name: str) -> None:
     low, high, dual = CLIPS[name]
     new, old, advantages = batch()
-    got = policy_metrics(new, old, advantages, mask(), low, high, dual)
+    got = policy_metrics(new, old, advantages, mask(), Clips(low, high, dual))
     tokens = [
         (float(new[n, t]), float(old[n, t]), float(advantages[n, t]))
         for n, length in enumerate(LENGTHS)
@@ -380,9 +381,9 @@ def test_explained_variance_at_its_edges() -> None:
 
 def test_programming_mistakes_are_refused() -> None:
     with pytest.raises(AssertionError, match="dual clip"):
-        policy_losses(*batch(), mask(), dual_clip=1.0)
+        policy_losses(*batch(), mask(), Clips(dual=1.0))
     with pytest.raises(AssertionError, match="distance from 1"):
-        policy_losses(*batch(), mask(), clip_range_low=-0.2)
+        policy_losses(*batch(), mask(), Clips(low=-0.2))
     with pytest.raises(AssertionError, match="freeze"):
         value_losses(*critic(), mask(), 0.0)
     with pytest.raises(AssertionError, match="boolean"):

@@ -51,13 +51,15 @@ class PPOObjective:
         config, mask, stored = self.config, _mask(batch), batch.experience
         assert stored is not None, "a rollout made the batch"
         old, advantages = stored.old_logprobs, stored.advantages
-        clips = (config.clip_range_ratio, config.clip_high, config.dual_clip or None)
-        metrics = ppo_losses.policy_metrics(outputs.logprobs, old, advantages, mask, *clips)
+        clips = ppo_losses.Clips(
+            config.clip_range_ratio, config.clip_high, config.dual_clip or None
+        )
+        metrics = ppo_losses.policy_metrics(outputs.logprobs, old, advantages, mask, clips)
         if outputs.entropy is not None:
             metrics["entropy"] = (masked_sum(outputs.entropy.detach(), mask).sum(), mask.sum())
         largest = ppo_losses.largest_ratio(outputs.logprobs, old, mask)
         self._largest_ratio = torch.maximum(self._largest_ratio.to(largest.device), largest)
-        losses = ppo_losses.policy_losses(outputs.logprobs, old, advantages, mask, *clips)
+        losses = ppo_losses.policy_losses(outputs.logprobs, old, advantages, mask, clips)
         terms = {"policy": self._term(losses, mask, 1.0, metrics)}
         if "value" in self._names():
             assert outputs.values is not None, "a value term needs a critic"
