@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CHAT_FORMATS = ("auto", "raw", "hh", "alpaca", "chat_template")
 HH_CUES = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
-HH_STOP_STRINGS = ("\n\nHuman:", "\n\nAssistant:")
+HH_STOP_STRINGS = tuple(HH_CUES.values())
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ALPACA_WITH_INPUT = (
@@ -93,8 +93,7 @@ def render_messages(
         turns = "".join(f"{HH_CUES[m.role]} {m.content}" for m in messages if m.role != "system")
         return system + turns + HH_CUES["assistant"]
     if chat_format == "alpaca":
-        asked = [m.content for m in messages if m.role == "user"][-1]
-        return _render_alpaca(asked)
+        return _render_alpaca([m.content for m in messages if m.role == "user"][-1])
     if chat_format == "chat_template":
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError(
@@ -183,9 +182,7 @@ class ChatCodec:
         """The format that renders this set: `auto` and sets without messages resolved."""
         if self.chat_format != "auto":
             return self.chat_format
-        if candidate_set.messages is None:
-            return "raw"
-        if candidate_set.is_plain and not self.has_template:
+        if candidate_set.messages is None or (candidate_set.is_plain and not self.has_template):
             return "raw"
         return self._conversation_format
 
@@ -381,10 +378,7 @@ class ChatCodec:
         if self._conversation_format != "chat_template":
             return eos
         said = "marker-of-what-was-said"
-        conversation = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": said},
-        ]
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
         text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
         after = self._encode_template(text.rpartition(said)[2], chr(_FIRST_MARK))
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)

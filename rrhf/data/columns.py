@@ -177,11 +177,9 @@ def parse_columns(text: str | None) -> ColumnNames:
             raise UserError(f"--columns {text}: names {ours!r} twice; give one column for it")
         else:
             source[ours] = theirs
-    given = [*((theirs, ours) for ours, theirs in source.items()), *((n, UNREAD) for n in unread)]
-    uses: dict[str, list[str]] = {}
-    for theirs, ours in given:
-        uses.setdefault(theirs, []).append(ours)
-    for theirs, names in uses.items():
+    for theirs in (*source.values(), *unread):
+        names = [ours for ours, name in source.items() if name == theirs]
+        names += [UNREAD] * (theirs in unread)
         if len(names) > 1:
             raise UserError(
                 f"--columns {text}: gives the column {theirs!r} to {' and to '.join(names)}; a "
@@ -224,17 +222,15 @@ class TrackedRow(Mapping[str, Any]):
         return [
             name
             for name in self.unread
-            if _may_hold_replies(self._row[name]) and looks_like_replies(name)
+            if isinstance(value := self._row[name], (str, list, dict))
+            and value
+            and looks_like_replies(name)
         ]
 
 
 def first_of(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """The first of some columns that a row has and that is not null there."""
     return next((name for name in names if name in row and row[name] is not None), None)
-
-
-def _may_hold_replies(value: Any) -> bool:
-    return isinstance(value, (str, list, dict)) and bool(value)
 
 
 @lru_cache(maxsize=4096)

@@ -7,12 +7,13 @@ the hashes of the local files that it was made from.
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from gzip import GzipFile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,12 +89,11 @@ class ConvertConfig(DataOptions):
                     "folder; use letters, digits, blanks, - _ + and dots inside; put yes, no, true "
                     "and false in quotes"
                 )
-            if isinstance(share, bool) or not isinstance(share, (int, float)):
-                raise UserError(f"--parts: {name}: {share!r} is no share; give a number like 0.5")
-            if not 0 < share <= 1:
+            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not is_number or not 0 < share <= 1:
                 raise UserError(
-                    f"--parts: {name}: {share!r} is no share; give one above 0 and at most 1, or "
-                    "leave the part out"
+                    f"--parts: {name}: {share!r} is no share; give a number above 0 and at most 1, "
+                    "or leave the part out"
                 )
         if (total := math.fsum(parts.values())) > 1 + 1e-9:
             raise UserError(
@@ -115,11 +115,12 @@ def convert(config: ConvertConfig) -> dict[str, int]:
     """
     counts = SourceCounts()
     sets = load_sets(config.data, config.seed, config.split, counts, config, new_ids=config.new_ids)
-    found: dict[str, Sequence[CandidateSet]] = {config.output: sets}
+    parts = [sets]
     if config.parts:
-        parts = split_by_first_turn(sets, config.parts, config.seed)
-        found = {str(Path(config.output) / f"{name}.jsonl"): part for name, part in parts.items()}
-    outputs = {path: _view(config, path, part) for path, part in found.items()}
+        parts = list(split_by_first_turn(sets, config.parts, config.seed).values())
+    outputs = {
+        path: _view(config, path, part) for path, part in zip(config.files(), parts, strict=True)
+    }
     if config.parts:
         with explained_os_errors(config.output):
             os.makedirs(config.output, exist_ok=True)
@@ -191,35 +192,27 @@ def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
 
 def preference_row(pair: CandidateSet) -> dict[str, Any]:
     """A pair in TRL's columns: conversations where the messages are known, texts where not."""
-    chosen, rejected = (candidate.response for candidate in pair.candidates)
-    if pair.messages is None or pair.is_plain:
-        return {"prompt": pair.query, "chosen": chosen, "rejected": rejected}
-    return {
-        "prompt": _turns(pair),
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
+    replies: list[Any] = [candidate.response for candidate in pair.candidates]
+    if not _is_text(pair):
+        replies = [[{"role": "assistant", "content": text}] for text in replies]
+    return {**prompt_row(pair), "chosen": replies[0], "rejected": replies[1]}
 
 
 def prompt_row(item: CandidateSet) -> dict[str, Any]:
     """A prompt in TRL's column: a conversation where the messages are known, a text where not."""
-    is_text = item.messages is None or item.is_plain
-    return {"prompt": item.query if is_text else _turns(item)}
+    turns = [{"role": m.role, "content": m.content} for m in item.messages or ()]
+    return {"prompt": item.query if _is_text(item) else turns}
 
 
-def _turns(item: CandidateSet) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in item.messages or ()]
+def _is_text(item: CandidateSet) -> bool:
+    return item.messages is None or item.is_plain
 
 
 def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> int:
     with replaced_file(path) as file:
-        lines = (encode_row(row) for row in rows)
-        if path.endswith(".gz"):
-            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                for line in lines:
-                    packed.write(line)
-        else:
-            file.writelines(lines)
+        packed = path.endswith(".gz")
+        with GzipFile("", "wb", 9, file, 0) if packed else nullcontext(file) as sink:
+            sink.writelines(map(encode_row, rows))
         file.sync()
         forget_manifest(path)
     sealed = seal(file.digest, len(rows))

@@ -15,6 +15,19 @@ from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
 
+_WRAPPED = (
+    "plain text: each becomes a user's turn in the model's chat template (--chat_format raw sends "
+    "them as they are)"
+)
+_UNWRAPPED = (
+    "plain text and go to the model as they are, for it has no chat template (--chat_format alpaca "
+    "wraps them)"
+)
+_AS_THEY_STAND = (
+    "queries without messages and go to the model as they are, without its chat template "
+    "(--chat_format chat_template makes each a user's turn)"
+)
+
 
 class PromptFormats:
     """Counts prompts by what is known of their turns.
@@ -41,28 +54,11 @@ class PromptFormats:
         """Say what `auto` makes of prompts that are no conversations; the data's name first."""
         if self._codec is None or self._codec.chat_format != "auto":
             return
-        plain, as_they_stand = self.counts["plain"], self.counts["as_they_stand"]
-        if plain and self._codec.has_template:
-            self._say(
-                name,
-                plain,
-                "plain text: each becomes a user's turn in the model's chat template "
-                "(--chat_format raw sends them as they are)",
-            )
-        elif plain:
-            self._say(
-                name,
-                plain,
-                "plain text and go to the model as they are, for it has no chat template "
-                "(--chat_format alpaca wraps them)",
-            )
-        if as_they_stand and self._codec.has_template:
-            self._say(
-                name,
-                as_they_stand,
-                "queries without messages and go to the model as they are, without its chat "
-                "template (--chat_format chat_template makes each a user's turn)",
-            )
+        has_template = self._codec.has_template
+        self._say(name, "plain", _WRAPPED if has_template else _UNWRAPPED)
+        if has_template:
+            self._say(name, "as_they_stand", _AS_THEY_STAND)
 
-    def _say(self, name: str, number: int, what: str) -> None:
-        logger.info("%s: %d of %d prompts are %s", name, number, self.counts["prompts"], what)
+    def _say(self, name: str, kind: str, what: str) -> None:
+        if number := self.counts[kind]:
+            logger.info("%s: %d of %d prompts are %s", name, number, self.counts["prompts"], what)

@@ -87,39 +87,39 @@ def _entries(reading: Reading, column: str) -> list[Any]:
 
 
 def _text_of(reading: Reading, entry: Any, place: str) -> str:
-    """The reply that an entry holds; "" (told) where it holds none."""
+    """The reply that an entry holds; "", with the mistake noted, where it holds none."""
+    text, place, fault = _reply_in(entry, place)
+    if fault := fault or text_fault(text):
+        reading.reader.fault(place, fault)
+        return ""
+    return str(text)
+
+
+def _reply_in(entry: Any, place: str) -> tuple[Any, str, str | None]:
+    """What stands for the reply in an entry, its place, and why there is none."""
     if isinstance(entry, dict):
         key = first_of(entry, _TEXT_KEYS)
-        empty = [name for name in _TEXT_KEYS if name in entry]
-        if key is None and empty:
-            reading.reader.fault(
-                f"{place}.{empty[0]}", "is null; give the text of the reply, or take the entry out"
-            )
-            return ""
-        if key is None:
-            reading.reader.fault(
-                place,
-                f"has none of the keys {', '.join(_TEXT_KEYS)}, but "
-                f"{', '.join(map(str, entry)) or 'nothing'}; name the one with the reply: "
-                "--columns response=KEY",
-            )
-            return ""
-        entry, place = entry[key], f"{place}.{key}"
-    elif isinstance(entry, list) and entry and isinstance(entry[-1], dict):
+        if key is not None:
+            return entry[key], f"{place}.{key}", None
+        for name in _TEXT_KEYS:
+            if name in entry:
+                fault = "is null; give the text of the reply, or take the entry out"
+                return None, f"{place}.{name}", fault
+        keys = ", ".join(map(str, entry)) or "nothing"
+        return (
+            None,
+            place,
+            f"has none of the keys {', '.join(_TEXT_KEYS)}, but {keys}; name the one with the "
+            "reply: --columns response=KEY",
+        )
+    if isinstance(entry, list) and entry and isinstance(entry[-1], dict):
         # The reply as a conversation, which has one turn, or repeats the prompt before it.
         turn, place = as_turn(entry[-1]), f"{place}[{len(entry) - 1}]"
-        if turn.get("role") != "assistant":
-            reading.reader.fault(
-                f"{place}.role",
-                f"is {kind_of(turn.get('role'))}; the last turn is the reply, so it must be the "
-                "assistant's",
-            )
-            return ""
-        entry, place = turn.get("content"), f"{place}.content"
-    if reason := text_fault(entry):
-        reading.reader.fault(place, reason)
-        return ""
-    return str(entry)
+        if (role := turn.get("role")) == "assistant":
+            return turn.get("content"), f"{place}.content", None
+        fault = f"is {kind_of(role)}; the last turn is the reply, so it must be the assistant's"
+        return None, f"{place}.role", fault
+    return entry, place, None
 
 
 def _source_of(entry: Any) -> str:

@@ -50,54 +50,53 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fau
         UserError: it is no UTF-8, or a quote is not closed.
     """
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    with open_bytes(path) as binary:
-        # Cells may hold line breaks, so that lines are the csv module's to find.
-        text = _decoded(binary)
-        header: list[str] = []
-        names: list[str] | None = None
-        line = 1
-        reader = None
-        try:
-            stated = ""
-            while not header or (not header[-1].strip() and header[-1]):
-                header.append(text.readline())
-                if line_of_its_own := _SEPARATOR_LINE.fullmatch(header[-1]):
-                    stated, header[-1] = line_of_its_own[1], "\n"
-            found = stated or _separator_of(header[-1], separator)
-            if found != separator:
-                logger.info("%s: the columns are separated by %r", path, found)
-            reader = csv.reader(itertools.chain(header, text), delimiter=found, strict=True)
-            for cells in reader:
-                place, line = line, reader.line_num + 1
-                if not cells:
-                    continue
-                if names is None:
-                    # pandas leaves its index without a name.
-                    names = [name.strip() or f"column {i}" for i, name in enumerate(cells, 1)]
-                    if len(set(names)) < len(names):
-                        raise UserError(f"{path}:{place}: two columns have one name: {names}")
-                elif len(cells) != len(names):
-                    yield (
-                        place,
-                        Fault(
-                            place,
-                            f"has {len(cells)} cells where the first line names {len(names)} "
-                            "columns; put a cell that holds the separator, a quote or a line break "
-                            'in quotes, with "" for each quote in it',
-                        ),
-                    )
-                else:
-                    yield place, TextCells(zip(names, cells, strict=True))
-        except csv.Error as error:
-            assert reader is not None, "nothing else raises this"
-            raise UserError(
-                f'{path}:{reader.line_num}: {error}; a cell that begins with a quote (") ends with '
-                'one, and has "" for each quote in it'
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
-        except UNREADABLE as error:
-            yield line, broken_bytes(line, error)
+    lines = _lines(path)  # cells may hold line breaks, so that rows are the csv module's to find
+    names: list[str] | None = None
+    line = 1
+    try:
+        separator, header = _read_header(path, lines, separator)
+        reader = csv.reader(itertools.chain(header, lines), delimiter=separator, strict=True)
+        for cells in reader:
+            place, line = line, reader.line_num + 1
+            if not cells:
+                continue
+            if names is None:
+                # pandas leaves its index without a name.
+                names = [name.strip() or f"column {i}" for i, name in enumerate(cells, 1)]
+                if len(set(names)) < len(names):
+                    raise UserError(f"{path}:{place}: two columns have one name: {names}")
+            elif len(cells) == len(names):
+                yield place, TextCells(zip(names, cells, strict=True))
+            else:
+                fault = (
+                    f"has {len(cells)} cells where the first line names {len(names)} columns; put "
+                    "a cell that holds the separator, a quote or a line break in quotes, with "
+                    '"" for each quote in it'
+                )
+                yield place, Fault(place, fault)
+    except csv.Error as error:
+        raise UserError(
+            f'{path}:{reader.line_num}: {error}; a cell that begins with a quote (") ends with '
+            'one, and has "" for each quote in it'
+        ) from error
+    except UNREADABLE as error:
+        yield line, broken_bytes(line, error)
+
+
+def _read_header(path: str, lines: Iterator[str], separator: str) -> tuple[str, list[str]]:
+    """The separator of a table, and its lines up to the one with the names."""
+    header = [""]
+    stated = ""
+    for text in lines:
+        if line_of_its_own := _SEPARATOR_LINE.fullmatch(text):
+            stated, text = line_of_its_own[1], "\n"
+        header.append(text)
+        if text.strip():
+            break
+    found = stated or _separator_of(header[-1], separator)
+    if found != separator:
+        logger.info("%s: the columns are separated by %r", path, found)
+    return found, header[1:]
 
 
 def text_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Fault | None]]:
@@ -107,15 +106,12 @@ def text_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Fault | None]]:
         UserError: it is no UTF-8.
     """
     number = 0
-    with open_bytes(path) as binary:
-        try:
-            for number, line in enumerate(_decoded(binary), start=1):
-                text = line.rstrip("\r\n")
-                yield number, {PROMPT_COLUMN: text} if text.strip() else None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
-        except UNREADABLE as error:
-            yield number + 1, broken_bytes(number + 1, error)
+    try:
+        for number, line in enumerate(_lines(path), start=1):
+            text = line.rstrip("\r\n")
+            yield number, {PROMPT_COLUMN: text} if text.strip() else None
+    except UNREADABLE as error:
+        yield number + 1, broken_bytes(number + 1, error)
 
 
 def looks_like_json(path: str) -> bool:
@@ -133,8 +129,17 @@ def looks_like_json(path: str) -> bool:
         return False
 
 
-def _decoded(binary: Any) -> io.TextIOWrapper:
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a text file as they end.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    with open_bytes(path) as binary:
+        try:
+            yield from io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _separator_of(header: str, own: str) -> str:
