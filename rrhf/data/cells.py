@@ -1,10 +1,10 @@
 """Lists that stand as text in a cell: JSON, or what Python prints, as pandas writes it.
 
 In a table every cell is text. Where a number, a truth value or a list is expected, the cell is read
-as one. In the other columns of prompts and replies a text is a conversation only where all of it is
-a list of turns; in files that are no tables this holds for prompts and pairs, not for single
-replies, which may be such a list. What numpy prints has no commas, so that it cannot be read back
-(two texts next to each other would become one); it is refused.
+as one. Elsewhere, a text is read as a conversation only if all of it is a list of turns: in tables
+in every column of prompts and replies, in other files in prompts and pairs alone, because a single
+reply may be meant to be such a list. Lists as numpy prints them have no commas and cannot be read
+back (two texts next to each other would become one), so they are refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TextCells(dict[str, Any]):
 
 
 def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[str, Any]:
-    """The row with values in place of the texts that stand for them.
+    """The row with cells parsed where a number, a list or a conversation is expected.
 
     Args:
         row: under known names.
@@ -57,7 +57,7 @@ def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[st
         is_table: all cells are text.
 
     Raises:
-        RowError: a cell looks like a list and is none that can be read.
+        RowError: a cell looks like a list but cannot be read as one.
     """
     columns = _MAY_HOLD_TURNS | {"query", *REPLIES} if is_table else _MAY_HOLD_TURNS
     changed: dict[str, Any] = {}
@@ -81,10 +81,10 @@ def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[st
 
 
 def _turns(text: str) -> list[Any] | None:
-    """The conversation that a text is, None where it is any other text.
+    """The conversation that a text spells out; None for any other text.
 
     Raises:
-        ValueError: it seems to be one, and cannot be read.
+        ValueError: it looks like one but cannot be read.
     """
     if not _LIKE_TURNS.fullmatch(text):
         return None
@@ -99,7 +99,7 @@ def _turns(text: str) -> list[Any] | None:
 
 
 def _value(cell: str, is_list: bool) -> Any:
-    """What JSON makes of a cell; text where it makes nothing of it."""
+    """The cell parsed as JSON; the text itself where it is no JSON."""
     plain = cell.strip().lower()
     if plain in ("", "none", "null", "nan"):
         return None

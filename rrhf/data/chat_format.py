@@ -43,12 +43,12 @@ _ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
-# What decoders put in place of bytes that are no character, or not all of one.
+# What decoders put in place of invalid or incomplete bytes.
 _BROKEN_CHARACTER = "\ufffd"
 _MOST_BYTES = 4
-# A tokenizer that puts a blank before a text's first word does not do so after this anchor.
+# After one of these, a tokenizer that puts a blank before the first word of a text adds none.
 _ANCHORS = ("\n", ":", ".")
-# Private-use characters: one that nobody wrote marks a special token's text in a user's words.
+# Private-use characters: one that the conversation does not hold marks special tokens in its text.
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 
 
@@ -191,11 +191,11 @@ class ChatCodec:
         return self._render(self.format_of(candidate_set), candidate_set, drop_turns=0) or ""
 
     def stop_strings(self, candidate_set: CandidateSet) -> tuple[str, ...]:
-        """What the model must not go on to write: the next speaker's cue."""
+        """Strings that end a sampled response: the next speaker's cue."""
         return HH_STOP_STRINGS if self.format_of(candidate_set) == "hh" else ()
 
     def describe(self) -> dict[str, object]:
-        """What a manifest records of it."""
+        """What a manifest records of this codec."""
         return {
             "chat_format": self.chat_format,
             "conversation_format": self._conversation_format,
@@ -253,12 +253,10 @@ class ChatCodec:
         """
         return self._response_prefix(candidate_set, text) + text if text else ""
 
-    def decode_response(
-        self, candidate_set: CandidateSet, prompt_ids: Sequence[int], ids: Sequence[int]
-    ) -> str:
-        """The text in the prompt's context, without end id and without the format's blank.
+    def decode_response(self, candidate_set: CandidateSet, ids: Sequence[int]) -> str:
+        """The text as it follows a prompt, without end id and without the format's blank.
 
-        One that ends inside a character, of which some bytes are missing, ends before it.
+        A response that breaks off in the middle of a character ends before that character.
         """
         kept = list(ids)
         while kept and kept[-1] in self.end_ids:
@@ -280,7 +278,7 @@ class ChatCodec:
     # Inside.
 
     def _whole_characters(self, ids: Sequence[int]) -> str:
-        """The text of a piece of a response, up to the last character that is all there."""
+        """The text of a piece of a response, up to its last complete character."""
         text = self.decode_tail(ids)
         if not text.endswith(_BROKEN_CHARACTER):
             return text
@@ -300,7 +298,7 @@ class ChatCodec:
     def _render(
         self, chat_format: str, candidate_set: CandidateSet, drop_turns: int, mark: str = ""
     ) -> str | None:
-        """The text after dropping turns from the left; None where no turn may go any more.
+        """The text after dropping turns from the left; None where no more turns can be dropped.
 
         With a mark, special tokens that a template's user wrote stand between two of it, so that
         `_encode_template` can tell them from the template's own.

@@ -1,8 +1,8 @@
 """What a file's columns are called: the names that are known, and those that a user maps to them.
 
 `--columns prompt=question,response=reply` reads the column `question` as `prompt`; `unread=NAME`
-says that a column is of no interest. Of each row it is remembered which columns were read, so that
-those that were not can be named, and a file of prompts whose replies nobody reads is refused.
+leaves a column out. A row remembers which of its columns were read, so that the others can be
+named, and a file whose replies would be left unread is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KNOWN = (
 )
 _REPLY_NAMES = {*REPLIES, *REPLY_LISTS, *SCORE_LISTS, "chosen", "rejected", "ranking", "ranks"}
 _REPLY_WORDS = _REPLY_NAMES - {"input", "ranks"}
-# Where to look for what is given as a column but is a key of a list's objects.
+# Lists of objects in which a name given as a column may be a key.
 _NESTED_IN = (*REPLY_LISTS, "ranking")
 UNREAD = "unread"
 
@@ -46,7 +46,7 @@ UNREAD = "unread"
 class ColumnOptions:
     """Names of columns."""
 
-    # Another file of the same command may be what `columns` is for. No setting of a user's.
+    # Set where the command has other data that `columns` may be meant for; not a user's setting.
     columns_may_miss = False
 
     columns: str | None = field(default=None, kw_only=True)
@@ -71,8 +71,8 @@ class ColumnNames:
 
     Attributes:
         source: known name -> what the data call it.
-        unread: columns that nobody wants.
-        seen: the columns of the rows renamed so far, and the keys of their objects that were.
+        unread: columns to leave out.
+        seen: the columns of the rows read so far, and the keys renamed in their objects.
     """
 
     source: Mapping[str, str] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class ColumnNames:
         return renamed
 
     def never_seen(self, data: str) -> list[str]:
-        """What to say of names that no row had, after all rows.
+        """A message for each name that no row had; to be called after the last row.
 
         Args:
             data: what was read.
@@ -251,7 +251,7 @@ def near_hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def replies_not_read(row: TrackedRow, where: str) -> str | None:
-    """What to say of a row of which only the prompt was read although it seems to hold replies."""
+    """The message for a row whose replies nobody read; None where it seems to hold none."""
     names = row.unread_replies()
     if not names:
         return None
@@ -271,7 +271,7 @@ def replies_not_read(row: TrackedRow, where: str) -> str | None:
 
 
 def _missing_partner(row: TrackedRow, names: list[str]) -> str:
-    """What a message says of the column that would complete a pair or a list of scores."""
+    """Words that name the column missing from a pair or from a list of scores."""
     if ("chosen" in names) != ("rejected" in names):
         return f"; column {'rejected' if 'chosen' in names else 'chosen'!r} is missing"
     lists = [name for name in names if name in (*SCORE_LISTS, "ranking")]

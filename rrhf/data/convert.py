@@ -108,10 +108,10 @@ class ConvertConfig(DataOptions):
 
 
 def convert(config: ConvertConfig) -> dict[str, int]:
-    """Convert; returns the rows written, by file.
+    """Convert a source; returns the number of rows written, by file.
 
     Raises:
-        UserError: as the sources say it; nothing is written then.
+        UserError: the data cannot be read, or nothing of them can be written; no file is changed.
     """
     counts = SourceCounts()
     sets = load_sets(config.data, config.seed, config.split, counts, config, new_ids=config.new_ids)
@@ -159,7 +159,7 @@ def _input_hashes(data: str) -> dict[str, str]:
 def _view(
     config: ConvertConfig, path: str, sets: Sequence[CandidateSet]
 ) -> tuple[Sequence[CandidateSet], SourceCounts]:
-    """What is written of a part, and what is left out of it.
+    """The sets to write to a file, and the count of those left out.
 
     Raises:
         UserError: nothing of it can be written.

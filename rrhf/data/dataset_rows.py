@@ -21,18 +21,18 @@ def dataset_rows(
     """Rows through the `datasets` library: a hub name, a local folder, or a kind of table.
 
     Raises:
-        UserError: it cannot be had (no network, no such dataset or split), with the fix.
+        UserError: it cannot be loaded (no network, no such dataset or split).
     """
     import datasets
 
-    if not sys.stderr.isatty():  # its bars would fill a log with pieces of lines
+    if not sys.stderr.isatty():  # progress bars would fill a log with pieces of lines
         datasets.disable_progress_bars()
         if not options and not os.path.isdir(path):
             logger.info("%s: loading from the hub, or from its copy on this machine", name)
     marks = (os.path.join(path, mark) for mark in ("state.json", "dataset_dict.json"))
     is_here = os.path.exists(name)
     verbosity = datasets.logging.get_verbosity()
-    if is_here:  # what is wrong with it is said below, once
+    if is_here:  # the message below says what is wrong, once
         datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         if any(map(os.path.exists, marks)):
@@ -70,7 +70,7 @@ def _choose_split(found: Any, split: str | None, name: str) -> Any:
 
 
 def _choice(name: str, splits: list[str]) -> str:
-    """How to name a split: in the path of a saved dataset, which every command takes."""
+    """How to name a split: in a saved dataset by its folder, which every command takes."""
     folders = [os.path.join(name, split) for split in splits]
     if all(os.path.isdir(folder) for folder in folders):
         return f"choose one of {', '.join(splits)} (as {folders[0]})"

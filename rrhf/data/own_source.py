@@ -101,7 +101,9 @@ def _as_json(row: Any, where: str) -> dict[str, Any]:
             '{"prompt": "...", "response": "..."}'
         )
     if odd := [name for name in row if not isinstance(name, str)]:
-        raise UserError(f"{where}: row: the column {shown(odd[0])} is no text; name it by a text")
+        raise UserError(
+            f"{where}: row: the column {shown(odd[0])} is not a text; use texts as names of columns"
+        )
     try:
         plain: dict[str, Any] = json.loads(json.dumps(row))
     except (TypeError, ValueError, RecursionError) as error:

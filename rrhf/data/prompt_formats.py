@@ -1,8 +1,8 @@
-"""In which form prompts reach a model, told in one line where `--chat_format auto` decides it.
+"""Log in which form prompts reach a model where `--chat_format auto` decides it.
 
 A plain text is a user's turn for a model with a chat template; the `query` of a candidate file
-without messages is taken as it is, whatever the model. Whoever meant it otherwise must be able to
-see it.
+without messages is taken as it is, whatever the model. The line in the log shows a user who meant
+something else which flag to give.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PromptFormats:
         codec: how they become tokens; None where that is not known here.
 
     Attributes:
-        counts: "prompts", "plain" (a text that is nobody's turn yet), "as_they_stand" (a query
+        counts: "prompts", "plain" (a text without turns), "as_they_stand" (a query
             without messages), "empty" (nothing is asked).
     """
 
@@ -51,7 +51,11 @@ class PromptFormats:
         self.counts["empty"] += not conversation_of(prompt)[-1].content.strip()
 
     def tell(self, name: str) -> None:
-        """Say what `auto` makes of prompts that are no conversations; the data's name first."""
+        """Log how `auto` renders prompts that are no conversations.
+
+        Args:
+            name: of the data, which begins each line.
+        """
         if self._codec is None or self._codec.chat_format != "auto":
             return
         has_template = self._codec.has_template

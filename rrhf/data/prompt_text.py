@@ -15,8 +15,8 @@ MARK = "text:"
 def prompt_text(spec: str) -> str | None:
     """The prompt that a command-line word contains, or None where it names data.
 
-    `text:` marks one. Else it must hold a blank, and some part of it, cut at commas, must name
-    nothing that data could come from: no path, no known name or slip of one, no owner/name.
+    `text:` marks a prompt. Any other prompt holds a blank, and has a part between commas that can
+    name no data: no path, no known name or near miss, no import path, no owner/name.
     """
     if spec.startswith(MARK):
         return spec.removeprefix(MARK)
@@ -25,19 +25,19 @@ def prompt_text(spec: str) -> str | None:
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts or all(_may_name_data(part) for part in parts):
         return None
-    # One name among single words makes the others slips of names.
+    # Among single words, one that names data makes the others misspelt names.
     if any(_names_data(part) for part in parts) and not any(map(_has_blank, parts)):
         return None
     return spec
 
 
 def as_prompt(spec: str) -> str:
-    """The flag that gives a text as a prompt, ready to be pasted."""
+    """The flag that gives a text as a prompt, ready to paste."""
     return next_step("--prompts", f"{MARK}{spec}")
 
 
 def as_file_of_prompts(spec: str) -> str:
-    """The command that writes a text into a file of prompts, ready to be pasted."""
+    """The command that writes a text into a file of prompts, ready to paste."""
     return next_step("printf", r"%s\n", spec) + " > prompts.txt"
 
 
@@ -46,7 +46,7 @@ def _has_blank(text: str) -> bool:
 
 
 def _names_data(part: str) -> bool:
-    """Whether nothing but data is called so."""
+    """Whether a part can only name data."""
     name = part.partition(":")[0]
     return (
         part.startswith((".", "/", "~"))
@@ -58,7 +58,7 @@ def _names_data(part: str) -> bool:
 
 
 def _may_name_data(part: str) -> bool:
-    """Whether data may be called so: a name there is, a slip of one, or owner/name of the hub."""
+    """Whether a part may name data: also a near miss, an import path, or owner/name of the hub."""
     name, _, rest = part.partition(":")
     return _names_data(part) or (
         not _has_blank(part)

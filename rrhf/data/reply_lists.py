@@ -22,7 +22,7 @@ _SOURCE_KEYS = ("model", "source")
 
 
 def read_reply_list(reading: Reading) -> CandidateSet:
-    """A prompt, a list of replies, and what is known of their worth."""
+    """A prompt and a list of replies, with their scores or ranks where there are any."""
     column = first_of(reading.row, REPLY_LISTS)
     if column is None:
         name = next(name for name in REPLY_LISTS if name in reading.row)
@@ -31,7 +31,7 @@ def read_reply_list(reading: Reading) -> CandidateSet:
 
 
 def read_replies_of(reading: Reading, column: str) -> CandidateSet:
-    """As `read_reply_list`, the list in a given column."""
+    """As `read_reply_list`, with the list in a given column."""
     if reading.row.get("ranking") is not None:
         raise reading.wrong(
             "ranking",
@@ -128,7 +128,7 @@ def _source_of(entry: Any) -> str:
 
 
 def _scores(reading: Reading, column: str, entries: Sequence[Any]) -> Sequence[float | None]:
-    """A number a reply, higher is better; None where there is none."""
+    """A score for each reply, higher is better; None where there is none."""
     name = first_of(reading.row, SCORE_LISTS)
     if name is not None:
         values = _numbers(reading.reader, len(entries), name)

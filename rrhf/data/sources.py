@@ -1,10 +1,10 @@
 """Where data come from: registered names, own files and folders, and the Hugging Face hub.
 
-Whatever the place, rows arrive as dictionaries with the place they stand at; their columns tell how
-they are read (`rrhf.data.formats`). `read_sets` yields records one at a time and counts what it
-leaves out. Names that people know are one dictionary; `register_source` adds to it.
+Rows arrive as dictionaries with their place; their columns decide how they are read
+(`rrhf.data.formats`). `read_sets` yields records one at a time and counts what it leaves out. The
+known names are one dictionary; `register_source` adds to it.
 
-What is asked for is found in this order: a file or folder of that path; a registered name or alias;
+A source is looked up in this order: a file or folder of that path; a registered name or alias;
 a function of the user's own, `package.module:name` (`rrhf.data.own_source`); a dataset of the hub,
 owner/name (owner/name/folder for a part of one).
 
@@ -85,7 +85,7 @@ ALIASES: dict[str, str] = {
 
 
 def register_source(name: str, reader: Reader, aliases: tuple[str, ...] = ()) -> None:
-    """Add a name that `read_sets` and mixtures know.
+    """Add a source that commands and mixtures can name.
 
     Args:
         name: how it is asked for.
@@ -126,7 +126,7 @@ def is_own(name: str) -> bool:
 
 
 def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows]:
-    """The rows of a source and the origin they are marked with.
+    """The rows of a source, and the origin to mark them with.
 
     Raises:
         UserError: there is no such source.
@@ -152,7 +152,7 @@ def open_rows(name: str, path: str | None, split: str | None) -> tuple[str, Rows
 
 
 def _hub_rows(name: str, hub_name: str, split: str | None, options: dict[str, Any]) -> Rows:
-    """Rows of a name that may be the hub's or a registered one, mistyped: both are said."""
+    """Rows of the hub; if that fails, the message also names the nearest registered source."""
     try:
         yield from dataset_rows(hub_name, split, name, **options)
     except UserError as error:
@@ -190,8 +190,8 @@ def read_sets(
 
     Raises:
         UserError: there is no such source, it is empty, unfinished or changed since it was written,
-            or some rows are faulty (up to 20 are told together; sets before the first have been
-            yielded by then).
+            or some rows are faulty (up to 20 are reported together; sets before the first of them
+            have been yielded by then).
     """
     counts = SourceCounts() if counts is None else counts
     origin, rows = open_rows(spec, path, split)
@@ -226,7 +226,7 @@ def read_sets(
 
 
 def _marked(found: CandidateSet, origin: str, row_format: RowFormat) -> CandidateSet:
-    """The set with its origin; a candidate file's rows say their own, or have none."""
+    """The set with its origin; rows of a candidate file keep theirs, or have none."""
     if found.origin or row_format.name == CANDIDATES:
         return found
     return CandidateSet(found.id, found.query, found.messages, found.candidates, origin)

@@ -1,7 +1,7 @@
-"""What a file of candidates holds, in figures: candidates a prompt, ties, lengths, scores.
+"""Figures of a data source: candidates per prompt, ties, lengths, scores.
 
-Lengths are in characters and words (no model is named, so there are no tokens yet). Texts pass
-through one at a time; of each only its length stays.
+Lengths are in characters and words, since no model is named whose tokens could be counted. Texts
+pass through one at a time, and only their lengths are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rrhf.records import CandidateSet
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Smallest, mean, median, the value that 95 % do not exceed, largest; None of nothing."""
+    """Smallest, mean, median, the value that 95 % do not exceed, largest; None for no values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -32,7 +32,7 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
-    """The figures of some sets; keys as they are printed."""
+    """The figures of some sets, under the names that are printed."""
     figures: Counter[str] = Counter()
     histogram: Counter[int] = Counter()
     sources: Counter[str] = Counter()

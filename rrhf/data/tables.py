@@ -1,4 +1,4 @@
-"""Files that are no JSON: tables with a header line (CSV, TSV), and texts with one prompt a line.
+"""Files other than JSON: tables with a header line (CSV, TSV), and texts with one prompt a line.
 
 All cells are text here; `rrhf.data.cells` reads the lists and numbers among them. What cannot be
 read becomes a `Fault` with its line.
@@ -33,14 +33,14 @@ _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
 
 
 def kind_of_file(path: str) -> str | None:
-    """The suffix that decides how a file is read, that of packing left out; None = not here."""
+    """The suffix, without .gz, of a table or a text; None for any other file."""
     name = path.lower().removesuffix(".gz")
     suffixes = (*SEPARATORS, TEXT_SUFFIX)
     return next((suffix for suffix in suffixes if name.endswith(suffix)), None)
 
 
 def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fault]]:
-    """The rows of a table under its first line's names, each with its line.
+    """The rows of a table under the names of its first line, each with its line number.
 
     Args:
         path: the file.
@@ -130,7 +130,7 @@ def looks_like_json(path: str) -> bool:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """The lines of a text file as they end.
+    """The lines of a text file with their ends.
 
     Raises:
         UserError: it is no UTF-8.
@@ -143,7 +143,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _separator_of(header: str, own: str) -> str:
-    """The separator under which a header line has most known names; its suffix's, if none has more.
+    """The separator that gives a header line the most known names; on a tie, that of the suffix.
 
     A spreadsheet whose numbers have decimal commas separates the columns of a .csv by semicolons.
     """

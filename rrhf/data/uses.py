@@ -1,6 +1,6 @@
-"""What a file is good for: how many demonstrations, ordered groups and prompts it holds.
+"""What a file can be used for: how many demonstrations, ordered groups and prompts it holds.
 
-For `rrhf data validate`, which says it before anything is trained.
+`rrhf data validate` reports it before anything is trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MARKS = (CHOSEN_SOURCE, REJECTED_SOURCE)
 
 
 def count_uses(sets: Iterable[CandidateSet]) -> Counter[str]:
-    """Prompts, conversations among them, replies, scored ones, and what each view would show."""
+    """Counts of prompts, conversations, replies and scores, and of what each view would show."""
     found: Counter[str] = Counter()
     ignored = SourceCounts(is_quiet=True)
     seen: set[bytes] = set()  # hashes: prompts may be more than fit into memory

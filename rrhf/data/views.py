@@ -1,7 +1,7 @@
-"""What a paradigm makes of candidate sets: demonstrations, pairs, ranked groups, prompts, parts.
+"""Candidate sets as training uses them: demonstrations, pairs, ranked groups, prompts, parts.
 
-A view is a sequence over a sequence: it remembers which rows and candidates it shows, one number
-each, and reads the row when asked. What a view cannot use is counted. Rules:
+A view is a sequence over a sequence: it stores which rows and candidates it shows, one number each,
+and reads the row when asked. What a view cannot use is counted. Rules:
 
 - demonstrations: the reply that a person chose (`human:chosen`) if it is marked, else the best
   scored one (the first of equals), else the only one;
@@ -78,12 +78,12 @@ class View(IndexedSets):
 
 
 def _marked(found: CandidateSet, source: str) -> int | None:
-    """Which candidate bears the mark; the first, if several do."""
+    """The index of the first candidate with this mark."""
     return next((i for i, c in enumerate(found.candidates) if c.source == source), None)
 
 
 def _best(found: CandidateSet) -> int | None:
-    """The first of the candidates with the highest score; None where none is scored."""
+    """The index of the best scored candidate, the first of equals; None where none is scored."""
     scored = [(score, -i) for i, score in enumerate(found.scores) if score is not None]
     return -max(scored)[1] if scored else None
 

@@ -45,7 +45,7 @@ def build_scorer(
         device: of a local reward model; by default the first GPU or the CPU.
 
     Raises:
-        UserError: an unknown name, or whatever the scorer finds amiss.
+        UserError: an unknown name, or a mistake that the scorer itself finds.
     """
     options = options or RewardModelOptions()
     prefix, target = made_by(spec)

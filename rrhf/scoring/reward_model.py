@@ -1,11 +1,11 @@
 """Scores from a reward model that runs here: text in, numbers out.
 
 A scorer renders each prompt by the reward model's own template and tokenizer, never the policy's,
-so the two may differ in everything. What rows have in common at their beginning passes the network
-once (`row_groups`), and batches are made by tokens; a score does not depend on its batch mates
-beyond rounding. A prompt that is too long loses whole turns from its
-left; a response is never cut, and one that alone fills the window is not scored (None), counted.
-The normaliser that was learnt in training is applied here and nowhere else.
+so the two may differ in everything. What rows have in common at their beginning is computed once
+(`row_groups`), and batches are made by tokens; the other rows of its batch change a score by
+rounding alone. A prompt that is too long loses whole turns on its left. A response is never cut;
+one that alone fills the window is not scored (None) but counted. The normaliser that was learnt in
+training is applied here and nowhere else.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RowScorer:
         """
         plain, grouped = list(range(len(rows))), []
         if self._layout is not None:
-            # A model whose layers do not tell their window gets longer rows padded.
+            # Rows longer than the window of the layers go padded.
             window = math.inf if self._window is None else self._window
             plain = [place for place in plain if len(rows[place]) > window]
             grouped = [place for place, row in enumerate(rows) if len(row) <= window]

@@ -115,7 +115,7 @@ def test_it_is_given_the_split_and_the_path_that_are_named(place: Path) -> None:
         ("mine:one_row", "mine:one_row: returned {'prompt': 'p'}; yield rows"),
         ("mine:no_rows", "mine:no_rows: holds no rows"),
         ("mine:texts", "mine:texts[1]: row: is 'p'; yield dictionaries, such as {"),
-        ("mine:numbers_as_columns", "mine:numbers_as_columns[0]: row: the column 1 is no text"),
+        ("mine:numbers_as_columns", "mine:numbers_as_columns[0]: row: the column 1 is not a text"),
         ("mine:a_set", "mine:a_set[1]: row: JSON cannot hold it (Object of type set is not"),
         ("mine:endless", "mine:endless[0]: row: JSON cannot hold it (Circular reference"),
         ("mine:not_a_number", "mine:not_a_number[0]: scores[1]: is nan, no finite number"),

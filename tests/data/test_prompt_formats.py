@@ -240,10 +240,10 @@ def test_a_response_that_ends_inside_a_character_ends_before_it(make: Any, text:
     codec = ChatCodec(make(), "raw")
     prompt = CandidateSet("id", "a")
     ids = codec.encode_response(prompt, text, "length")
-    whole = codec.decode_response(prompt, [], ids)
+    whole = codec.decode_response(prompt, ids)
     assert whole == text
     for missing in (1, 2):
-        cut = codec.decode_response(prompt, [], ids[:-missing])
+        cut = codec.decode_response(prompt, ids[:-missing])
         assert cut == text[:-1], "the bytes of the last character are not all there"
 
 

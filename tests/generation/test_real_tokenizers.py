@@ -48,7 +48,7 @@ def test_every_hh_reply_survives(codec: ChatCodec, shared_data: Path) -> None:
     for s in read_sets(str(shared_data / "hh_harmless_base_test.jsonl.gz")):
         for candidate in s.candidates:
             ids = codec.encode_response(s, candidate.response)
-            text = codec.decode_response(s, [], ids)
+            text = codec.decode_response(s, ids)
             assert codec.encode_response(s, text) == ids
             assert ids.count(codec.end_id) == 1
             count += 1
@@ -72,7 +72,7 @@ def test_sampled_ids_survive_their_text(folder: Path, codec: ChatCodec) -> None:
     for s, samples in zip(prompts, answers(engine, prompts, params), strict=True):
         for sample in samples:
             ids = codec.encode_response(s, sample.text, sample.finish_reason)
-            again = codec.decode_response(s, [], ids)
+            again = codec.decode_response(s, ids)
             assert codec.encode_response(s, again, sample.finish_reason) == ids
             same += ids == sample.token_ids.tolist()
             total += 1

@@ -217,7 +217,7 @@ ROLLOUT_FAULTS = [
     Mutant(
         "the scorer reads what was cut off",
         ROLLOUT,
-        "            text=self._codec.decode_response(prompt, row.prompt_ids, ids),\n",
+        "            text=self._codec.decode_response(prompt, ids),\n",
         "",
         ROLLOUTS,
     ),

@@ -189,7 +189,7 @@ class LocalEngine:
     def _sample_of(self, job: Job, written: Written) -> Sample:
         """The response cut at its first stop string, with its text."""
         ids = written.token_ids.tolist()
-        text = self.codec.decode_response(job.prompt, job.ids, ids)
+        text = self.codec.decode_response(job.prompt, ids)
         raw = self.codec.decode_tail(ids)
         starts = [place for stop in job.stops if (place := raw.find(stop)) >= 0]
         if not starts:

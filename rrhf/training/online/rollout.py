@@ -245,7 +245,7 @@ class RolloutWriter:
             token_ids=ids,
             old_logprobs=row.old_logprobs[:kept],
             is_finished=True,
-            text=self._codec.decode_response(prompt, row.prompt_ids, ids),
+            text=self._codec.decode_response(prompt, ids),
             finish="stop",
         )
 
