@@ -115,7 +115,7 @@ def convert(config: ConvertConfig) -> dict[str, int]:
     """
     counts = SourceCounts()
     sets = load_sets(config.data, config.seed, config.split, counts, config, new_ids=config.new_ids)
-    parts = [sets]
+    parts: list[Sequence[CandidateSet]] = [sets]
     if config.parts:
         parts = list(split_by_first_turn(sets, config.parts, config.seed).values())
     outputs = {
