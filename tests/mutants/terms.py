@@ -147,15 +147,15 @@ TERM_FAULTS = [
     Mutant(
         "the clip has the same width on both sides",
         OBJECTIVE,
-        "(config.clip_range_ratio, config.clip_high, config.dual_clip or None)",
-        "(config.clip_range_ratio, config.clip_range_ratio, config.dual_clip or None)",
+        "config.clip_range_ratio, config.clip_high, config.dual_clip or None",
+        "config.clip_range_ratio, config.clip_range_ratio, config.dual_clip or None",
         TERMS,
     ),
     Mutant(
         "the dual clip is off",
         OBJECTIVE,
-        "config.clip_high, config.dual_clip or None)",
-        "config.clip_high, None)",
+        "config.clip_high, config.dual_clip or None",
+        "config.clip_high, None",
         TERMS,
     ),
     Mutant(
