@@ -1,11 +1,11 @@
-"""SIGTERM and SIGINT as a wish to stop, honoured where nothing is lost.
+"""SIGTERM and SIGINT as requests to stop, obeyed where nothing is lost.
 
-A signal is remembered and honoured at the next safe place. Work that may be thrown away at any
-time is handed to `StopRequest.run`, and is left at once; so is, under `sigterm_interrupts`, what
-nobody else watches over: imports, evaluation, whole studies. A second signal ends the process as if
-there were no handler. One of several ranks ignores it: it may get one from each who ends it, and
-its launcher kills what takes too long. Outside the main thread signals cannot be caught, and
-nothing is. Standard library only.
+A signal is remembered and obeyed at the next safe place. Work that may be dropped at any time is
+passed to `StopRequest.run` and stops at once; so does, under `sigterm_interrupts`, everything that
+has no such place: imports, evaluation, whole studies. A second signal ends the process as if there
+were no handler. One of several ranks ignores a second signal, since it may receive one from each
+parent, and its launcher kills it if it takes too long. Signals can be caught only in the main
+thread; elsewhere nothing is caught. Standard library only.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ EXIT_CODES = {
 
 
 class Interrupted(BaseException):
-    """Leaves work at once; no error, so nothing that cures errors catches it."""
+    """Leaves work at once; not an `Exception`, so that no handler of errors catches it."""
 
 
 class StopRequest:
-    """What signals asked for so far.
+    """The signals received so far.
 
     Attributes:
-        received: the number of the signal that came, or None.
+        received: the number of the signal, or None.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the signal that came asks for; 0 where none did."""
+        """The exit code that the signal asks for; 0 without a signal."""
         return 0 if self.received is None else EXIT_CODES[self.received]
 
     def run(self, work: Callable[[], T], what_stands: str) -> T:
         """Do work that may be dropped: a signal during it, or before it, stops it at once.
 
         Args:
-            work: leaves nothing half done that matters.
+            work: may be interrupted anywhere without harm.
             what_stands: as in `raise_if_received`.
 
         Raises:
@@ -71,7 +71,7 @@ class StopRequest:
             self._may_interrupt = False
 
     def remember(self, number: int) -> None:
-        """Note a signal; leaves the work that `run` is doing."""
+        """Record a signal, and interrupt the work of `run`."""
         self.received = number
         if self._may_interrupt:
             self._may_interrupt = False
@@ -81,7 +81,7 @@ class StopRequest:
         """Stop here if a signal came.
 
         Args:
-            what_stands: what is on disk and how to go on, for the message.
+            what_stands: what is on disk and how to continue, for the message.
 
         Raises:
             StoppedBySignal: with the exit code of the signal.
@@ -93,10 +93,10 @@ class StopRequest:
 
 @contextmanager
 def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT for a while; the handlers from before are put back.
+    """Context manager: catches SIGTERM and SIGINT; the earlier handlers are restored.
 
     Args:
-        request: what notes them, where someone else is to know too; by default a new one.
+        request: records them, for callers that share it; by default a new one.
     """
     request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -120,17 +120,17 @@ def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
 
 
 class _Handler:
-    """What answers a signal now, to be put back; also where no Python installed it."""
+    """The present handler of a signal, to be restored; also one installed outside Python."""
 
     def __init__(self, number: int) -> None:
         self._number, self._handler = number, signal.getsignal(number)
         self._address = _native_handler(number) if self._handler is None else None
 
     def put_back(self, or_default: bool = False) -> None:
-        """Let it answer again.
+        """Restore the handler.
 
         Args:
-            or_default: rather than a handler of ours that interrupts, what the system does.
+            or_default: restore the system's default instead of an interrupting handler of ours.
         """
         is_ours = or_default and isinstance(self._handler, _Interrupting)
         is_default = is_ours or self._handler is None
@@ -140,7 +140,7 @@ class _Handler:
 
 
 def _native_handler(number: int) -> int | None:
-    """The address of a handler that Python knows nothing of."""
+    """The address of a handler that was installed outside Python."""
     import ctypes
 
     get = ctypes.pythonapi.PyOS_getsig
@@ -167,10 +167,10 @@ class _Interrupting:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM leave what runs by `Interrupted`, so that all of it cleans up after itself.
+    """Context manager: SIGTERM raises `Interrupted`, so that running code cleans up after itself.
 
-    Where the interpreter would swallow it (within a `__del__` or a callback) the process ends there
-    and then with the same exit code. A second SIGTERM ends a single process without cleaning up.
+    Where the interpreter would swallow it (within a `__del__` or a callback) the process ends at
+    once with the same exit code. A second SIGTERM ends a single process without cleaning up.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

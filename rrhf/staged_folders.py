@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: filled next to their place, sealed, and moved into it.
+"""Writes folders so that they are complete or absent: filled elsewhere, sealed, then renamed.
 
 If writing fails, the staged folder is removed, and then a full disk is reported with what was
 needed and what is free. A killed process leaves its staged folder behind: the next process moves it
@@ -45,7 +45,7 @@ def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     Args:
         target: such as `policy/`.
-        write: fills the folder that it is given.
+        write: fills the folder that it receives.
 
     Raises:
         UserError: no space, or the place cannot be written.
@@ -69,14 +69,14 @@ def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """Where a folder is filled, and where an older one goes until the new one has its place."""
+    """The names of the folder while it is filled, and of the older one until it is replaced."""
     return target.with_name(f"{STAGED}{target.name}"), target.with_name(f"{DOOMED}{target.name}")
 
 
 def put_back(target: Path) -> None:
-    """Repair a kill between the two renamings of `saved_folder`.
+    """Repair the effect of a kill between the two renamings of `saved_folder`.
 
-    The new folder gets its name if it is whole, else the older one does.
+    The new folder gets the name if it is whole, otherwise the older one.
     """
     staged, old = _beside(target)
     if target.exists() or not (staged.is_dir() and old.is_dir()):
@@ -89,7 +89,7 @@ def put_back(target: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed saves and deletions left in a folder, after `put_back` has used it."""
+    """Delete what killed saves and deletions left in a folder; call `put_back` first."""
     if folder.is_dir():
         for path in [*folder.iterdir()]:
             if path.name.startswith(DOOMED):

@@ -1,6 +1,6 @@
-"""Code of the user's own, imported by name; each way in which it fails is one message.
+"""Imports and runs the user's own code; each way in which it can fail becomes one message.
 
-A module is looked for in the working directory too. Calling `sys.exit` counts as failing.
+Modules are also found in the working directory. Calling `sys.exit` counts as a failure.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from rrhf.errors import StoppedBySignal, UserError
 from rrhf.signals import Interrupted
 
 NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
-"""Exceptions that may pass through a user's code without being its mistake."""
+"""Exceptions that may pass through a user's code without being its fault."""
 
 
 def imported(target: str, kind: str = "function") -> Any:
-    """What "package.module:name" names.
+    """The object that "package.module:name" names.
 
     Args:
         target: the import path.
         kind: what is expected there, for messages.
 
     Raises:
-        UserError: it is not of that form, or there is no such module or name.
+        UserError: it does not have that form, or there is no such module or name.
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
@@ -55,7 +55,7 @@ def imported(target: str, kind: str = "function") -> Any:
 
 
 def is_import_path(text: str) -> bool:
-    """Whether a text is of the form package.module:name."""
+    """Whether a text has the form package.module:name."""
     module, _, name = text.partition(":")
     return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
@@ -64,7 +64,7 @@ def load_function(target: str) -> Callable[..., Any]:
     """The function that "module:function" names.
 
     Raises:
-        UserError: as `imported`, or what it names cannot be called.
+        UserError: as `imported`, or the object cannot be called.
     """
     function: Callable[..., Any] = imported(target)
     if not callable(function):
@@ -75,7 +75,7 @@ def load_function(target: str) -> Callable[..., Any]:
 
 
 def source_file(target: str) -> str | None:
-    """The file that the function comes from, else that of its module; None for a built-in module.
+    """The source file of the function, else of its module; None for a built-in module.
 
     Args:
         target: "module:function".
@@ -94,7 +94,7 @@ def source_file(target: str) -> str | None:
 
 @contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """Context manager: modules of this folder can be imported."""
+    """Context manager: makes the modules of a folder importable."""
     added = folder not in sys.path
     if added:
         sys.path.insert(0, folder)
@@ -107,15 +107,15 @@ def importable(folder: str) -> Iterator[None]:
 
 @contextmanager
 def guarded(what: str, cure: str = "fix it", folder: str | None = None) -> Iterator[None]:
-    """Context manager: whatever the user's code inside it raises becomes one message.
+    """Context manager: turns any exception of the user's code into one message.
 
     Args:
         what: the code, for the message.
-        cure: what to do about it.
+        cure: the fix.
         folder: where its modules are; None = the working directory.
 
     Raises:
-        UserError: it raised something, or left the program.
+        UserError: it raised an exception, or called `sys.exit`.
     """
     try:
         with importable(folder or str(Path.cwd())):
@@ -131,7 +131,7 @@ def guarded(what: str, cure: str = "fix it", folder: str | None = None) -> Itera
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut at 60 characters, whatever its own `__repr__` does."""
+    """A value for a message, cut at 60 characters; safe even if its `__repr__` fails."""
     try:
         return f"{value!r:.60}"
     except Exception:  # an integer of thousands of digits, too
@@ -154,7 +154,7 @@ def message_of(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """File and line of the mistake: the last that are the user's, or those of a syntax error."""
+    """File and line of the error: the innermost in the user's code, or those of a syntax error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

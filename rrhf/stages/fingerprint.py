@@ -1,4 +1,4 @@
-"""Whether a stage that goes on is still the same stage: its model's files, and its settings."""
+"""Whether a stage that is continued is still the same: its model's files, and its settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", "
 
 
 def fingerprint(model_name_or_path: str) -> str:
-    """A hash that changes when the model is trained on: names, sizes and samples of its files.
+    """A hash that changes if the model is trained further: names, sizes and samples of its files.
 
     Weight files are read at their beginning, middle and end only. A hub name stands for itself.
     """
@@ -37,7 +37,7 @@ def fingerprint(model_name_or_path: str) -> str:
 
 
 def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
-    """Lines "name: before there, now here" of what differs; nested names joined by dots."""
+    """The differences as lines with name, value there and value now; nested names are dotted."""
     if not isinstance(before, Mapping):
         return ["settings: none are recorded there"]
     flat_before, flat_now = dict(_flat(before)), dict(_flat(now))

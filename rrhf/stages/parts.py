@@ -1,13 +1,14 @@
-"""Results of several processes, row by row on disk, and their merging in the order of the prompts.
+"""Parts: rows that several processes write to disk, and their merging in the order of the prompts.
 
 While `X.jsonl` is being made, process r appends its rows to `X.rank<r>.jsonl` next to it, each with
 the id of its prompt and what is counted about it. A part survives a kill at any moment; the parts
-of all processes together say what is done, also when fewer or more processes go on later. Once they
-hold every prompt, one process writes `X.jsonl` whole, its manifest after it, and removes the parts.
+of all processes together show what is done, even if a different number of processes continues.
+Once they hold every prompt, one process writes the whole `X.jsonl`, then its manifest, and removes
+the parts.
 
-A part begins with a line that says so: a file of the same name that begins otherwise is somebody
-else's and is neither read nor removed. Each row ends with a checksum of itself. A row that does not
-agree with it is made again by the next call; one that is damaged while the call runs ends it.
+A part begins with a line that marks it: any other file of the same name is the user's and is
+neither read nor removed. Each row ends with a checksum of itself. A row that does not match it is
+made again by the next call; a row that is damaged during a call ends that call.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def encode_part_row(value: dict[str, Any]) -> bytes:
 
 
 def decode_part_row(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None where the line is not as it was written."""
+    """The row of a line; None if the line is damaged."""
     body, found, rest = line.rpartition(_CHECKSUM)
     if not found or rest != _checksum(body) + b'"}\n':
         return None
@@ -69,9 +70,9 @@ def whole_row(part_row: Mapping[str, Any], line: bytes) -> bytes:
 
 
 def _row_in(line: bytes) -> bytes | None:
-    """The "row" of a line as it would be encoded alone; None where it is not plain to see.
+    """The JSON text of "row" in a line, found without parsing; None if it cannot be found.
 
-    No text holds what is looked for: quotes in texts are escaped.
+    The search cannot match within a text, since quotes in texts are escaped.
     """
     before, found, rest = line.partition(b', "row": ')
     row, ended, _ = rest.rpartition(b', "counts": {')
@@ -87,7 +88,7 @@ class PartAppender(JsonlAppender):
 
     Args:
         path: of the part.
-        parts: to be told where rows stand, so that nobody reads them to find out.
+        parts: receives the places of rows, so that they need not be read again.
     """
 
     def __init__(self, path: Path, parts: Parts | None = None) -> None:
@@ -108,7 +109,7 @@ class PartAppender(JsonlAppender):
 
 
 class Place(NamedTuple):
-    """Where a row stands: the part, its first byte and its length."""
+    """The place of a row: its part, first byte and length."""
 
     part: Path
     offset: int
@@ -116,7 +117,7 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Where the row of each prompt stands, in about 45 bytes a row."""
+    """The place of each prompt's row, in about 45 bytes per row."""
 
     def __init__(self) -> None:
         self.parts: list[Path] = []
@@ -126,8 +127,8 @@ class Places:
     def note(self, prompt_id: Key, place: Place) -> None:
         """Note a place, unless the prompt has one.
 
-        The first row of a prompt counts; there is a second one only where two processes made the
-        same, after their number changed.
+        The first row of a prompt counts; a second one exists only if two processes made the same
+        row, after the number of processes changed.
         """
         if self._ids.add(prompt_id):
             if place.part not in self.parts:
@@ -162,9 +163,9 @@ class Parts:
 
     Attributes:
         output: the file that they become.
-        wait_seconds: other processes are given up when none has written for so long.
+        wait_seconds: other processes count as lost if none has written for this long.
         output_digest: of that file, once `merge` has ended.
-        places: where the row of each prompt stands, by its key, as far as it has been read.
+        places: the place of each prompt's row, by its key, as far as the parts have been read.
     """
 
     def __init__(self, output: Path, wait_seconds: float = STALLED_SECONDS) -> None:
@@ -178,7 +179,7 @@ class Parts:
         return self.output.with_name(f"{self._stem}.rank{rank}.jsonl")
 
     def paths(self) -> list[Path]:
-        """The parts that are there, in the order of their ranks; never somebody else's files."""
+        """The existing parts, in the order of their ranks; never the user's own files."""
         pattern = re.compile(re.escape(self._stem) + r"\.rank(\d+)\.jsonl")
         found = {
             int(match.group(1)): path
@@ -192,24 +193,24 @@ class Parts:
         return [path for path in self.paths() if path.stat().st_size > len(FIRST_LINE)]
 
     def open_own(self, rank: int) -> PartAppender:
-        """This process' part, locked against others, its torn last line cut.
+        """Open this process' part, locked, with an incomplete last line cut off.
 
         Raises:
-            UserError: another process is writing it; it cannot be written; a file of somebody else,
-                or a link, stands under its name.
+            UserError: another process is writing it; it cannot be written; or its name belongs to
+                a file of the user's, or a link.
         """
         return PartAppender(self.path_of(rank), self)
 
     def note_own(
         self, path: Path, start: int, rows: Sequence[dict[str, Any]], lines: Sequence[bytes]
     ) -> None:
-        """Note where rows stand that this process has just written behind all that was read.
+        """Note the places of rows that this process has just appended.
 
         Args:
             path: the part.
             start: its size before.
-            rows: what was written.
-            lines: as they stand there.
+            rows: the rows written.
+            lines: their lines.
         """
         reached = self._reached.get(path)
         if reached is None or reached.offset != start:  # `read_on` will find them
@@ -222,10 +223,10 @@ class Parts:
     def read_on(self, is_start: bool = False) -> int:
         """Read what was appended since the last call; returns how many rows are known.
 
-        A last line without its end is left for later: somebody is writing it, or was killed.
+        An incomplete last line is left for later: its process is writing it, or was killed.
 
         Args:
-            is_start: damaged rows are left out with a warning, to be made again by this call.
+            is_start: leave out damaged rows with a warning; this call makes them again.
 
         Raises:
             UserError: a row was damaged, or a part was cut or removed, while this call ran.
@@ -265,14 +266,14 @@ class Parts:
 
         Args:
             ids: of all prompts.
-            own: those of this process' share, which it has written already.
-            stop: signals that came.
+            own: those of this process' share, which are already written.
+            stop: signals received.
             what_stands: for the message of a signal.
 
         Raises:
             StoppedBySignal: a signal came first.
-            UserError: a row of this process' own is gone; a part was damaged; no part has grown for
-                `wait_seconds`.
+            UserError: a row of this process has disappeared; a part was damaged; no part has grown
+                for `wait_seconds`.
         """
         known = self.read_on()
         if all(prompt_id in self.places for prompt_id in ids):
@@ -298,7 +299,7 @@ class Parts:
                 known, grown_at = now_known, time.monotonic()
 
     def num_bytes(self) -> int:
-        """The size of all parts; one that is removed meanwhile counts as nothing."""
+        """The size of all parts; one that is removed meanwhile counts as zero."""
         total = 0
         for path in self.paths():
             with suppress(FileNotFoundError):
@@ -337,10 +338,10 @@ class Parts:
         ids: Iterable[Key],
         line_of: Callable[[dict[str, Any], bytes], bytes] = whole_row,
     ) -> Iterator[Iterator[dict[str, Any]]]:
-        """Write the output whole; yields the part rows for counting.
+        """Context manager: writes the output, and yields the part rows while it does.
 
-        The output stands when the body ends, once it has gone through all rows; where it raises,
-        what stood there stays.
+        The output is in place when the body ends after going through all rows; if it raises, the
+        old file is kept.
 
         Args:
             ids: of all rows, in the order of the output.
@@ -357,16 +358,16 @@ class Parts:
         self.output_digest = file.digest
 
     def merge(self, ids: Iterable[Key]) -> Iterator[dict[str, Any]]:
-        """As `merged`; the output stands when the iterator ends."""
+        """As `merged`; the output is in place when the iterator ends."""
         with self.merged(ids) as rows:
             yield from rows
 
     def remove(self, rank: int) -> None:
-        """Remove the parts of a process and of those that have ended; a living one, which may not
-        have noticed yet that all is done, removes its own.
+        """Remove the parts of this process and of ended ones; a running process, which may not have
+        noticed yet that all is done, removes its own.
 
         Args:
-            rank: whose part is open here.
+            rank: this process, whose part is open here.
         """
         own = self.path_of(rank)
         for path in self.paths():
@@ -374,7 +375,7 @@ class Parts:
                 path.unlink(missing_ok=True)
 
     def remove_half_written(self) -> None:
-        """Remove what killed processes left of output, manifest and new parts."""
+        """Remove temporary files that killed processes left of output, manifest and parts."""
         pattern = re.compile(r"\.(" + re.escape(self._stem) + r"\.rank\d+\.jsonl)\..*\.tmp")
         matches = (pattern.fullmatch(path.name) for path in self.output.parent.iterdir())
         parts = {self.output.with_name(match.group(1)) for match in matches if match}
@@ -406,7 +407,7 @@ def _is_part(path: Path) -> bool:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process has locked a part; never where the disk cannot lock files."""
+    """Whether a process has locked a part; False if the disk cannot lock files."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # gone meanwhile

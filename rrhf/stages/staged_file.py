@@ -1,9 +1,9 @@
-"""A file that several processes make together, that survives kills, and is made once.
+"""A file that several processes make together, once, and continue after kills.
 
-Generation and scoring share it: the manifest says what the file is begun for, parts hold what is
-done (`rrhf.stages.parts`), process 0 begins and ends, the others wait for it. Going on with
-other settings is refused with what differs; settings that reach the rows only through the rounding
-of sums may change, with a warning.
+Generation and scoring share it: the manifest has the settings of the file, parts hold what is done
+(`rrhf.stages.parts`), process 0 begins and ends, the others wait for it. Continuing with other
+settings is refused with a list of differences; settings that affect the rows only through the
+rounding of sums may change, with a warning.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class StagedFile:
 
     Args:
         output: the file.
-        stage: what the manifest calls the work, such as "generate".
-        rank: which of the processes this is.
+        stage: the name of the work in the manifest, such as "generate".
+        rank: of this process.
         stop: signals that came.
-        accept_edited: leave a finished file also where it is not as its manifest describes it.
-        wait_seconds: give the other processes up when none has written for so long.
+        accept_edited: accept a finished file even if it differs from its manifest.
+        wait_seconds: other processes count as lost if none has written for this long.
 
     Attributes:
         parts: what is done so far.
@@ -72,7 +72,7 @@ class StagedFile:
         self._part: PartAppender | None = None
 
     def what_stands(self, done: int, total: int) -> str:
-        """What a message says is on disk when a signal stops this process."""
+        """What is on disk when a signal stops this process, for the message."""
         return f"{done} of {total} prompts are in {self.parts.path_of(self._rank).name}; {GO_ON}"
 
     def make(
@@ -83,11 +83,11 @@ class StagedFile:
         work: Callable[[], None],
         finish: Callable[[], None],
     ) -> None:
-        """Make the file, this process' share of it, unless it is complete already.
+        """Make this process' share of the file, unless it is already complete.
 
         Args:
             settings, adjustable, prepare: as in `begin`.
-            work: appends what is not on disk yet to this process' part, which is open.
+            work: appends what is missing to this process' part, which is open.
             finish: merges the parts of all processes; process 0 calls it.
 
         Raises:
@@ -108,12 +108,12 @@ class StagedFile:
 
     @contextmanager
     def opened_part(self) -> Iterator[PartAppender]:
-        """This process' part, which is its lock too: hold it until the whole file stands.
+        """This process' part, which is also its lock: keep it open until the whole file is written.
 
-        The parts go when the work is done; on the way out of an error, a part without a row goes.
+        The parts are removed when the work is done; after an error, only a part without rows is.
 
         Raises:
-            UserError: another process is writing it, or it is somebody else's file.
+            UserError: another process is writing it, or it is a file of the user's.
         """
         with self.parts.open_own(self._rank) as part:
             self._part = part
@@ -133,16 +133,16 @@ class StagedFile:
         adjustable: Mapping[str, Any],
         prepare: Callable[[], object] = lambda: None,
     ) -> bool:
-        """Say that the file is being made, unless it is; True where it is complete already.
+        """Record that the file is being made; True if it is already complete.
 
         Args:
             settings: what the rows depend on.
-            adjustable: what they depend on through the rounding of sums alone.
-            prepare: what process 0 does before it writes anything: mistakes that are found there
-                leave nothing behind.
+            adjustable: settings that affect the rows only through the rounding of sums.
+            prepare: called by process 0 before anything is written, so that errors in it leave
+                nothing behind.
 
         Raises:
-            UserError: another file stands there, other settings made what is there, or the file was
+            UserError: the name belongs to another file, it was begun with other settings, or
                 changed since it was finished.
             StoppedBySignal: a signal came while this process waited for process 0.
         """
@@ -205,7 +205,7 @@ class StagedFile:
         warn_accepted(self.output, difference)
 
     def _is_untouched(self, manifest: Mapping[str, Any]) -> bool:
-        """Whether no row was made yet, as after a mistake in a setting: nothing can be lost."""
+        """Whether no row was made yet, as after an error in a setting: nothing can be lost."""
         is_begun = self.parts.with_rows() or self.output.exists()
         return manifest["status"] == UNFINISHED and not is_begun
 
@@ -236,7 +236,7 @@ class StagedFile:
                 known, grown_at = now_known, time.monotonic()
 
     def _wait_for_beginning(self, settings: Mapping[str, Any]) -> bool:
-        """Wait until process 0 has accepted the same settings; True where all is done already."""
+        """Wait until process 0 has accepted the same settings; True if all is already done."""
         patience = min(_BEGINNING_SECONDS, self.parts.wait_seconds)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
