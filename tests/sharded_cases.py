@@ -238,9 +238,9 @@ def early_end(place: int, world: Path, out: Path, accumulation: int) -> None:
         if not place:
             return written
         count = 1 - next(rollouts)
-        sample = written[0][0]
-        ids, logprobs = sample.token_ids[:count], sample.logprobs[:count]
-        return [[replace(sample, token_ids=ids, logprobs=logprobs)] for _ in prompts]
+        ((_, (sample, *_)),) = written
+        cut = replace(sample, token_ids=sample.token_ids[:count], logprobs=sample.logprobs[:count])
+        return ((place, [cut]) for place in range(len(prompts)))
 
     LocalEngine.generate = short  # type: ignore[method-assign]
     try:

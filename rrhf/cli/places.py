@@ -42,7 +42,7 @@ from rrhf.os_errors import explained_os_errors, require_plain_output
 
 T = TypeVar("T")
 
-_READ = ("model", "scorer", "responses", "model or file", "row", "place")
+_READ = ("model", "engine's model", "scorer", "responses", "model or file", "row", "place")
 
 
 def read_settings(
