@@ -11,11 +11,25 @@ from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES
 from rrhf.evaluation.metrics import METRICS
 from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
-from rrhf.ranges import SEED, SHARE, check_ranges
+from rrhf.ranges import COUNT, INDEX, SEED, SHARE, check_ranges
 from rrhf.scoring.config import OPTION_RANGES, RewardModelOptions
 from rrhf.worlds import WORLDS
 
 MAX_UNSCORED_FRACTION = 0.01
+
+RANGES = OPTION_RANGES | {
+    "best_of_n": COUNT,
+    "samples_per_prompt": COUNT,
+    "num_prompts": INDEX,
+    "num_human_responses": INDEX,
+    "max_prompt_tokens": INDEX,
+    "ppl_max_tokens": INDEX,
+    "bootstrap_resamples": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "max_unscored_fraction": SHARE,
+    "confidence": "(0, 1)",
+    "seed": SEED,
+}
 
 
 @dataclass(kw_only=True)
@@ -174,22 +188,7 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
             )
         if self.best_of_n > 1 and self.decoding == "greedy":
             raise UserError(f"best_of_n {self.best_of_n}: greedy decoding has only one answer")
-        for name, least in (
-            ("best_of_n", 1),
-            ("samples_per_prompt", 1),
-            ("num_prompts", 0),
-            ("num_human_responses", 0),
-            ("max_prompt_tokens", 0),
-            ("ppl_max_tokens", 0),
-            ("bootstrap_resamples", 1),
-            ("per_device_eval_batch_size", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
-        shares = {"max_unscored_fraction": SHARE, "seed": SEED}
-        check_ranges(self, OPTION_RANGES | shares)
-        if not 0 < self.confidence < 1:
-            raise UserError(f"confidence {self.confidence}: must lie between 0 and 1, such as 0.95")
+        check_ranges(self, RANGES)
         check_params(self.params(greedy=False))
 
     @property

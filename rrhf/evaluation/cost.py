@@ -51,8 +51,9 @@ class CostMeter:
         """For a result file; rates are None where nothing was written."""
         generation, written = self.seconds.get("generation", 0.0), self.generated_tokens
         kept = self.responses if self.passes.get("policy") else 0
+        passes = self.passes.get("policy", 0) + self.passes.get("chooser", 0)
         serving = {
-            "serving_passes_per_response": self._serving_passes() / kept if kept else None,
+            "serving_passes_per_response": passes / kept if kept else None,
             "serving_tokens_per_response": None if written is None or not kept else written / kept,
         }
         return {
@@ -66,6 +67,3 @@ class CostMeter:
             else written / generation,
             **serving,
         }
-
-    def _serving_passes(self) -> int:
-        return self.passes.get("policy", 0) + self.passes.get("chooser", 0)

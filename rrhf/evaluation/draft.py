@@ -13,7 +13,7 @@ from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.cost import CostMeter
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row, RowKey
-from rrhf.evaluation.measure import Measure, candidate_mean
+from rrhf.evaluation.measure import Measure, mean_measure
 from rrhf.evaluation.results import SCHEMA_VERSION, measure_to_json
 from rrhf.evaluation.shared import Shared
 from rrhf.generation.engine import Sample, SamplingParams
@@ -72,7 +72,7 @@ class Draft:
 
     def mean(self, value: Callable[[CandidateSet, Candidate], float]) -> Measure:
         """The mean of something over the responses to each prompt."""
-        return candidate_mean(self.sets, value)
+        return mean_measure({s.id: [value(s, c) for c in s.candidates] for s in self.sets})
 
     def tokens_of(self, samples: Sequence[Sample]) -> list[tuple[Row, Tensor]]:
         """Prompt and response as ids, with the log-probs [T] of the response."""

@@ -30,7 +30,7 @@ from rrhf.evaluation.metrics import METRICS, chosen_metrics
 from rrhf.evaluation.metrics.spec import Metric
 from rrhf.evaluation.responses import as_sets, write_responses
 from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION, keep_best, score_sets
-from rrhf.evaluation.shared import Baseline, Shared, fingerprint
+from rrhf.evaluation.shared import BaselineScores, Shared, fingerprint
 from rrhf.generation.engine import GenerationEngine, SamplingParams
 from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
@@ -162,7 +162,7 @@ class Evaluator:
             kept = score_sets(scorer, kept, self.max_unscored_fraction)
             rewards = {s.id: list(s.scores) for s in kept}
         gold = {} if world is None else gold_scores(world, kept)
-        self.shared.baseline = Baseline(f"{name}#{fingerprint(kept)}", rewards, gold)
+        self.shared.baseline = BaselineScores(f"{name}#{fingerprint(kept)}", rewards, gold)
 
     def sample(
         self, name: str, engine: GenerationEngine, params: SamplingParams

@@ -39,8 +39,8 @@ def read_logprobs(
     rows: Sequence[Row],
     pad_id: int,
     temperature: float = 1.0,
-    max_logits: int = MAX_LOGITS,
     layout: str = "auto",
+    max_logits: int = MAX_LOGITS,
 ) -> list[Tensor]:
     """log P(token | prompt, earlier tokens) of every response token.
 
@@ -178,13 +178,11 @@ class LikelihoodReader:
         model: Any,
         codec: ChatCodec,
         name: str = "",
-        max_logits: int = MAX_LOGITS,
         layout: str = "auto",
     ) -> None:
         self.model = model
         self.codec = codec
         self.name = name or str(getattr(model.config, "name_or_path", "") or "model")
-        self.max_logits = max_logits
         self.layout = layout
         self._window = context_window(model)
 
@@ -222,9 +220,7 @@ class LikelihoodReader:
         known = {} if known is None else known
         keys = [row_key(row) for row in rows]
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        read = read_logprobs(
-            self.model, new, self.codec.pad_id, temperature, self.max_logits, self.layout
-        )
+        read = read_logprobs(self.model, new, self.codec.pad_id, temperature, self.layout)
         known.update(zip(new, read, strict=True))
         return [known[key] for key in keys]
 

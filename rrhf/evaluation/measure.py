@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from rrhf.records import Candidate, CandidateSet
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -39,14 +37,7 @@ class Measure:
         return [i for i in self.values if self.weights[i] > 0]
 
 
-def candidate_mean(
-    sets: Sequence[CandidateSet], value: Callable[[CandidateSet, Candidate], float]
-) -> Measure:
-    """The mean of something over a prompt's candidates; prompts without any are left out."""
-    return Measure(
-        {
-            s.id: sum(value(s, c) for c in s.candidates) / len(s.candidates)
-            for s in sets
-            if s.candidates
-        }
-    )
+def mean_measure(values: Mapping[str, Sequence[float | None]]) -> Measure:
+    """The mean of each prompt's values that are not None; prompts without any are left out."""
+    known = {key: [x for x in found if x is not None] for key, found in values.items()}
+    return Measure({key: sum(found) / len(found) for key, found in known.items() if found})

@@ -41,8 +41,6 @@ class PaperPerplexity:
                 f"{tokenizer.name_or_path}: has neither BOS nor EOS, so the first token of a text "
                 "would have no probability; choose another ppl_model_name_or_path"
             )
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"ppl_max_tokens {max_tokens}: must be at least 1")
         self.model = model
         self.layout = layout
         self.tokenizer = tokenizer
@@ -67,15 +65,10 @@ class PaperPerplexity:
 
     def measures(self, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
         """`ppl_paper` (base 2) and `ppl_paper_e`, a prompt's texts averaged first."""
-        flat = self.mean_nats([c.response for s in sets for c in s.candidates])
-        nats = iter(flat)
-        by_prompt: dict[str, list[float]] = {}
-        for s in sets:
-            found = [next(nats) for _ in s.candidates]
-            known = [value for value in found if value is not None]
-            if known:
-                by_prompt[s.id] = known
-        return paper_measures(by_prompt)
+        nats = iter(self.mean_nats([c.response for s in sets for c in s.candidates]))
+        found = {s.id: [next(nats) for _ in s.candidates] for s in sets}
+        known = {key: [x for x in values if x is not None] for key, values in found.items()}
+        return paper_measures({key: values for key, values in known.items() if values})
 
 
 def paper_measures(mean_nats: Mapping[str, Sequence[float]]) -> dict[str, Measure]:

@@ -15,8 +15,8 @@ from rrhf.worlds import World
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """Responses that win rates are measured against.
+class BaselineScores:
+    """Scores of the responses that win rates are measured against.
 
     Attributes:
         name: what results call it.
@@ -51,7 +51,7 @@ class Shared:
     human: Sequence[CandidateSet] = ()
     pairs: Sequence[CandidateSet] = ()
     paper: PaperPerplexity | None = None
-    baseline: Baseline | None = None
+    baseline: BaselineScores | None = None
 
     def __post_init__(self) -> None:
         assert self.prompts, "an evaluation needs prompts"

@@ -12,7 +12,16 @@ from rrhf.data.prompt_text import prompt_text
 from rrhf.errors import UserError
 from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import SamplingParams, check_params
-from rrhf.ranges import INDEX, POSITIVE, SEED, check_ranges
+from rrhf.ranges import COUNT, INDEX, POSITIVE, SEED, check_ranges
+
+RANGES = {
+    "per_device_prompt_batch_size": COUNT,
+    "max_prompt_tokens": COUNT,
+    "num_prompts": INDEX,
+    "seed": SEED,
+    "round": INDEX,
+    "wait_seconds": POSITIVE,
+}
 
 
 @dataclass(kw_only=True)
@@ -100,14 +109,7 @@ class GenerateConfig(SamplingOptions, DataOptions):
     def __post_init__(self) -> None:
         self.stop_strings = tuple(self.stop_strings)
         self.sampling_params()
-        check_ranges(self, {"seed": SEED, "round": INDEX, "wait_seconds": POSITIVE})
-        for name, least in (
-            ("per_device_prompt_batch_size", 1),
-            ("max_prompt_tokens", 1),
-            ("num_prompts", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        check_ranges(self, RANGES)
         settings = self.engine_spec.settings
         if self.engine_settings is None and settings is not None:
             self.engine_settings = settings()

@@ -12,14 +12,16 @@ from rrhf.data.views import pairs
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import estimate
 from rrhf.evaluation.cost import CostMeter
-from rrhf.evaluation.measure import candidate_mean
+from rrhf.evaluation.draft import Draft
+from rrhf.evaluation.measure import Measure, mean_measure
 from rrhf.evaluation.metrics.distinct import distinct_n
-from rrhf.evaluation.metrics.gold import gold_measure, part_measures
+from rrhf.evaluation.metrics.gold import part_measures
 from rrhf.evaluation.metrics.pi_accuracy import ranking_accuracy
-from rrhf.evaluation.metrics.reward import reward_measure
-from rrhf.evaluation.metrics.texts import length_in_words, share_empty, share_without_end
+from rrhf.evaluation.metrics.reward import REWARD
+from rrhf.evaluation.metrics.texts import EMPTY, WITHOUT_EOS, WORDS
 from rrhf.evaluation.metrics.win_rate import win_rate
 from rrhf.evaluation.reward import keep_best, score_sets
+from rrhf.evaluation.shared import Shared
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate
 from rrhf.worlds import gold_scores
 from rrhf.worlds.help_desk.world import HelpDesk
@@ -76,9 +78,13 @@ def test_unscored_responses_do_not_meet():
 # Reward
 
 
+def reward_of(sets):
+    return REWARD.measure(Draft("row", Shared(sets), sets=sets))["reward"]
+
+
 def test_reward_is_averaged_by_prompt_first():
     sets = [prompt("a", reply("xx"), reply("xxxx")), prompt("b", reply("x"))]
-    found = reward_measure(score_sets(ByLength(), sets))
+    found = reward_of(score_sets(ByLength(), sets))
     assert sorted(found.values.values()) == [1.0, 3.0]
     assert estimate(found).mean == 2.0  # not 7 / 3
 
@@ -90,7 +96,7 @@ def test_more_unscored_responses_than_allowed_stop_the_evaluation():
     assert "max_unscored_fraction" in str(error.value)
     scored = score_sets(ByLength(), sets, 0.5)
     assert [s.scores for s in scored] == [(2.0, None), (None, 1.0)]
-    assert estimate(reward_measure(scored)).mean == 1.5
+    assert estimate(reward_of(scored)).mean == 1.5
 
 
 class ByShortLength(ByLength):
@@ -121,7 +127,7 @@ def test_what_exceeds_the_scorers_window_does_not_stop_the_evaluation(caplog):
 
 def test_a_prompt_without_any_score_is_left_out():
     scored = score_sets(ByLength(), [prompt("a", reply("?")), prompt("b", reply("xx"))], 1.0)
-    assert list(reward_measure(scored).values.values()) == [2.0]
+    assert list(reward_of(scored).values.values()) == [2.0]
 
 
 def test_the_best_of_n_is_the_first_of_the_best_and_never_unscored():
@@ -139,7 +145,7 @@ def test_the_best_of_n_is_the_first_of_the_best_and_never_unscored():
 def test_gold_and_its_parts_come_from_the_world():
     world = HelpDesk("smoke")
     sets = world.references("GOOD", 12)
-    gold = gold_measure(gold_scores(world, sets))
+    gold = mean_measure(gold_scores(world, sets))
     for s in sets:
         assert gold.values[s.id] == world.gold(s, s.candidates[0])
     parts = part_measures(world, sets)
@@ -225,10 +231,15 @@ def test_lengths_and_shares_are_means_by_prompt():
         prompt("b", reply("one", reason="unknown")),
         prompt("c"),
     ]
-    assert sorted(length_in_words(sets).values.values()) == [1.0, 1.5]
-    assert sorted(share_empty(sets).values.values()) == [0.0, 0.5]
-    assert sorted(share_without_end(sets).values.values()) == [0.0, 0.5]
-    assert candidate_mean([prompt("c")], lambda s, c: 1.0).values == {}
+    draft = Draft("row", Shared(sets), sets=sets)
+    for name, metric, means in (
+        ("words", WORDS, [1.0, 1.5]),
+        ("empty", EMPTY, [0.0, 0.5]),
+        ("without_eos", WITHOUT_EOS, [0.0, 0.5]),
+    ):
+        found = metric.measure(draft)[name]
+        assert isinstance(found, Measure) and sorted(found.values.values()) == means
+    assert mean_measure({"c": [], "d": [None]}).values == {}
 
 
 # Cost

@@ -138,7 +138,7 @@ def test_an_evaluation_leaves_nothing_half_written(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal was not answered")
 
-    monkeypatch.setattr(reward, "reward_measure", signalled)
+    monkeypatch.setattr(reward, "mean_measure", signalled)
     before = signal.getsignal(signal.SIGTERM)
     (tmp_path / "length.py").write_text("def score(p, r, m):\n    return [len(x) for x in r]\n")
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.measure import Measure, mean_measure
 from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
@@ -24,16 +24,6 @@ HARMFUL = "harmful"
 REFUSED = "refused"
 # Of a part that is about the whole response, a share says nothing new.
 _NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
-
-
-def gold_measure(scores: Mapping[str, Sequence[float | None]]) -> Measure:
-    """`gold`: the mean over a prompt's candidates."""
-    means = {}
-    for prompt_id, values in scores.items():
-        known = [value for value in values if value is not None]
-        if known:
-            means[prompt_id] = sum(known) / len(known)
-    return Measure(means)
 
 
 def part_measures(world: World, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
@@ -55,8 +45,8 @@ def part_measures(world: World, sets: Sequence[CandidateSet]) -> dict[str, Measu
 
 
 def measure(draft: Draft) -> Mapping[str, Measure]:
-    """`gold` of a row."""
-    return {"gold": gold_measure(draft.gold)}
+    """The mean gold utility of a prompt's responses."""
+    return {"gold": mean_measure(draft.gold)}
 
 
 def measure_parts(draft: Draft) -> Mapping[str, Measure]:

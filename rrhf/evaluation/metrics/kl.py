@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.measure import Measure, mean_measure
 from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.generation.params import SamplingParams
 
@@ -55,14 +55,14 @@ def divergence_measures(
         logprobs: for each prompt, for each of its responses, [T].
         reference_logprobs: likewise, of the same tokens.
     """
-    k1: dict[str, float] = {}
-    k3: dict[str, float] = {}
-    for prompt_id, own, theirs in zip(prompt_ids, logprobs, reference_logprobs, strict=True):
-        pairs = list(zip(own, theirs, strict=True))
-        if pairs:
-            k1[prompt_id] = sum(sequence_log_ratio(a, b) for a, b in pairs) / len(pairs)
-            k3[prompt_id] = sum(sequence_k3(a, b) for a, b in pairs) / len(pairs)
-    return {"kl": Measure(k1), "kl_k3": Measure(k3)}
+    pairs = {
+        prompt_id: list(zip(own, theirs, strict=True))
+        for prompt_id, own, theirs in zip(prompt_ids, logprobs, reference_logprobs, strict=True)
+    }
+    return {
+        name: mean_measure({i: [estimate(a, b) for a, b in found] for i, found in pairs.items()})
+        for name, estimate in (("kl", sequence_log_ratio), ("kl_k3", sequence_k3))
+    }
 
 
 def best_of_n_bound(n: int) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.measure import Measure, mean_measure
 from rrhf.evaluation.metrics.spec import Column, Metric
 from rrhf.records import CandidateSet
 
@@ -59,11 +59,7 @@ def ranking_accuracy(reader: LikelihoodReader, pairs: Sequence[CandidateSet]) ->
     for owner, chosen, rejected in zip(owners, means[::2], means[1::2], strict=True):
         right.setdefault(owner, []).append((chosen > rejected) + (chosen == rejected) / 2)
         tied.setdefault(owner, []).append(float(chosen == rejected))
-    return RankingAccuracy(
-        Measure({owner: sum(v) / len(v) for owner, v in right.items()}),
-        Measure({owner: sum(v) / len(v) for owner, v in tied.items()}),
-        dropped,
-    )
+    return RankingAccuracy(mean_measure(right), mean_measure(tied), dropped)
 
 
 def measure(draft: Draft) -> Mapping[str, Measure]:
