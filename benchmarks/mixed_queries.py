@@ -31,7 +31,8 @@ from rrhf.training.core.token_batches import (
     micro_batches,
     tokens_of,
 )
-from rrhf.training.methods.rank import RankConfig, build_objective
+from rrhf.training.methods.objectives.rrhf import RRHF, RRHFSettings
+from rrhf.training.methods.rank import RankObjective
 
 QUERIES_OF_A_BATCH = 4
 
@@ -205,7 +206,7 @@ class Epoch(TrainingStep):
     ) -> None:
         super().__init__(policy, usual_products)
         self.batches = [collate([sets[place] for place in places], 0) for places in cut]
-        self.objective = build_objective(RankConfig("", "", data_path=""))
+        self.objective = RankObjective(RRHF.build(RRHFSettings()))
 
     def __call__(self) -> Tensor:
         self.policy.zero_grad(set_to_none=True)

@@ -27,7 +27,8 @@ from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import Policy
 from rrhf.models.forward.onednn_linear import exchange_linears
 from rrhf.models.loading import enable_checkpointing
-from rrhf.training.methods.rank import RankConfig, build_objective
+from rrhf.training.methods.objectives.rrhf import RRHF, RRHFSettings
+from rrhf.training.methods.rank import RankObjective
 
 CASES = SHAPES
 GOALS = {"S1": 3.0, "S3": 4.0, "S5": 4.2, "S4": 3.8, "S6": 1.8, "B6": 7.0}
@@ -93,7 +94,7 @@ class Step(TrainingStep):
     def __init__(self, policy: nn.Module, batch: TokenBatch, usual_products: bool = False) -> None:
         super().__init__(policy, usual_products)
         self.batch = batch
-        self.objective = build_objective(RankConfig("", "", data_path=""))
+        self.objective = RankObjective(RRHF.build(RRHFSettings()))
 
     def forward(self) -> Tensor:
         terms = self.objective(self.policy(self.batch), self.batch)

@@ -23,7 +23,8 @@ from benchmarks.training_step import EXACT, TrainingStep, compared
 from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel
 from rrhf.scoring.reward_model import RowScorer
-from rrhf.training.methods.reward import RewardConfig, RewardObjective
+from rrhf.training.methods.reward import RewardObjective
+from rrhf.training.methods.reward_config import RewardLossSettings
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RewardStep(TrainingStep):
     def __init__(self, model: RewardModel, shape: Shape) -> None:
         super().__init__(model)
         self.batch = shape.batch([float(place) for place in range(len(shape.responses))])
-        self.objective = RewardObjective(RewardConfig("", "", data_path=""))
+        self.objective = RewardObjective(RewardLossSettings())
 
     def forward(self) -> Tensor:
         return self.objective(self.policy(self.batch), self.batch)["reward"].total

@@ -27,7 +27,8 @@ from transformers import (
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.models.forward.shared_prefix import lay_out
-from rrhf.training.methods.rank import RankConfig, build_objective
+from rrhf.training.methods.objectives.rrhf import RRHF, RRHFSettings
+from rrhf.training.methods.rank import RankObjective
 
 V = 80
 
@@ -112,9 +113,8 @@ SHAPES = {
 
 def step(policy: Policy, b: TokenBatch) -> tuple[float, Tensor, Tensor]:
     """RRHF's loss, its log-probs and the whole gradient."""
-    config = RankConfig(model_name_or_path="", output_dir="", data_path="")
     outputs: PolicyOutputs = policy(b)
-    terms = build_objective(config)(outputs, b)
+    terms = RankObjective(RRHF.build(RRHFSettings()))(outputs, b)
     loss = torch.stack([term.total * term.weight for term in terms.values()]).sum() / b.num_prompts
     policy.zero_grad()
     loss.backward()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
+
+from rrhf.data.collate import TokenBatch
 from rrhf.training.methods.objectives import OBJECTIVES
+from rrhf.training.methods.rank import RankObjective
 from rrhf.training.methods.rank_config import RankConfig
 
 
@@ -15,3 +20,11 @@ def rank_config(*args: Any, **values: Any) -> RankConfig:
     assert settings is not None
     own = {item.name: values.pop(item.name) for item in fields(settings) if item.name in values}
     return RankConfig(*args, objective_settings=settings(**own), **values)
+
+
+def build_objective(
+    config: RankConfig, reference: Callable[[TokenBatch], Tensor] | None = None
+) -> RankObjective:
+    """The objective that the settings choose."""
+    loss = OBJECTIVES[config.objective].build(config.objective_settings)
+    return RankObjective(loss, reference)

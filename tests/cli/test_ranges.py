@@ -92,7 +92,7 @@ def test_no_configuration_is_forgotten() -> None:
     """Every class that a command line is read into stands in the list above."""
     without_numbers = {"ConvertConfig", "ValidateConfig", "StatsConfig", "FetchConfig"}
     inherited = {"TrainingConfig", "RankSettings", "PPOSettings", "SamplingOptions"}
-    inherited |= {"RewardModelOptions"}
+    inherited |= {"RewardModelOptions", "RewardLossSettings"}
     inner = {
         "BeamSettings",
         "GroupSettings",

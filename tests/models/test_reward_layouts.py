@@ -18,7 +18,8 @@ from rrhf.models.loading import enable_checkpointing
 from rrhf.models.policy_with_value import ValueModel
 from rrhf.models.reward_layouts import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import RewardModel
-from rrhf.training.methods.reward import RewardConfig, RewardObjective
+from rrhf.training.methods.reward import RewardObjective
+from rrhf.training.methods.reward_config import RewardLossSettings
 
 SEQUENCE, TOKENS, MEANS = "sequence-wise", "token-wise", "average"
 
@@ -45,7 +46,7 @@ def gradient_of(model: nn.Module, loss: Tensor) -> Tensor:
 
 def step(model: RewardModel, b: TokenBatch, loss_type: str = SEQUENCE) -> tuple[float, Tensor]:
     """The loss of reward training, regularised, and its gradient."""
-    config = RewardConfig("", "", data_path="", loss_type=loss_type, regularization=0.01)
+    config = RewardLossSettings(loss_type=loss_type, regularization=0.01)
     terms = RewardObjective(config)(model(b), b).values()
     loss = torch.stack([term.total * term.weight for term in terms]).sum()
     return float(loss.detach()), gradient_of(model, loss)
@@ -58,7 +59,7 @@ def require_equal(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -
 
 def asked(loss_type: str) -> dict[str, bool]:
     """As `rrhf.training.methods.reward.train` builds them."""
-    config = RewardConfig("", "", data_path="", loss_type=loss_type)
+    config = RewardLossSettings(loss_type=loss_type)
     return {"per_token": config.reads_tokens, "reads_padding": config.reads_padding}
 
 

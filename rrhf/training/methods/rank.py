@@ -37,7 +37,7 @@ from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss
 from rrhf.training.methods.offline import held_out_evaluation, is_short, offline_stream
-from rrhf.training.methods.rank_config import RankConfig, RankSettings
+from rrhf.training.methods.rank_config import RankConfig
 from rrhf.training.methods.rank_examples import RankEncoder
 
 logger = logging.getLogger(__name__)
@@ -88,18 +88,6 @@ def ranked_groups(batch: TokenBatch) -> RankedGroups:
     return RankedGroups(scores, lengths, valid, batch.prompt_lengths, batch.prompt_weights)
 
 
-def build_objective(
-    config: RankSettings, reference: Callable[[TokenBatch], Tensor] | None = None
-) -> RankObjective:
-    """The objective that the settings choose."""
-    return RankObjective(rank_loss(config), reference)
-
-
-def rank_loss(config: RankSettings) -> RankLoss:
-    """Its losses, under its settings."""
-    return OBJECTIVES[config.objective].build(config.objective_settings)
-
-
 def _whole(logprobs: Tensor, batch: TokenBatch) -> Tensor:
     """[B, K] log-probs of whole responses from those of their tokens [N, R]."""
     return padded_groups(logprobs.sum(-1), batch.prompt_index, batch.num_prompts)[0]
@@ -136,7 +124,8 @@ def train(config: RankConfig) -> Path:
         if config.eval_data_path:
             others = config.for_other_data()
             held_out = load_sets(config.eval_data_path, config.seed, options=others)
-        loss = rank_loss(config)
+        spec = OBJECTIVES[config.objective]
+        loss = spec.build(config.objective_settings)
         model = load_trainable_causal_lm(config)
         window = context_window(model)
         encode = _encoder(config, bench, window, loss)
@@ -159,9 +148,9 @@ def train(config: RankConfig) -> Path:
             )
         models = ModelFolders({"policy": model_writer(bench, model)})
         policy = policy_on_engine(bench, model)
-        needs_reference = OBJECTIVES[config.objective].needs_reference
-        reference = build_reference(bench, policy) if needs_reference else None
-        objective = RankObjective(loss, reference)
+        objective = RankObjective(
+            loss, build_reference(bench, policy) if spec.needs_reference else None
+        )
         outcome = run_training(
             policy,
             objective,

@@ -47,7 +47,7 @@ from rrhf.training.core.update import Term
 from rrhf.training.methods.data_summary import encoded
 from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.offline import held_out_evaluation, offline_stream
-from rrhf.training.methods.reward_config import RewardConfig
+from rrhf.training.methods.reward_config import RewardConfig, RewardLossSettings
 from rrhf.training.methods.reward_examples import PreferenceEncoder, held_out_metrics
 from rrhf.training.methods.score_watch import ScoreWatch
 
@@ -61,26 +61,26 @@ class RewardObjective:
     """The terms of reward training: `reward`, and `regularization` where it has a weight.
 
     Args:
-        config: the loss.
+        settings: of the loss.
         watch: is shown the scores of training forwards.
     """
 
-    def __init__(self, config: RewardConfig, watch: ScoreWatch | None = None) -> None:
-        self.config, self.watch = config, watch
+    def __init__(self, settings: RewardLossSettings, watch: ScoreWatch | None = None) -> None:
+        self.settings, self.watch = settings, watch
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Prompts or pairs, and the number of scores that are regularised."""
         preferences, valid = _preferences(batch)
-        if self.config.reads_tokens:
+        if self.settings.reads_tokens:
             zeros = batch.response_ids.new_zeros(batch.response_ids.shape, dtype=torch.float32)
             _, counts = self._token_losses(zeros, batch, preferences, valid)
         else:
             counts = rank_losses.count_ordered_pairs(preferences, valid)
-        if self.config.pair_reduction == "prompt":
+        if self.settings.pair_reduction == "prompt":
             counts = (counts > 0).long()
         found = {"reward": (counts * batch.prompt_weights).sum()}
-        if self.config.regularization:
-            rows = batch.response_lengths if self.config.reads_tokens else 1
+        if self.settings.regularization:
+            rows = batch.response_lengths if self.settings.reads_tokens else 1
             found["regularization"] = (rows * batch.row_weights).sum()
         return found
 
@@ -95,17 +95,17 @@ class RewardObjective:
         normalizer = None if self.watch is None else self.watch.normalizer
         if self.watch is not None and torch.is_grad_enabled():
             self.watch.see(end_scores.detach()[batch.row_weights > 0])
-        if self.config.normalize_score_during_training and normalizer is not None:
+        if self.settings.normalize_score_during_training and normalizer is not None:
             outputs = normalize(outputs, normalizer.mean, normalizer.std)
         preferences, valid = _preferences(batch)
-        if self.config.reads_tokens:
+        if self.settings.reads_tokens:
             totals, counts = self._token_losses(outputs, batch, preferences, valid)
         else:
             grid, _ = padded_groups(outputs, batch.prompt_index, batch.num_prompts)
             totals, counts = reward_losses.pairwise_loss(
                 grid, preferences, valid, self._margin(preferences)
             )
-        if self.config.pair_reduction == "prompt":
+        if self.settings.pair_reduction == "prompt":
             totals, _ = reward_losses.mean_over_pairs(totals, counts)
         terms = {
             "reward": Term(
@@ -113,18 +113,18 @@ class RewardObjective:
                 metrics=_metrics(end_scores.detach(), batch, preferences, valid),
             )
         }
-        if self.config.regularization:
+        if self.settings.regularization:
             squares = outputs.square()
-            if self.config.reads_tokens:
+            if self.settings.reads_tokens:
                 squares = squares.masked_fill(~batch.response_mask, 0.0).sum(1)
             terms["regularization"] = Term(
-                (squares * batch.row_weights).sum(), self.config.regularization
+                (squares * batch.row_weights).sum(), self.settings.regularization
             )
         return terms
 
     def end_scores(self, outputs: Tensor, batch: TokenBatch) -> Tensor:
         """[N] the score at each response's last token."""
-        if not self.config.reads_tokens:
+        if not self.settings.reads_tokens:
             return outputs
         return outputs.gather(1, batch.response_lengths[:, None] - 1).squeeze(1)
 
@@ -138,15 +138,15 @@ class RewardObjective:
             padded_groups(batch.response_lengths, *place)[0],
             preferences,
             valid,
-            self.config.loss_type,
+            self.settings.loss_type,
             self._margin(preferences),
         )
 
     def _margin(self, preferences: Tensor) -> float | Tensor:
-        if not self.config.margin_per_score:
-            return self.config.margin
-        by_scores = reward_losses.preference_margins(preferences, self.config.margin_per_score)
-        return self.config.margin + by_scores
+        if not self.settings.margin_per_score:
+            return self.settings.margin
+        by_scores = reward_losses.preference_margins(preferences, self.settings.margin_per_score)
+        return self.settings.margin + by_scores
 
 
 def _preferences(batch: TokenBatch) -> tuple[Tensor, Tensor]:

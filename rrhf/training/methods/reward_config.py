@@ -19,7 +19,44 @@ _RANGES = {
 
 
 @dataclass
-class RewardConfig(TrainingConfig):
+class RewardLossSettings:
+    """The loss of a reward model."""
+
+    loss_type: Literal["sequence-wise", "token-wise", "per_sample", "average", "last_token"] = (
+        "sequence-wise"
+    )
+    """Which scores of two responses are compared: those of their last tokens (sequence-wise =
+    last_token), of every position from the first difference on (token-wise = per_sample), or the
+    mean over these positions (average)."""
+
+    pair_reduction: Literal["prompt", "pair"] = "prompt"
+    """Mean over each prompt's pairs, then over prompts; or over all pairs at once."""
+
+    margin: float = 0.0
+    """The loss is -log sigmoid(lead of the better response - margin)."""
+
+    margin_per_score: float = 0.0
+    """A further margin for each unit by which the data's own scores differ (Llama 2's margin)."""
+
+    regularization: float = 0.0
+    """Weight of a penalty on the mean squared score, which keeps scores near zero."""
+
+    normalize_score_during_training: bool = False
+    """Normalise scores in the training loss too, with the estimates from before the step."""
+
+    @property
+    def reads_tokens(self) -> bool:
+        """True where the loss looks at more than each response's last score."""
+        return self.loss_type in TOKEN_LOSS_TYPES
+
+    @property
+    def reads_padding(self) -> bool:
+        """True where the loss reads scores behind the end of the shorter response."""
+        return self.reads_tokens and self.loss_type != "average"
+
+
+@dataclass
+class RewardConfig(RewardLossSettings, TrainingConfig):
     """Train a reward model on preference pairs or ranked groups."""
 
     data_path: str = field(
@@ -42,25 +79,6 @@ class RewardConfig(TrainingConfig):
     validation_fraction: float = 0.1
     """Share of data_path that is held out, by the first human turn; 0 = train on all."""
 
-    loss_type: Literal["sequence-wise", "token-wise", "per_sample", "average", "last_token"] = (
-        "sequence-wise"
-    )
-    """Which scores of two responses are compared: those of their last tokens (sequence-wise =
-    last_token), of every position from the first difference on (token-wise = per_sample), or the
-    mean over these positions (average)."""
-
-    pair_reduction: Literal["prompt", "pair"] = "prompt"
-    """Mean over each prompt's pairs, then over prompts; or over all pairs at once."""
-
-    margin: float = 0.0
-    """The loss is -log sigmoid(lead of the better response - margin)."""
-
-    margin_per_score: float = 0.0
-    """A further margin for each unit by which the data's own scores differ (Llama 2's margin)."""
-
-    regularization: float = 0.0
-    """Weight of a penalty on the mean squared score, which keeps scores near zero."""
-
     normalizer_type: Literal["none", "RunningMeanStd", "ExponentialMovingAverage"] = (
         "RunningMeanStd"
     )
@@ -69,9 +87,6 @@ class RewardConfig(TrainingConfig):
 
     normalizer_momentum: float = 0.9
     """ExponentialMovingAverage: new = momentum * old + (1 - momentum) * batch."""
-
-    normalize_score_during_training: bool = False
-    """Normalise scores in the training loss too, with the estimates from before the step."""
 
     max_response_tokens: int | None = None
     """Most tokens of a response; by default what the prompt leaves of model_max_length, at least
@@ -90,13 +105,3 @@ class RewardConfig(TrainingConfig):
                 "RunningMeanStd or ExponentialMovingAverage"
             )
         check_response_limit(self.max_response_tokens, self.model_max_length)
-
-    @property
-    def reads_tokens(self) -> bool:
-        """True where the loss looks at more than each response's last score."""
-        return self.loss_type in TOKEN_LOSS_TYPES
-
-    @property
-    def reads_padding(self) -> bool:
-        """True where the loss reads scores behind the end of the shorter response."""
-        return self.reads_tokens and self.loss_type != "average"

@@ -43,7 +43,8 @@ from rrhf.training.core.token_batches import (
     warn_of_lone,
 )
 from rrhf.training.methods import rank, reward, sft
-from rrhf.training.methods.rank import RankConfig, build_objective
+from rrhf.training.methods.objectives.rrhf import RRHF, RRHFSettings
+from rrhf.training.methods.rank import RankConfig, RankObjective
 from rrhf.training.methods.reward import RewardConfig
 from rrhf.training.methods.reward_examples import _shares
 from rrhf.training.methods.sft import SFTConfig
@@ -295,7 +296,7 @@ def test_another_budget_may_go_on_from_a_checkpoint_but_no_other_grouping() -> N
 def test_held_out_figures_do_not_depend_on_the_cut(layout: str) -> None:
     policy, objective = (
         build_policy(tiny_llama(130)),
-        build_objective(RankConfig("", "", data_path="")),
+        RankObjective(RRHF.build(RRHFSettings())),
     )
     plain = measure(policy, objective, examples(), 0, 3, Parallel())
     seen: list[int] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_settings import rank_config
+from rank_settings import build_objective, rank_config
 from tiny import save_tiny, tiny_llama
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
@@ -18,7 +18,6 @@ from rrhf.cli.main import main
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.models.forward.logprobs import Policy
 from rrhf.training.methods import rank
-from rrhf.training.methods.rank import build_objective
 
 SCORES = [
     [2.0, 1.0, 1.0, 0.0, 2.0],

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_settings import rank_config
+from rank_settings import build_objective, rank_config
 from tiny import save_tiny, tiny_llama
 from torch import Tensor
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
@@ -26,7 +26,7 @@ from rrhf.models.loading import load_tokenizer
 from rrhf.training.core.streams import OfflineStream, StepCut
 from rrhf.training.methods import rank
 from rrhf.training.methods.fitting import RowFitter
-from rrhf.training.methods.rank import RankConfig, RankObjective, build_objective
+from rrhf.training.methods.rank import RankConfig, RankObjective
 from rrhf.training.methods.rank_examples import RankEncoder
 
 PAD = 2
