@@ -1,12 +1,13 @@
-"""The best model so far, by a measure of the evaluations, kept whole in `best/` next to the last.
+"""Keeps the best model so far, by a metric of the evaluations, in `best/` next to the last.
 
 `best/` holds the models that were measured and a manifest with step, measure and value; it is
-staged and moved into place. A checkpoint names the step of the best it knows. So that a resumed
-run finds that model again, the previous best is kept, hidden, until a checkpoint records the new
-one; a best of steps that are undone is replaced by it.
+staged and moved into place. A checkpoint records the step of the best model. So that a resumed run
+finds that model again, the previous best is kept, hidden, until a checkpoint records the new one;
+it replaces a best model of steps that are undone on resuming.
 
-The same count of evaluations without gain ends a run early. Names and meaning are Hugging Face's:
-`metric_for_best_model`, `greater_is_better`, `load_best_model_at_end`, `early_stopping_patience`.
+The number of evaluations without improvement also ends a run early. Names and meaning are Hugging
+Face's: `metric_for_best_model`, `greater_is_better`, `load_best_model_at_end`,
+`early_stopping_patience`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from rrhf.training.core.parallel import Parallel
 logger = logging.getLogger(__name__)
 
 SMALLER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "k3")
-"""Endings of the measures that are better when they fall."""
+"""Endings of the names of metrics that are better when smaller."""
 
 _STAGED, _OVERTAKEN, _DOOMED = ".staged-best", ".best-step-", ".doomed-best"
 
@@ -50,8 +51,8 @@ class BestModel:
 
     Attributes:
         step: of the best evaluation; None before the first.
-        value: its measure.
-        evaluations_without_gain: since then.
+        value: its metric.
+        evaluations_without_gain: number of evaluations since then.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class BestModel:
 
     @property
     def is_exhausted(self) -> bool:
-        """True where the patience is at its end."""
+        """Whether the patience of early stopping is used up."""
         patience = self._config.early_stopping_patience
         return 0 < patience <= self.evaluations_without_gain
 
     def judge(self, step: int, evaluation: Mapping[str, float]) -> bool:
-        """Keep the models where this evaluation is the best one; returns whether it is.
+        """Keep the models if this evaluation is the best one; returns whether it is.
 
         Raises:
-            UserError: the evaluation has no such measure.
+            UserError: the evaluation has no such metric.
         """
         if self.metric not in evaluation:
             raise UserError(
@@ -113,7 +114,7 @@ class BestModel:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what a checkpoint knew; an empty state: to the beginning."""
+        """Return to the state of a checkpoint; an empty state: to the beginning."""
         self.step = self._in_checkpoint = state.get("step")
         self.value = math.nan if self.step is None else float(state["value"])
         self.evaluations_without_gain = int(state.get("evaluations_without_gain", 0))
@@ -122,14 +123,14 @@ class BestModel:
         self._parallel.barrier()
 
     def settle(self) -> None:
-        """A checkpoint, or the finished run, knows the best now: nothing older is needed."""
+        """Remove the hidden previous best, once a checkpoint or a finished run has the new one."""
         self._in_checkpoint = self.step
         if self._parallel.is_main:
             for path in self._overtaken():
                 _remove(path)
 
     def describe(self) -> dict[str, Any] | None:
-        """For the run's manifest; None where there is no best."""
+        """The entry of the run's manifest; None without a best model."""
         if self.step is None:
             return None
         return {
@@ -140,7 +141,7 @@ class BestModel:
         }
 
     def copy_to(self, folder: Path) -> bool:
-        """Put the best models in the place of the last ones; False where there are none.
+        """Replace the last models by the best ones; False if there are none.
 
         Args:
             folder: of the run.
@@ -194,7 +195,7 @@ class BestModel:
         self._parallel.barrier()
 
     def _bring_back(self) -> None:
-        """Make `best/` what the checkpoint knew."""
+        """Restore `best/` to what the checkpoint recorded."""
         _remove(self.folder.with_name(_STAGED))
         _remove(self.folder.with_name(_DOOMED))
         if self.folder.exists() and (self.step is None or not self._is_there(self.step)):
@@ -227,7 +228,7 @@ class BestModel:
 
 
 def forget_hidden(run: Path) -> None:
-    """Remove the hidden models of a finished run, where earlier calls looked for a best."""
+    """Remove the hidden models of a finished run that earlier calls left."""
     for path in _hidden_ones(run):
         _remove(path)
 
@@ -243,7 +244,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Renamed first: a kill in the middle must not leave half a folder under its own name."""
+    """Remove a folder, renamed first so that a kill cannot leave half of it under its name."""
     if not folder.exists():
         return
     doomed = folder.with_name(_DOOMED)

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there: staged, synced, renamed, a SHA-256 manifest inside.
+"""Writes and restores checkpoints that are complete or absent: staged, synced, sealed, renamed.
 
 A checkpoint is a folder `step-<n>` with the trained weights, the optimiser, the random state and
 `trainer_state.json`; its `manifest.json` is written last and lists size and hash of every file.
-Resuming takes the newest one that is whole; where there are some and none is, it stops rather than
-begin anew. An older checkpoint is deleted only after the newer one is whole. Order is by step
-number, never by clock.
+Resuming takes the newest one that is whole; if there are checkpoints but none is whole, it stops
+instead of starting over. An older checkpoint is deleted only after the newer one is complete. Order
+is by step number, never by clock.
 
-Weights and optimiser of one process (or DDP) are ours; sharded ones are accelerate's own form.
+Weights and optimiser of one process (or DDP) are written by rrhf; sharded ones by accelerate.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Checkpointer:
         parallel: ranks, and how weights are spread over them.
         model: the prepared trainable module.
         optimizer: the prepared optimiser.
-        keep: complete checkpoints that stay; at least 1.
+        keep: number of complete checkpoints to keep; at least 1.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Checkpointer:
         Args:
             step: its number.
             state: plain values: stream, scheduler, metrics.
-            tensors: what the stream holds in addition, the same on every rank.
+            tensors: the stream's tensors, the same on every rank.
         """
         target = self.folder / f"step-{step}"
         staged = self.folder / f"{STAGED}{step}"
@@ -102,7 +102,7 @@ class Checkpointer:
         return target
 
     def _fill(self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """All ranks write their parts, the main one seals them; on failure all of them raise.
+        """Write the parts of all ranks and seal them; after a failure on one rank, all raise.
 
         Raises:
             UserError: no space, or the place cannot be written.
@@ -122,7 +122,7 @@ class Checkpointer:
         self._agree(failure, staged)
 
     def _agree(self, failure: BaseException | None, staged: Path) -> None:
-        """Raise on every rank what one could not write, once nothing of it is left."""
+        """After a failed write on any rank, clean up and raise on all ranks."""
         if not self._parallel.any(failure is not None):
             return
         if self._parallel.is_main:
@@ -150,7 +150,7 @@ class Checkpointer:
             write_json(staged / STATE, state)
 
     def _needed_bytes(self, tensors: dict[str, torch.Tensor]) -> int:
-        """Bytes of a checkpoint's tensors; where they are sharded, an estimate for AdamW."""
+        """Bytes of a checkpoint's tensors; for sharded ones, an estimate for AdamW."""
         weights = self._trained_weights()
         if self._parallel.is_sharded:
             return 3 * sum(weight.nbytes for weight in weights.values())
@@ -161,11 +161,11 @@ class Checkpointer:
         """Load the newest complete checkpoint.
 
         Returns:
-            its state, with the stream's tensors as "tensors"; None where there is none.
+            its state, with the stream's tensors as "tensors"; None if there is none.
 
         Raises:
-            UserError: there are checkpoints, and none of them is whole; or the newest belongs to
-                another launch or other weights.
+            UserError: there are checkpoints but none is whole; or the newest was written under
+                another launch or for other weights.
         """
         newest = self._newest_whole()
         if newest is None:
@@ -189,10 +189,10 @@ class Checkpointer:
         return state
 
     def _newest_whole(self) -> Path | None:
-        """The newest checkpoint that is whole, as the main rank finds it; the others are told of.
+        """The newest whole checkpoint, as the main rank finds it; damaged ones are logged.
 
         Raises:
-            UserError: there are some, and none is.
+            UserError: there are checkpoints but none is whole.
         """
         damaged: dict[str, str] = {}
         found: Path | None = None
@@ -208,7 +208,7 @@ class Checkpointer:
         return None
 
     def _require_same_launch(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Sharded weights are kept in the form of what sharded them.
+        """Refuse sharded weights of another launch, whose format would differ.
 
         Raises:
             UserError: the checkpoint was written under another launch.
@@ -238,7 +238,7 @@ class Checkpointer:
 
     @torch.no_grad()
     def _load_weights(self, path: Path) -> None:
-        """One weight after the other, so that memory never holds all of them twice."""
+        """Load the weights one by one, so that memory never holds all of them twice."""
         mine = {n: p for n, p in self._root().named_parameters() if p.requires_grad}
         with safe_open(path, framework="pt") as file:
             saved = set(file.keys())
@@ -252,7 +252,7 @@ class Checkpointer:
                 weight.copy_(file.get_tensor(name))
 
     def _delete_old(self) -> None:
-        """Keep the newest whole ones; what was found damaged goes too."""
+        """Delete all but the newest whole ones, and those that were found damaged."""
         complete = [path for path in checkpoints_by_step(self.folder) if is_complete(path)]
         complete = [path for path in complete if path not in self._passed_over]
         for path in {*complete[: -self._keep], *(p for p in self._passed_over if p.exists())}:

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds, and which of a run's checkpoints is whole."""
+"""The files of a checkpoint, and which of a run's checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE, STREAM = (
     "stream.safetensors",
 )
 SHARDED = "engine"
-"""The folder inside that sharded weights and optimiser are in, as accelerate writes them."""
+"""Subfolder of sharded weights and optimiser state, as accelerate writes them."""
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -35,7 +35,7 @@ def checkpoints_by_step(folder: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """True where its manifest says complete (its files are compared by `checkpoint_damage`)."""
+    """Whether its manifest says complete; `checkpoint_damage` compares the files."""
     try:
         manifest = load_manifest(checkpoint / MANIFEST)
     except DamagedManifest:
@@ -58,7 +58,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest checkpoint that is whole, and by name why newer ones were passed over."""
+    """The newest whole checkpoint, and the damage of newer ones by name."""
     damaged: dict[str, str] = {}
     for path in reversed(checkpoints_by_step(folder)):
         problem = checkpoint_damage(path)
@@ -70,7 +70,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
 
 
 def none_is_whole(folder: Path, damaged: dict[str, str]) -> UserError:
-    """What a user is told where a run cannot go on from any of its checkpoints."""
+    """The error for a run that cannot continue from any of its checkpoints."""
     told = "\n".join(f"  {name}: {problem}" for name, problem in damaged.items())
     return UserError(
         f"{folder}: none of the checkpoints is whole:\n{told}\nCopy one of them again from where "

@@ -52,7 +52,7 @@ class GroupSettings:
     """How one part of the weights is trained.
 
     Attributes:
-        prefix: of the names of its parameters; "" = all that no other group claims.
+        prefix: of the names of its parameters; "" = all that belong to no other group.
         learning_rate, weight_decay, lr_scheduler_type, warmup_ratio: as `TrainingConfig` has them.
         frozen_steps: optimiser steps at the start during which its learning rate is zero.
     """
@@ -65,7 +65,7 @@ class GroupSettings:
     frozen_steps: int = 0
 
     def is_frozen(self, steps_done: int) -> bool:
-        """Whether it stands still in the step after so many."""
+        """Whether the group is frozen in the step after this many."""
         return steps_done < self.frozen_steps
 
 
@@ -136,7 +136,7 @@ class TrainingConfig(DataOptions):
     """Attention of all models: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
 
     layout: Layout = "auto"
-    """How rows pass the model: shared_prefix = each prompt once, auto = fastest that serves it."""
+    """How rows pass the model: shared_prefix = each prompt once, auto = fastest supported."""
 
     trust_remote_code: bool = False
     """Run Python code from the model's folder; only if you trust its author."""
@@ -213,10 +213,10 @@ class TrainingConfig(DataOptions):
     """With several processes: seconds that one waits for another before it treats it as lost."""
 
     def __post_init__(self) -> None:
-        """Subclasses call it from theirs.
+        """Check the settings; subclasses call it from theirs.
 
         Raises:
-            UserError: a setting that no trainer could work with.
+            UserError: a setting is impossible for every trainer.
         """
         check_ranges(self, _RANGES)
         if self.max_steps != -1 and self.max_steps < 1:
@@ -242,22 +242,22 @@ class TrainingConfig(DataOptions):
 
     @property
     def counts_epochs(self) -> bool:
-        """Whether num_train_epochs says when to end."""
+        """Whether num_train_epochs determines the end."""
         return self.max_steps == -1
 
     @property
     def judges_evaluations(self) -> bool:
-        """Whether a best one among them is looked for."""
+        """Whether evaluations are compared to find the best one."""
         asked = self.load_best_model_at_end or self.early_stopping_patience > 0
         return self.save_best_model or asked
 
     @property
     def best_metric(self) -> str:
-        """The measure that the best model is chosen by."""
+        """The metric by which the best model is chosen."""
         return self.metric_for_best_model or "loss"
 
     def groups(self) -> list[GroupSettings]:
-        """The parts of the weights that are trained apart, the main one first."""
+        """The groups of weights with settings of their own, the main one first."""
         return [
             GroupSettings(
                 "", self.learning_rate, self.weight_decay, self.lr_scheduler_type, self.warmup_ratio
@@ -265,7 +265,7 @@ class TrainingConfig(DataOptions):
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values as they are saved in the run folder, settings of choices among them."""
+        """Plain values for the run folder, with the settings of the chosen objective or method."""
         values = asdict(self)
         for item in fields(self):
             if "settings_of" in item.metadata:
@@ -274,10 +274,10 @@ class TrainingConfig(DataOptions):
 
 
 def check_response_limit(max_response_tokens: int | None, model_max_length: int) -> None:
-    """A limit on responses must leave room for a prompt.
+    """Refuse a limit on responses that leaves no room for a prompt.
 
     Raises:
-        UserError: it does not.
+        UserError: it leaves none.
     """
     if max_response_tokens is not None and not 0 < max_response_tokens < model_max_length:
         raise UserError(

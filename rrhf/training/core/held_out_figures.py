@@ -1,4 +1,4 @@
-"""The figures of an evaluation on the way, for a reader."""
+"""The figures of an evaluation during training, as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Z = 1.96
 
 
 def held_out_figures(evaluation: Mapping[str, Any], num_held_out: int = 0) -> str:
-    """The figures of an evaluation that people look at, with intervals where they are known.
+    """The main figures of an evaluation as text, with intervals where they are known.
 
     Args:
         evaluation: name -> value; "accuracy_low" and "accuracy_high" are the interval of accuracy.
@@ -33,7 +33,7 @@ def held_out_figures(evaluation: Mapping[str, Any], num_held_out: int = 0) -> st
 def fraction_interval(value: float, n: int) -> str:
     """Wilson's 95 % interval of a fraction, " [0.39, 0.74]"; empty where `n` is 0.
 
-    Prompts are what was drawn, so n counts them, not their pairs: that is never too narrow.
+    The sample is one of prompts, so n counts prompts, not pairs; the interval is never too narrow.
     """
     if n < 1:
         return ""

@@ -1,7 +1,7 @@
-"""What goes on next to optimiser steps: averages, demonstrations, early ends, tables of samples.
+"""Hooks: what happens between optimiser steps, such as averages, early ends, tables of samples.
 
-A hook hears of every step and may keep a state; a stream knows nothing of it. The loop calls hooks
-on every rank, in the order in which it was given them.
+A hook is called at every step and may have a state; streams do not know about it. The loop calls
+hooks on every rank, in the given order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Hook:
     """Does nothing; a subclass overrides what it needs.
 
     Attributes:
-        name: under which a checkpoint keeps its state and tensors; "" = it has none.
+        name: key of its state and tensors in a checkpoint; "" = it has none.
     """
 
     name: str = ""
@@ -30,21 +30,21 @@ class Hook:
 
         Args:
             tracker: of the run.
-            optimizer: prepared.
+            optimizer: the prepared optimiser.
         """
 
     def before_step(self, step: int) -> None:
         """Before optimiser step number `step`, counted from 1."""
 
     def batches(self) -> list[TokenBatch]:
-        """Further micro-batches of the step that comes."""
+        """Additional micro-batches for the coming step."""
         return []
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """After that step, with its metrics."""
 
     def metrics(self) -> dict[str, float]:
-        """What it adds to the row of the step just done."""
+        """Metrics to add to the row of the step just done."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,14 +52,14 @@ class Hook:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what a checkpoint knew; an empty state: to the beginning."""
+        """Return to the state of a checkpoint; an empty state: to the beginning."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint, the same on every rank."""
         return {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take them up again; called after `load_state_dict`."""
+        """Restore them; called after `load_state_dict`."""
 
 
 class Hooks:
@@ -79,13 +79,13 @@ class Hooks:
             hook.begin(tracker, optimizer)
 
     def before_step(self, step: int) -> list[TokenBatch]:
-        """Tell all of them; returns what they add to the step."""
+        """Call all hooks; returns the micro-batches that they add to the step."""
         for hook in self._all:
             hook.before_step(step)
         return [batch for hook in self._all for batch in hook.batches()]
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Tell all of them; returns what they add to the row."""
+        """Call all hooks; returns the metrics that they add to the row."""
         for hook in self._all:
             hook.after_step(step, metrics)
         return {name: value for hook in self._all for name, value in hook.metrics().items()}
@@ -94,7 +94,7 @@ class Hooks:
         return {name: hook.state_dict() for name, hook in self._named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of a whole checkpoint; an empty one: go back to the beginning."""
+        """Restore all hooks from the state of a checkpoint; an empty state: to the beginning."""
         # Version 0.1 kept these states next to the stream's, or among its own.
         places = [state["hooks"]] if "hooks" in state else [state, state.get("stream", {})]
         for name, hook in self._named.items():
@@ -108,7 +108,7 @@ class Hooks:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give each its own; returns those of the stream."""
+        """Give each hook its tensors; returns those of the stream."""
         left = dict(tensors)
         for name, hook in self._named.items():
             keys = [key for key in left if key.startswith(f"{name}.")]

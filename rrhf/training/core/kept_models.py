@@ -1,7 +1,7 @@
-"""What a run keeps of its models on the way: those of every so many steps, and the best.
+"""Models that a run keeps during training: at regular steps, and the best.
 
-The loop tells it of steps, evaluations and checkpoints; it knows what is to be written, when the
-evaluations have stopped getting better, and what to forget on resuming.
+The loop reports steps, evaluations and checkpoints to it; it decides what to write, when the
+evaluations have stopped improving, and what to discard on resuming.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class KeptModels:
 
     Args:
         folder: of the run.
-        models: how what is trained is written; None keeps nothing.
-        config: what is to be kept.
+        models: writes the trained models; None keeps nothing.
+        config: says what to keep.
         parallel: ranks.
         is_evaluated: whether the run has held-out data.
 
     Attributes:
-        best: None where no evaluation is judged.
+        best: None if evaluations are not compared.
 
     Raises:
         UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation.
@@ -62,7 +62,7 @@ class KeptModels:
 
     @property
     def is_over(self) -> bool:
-        """True where evaluations have not got better for as long as the patience lasts."""
+        """Whether the evaluations have not improved for as long as the patience allows."""
         return self.best is not None and self.best.is_exhausted
 
     def after_step(self, step: int) -> None:
@@ -70,7 +70,7 @@ class KeptModels:
             self._history.save(step)
 
     def after_evaluation(self, step: int, evaluation: Mapping[str, float]) -> None:
-        """Judge it; one without figures says nothing, and does not count for the patience."""
+        """Compare an evaluation with the best; one without figures is not counted."""
         if self.best is None or not evaluation:
             return
         self.best.judge(step, evaluation)
@@ -92,7 +92,7 @@ class KeptModels:
         return {} if self.best is None else self.best.state_dict()
 
     def cut_back(self, step: int, state: Mapping[str, Any]) -> None:
-        """Forget what was written after `step`, whose checkpoint has `state` (empty: all)."""
+        """Remove what was written after `step`, whose checkpoint has `state` (empty: all)."""
         if self._history is not None:
             self._history.cut_back(step)
         if self.best is not None:

@@ -1,11 +1,11 @@
-"""The only training loop: a stream's updates, one after the other, and what goes on between them.
+"""The only training loop: takes optimiser steps from a stream, and does what comes between them.
 
 A paradigm is an `Objective` (`rrhf.training.core.update`, which does the steps); data come from an
-`UpdateStream`. SFT, reward, rank and PPO differ in these two alone; what else goes on between steps
-is a `Hook`.
+`UpdateStream`. SFT, reward, rank and PPO differ only in these two; anything else between steps is a
+`Hook`.
 
-A checkpoint may follow any step; SIGTERM and SIGINT end the run after one, and work between two
-steps that watches for them, as a rollout does, is dropped, to be done again on resume.
+A checkpoint can follow any step. SIGTERM and SIGINT end the run after one; a rollout in progress is
+dropped and done again after resuming.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ SHOWN = {
     "kl": "KL {:.3f}",
     "tokens_per_second": "{:.0f} tokens/s",
 }
-"""How a step's metrics, and its rollout's, are shown on the way."""
+"""Formats of the metrics in progress lines, of a step and of its rollout."""
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a finished training leaves.
+    """The result of a finished training.
 
     Attributes:
         model: the trained module, unwrapped.
         steps: optimiser steps done in all.
-        seconds: wall time of this process, resumed parts not counted.
+        seconds: wall time of this process, without earlier parts of a resumed run.
         tokens: response and prompt tokens that went through the model in this process.
         metrics: the last logged row.
         evaluation: the last evaluation, or empty.
-        best: the best of them, where one was looked for.
-        stopped_early: the evaluations did not get better, and steps are left out.
-        keep: writes a checkpoint of the last step where there is none, after a failure; every rank
-            must call it.
+        best: the best evaluation's models, if evaluations were compared.
+        stopped_early: whether the run ended early because the evaluations stopped improving.
+        keep: after a later failure, writes a checkpoint of the last step if there is none; every
+            rank must call it.
     """
 
     model: nn.Module
@@ -105,14 +105,14 @@ def run_training(
         model: the trainable module, called by `forward(batch)` alone; weights in float32.
         objective: the terms of the loss.
         stream: micro-batches of each optimiser step.
-        opened: the run; steps, optimiser, logging and checkpoints are as its settings have them.
+        opened: the run; its settings determine steps, optimiser, logging and checkpoints.
         evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
-        models: how what is trained is written, where models are to be kept on the way.
-        hooks: what else goes on between steps.
+        models: writes the trained models, if some are to be kept during training.
+        hooks: called between steps.
 
     Raises:
-        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation; none
-            of the checkpoints of a run that is resumed is whole; no space.
+        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation; no
+            checkpoint of a resumed run is whole; the disk is full.
         NonFiniteError: loss, gradient or a weight is NaN or infinite.
         StoppedBySignal: after SIGTERM or SIGINT, with a checkpoint written.
     """
@@ -170,7 +170,7 @@ class _Loop:
         self.evaluated_step = -1
 
     def resume(self) -> None:
-        """Take up the newest checkpoint and cut back to it what was written later."""
+        """Restore the newest checkpoint, and remove what was written after it."""
         state = self.checkpointer.restore()
         if state is None:
             self.folder.require_no_lost_checkpoints()
@@ -190,7 +190,7 @@ class _Loop:
             self.live.load_tensors(tensors)
 
     def _take_changed_settings(self, state: dict[str, Any]) -> None:
-        """What optimiser and schedule are told now holds, not what they were told before.
+        """Apply the present settings of optimiser and schedule in place of the checkpoint's.
 
         Raises:
             UserError: the optimiser's settings changed, and it is sharded.
@@ -218,10 +218,10 @@ class _Loop:
         follow_schedule(self.optimizer, self.scheduler)
 
     def _warn_of_unknown_settings(self) -> None:
-        """A sharded optimiser keeps its own, and its checkpoint does not say which they are."""
+        """Warn that a sharded optimiser keeps settings that its old checkpoint does not record."""
 
         def told(groups: list[dict[str, Any]]) -> str:
-            """Each kind of group once."""
+            """Each kind of group once, as text."""
             names = ("weight_decay", "betas", "eps")
             kinds = (", ".join(f"{name} {group.get(name)}" for name in names) for group in groups)
             return "; ".join(dict.fromkeys(kinds))
@@ -236,7 +236,7 @@ class _Loop:
         )
 
     def cut_back(self, step: int, state: dict[str, Any]) -> None:
-        """Forget what the run folder holds of steps after `step`; no state = of all."""
+        """Remove what the run folder has of steps after `step`; no state = of all steps."""
         self.hooks.load_state_dict(state)  # first: one may refuse
         if self.parallel.is_main:
             self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
@@ -270,7 +270,7 @@ class _Loop:
         )
 
     def _train(self) -> int:
-        """All steps and evaluations that are left; returns the tokens of the steps."""
+        """Do all remaining steps and evaluations; returns the tokens of the steps."""
         tokens, stream = 0, self.stream
         rollout: dict[str, float] = {}
         with Progress("train", stream.total_steps, "step", self.step) as progress:
@@ -322,7 +322,7 @@ class _Loop:
         return row | as_metrics(self.phases.take()), num_tokens
 
     def _evaluate(self) -> None:
-        """Once for each step, however often it is asked for; if it fails, the step is kept."""
+        """Evaluate once per step, however often this is called; if it fails, the step is kept."""
         if self.evaluate is None or self.evaluated_step == self.step:
             return
         before = self.evaluation, self.evaluated_step
@@ -390,7 +390,7 @@ class _Loop:
         self.kept.after_checkpoint()
 
     def _require_finite(self) -> None:
-        """Before anything of this step is kept.
+        """Check the weights before anything of this step is written.
 
         Raises:
             NonFiniteError: a trained weight is NaN or infinite, on any rank.

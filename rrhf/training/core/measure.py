@@ -29,11 +29,11 @@ def measure(
     parallel: Parallel,
     budget: TokenBudget | None = None,
 ) -> dict[str, float]:
-    """One pass over all examples; every rank must call it and gets the same answer.
+    """Go through all examples once; every rank must call it and gets the same result.
 
     Args:
         model: the prepared root, in eval mode.
-        objective: whose terms and metrics.
+        objective: gives the terms and metrics.
         examples: held-out data.
         pad_id: filler of the batches.
         per_device_batch_size: prompts in one forward.

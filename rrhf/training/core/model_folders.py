@@ -1,7 +1,7 @@
 """The models of a run as plain folders: the last ones, and those that are kept in addition.
 
-A trainer says once how its models are written (`ModelFolders`); the end of the run and the loop
-call it. A folder is staged and moved into place whole, so what stands under its own name is whole.
+A trainer defines once how its models are written (`ModelFolders`); the loop and the end of the run
+use it. A folder is staged and then moved into place, so a folder under its own name is complete.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ from rrhf.staged_folders import remove_unfinished, saved_folder
 from rrhf.training.core.parallel import Parallel
 
 Weights = dict[str, Tensor] | None
-"""The trained module's weights in full on the main rank, where each rank holds shards of them; None
-where the module itself has them."""
+"""All weights of a sharded module, on the main rank; None if the module itself has them whole."""
 
 WriteModel = Callable[[Path, Path, Weights], None]
-"""Fills an empty folder. Given: the folder, the one that holds the models written before it, and
-the weights."""
+"""Fills an empty folder; called with it, the folder of earlier models, and the weights."""
 
 _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """What a training leaves.
+    """The models of a training, and how they are written.
 
     Attributes:
         writers: by the folder's name, in the order of writing; the first is the run's main model.
-        unmeasured: those of them that an evaluation does not look at, such as an average.
+        unmeasured: names of those that evaluations do not measure, such as an average.
     """
 
     writers: Mapping[str, WriteModel]
@@ -53,7 +51,7 @@ class ModelFolders:
         return [name for name in self.writers if name not in self.unmeasured]
 
     def write(self, parallel: Parallel, into: Path) -> None:
-        """Put every model into a folder, each whole or not at all; every rank must call it.
+        """Write every model into a folder, each completely or not at all; every rank must call it.
 
         Raises:
             UserError: no space, or the place cannot be written; on every rank.
@@ -71,12 +69,12 @@ class ModelFolders:
 
 
 def full_weights(parallel: Parallel) -> Weights:
-    """The module's weights in full where they are spread, else None; every rank must call it."""
+    """All weights of a sharded module, else None; every rank must call it."""
     return parallel.full_state_dict() if parallel.is_sharded else None
 
 
 class PolicyHistory:
-    """The main model as it was every so many steps, as folders `policies/step-000010`.
+    """The main model at regular steps, as folders `policies/step-000010`.
 
     Args:
         folder: of the run.
@@ -102,7 +100,7 @@ class PolicyHistory:
         self._parallel.barrier()
 
     def cut_back(self, step: int) -> None:
-        """Forget the models of later steps, as the metrics are cut back on resuming."""
+        """Remove the models of later steps, as the metrics are truncated on resuming."""
         if not (self._parallel.is_main and self.folder.is_dir()):
             return
         remove_unfinished(self.folder)
@@ -113,7 +111,7 @@ class PolicyHistory:
 
 
 def write_finite(write: WriteModel, folder: Path, beside: Path, weights: Weights) -> None:
-    """Fill a model folder, and look at what stands in it then.
+    """Fill a model folder, and check that the weights in it are finite.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.

@@ -1,14 +1,14 @@
 """Weights and optimiser state in the host's memory while the GPU does not need them.
 
-What is trained with PPO is not needed all the time: the reference model and the reward model wait
-while responses are sampled, and so do the optimiser's moments. `Offload` is given the phases in
+In PPO not every tensor is needed all the time: the reference model, the reward model and the
+optimiser's moments are idle while responses are sampled. `Offload` is given the phases in
 which each tensor is needed. When a phase begins, it first moves out what that phase does not need,
-then brings back what it does. A tensor keeps its shape and its bits and can be read where it is, so
-checkpoints and saved models are the same whatever is off the device.
+then brings back what it does. A tensor keeps its shape and its bits and can be read in either
+place, so checkpoints and saved models do not depend on what is off the device.
 
 Left out on purpose: weights that are sharded over ranks (FSDP and DeepSpeed have offloading of
-their own), gradients (there are none between two steps), and machines without a GPU, whose device
-memory is the host's memory already.
+their own), gradients (there are none between two steps), and machines without a GPU, where there
+is only one memory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rrhf.training.core.hooks import Hook
 from rrhf.training.core.tracking import Tracker
 
 DEVICES = ("cuda",)
-"""Kinds of device with a memory of their own, next to the host's."""
+"""Kinds of device with memory separate from the host's."""
 
 TRAIN = "train"
 """The phase that changes what is trained."""
 
 
 def require_device_memory(levels: Collection[str], device: torch.device) -> None:
-    """Refuse offloading where there is no second memory to move anything to.
+    """Refuse offloading on a machine without separate device memory.
 
     Raises:
         UserError: something is to be offloaded, and training runs on the CPU.
@@ -45,7 +45,7 @@ def require_device_memory(levels: Collection[str], device: torch.device) -> None
 
 
 class HostStore:
-    """Copies of tensors in the host's memory, pinned where they belong on a GPU.
+    """Copies of tensors in the host's memory, pinned if they belong on a GPU.
 
     Args:
         device: where the tensors belong.
@@ -73,18 +73,18 @@ class HostStore:
         return tensor.to(self._device, copy=True)
 
     def close(self) -> None:
-        """Forget the copies."""
+        """Delete the copies."""
         self._copies.clear()
 
 
 @dataclass
 class _Held:
-    """One tensor that comes and goes.
+    """One tensor that is moved on and off the device.
 
     Attributes:
         name: its name in the store.
-        tensor: the parameter or state; its data are exchanged.
-        is_constant: never trained.
+        tensor: the parameter or state; its data are replaced.
+        is_constant: it is never trained.
         is_stored: the store has its current bits.
     """
 
@@ -167,7 +167,7 @@ class Offload(Hook):
         return group
 
     def _find_optimizer_state(self) -> None:
-        """Look for the optimiser's state: it appears with the first step or a checkpoint."""
+        """Find the optimiser's state, which appears with the first step or a checkpoint."""
         if self._optimizer is None:
             return
         if self._optimizer_group is None:

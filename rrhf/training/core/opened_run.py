@@ -1,4 +1,4 @@
-"""What the loop works in: a run's settings and folder, its ranks, and what watches for signals."""
+"""An opened run, as the loop needs it: settings, folder, ranks, and signals."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class OpenedRun:
         config: its settings.
         run: the run folder, held by the main rank.
         parallel: ranks, and how weights are spread over them.
-        stop: notes the signals that come, for a stream or an evaluation that watches for them.
-            They may raise `StoppedBySignal`, on all ranks, where they have changed nothing.
-        held: where signals go on being noted after the steps, until it is closed; None = no longer.
-        phases: measures time and memory; each step is the phase "train", and what it finds enters
-            the step's row.
+        stop: records signals, for a stream or an evaluation that checks for them. These may raise
+            `StoppedBySignal`, on all ranks, as long as they have changed nothing.
+        held: signals are recorded after the steps too, until it is closed; None = they are not.
+        phases: measures time and memory; each step is the phase "train", and the figures are added
+            to the step's row.
     """
 
     config: TrainingConfig

@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def _group_of(name: str, groups: list[GroupSettings]) -> int:
-    """The place of the group with the longest prefix of the name."""
+    """The index of the group with the longest prefix of the name."""
     claims = [place for place, group in enumerate(groups) if name.startswith(group.prefix)]
     return max(claims, key=lambda place: len(groups[place].prefix))
 
@@ -98,7 +98,7 @@ def _delayed(factor: Callable[[int], float], group: GroupSettings) -> Callable[[
 
 
 def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the settings say of each parameter group, as plain values; after `build_scheduler`."""
+    """The settings of each parameter group as plain values; call it after `build_scheduler`."""
     return [
         {
             "learning_rate": float(group["initial_lr"]),
@@ -113,11 +113,11 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]
 def apply_settings(
     optimizer: torch.optim.Optimizer, scheduler: Any, settings: list[dict[str, Any]]
 ) -> None:
-    """Let a restored optimiser go on with these settings, at the step where its schedule stands.
+    """Apply settings to a restored optimiser, at the current step of its schedule.
 
     Args:
         optimizer: with the moments of the steps before.
-        scheduler: its own, restored too.
+        scheduler: the optimiser's own, restored too.
         settings: of each group, as `optimizer_settings` gives them.
     """
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -130,10 +130,10 @@ def apply_settings(
 
 
 def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Let a restored optimiser take its next step at the rate of the schedule as it is now.
+    """Set the learning rate of a restored optimiser to that of the present schedule.
 
-    What it was restored with is the rate of the schedule that it had; the two are the same to the
-    last bit where nothing changed.
+    It was restored with the rate of its earlier schedule; if nothing changed, the two are the same
+    to the last bit.
 
     Args:
         optimizer: restored.

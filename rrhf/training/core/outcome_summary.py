@@ -1,6 +1,6 @@
-"""One line that says what a finished training reached.
+"""Summarises a finished training in one line.
 
-Left out on purpose: where the model is, which the command prints on stdout as its result.
+Left out on purpose: the place of the model, which the command prints on stdout as its result.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def summary(
 
     Args:
         outcome: of the loop.
-        seconds: of the whole call.
+        seconds: duration of the whole call.
         folder: of the run.
         num_held_out: held-out prompts; decides the interval of a ranking accuracy.
-        rollout: metrics of the last rollout, where the policy wrote its own data.
+        rollout: metrics of the last rollout, in online training.
         num_prompts: prompts of that rollout.
     """
     parts = [f"done: {outcome.steps:,} steps in {duration(seconds)}"]

@@ -1,12 +1,12 @@
-"""The one room that knows how the model is spread: one process, DDP, FSDP2 or DeepSpeed.
+"""The only module that knows how the model is distributed: one process, DDP, FSDP2 or DeepSpeed.
 
 All of it is accelerate's work, started by `accelerate launch` or `torchrun`. The loop sets the
 step boundaries itself (accumulation is 1 for accelerate and DeepSpeed). It multiplies each loss by
 the number of ranks, because both average gradients over them while our losses are already divided
 by global counts.
 
-accelerate has ways of doing less than it was asked for without a word, so what was asked for is
-asserted: of its state before anything is prepared, of the model afterwards.
+accelerate can silently do less than it was asked for, so the request is checked: against its state
+before anything is prepared, and against the model afterwards.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SIGNS_OF_A_LOST_RANK = (
     "Broken pipe",
     "Socket closed",
 )
-"""In what gloo and its store raise."""
+"""Parts of the messages of gloo and its store."""
 
 
 class Parallel:
@@ -50,10 +50,10 @@ class Parallel:
 
     Args:
         bf16: mixed precision in bfloat16.
-        timeout_seconds: a rank that waits so long for another gives it up.
+        timeout_seconds: how long a rank waits for another before it treats it as lost.
 
     Raises:
-        UserError: the launcher asked for sharding that this machine silently would not do.
+        UserError: the launcher asked for sharding that would silently not happen on this machine.
     """
 
     def __init__(self, bf16: bool = False, timeout_seconds: float = 1800.0) -> None:
@@ -103,12 +103,12 @@ class Parallel:
 
     @property
     def is_sharded(self) -> bool:
-        """True where no rank holds all of weights and optimiser."""
+        """Whether no rank holds all of weights and optimiser state."""
         return self.kind in ("FSDP", "DEEPSPEED")
 
     @property
     def weights_are_whole(self) -> bool:
-        """True where each rank holds all weights, and may use the module's parts by itself."""
+        """Whether each rank holds all weights, so that it can use parts of the module alone."""
         return not self.is_sharded or (self.kind == "DEEPSPEED" and self._zero_stage < 3)
 
     @property
@@ -118,7 +118,7 @@ class Parallel:
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The trainable module and its optimiser, spread as the launcher asked."""
+        """The trainable module and its optimiser, distributed as the launcher says."""
         if self.kind == "DEEPSPEED":  # it clips by itself, so it must be told here
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
@@ -130,7 +130,7 @@ class Parallel:
         return self._root, spread_optimizer
 
     def _require_spread(self, root: nn.Module) -> None:
-        """What accelerate made of the module must be what the launch is called."""
+        """Check that accelerate distributed the module as the launch says."""
         if self.kind == "FSDP":
             whole = [n for n, p in root.named_parameters() if not isinstance(p, DTensor)]
             assert not whole, f"FSDP left {whole[0]} and {len(whole) - 1} other weights whole"
@@ -146,13 +146,13 @@ class Parallel:
 
     @contextlib.contextmanager
     def micro_step(self, model: nn.Module, is_last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch; gradients are exchanged on the last."""
+        """Context manager for one micro-batch; gradients are exchanged only on the last."""
         self.accelerator.sync_gradients = is_last
         with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add gradients of a loss that is already divided by global counts."""
+        """Accumulate gradients of a loss that is already divided by global counts."""
         loss = loss * self.world_size
         if self.kind == "DEEPSPEED":  # accelerate's would take the optimiser's step as well
             self._root.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
@@ -163,13 +163,13 @@ class Parallel:
     def take_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
     ) -> float:
-        """Scale gradients to the norm, move the weights, forget the gradients.
+        """Clip the gradients to the norm, update the weights, and clear the gradients.
 
-        Where gradients are not finite, the weights stay as they are.
+        If gradients are not finite, the weights are not changed.
 
         Returns:
-            the norm before scaling, inf or nan where it is not finite; nan too where DeepSpeed was
-            told not to compute it.
+            the norm before clipping, inf or nan if it is not finite; nan too if DeepSpeed does not
+            compute it.
         """
         if self.kind == "DEEPSPEED":
             return self._take_deepspeed_step(optimizer)
@@ -182,7 +182,7 @@ class Parallel:
         return norm
 
     def _take_deepspeed_step(self, optimizer: torch.optim.Optimizer) -> float:
-        """Some stages would go on with gradients that are not finite: they are looked at before."""
+        """Check the gradients first: some ZeRO stages would use gradients that are not finite."""
         pieces = getattr(self._root.optimizer, "averaged_gradients", {}).values()
         gradients = [tensor for piece in pieces if piece is not None for tensor in piece]
         if self.any(not all(bool(g.isfinite().all()) for g in gradients)):
@@ -205,7 +205,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def lost_ranks_told(self) -> Iterator[None]:
-        """Around all that ranks do together: gloo's ways of saying that one is gone become one.
+        """Context manager: turns gloo's different errors about a lost rank into one.
 
         Raises:
             LostRank: another rank did not answer in time, or its end of the connection is closed.
@@ -224,7 +224,7 @@ class Parallel:
             ) from error
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """The precision of training, for a forward that does not pass the prepared root."""
+        """The precision of training, for a forward pass outside the prepared root."""
         context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
@@ -254,10 +254,10 @@ class Parallel:
     def whole_weights(
         self, module: nn.Module, trained_only: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """Weights of a part of the root, in full, trained ones in float32, one after the other.
+        """Yield the whole weights of a part of the root one by one, trained ones in float32.
 
-        Every rank must go through all of them, for they are gathered. Where weights are whole they
-        are the model's own, not copies.
+        Every rank must iterate over all of them, since they are gathered. Without sharding they are
+        the model's own, not copies.
         """
         self._reshard()
         for name, weight in module.named_parameters():
@@ -311,7 +311,7 @@ class Parallel:
         return weight.detach()
 
     def _reshard(self) -> None:
-        """FSDP's outermost module keeps its weights whole after a forward without a backward."""
+        """Shard FSDP's outermost module again, which a forward without a backward leaves whole."""
         if self.kind == "FSDP":
             for module in self._root.modules():
                 if isinstance(module, FSDPModule):
@@ -319,16 +319,16 @@ class Parallel:
 
 
 def sharded_bf16() -> MixedPrecisionPolicy:
-    """What bf16 means under FSDP2: layers compute in it; sums over ranks and outputs stay float32.
+    """The bf16 policy of FSDP2: layers compute in it; sums over ranks and outputs stay float32.
 
-    accelerate's own policy also rounds whatever the root returns, so log-probs and scores, and adds
-    gradients up in bfloat16.
+    accelerate's default policy would also round the outputs of the root (log-probs and scores) and
+    add up gradients in bfloat16.
     """
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def layer_classes(model: nn.Module) -> set[str]:
-    """Class names of the layers that a Hugging Face model inside `model` wants kept whole."""
+    """Class names of layers that must not be split, from the Hugging Face model inside `model`."""
     return {
         name
         for module in model.modules()
@@ -344,7 +344,7 @@ def launched_place() -> tuple[int, int, int]:
 
 
 def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
-    """Make the process group DeepSpeed's: by itself accelerate starts another one on CPUs."""
+    """Let DeepSpeed make the process group; on CPUs accelerate would start another one."""
     try:
         import deepspeed
     except ImportError as error:

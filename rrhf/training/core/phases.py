@@ -1,9 +1,8 @@
-"""Where the time and the memory of a run go, by phase: sampling, scoring, reading, training.
+"""Measures time and memory of a run by phase: sampling, scoring, log-probs, training.
 
-The peak of a phase is found by forgetting the earlier one when it begins. On a GPU that is the
-memory which tensors took; on Linux without one the resident set of the process, which holds the
-interpreter and its libraries too. A system that cannot forget an earlier peak gives the largest so
-far, and the table says so.
+The peak is reset when a phase begins. On a GPU it is the memory that tensors took; on Linux without
+a GPU the resident set of the process, including the interpreter and its libraries. Where the peak
+cannot be reset, it is the largest so far, and the table says so.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ OFFLOAD = "offload"
 
 
 class PeakMeter(Protocol):
-    """Measures the most memory since it was told to forget.
+    """Measures the peak of memory since the last reset.
 
     Attributes:
-        what: it measures, in words.
+        what: the measured quantity, in words.
     """
 
     what: str
 
     def give_back(self) -> None:
-        """Return to the system memory that is reserved but not in use."""
+        """Return unused reserved memory to the system."""
         ...
 
     def forget(self) -> None: ...
@@ -45,7 +44,7 @@ class PeakMeter(Protocol):
 
 
 class GPUMeter:
-    """What tensors took of a GPU's memory."""
+    """GPU memory of tensors."""
 
     what = "GPU memory allocated by tensors"
 
@@ -72,7 +71,7 @@ class ResidentMeter:
 
     @staticmethod
     def is_supported() -> bool:
-        """Whether the system lets us forget an earlier peak."""
+        """Whether the system can reset the peak."""
         try:
             _FORGET.write_text("5")
             return _high_water_kib() > 0
@@ -117,7 +116,7 @@ def _high_water_kib() -> int:
 
 
 def peak_meter(device: torch.device) -> PeakMeter:
-    """The best that the device and the system allow."""
+    """The best meter that the device and the system support."""
     if device.type == "cuda":
         return GPUMeter(device)
     return ResidentMeter() if ResidentMeter.is_supported() else MonotoneMeter()
@@ -125,7 +124,7 @@ def peak_meter(device: torch.device) -> PeakMeter:
 
 @dataclass
 class Spent:
-    """What a phase took.
+    """Time, memory and tokens of a phase.
 
     Attributes:
         seconds: of the slowest rank.
@@ -138,7 +137,7 @@ class Spent:
     tokens: int = 0
 
     def add(self, later: Spent) -> None:
-        """Take in what came after, on the same rank."""
+        """Add a later measurement of the same rank."""
         self.seconds += later.seconds
         self.peak_mib = max(self.peak_mib, later.peak_mib)
         self.tokens += later.tokens
@@ -149,7 +148,7 @@ class Phases:
 
     Args:
         meter: of the memory.
-        prepare: called with the name where a phase follows another one; measured as "offload".
+        prepare: called with the name of each new phase; measured as "offload".
     """
 
     def __init__(self, meter: PeakMeter, prepare: Callable[[str], None] | None = None) -> None:
@@ -164,8 +163,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[Spent]:
         """Measure the time and memory of the body as one phase.
 
-        Yields a `Spent`: the body adds its tokens, the rest is filled in when it ends, by an
-        exception too.
+        Yields a `Spent`: the body adds its tokens; the rest is filled in when it ends, even by an
+        exception.
         """
         if name != self._last:
             if self._prepare is not None:
@@ -190,18 +189,18 @@ class Phases:
                 kept.setdefault(name, Spent()).add(spent)
 
     def take(self) -> dict[str, Spent]:
-        """What was spent since the last call, by phase."""
+        """Spent since the last call, by phase."""
         taken, self._recent = self._recent, {}
         return taken
 
     @property
     def total(self) -> dict[str, Spent]:
-        """What was spent since the beginning of this process, by phase."""
+        """Spent since the beginning of this process, by phase."""
         return self._total
 
     @property
     def seconds(self) -> float:
-        """Since the beginning, phases or not."""
+        """Seconds since the beginning, inside or outside of phases."""
         return time.monotonic() - self._started
 
 
@@ -234,7 +233,7 @@ def as_table(spent: Mapping[str, Spent], seconds: float, what: str) -> str:
     Args:
         spent: by phase, in the order of the lines.
         seconds: of everything; what no phase took is a line of its own.
-        what: the peaks are peaks of.
+        what: the quantity of the peaks.
     """
     lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}{'peak MiB':>11}{'tokens/s':>11}"]
     for name, one in spent.items():

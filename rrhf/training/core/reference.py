@@ -17,7 +17,7 @@ from rrhf.training.core.setup import Workbench, policy_on_engine
 
 
 def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
-    """What `--model_name_or_path` holds, frozen, whole on each rank, where it will compute."""
+    """The model of `--model_name_or_path`, frozen, whole on each rank, on its device."""
     config = bench.config
     model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config))
     model.requires_grad_(False)
@@ -27,7 +27,7 @@ def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout, for a while."""
+    """Context manager: without dropout."""
     was_training = module.training
     module.eval()
     try:
@@ -41,8 +41,8 @@ class Reference:
 
     Args:
         frozen: a copy; None = the policy's own weights, adapters off, which must be whole here.
-        policy: what is trained.
-        parallel: its precision.
+        policy: the trained policy.
+        parallel: gives the precision.
     """
 
     def __init__(self, frozen: Policy | None, policy: Policy, parallel: Parallel) -> None:
@@ -59,9 +59,9 @@ class Reference:
 
 
 def build_reference(bench: Workbench, policy: Policy) -> Reference:
-    """The reference of a policy that is to be trained and is not yet spread over processes.
+    """The reference of a trainable policy; call it before the policy is distributed.
 
-    With LoRA no second model is loaded, unless the weights are to be spread.
+    With LoRA no second model is loaded, unless the weights are to be sharded.
     """
     adapters_off = bench.config.use_lora and bench.parallel.weights_are_whole
     frozen = None if adapters_off else frozen_copy(bench)

@@ -64,7 +64,7 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
 
     Raises:
         UserError: the folder holds another run, the tokenizer is missing, a length is impossible.
-        AlreadyFinished: the run that is to be resumed is complete; every rank is told so.
+        AlreadyFinished: the run that is to be resumed is complete; raised on every rank.
     """
     started = time.monotonic()
     run = RunFolder(config.output_dir)
@@ -93,10 +93,10 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
 
 
 def load_trainable_causal_lm(config: TrainingConfig) -> Any:
-    """The model of `--model_name_or_path` in float32, with adapters or checkpointing as asked for.
+    """The model of `--model_name_or_path` in float32, with adapters or checkpointing if set.
 
     Raises:
-        UserError: no model there, or `--model_max_length` is beyond its window.
+        UserError: there is no model, or `--model_max_length` is beyond its window.
     """
     model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config))
     return prepare_trainable(model, config)
@@ -121,7 +121,7 @@ def prepare_trainable(
     modules_to_save: list[str] | None = None,
     task_type: str = "CAUSAL_LM",
 ) -> Any:
-    """Checks the window, adds LoRA and gradient checkpointing as the settings ask for."""
+    """Check the window, and add LoRA and gradient checkpointing if set."""
     require_window(config.model_max_length, context_window(model))
     if config.use_lora:
         model = add_lora(
@@ -141,7 +141,7 @@ def prepare_trainable(
 
 
 def on_device_of_trial(bench: Workbench, model: Any) -> Any:
-    """The same model where its layout can be tried: where it will compute, if that can be."""
+    """The same model, moved to the device where its layout can be checked, if possible."""
     if bench.config.layout != "padded" and not bench.parallel.is_sharded:
         model.to(bench.parallel.device)
     return model
