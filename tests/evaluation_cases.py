@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from tiny import byte_level_tokenizer, tiny_llama
 
-from rrhf.data.chat_format import ChatCodec, render_messages
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.conversations import render_messages
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.records import Candidate, CandidateSet, Message, set_id
 

@@ -3,17 +3,13 @@
 Prompt and response are tokenised apart, so that a prompt is the same whoever answers it. A
 response is encoded and decoded *in the context of a prompt*: tokenizers of the SentencePiece kind
 put a blank before the first word of a text and drop it on decoding, and then the same reply, once
-written by a person and once sampled, would differ in its first token. Four formats:
+written by a person and once sampled, would differ in its first token.
 
-- `hh`: "\\n\\nHuman: ...\\n\\nAssistant:", the reply follows after one blank.
-- `alpaca`: Stanford Alpaca's two instruction texts; the first line of a prompt without messages is
-  the instruction, the rest its input, as Wombat reads it.
-- `chat_template`: the tokenizer's own template.
-- `raw`: the query as it stands.
-
-`auto` takes the tokenizer's template (or `hh`, if it has none) where messages are known, and `raw`
-where they are not. A plain prompt, a text that says nothing of turns, is a user's turn in the
-template, and `raw` where there is none. Left out on purpose: multi-modal content, tools.
+A prompt's text is rendered as `hh`, `alpaca` or by the `chat_template` (`rrhf.data.conversations`),
+or is the query as it stands (`raw`). `auto` takes the tokenizer's template, or `hh` if it has none,
+where messages are known, and `raw` where they are not. A plain prompt, a text without turns, is a
+user's turn in the template, and `raw` where there is none. Left out on purpose: multi-modal
+content, tools.
 """
 
 from __future__ import annotations
@@ -24,25 +20,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rrhf.data.conversations import CHAT_FORMATS, HH_CUES, conversation_of, render_messages
 from rrhf.errors import UserError
 from rrhf.records import CandidateSet, FinishReason, Message
 
 logger = logging.getLogger(__name__)
 
-CHAT_FORMATS = ("auto", "raw", "hh", "alpaca", "chat_template")
-HH_CUES = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
-HH_STOP_STRINGS = tuple(HH_CUES.values())
-
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
 # What decoders put in place of invalid or incomplete bytes.
 _BROKEN_CHARACTER = "\ufffd"
 _MOST_BYTES = 4
@@ -50,79 +33,6 @@ _MOST_BYTES = 4
 _ANCHORS = ("\n", ":", ".")
 # Private-use characters: one that the conversation does not hold marks special tokens in its text.
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
-
-
-def parse_hh_transcript(text: str) -> tuple[Message, ...]:
-    """Read an HH transcript into turns; the blank after each cue is the format's, not the turn's.
-
-    Args:
-        text: "\\n\\nHuman: ...\\n\\nAssistant: ..."; an empty last assistant turn is the generation
-            cue and is left out. Text before the first turn becomes a system message.
-
-    Raises:
-        ValueError: no "\\n\\nHuman:" turn in the text.
-    """
-    normalised = text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n")
-    marks = list(_HH_TURN.finditer(normalised))
-    if not any(mark.group(1) == "Human" for mark in marks):
-        raise ValueError('no "\\n\\nHuman:" turn')
-    turns: list[Message] = []
-    preamble = normalised[: marks[0].start()].strip()
-    if preamble:
-        turns.append(Message("system", preamble))
-    for mark, after in itertools.zip_longest(marks, marks[1:]):
-        content = normalised[mark.end() : after.start() if after else len(normalised)]
-        content = content.removeprefix(" ")
-        role = "user" if mark.group(1) == "Human" else "assistant"
-        if after is None and role == "assistant" and not content.strip():
-            break
-        turns.append(Message(role, content))
-    return tuple(turns)
-
-
-def render_messages(
-    chat_format: str, messages: Sequence[Message], tokenizer: Any | None = None
-) -> str:
-    """The prompt as text, ending in the cue after which the assistant speaks.
-
-    Raises:
-        UserError: the format is unknown, or needs a tokenizer's template that is not there.
-    """
-    if chat_format == "hh":
-        system = "".join(m.content for m in messages if m.role == "system")
-        turns = "".join(f"{HH_CUES[m.role]} {m.content}" for m in messages if m.role != "system")
-        return system + turns + HH_CUES["assistant"]
-    if chat_format == "alpaca":
-        return _render_alpaca([m.content for m in messages if m.role == "user"][-1])
-    if chat_format == "chat_template":
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise UserError(
-                "chat_format chat_template: this tokenizer has no chat template; "
-                "choose hh, alpaca or raw"
-            )
-        assert tokenizer is not None, "a template needs its tokenizer"
-        conversation = [{"role": m.role, "content": m.content} for m in messages]
-        return tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True
-        )
-    raise UserError(f"chat_format {chat_format!r}: choose one of {', '.join(CHAT_FORMATS)}")
-
-
-def _render_alpaca(asked: str) -> str:
-    instruction, _, rest = asked.strip("\n").partition("\n")
-    if rest.strip():
-        return _ALPACA_WITH_INPUT.format(instruction=instruction, input=rest)
-    return _ALPACA_WITHOUT_INPUT.format(instruction=instruction)
-
-
-def conversation_of(candidate_set: CandidateSet) -> tuple[Message, ...]:
-    """The set's messages, else its query read as an HH transcript, else as one user turn."""
-    if candidate_set.messages is not None:
-        return candidate_set.messages
-    try:
-        return parse_hh_transcript(candidate_set.query)
-    except ValueError:
-        return (Message("user", candidate_set.query),)
 
 
 def _unused_mark(candidate_set: CandidateSet) -> str:
@@ -192,7 +102,7 @@ class ChatCodec:
 
     def stop_strings(self, candidate_set: CandidateSet) -> tuple[str, ...]:
         """Strings that end a sampled response: the next speaker's cue."""
-        return HH_STOP_STRINGS if self.format_of(candidate_set) == "hh" else ()
+        return tuple(HH_CUES.values()) if self.format_of(candidate_set) == "hh" else ()
 
     def describe(self) -> dict[str, object]:
         """What a manifest records of this codec."""

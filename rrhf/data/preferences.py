@@ -8,8 +8,8 @@ left out.
 from __future__ import annotations
 
 from rrhf.data.candidate_rows import kind_of, text_fault
-from rrhf.data.chat_format import parse_hh_transcript
 from rrhf.data.columns import CONVERSATIONS, PROMPTS, REPLIES, first_of
+from rrhf.data.conversations import parse_hh_transcript
 from rrhf.data.reading import Asked, Reading, is_hh_prompt
 from rrhf.data.single_replies import join_turns, read_turns, require_wanted, split_reply
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet, Message

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from rrhf.data.chat_format import ChatCodec, conversation_of
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.conversations import conversation_of
 from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)

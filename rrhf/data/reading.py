@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rrhf.data.candidate_rows import RowError, RowReader, kind_of
-from rrhf.data.chat_format import parse_hh_transcript, render_messages
 from rrhf.data.columns import CONVERSATIONS, PROMPTS, SYSTEM, TrackedRow, first_of
+from rrhf.data.conversations import parse_hh_transcript, render_messages
 from rrhf.records import Candidate, CandidateSet, Message, plain_prompt, set_id
 
 logger = logging.getLogger(__name__)

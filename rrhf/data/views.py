@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from rrhf.data.chat_format import conversation_of
+from rrhf.data.conversations import conversation_of
 from rrhf.data.formats import SourceCounts
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.errors import UserError

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from rrhf.algorithms.normalizers import Normalizer, normalize
-from rrhf.data.chat_format import ChatCodec, render_messages
+from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import TokenBatch
+from rrhf.data.conversations import render_messages
 from rrhf.errors import UserError
 from rrhf.model_paths import model_folder
 from rrhf.models.forward.onednn_linear import fast_linears

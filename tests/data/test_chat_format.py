@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tiny import byte_level_tokenizer, sentencepiece_like_tokenizer
 
-from rrhf.data.chat_format import ChatCodec, parse_hh_transcript, render_messages
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.conversations import parse_hh_transcript, render_messages
 from rrhf.errors import UserError
 from rrhf.models.loading import load_tokenizer
 from rrhf.records import CandidateSet, Message

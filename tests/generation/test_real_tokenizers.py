@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrhf.data.chat_format import ChatCodec, render_messages
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.conversations import render_messages
 from rrhf.data.sources import read_sets
 from rrhf.generation.engine import SamplingParams, answers
 from rrhf.generation.local.engine import LocalEngine

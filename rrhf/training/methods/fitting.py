@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rrhf.data.chat_format import ChatCodec, conversation_of, render_messages
+from rrhf.data.chat_format import ChatCodec
+from rrhf.data.conversations import conversation_of, render_messages
 from rrhf.records import Candidate, CandidateSet, Message
 
 _SPARE_TOKENS = 8  # a BOS, and what a tokenizer puts before a text's first word

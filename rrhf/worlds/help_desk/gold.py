@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rrhf.data.chat_format import conversation_of
+from rrhf.data.conversations import conversation_of
 from rrhf.records import Candidate, CandidateSet
 from rrhf.worlds.help_desk.texts import (
     ALTERNATIVE,

@@ -20,7 +20,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from rrhf.data.chat_format import render_messages
+from rrhf.data.conversations import render_messages
 from rrhf.errors import UserError
 from rrhf.records import (
     CHOSEN_SOURCE,
