@@ -1,4 +1,4 @@
-"""Engines by name, or by the import path of a user's own; every stage can use them.
+"""The registry of engines: by name, or by the import path of a user's own.
 
 Nothing here imports torch until an engine is built, so that flags are read without it.
 """
@@ -22,11 +22,11 @@ class EngineOptions:
     """What an engine may be built from.
 
     Attributes:
-        model_name_or_path: the policy: its folder, or what the engine knows it by.
-        model: loads the Hugging Face model of that folder, on its device.
-        codec: its token boundary, loaded when it is asked for.
-        max_batch_rows: responses written at the same time, at most.
-        max_prompt_tokens: room of a prompt; None = as the model's window allows.
+        model_name_or_path: the policy: its folder, or the name by which the engine knows it.
+        model: loads the Hugging Face model of that folder onto its device.
+        codec: loads what turns its text into ids and back.
+        max_batch_rows: most responses generated at the same time.
+        max_prompt_tokens: most tokens of a prompt; None = as many as the model's window allows.
         settings: an instance of the `settings` of the engine's spec, or None.
     """
 
@@ -40,14 +40,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine as a registry holds it.
+    """An entry of the registry of engines.
 
     Attributes:
         build: makes the engine.
-        settings: a dataclass, whose fields are flags where the engine is chosen; None = none.
-        has_model: --model_name_or_path names a model that can be loaded here: prompts are
-            measured by its tokenizer, and its likelihoods can be read. Else it is a name that the
-            engine alone understands.
+        settings: a dataclass; its fields become flags when the engine is chosen. None = no flags.
+        has_model: whether --model_name_or_path names a model that can be loaded here, whose
+            tokenizer measures prompts and whose likelihoods can be computed; otherwise only the
+            engine understands the name.
     """
 
     build: Callable[[EngineOptions], GenerationEngine]

@@ -1,9 +1,9 @@
-"""What writes responses: the protocol of every engine, and what a caller may rely on.
+"""Engines generate responses: the protocol that all of them follow, and what callers may rely on.
 
-An engine yields N samples for each prompt as they finish, in any order and never fewer without a
-word. What else it offers stands in its `capabilities`: a local engine gives ids and log-probs, an
-endpoint perhaps text alone. Where it takes a seed, each sample's randomness derives from
-(seed, round, prompt id, sample index), so that results do not depend on batches, order or
+An engine yields the N samples of each prompt as soon as they are finished, in any order; fewer than
+N is an error. Its `capabilities` say what it offers besides text: the local engine gives ids and
+log-probs, an endpoint may give neither. In an engine that takes a seed, the randomness of a sample
+derives from (seed, round, prompt id, sample index), so results do not depend on batches, order or
 processes. Nothing here imports torch.
 """
 
@@ -29,9 +29,9 @@ class Sample:
     """One response as an engine yields it.
 
     Attributes:
-        prompt_ids: the prompt as the engine read it; None where it does not tell.
-        token_ids: [T] sampled ids, EOS included where the response finished by itself; None from
-            an engine that gives text alone.
+        prompt_ids: the prompt's ids as the engine read them; None if it does not report them.
+        token_ids: [T] sampled ids, with EOS if the response ended by itself; None from an engine
+            that gives only text.
         logprobs: [T] float32, nats, of the sampled tokens at the sampling temperature, before
             filters (top-k, top-p, repetition penalty); None where the engine gives none.
         finish_reason: "stop" (EOS or stop string), "length", or "unknown".
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Sampled tokens, as far as they are known."""
+        """Number of sampled tokens; 0 if the ids are not known."""
         return 0 if self.token_ids is None else len(self.token_ids)
 
 
@@ -57,9 +57,9 @@ class Capabilities:
     Attributes:
         ids: samples carry `prompt_ids` and `token_ids`.
         logprobs: samples carry `logprobs`.
-        beams: it searches with beams.
-        seeds: equal seeds draw equal responses.
-        live_weights: it writes with the weights that the model has at that moment.
+        beams: it can do beam search.
+        seeds: the same seed gives the same responses.
+        live_weights: it uses the model's current weights, also while the model is trained.
     """
 
     ids: bool = False
@@ -79,36 +79,36 @@ _WORDS = {
 
 
 class GenerationEngine(Protocol):
-    """Writes responses; see the module text for what is promised."""
+    """Generates responses; the module text says what callers may rely on."""
 
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides text."""
 
     def describe(self) -> dict[str, Any]:
-        """What it is, for manifests; "engine" is the name that messages use."""
+        """A description for manifests; messages use its "engine" as the name."""
 
     def fits(self, prompt: CandidateSet, params: SamplingParams) -> bool:
-        """Whether it can answer a prompt with a whole response."""
+        """Whether the prompt leaves room for a whole response."""
 
     def generate(
         self, prompts: Sequence[CandidateSet], params: SamplingParams
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """The place of each prompt with its samples, as they finish."""
+        """The index of each prompt with its samples, as they finish."""
 
 
 def engine_name(engine: GenerationEngine) -> str:
-    """What messages call an engine."""
+    """The name of an engine in messages."""
     return str(engine.describe().get("engine") or type(engine).__name__)
 
 
 def responses(
     engine: GenerationEngine, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """What an engine yields, held to its promises.
+    """What an engine yields, checked against what it promises.
 
     Raises:
-        UserError: it leaves a prompt out, gives other than N samples, or not what its
+        UserError: it leaves a prompt out, does not give N samples, or does not give what its
             capabilities promise.
     """
     has, waiting = engine.capabilities, set(range(len(prompts)))
@@ -138,23 +138,23 @@ def responses(
 def answers(
     engine: GenerationEngine, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> list[list[Sample]]:
-    """As `responses`, all of them, in the order of the prompts."""
+    """As `responses`, but all at once and in the order of the prompts."""
     found = dict(responses(engine, prompts, params))
     return [found[place] for place in range(len(prompts))]
 
 
 def missing_capabilities(engine: GenerationEngine, *wanted: str) -> list[str]:
-    """Of some capabilities, what the engine does not offer, in words."""
+    """Those of the wanted capabilities that the engine does not offer, in words."""
     has = asdict(engine.capabilities)
     return [_WORDS[name] for name in wanted if not has[name]]
 
 
 def require_capabilities(engine: GenerationEngine, purpose: str, *wanted: str) -> None:
-    """Refuse an engine that lacks something, before it has written anything.
+    """Refuse an engine that lacks a capability, before it generates anything.
 
     Args:
         engine: any.
-        purpose: what asks for it, for the message: "a rollout".
+        purpose: what needs the capabilities, for the message: "a rollout".
         wanted: names of capabilities.
 
     Raises:
@@ -168,7 +168,7 @@ def require_capabilities(engine: GenerationEngine, purpose: str, *wanted: str) -
 
 
 def check_decoding(engine: GenerationEngine, params: SamplingParams) -> None:
-    """Refuse beams of an engine without them; say where a seed means nothing.
+    """Refuse beam search from an engine without it; warn if the engine ignores the seed.
 
     Raises:
         UserError: as `require_capabilities`.
@@ -177,6 +177,6 @@ def check_decoding(engine: GenerationEngine, params: SamplingParams) -> None:
         require_capabilities(engine, f"num_beams = {params.num_beams}", "beams")
     if params.do_sample and not engine.capabilities.seeds:
         logger.warning(
-            "engine %s: takes no seed, so the same command draws other responses each time",
+            "engine %s: takes no seed, so the same command gives other responses each time",
             engine_name(engine),
         )

@@ -1,4 +1,4 @@
-"""Which prompts an engine can answer: counted, and reported to the user, alike everywhere."""
+"""Which prompts an engine can answer: counted and reported in the same way everywhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Fit:
     """How a prompt fits.
 
     Attributes:
-        length: by which prompts are sorted.
+        length: tokens, or letters where tokens are not known; prompts are sorted by it.
         misfit: why it is left out; "" where it fits.
         is_cut: it loses its beginning.
     """
@@ -33,7 +33,7 @@ class Fit:
 
 
 def fit_by_tokens(codec: ChatCodec, room: int | None) -> Callable[[CandidateSet], Fit]:
-    """For prompts that are measured here; a long one is cut to `room` tokens by whole turns."""
+    """Measure prompts by their tokens; a long one is cut to `room` tokens, turn by turn."""
 
     def fit(prompt: CandidateSet) -> Fit:
         tokens = codec.encode_prompt(prompt)
@@ -50,7 +50,7 @@ def fit_by_tokens(codec: ChatCodec, room: int | None) -> Callable[[CandidateSet]
 def fit_by_engine(
     engine: GenerationEngine, params: SamplingParams
 ) -> Callable[[CandidateSet], Fit]:
-    """For an engine that alone knows what it can answer."""
+    """Ask the engine, where only it knows what it can answer."""
     refusal = f"refused by the engine {engine_name(engine)}"
 
     def fit(prompt: CandidateSet) -> Fit:
@@ -60,7 +60,7 @@ def fit_by_engine(
 
 
 class Fitting:
-    """Sorts out the prompts that fit.
+    """Separates the prompts that fit from those that are left out.
 
     Args:
         source: what messages call the prompts.
@@ -70,9 +70,9 @@ class Fitting:
         fix: what helps prompts that do not fit, for messages.
 
     Attributes:
-        left_out: number of prompts by the reason why they are left out.
-        num_cut: prompts that lose their beginning.
-        formats: what is known of the prompts' turns.
+        left_out: number of prompts left out, by reason.
+        num_cut: number of prompts that lose their beginning.
+        formats: counts of what the prompts are: plain text, conversations, empty.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Fitting:
         return fit
 
     def select(self, prompts: Iterable[CandidateSet]) -> list[CandidateSet]:
-        """The prompts that fit, once the user has been told of the others.
+        """The prompts that fit; the others are reported.
 
         Raises:
             UserError: as `report`.
@@ -112,7 +112,7 @@ class Fitting:
         return kept
 
     def report(self) -> None:
-        """Say which prompts are left out or cut, which are empty, and in which form they are.
+        """Log how many prompts are left out, cut or empty, and how they reach the model.
 
         Raises:
             UserError: not one prompt fits.

@@ -1,4 +1,4 @@
-"""The settings of an engine that writes responses, and which of them exclude each other.
+"""Settings of an engine, and which of them exclude each other.
 
 No import of torch: flags are checked before it is loaded.
 """
@@ -12,24 +12,24 @@ from rrhf.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are written.
+    """How responses are generated.
 
     Attributes:
-        num_return_sequences: N, responses for each prompt.
-        max_new_tokens: budget of a response, EOS included.
-        min_new_tokens: EOS is not allowed before this many tokens.
+        num_return_sequences: N, the number of responses to each prompt.
+        max_new_tokens: most tokens of a response, EOS included.
+        min_new_tokens: EOS is not allowed before a response has this many tokens.
         do_sample: False = greedy (or beam search, with num_beams > 1).
         temperature: divides the logits; must be positive.
         top_k: keep the k likeliest tokens; 0 = off.
         top_p: keep the smallest set with this probability mass; 1.0 = off.
         repetition_penalty: 1.0 = off (Keskar et al. 2019).
-        num_beams: beams of beam search; 1 = none.
+        num_beams: beams of beam search; 1 = no beam search.
         num_beam_groups: groups of diverse beam search (Vijayakumar et al. 2016); 1 = plain beams.
         diversity_penalty: subtracted per use of a token by earlier groups at the same step.
         length_penalty: beam scores are divided by length ** length_penalty.
-        stop_strings: a response ends before the first of these; cut by token.
-        seed: base of all randomness.
-        round: number of the sampling round (online training), part of the randomness.
+        stop_strings: a response ends before the first of these.
+        seed: seed of everything random.
+        round: number of the sampling round in online training; each round samples anew.
     """
 
     num_return_sequences: int = 4
@@ -52,11 +52,11 @@ class SamplingParams:
 def prompt_room(
     window: int | None, params: SamplingParams, max_prompt_tokens: int | None
 ) -> int | None:
-    """Tokens that a prompt may have so that a whole response still fits; None = no limit.
+    """Most tokens of a prompt that leave room for a whole response; None = no limit.
 
     Args:
-        window: positions that the model knows, or None.
-        params: the settings; max_new_tokens is kept free.
+        window: number of positions that the model knows, or None.
+        params: the settings; room for max_new_tokens is kept free.
         max_prompt_tokens: a limit in addition to the window, or None.
 
     Raises:

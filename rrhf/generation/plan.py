@@ -1,4 +1,4 @@
-"""What there is to do, and whether what stands on disk was begun for the same."""
+"""Which prompts `rrhf generate` answers, and in which batches."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from rrhf.models.loading import context_window
 from rrhf.progress import tracked
 from rrhf.records import CandidateSet, plain_prompt
 
-# Prompts are sorted by length within so many batches, so that a batch holds little padding.
+# Prompts are sorted by length within this many batches, so that a batch holds little padding.
 SORTED_BATCHES = 32
-# So many batches are handed to the engine at a time: where samples are drawn, those of the next
-# take the places of finished ones. What is killed in between is made again as a whole.
+# The engine is given this many batches at a time: when sampling, prompts of the next batch take the
+# places of finished ones. After a kill, an unfinished call is generated again as a whole.
 BATCHES_OF_A_CALL = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The prompts that are to be answered, and in which batches.
+    """The prompts to answer, in batches.
 
     Attributes:
-        sets: the source, by index.
-        indices: of the prompts that fit.
+        sets: everything the source holds.
+        indices: places in `sets` of the prompts that fit.
         ids: their ids.
-        batches: positions in `indices`, cut over the whole list; each is answered in one call.
-        dropped: prompts left out, by reason.
-        digest: SHA-256 over all prompts read.
-        counts: of the prompts read, how many are cut on the left, and how many ask nothing.
+        batches: positions in `indices`; each batch is answered in one call of the engine.
+        dropped: number of prompts left out, by reason.
+        digest: SHA-256 of all prompts that were read.
+        counts: how many prompts are cut on the left, and how many ask nothing.
     """
 
     sets: Sequence[CandidateSet]
@@ -54,12 +54,12 @@ class Plan:
 
 
 def plan_batches(lengths: Sequence[int], size: int, window: int) -> list[list[int]]:
-    """Positions in batches of similar length; depends on nothing but the whole list and the size.
+    """Positions of prompts in batches of similar length, whatever number of processes there is.
 
     Args:
         lengths: tokens of each prompt.
-        size: prompts of a batch; the last of a window may be shorter.
-        window: so many prompts are sorted together.
+        size: prompts of a batch; the last batch of a window may be smaller.
+        window: number of prompts that are sorted together.
     """
     batches = []
     for start in range(0, len(lengths), window):
@@ -75,13 +75,13 @@ def plan_prompts(
     codec: ChatCodec | None,
     engine: GenerationEngine | None = None,
 ) -> Plan:
-    """Read the source once: which prompts fit, how long they are, what all of it hashes to.
+    """Read the source once: which prompts fit, how long they are, and the hash of all of them.
 
     Args:
-        config: names source, limit and room.
+        config: names the source and its limits.
         counts: filled with what the source dropped.
-        codec: how prompts become tokens; None where only the engine can say.
-        engine: needed there.
+        codec: how prompts become tokens; None where only the engine knows.
+        engine: needed where there is no codec.
 
     Raises:
         UserError: the source cannot be read, or no prompt fits.
@@ -116,7 +116,7 @@ def plan_prompts(
 
 
 def _read(config: GenerateConfig, counts: SourceCounts) -> Sequence[CandidateSet]:
-    """The prompts of a source, or the one that the command line gives."""
+    """The prompts of a source, or the one given on the command line."""
     text = prompt_text(config.prompts)
     if text is None:
         return load_sets(config.prompts, config.seed, config.split, counts, config)

@@ -1,10 +1,10 @@
-"""Prompts in, a candidate file out: written as it goes, taken up after a kill, shared by processes.
+"""`rrhf generate`: prompts in, a candidate file out; it can be resumed and shared by processes.
 
-What is written does not depend on how often it was stopped or on how many processes wrote it: the
-batches are cut once over the whole list of prompts, a batch that was half written is made again as
-a whole and only its missing rows are kept, and rows are merged in the order of the prompts. Going
-on with other settings is refused with what differs; the batch size alone may change, because it
-reaches the responses only through the rounding of sums.
+The file does not depend on how often the command was stopped or on how many processes wrote it:
+batches are formed once from the whole list of prompts, a batch that was only half written is
+generated again as a whole and only its missing rows are kept, and rows are merged in the order of
+the prompts. To go on with other settings is refused with a list of what differs; only the batch
+size may change, because it affects the responses only through rounding.
 
 Left out on purpose: scores (`rrhf.scoring`), and which process this is (the command line knows).
 """
@@ -54,19 +54,19 @@ _COUNTED = {
 def generate_file(
     config: GenerateConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
 ) -> Path:
-    """Write the candidate file, or go on writing it.
+    """Write the candidate file, or go on where an earlier call stopped.
 
-    Every process returns when the whole file stands.
+    Every process returns when the whole file is complete.
 
     Args:
         config: what to do.
-        rank: which of the processes this is.
-        world_size: how many processes share the prompts.
-        local_rank: which of this machine's processes this is.
+        rank: number of this process.
+        world_size: number of processes that share the prompts.
+        local_rank: number of this process on this machine.
 
     Raises:
         UserError: something is missing or does not fit; the file was begun with other settings.
-        StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
+        StoppedBySignal: SIGTERM or SIGINT was received; finished rows are on disk.
     """
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     output = Path(config.output_file)
@@ -78,7 +78,7 @@ def generate_file(
 
 
 class _Stage:
-    """One process' share of one call."""
+    """The share of one process in one call."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Stage:
     # Before.
 
     def _settings(self, plan: Plan) -> dict[str, Any]:
-        """What the responses depend on: going on with other ones is refused."""
+        """What the responses depend on; to resume with other values is refused."""
         config = self.config
         own: dict[str, Any] = {}
         if self.has_model:
@@ -152,17 +152,17 @@ class _Stage:
     # The work.
 
     def _prepare(self, plan: Plan) -> None:
-        """Load the model before anything says that the file was begun."""
+        """Load the model before anything on disk says that the file was begun."""
         self.parts.read_on(is_start=True)
         if self._left(plan):
             self._engine()
 
     def _batches(self, plan: Plan) -> list[list[int]]:
-        """This process' share."""
+        """The batches of this process."""
         return plan.batches[self.share]
 
     def _left(self, plan: Plan) -> list[list[int]]:
-        """Of this process' batches, those that are not on disk as a whole."""
+        """The batches of this process that are not complete on disk."""
         return [
             batch
             for batch in self._batches(plan)
@@ -170,7 +170,7 @@ class _Stage:
         ]
 
     def _answer(self, plan: Plan, part: PartAppender) -> None:
-        """Write the rows of this process' batches that are not on disk yet."""
+        """Write the rows of this process that are not on disk yet."""
         batches = self._left(plan)
         if not batches:
             return
@@ -230,7 +230,7 @@ class _Stage:
     def _part_row(
         self, prompt: CandidateSet, samples: Sequence[Sample], seconds: float
     ) -> dict[str, Any]:
-        """A row of the part: the candidate row, and what is counted about it."""
+        """A row of this process' part: the candidate row with its counts."""
         candidates = [
             Candidate(sample.text, self.config.source, None, sample.finish_reason)
             for sample in samples
@@ -274,7 +274,7 @@ class _Stage:
     # After.
 
     def _finish(self, plan: Plan, settings: dict[str, Any]) -> None:
-        """Merge the parts of all processes and say that the file is whole."""
+        """Merge the parts of all processes; the manifest marks the file as complete."""
         if self.world_size > 1:
             logger.info("waiting for the other processes")
         mine = [plan.ids[position] for batch in self._batches(plan) for position in batch]
@@ -288,7 +288,7 @@ class _Stage:
         self._tell(plan, counts, seconds)
 
     def _tell(self, plan: Plan, counts: Mapping[str, int], seconds: float) -> None:
-        """What was written, in a sentence; and that no response ends, where none does."""
+        """Log a summary; warn if not one response ends by itself."""
         samples, ended, tokens = (
             counts[name] for name in ("samples", "ended_by_themselves", "tokens")
         )

@@ -1,18 +1,17 @@
-"""Beam search and diverse beam search as arithmetic on log-probs; it knows no model.
+"""Beam search and diverse beam search as arithmetic on log-probs, without a model.
 
 Diverse beam search (Vijayakumar et al. 2016, arXiv:1610.02424, algorithm 1) splits the beams into
-groups that search one after the other at each step; a token that beams of earlier groups have just
-taken costs `diversity_penalty` for each of them (Hamming diversity). The penalty stays in the score
-of a hypothesis. One group is plain beam search.
+groups that search one after the other at each step; a token is penalised by `diversity_penalty` for
+each beam of an earlier group that has just taken it (Hamming diversity). The penalty stays in the
+score of a hypothesis. One group is plain beam search.
 
-One rule for hypotheses that end, for plain and diverse beams, and for end ids and stop strings
-alike: among the continuations of a group (W beams), ranked by score, those that end are kept if
-they are among the first W; the best W that do not end go on. A group keeps its W best ended
-hypotheses by score / length ** length_penalty (length in tokens, the end included) and is done when
-it has W of them and its best open beam, at the length that it has now, scores no better than the
-worst; at the last step everything ends. For plain beams this is what transformers' `generate` does
-by default (`early_stopping=False`). A group that is done takes no more tokens, so it makes none
-expensive.
+Hypotheses end by the same rule for plain and diverse beams, end ids and stop strings: the
+continuations of a group of W beams are ranked by score; those that end are kept if they are among
+the first W, and the best W that do not end go on. A group keeps its W best ended hypotheses by
+score / length ** length_penalty (length in tokens, the end included). It is done when it has W of
+them and its best open beam, at its present length, scores no better than the worst of them; at the
+last step everything ends. For plain beams this is what transformers' `generate` does by default
+(`early_stopping=False`). A group that is done takes no more tokens, so it penalises none.
 
 Left out on purpose: sampling within beams, constraints.
 
@@ -37,13 +36,13 @@ StopRule = Callable[[int, Sequence[int]], bool]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A sequence on its way, or ended.
+    """A sequence, open or ended.
 
     Attributes:
         tokens: its ids, the end included.
         logprobs: of each token, nats.
-        score: sum of the log-probs less the diversity penalties paid; -inf = an empty place.
-        finish_reason: "stop", or "length" where the last step ended it.
+        score: sum of the log-probs minus all diversity penalties; -inf = an empty place.
+        finish_reason: "stop", or "length" if the last step ended it.
     """
 
     tokens: tuple[int, ...] = ()
@@ -52,7 +51,7 @@ class Hypothesis:
     finish_reason: FinishReason = "length"
 
     def ranking_score(self, length_penalty: float) -> float:
-        """score / length ** length_penalty: what ended hypotheses are compared by."""
+        """score / length ** length_penalty, by which ended hypotheses are compared."""
         return self.score / len(self.tokens) ** length_penalty
 
 
@@ -69,10 +68,10 @@ class _Group:
 
 
 class BeamSearch:
-    """Searches for several prompts at once, one token a call.
+    """Searches for several prompts at once, one token per call.
 
-    Feed `advance` with the log-probs of the next token for every open beam; it answers which row
-    each of the next rows continues, and with which token, until `is_done`.
+    Give `advance` the log-probs of the next token of every open beam; it returns which row each of
+    the next rows continues, and with which token. Repeat until `is_done`.
     """
 
     def __init__(
@@ -85,17 +84,17 @@ class BeamSearch:
         """Begin with K beams for each prompt.
 
         Args:
-            num_prompts: how many prompts are searched side by side.
-            settings: the widths and penalties.
+            num_prompts: number of prompts.
+            settings: beams, groups, penalties and lengths.
             end_ids: tokens that end a hypothesis.
-            stops: further rule by which a hypothesis ends, from prompt number and tokens.
+            stops: whether a hypothesis ends, from the prompt's number and its tokens.
         """
         assert settings.num_beams % settings.num_beam_groups == 0, "groups are equally wide"
         self._settings = settings
         self._end_ids = frozenset(end_ids)
         self._stops = stops
         self._width = settings.num_beams // settings.num_beam_groups
-        # All beams of a group begin alike, so only the first may be continued.
+        # All beams of a group begin empty, so only the first may be continued.
         beginning = [Hypothesis(), *[_EMPTY] * (self._width - 1)]
         self._groups = [
             [_Group(list(beginning)) for _ in range(settings.num_beam_groups)]
@@ -106,20 +105,20 @@ class BeamSearch:
 
     @property
     def is_done(self) -> bool:
-        """True when no prompt is searching any more."""
+        """Whether the search of every prompt is done."""
         return not self.searching
 
     def advance(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step.
 
         Args:
-            logprobs: [A * K, V] of the next token, rows as the last call left them: for each
+            logprobs: [A * K, V] of the next token; the rows are those of the last call: for each
                 prompt of `searching`, its beams in the order of its groups.
 
         Returns:
             rows [A' * K] int64: which of the given rows each next row continues, and its token
-            [A' * K] int64; A' counts the prompts that search on. An empty place continues any row
-            with token 0.
+            [A' * K] int64; A' prompts go on searching. An empty place continues any row with token
+            0.
         """
         num_beams, vocabulary = self._settings.num_beams, logprobs.shape[-1]
         logprobs = self._delay_end(logprobs.float())
@@ -147,7 +146,7 @@ class BeamSearch:
         return self._rows_of_the_searching(parents, tokens, logprobs.device)
 
     def best(self, prompt: int, count: int) -> list[Hypothesis]:
-        """The best ended hypotheses of a prompt over all its groups, the best first."""
+        """The best ended hypotheses of a prompt from all its groups, the best first."""
         ended = [hypothesis for group in self._groups[prompt] for hypothesis in group.ended]
         return sorted(ended, key=self._ranking_score, reverse=True)[:count]
 
@@ -161,7 +160,7 @@ class BeamSearch:
     def _propose(
         self, group: int, logprobs: Tensor, taken: Tensor
     ) -> tuple[list[list[float]], list[list[int]], list[list[float]]]:
-        """The best continuations of a group for each prompt, enough that W of them do not end.
+        """The best continuations of a group for each prompt, so many that W of them do not end.
 
         Returns:
             their scores, their places beam * V + token, and the tokens' log-probs.
@@ -190,7 +189,7 @@ class BeamSearch:
         places: list[int],
         logprobs: list[float],
     ) -> tuple[list[int], list[int]]:
-        """Let hypotheses end or go on; returns beam and token of the W that go on."""
+        """Let hypotheses end or go on; returns the beams and tokens of the W that go on."""
         is_last = self._step == self._settings.max_new_tokens
         beams: list[int] = []
         opened: list[Hypothesis] = []
@@ -220,7 +219,7 @@ class BeamSearch:
         return beams + [0] * empty, next_tokens + [0] * empty
 
     def _cannot_improve(self, state: _Group) -> bool:
-        """Whether W have ended and the best open beam, ended now, would not be among them."""
+        """Whether W have ended and the best open beam would not be among them if it ended now."""
         if len(state.ended) < self._width:
             return False
         return self._ranking_score(state.open[0]) <= self._ranking_score(state.ended[-1])
@@ -231,7 +230,7 @@ class BeamSearch:
     def _rows_of_the_searching(
         self, parents: list[list[int]], tokens: list[list[int]], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Drop the prompts whose groups are all done; parents become rows of the last batch."""
+        """Drop the prompts whose groups are all done; parents become rows of the given batch."""
         kept = [
             place
             for place, prompt in enumerate(self.searching)

@@ -1,9 +1,9 @@
-"""Which way a model takes tokens: rows that share prompts where it can, plain rows otherwise.
+"""How a model decodes: with rows that share their prompts if it can, else with plain rows.
 
-The shared way is tried once on each model, on a few random tokens with everything that happens to
-rows: prompts of different lengths, several samples, a row that leaves, one that comes later. What
-it cannot serve (attention that is not exchangeable, layers with a state of their own, position
-biases) shows there, is said once, and the model goes the plain way.
+A self-check compares the two once for each model on a few random tokens, with everything that can
+happen to rows: prompts of different lengths, several samples, a row that leaves, one that joins
+later. A model that cannot share prompts (its attention cannot be exchanged, its layers keep a state
+of their own or use position biases) fails it; this is logged once, and plain rows are used.
 
 Shapes: V vocabulary.
 """
@@ -28,27 +28,27 @@ from rrhf.models.forward.packed_trunk import declared_window
 logger = logging.getLogger(__name__)
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
-"""Share of the logits' own spread by which they may differ: in float32, in half precision."""
+"""Largest difference as a share of the logits' spread: in float32, and in half precision."""
 
 STEPS_WORTH_PACKING = 32
-"""Where a row takes so many tokens, weights are copied for faster products first."""
+"""If rows take this many tokens, weights are first copied into a faster layout."""
 
 
 class Decoder(Protocol):
-    """Takes tokens for rows; each row belongs to a prompt, which is read before its rows begin."""
+    """Takes tokens row by row; the prompt of a row is read before the row begins."""
 
     @property
     def can_join(self) -> bool:
-        """Whether prompts may be read and rows begin while others are on their way."""
+        """Whether prompts may be read, and rows begin, while other rows are unfinished."""
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
         """Handles of the prompts, and the logits of a first response token: [B, V]."""
 
     def release(self, handles: Sequence[int]) -> None:
-        """These prompts will have no more rows."""
+        """No more rows will begin for these prompts."""
 
     def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
-        """The next rows: which each continues (None = it begins), and its prompt's handle."""
+        """The next rows: which row each continues (None = a new one), and its prompt's handle."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add one token [R] to each row; returns the logits of the next: [R, V]."""
@@ -56,11 +56,12 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of trying the shared way on a model.
+    """Result of the self-check of a model.
 
     Attributes:
-        misfit: why it does not serve the model; None where it does.
-        window: longer rows go the plain way: the config tells of a window, its layers do not.
+        misfit: why the model cannot share prompts; None if it can.
+        window: rows longer than this are plain rows: the config states a window that the layers do
+            not apply.
     """
 
     misfit: str | None
@@ -74,13 +75,13 @@ _VERDICTS: WeakKeyDictionary[Any, Verdict] = WeakKeyDictionary()
 def decoding(
     model: Any, pad_id: int, longest: int, num_steps: int = 0
 ) -> Iterator[Callable[[], Decoder]]:
-    """Prepare a model for writing; gives what makes its decoders, one for each batch.
+    """Prepare a model for decoding; yields a function that makes the decoder of a batch.
 
     Args:
-        model: a Hugging Face causal language model, in eval mode; its weights stay as they are.
-        pad_id: filler of plain rows.
-        longest: tokens that a row may come to have, prompt included.
-        num_steps: about how many tokens a row will take; preparation may cost more for many.
+        model: a Hugging Face causal language model in eval mode; its weights are not changed.
+        pad_id: pads plain rows.
+        longest: most tokens of a row, prompt included.
+        num_steps: about how many tokens a row will take; for many, more preparation pays.
     """
     if model not in _VERDICTS:
         _VERDICTS[model] = verdict = _tried(model, pad_id)
@@ -107,7 +108,7 @@ def _tried(model: Any, pad_id: int) -> Verdict:
             decoder = SharedPromptModel(model)
             found = _joined_on_the_way(decoder, texts).float()
         window = None if any(decoder.windows) else declared_window(model.config)
-    # Whatever the model's own code makes of it, the shared way is not for it.
+    # Any exception in the model's own code means that it cannot share prompts.
     except Exception as error:
         return Verdict(f"there is {type(error).__name__}: {error}")
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-12)
@@ -125,8 +126,8 @@ def _random_texts(model: Any) -> list[list[int]]:
 
 
 def _joined_on_the_way(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
-    """The logits behind each of three texts: [3, V]. The first one is run with another row that
-    leaves, and when it does the third begins."""
+    """The logits after each of three texts: [3, V]. A second row of the first text leaves on the
+    way, and the third text begins then."""
     first, second, third = texts
     (one, two), begin = decoder.read([first[:5], second[:3]])
     device = begin.device

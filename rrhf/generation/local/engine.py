@@ -1,10 +1,9 @@
-"""The engine that samples from a model in this process, tokens first.
+"""The engine that generates with a model in this process.
 
-A prompt is read once for its N responses, finished rows leave the batch, prompts of one batch have
-similar lengths. The responses do not depend on that: see `rrhf.generation.local.sampling` for the
-randomness, and responses are cut out by token index, never by comparing text. A response ends at an
-end id, or before a stop string: its ids are then those that lie wholly before the stop string, its
-text ends exactly before it.
+A prompt is processed once for its N responses, finished rows leave the batch, and prompts of one
+batch have similar lengths. None of this changes the responses: `rrhf.generation.local.sampling`
+explains the randomness. A response ends at an end id or before a stop string; in the second case
+its ids are the tokens that lie wholly before the stop string, and its text ends exactly before it.
 
 Left out on purpose: weights that are spread over devices, and engines behind a network.
 """
@@ -35,12 +34,12 @@ class LocalEngine:
     """Samples from a Hugging Face causal language model.
 
     Attributes:
-        model: the model; put into eval mode while it writes, gradients off.
-        codec: text to ids and back.
-        max_batch_rows: responses written at the same time, at most.
-        max_prompt_tokens: longer prompts lose whole turns on the left; None = as the model's
-            window allows.
-        chooser: what chooses tokens, from the settings and the ids that end a response.
+        model: the model; in eval mode and without gradients while it generates.
+        codec: turns text into ids and back.
+        max_batch_rows: most responses generated at the same time.
+        max_prompt_tokens: longer prompts lose their oldest turns; None = as many tokens as the
+            model's window allows.
+        chooser: makes what chooses tokens, from the settings and the ids that end a response.
     """
 
     capabilities = Capabilities(ids=True, logprobs=True, beams=True, seeds=True, live_weights=True)
@@ -60,25 +59,25 @@ class LocalEngine:
         self.max_prompt_tokens = max_prompt_tokens
 
     def describe(self) -> dict[str, Any]:
-        """The model's name too."""
+        """With the name of the model."""
         return {"engine": "local", "model": self.model.config.name_or_path or "model"}
 
     def fits(self, prompt: CandidateSet, params: SamplingParams) -> bool:
-        """Whether the prompt, cut by whole turns, leaves room for a response."""
+        """Whether the prompt, without its oldest turns if need be, leaves room for a response."""
         return self.encode_prompt(prompt, params) is not None
 
     def prompt_room(self, params: SamplingParams) -> int | None:
-        """As the function of this name, for this model."""
+        """Most tokens of a prompt for this model; see `rrhf.generation.params.prompt_room`."""
         return prompt_room(context_window(self.model), params, self.max_prompt_tokens)
 
     def encode_prompt(self, prompt: CandidateSet, params: SamplingParams) -> list[int] | None:
-        """The prompt's ids, cut by whole turns to the room; None where it does not fit."""
+        """The prompt's ids, without its oldest turns if need be; None if it does not fit."""
         return self.codec.encode_prompt(prompt, self.prompt_room(params)) or None
 
     def generate(
         self, prompts: Sequence[CandidateSet], params: SamplingParams
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """N samples for each prompt, with its place, as they finish.
+        """The index and the N samples of each prompt, as they finish.
 
         Raises:
             UserError: settings that exclude each other; a prompt that does not fit (ask `fits`
@@ -112,7 +111,7 @@ class LocalEngine:
     def _sample_rows(
         self, jobs: list[Job], params: SamplingParams
     ) -> Iterator[tuple[int, list[Written]]]:
-        """Ancestral or greedy decoding; where memory does not suffice, of half as many rows."""
+        """Sampling or greedy decoding; with half as many rows at a time where memory runs out."""
         end_ids = frozenset(self.codec.end_ids)
         loop = RowLoop(jobs, params, end_ids, self._holds_any, self.chooser(params, end_ids))
         max_rows = self.max_batch_rows
@@ -133,7 +132,7 @@ class LocalEngine:
     def _search_beams(
         self, jobs: list[Job], params: SamplingParams
     ) -> Iterator[tuple[int, list[Written]]]:
-        """Beam search of some prompts at a time; where memory does not suffice, of half of them."""
+        """Beam search, with half as many prompts at a time where memory runs out."""
         count = max(1, self.max_batch_rows // params.num_beams)
         parts = [
             range(start, min(start + count, len(jobs))) for start in range(0, len(jobs), count)
@@ -154,7 +153,7 @@ class LocalEngine:
     def _search_part(
         self, jobs: list[Job], params: SamplingParams, decoder: Decoder
     ) -> list[list[Written]]:
-        """The best hypotheses of each job, the best first; log-probs are at the temperature."""
+        """The hypotheses of each job, the best first; log-probs are at the temperature."""
         tail_tokens = max((len(s.encode()) for job in jobs for s in job.stops), default=0) + 1
 
         def stops(prompt: int, tokens: Sequence[int]) -> bool:
@@ -210,7 +209,7 @@ class LocalEngine:
 def _tokens_before(
     position: int, ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> int:
-    """How many of the first tokens lie wholly before a position of the decoded text."""
+    """Number of tokens that lie wholly before a position of the decoded text."""
     low, high = 0, len(ids)
     while low < high:
         middle = (low + high + 1) // 2
@@ -233,11 +232,11 @@ def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
 def _require_memory_for_fewer(
     error: Exception, rows: int, can_halve: bool, job: Job, params: SamplingParams
 ) -> None:
-    """Say that half as many rows are tried; raise where that cannot help.
+    """Log that half as many rows will be tried; raise if that cannot help.
 
     Raises:
         UserError: there is no memory for a single response.
-        Exception: `error`, where it is about something else than memory.
+        Exception: `error` itself, if it is not about memory.
     """
     is_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if not is_of_memory and "DefaultCPUAllocator" not in str(error):

@@ -1,12 +1,11 @@
-"""A causal language model fed one token a row at a time, its past kept.
+"""Plain rows: a causal language model that takes one token per row at a time and keeps its past.
 
-The prompt of many responses is computed once and its past repeated; rows that are finished leave
-the batch. Prompts are padded on the left; positions and mask are given explicitly, so that padding
-changes nothing but the last bits of a float. The past of full-attention layers grows in place
-instead of being copied at every token.
+A prompt is computed once, and its past repeated for its responses; finished rows leave the batch.
+Prompts are padded on the left; positions and mask are given explicitly, so that padding changes
+only the last bits of a float. The past of full-attention layers grows in place instead of being
+copied at every token.
 
-Left out on purpose: what is chosen from the logits (`rrhf.generation.local.sampling`,
-`.beam_search`).
+Left out on purpose: the choice of tokens (`rrhf.generation.local.sampling`, `.beam_search`).
 
 Shapes: B prompts, R rows, P prompt tokens, V vocabulary.
 """
@@ -24,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """The past of one layer in a buffer with room: a new token is written, the rest stays put."""
+    """The past of one layer in a buffer with room for new tokens, so that nothing is copied."""
 
     room = 64
 
@@ -40,7 +39,7 @@ class GrowingLayer(DynamicLayer):
         assert self.values is not None, "keys and values come together"
         length = self.keys.shape[-2]
         needed = length + key_states.shape[-2]
-        # Rows that were repeated or selected since are tensors of their own, outside the buffer.
+        # Rows that were repeated or selected since are new tensors, outside the buffer.
         in_place = self._buffers is not None and self.keys.data_ptr() == self._buffers[0].data_ptr()
         if self._buffers is None or not in_place or self._buffers[0].shape[-2] < needed:
             self._buffers = (
@@ -61,7 +60,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def empty_cache(model: Any) -> DynamicCache:
-    """A cache for the model, growing in place where a layer attends to everything."""
+    """A cache for the model that grows in place in layers with full attention."""
     cache = DynamicCache(config=model.config)
     cache.layers = [
         GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
@@ -70,7 +69,7 @@ def empty_cache(model: Any) -> DynamicCache:
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, P] with padding on the left, and the mask [B, P] int64, 1 at real tokens."""
+    """Ids [B, P] padded on the left, and the mask [B, P] int64, 1 for real tokens."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
@@ -81,11 +80,11 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 class IncrementalModel:
-    """Rows of one batch on their way; prompts are read anew for each batch.
+    """The decoder for plain rows; all rows of a batch begin together.
 
     Args:
-        model: a Hugging Face causal language model, in eval mode.
-        pad_id: filler on the left of shorter prompts; never attended to.
+        model: a Hugging Face causal language model in eval mode.
+        pad_id: pads shorter prompts on the left; never attended to.
     """
 
     can_join = False
@@ -100,7 +99,7 @@ class IncrementalModel:
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
-        """Begin a batch, which ends the last one; see `rrhf.generation.local.decoders.Decoder`."""
+        """Begin a new batch; see `rrhf.generation.local.decoders.Decoder`."""
         ids, mask = pad_left(prompts, self._pad_id)
         self._mask = mask.to(self._device)
         self._next_position = self._mask.sum(dim=-1)  # [B]
@@ -117,13 +116,13 @@ class IncrementalModel:
         return self._forward(tokens[:, None], positions)
 
     def release(self, handles: Sequence[int]) -> None:
-        """Nothing: prompts stay with their rows."""
+        """Does nothing: a prompt's past is part of its rows."""
 
     def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
-        """After `read`, rows of the prompts that are named; later, those that go on.
+        """After `read`, the rows of the given prompts; later, the rows that go on.
 
         Raises:
-            AssertionError: a row begins while others are on their way.
+            AssertionError: a row begins while others are unfinished.
         """
         assert self._is_new or None not in sources, "plain rows begin together"
         rows = list(handles) if self._is_new else [row for row in sources if row is not None]

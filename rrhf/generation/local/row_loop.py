@@ -1,8 +1,8 @@
-"""The loop that writes responses, token by token, in a batch that stays full.
+"""The loop that generates responses, token by token, in a batch that is kept full.
 
-Rows that are finished leave, and the next samples take their places while the others go on, as far
-as the decoder lets rows begin on the way. What comes out does not depend on that: a row's tokens
-follow from its own uniform numbers and its own past.
+Finished rows leave, and new ones take their places while the others go on, if the decoder can begin
+rows at any time. The responses do not depend on that: a row's tokens follow from its own uniform
+numbers and its own past.
 
 Left out on purpose: beams (`rrhf.generation.local.engine`), and what a stop string does to a text.
 
@@ -25,25 +25,25 @@ from rrhf.generation.local.sampling import pick_tokens, sample_uniforms
 from rrhf.progress import pulse
 from rrhf.records import CandidateSet, FinishReason
 
-# Text is looked at for stop strings every so many tokens; what was written beyond one is cut off.
+# Rows are searched for stop strings every so many tokens; what follows one is cut off later.
 STOP_CHECK_TOKENS = 8
-# Finished rows leave once they are this part of the batch: each leaving copies the others' past.
+# Finished rows leave once they are this share of the batch: the past of the others is copied then.
 LEAVING_FRACTION = 1 / 8
 # Admit new rows only when this share of the batch is free, so that prompts are read in batches.
 JOINING_FRACTION = 1 / 4
-# Prompts are read together where none is shorter than this part of the longest.
+# Prompts are read together if none is shorter than this share of the longest.
 SIMILAR_LENGTH = 1 / 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt.
+    """A prompt with what is asked of it.
 
     Attributes:
         prompt: the set.
-        ids: its prompt as tokens.
+        ids: the prompt's tokens.
         stops: strings before which a response ends.
-        count: how many samples.
+        count: number of samples.
     """
 
     prompt: CandidateSet
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """A response as the loop left it: [T] ids and log-probs, not yet cut at a stop string."""
+    """A finished response: [T] ids and log-probs, not yet cut at a stop string."""
 
     token_ids: Tensor
     logprobs: Tensor
@@ -63,14 +63,14 @@ class Written:
 
 @dataclass(eq=False)
 class Row:
-    """One response on its way.
+    """An unfinished response.
 
     Attributes:
         job: number of its prompt.
-        sample: which of the prompt's samples it is.
-        uniforms: what decides its tokens; empty where nothing is drawn.
+        sample: number of the sample among those of the prompt.
+        uniforms: the numbers that decide its tokens; empty in greedy decoding.
         token_ids, logprobs: so far.
-        is_done: it takes no more.
+        is_done: it takes no more tokens.
     """
 
     job: int
@@ -82,7 +82,7 @@ class Row:
 
 
 class Chooser(Protocol):
-    """Chooses the next token of every row: [R] ids, and their log-probs [R]."""
+    """Chooses the next token of every row: ids [R] and their log-probs [R]."""
 
     def __call__(
         self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None
@@ -91,7 +91,7 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class ByParams:
-    """The chooser that does what the settings say; `end_ids` do not come before their time."""
+    """Chooses by the settings; no `end_ids` before `min_new_tokens`."""
 
     params: SamplingParams
     end_ids: frozenset[int]
@@ -110,14 +110,14 @@ class ByParams:
 
 
 class RowLoop:
-    """Writes the samples of some prompts; goes on after `put_back` where a decoder failed.
+    """Generates the samples of some prompts; after a decoder failed, `put_back` lets it go on.
 
     Args:
-        jobs: the prompts; those that come first begin first.
+        jobs: the prompts, in the order in which they begin.
         params: the settings.
         end_ids: tokens that end a response.
-        is_stopped: whether ids hold one of some strings.
-        choose: the next tokens.
+        is_stopped: whether the text of some ids contains one of the given strings.
+        choose: chooses the next tokens.
     """
 
     def __init__(
@@ -134,22 +134,22 @@ class RowLoop:
             Row(number, sample) for number, job in enumerate(jobs) for sample in range(job.count)
         )
         self._num_rows = len(self._waiting)
-        self._rows: list[Row] = []  # as the decoder has them
-        self._beginning: list[Row] = []  # soon with them
+        self._rows: list[Row] = []  # in the decoder's order
+        self._beginning: list[Row] = []  # to be added to them
         self._finished: list[list[Row]] = [[] for _ in jobs]
         self._num_finished = 0
-        self._whole: list[int] = []  # prompts whose samples are all finished, not given out yet
-        self._handles: dict[int, int] = {}  # of the prompts held
-        self._first: dict[int, Tensor] = {}  # and the logits [V] of their first token
+        self._whole: list[int] = []  # prompts whose samples are all finished, not yielded yet
+        self._handles: dict[int, int] = {}  # of the prompts that the decoder holds
+        self._first: dict[int, Tensor] = {}  # the logits [V] of their first token
         self._seen: Tensor | None = None
 
     @property
     def is_done(self) -> bool:
-        """Whether everything is written."""
+        """Whether all responses are finished."""
         return not self._waiting and not self._rows
 
     def put_back(self) -> int:
-        """What was on its way will begin anew, with another decoder; returns how many rows."""
+        """Let unfinished rows begin again with another decoder; returns how many there were."""
         rows = [*self._rows, *self._beginning]
         unfinished = sorted((r.job, r.sample) for r in rows if not r.is_done)
         self._waiting.extendleft(Row(*one) for one in reversed(unfinished))
@@ -159,11 +159,11 @@ class RowLoop:
         return len(rows)
 
     def run(self, decoder: Decoder, max_rows: int) -> Iterator[tuple[int, list[Written]]]:
-        """Write until all is written; gives each prompt's samples, in order, when all are there.
+        """Generate everything; yields the samples of a prompt when all of them are finished.
 
         Args:
             decoder: a new one.
-            max_rows: on their way at the same time, at most.
+            max_rows: most rows at the same time.
         """
         while True:
             self._change_rows(decoder, max_rows)
@@ -185,7 +185,7 @@ class RowLoop:
         return found
 
     def _change_rows(self, decoder: Decoder, max_rows: int) -> None:
-        """Let finished rows leave and new ones join, where it pays."""
+        """Let finished rows leave and new ones join, when enough have finished."""
         alive = [place for place, row in enumerate(self._rows) if not row.is_done]
         free = max_rows - len(alive)
         wanted = max(1, int(max_rows * JOINING_FRACTION)) if alive else 1
@@ -204,7 +204,7 @@ class RowLoop:
             decoder.arrange([place for place, _ in order], handles)
 
     def _begin(self, decoder: Decoder, free: int) -> None:
-        """Read the next prompts and take the first token of their rows, as many as find room."""
+        """Read the next prompts and take the first token of as many rows as there is room for."""
         if not decoder.can_join:
             self._handles.clear()
             self._first.clear()
@@ -230,7 +230,7 @@ class RowLoop:
                 return
 
     def _read(self, decoder: Decoder, jobs: list[int]) -> None:
-        """Read the prompts that are not held yet, those of similar length together."""
+        """Read the prompts that the decoder does not hold yet, those of similar length together."""
         jobs = [job for job in jobs if job not in self._handles]
         while jobs:
             longest = len(self._jobs[jobs[0]].ids)
@@ -244,7 +244,7 @@ class RowLoop:
             jobs = [job for job in jobs if job not in self._handles]
 
     def _forget_prompts(self, decoder: Decoder) -> None:
-        """Let go of the prompts that have no row and none to come; rows wait prompt by prompt."""
+        """Release the prompts that have neither rows nor samples to come."""
         needed = {row.job for row in self._rows}
         needed |= {self._waiting[0].job} if self._waiting else set()
         gone = [job for job in self._handles if job not in needed]
@@ -253,7 +253,7 @@ class RowLoop:
             del self._first[job]
 
     def _take(self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None) -> None:
-        """Choose a token for each row, and see which are finished by it."""
+        """Choose a token for each row and note which rows it finishes."""
         tokens, logprobs = self._choose(logits, rows, seen)
         if seen is not None:
             seen[torch.arange(len(rows), device=seen.device), tokens] = True
@@ -279,14 +279,14 @@ class RowLoop:
         return bool(stops) and length % STOP_CHECK_TOKENS == 0 and self._holds_stop(row, stops)
 
     def _holds_stop(self, row: Row, stops: tuple[str, ...]) -> bool:
-        """Only the end is read, the rest was read before; a find is checked on the whole."""
+        """Search the last tokens, since earlier ones were searched before; confirm on the whole."""
         tail_tokens = STOP_CHECK_TOKENS + max(len(stop.encode()) for stop in stops)
         if not self._is_stopped(row.token_ids[-tail_tokens:], stops):
             return False
         return self._is_stopped(row.token_ids, stops)
 
     def _seen_by(self, row: Row) -> Tensor:
-        """[V] True where prompt or response holds the token."""
+        """[V] True for tokens that occur in the prompt or the response."""
         seen = torch.zeros_like(self._first[row.job], dtype=torch.bool)
         ids = [*self._jobs[row.job].ids, *row.token_ids]
         seen[torch.tensor(ids, device=seen.device)] = True

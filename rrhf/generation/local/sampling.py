@@ -1,12 +1,12 @@
-"""From logits to tokens: filters, and draws that do not depend on who else is in the batch.
+"""From logits to tokens: filters, and sampling that does not depend on the rest of the batch.
 
-Every sample owns a row of uniform numbers that follows from (seed, round, prompt id, sample index)
-alone; token t is read off the cumulative distribution at the t-th of them. So a sample is the same
+Every sample has a row of uniform numbers that follows from (seed, round, prompt id, sample index)
+alone; the t-th of them picks token t from the cumulative distribution. So a sample is the same
 alone, in a batch, in another order or in another process (up to the rounding of the model itself).
-The numbers come from SHAKE-256 and not from a framework's generator: the same on every device and
-in every version, and without the collisions of a 32-bit seed.
+The numbers come from SHAKE-256, not from a framework's generator: they are the same on every device
+and in every version, and do not collide as 32-bit seeds would.
 
-Filters shape what is drawn and never enter the log-probs that are reported. Left out on purpose:
+Filters change what is sampled, never the reported log-probs. Left out on purpose:
 beams (`rrhf.generation.local.beam_search`) and everything that needs a model.
 
 Shapes: R rows (one for each response), V vocabulary, T tokens.
@@ -24,15 +24,15 @@ from torch import Tensor
 
 from rrhf.generation.params import SamplingParams
 
-# Sorting a whole vocabulary costs more than a small model's forward; the nucleus is nearly always
-# among these many tokens, and rows where it is not are sorted in full.
+# Sorting a whole vocabulary costs more than a small model's forward. The nucleus is nearly always
+# among this many tokens; rows where it is not are sorted in full.
 _NUCLEUS_GUESS = 256
 
 
 def sample_uniforms(params: SamplingParams, prompt_id: str, sample_index: int) -> Tensor:
-    """The numbers that decide one sample: [max_new_tokens] float64 in [0, 1).
+    """The uniform numbers of one sample: [max_new_tokens] float64 in [0, 1).
 
-    A longer budget continues the same numbers.
+    With a higher max_new_tokens the same numbers are continued.
     """
     key = json.dumps([params.seed, params.round, prompt_id, sample_index]).encode("ascii")
     size = 8 * params.max_new_tokens
@@ -41,10 +41,10 @@ def sample_uniforms(params: SamplingParams, prompt_id: str, sample_index: int) -
 
 
 def temperature_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) of the tokens, in float32: the policy's own log-probs.
+    """log softmax(logits / temperature) of the tokens: the policy's own log-probs.
 
     Args:
-        logits: [R, V] as the model gave them.
+        logits: [R, V] as the model returns them.
         tokens: [R] int64.
         temperature: above 0.
 
@@ -57,7 +57,7 @@ def temperature_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> 
 
 
 def penalise_repetitions(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Lower the logits of tokens that prompt or response already hold.
+    """Lower the logits of tokens that already occur in the prompt or the response.
 
     Positive logits are divided by the penalty, negative ones multiplied: Keskar et al. 2019, CTRL,
     arXiv:1909.05858, section 4.1.
@@ -72,7 +72,7 @@ def penalise_repetitions(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
 
 
 def forbid_tokens(logits: Tensor, token_ids: Collection[int], rows: Sequence[int]) -> Tensor:
-    """The logits with some tokens made impossible in some rows."""
+    """Make some tokens impossible in some rows."""
     if not token_ids or not rows:
         return logits
     allowed = logits.clone()
@@ -82,7 +82,7 @@ def forbid_tokens(logits: Tensor, token_ids: Collection[int], rows: Sequence[int
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the k likeliest tokens made impossible; tokens equal to the k-th stay. 0 = off."""
+    """Make all but the k likeliest tokens impossible; ties with the k-th stay. 0 = off."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     kth = logits.topk(k, dim=-1).values[:, -1:]  # [R, 1]
@@ -90,10 +90,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """All but the nucleus made impossible: the smallest set of likeliest tokens with mass >= p.
+    """Make all but the nucleus impossible: the smallest set of likeliest tokens with mass >= p.
 
-    Holtzman et al. 2020, arXiv:1904.09751, section 3.1. A token stays where the likelier ones
-    together hold less than p, so the likeliest always stays; ties with the last one stay too.
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1. A token stays if the likelier ones together
+    have less than p, so the likeliest always stays; ties with the last one stay too.
     """
     if p >= 1.0:
         return logits
@@ -116,10 +116,10 @@ def _nucleus_threshold(descending: Tensor, p: float) -> Tensor:
 
 
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The tokens at given places of the cumulative distribution.
+    """Sample by inverting the cumulative distribution at given places.
 
-    Token i is drawn where the probability of the tokens below i is at most u, and with i more
-    than u: an impossible token is never drawn.
+    Token i is drawn if the probability of all tokens below i is at most u, and that of all up to i
+    is above u; so an impossible token is never drawn.
 
     Args:
         probs: [R, V] float32, 0 where impossible.
@@ -146,11 +146,11 @@ def pick_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, and its log-prob at the sampling temperature, before filters.
 
-    Order: repetition penalty, forbidden tokens, then temperature, top-k, top-p, draw; greedy takes
-    the likeliest after the first two.
+    In this order: repetition penalty, forbidden tokens, temperature, top-k, top-p, sampling; greedy
+    decoding takes the likeliest token after the first two.
 
     Args:
-        logits: [R, V] of any float type, as the model gave them.
+        logits: [R, V] of any float type, as the model returns them.
         params: the settings.
         uniforms: [R] float64 for sampling; None for greedy.
         seen: [R, V] bool for the repetition penalty; None where it is off.
@@ -172,7 +172,7 @@ def pick_tokens(
         filtered = keep_top_p(keep_top_k(shaped, params.top_k), params.top_p)
         probs = torch.softmax(filtered, dim=-1)
         tokens = draw_tokens(probs, uniforms)
-        if is_own and filtered is shaped:  # the distribution that the log-probs are asked of
+        if is_own and filtered is shaped:  # of this distribution the log-probs are wanted
             return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()
     else:
         tokens = shaped.argmax(dim=-1)

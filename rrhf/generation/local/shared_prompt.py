@@ -1,13 +1,13 @@
-"""Rows that share their prompt's past: read once, kept once, whatever the number of its samples.
+"""Rows that share their prompt's past, which is computed and kept once for all samples.
 
-At each token two products are taken for a row, one with its prompt's keys, one with its own, and
-the softmax goes over both at once ("bifurcated attention", Athiwaratkun et al. 2024,
-arXiv:2403.08845). Key heads are not repeated for grouped queries. A row that leaves or joins moves
-its own, short past alone; prompts are not padded in the network, only within attention.
+For each token of a row, attention scores are computed with the prompt's keys and with the row's
+own, and the softmax goes over both at once ("bifurcated attention", Athiwaratkun et al. 2024,
+arXiv:2403.08845). Key heads are not repeated for grouped queries. When a row leaves or joins, only
+the short past of rows is moved; prompts are padded within attention only.
 
-It works through an attention function that stands in while responses are written (`in_place`), and
-takes whatever the model's layers say of scaling, sliding window and soft-capping. Models whose
-layers do not ask that function, or carry other state from token to token, cannot be served:
+An attention function replaces the model's own while it generates (`in_place`) and honours the
+scaling, sliding window and soft-capping of the layers. Models whose layers do not call this
+function, or carry other state from token to token, cannot be served:
 `rrhf.generation.local.decoders` finds out.
 
 Shapes: S prompts held, B prompts read at a time, T their tokens, P longest prompt, R rows, C most
@@ -28,15 +28,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "rrhf_shared_prompt"
-"""What the attention function is registered as."""
+"""Name under which the attention function is registered."""
 
 ROOM = 64
-"""Own past is allocated for so many tokens at a time."""
+"""The rows' own past is allocated for this many tokens at a time."""
 
 
 @dataclass
 class _Past:
-    """What one layer keeps: prompts [K, S, P, D], own tokens [K, R, L and room, D]."""
+    """Keys and values of one layer: prompts [K, S, P, D], own tokens [K, R, L + room, D]."""
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -45,15 +45,16 @@ class _Past:
 
 
 class SharedPromptModel:
-    """The rows that are being sampled. At any token prompts may be read and rows may join or leave.
+    """The decoder whose rows share prompts; prompts and rows may come and go at any token.
 
-    A prompt that was read is named by a number, its handle, until it is released.
+    A prompt that was read is known by a number, its handle, until it is released.
 
     Args:
-        model: a Hugging Face causal language model, in eval mode, with `in_place` around all calls.
+        model: a Hugging Face causal language model in eval mode; all calls are made inside
+            `in_place`.
 
     Attributes:
-        windows: what the layers said of their sliding windows.
+        windows: sliding windows of the layers, None for full attention.
     """
 
     can_join = True
@@ -67,11 +68,11 @@ class SharedPromptModel:
         self._handles = 0
         self._lengths: list[int] = []  # of the S prompts
         self._rows = _Rows([], [])
-        # Four dimensions are handed on as they are; nothing looks at what they hold.
+        # A mask of four dimensions is passed on unchanged, and its values are not used.
         self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self._device)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
-        """Read prompts; returns their handles and the logits of a first response token [B, V]."""
+        """Read prompts; returns their handles and the logits [B, V] of the first response token."""
         reading = _Reading(prompts, self._device)
         logits = self._model(
             input_ids=reading.ids,
@@ -91,17 +92,17 @@ class SharedPromptModel:
         return handles, logits
 
     def release(self, handles: Sequence[int]) -> None:
-        """Forget prompts that no row will need any more, at the latest at the next `arrange`."""
+        """Forget prompts that no row will need after the next `arrange`."""
         for handle in handles:
             self._lengths[self._place.pop(handle)] = 0
 
     def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
-        """Say which rows come next.
+        """Set the next rows.
 
         Args:
-            sources: for each, which of the present rows it continues; None for a new one. A row may
-                be continued several times or not at all.
-            handles: for each, its prompt. Rows of one prompt stand side by side.
+            sources: for each, the present row that it continues; None for a new one. A row may be
+                continued several times or not at all.
+            handles: for each, its prompt. Rows of one prompt are next to each other.
         """
         self._drop_unused()
         before = self._rows
@@ -130,7 +131,7 @@ class SharedPromptModel:
         return logits
 
     def _make_room(self, reading: _Reading) -> list[int]:
-        """Places for what was read, in free ones first."""
+        """Places for the prompts that were read; free places are used first."""
         if not self._place:
             self._lengths, self._past = [], {}
         used = set(self._place.values())
@@ -144,7 +145,7 @@ class SharedPromptModel:
         return places
 
     def _store(self, layer: int, keys: Tensor, values: Tensor, places: list[int]) -> None:
-        """Put [K, B, P, D] of a layer at its places."""
+        """Store a layer's keys and values [K, B, P, D] at the given places."""
         past = self._past.get(layer)
         if past is None:
             self._past[layer] = _Past(keys, values)
@@ -160,7 +161,7 @@ class SharedPromptModel:
             old[:, at, : new.shape[2]] = new
 
     def _drop_unused(self) -> None:
-        """Copy the prompts that are held to the front, once a quarter of the places is idle."""
+        """Move the prompts to the front once a quarter of the places is unused."""
         size, used = len(self._lengths), sorted(self._place.values())
         if size - len(used) < max(1, size // 4):
             return
@@ -175,7 +176,7 @@ class SharedPromptModel:
 
 
 class _Reading:
-    """Prompts one after the other in one sequence, each with causal attention to itself."""
+    """Prompts in one long sequence, each with causal attention to itself."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
         self.lengths = [len(prompt) for prompt in prompts]
@@ -197,7 +198,7 @@ class _Reading:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: _Attention
     ) -> Tensor:
-        """[1, heads, T, D] each; keeps keys and values; returns [1, T, heads, D]."""
+        """Attention of [1, heads, T, D] each; keeps keys and values; returns [1, T, heads, D]."""
         keys, values = self._grid(key).contiguous(), self._grid(value).contiguous()
         self.states[layer] = keys, values
         self.windows.add(how.window)
@@ -212,7 +213,7 @@ class _Reading:
 
 
 class _Rows:
-    """Rows that take one token each: who they are, and what each sees."""
+    """Rows that take one token each, and what each of them sees."""
 
     def __init__(
         self,
@@ -239,11 +240,11 @@ class _Rows:
         self._lay_grid(places, len(prompt_lengths), device)
 
     def length(self, row: int) -> int:
-        """Own tokens of a row."""
+        """Number of a row's own tokens."""
         return self._lengths[row] + self._steps
 
     def advance(self) -> None:
-        """A token comes: it stands behind the others, and sees itself."""
+        """Make room for one more token in each row."""
         self._steps += 1
         self._width += 1
         self._own += 1
@@ -253,7 +254,7 @@ class _Rows:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: _Attention
     ) -> Tensor:
-        """[R, heads, 1, D] each; returns [R, 1, heads, D]."""
+        """Attention of [R, heads, 1, D] each; returns [R, 1, heads, D]."""
         past, key_heads, width = self.past[layer], key.shape[1], self._width
         past.own_keys = self._with(past.own_keys, key)
         past.own_values = self._with(past.own_values, value)
@@ -281,7 +282,7 @@ class _Rows:
         return out.reshape(self.count, 1, key_heads * group, -1)
 
     def _with(self, own: Tensor | None, new: Tensor) -> Tensor:
-        """Own past [K, R, L, D] with the new token [R, K, 1, D] in it."""
+        """The rows' own past [K, R, L, D] with the new token [R, K, 1, D]."""
         states = new[:, :, 0].transpose(0, 1)
         if own is None or own.shape[2] < self._width:
             before = 0 if own is None else own.shape[2]
@@ -297,7 +298,7 @@ class _Rows:
         return own
 
     def _lay_grid(self, places: list[int], size: int, device: torch.device | None) -> None:
-        """Places the rows in a grid: a line for each prompt, all lines of the same length."""
+        """Place the rows in a grid: one line per prompt, all lines of equal length."""
         counts = [0] * size
         slots = []
         for place in places:
@@ -326,7 +327,7 @@ class _Rows:
         return rows if self._to_rows is None else rows.index_select(1, self._to_rows)
 
     def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """[R, 1, P + L] minus infinity where a row does not see; None where it sees everything."""
+        """[R, 1, P + L], minus infinity where a row must not attend; None if it may everywhere."""
         if window not in self._biases:
             self._biases[window] = self._make_bias(window, dtype)
         return self._biases[window]
@@ -339,7 +340,7 @@ class _Rows:
         device = self._own.device
         columns = torch.arange(max(self._prompt_width, self._width), device=device)
         shared = columns[: self._prompt_width] >= self._prompts[:, None]
-        back = self._own[:, None] - 1 - columns[: self._width]  # how far an own token lies behind
+        back = self._own[:, None] - 1 - columns[: self._width]  # distance to an own token
         own = back < 0
         if window is not None:
             own = own | (back >= window)
@@ -353,14 +354,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Attention:
-    """What a layer says of its attention."""
+    """Settings of a layer's attention."""
 
     scaling: float
     window: int | None
     softcap: float | None
 
     def weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """The softmax of scores that may be overwritten, in float32 at least."""
+        """The softmax of scores, in float32 at least; the scores are overwritten."""
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if bias is not None:
@@ -369,7 +370,7 @@ class _Attention:
         return torch.softmax(scores, dim=-1, dtype=wide)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention within the window; all three are [B, heads, P, D]."""
+        """Causal attention within the window; q, k and v are [B, heads, P, D]."""
         length, is_grouped = q.shape[2], q.shape[1] != k.shape[1]
         is_narrow = self.window is not None and self.window < length
         if self.softcap is None and not is_narrow:
@@ -390,7 +391,7 @@ class _Attention:
 
 
 def _selected(own: Tensor | None, rows: Tensor, longest: int) -> Tensor | None:
-    """Own past [K, R, L, D] of these rows, with room behind the longest."""
+    """Own past [K, R, L, D] of these rows, with room after the longest."""
     if own is None or longest == 0:
         return None
     room = -(-(longest + 1) // ROOM) * ROOM
@@ -411,7 +412,7 @@ def _forward(
     shared_prompt: _Reading | _Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention of a layer, in the form that transformers asks for."""
+    """Attention of a layer, as transformers calls it."""
     if shared_prompt is None:
         raise NotImplementedError("it does not hand its arguments on to its attention")
     for name in ("position_bias", "s_aux"):
@@ -429,7 +430,7 @@ AttentionInterface.register(NAME, _forward)
 
 @contextmanager
 def in_place(model: Any) -> Iterator[None]:
-    """The model with this attention, and afterwards with its own again.
+    """Replace the model's attention by this one, and restore it afterwards.
 
     Raises:
         NotImplementedError: it has no attention that can be exchanged.
