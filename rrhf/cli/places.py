@@ -1,11 +1,12 @@
-"""What the words of a command line name: homes are filled in; what is missing is reported at once.
+"""Paths and names that a command line gives: looked for before anything slow is loaded.
 
 A field says in its metadata what it `names`:
 
     model          a model folder, a run folder or a hub name
     engine's model as `model` where the engine that writes loads one, else any name
     scorer         a reward model, or `gold:...`, `function:...`
-    data           a file, a known name, `name[:proportion[:path]]`, several with commas
+    data           a file, a registered name, `name[:proportion[:path]]`, several with commas
+    prompts        as `data`, or a prompt itself
     responses      a candidate file, or the word `dataset`
     model or file  a model, or a file where there is one
     row            what `rrhf evaluate` wrote, or a folder of it
@@ -14,9 +15,8 @@ A field says in its metadata what it `names`:
     output         a file, or a folder where the configuration has parts
     place          any other path
 
-Nothing here imports torch, so that a mistake is reported before it is loaded. What only
-transformers or a network can judge (a hub name, a config of an unknown kind) passes, and is judged
-later.
+Nothing here imports torch. What only transformers or a network can judge (a hub name, a config of
+an unknown kind) passes, and is judged later.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ def read_settings(
     prog: str,
     fixed: Mapping[str, Any] | None = None,
 ) -> T:
-    """The settings that the words give, with every path in them looked at.
+    """The settings that the words give, after a check of every path in them.
 
     Args: as in `parse_config`.
 
@@ -65,9 +66,9 @@ def read_settings(
 
 
 def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
-    """Look for what a configuration names, before anything slow is loaded.
+    """Look for every path and name of a configuration.
 
-    A finished run that is to be resumed needs nothing any more and is left to the command.
+    A finished run that is to be resumed needs nothing more and is left to the command.
 
     Args:
         config: of any command.
@@ -105,7 +106,7 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
 
 
 def _require_name(text: str) -> None:
-    """Refuse what the libraries that read and write models and data cannot name."""
+    """Refuse a path that the libraries for models and data cannot open."""
     if "\0" in text:
         raise UserError(f"{text!r}: holds a NUL character, which no path can; remove it")
     try:
@@ -115,7 +116,7 @@ def _require_name(text: str) -> None:
 
 
 def _require_reachable(path: str) -> None:
-    """Say what the system says of a path that it does not even look at; one may be missing."""
+    """Refuse a path that the system does not let us look at; a missing one passes."""
     place = os.path.expanduser(path)
     try:
         is_folder = stat.S_ISDIR(os.stat(place).st_mode)
@@ -129,31 +130,28 @@ def _require_reachable(path: str) -> None:
 
 def _check_packages(config: Any) -> None:
     """Packages that a flag asks for; the modules that import them have the same messages."""
-    if getattr(config, "use_lora", False) and importlib.util.find_spec("peft") is None:
-        raise UserError("--use_lora: the package peft is not installed; install rrhf[peft]")
+    if getattr(config, "use_lora", False):
+        _require_package("peft", "--use_lora", "install rrhf[peft]")
     attention = getattr(config, "attn_implementation", "")
-    if attention.startswith("flash_attention") and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(
-            f"--attn_implementation {attention}: the package flash-attn is not installed; install "
-            "rrhf[flash] on a machine with CUDA, or use sdpa"
-        )
-    if getattr(config, "draws_pictures", False) and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pictures: the package matplotlib is not installed; install rrhf[report]")
-    tracker = getattr(config, "report_to", "none")
-    if tracker != "none" and tracker not in sys.modules and not importlib.util.find_spec(tracker):
-        raise UserError(
-            f"--report_to: the package {tracker} is not installed; pip install {tracker}, or leave "
-            "the flag out (metrics.jsonl is always written)"
-        )
+    if attention.startswith("flash_attention"):
+        fix = "install rrhf[flash] on a machine with CUDA, or use sdpa"
+        _require_package("flash-attn", f"--attn_implementation {attention}", fix)
+    if getattr(config, "draws_pictures", False):
+        _require_package("matplotlib", "pictures", "install rrhf[report]")
+    if (tracker := getattr(config, "report_to", "none")) != "none":
+        fix = f"pip install {tracker}, or leave the flag out (metrics.jsonl is always written)"
+        _require_package(tracker, "--report_to", fix)
+
+
+def _require_package(name: str, place: str, fix: str) -> None:
+    module = name.replace("-", "_")
+    if sys.modules.get(module) is None and importlib.util.find_spec(module) is None:
+        raise UserError(f"{place}: the package {name} is not installed; {fix}")
 
 
 def _is_finished(run: str) -> bool:
     manifest = read_manifest(run) if Path(run).is_dir() else None
     return manifest is not None and manifest.get("status") == COMPLETE
-
-
-def _check_model(path: str, config: Any) -> None:
-    check_model_path(path)
 
 
 def _check_engines_model(name: str, config: Any) -> None:
@@ -170,31 +168,24 @@ def _check_scorer(spec: str, config: Any) -> None:
     check_scorer_place(spec, RewardModelOptions(**given))
 
 
-def _check_data(specs: str, config: Any) -> None:
+def _check_data(specs: str, config: Any, may_be_prompt: bool = False) -> None:
     from rrhf.data.mixing import check_sources
-    from rrhf.data.prompt_text import as_file_of_prompts, prompt_text
+    from rrhf.data.prompt_text import as_file_of_prompts, as_prompt, prompt_text
 
-    try:
-        check_sources(specs, getattr(config, "split", None))
-    except UserError as error:
-        if prompt_text(specs) is None:
-            raise
-        raise UserError(
-            f"{specs!r}: is a text, and here data are named; put prompts into a file, one a line, "
-            f"and name that: {as_file_of_prompts(specs)}"
-        ) from error
-
-
-def _check_prompts(specs: str, config: Any) -> None:
-    from rrhf.data.mixing import check_sources
-    from rrhf.data.prompt_text import as_prompt, prompt_text
-
-    if prompt_text(specs) is not None:
+    is_prompt = prompt_text(specs) is not None
+    if is_prompt and may_be_prompt:
         return
     try:
         check_sources(specs, getattr(config, "split", None))
     except UserError as error:
-        raise UserError(f"{error}; a prompt itself is given as {as_prompt(specs)}") from error
+        if may_be_prompt:
+            raise UserError(f"{error}; a prompt itself is given as {as_prompt(specs)}") from error
+        if is_prompt:
+            raise UserError(
+                f"{specs!r}: is a text, but a data source is needed; put prompts into a file, one "
+                f"a line, and name that: {as_file_of_prompts(specs)}"
+            ) from error
+        raise
 
 
 def _check_responses(spec: str, config: Any) -> None:
@@ -202,7 +193,7 @@ def _check_responses(spec: str, config: Any) -> None:
     if spec != "dataset" and not Path(spec).is_file():
         raise UserError(
             f"{spec}: there is no such file of responses; check the path, or give the word dataset "
-            "for the prompts' own rows"
+            "for the responses that come with the prompts"
         )
 
 
@@ -222,53 +213,52 @@ def _check_row(path: str, config: Any) -> None:
 
 
 def _check_run(path: str, config: Any) -> None:
-    """A launcher's other processes may come when the first has already begun the run."""
+    """Only the first process looks: when the others come, it may have begun the run already."""
     from rrhf.runs import RunFolder
     from rrhf.training.rounds.iterative_config import IterativeConfig
     from rrhf.training.rounds.rounds_folder import RoundsFolder
 
-    _check_output(Path(path), is_folder=True)
+    _check_output(path, is_folder=True)
     if is_first_process() and not config.resume_from_checkpoint:
         kind = RoundsFolder if isinstance(config, IterativeConfig) else RunFolder
         kind(path).require_free()
 
 
-def _check_output(path: Path, is_folder: bool) -> None:
+def _check_output(path: str, is_folder: bool) -> None:
     """Find what would keep the command from writing there, without writing anything."""
-
-    def refuse(number: int, place: Path) -> None:
-        raise OSError(number, os.strerror(number), str(place))
-
+    place = Path(path)
     if not is_folder:
-        require_plain_output(path)
-    with explained_os_errors(path):
-        if path.is_symlink() and not path.exists():
-            target = Path(os.path.realpath(path))
-            if is_folder or target.is_symlink() or not target.parent.is_dir():
-                refuse(errno.ENOENT, path)
-        if is_folder and path.exists() and not path.is_dir():
-            refuse(errno.ENOTDIR, path)
-        if not is_folder and path.is_dir():
-            refuse(errno.EISDIR, path)
-        folder = path if is_folder else path.parent
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not there.is_dir():
-            refuse(errno.ENOTDIR, there)
-        if not os.access(there, os.W_OK | os.X_OK):
-            refuse(errno.EACCES, there)
+        if path.endswith("/"):
+            raise UserError(f"{path}: names a folder; give the name of a file in it")
+        require_plain_output(place)
+    with explained_os_errors(place):
+        folder = place if is_folder else place.parent
+        there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        target = Path(os.path.realpath(place))
+        is_dead_link = place.is_symlink() and not place.exists()
+        may_be_made = not (is_folder or target.is_symlink()) and target.parent.is_dir()
+        for number, where, applies in (
+            (errno.ENOENT, place, is_dead_link and not may_be_made),
+            (errno.ENOTDIR, place, is_folder and place.exists() and not place.is_dir()),
+            (errno.EISDIR, place, not is_folder and place.is_dir()),
+            (errno.ENOTDIR, there, not there.is_dir()),
+            (errno.EACCES, there, not os.access(there, os.W_OK | os.X_OK)),
+        ):
+            if applies:
+                raise OSError(number, os.strerror(number), str(where))
 
 
 CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "model": _check_model,
+    "model": lambda path, config: check_model_path(path),
     "engine's model": _check_engines_model,
     "scorer": _check_scorer,
     "data": _check_data,
-    "prompts": _check_prompts,
+    "prompts": partial(_check_data, may_be_prompt=True),
     "responses": _check_responses,
     "model or file": _check_model_or_file,
     "row": _check_row,
     "run": _check_run,
-    "output file": lambda path, config: _check_output(Path(path), is_folder=False),
-    "output": lambda path, config: _check_output(Path(path), is_folder=bool(config.parts)),
-    "output folder": lambda path, config: _check_output(Path(path), is_folder=True),
+    "output file": lambda path, config: _check_output(path, is_folder=False),
+    "output": lambda path, config: _check_output(path, is_folder=bool(config.parts)),
+    "output folder": lambda path, config: _check_output(path, is_folder=True),
 }

@@ -196,6 +196,8 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
         for name in names:
             if name.startswith("output"):
                 wrong(command, name, p.in_a_file, p.data)
+                if name == "output" or name == "output_file":
+                    wrong(command, name, f"{p.new}/", f"{p.new}/: names a folder")
             else:
                 wrong(command, name, p.missing)
         if command.startswith("train"):

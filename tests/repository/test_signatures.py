@@ -38,6 +38,10 @@ def is_public(name: str) -> bool:
         ("generation", 50),
         ("evaluation", 50),
         ("models", 80),
+        ("cli", 60),
+        ("studies", 20),
+        ("worlds", 20),
+        ("report", 20),
         (".", 80),
     ],
 )
