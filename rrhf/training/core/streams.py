@@ -1,8 +1,8 @@
-"""Which prompts go into which optimiser step: the same for one process and for many, and resumable.
+"""Chooses the prompts of each optimiser step, reproducibly for any number of processes.
 
 A stream yields the micro-batches of one optimiser step at a time. The order of an epoch depends on
-(seed, epoch) alone; a global batch is cut over ranks and micro-batches, by number or by tokens, so
-that all ranks run equally many, a short one repeating a prompt with weight zero.
+(seed, epoch) alone; a global batch is cut into micro-batches for the ranks, by number or by tokens.
+All ranks run equally many; a rank with fewer prompts repeats one with weight zero.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from rrhf.training.core.token_batches import (
 logger = logging.getLogger(__name__)
 
 GROUPING_STEPS = 32
-"""Optimiser steps whose prompts are sorted by length together under `group_by_length`."""
+"""Number of steps whose prompts are sorted by length together under `group_by_length`."""
 
 
 class UpdateStream(Protocol):
-    """Feeds the loop; `rrhf.training.core.loop` says when each method is called."""
+    """Gives the loop the micro-batches of each optimiser step."""
 
     total_steps: int
 
@@ -55,32 +55,32 @@ class UpdateStream(Protocol):
 
 @runtime_checkable
 class LiveStream(UpdateStream, Protocol):
-    """A stream that makes its data while it is trained on."""
+    """A stream that generates its data during training."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors, which are not in `state_dict`; the same on every rank."""
+        """The stream's tensors, which are not in `state_dict`; the same on every rank."""
         ...
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take it up again; called after `load_state_dict`."""
+        """Restore them; called after `load_state_dict`."""
         ...
 
     def take_news(self) -> dict[str, float]:
-        """A row of its own, of what was made before the step that comes; each is given once."""
+        """A row for the log about the data of the coming step; each row is returned once."""
         ...
 
 
 class EncodedExamples(Sequence[EncodedSet]):
-    """Candidate sets encoded when they are asked for, so that a large file need not fit in memory.
+    """Candidate sets that are encoded when used, so that a large file need not fit in memory.
 
-    One pass at the start finds which sets yield an example and, unless `yields` tells it without
-    encoding, how long each is.
+    A first pass finds which sets yield an example and how long each is, unless `yields` answers the
+    former without encoding.
 
     Args:
         sets: random access to candidate sets.
-        encode: a set's example, or None where it yields none (the encoder counts why).
+        encode: a set's example, or None if it yields none (the encoder counts why).
         yields: whether a set yields an example.
-        identity: tells the examples apart from any others that a run could have.
+        identity: identifies the data, so that a resumed run detects other data.
 
     Attributes:
         lengths: in tokens of padded rows; None with `yields`.
@@ -133,13 +133,13 @@ class EncodedExamples(Sequence[EncodedSet]):
 
 @dataclass(frozen=True)
 class StepCut:
-    """How large an optimiser step is, and how it is cut into micro-batches over the ranks.
+    """The size of an optimiser step, and how it is cut into micro-batches for the ranks.
 
     Attributes:
         pad_id: filler of the batches.
-        per_device_train_batch_size: examples a micro-batch.
-        gradient_accumulation_steps: micro-batches a step and rank; the product of both is the
-            step's share of examples where a budget cuts it otherwise.
+        per_device_train_batch_size: examples per micro-batch.
+        gradient_accumulation_steps: micro-batches per step and rank; with a budget, the product of
+            both is still the number of examples of a rank.
         rank, world_size: this process among all.
         budget: cut each step by tokens instead of by number.
     """
@@ -164,7 +164,7 @@ class StepCut:
 
     @property
     def max_tokens(self) -> int | None:
-        """Of the budget."""
+        """Tokens of the budget; None without one."""
         return None if self.budget is None else self.budget.tokens
 
     def batches(
@@ -179,8 +179,8 @@ class StepCut:
         Args:
             examples: of the run.
             indices: of the step's examples.
-            size_of: gives an example's size, where a budget asks for it.
-            filler: gives the example that a short rank repeats, with weight zero.
+            size_of: gives an example's size, for a budget.
+            filler: gives the example that a rank with fewer examples repeats, with weight zero.
         """
         if self.budget is None:
             count, size = len(indices), self.per_device_train_batch_size
@@ -196,7 +196,7 @@ class StepCut:
         return batches
 
     def told(self, sizes: Sequence[Size]) -> str:
-        """How a budget cuts a step of such examples, in words."""
+        """A description of how the budget cuts a step of such examples."""
         assert self.budget is not None, "there is no budget"
         return told(micro_batches(sizes, self.budget, self.world_size), sizes, self.budget)
 
@@ -205,12 +205,12 @@ class OfflineStream:
     """Passes over a fixed set of examples.
 
     Args:
-        examples: what to train on, with `lengths` where they are grouped by length.
+        examples: to train on, with `lengths` if they are grouped by length.
         cut: of each step.
-        num_train_epochs: passes, fractions allowed.
+        num_train_epochs: number of passes, fractions allowed.
         max_steps: -1, or the number of optimiser steps.
         seed: of the order.
-        group_by_length: sort prompts by length within stretches of `GROUPING_STEPS` steps.
+        group_by_length: sort prompts by length within groups of `GROUPING_STEPS` steps.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class OfflineStream:
 
     @property
     def _knows_lengths(self) -> bool:
-        """False where examples are encoded when they are used: lengths then take a pass."""
+        """False if examples are encoded when they are used, so that lengths cost a pass."""
         return getattr(self._examples, "lengths", ()) is not None
 
     @functools.cached_property
@@ -260,15 +260,15 @@ class OfflineStream:
 
     @functools.cached_property
     def _lengths_digest(self) -> str:
-        """Tells other data apart that has as many examples."""
+        """A digest that detects other data with the same number of examples."""
         return hashlib.sha256(" ".join(map(str, self._lengths)).encode()).hexdigest()
 
     def told(self) -> str:
-        """How the first step of all is cut by the budget."""
+        """A description of how the budget cuts the first step."""
         return self._cut.told([self._sizes[i] for i in self._epoch_order(0)[0]])
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, and what must not differ for it to mean the same."""
+        """The position, and the settings on which its meaning depends."""
         return {
             "step": self._step,
             "examples": len(self._examples),
@@ -282,7 +282,7 @@ class OfflineStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the saved step.
+        """Continue after the saved step.
 
         Raises:
             UserError: the data, the seed, the global batch, the number of processes or the
@@ -307,7 +307,7 @@ class OfflineStream:
         self._step = int(state["step"])
 
     def _is_of_others(self, state: dict[str, Any], mine: dict[str, Any]) -> bool:
-        """Whether a checkpoint had as many other examples; the earliest cannot tell."""
+        """Whether a checkpoint had equally many, but other examples; False if unknown."""
         lengths, identity = state.get("lengths_sha256"), state.get("examples_identity")
         if not (lengths and self._knows_lengths) and identity and mine["examples_identity"]:
             return identity != mine["examples_identity"]

@@ -1,16 +1,16 @@
-"""Cutting a step into micro-batches by tokens, so that long and short prompts fill a device alike.
+"""Cuts a step into micro-batches by tokens, so that long and short prompts fill a device equally.
 
-Which prompts a step has is decided elsewhere; here only how they are laid. The cut follows from the
-sizes alone, so all ranks find the same one, and a run that goes on finds it again. Losses are sums
-over counts that are known beforehand: every cut gives the same update, up to rounding.
+The prompts of a step are chosen elsewhere. The cut depends only on their sizes, so all ranks and
+resumed runs find the same one. Losses are sums over counts that are known beforehand, so every cut
+gives the same update, up to rounding.
 
-Two ways to compute a batch ask for two ways to cut it. Where rows are padded, its tokens are rows
-by width: prompts are sorted so that similar ones are neighbours, and cut into stretches. Where
-prompts are shared or rows are packed, tokens add up: the largest goes first, each into the fullest
-batch that has room (best fit, never above 11/9 of the least number of batches). Either way the
-bound is then lowered as far as it costs no further batch, and the best is kept (the idea of
-MULTIFIT, Coffman, Garey and Johnson 1978), so that ranks get about the same work. All ranks run
-equally many micro-batches; those that are missing come of cutting the largest ones once more.
+The cost of a batch depends on the layout. With padded rows it is rows times width: prompts are
+sorted so that similar ones are neighbours, and cut into stretches. With shared prompts or packed
+rows, tokens add up: the largest comes first, each into the fullest batch that has room (best fit,
+at most 11/9 of the smallest number of batches). In both cases the bound is then lowered as long as
+this needs no further batch, and the best result is kept (the idea of MULTIFIT, Coffman, Garey and
+Johnson 1978), so that ranks get about the same work. All ranks run equally many micro-batches; if
+some are missing, the largest ones are cut again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from rrhf.models.reward_model import RewardModel
 logger = logging.getLogger(__name__)
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"
-"""Every prompt once; every row with its prompt, end to end; rows padded to the longest."""
+"""Layouts: each prompt once; rows with their prompts, end to end; rows padded to the longest."""
 
 STRIPS = (1, 2, 3, 4, 6, 8)
-"""Into how many strips padded prompts are tried to be sorted."""
+"""Numbers of strips that are tried when padded prompts are sorted."""
 
 _LAYOUTS = {
     "shared_prefix": SHARED,
@@ -48,12 +48,12 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Size:
-    """How long one prompt with its responses is.
+    """The size of one prompt with its responses.
 
     Attributes:
         prompt: tokens.
         responses: tokens of each.
-        same_prompt: equal for those whose prompt is the same; None = it is the only one.
+        same_prompt: equal for sets with the same prompt; None = no other set has it.
     """
 
     prompt: int
@@ -68,10 +68,10 @@ class Size:
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """What a micro-batch may cost.
+    """The largest cost of a micro-batch.
 
     Attributes:
-        tokens: at most so many that the model computes; a prompt that has more by itself is alone.
+        tokens: that the model computes, at most; a prompt with more is a batch of its own.
         layout: `SHARED`, `PACKED` or `PADDED`.
     """
 
@@ -87,7 +87,7 @@ class SizeTable(Sequence[Size]):
         self._ends = array("Q")
 
     def append(self, example: EncodedSet) -> None:
-        """Note an example."""
+        """Add the size of an example."""
         self._prompts.append(len(example.prompt_ids))
         self._responses.extend(len(ids) for ids in example.response_ids)
         self._ends.append(len(self._responses))
@@ -107,12 +107,11 @@ class SizeTable(Sequence[Size]):
 
 
 def layout_of(root: nn.Module, longest: int) -> str:
-    """How a model computes a batch: the dearest way of its parts.
+    """The layout in which a model computes a batch: the most expensive one of its parts.
 
     Args:
-        root: a policy, a reward model, or what holds several of them.
-        longest: tokens of the longest row that may come; a part goes back to padded rows beyond
-            its window.
+        root: a policy, a reward model, or a module that holds several of them.
+        longest: tokens of the longest possible row; a part uses padded rows beyond its window.
     """
     ways = set()
     for part in root.modules():
@@ -125,9 +124,9 @@ def layout_of(root: nn.Module, longest: int) -> str:
 
 
 def tokens_of(sizes: Iterable[Size], layout: str) -> int:
-    """Tokens that a model computes for a batch of these, by its layout.
+    """Tokens that a model computes for a batch of these sizes, in a layout.
 
-    The last token of a response counts too, though nothing is predicted from it.
+    The last token of a response counts too, although nothing is predicted from it.
     """
     sizes = list(sizes)
     if not sizes:
@@ -145,13 +144,13 @@ def tokens_of(sizes: Iterable[Size], layout: str) -> int:
 
 
 def sizes_of(examples: Sequence[EncodedSet]) -> Sequence[Size]:
-    """The sizes that examples know of themselves (`sizes`), or a list of them."""
+    """The examples' own `sizes`, or a list computed from the examples."""
     known: Sequence[Size] | None = getattr(examples, "sizes", None)
     return [Size.of(example) for example in examples] if known is None else known
 
 
 def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompts") -> bool:
-    """Say how many are beyond the budget by themselves; returns whether there are any."""
+    """Log how many prompts alone exceed the budget; returns whether there are any."""
     costs = (tokens_of([size], budget.layout) for size in sizes)
     beyond = [cost for cost in costs if cost > budget.tokens]
     if beyond:
@@ -168,7 +167,7 @@ def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompt
 
 
 def told(cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: TokenBudget) -> str:
-    """What one looks for when choosing a budget, of a step that was cut."""
+    """The figures of a cut step that help in choosing a budget."""
     batches = [[sizes[place] for place in places] for rank in cut for places in rank if places]
     computed = [tokens_of(batch, budget.layout) for batch in batches]
     needed = sum(computed)
@@ -182,7 +181,7 @@ def told(cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: 
 
 
 def even_batches(count: int, per_device: int, world_size: int = 1) -> list[list[list[int]]]:
-    """Cut a step by number, in the order in which its prompts come; returns as `micro_batches`."""
+    """Cut a step by number, in the order of its prompts; returns the same as `micro_batches`."""
     width = per_device * world_size
     places = list(range(count))
     return [
@@ -205,9 +204,9 @@ def micro_batches(
         world_size: ranks that share the step.
 
     Returns:
-        [rank][micro-batch] places in `sizes`, ascending: equally many micro-batches for each rank,
-        the largest first, about equally large ones at the same time. Empty where there are fewer
-        prompts than micro-batches.
+        [rank][micro-batch] indices into `sizes`, ascending: equally many micro-batches for each
+        rank, the largest first, with about equally large ones at the same time. Some are empty if
+        there are fewer prompts than micro-batches.
     """
 
     if budget.layout != SHARED:
@@ -267,8 +266,8 @@ def _padded_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
 
 
 def _orders(prompts: Sequence[int], longest: Sequence[int]) -> Iterator[list[int]]:
-    """Ways to put similar ones side by side: by the longest row; by one length in strips, and in
-    each strip by the other, to and fro.
+    """Orders that put similar prompts side by side: by the longest row; or by one length in strips,
+    and within each strip by the other, in alternating direction.
     """
     count = len(prompts)
     yield sorted(range(count), key=lambda place: -(prompts[place] + longest[place]))
@@ -285,7 +284,7 @@ def _orders(prompts: Sequence[int], longest: Sequence[int]) -> Iterator[list[int
 
 
 def _fitting_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
-    """Fills batches by best fit; keeps the rows of a prompt together where they fit."""
+    """Fills batches by best fit; keeps the rows of a prompt together if they fit."""
     whole = [(cost(places), places) for places in _by_prompt(range(len(sizes)), sizes)]
 
     def fill(limit: int) -> list[list[int]]:
@@ -311,7 +310,7 @@ def _fitting_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
 
 
 def _pieces(places: Sequence[int], sizes: Sequence[Size], limit: int) -> list[list[int]]:
-    """Rows of one prompt in as few pieces as first fit finds, longest first."""
+    """Cut the rows of one prompt into few pieces, by first fit with the longest first."""
     pieces: list[list[int]] = []
     taken: list[int] = []
     for place in sorted(places, key=lambda place: (-sum(sizes[place].responses), place)):
@@ -326,13 +325,13 @@ def _pieces(places: Sequence[int], sizes: Sequence[Size], limit: int) -> list[li
 
 
 def _time(bins: Sequence[Sequence[int]], cost: _Cost, world_size: int) -> tuple[int, int]:
-    """Tokens that ranks compute one after the other, then the most at a time."""
+    """The tokens that ranks compute in sequence, then the largest batch; for comparison."""
     costs = sorted(map(cost, bins), reverse=True)
     return sum(costs[::world_size]), costs[0]
 
 
 def _halves(places: Sequence[int], sizes: Sequence[Size], cost: _Cost) -> list[list[int]]:
-    """Two parts of a batch, about equally large; one prompt's rows part only where they must."""
+    """Two halves of a batch; the rows of a prompt are separated only if necessary."""
     parts = _by_prompt(places, sizes)
     if len(parts) == 1:
         parts = [[place] for place in places]

@@ -1,4 +1,4 @@
-"""Metrics to a tracker, where one is asked for; a tracker that fails never stops a training."""
+"""Sends metrics to a tracker, if one is set; a tracker that fails never stops a training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 LogTable = Callable[[str, Sequence[str], Sequence[Sequence[Any]], int], None]
-"""Given: a name, the columns, the rows and the step."""
+"""Called with a name, the columns, the rows and the step."""
 
 
 class Tracker:
@@ -32,7 +32,7 @@ class Tracker:
         self._log_table = log_table
 
     def log(self, row: dict[str, float], step: int) -> None:
-        """Send a row; the first failure is said and ends the sending."""
+        """Send a row; the first failure is logged, and nothing is sent after it."""
         if self._log is None:
             return
         try:
@@ -44,7 +44,7 @@ class Tracker:
     def log_table(
         self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], step: int
     ) -> None:
-        """Send rows of texts and numbers, where the tracker takes them; failures as with `log`."""
+        """Send rows of texts and numbers, if the tracker has tables; failures as in `log`."""
         if self._log_table is None:
             return
         try:
@@ -54,7 +54,7 @@ class Tracker:
             self._log_table = None
 
     def close(self) -> None:
-        """Let the tracker finish."""
+        """Close the tracker."""
         if self._finish is None:
             return
         try:

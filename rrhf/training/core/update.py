@@ -1,8 +1,8 @@
-"""One optimiser step: losses that are sums over global counts, agreed over ranks before it counts.
+"""Does one optimiser step, with losses that are divided by counts over all ranks.
 
 An `Objective` names the terms of a loss. Each is a sum with a weight, divided by a denominator that
-is known before the forward and summed over ranks and micro-batches first. So accumulation, uneven
-ranks and padding cannot change a loss, and a zero denominator makes its term zero.
+is known before the forward pass and summed over ranks and micro-batches first. Accumulation, uneven
+ranks and padding therefore cannot change a loss. A zero denominator makes its term zero.
 
 A loss or gradient that is not finite stops the run before the step, with the batch written out.
 """
@@ -116,7 +116,7 @@ class Update:
         return dict(zip(names, stacked, strict=True))
 
     def _require_finite(self, loss: Tensor, batch: TokenBatch, step: int) -> None:
-        """Agreed over ranks, so that none goes into a backward pass alone."""
+        """Stop on all ranks if the loss of one is not finite, before the backward pass."""
         value = float(loss.detach())
         if self.parallel.any(not math.isfinite(value)):
             self._stop(f"the loss is {value} on rank {self.parallel.rank}", batch, step)
@@ -178,8 +178,8 @@ def _loss(terms: dict[str, Term], denominators: dict[str, Tensor]) -> Tensor:
 
 
 def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
-    """Add one micro-batch's totals: under a term's own key the plain one and the one that enters
-    the loss, and each metric's (total, count).
+    """Add the totals of one micro-batch: each term's plain and weighted total, and each metric's
+    (total, count).
 
     They stay on the device.
     """

@@ -1,4 +1,4 @@
-"""Training on what the policy writes itself: rollouts, the experience made of them, its stream.
+"""Training on the policy's own responses: rollouts, experience, and the stream of it.
 
     rollout -> experience -> stream (-> ptx, ema) -> the loop -> the next rollout
 

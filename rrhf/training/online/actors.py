@@ -1,4 +1,4 @@
-"""The models of online training: policy, critic and reference, built and written down."""
+"""Builds and saves the models of online training: policy, critic and average."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from rrhf.training.online.ppo_config import PPOConfig
 
 
 def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
-    """The actor, with the critic where the method has one.
+    """The actor, with a critic if the method has one.
 
     Raises:
-        UserError: a model is missing, or none that a critic could be made of.
+        UserError: a model is missing, or there is none to make a critic of.
     """
     model = load_trainable_causal_lm(config)
     options = LogprobOptions(
@@ -58,7 +58,7 @@ def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
 def model_folders(
     bench: Workbench, root: ActorCritic, average: WeightAverage | None
 ) -> ModelFolders:
-    """`policy`, `value` where there is a critic, `policy_ema` where there is an average."""
+    """`policy`, with a critic `value`, with an average `policy_ema`."""
     write_policy = model_writer(bench, root.policy.model, "policy.model.")
     writers: dict[str, WriteModel] = {"policy": write_policy}
     if root.value is not None:
@@ -102,6 +102,6 @@ def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
 
 
 def _classifier_pad_id(bench: Workbench) -> int | None:
-    """As a reward model's folder names it: none where it would be an end token too."""
+    """The pad id of a reward model's folder; None if it would be an end token too."""
     pad_id = bench.tokenizer.pad_token_id
     return None if pad_id == bench.codec.end_id else pad_id

@@ -1,7 +1,7 @@
-"""A moving average of the policy's weights, kept next to a run: often steadier than the last ones.
+"""A moving average of the policy's weights, often more stable than the last weights.
 
 average = beta * average + (1 - beta) * weights, after every optimiser step, in float32, whole on
-every rank. It changes nothing of the training.
+every rank. It does not affect the training.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class WeightAverage(Hook):
 
     Args:
         module: the policy inside the actor-critic.
-        beta: 0 = the last weights, towards 1 = ever longer memory.
-        parallel: knows where the weights are.
+        beta: 0 = the last weights; the nearer to 1, the longer the memory.
+        parallel: gathers the weights.
     """
 
     name = "average"
@@ -33,13 +33,13 @@ class WeightAverage(Hook):
         self._average: dict[str, Tensor] = {}
 
     def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
-        """Begin with the first weights, where no average was restored."""
+        """Start from the present weights, unless an average was restored."""
         if not self._average:
             self._average = {n: w.clone() for n, w in self._weights()}
 
     @torch.no_grad()
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the weights after a step into the average."""
+        """Add the weights after a step to the average."""
         for name, weight in self._weights():
             self._average[name].lerp_(weight, 1 - self._beta)
 
@@ -51,11 +51,11 @@ class WeightAverage(Hook):
             self._average = {n: tensors[n].to(weight.device) for n, weight in self._weights()}
 
     def averaged(self, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """The actor-critic's weights in full, with averages in place of the policy's trained ones.
+        """All weights of the actor-critic, with the averages in place of the policy's.
 
         Args:
             weights: of the actor-critic.
-            prefix: of the policy's names among them.
+            prefix: of the names of the policy's weights.
         """
         # A tied weight has several names, and its average the first of them.
         first = {id(weight): name for name, weight in self._module.named_parameters()}

@@ -1,4 +1,4 @@
-"""What each online method makes of a rollout's rewards: advantages, and targets for a critic.
+"""The advantages of each online method, and the targets of a critic, from a rollout's rewards.
 
 Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
 """
@@ -36,11 +36,11 @@ class Rewarded:
 
     @property
     def sequence_rewards(self) -> Tensor:
-        """[N] score minus what the KL cost, of each response."""
+        """[N] score minus KL penalty of each response."""
         return masked_sum(self.rewards, self.mask)
 
     def by_group(self, advantages_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """[N, T] from a function of the prompts' rewards [B, K] and which of them exist."""
+        """[N, T] advantages from a function of the rewards by prompt [B, K] and their mask."""
         grid, valid = padded_groups(self.sequence_rewards, self.prompt_index, self.num_prompts)
         return estimators.spread_over_tokens(advantages_of(grid, valid)[valid], self.mask)
 

@@ -1,8 +1,8 @@
-"""From a rollout to what is trained on: scores become rewards, rewards become advantages.
+"""Turns a rollout into training examples: scores become rewards, rewards become advantages.
 
-A rollout's rows come together from all ranks first, so every mean, deviation and coefficient here
-is over the whole rollout, and the same on each rank. What a method makes of the rewards stands in
-`rrhf.training.online.methods`.
+A rollout's rows are gathered from all ranks first, so every mean, deviation and coefficient here is
+over the whole rollout, and the same on each rank. `rrhf.training.online.methods` says how a method
+uses the rewards.
 
 An experience is a list of `EncodedSet`: one for each response, or, for online ranking, one for each
 prompt with its responses and their rewards as scores. It goes into a checkpoint as flat tensors.
@@ -41,14 +41,14 @@ class RolloutRow:
     """One response of the live policy, on the CPU; the stages of a rollout fill it in.
 
     Attributes:
-        prompt: place of its prompt in the rollout.
-        sample: which of the prompt's responses.
+        prompt: index of its prompt in the rollout.
+        sample: index among the prompt's responses.
         prompt_ids, token_ids: as the policy read and wrote them.
         old_logprobs: [T] float32, nats, under the policy that sampled.
         reference_logprobs: [T] float32, nats; empty before the log-prob pass.
         values: [T] float32; None without a critic, and before the log-prob pass.
-        score: raw, as the scorer gave it; NaN before.
-        is_finished: it ends in EOS, or was cut at a stop token.
+        score: the scorer's raw score; NaN before.
+        is_finished: whether it ends in EOS or was cut at a stop token.
         text: of the response.
         finish: "stop" or "length", as the scorer saw it.
     """
@@ -74,8 +74,8 @@ class Experience:
         sets: to train on.
         metrics: of the whole rollout.
         kl: nats per response, for the controller of the coefficient.
-        num_responses: behind it.
-        rewards, row_kl: of each response: score minus what the KL cost; nats (k1).
+        num_responses: behind that figure.
+        rewards, row_kl: of each response: score minus KL penalty; KL in nats (k1).
     """
 
     sets: list[EncodedSet]
@@ -98,7 +98,7 @@ def build_experience(
         rows: of all ranks, by prompt and sample; at least one.
         config: method, clips, penalties.
         kl_coefficient: of this rollout.
-        normalizer: learns the scores, then is applied to them; None leaves them as they are.
+        normalizer: updated with the scores, then applied to them; None = not normalised.
     """
     assert rows, "a rollout has at least one response"
     lengths = torch.tensor([len(row.token_ids) for row in rows])
@@ -223,7 +223,7 @@ def pack(sets: Sequence[EncodedSet]) -> dict[str, Tensor]:
 
 
 def unpack(packed: dict[str, Tensor]) -> list[EncodedSet]:
-    """What `pack` was given."""
+    """The inverse of `pack`."""
     sizes = packed["group_sizes"].tolist()
     lengths = packed["response_lengths"].tolist()
     prompts = packed["prompt_ids"].split(packed["prompt_lengths"].tolist())

@@ -1,4 +1,4 @@
-"""What may hear of a rollout that was made: a table of samples, signs that nothing is learnt."""
+"""Listeners that are called with each rollout: tables of samples, warnings of no learning."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class MadeRollout:
     Attributes:
         steps_done: optimiser steps before it.
         number: of the rollout, from 0.
-        prompts: that it answers.
+        prompts: of the rollout.
         rows: its responses.
-        experience: made of them.
+        experience: made from them.
         metrics: its row in the log.
     """
 
@@ -32,6 +32,6 @@ class MadeRollout:
 
 
 class RolloutListener(Protocol):
-    """Changes nothing of the training."""
+    """Is called with each rollout; does not affect the training."""
 
     def see_rollout(self, rollout: MadeRollout) -> None: ...

@@ -1,8 +1,8 @@
 """PPO with human feedback, and what runs on the same stream: critic-free methods, online RRHF.
 
 The policy answers prompts, a scorer scores the answers, the score minus a penalty for leaving the
-reference becomes a reward, and a few passes of the common loop move policy and critic; the parts
-stand in `rrhf.training.online`. Ouyang et al. 2022, arXiv:2203.02155, with the details that Huang
+reference becomes a reward, and a few passes of the common loop update policy and critic. The parts
+are in `rrhf.training.online`. Ouyang et al. 2022, arXiv:2203.02155, with the details that Huang
 et al. 2024, arXiv:2403.17031, found to matter.
 
 `--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
@@ -240,7 +240,7 @@ def _evaluation(
 def _demonstrations(
     config: PPOConfig, bench: Workbench, total_steps: int, cut: StepCut
 ) -> OfflineStream:
-    """Batches of `--ptx_datasets`, as large as those of experience."""
+    """Batches of `--ptx_datasets`, of the same size as those of experience."""
     assert config.ptx_datasets is not None, "there are no demonstrations"
     sets = demonstrations(
         load_sets(config.ptx_datasets, config.seed, options=config.for_other_data())

@@ -52,7 +52,7 @@ class PPOConfig(PPOSettings):
                 )
 
     def _needs_shared_trunk(self) -> bool:
-        """Whether there is no model that a critic of its own could start from; it is said then."""
+        """Whether no model is given that a critic could start from; logs it in that case."""
         has_model = self.reward_critic_model_name_or_path or not is_made(
             self.reward_model_name_or_path
         )

@@ -1,4 +1,4 @@
-"""What `rrhf train ppo` can be told, and what follows from it; nothing is refused here."""
+"""The settings of `rrhf train ppo` and values derived from them; they are checked elsewhere."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ class PPOSettings(TrainingConfig):
 
     @property
     def reduction(self) -> str:
-        """Of the losses over tokens, `auto` resolved."""
+        """The reduction of the losses over tokens, `auto` resolved."""
         if self.loss_reduction != "auto":
             return self.loss_reduction
         return METHODS[self.method].reduction
@@ -247,7 +247,7 @@ class PPOSettings(TrainingConfig):
         return self.clip_range_ratio if high is None else high
 
     def is_warm_up(self, steps_done: int) -> bool:
-        """Whether the critic learns alone in the step after so many."""
+        """Whether the critic is trained alone in the step after this many."""
         return self.groups()[0].is_frozen(steps_done)
 
     @property
@@ -255,7 +255,7 @@ class PPOSettings(TrainingConfig):
         return self.rollout_size // self.num_return_sequences
 
     def sampling(self, rollout: int) -> SamplingParams:
-        """How the responses of a rollout are drawn."""
+        """Sampling parameters of a rollout."""
         return SamplingParams(
             num_return_sequences=self.num_return_sequences,
             max_new_tokens=self.max_new_tokens,
@@ -269,7 +269,7 @@ class PPOSettings(TrainingConfig):
         )
 
     def groups(self) -> list[GroupSettings]:
-        """The policy's weights, and the critic's where there is one."""
+        """The parameter groups of the policy, and of the critic if there is one."""
         from rrhf.models.policy_with_value import VALUE_PREFIX  # flags are read without torch
 
         policy = GroupSettings(

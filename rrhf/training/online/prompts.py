@@ -1,4 +1,4 @@
-"""Which prompts a rollout can answer."""
+"""Selects the prompts that fit into a rollout."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FIX = "raise --model_max_length, or lower --max_new_tokens"
 def fitting_prompts(
     prompts: Sequence[CandidateSet], writer: RolloutWriter, name: str
 ) -> tuple[list[CandidateSet], int]:
-    """Prompts that leave room for a response, without the candidates they may bring; and how many
-    of them lose their beginning.
+    """Prompts that leave room for a response, without their candidates; and how many of them lose
+    their beginning.
 
     Raises:
         UserError: none fits.

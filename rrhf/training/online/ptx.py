@@ -1,8 +1,8 @@
-"""Demonstrations next to experience: PPO-ptx, which keeps the policy a language model.
+"""PPO-ptx: demonstrations next to experience, so that the policy remains a good language model.
 
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
-demonstrations, whose cross-entropy is one more term. A batch of them is one without experience; for
-it the terms of the wrapped objective are zero times what the actor-critic returned, so that every
+demonstrations, whose cross-entropy is a further term. For such a batch, which has no experience,
+the terms of the wrapped objective are zero times the outputs of the actor-critic, so that every
 weight takes part in every backward pass.
 """
 
@@ -27,15 +27,15 @@ class PtxObjective:
     """The terms of PPO, and `ptx`: cross-entropy per token of demonstrations.
 
     Args:
-        inner: the terms of experience.
-        coefficient: weight of the new one.
+        inner: gives the terms of experience.
+        coefficient: weight of the new term.
     """
 
     def __init__(self, inner: PPOObjective, coefficient: float) -> None:
         self._inner, self._coefficient = inner, coefficient
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """As the inner objective's, and the demonstrations' tokens."""
+        """Those of the inner objective, and the tokens of demonstrations."""
         found = self._inner.denominators(batch)
         tokens = (batch.response_lengths * batch.row_weights).sum()
         none = torch.zeros_like(tokens)
@@ -61,7 +61,7 @@ class Ptx(Hook):
     """Adds a batch of demonstrations to each step.
 
     Args:
-        demonstrations: as many steps as there are, or more.
+        demonstrations: batches for at least as many steps as the training has.
     """
 
     name = "demonstrations"

@@ -1,9 +1,9 @@
 """The log-prob pass over sampled responses: old log-probs, values, reference log-probs.
 
-In float32 the log-probs of sampling serve as the old log-probs, after a self-check: in every
-rollout the longest response of each rank also passes the trainer's forward. If they differ on any
-rank, as they always do under bf16, the trainer's are used for all responses. Values come next (with
-a shared trunk, without computing the policy's head), then the reference.
+In float32 the log-probs of sampling are used as the old log-probs, after a self-check: in every
+rollout the longest response of each rank also goes through the trainer's forward pass. If they
+differ on any rank, as they always do under bf16, the trainer's are used for all responses. Values
+come next (with a shared trunk, without computing the policy's head), then the reference.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from rrhf.training.online.experience import RolloutRow
 logger = logging.getLogger(__name__)
 
 LOGPROB_TOLERANCE = 1e-4
-"""Engine and trainer agree where no token's log-prob differs by more."""
+"""Engine and trainer agree if no token's log-prob differs by more than this."""
 
 
 class Reader:
-    """Fills in what the models say of the rows of a rollout.
+    """Computes log-probs and values of the rows of a rollout.
 
     Args:
         root: the trained actor-critic, in eval mode during the pass.
         reference: log-probs [N, R] of a batch under the reference policy.
         codec: pad and end ids.
         parallel: ranks.
-        rows_at_a_time: rows in one forward.
-        recompute: use the trainer's log-probs in any case.
+        rows_at_a_time: rows in one forward pass.
+        recompute: always use the trainer's log-probs.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Reader:
         self._said = False
 
     def read(self, rows: Sequence[RolloutRow]) -> None:
-        """Old log-probs, and values where there is a critic; every rank must call it."""
+        """Fill in old log-probs and, with a critic, values; every rank must call it."""
         recompute = self._must_recompute(rows)
         if not recompute and self._root.value is None:
             return
@@ -65,7 +65,7 @@ class Reader:
             pulse(f"{place + 1} of {len(batches)} batches of log-probs")
 
     def read_reference(self, rows: Sequence[RolloutRow]) -> None:
-        """Log-probs under the reference; each rank by itself."""
+        """Fill in log-probs under the reference; each rank works alone."""
         for number, batch in enumerate(self._batches(rows), 1):
             pulse(f"batch {number} of reference log-probs")
             found = self._reference(self._collated(batch)).cpu()
@@ -73,7 +73,7 @@ class Reader:
                 row.reference_logprobs = found[place, : len(row.token_ids)].clone()
 
     def _must_recompute(self, rows: Sequence[RolloutRow]) -> bool:
-        """Whether the trainer's log-probs are to be taken, agreed over ranks."""
+        """Whether to use the trainer's log-probs; the same on all ranks."""
         if self._recompute:
             self._say("under bf16 they are the trainer's")
             return True
@@ -92,7 +92,7 @@ class Reader:
             logger.info("old log-probs are computed again by the trainer's own forward: %s", why)
 
     def _read_batch(self, rows: Sequence[RolloutRow], recompute: bool) -> None:
-        """Without a row, one forward of a filler."""
+        """Compute one batch; without rows, a forward pass of a filler."""
         outputs = self._root(self._collated(rows), values_only=not recompute)
         logprobs = outputs.logprobs.cpu()
         values = None if outputs.values is None else outputs.values.cpu()
@@ -104,7 +104,7 @@ class Reader:
                 row.values = values[place, tokens].clone()
 
     def _batches(self, rows: Sequence[RolloutRow]) -> Iterator[Sequence[RolloutRow]]:
-        """Of similar lengths, the responses of a prompt side by side: it may be read once."""
+        """Batches of similar lengths, with the responses to a prompt side by side."""
         order = sorted(rows, key=lambda d: (len(d.prompt_ids), d.prompt, len(d.token_ids)))
         for first in range(0, len(order), self._rows_at_a_time):
             yield order[first : first + self._rows_at_a_time]

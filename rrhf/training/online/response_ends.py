@@ -1,11 +1,10 @@
 """How sampled responses end: truncates at a stop token; counts degenerate responses.
 
-Cut at a token: a response ends behind the first token with a given text (a full stop, a newline)
-at or after a given place; what the policy wrote behind it is dropped (Ziegler et al. 2019,
-arXiv:1909.08593, section 2.4). The place depends on nothing that comes later, so what is kept was
-sampled by the policy as it stands. Nothing is put in place of an EOS that was not sampled.
+A response ends after the first token with a given text (a full stop, a newline) at or after a given
+position; the rest is dropped (Ziegler et al. 2019, arXiv:1909.08593, section 2.4). The cut does not
+depend on later tokens, so the kept tokens are a sample of the policy. No EOS is added.
 
-A response loops where it ends in the same few tokens again and again.
+A response loops if it ends in the same few tokens again and again.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ class StopToken:
 
     Args:
         tokenizer: of the policy.
-        text: of the token; blanks around it do not count, so "." is also the token " .".
-        after: how many tokens of a response are never asked.
+        text: of the token; spaces around it are ignored, so "." also matches the token " .".
+        after: number of first tokens that are never checked.
 
     Raises:
-        UserError: no token of the vocabulary is that text.
+        UserError: no token of the vocabulary has that text.
     """
 
     def __init__(self, tokenizer: Any, text: str, after: int = 0) -> None:
@@ -48,7 +47,7 @@ class StopToken:
         self._after = after
 
     def kept(self, token_ids: Sequence[int]) -> int | None:
-        """How many tokens stay, the stop token included; None where there is no such token."""
+        """How many tokens to keep, including the stop token; None if there is no such token."""
         for place in range(self._after, len(token_ids)):
             if token_ids[place] in self.ids:
                 return place + 1
@@ -56,7 +55,7 @@ class StopToken:
 
 
 def is_loop(token_ids: Sequence[int]) -> bool:
-    """Whether the end is one stretch of at most 16 tokens, four times or more, 12 tokens at least.
+    """Whether a response ends in a repetition: at most 16 tokens, at least four times, 12 in all.
 
     Args:
         token_ids: of a response, without its EOS.

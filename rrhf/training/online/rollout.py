@@ -1,18 +1,18 @@
-"""A rollout: the live policy answers prompts, and everything that is to be known of the answers.
+"""Makes a rollout: the live policy answers prompts, and the answers get scores and log-probs.
 
-Each rank answers its share of the prompts; then the rows come together, so that all ranks hold the
-whole rollout. Where weights are spread, a rank samples with a whole copy (`whole_copy`), so nobody
-waits for another's longest response. The log-prob pass then goes through the actor-critic itself;
-ranks with fewer rows join in with fillers.
+Each rank answers its share of the prompts; then the rows are gathered, so that all ranks hold the
+whole rollout. If weights are sharded, a rank samples with a whole copy (`whole_copy`), so that no
+rank waits for the longest response of another. The log-prob pass then goes through the actor-critic
+itself; ranks with fewer rows add fillers.
 
 The ids that were sampled are the ids that are trained on. `reading` asks the actor-critic and the
 reference for their log-probs.
 
 Responses without a token (a stop string at once) and those that could not be scored are left out
-and counted. A signal drops a rollout, on all ranks, also where one alone got it: at once, or, where
-ranks read together, behind that.
+and counted. A signal to any rank drops the rollout on all ranks: at once, or after a step that
+ranks do together.
 
-Any engine will do that writes with the live weights and tells ids and log-probs.
+Any engine can be used that samples from the live weights and returns ids and log-probs.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ T = TypeVar("T")
 
 
 class UnusableRollout(UserError):
-    """Too many responses lack a score, or none is left; every rank raises it.
+    """Too many responses have no score, or none is left; raised on every rank.
 
     Attributes:
-        reason: without what to do about it.
+        reason: the message without the fix.
     """
 
     def __init__(self, reason: str, cure: str) -> None:
@@ -65,11 +65,11 @@ class UnusableRollout(UserError):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What all ranks have sampled together.
+    """The responses of all ranks.
 
     Attributes:
         rows: by prompt and sample.
-        counts: responses sampled, left out and why.
+        counts: responses sampled, and left out by reason.
         spent: by phase, since the rollout or the training step before it.
     """
 
@@ -79,23 +79,23 @@ class Rollout:
 
 
 class RolloutWriter:
-    """Samples, scores and reads responses of the policy as it is at that moment.
+    """Samples responses of the policy with its present weights, scores them, computes log-probs.
 
     Args:
-        root: the trained actor-critic itself, which stays live under any wrapping; not spread yet.
+        root: the trained actor-critic itself, before it is wrapped and distributed.
         reference: a frozen copy of the first policy, whole on each rank; None = the policy's own
             weights, adapters off.
         scorer: any.
         config: sampling and batch sizes.
         bench: of the run.
-        new_engine: makes the engine of the live model, the codec, rows at a time and the room of a
-            prompt.
+        new_engine: makes the engine from the live model, the codec, the rows at a time and the
+            longest prompt.
 
     Raises:
         UserError: the engine lacks something that a rollout needs.
 
     Attributes:
-        room: tokens that a prompt may have, so that a whole response still fits.
+        room: most tokens of a prompt, so that a whole response still fits.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class RolloutWriter:
         """Answer the prompts of a rollout; every rank must call it, with the same prompts.
 
         Args:
-            prompts: that fit; one may occur several times, and is then answered differently.
-            number: of the rollout, part of the randomness.
-            samples_per_prompt: by default as the settings have it.
+            prompts: that fit; a repeated prompt gets different answers.
+            number: of the rollout, which enters the random seed.
+            samples_per_prompt: by default that of the settings.
 
         Raises:
             UnusableRollout: too many responses could not be scored, or all were left out.
-            StoppedBySignal: a signal came on some rank; on all of them.
+            StoppedBySignal: some rank received a signal; raised on all of them.
         """
         places = list(range(self._parallel.rank, len(prompts), self._parallel.world_size))
         renamed = _with_own_ids(prompts)
@@ -182,7 +182,7 @@ class RolloutWriter:
             raise StoppedBySignal(code, f"rollout {number} was dropped")
 
     def _alone(self, work: Callable[[], T]) -> T:
-        """Work without a word to other ranks: a signal cuts it off at once."""
+        """Do work without communication between ranks, so that a signal can stop it at once."""
         return self._stop.run(work, "the rollout is dropped")
 
     def _sample(
@@ -193,7 +193,7 @@ class RolloutWriter:
         samples_per_prompt: int | None,
         counts: Counter[str],
     ) -> list[RolloutRow]:
-        """Responses to the prompts at these places, those without a token left out."""
+        """Responses to the prompts at these indices, without empty ones."""
         params = self._config.sampling(number)
         if samples_per_prompt is not None:
             params = replace(params, num_return_sequences=samples_per_prompt)
@@ -235,7 +235,7 @@ class RolloutWriter:
         )
 
     def _cut(self, row: RolloutRow, prompt: CandidateSet) -> RolloutRow:
-        """The response up to its stop token, where it has one."""
+        """The response up to its stop token, if it has one."""
         kept = None if self._stop_token is None else self._stop_token.kept(row.token_ids)
         if kept is None:
             return row
@@ -252,7 +252,7 @@ class RolloutWriter:
     def _score(
         self, rows: Sequence[RolloutRow], prompts: Sequence[CandidateSet], counts: Counter[str]
     ) -> list[RolloutRow]:
-        """Fill in scores; rows that could not be scored are left out."""
+        """Fill in scores, and leave out rows that could not be scored."""
         groups: dict[int, list[RolloutRow]] = {}
         for row in rows:
             groups.setdefault(row.prompt, []).append(row)
@@ -280,7 +280,7 @@ class RolloutWriter:
         return kept
 
     def _read(self, rows: Sequence[RolloutRow]) -> None:
-        """Old log-probs and values, then reference log-probs."""
+        """Fill in old log-probs and values, then reference log-probs."""
         with self._phases("read") as spent, self._parallel.autocast():
             # The actor-critic's forward may be one that all ranks must do together.
             if self._parallel.world_size == 1:
@@ -337,7 +337,7 @@ class RolloutWriter:
 
 
 def _num_tokens(rows: Sequence[RolloutRow]) -> int:
-    """Prompts and responses."""
+    """Tokens of prompts and responses."""
     return sum(len(row.prompt_ids) + len(row.token_ids) for row in rows)
 
 

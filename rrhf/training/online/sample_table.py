@@ -1,8 +1,8 @@
-"""What the policy writes, for the eye: a few responses of a rollout or an evaluation, as a table.
+"""Tables of a few responses of a rollout or an evaluation, for the user to read.
 
-They go to `samples.jsonl` of the run folder, a row a response, which is cut back on resuming like
-the metrics; on a terminal a short table is shown as well, and a tracker that takes text gets one.
-An evaluation always shows the same prompts, a rollout those that come first in it.
+They are written to `samples.jsonl` of the run folder, one row per response, which is truncated on
+resuming like the metrics; a short table is also shown on a terminal and sent to a tracker that
+accepts text. An evaluation always shows the same prompts, a rollout its first ones.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class SampleTable(Hook):
     """Writes and shows samples.
 
     Args:
-        log: where rows go; None on the ranks that write nothing.
-        every: steps from one table of a rollout to the next at least; 0 = no table at all.
+        log: receives the rows; None on ranks that write nothing.
+        every: least number of steps between two tables of rollouts; 0 = no tables.
         count: responses in a table.
-        is_terminal: whether someone looks on; by default whether messages go to a terminal.
+        is_terminal: show tables; by default if messages go to a terminal.
     """
 
     name = "samples"
@@ -52,7 +52,7 @@ class SampleTable(Hook):
         self._tracker = tracker
 
     def see_rollout(self, rollout: MadeRollout) -> None:
-        """Show a rollout, where it is time for one."""
+        """Show a rollout, if one is due."""
         step = rollout.steps_done
         if self._every < 1 or step // self._every <= self._window:
             return
@@ -72,13 +72,13 @@ class SampleTable(Hook):
             self._show({"step": step, "source": "evaluation"}, prompts, rows, experience)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, with all rows on the disk."""
+        """The state for a checkpoint, after all rows are synced to disk."""
         if self._log is not None:
             self._log.sync()
         return {"offset": 0 if self._log is None else self._log.offset, "window": self._window}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what a checkpoint knew; an empty state: to the beginning."""
+        """Return to the state of a checkpoint; an empty state: to the beginning."""
         self._window = state.get("window", -1)
         if self._log is not None:
             self._log.truncate_to(state.get("offset", 0))
@@ -115,7 +115,7 @@ class SampleTable(Hook):
 
 
 def as_text(table: Sequence[Mapping[str, Any]], width: int) -> str:
-    """Rows of a table, a line each, cut to a width; long texts keep their ends."""
+    """A table as text, one line per row, cut to a width; of long texts the end is kept."""
     room = max((width - 30) // 2, 20)
     lines = [f"{'prompt':<{room}} {'response':<{room}} {'score':>7} {'KL':>6} finish"]
     lines += [
@@ -132,6 +132,6 @@ def _start(text: str, room: int) -> str:
 
 
 def _end(text: str, room: int) -> str:
-    """What was asked last stands at the end of a prompt."""
+    """The end of a text, since the last question of a prompt is at its end."""
     flat = " ".join(text.split())
     return flat if len(flat) <= room else f"...{flat[3 - room :]}"

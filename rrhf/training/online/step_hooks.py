@@ -1,4 +1,4 @@
-"""What goes on around a step on experience: early ends, the critic's warm-up, the largest ratio."""
+"""Hooks of steps on experience: early ends of rollouts, critic warm-up, the largest ratio."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ UPDATE_KL = "approximate_kl_k3"
 
 
 class RolloutPasses(Hook):
-    """Goes on to the next rollout once an update moved the policy far enough; and says in each row
+    """Starts the next rollout once an update moved the policy far enough; and records in each row
     which rollout the step was trained on.
 
     Args:
         stream: of experience.
-        target_kl: nats per token that end the passes over a rollout; 0 = none do.
+        target_kl: nats per token at which the passes over a rollout end; 0 = no limit.
 
     Attributes:
         rollouts_cut: rollouts whose last steps were skipped, in this process.
-        steps_skipped: those steps.
+        steps_skipped: number of those steps.
     """
 
     def __init__(self, stream: PPOStream, target_kl: float) -> None:
@@ -70,7 +70,7 @@ class LargestRatio(Hook):
 
 
 class CriticWarmUp(Hook):
-    """Tells an objective in which steps the critic learns alone."""
+    """Sets in an objective whether the critic is trained alone in a step."""
 
     def __init__(self, objective: PPOObjective, config: PPOSettings) -> None:
         self._objective, self._config = objective, config

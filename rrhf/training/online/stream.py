@@ -1,12 +1,12 @@
-"""The stream that the policy writes while it trains: rollout, passes over it, next rollout.
+"""The stream of online training: a rollout, passes over it, the next rollout.
 
 Nothing is prefetched past a step: a rollout begins when the loop asks for the step after the last
-one of the rollout before. So a checkpoint may follow any step, and holds the current experience,
-the place in it, the KL coefficient and the normaliser. A rollout that a signal cuts short has
-changed none of that: what is saved then is the state before it, and resuming makes it again.
+one of the rollout before. A checkpoint can therefore follow any step, and holds the current
+experience, the position in it, the KL coefficient and the normaliser. A rollout that a signal cuts
+short has changed none of these: the state before it is saved, and resuming makes it again.
 
-The prompts of a rollout follow from (seed, its number), the order of a pass from (seed, its
-number, the pass). A rollout is cut into equally many minibatches, whether or not responses were
+The prompts of a rollout depend on (seed, its number), the order of a pass on (seed, its number, the
+pass). A rollout is cut into equally many minibatches, whether or not responses were
 left out; a minibatch is cut over ranks and micro-batches as in `rrhf.training.core.streams`, with
 the responses to one prompt side by side, since layouts that share prompts then compute it once.
 """
@@ -42,7 +42,7 @@ _SEED_STEP = 1_000_003
 
 
 class PPOStream:
-    """Feeds the loop with experience of the live policy.
+    """Gives the loop micro-batches of experience of the live policy.
 
     Args:
         prompts: that fit.
@@ -51,11 +51,11 @@ class PPOStream:
         controller: of the KL coefficient.
         normalizer: of scores, or None.
         cut: of each step.
-        listeners: hear of each rollout.
+        listeners: called with each rollout.
 
     Attributes:
-        total_steps: optimiser steps; falls where a rollout is cut short and the number of rollouts
-            is what ends the run.
+        total_steps: optimiser steps; decreases if a rollout is cut short and the run ends after a
+            number of rollouts.
         counts: responses sampled and left out since the beginning.
         rollout_metrics: of the current rollout.
     """
@@ -107,29 +107,29 @@ class PPOStream:
 
     @property
     def rollout_number(self) -> int:
-        """Of the current rollout, from 0; -1 before the first."""
+        """Number of the current rollout, from 0; -1 before the first."""
         return self._number
 
     @property
     def steps_left_in_rollout(self) -> int:
-        """Of the passes over the current one."""
+        """Steps left in the passes over the current rollout."""
         return self.steps_per_rollout - self._place
 
     def skip_rest_of_rollout(self) -> None:
-        """Go on to the next rollout."""
+        """Skip the steps that are left of the current rollout."""
         if not self._ends_by_steps:
             self.total_steps -= self.steps_left_in_rollout
         self._place = self.steps_per_rollout
 
     def take_news(self) -> dict[str, float]:
-        """The row of a rollout, once, before the first step that is trained on it."""
+        """The log row of a rollout, returned once, before the first step that is trained on it."""
         if not self._has_news:
             return {}
         self._has_news = False
         return {"rollout": float(self._number), **self.rollout_metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, what was learnt, and what must not differ for them to mean the same."""
+        """The position, the adapted values, and the settings on which their meaning depends."""
         normalizer = self.normalizer
         return {
             **self._fixed(),
@@ -145,10 +145,10 @@ class PPOStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the saved step.
+        """Continue after the saved step.
 
         Raises:
-            UserError: the prompts or a setting that the cursor depends on differ.
+            UserError: the prompts, or a setting on which the position depends, differ.
         """
         for name, mine in self._fixed().items():
             if state[name] != mine:
@@ -169,12 +169,12 @@ class PPOStream:
         return pack(self._experience) if self.steps_left_in_rollout else {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take the experience up again."""
+        """Restore the experience."""
         self._take(unpack(tensors) if tensors else [])
 
     @property
     def steps_done(self) -> int:
-        """Optimiser steps that have been given out."""
+        """Optimiser steps yielded so far."""
         return self._step
 
     def prompts_of(self, number: int) -> list[CandidateSet]:
@@ -242,8 +242,8 @@ class PPOStream:
             self._has_warned = warn_of_lone(self._sizes, self._cut.budget, what)
 
     def _minibatch(self) -> list[int]:
-        """Which sets the next step takes: even pieces of the pass's order, of one prompt together,
-        in the order in which prompts first come.
+        """The sets of the next step: an equal part of the pass's order, with the sets of one prompt
+        together, in the order in which prompts first occur.
         """
         epoch, place = divmod(self._place, self._minibatches)
         count = len(self._experience)

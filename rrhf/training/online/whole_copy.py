@@ -1,9 +1,9 @@
-"""A whole copy of a policy whose weights are spread, for what cannot be done with pieces: sampling.
+"""A whole copy of a policy with sharded weights, for sampling.
 
-A rank that samples asks for as many forwards as its longest response has tokens, and under sharding
-each would be a call that all ranks must join; so each samples from weights of its own. They are
-brought up to date before a rollout, one weight at a time. The price is memory: each rank holds its
-piece of weights, gradients and optimiser, and the whole policy once more (without gradients).
+Sampling needs as many forward passes as the longest response has tokens, and under sharding all
+ranks would have to join each of them; so each rank samples from a copy of its own. It is updated
+before a rollout, one weight at a time. The price is memory: each rank holds its shard of weights,
+gradients and optimiser state, and the whole policy in addition (without gradients).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rrhf.training.core.parallel import Parallel
 
 
 class WholeCopy:
-    """Follows a policy at a distance.
+    """A copy of a policy that is updated on request.
 
     Args:
-        policy: inside the trained actor-critic, not spread yet.
-        parallel: knows where its weights are.
+        policy: inside the trained actor-critic, before it is distributed.
+        parallel: gathers its weights.
 
     Attributes:
-        policy: the copy, as the policy was when it was last refreshed.
+        policy: the copy, with the weights of the last refresh.
     """
 
     def __init__(self, policy: Policy, parallel: Parallel) -> None:
@@ -33,7 +33,7 @@ class WholeCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the policy's present weights; every rank must call it."""
+        """Copy the policy's present weights; every rank must call it."""
         mine = dict(self.policy.named_parameters())
         for name, weight in self._parallel.whole_weights(self._live, trained_only=True):
             mine[name].copy_(weight)
