@@ -23,13 +23,14 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, cast, overload
 
 from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
-from rrhf.data.ids import IdList, SeenIds
+from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import (
     READ_BYTES,
@@ -72,8 +73,10 @@ def require_finished(path: PathLike) -> dict[str, Any] | None:
 
 def _scan_sets(
     path: PathLike, accept_edited: bool, digest: Digest | None = None
-) -> Iterator[tuple[Row, CandidateSet]]:
-    """Rows with their sets, ids unique; from the first fault on, only more faults are looked for.
+) -> Iterator[tuple[Row, CandidateSet, str]]:
+    """Rows with their sets, ids unique, and the ids that the rows give by themselves.
+
+    From the first fault on, only more faults are looked for.
 
     Raises:
         UserError: at the end, with all faults, up to 20; at once, where the file is not to be read.
@@ -102,7 +105,7 @@ def _scan_sets(
                         "`rrhf data convert --new_ids`"
                     )
                 elif not faults:
-                    yield item, ids.give(parsed)
+                    yield item, ids.give(parsed), parsed.id
         if faults.is_full:
             break
     faults.raise_if_any()
@@ -124,7 +127,7 @@ def read_candidate_sets(path: PathLike, accept_edited: bool = False) -> Iterator
             was written (sets before the first fault have been yielded by then; open a
             `CandidateFile` to know before).
     """
-    for _, candidate_set in _scan_sets(path, accept_edited):
+    for _, candidate_set, _ in _scan_sets(path, accept_edited):
         yield candidate_set
 
 
@@ -199,7 +202,7 @@ class CandidateFile(IndexedSets):
         self.num_candidates = 0
         self.is_as_written = False
         self._offsets, self._lengths = array("Q"), array("Q")
-        self._ids = IdList()  # empty where rows are as written, which say their ids themselves
+        self._numbered: dict[int, str] = {}  # ids that are not those of their rows
 
     def _index_as_written(self) -> bool:
         """Find the rows by their line ends alone; False where the manifest does not vouch for them.
@@ -235,10 +238,11 @@ class CandidateFile(IndexedSets):
         """
         columns: dict[str, None] = {}
         digest = Digest()
-        for row, candidate_set in _scan_sets(self.path, accept_edited, digest):
+        for row, candidate_set, own_id in _scan_sets(self.path, accept_edited, digest):
             self._offsets.append(row.offset)
             self._lengths.append(row.length)
-            self._ids.append(candidate_set.id)
+            if candidate_set.id != own_id:
+                self._numbered[len(self._offsets) - 1] = candidate_set.id
             self.num_candidates += len(candidate_set.candidates)
             if not row.value.keys() <= columns.keys():
                 columns.update(dict.fromkeys(row.value))
@@ -312,13 +316,14 @@ class CandidateFile(IndexedSets):
         for number, line in enumerate(self._bytes(first, end), start=first):
             try:
                 value = decode_row(line)
-                known_id = self._ids[number] if self._ids else ""
-                found.append(parse_candidate_set(value, f"{self.path}, row {number + 1}", known_id))
+                parsed = parse_candidate_set(value, f"{self.path}, row {number + 1}")
             except ValueError as error:
                 raise UserError(
                     f"{self.path}: row {number + 1} no longer reads as it did when the file was "
                     f"opened ({error}); do not change a file while it is used"
                 ) from error
+            own_id = self._numbered.get(number)
+            found.append(parsed if own_id is None else replace(parsed, id=own_id))
         return found
 
     def close(self) -> None:
@@ -386,16 +391,13 @@ def write_candidate_sets(
     rows = candidates = scored = 0
     ids = SeenIds()
     with replaced_file(path) as file:
-        if os.fspath(path).endswith(".gz"):
-            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                sink = cast(BinaryIO, packed)
-                for item in _unique(sets, ids):
-                    sink.write(encode_row(candidate_set_to_row(item)))
-                    rows, candidates, scored = _count(item, rows, candidates, scored)
-        else:
-            for item in _unique(sets, ids):
-                file.write(encode_row(candidate_set_to_row(item)))
-                rows, candidates, scored = _count(item, rows, candidates, scored)
+        with _packed(file) if os.fspath(path).endswith(".gz") else nullcontext(file) as sink:
+            for candidate_set in sets:
+                given = ids.give(candidate_set)
+                sink.write(encode_row(candidate_set_to_row(given)))
+                rows += 1
+                candidates += len(given.candidates)
+                scored += sum(score is not None for score in given.scores)
         file.sync()
         # From here on the old manifest would vouch for rows that it does not know.
         forget_manifest(path)
@@ -411,14 +413,6 @@ def write_candidate_sets(
     return written
 
 
-def _unique(sets: Iterable[CandidateSet], ids: SeenIds) -> Iterator[CandidateSet]:
-    for candidate_set in sets:
-        yield ids.give(candidate_set)
-
-
-def _count(item: CandidateSet, rows: int, candidates: int, scored: int) -> tuple[int, int, int]:
-    return (
-        rows + 1,
-        candidates + len(item.candidates),
-        scored + sum(score is not None for score in item.scores),
-    )
+def _packed(file: BinaryIO) -> BinaryIO:
+    """A gzip writer whose bytes depend on the rows alone."""
+    return cast(BinaryIO, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0))

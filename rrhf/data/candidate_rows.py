@@ -38,7 +38,6 @@ CANDIDATE_COLUMNS = (
 )
 _COLUMNS, _ROLES, _REASONS = map(frozenset, (CANDIDATE_COLUMNS, ROLES, FINISH_REASONS))
 _PER_RESPONSE = ("scores", "sources", "finish_reasons")
-_VERY_LARGE = 1e300
 
 
 class RowError(UserError):
@@ -250,14 +249,8 @@ def is_finite(value: int | float) -> bool:
         return False
 
 
-def _as_it_should_be(row: Any, known_id: str) -> CandidateSet | None:
-    """The record of a row in which nothing is wrong; None where it must be looked at closely.
-
-    Says nothing that `RowReader` does not say; it is there because nearly all rows are as they
-    should be, and are read in a third of the time.
-    """
-    if type(row) is not dict or not row.keys() <= _COLUMNS:
-        return None
+def _record(row: dict[str, Any]) -> CandidateSet | None:
+    """The record of a row; None where `RowReader` finds a fault in it."""
     query: Any = row.get("query")
     responses: Any = row.get("responses")
     given_id, origin = row.get("id"), row.get("origin")
@@ -282,32 +275,30 @@ def _as_it_should_be(row: Any, known_id: str) -> CandidateSet | None:
                 return None
             texts += contents
             messages = tuple(map(Message, roles, contents))
+        scores: list[float | None] = []
+        sources: list[str] = []
+        reasons: list[Any] = []
         if told:
             scores = [None if x is None else _plain_number(x) for x in told.get("scores", ())]
             sources = ["" if source is None else source for source in told.get("sources", ())]
             texts += sources
-            if not _REASONS.issuperset(reasons := told.get("finish_reasons", ())):
+            reasons = told.get("finish_reasons", [])
+            if not _REASONS.issuperset(reasons):
                 return None
         joined = "".join(texts)
     except (TypeError, ValueError, KeyError):
         return None
     if not joined.isascii() and _SURROGATE.search(joined):
         return None
-    if not told:
-        candidates = tuple(map(Candidate, responses))
-    else:
-        candidates = tuple(
-            map(
-                Candidate,
-                responses,
-                sources or repeat(""),
-                scores or repeat(None),
-                reasons or repeat("unknown"),
-            )
-        )
-    return CandidateSet(
-        given_id or known_id or set_id(query, messages), query, messages, candidates, origin
+    candidates = map(
+        Candidate,
+        responses,
+        sources or repeat(""),
+        scores or repeat(None),
+        reasons or repeat("unknown"),
     )
+    own_id = given_id or set_id(query, messages)
+    return CandidateSet(own_id, query, messages, tuple(candidates), origin)
 
 
 def _plain_number(value: Any) -> float:
@@ -316,12 +307,12 @@ def _plain_number(value: Any) -> float:
     Raises:
         ValueError: it is none.
     """
-    if (type(value) is float or type(value) is int) and abs(value) < _VERY_LARGE:
+    if (type(value) is float or type(value) is int) and is_finite(value):
         return float(value)
     raise ValueError
 
 
-def parse_candidate_set(row: Any, where: str, known_id: str = "") -> CandidateSet:
+def parse_candidate_set(row: Any, where: str) -> CandidateSet:
     """One row of a candidate file as a record.
 
     A row without an id gets the one that its prompt gives; a file's reader numbers repeats.
@@ -329,49 +320,36 @@ def parse_candidate_set(row: Any, where: str, known_id: str = "") -> CandidateSe
     Args:
         row: the JSON value.
         where: "file:line", which begins every message.
-        known_id: of a row without an id, where it has been worked out before.
 
     Raises:
         RowError: a `UserError` with one line for each mistake: `file:line: field: what, fix`.
     """
-    if (found := _as_it_should_be(row, known_id)) is not None:
+    is_row = isinstance(row, dict)
+    # Other columns may hold what the user took for scores.
+    if is_row and row.keys() <= _COLUMNS and (found := _record(row)) is not None:
         return found
-    if not isinstance(row, dict):
+    if not is_row:
         raise RowError(
             [f'{where}: row: must be an object {{"query", "responses", ...}}, is {kind_of(row)}']
         )
     reader = RowReader(row, where)
     reader.faults += not_in_first_row(row, where, OTHER_SCORES)
-    query = reader.text("query")
+    reader.text("query")
     responses = reader.texts("responses")
     number = None if responses is None else len(responses)
     scores = reader.scores(number)
     if number and not any(isinstance(score, (int, float)) for score in scores or ()):
         reader.faults += unread_scores(row, where, number)
-    messages = reader.messages()
-    finish_reasons = reader.finish_reasons(number)
-    sources = reader.sources(number)
-    origin = reader.text("origin", default="")
-    given_id = reader.text("id", default="")
+    reader.messages()
+    reader.finish_reasons(number)
+    reader.sources(number)
+    reader.text("origin", default="")
+    reader.text("id", default="")
     if reader.faults:
         raise RowError(reader.faults)
-    assert responses is not None, "a row without responses has been refused"
-    candidates = tuple(
-        Candidate(
-            response=response,
-            source=(sources[index] or "") if sources else "",
-            score=_as_float(scores[index]) if scores else None,
-            finish_reason=finish_reasons[index] if finish_reasons else "unknown",
-        )
-        for index, response in enumerate(responses)
-    )
-    return CandidateSet(
-        id=given_id or known_id or set_id(query, messages),
-        query=query,
-        messages=messages,
-        candidates=candidates,
-        origin=origin,
-    )
+    found = _record(row)
+    assert found is not None, "a row without faults is a record"
+    return found
 
 
 # What follows the responses. No text holds it, since quotes in texts are escaped.
@@ -392,10 +370,6 @@ def with_scores(line: bytes, scores: bytes | None) -> bytes:
     begin, end = place.start(), max(place.start(), place.start(1))
     middle = b"" if scores is None else b', "scores": ' + scores
     return line[: begin + 1] + middle + line[end + 1 :]
-
-
-def _as_float(score: float | None) -> float | None:
-    return None if score is None else float(score)
 
 
 def candidate_set_to_row(candidate_set: CandidateSet) -> dict[str, Any]:

@@ -7,14 +7,12 @@ in some 10 million files of a million rows; they would then be taken for one tha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable
 from dataclasses import replace
-from typing import overload
 
 from rrhf.records import CandidateSet
 
 _FEWEST_SLOTS = 1 << 10
-_HEX_DIGITS = 16  # of `rrhf.records.set_id`
 
 
 class IdTable:
@@ -65,50 +63,6 @@ class IdTable:
             while slots[place]:
                 place = (place + 1) & mask
             slots[place] = number
-
-
-class IdList(Sequence[str]):
-    """Ids by number: 8 bytes each for those that a prompt gives, the text of any other."""
-
-    def __init__(self, ids: Iterable[str] = ()) -> None:
-        self._numbers = array("Q")
-        self._texts: dict[int, str] = {}
-        for one in ids:
-            self.append(one)
-
-    def append(self, given_id: str) -> None:
-        number = _as_number(given_id)
-        if number is None:
-            self._texts[len(self._numbers)] = given_id
-        self._numbers.append(number or 0)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        number = self._numbers[index]
-        if number == 0 and self._texts:
-            place = range(len(self))[index]
-            if place in self._texts:
-                return self._texts[place]
-        return f"{number:016x}"
-
-
-def _as_number(given_id: str) -> int | None:
-    """The number that 16 hex digits stand for; None of any other text."""
-    if len(given_id) != _HEX_DIGITS:
-        return None
-    try:
-        number = int(given_id, 16)
-    except ValueError:
-        return None
-    return number if f"{number:016x}" == given_id else None
 
 
 class SeenIds:

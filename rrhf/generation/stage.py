@@ -37,7 +37,7 @@ from rrhf.progress import Progress
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.stages.fingerprint import fingerprint
-from rrhf.stages.parts import PartAppender
+from rrhf.stages.part_file import PartAppender
 from rrhf.stages.staged_file import GO_ON, StagedFile
 
 __all__ = ["GenerateConfig", "generate_file"]

@@ -41,7 +41,7 @@ from rrhf.scoring.scorer import Scorer
 from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.stages.fingerprint import fingerprint
-from rrhf.stages.parts import PartAppender, whole_row
+from rrhf.stages.part_file import PartAppender, whole_row
 from rrhf.stages.staged_file import GO_ON, StagedFile
 from rrhf.user_code import source_file
 

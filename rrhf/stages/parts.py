@@ -14,24 +14,30 @@ made again by the next call; a row that is damaged during a call ends that call.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import re
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from rrhf.data.ids import IdTable
-from rrhf.data.jsonl import JsonlAppender, begins_with, decode_row, encode_row
 from rrhf.errors import UserError
 from rrhf.files import Digest, remove_abandoned, replaced_file
 from rrhf.manifests import manifest_path
 from rrhf.signals import StopRequest
+from rrhf.stages.part_file import (
+    FIRST_LINE,
+    START_AGAIN,
+    PartAppender,
+    decode_part_row,
+    is_part,
+    whole_row,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,73 +45,8 @@ POLL_SECONDS = 0.2
 # A part that has not grown for so long belongs to a process that will never end it: the default.
 STALLED_SECONDS = 3600.0
 
-FIRST_LINE = b'{"part": "unfinished rows, which the command that writes them takes up again"}\n'
-_CHECKSUM = b', "sha256": "'
-_CHECKSUM_DIGITS = 16
-
 Key = str | int
 """What a row of a part is known by: the id of its prompt, or its place in the input."""
-
-_START_AGAIN = "start the same command again: what is missing is made again"
-
-
-def encode_part_row(value: dict[str, Any]) -> bytes:
-    """A row of a part as a line: JSON whose last key is a checksum of all before it."""
-    body = encode_row(value).removesuffix(b"}\n")
-    return body + _CHECKSUM + _checksum(body) + b'"}\n'
-
-
-def decode_part_row(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None if the line is damaged."""
-    body, found, rest = line.rpartition(_CHECKSUM)
-    if not found or rest != _checksum(body) + b'"}\n':
-        return None
-    value: dict[str, Any] = decode_row(line)
-    return value
-
-
-def whole_row(part_row: Mapping[str, Any], line: bytes) -> bytes:
-    """The "row" of a part row as a line of the output."""
-    return _row_in(line) or encode_row(part_row["row"])
-
-
-def _row_in(line: bytes) -> bytes | None:
-    """The JSON text of "row" in a line, found without parsing; None if it cannot be found.
-
-    The search cannot match within a text, since quotes in texts are escaped.
-    """
-    before, found, rest = line.partition(b', "row": ')
-    row, ended, _ = rest.rpartition(b', "counts": {')
-    return row + b"\n" if found and ended and before.startswith(b'{"id": "') else None
-
-
-def _checksum(body: bytes) -> bytes:
-    return hashlib.sha256(body).hexdigest()[:_CHECKSUM_DIGITS].encode("ascii")
-
-
-class PartAppender(JsonlAppender):
-    """The part of this process, open for appending.
-
-    Args:
-        path: of the part.
-        parts: receives the places of rows, so that they need not be read again.
-    """
-
-    def __init__(self, path: Path, parts: Parts | None = None) -> None:
-        super().__init__(path, FIRST_LINE)
-        self._parts = parts
-
-    def append(self, value: dict[str, Any]) -> None:
-        """Write one row with its checksum."""
-        self.append_all([value])
-
-    def append_all(self, values: Sequence[dict[str, Any]]) -> None:
-        """Write rows, each with its checksum, at once."""
-        lines = [encode_part_row(value) for value in values]
-        start = self._size
-        self.append_lines(lines)
-        if self._parts is not None:
-            self._parts.note_own(self.path, start, values, lines)
 
 
 class Place(NamedTuple):
@@ -184,7 +125,7 @@ class Parts:
         found = {
             int(match.group(1)): path
             for path in self.output.parent.iterdir()
-            if (match := pattern.fullmatch(path.name)) and _is_part(path)
+            if (match := pattern.fullmatch(path.name)) and is_part(path)
         }
         return [found[rank] for rank in sorted(found)]
 
@@ -199,9 +140,9 @@ class Parts:
             UserError: another process is writing it; it cannot be written; or its name belongs to
                 a file of the user's, or a link.
         """
-        return PartAppender(self.path_of(rank), self)
+        return PartAppender(self.path_of(rank), self._note_own)
 
-    def note_own(
+    def _note_own(
         self, path: Path, start: int, rows: Sequence[dict[str, Any]], lines: Sequence[bytes]
     ) -> None:
         """Note the places of rows that this process has just appended.
@@ -233,7 +174,7 @@ class Parts:
         """
         parts = self.paths()
         for path in self._reached.keys() - set(parts):
-            raise UserError(f"{path}: was removed or changed while it was used; {_START_AGAIN}")
+            raise UserError(f"{path}: was removed or changed while it was used; {START_AGAIN}")
         for path in parts:
             self._read_part(path, self._reached.setdefault(path, _Reached()), is_start)
         return len(self.places)
@@ -241,7 +182,7 @@ class Parts:
     def _read_part(self, path: Path, reached: _Reached, is_start: bool) -> None:
         with _opened(path) as file:
             if file.seek(0, os.SEEK_END) < reached.offset:
-                raise UserError(f"{path}: was cut while it was used; {_START_AGAIN}")
+                raise UserError(f"{path}: was cut while it was used; {START_AGAIN}")
             file.seek(reached.offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -257,7 +198,7 @@ class Parts:
                 elif is_start:
                     logger.warning("%s; it is made again", _damage(path, reached.lines))
                 else:
-                    raise UserError(f"{_damage(path, reached.lines)}; {_START_AGAIN}")
+                    raise UserError(f"{_damage(path, reached.lines)}; {START_AGAIN}")
 
     def wait_for(
         self, ids: Sequence[Key], own: Iterable[Key], stop: StopRequest, what_stands: str
@@ -282,7 +223,7 @@ class Parts:
         if lost:
             raise UserError(
                 f"{self.output}: {lost} rows that this process wrote are in none of its parts; "
-                f"{_START_AGAIN}"
+                f"{START_AGAIN}"
             )
         grown_at = time.monotonic()
         while any(prompt_id not in self.places for prompt_id in ids):
@@ -329,7 +270,7 @@ class Parts:
                 if row is None or row["id"] != prompt_id:
                     files[part].seek(0)
                     number = files[part].read(offset).count(b"\n") + 1
-                    raise UserError(f"{_damage(part, number)}; {_START_AGAIN}")
+                    raise UserError(f"{_damage(part, number)}; {START_AGAIN}")
                 yield row, line
 
     @contextmanager
@@ -391,21 +332,6 @@ def _damage(path: Path, line: int) -> str:
     return f"{path}:{line}: is not the row that was written there (its checksum differs)"
 
 
-def _is_part(path: Path) -> bool:
-    """Whether a file is a part, by its first line; a link never is."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        begins = os.pread(handle, len(FIRST_LINE), 0)
-    except OSError:  # a folder, a pipe
-        return False
-    finally:
-        os.close(handle)
-    return begins_with(begins, FIRST_LINE)
-
-
 def _is_held(path: Path) -> bool:
     """Whether a process has locked a part; False if the disk cannot lock files."""
     try:
@@ -428,6 +354,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{path}: was removed while it was used; {_START_AGAIN}") from error
+        raise UserError(f"{path}: was removed while it was used; {START_AGAIN}") from error
     with file:
         yield file

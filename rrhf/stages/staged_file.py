@@ -28,7 +28,8 @@ from rrhf.manifests import (
 from rrhf.seals import ACCEPT_FLAG, seal_difference, warn_accepted
 from rrhf.signals import StopRequest
 from rrhf.stages.fingerprint import differences
-from rrhf.stages.parts import POLL_SECONDS, STALLED_SECONDS, PartAppender, Parts
+from rrhf.stages.part_file import PartAppender
+from rrhf.stages.parts import POLL_SECONDS, STALLED_SECONDS, Parts
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 
-from rrhf.data.ids import IdList, IdTable, SeenIds
+from rrhf.data.ids import IdTable, SeenIds
 from rrhf.records import CandidateSet, set_id
 
 ODD = ["", "x", "0" * 16, "F" * 16, "f" * 16, "0x" + "1" * 14, "1_" + "2" * 14, " " * 16, "é" * 16]
@@ -24,13 +24,6 @@ def test_a_table_numbers_ids_as_a_dictionary_does() -> None:
         assert len(table) == len(numbers)
     assert all(table.find(one) == number for one, number in numbers.items())
     assert "another" not in table and set_id("another") not in table
-
-
-def test_a_list_gives_back_every_id() -> None:
-    ids = [*ODD, *(set_id(str(n)) for n in range(50)), f"{set_id('1')}-1", "0" * 16, *ODD]
-    kept = IdList(ids)
-    assert list(kept) == ids == kept[:]
-    assert kept[-1] == ids[-1] and kept[3:9] == ids[3:9] and len(kept) == len(ids)
 
 
 def test_repeats_are_numbered_as_ever() -> None:
@@ -56,9 +49,8 @@ def test_a_row_takes_tens_of_bytes() -> None:
     rows = 20_000
     texts = [set_id(str(n)) for n in range(rows)]
     tracemalloc.start()
-    ids, seen = IdList(), IdTable()
+    seen = IdTable()
     for one in texts:
-        ids.append(one)
         seen.add(one)
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

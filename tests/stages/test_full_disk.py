@@ -16,11 +16,11 @@ import pytest
 
 from rrhf import files
 from rrhf.cli.main import main
-from rrhf.data import jsonl
 from rrhf.data.candidate_files import CandidateFile, write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.records import Candidate, CandidateSet, set_id
-from rrhf.stages.parts import FIRST_LINE
+from rrhf.stages import part_file
+from rrhf.stages.part_file import FIRST_LINE
 
 Usage = namedtuple("Usage", "total used free")
 SCORER = "function:test_full_disk:by_length"
@@ -53,7 +53,7 @@ class SmallDisk:
 
         disk = self
         monkeypatch.setattr(files, "_DigestedFile", Raw)
-        monkeypatch.setattr(jsonl.os, "write", handle_write)
+        monkeypatch.setattr(part_file.os, "write", handle_write)
         monkeypatch.setattr(shutil, "disk_usage", self._usage)
 
     def _take(self, count: int) -> None:

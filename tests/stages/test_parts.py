@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rrhf.cli.main import main
-from rrhf.data import candidate_files, jsonl
+from rrhf.data import candidate_files
 from rrhf.data.candidate_files import write_candidate_sets
 from rrhf.errors import UserError
 from rrhf.files import replaced_file, write_json
@@ -25,8 +25,10 @@ from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest
+from rrhf.stages import part_file
 from rrhf.stages import parts as parts_module
-from rrhf.stages.parts import FIRST_LINE, PartAppender, Parts, decode_part_row, encode_part_row
+from rrhf.stages.part_file import FIRST_LINE, PartAppender, decode_part_row, encode_part_row
+from rrhf.stages.parts import Parts
 from rrhf.stages.staged_file import StagedFile
 
 NUM_PROMPTS = 12
@@ -278,7 +280,7 @@ def test_what_happens_to_a_part_while_it_is_written_ends_the_call_and_is_made_ag
     says: str,
 ) -> None:
     output = tmp_path / "out.jsonl"
-    monkeypatch.setattr(jsonl, "SYNC_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(part_file, "SYNC_EVERY_SECONDS", 0.0)
     began = time.monotonic()
     with pytest.raises(UserError, match=says):
         during(config_of(candidates, output), 8, lambda: change(part_of(output)), monkeypatch)
@@ -363,7 +365,7 @@ def test_a_part_that_was_never_begun_goes_with_the_next_call_of_any_rank(
     output = tmp_path / "out.jsonl"
     pid = os.fork()
     if pid == 0:
-        monkeypatch.setattr(jsonl.os, "link", lambda *_: os._exit(0))
+        monkeypatch.setattr(part_file.os, "link", lambda *_: os._exit(0))
         Parts(output).open_own(3)
     os.waitpid(pid, 0)
     assert [path.name.split(".")[:4] for path in tmp_path.iterdir()] == [

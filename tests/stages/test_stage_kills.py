@@ -17,7 +17,8 @@ from rrhf.manifests import manifest_path
 from rrhf.records import Candidate, CandidateSet, set_id
 from rrhf.scoring import stage as stage_module
 from rrhf.scoring.stage import ScoreConfig, score_file
-from rrhf.stages.parts import Parts, decode_part_row
+from rrhf.stages.part_file import decode_part_row
+from rrhf.stages.parts import Parts
 
 NUM_PROMPTS, NUM_CANDIDATES, NUM_KILLS = 1000, 4, 200
 SCORER = "function:test_stage_kills:checksum"

@@ -10,7 +10,7 @@ import pytest
 from rrhf.errors import UserError
 from rrhf.signals import StopRequest
 from rrhf.stages import staged_file
-from rrhf.stages.parts import FIRST_LINE
+from rrhf.stages.part_file import FIRST_LINE
 from rrhf.stages.staged_file import StagedFile
 
 SETTINGS = {"model": "m"}

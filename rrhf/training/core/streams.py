@@ -235,13 +235,13 @@ class OfflineStream:
         self._step = 0
 
     def __iter__(self) -> Iterator[list[TokenBatch]]:
-        order: list[list[int]] = []
+        indices_of: Callable[[int], list[int]] | None = None
         while self._step < self.total_steps:
             epoch, place = divmod(self._step, self.steps_per_epoch)
-            if place == 0 or not order:
-                order = self._epoch_order(epoch)
+            if place == 0 or indices_of is None:
+                indices_of = self._epoch_order(epoch)
             self._step += 1
-            yield self._micro_batches(order[place])
+            yield self._micro_batches(indices_of(place))
 
     @functools.cached_property
     def _lengths(self) -> Sequence[int]:
@@ -265,7 +265,7 @@ class OfflineStream:
 
     def told(self) -> str:
         """A description of how the budget cuts the first step."""
-        return self._cut.told([self._sizes[i] for i in self._epoch_order(0)[0]])
+        return self._cut.told([self._sizes[i] for i in self._epoch_order(0)(0)])
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the settings on which its meaning depends."""
@@ -313,13 +313,14 @@ class OfflineStream:
             return identity != mine["examples_identity"]
         return lengths is not None and lengths != self._lengths_digest
 
-    def _epoch_order(self, epoch: int) -> list[list[int]]:
-        """Examples of each step of the epoch."""
+    def _epoch_order(self, epoch: int) -> Callable[[int], list[int]]:
+        """The examples of an epoch, by step."""
         shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self._examples), generator=shuffle).tolist()
+        shuffled = torch.randperm(len(self._examples), generator=shuffle)
         size = self.global_batch_size
-        if not self._group_by_length:
-            return [order[i : i + size] for i in range(0, len(order), size)]
+        if not self._group_by_length:  # in the little memory of a tensor
+            return lambda step: shuffled[step * size : (step + 1) * size].tolist()
+        order = shuffled.tolist()
         steps: list[list[int]] = []
         for start in range(0, len(order), size * GROUPING_STEPS):
             lengths = self._lengths
@@ -327,7 +328,7 @@ class OfflineStream:
             batches = [stretch[i : i + size] for i in range(0, len(stretch), size)]
             places = torch.randperm(len(batches), generator=shuffle).tolist()
             steps += [batches[i] for i in places]
-        return steps
+        return steps.__getitem__
 
     def _micro_batches(self, indices: Sequence[int]) -> list[TokenBatch]:
         def filler() -> int:

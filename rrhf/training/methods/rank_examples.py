@@ -121,11 +121,13 @@ class RankEncoder:
     def _chosen(self, candidate_set: CandidateSet) -> CandidateSet | None:
         """The set with the candidates that count, at least one."""
         self.counts["prompts"] += 1
-        chosen = replace(candidate_set, candidates=self._choose(candidate_set))
-        if not chosen.candidates:
-            self.fitter.note("prompts_without_candidates", chosen)
+        candidates = self._choose(candidate_set)
+        if not candidates:
+            self.fitter.note("prompts_without_candidates", candidate_set)
             return None
-        return chosen
+        if candidates == candidate_set.candidates:
+            return candidate_set
+        return replace(candidate_set, candidates=candidates)
 
     def _example(self, chosen: CandidateSet) -> EncodedSet | None:
         example = self._encode_released(chosen) if self.released else self._encode(chosen)
