@@ -7,8 +7,8 @@ array. In addition a row may have `messages` (the conversation behind the query)
 `origin`, and, one entry a response, `sources` and `finish_reasons`; keys that are not known are
 left alone. Scores may be missing or null where nothing has been scored yet.
 
-Every mistake of a file is told with file, line, field and fix, up to 20, in one message. Not
-mistakes: an empty response, equal scores, a single response, rows with unequally many responses.
+All mistakes of a file, up to 20, are reported in one message with file, line, field and fix. Not
+mistakes: an empty response, equal scores, a single response, different numbers of responses.
 
 Left out on purpose: other people's columns (`rrhf.data.sources`), and what a row is used for
 (`rrhf.data.views`).
@@ -56,7 +56,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def require_finished(path: PathLike) -> dict[str, Any] | None:
-    """The manifest of an input, which a stage may read only if it is whole; None without one.
+    """The manifest of an input, None without one; an unfinished input is refused.
 
     Raises:
         UserError: the manifest says that the file is unfinished.
@@ -74,9 +74,9 @@ def require_finished(path: PathLike) -> dict[str, Any] | None:
 def _scan_sets(
     path: PathLike, accept_edited: bool, digest: Digest | None = None
 ) -> Iterator[tuple[Row, CandidateSet, str]]:
-    """Rows with their sets, ids unique, and the ids that the rows give by themselves.
+    """Rows with their sets, whose ids are unique, and the ids before repeats were numbered.
 
-    From the first fault on, only more faults are looked for.
+    Behind the first fault, only further faults are looked for.
 
     Raises:
         UserError: at the end, with all faults, up to 20; at once, where the file is not to be read.
@@ -116,7 +116,7 @@ def _scan_sets(
 
 
 def read_candidate_sets(path: PathLike, accept_edited: bool = False) -> Iterator[CandidateSet]:
-    """The sets of a candidate file, one in memory at a time.
+    """Read the sets of a candidate file, one in memory at a time.
 
     Args:
         path: the file.
@@ -132,21 +132,19 @@ def read_candidate_sets(path: PathLike, accept_edited: bool = False) -> Iterator
 
 
 class CandidateFile(IndexedSets):
-    """A candidate file by index: the places of its rows are in memory, the rows are not.
+    """A candidate file by index; only the places of its rows are in memory.
 
-    A file that a stage of this toolkit wrote, and that is as its manifest describes it, is hashed
-    and not parsed when it is opened: its rows were checked when they were written. A gzip file is
-    unpacked to a temporary file. Reading does not move a file position, so that forked workers may
-    read the same object.
+    A file that a stage wrote and that matches its manifest is hashed and not parsed to open it: its
+    rows were checked when they were written. A gzip file is unpacked to a temporary file. Reading
+    does not move the file position, so forked workers may share the object.
 
     Attributes:
-        path: the file, or what the spooled rows came from.
+        path: the file, or the source of spooled rows.
         manifest: the file's manifest, or None.
-        columns: what any of the rows has, in the order of their coming; none of rows that are as
-            written.
+        columns: of all rows, in the order of their first appearance; empty if they were not parsed.
         digest: SHA-256 of the file, or of the spooled rows.
         num_candidates: of all rows.
-        is_as_written: whether each row stands there as `encode_row` writes it.
+        is_as_written: whether each row is a line as `encode_row` writes it.
     """
 
     columns: tuple[str, ...] = ()
@@ -168,7 +166,7 @@ class CandidateFile(IndexedSets):
 
     @classmethod
     def as_written(cls, path: PathLike) -> CandidateFile | None:
-        """A file that a stage wrote and nobody changed since; None where it is no such file.
+        """Open a file that a stage wrote and that matches its manifest; None for any other file.
 
         Raises:
             UserError: its manifest says that it is unfinished.
@@ -182,7 +180,7 @@ class CandidateFile(IndexedSets):
         return file
 
     def _open(self, before: tuple[int, ...] | None) -> None:
-        """Make the rows readable.
+        """Open the file, or its unpacked copy, for reading rows.
 
         Args:
             before: the file's identity before its rows were found.
@@ -205,10 +203,10 @@ class CandidateFile(IndexedSets):
         self._numbered: dict[int, str] = {}  # ids that are not those of their rows
 
     def _index_as_written(self) -> bool:
-        """Find the rows by their line ends alone; False where the manifest does not vouch for them.
+        """Find the rows by their line ends; False if the file does not match its manifest.
 
-        Manifests that count rows, bytes and candidates are of files whose rows were written from
-        records.
+        Only manifests of files whose rows were written from records count rows, bytes and
+        candidates.
         """
         manifest = self.manifest or {}
         if not all(isinstance(manifest.get(name), int) for name in ("rows", "bytes", "candidates")):
@@ -231,7 +229,7 @@ class CandidateFile(IndexedSets):
         return True
 
     def _check(self, accept_edited: bool) -> None:
-        """Find the rows by reading each.
+        """Find the rows by parsing each.
 
         Raises:
             UserError: as `read_candidate_sets`.
@@ -250,7 +248,7 @@ class CandidateFile(IndexedSets):
 
     @classmethod
     def spool(cls, sets: Iterable[CandidateSet], name: PathLike) -> CandidateFile:
-        """Sets of any source as a `CandidateFile`, held in a temporary file that nobody else sees.
+        """Write sets of any source to an unnamed temporary file, and open that.
 
         Ids that repeat get an occurrence number.
         """
@@ -292,12 +290,12 @@ class CandidateFile(IndexedSets):
         return super().__getitem__(index)
 
     def lines(self) -> Iterator[bytes]:
-        """The bytes of each row, its line end included where a line is a row."""
+        """The bytes of each row; of JSON lines with the line end."""
         for first in range(0, len(self), _BLOCK_ROWS):
             yield from self._bytes(first, min(first + _BLOCK_ROWS, len(self)))
 
     def _bytes(self, first: int, end: int) -> list[bytes]:
-        """Neighbouring rows, at least one; read at once, unless they are large."""
+        """Neighbouring rows, at least one, in one read unless they are large."""
         start = self._offsets[first]
         size = self._offsets[end - 1] + self._lengths[end - 1] - start
         if size > _BLOCK_BYTES and end - first > 1:
@@ -331,7 +329,7 @@ class CandidateFile(IndexedSets):
 
 
 def _identity(path: PathLike) -> tuple[int, ...] | None:
-    """What changes when a file is written or replaced; None where it is not there."""
+    """Changes when a file is written or replaced; None if it is missing."""
     try:
         found = os.stat(path)
     except OSError:
@@ -340,7 +338,7 @@ def _identity(path: PathLike) -> tuple[int, ...] | None:
 
 
 def _seekable(path: PathLike) -> BinaryIO:
-    """The file itself, or its unpacked copy where it is gzip."""
+    """The file, or an unpacked copy of a gzip file."""
     file = open_bytes(path)
     if not _is_gzip(path):
         return file
@@ -352,10 +350,10 @@ def _seekable(path: PathLike) -> BinaryIO:
 
 @contextmanager
 def _temporary_file(name: str) -> Iterator[BinaryIO]:
-    """A file without a name, open also afterwards; closed, and so removed, where the body raises.
+    """An unnamed file, which stays open after the body and is closed and removed if that raises.
 
     Args:
-        name: what messages call it, such as of a full disk.
+        name: for error messages, such as that of a full disk.
     """
     with explained_os_errors(Path(tempfile.gettempdir()) / name):
         file = cast(BinaryIO, tempfile.TemporaryFile(prefix="rrhf-"))  # noqa: SIM115
@@ -375,14 +373,14 @@ def _is_gzip(path: PathLike) -> bool:
 def write_candidate_sets(
     path: PathLike, sets: Iterable[CandidateSet], manifest: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write a candidate file whole or not at all, then its manifest; gzip where the name says so.
+    """Write a candidate file atomically, then its manifest; gzip if the name ends in .gz.
 
     Ids that repeat get an occurrence number. If anything fails, file and manifest stay as before.
 
     Args:
-        path: where to.
-        sets: what, taken one at a time.
-        manifest: what else to record (engine, scorer, seed, what was dropped).
+        path: the file.
+        sets: the rows, taken one at a time.
+        manifest: further entries (engine, scorer, seed, what was dropped).
 
     Returns:
         The manifest as written: "rows", "candidates", "scored_candidates", "bytes" and "sha256"

@@ -41,7 +41,7 @@ _PER_RESPONSE = ("scores", "sources", "finish_reasons")
 
 
 class RowError(UserError):
-    """One row's mistakes; the text has a line for each, `faults` the lines apart."""
+    """The mistakes of a row; the message has a line for each, and `faults` lists the lines."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("\n".join(faults))
@@ -49,7 +49,7 @@ class RowError(UserError):
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, as a person says it, with the value where it is short."""
+    """A JSON value in words, with the value itself if it is short."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -74,7 +74,7 @@ def text_fault(value: object) -> str | None:
 
 
 def not_in_first_row(row: Mapping[str, Any], where: str, names: Sequence[str]) -> list[str]:
-    """What to say of columns that would decide how the file is read, had its first row them."""
+    """Faults for columns that decide how a file is read but are missing in its first row."""
     return [
         f"{where}: {name}: is missing in the file's first row, so that it is not read; give it in "
         f"every row, or leave it out: --columns unread={name}"
@@ -84,7 +84,7 @@ def not_in_first_row(row: Mapping[str, Any], where: str, names: Sequence[str]) -
 
 
 def unread_scores(row: Mapping[str, Any], where: str, num_replies: int) -> list[str]:
-    """What to say of columns that nobody reads and that seem to score replies without scores.
+    """Faults for unread columns that seem to hold the scores of unscored replies.
 
     Args:
         row: as it stands in the file.
@@ -110,7 +110,7 @@ def unread_scores(row: Mapping[str, Any], where: str, num_replies: int) -> list[
 
 
 class RowReader:
-    """Reads one row's fields and gathers what is wrong with them."""
+    """Reads the fields of a row and collects their faults."""
 
     def __init__(self, row: Mapping[str, Any], where: str) -> None:
         self.row = row
@@ -138,7 +138,7 @@ class RowReader:
         return cast(str, value)
 
     def texts(self, field: str) -> list[str] | None:
-        """The list of texts, or None where it cannot be had (said)."""
+        """The list of texts; None, with a fault, if there is none."""
         value = self.row.get(field, _NO_VALUE)
         if value is _NO_VALUE:
             self.fault(field, "is missing; give a list of texts ([] for a prompt alone)")
@@ -152,7 +152,7 @@ class RowReader:
         return value
 
     def entries(self, field: str, responses: int | None, what: str) -> list[Any] | None:
-        """A list with one entry a response; None where it is absent, null or wrong (said)."""
+        """A list with one entry per response; None if absent or null, or (with a fault) wrong."""
         value = self.row.get(field)
         if value is None:
             return None
@@ -187,7 +187,7 @@ class RowReader:
         return values
 
     def turns(self, field: str) -> tuple[Message, ...] | None:
-        """A conversation, whoever has the last word; None where it is absent, null or wrong."""
+        """A conversation, whoever speaks last; None if absent or null, or (with a fault) wrong."""
         value = self.row.get(field)
         if value is None:
             return None
@@ -242,7 +242,7 @@ class RowReader:
 
 
 def is_finite(value: int | float) -> bool:
-    """Whether a number can be held as a finite float, which an integer may be too large for."""
+    """Whether a number is finite as a float; some integers are too large."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond what a float can hold
@@ -250,7 +250,7 @@ def is_finite(value: int | float) -> bool:
 
 
 def _record(row: dict[str, Any]) -> CandidateSet | None:
-    """The record of a row; None where `RowReader` finds a fault in it."""
+    """The record of a row; None if `RowReader` would find a fault."""
     query: Any = row.get("query")
     responses: Any = row.get("responses")
     given_id, origin = row.get("id"), row.get("origin")
@@ -315,7 +315,7 @@ def _plain_number(value: Any) -> float:
 def parse_candidate_set(row: Any, where: str) -> CandidateSet:
     """One row of a candidate file as a record.
 
-    A row without an id gets the one that its prompt gives; a file's reader numbers repeats.
+    A row without an id gets that of its prompt; the reader of a file numbers repeats.
 
     Args:
         row: the JSON value.
@@ -325,7 +325,7 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
         RowError: a `UserError` with one line for each mistake: `file:line: field: what, fix`.
     """
     is_row = isinstance(row, dict)
-    # Other columns may hold what the user took for scores.
+    # Among further columns may be misnamed scores.
     if is_row and row.keys() <= _COLUMNS and (found := _record(row)) is not None:
         return found
     if not is_row:
@@ -359,7 +359,7 @@ _AFTER_RESPONSES = re.compile(
 
 
 def with_scores(line: bytes, scores: bytes | None) -> bytes:
-    """A row as `candidate_set_to_row` and `encode_row` write it, with other scores.
+    """Replace the scores in a line that `candidate_set_to_row` and `encode_row` made.
 
     Args:
         line: the row.
@@ -373,7 +373,7 @@ def with_scores(line: bytes, scores: bytes | None) -> bytes:
 
 
 def candidate_set_to_row(candidate_set: CandidateSet) -> dict[str, Any]:
-    """A record as a row: RRHF's keys first, the others only where they say something.
+    """A record as a row: RRHF's keys first, then the others that are not empty.
 
     `scores` is left out where nothing is scored, `id` where the prompt alone gives it.
     """

@@ -1,7 +1,7 @@
-"""Ids of many prompts in little memory: about 30 bytes each, where a dictionary takes 200.
+"""Ids of many prompts in little memory: about 30 bytes each instead of a dictionary's 200.
 
-An id is told by 64 bits of its hash. That two different ids of a file share them is expected once
-in some 10 million files of a million rows; they would then be taken for one that repeats.
+An id is represented by 64 bits of its hash. In a file of a million rows, two different ids collide
+with a probability of about 1 in 40 million; they would then count as a repeated id.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FEWEST_SLOTS = 1 << 10
 
 
 class IdTable:
-    """Numbers ids in the order of their coming."""
+    """Numbers ids in the order of their first appearance."""
 
     def __init__(self) -> None:
         self._hashes = array("q")
@@ -30,7 +30,7 @@ class IdTable:
         return self.find(given_id) is not None
 
     def find(self, given_id: Hashable) -> int | None:
-        """The number of an id; None where it has not come."""
+        """The number of an id; None if it has not been added."""
         hashed = hash(given_id)
         slots, hashes, mask = self._slots, self._hashes, self._mask
         place = hashed & mask
@@ -41,7 +41,7 @@ class IdTable:
         return None
 
     def add(self, given_id: Hashable) -> bool:
-        """Number an id; False where it has a number already."""
+        """Number an id; False if it already has a number."""
         hashed = hash(given_id)
         slots, hashes, mask = self._slots, self._hashes, self._mask
         place = hashed & mask
@@ -66,11 +66,11 @@ class IdTable:
 
 
 class SeenIds:
-    """The ids of a file so far, so that each row gets one of its own."""
+    """The ids of a file so far, to give each row a unique one."""
 
     def __init__(self) -> None:
         self._seen = IdTable()
-        self._times: dict[str, int] = {}  # of those that came more than once
+        self._times: dict[str, int] = {}  # of repeated ids
 
     def give(self, candidate_set: CandidateSet) -> CandidateSet:
         """The set, with an occurrence number in its id ("-1", "-2", ...) if it has been seen."""

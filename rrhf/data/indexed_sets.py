@@ -1,4 +1,4 @@
-"""Candidate sets that are made when they are asked for, as an ordinary sequence."""
+"""Candidate sets that are made on access, as an ordinary sequence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rrhf.records import CandidateSet
 
 
 class IndexedSets(Sequence[CandidateSet]):
-    """A sequence of which a subclass says how long it is and what stands at each place."""
+    """A sequence whose subclass defines the length and the set at each place."""
 
     @abstractmethod
     def _at(self, number: int) -> CandidateSet:

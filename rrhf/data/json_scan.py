@@ -72,29 +72,29 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Fault:
-    """A place that cannot be read, and why, with the fix."""
+    """A place that cannot be read, with the reason and the fix."""
 
     line: int
     reason: str
 
     def place_in(self, path: PathLike) -> str:
-        """What a message begins with: the file and the line."""
+        """The file and the line, which begin a message."""
         return f"{path}:{self.line}"
 
 
 @dataclass(frozen=True)
 class Edited(Fault):
-    """The file as a whole is not as its manifest describes it; the last item of a file."""
+    """The file does not match its manifest; the last item of a file."""
 
     def place_in(self, path: PathLike) -> str:
         return f"{path}"
 
 
 class Faults:
-    """Collects what is wrong with an input, so that one `UserError` tells all of it, up to 20.
+    """Collects the faults of an input, up to 20, for one `UserError`.
 
     Args:
-        accept_edited: only warn of a file that is not as its manifest describes it.
+        accept_edited: only warn of a file that does not match its manifest.
     """
 
     def __init__(self, accept_edited: bool = False) -> None:
@@ -123,7 +123,7 @@ class Faults:
 
     @property
     def is_full(self) -> bool:
-        """True when 20 are told and there is more: reading on adds nothing."""
+        """True if there are more than 20: reading on adds nothing."""
         return self._more
 
     def raise_if_any(self) -> None:
@@ -133,7 +133,7 @@ class Faults:
 
 
 def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
-    """A file's bytes, decompressed where the file is gzip (told by its first bytes, not its name).
+    """Open a file's bytes, decompressed if its first bytes say gzip (the name does not matter).
 
     Args:
         path: the file.
@@ -160,7 +160,7 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
 
 
 def require_plain_input(path: PathLike) -> None:
-    """Refuse to read what is no file, such as `/dev/stdin` of a pipe or the shell's `<(...)`.
+    """Refuse pipes and devices, such as a piped `/dev/stdin` or the shell's `<(...)`.
 
     Raises:
         UserError: it is a pipe, a socket or a device.
@@ -173,7 +173,7 @@ def require_plain_input(path: PathLike) -> None:
 
 
 class _DigestedRead(io.FileIO):
-    """A file that is hashed as it is read from its beginning to its end."""
+    """A file that is hashed while it is read from beginning to end."""
 
     def __init__(self, path: PathLike, digest: Digest | None) -> None:
         super().__init__(path, "rb")
@@ -190,11 +190,11 @@ class _DigestedRead(io.FileIO):
 
 
 class _TooLarge(OSError):
-    """What a gzip file unpacks to is out of proportion."""
+    """A gzip file unpacks to a size out of proportion."""
 
 
 class _Gunzip(gzip.GzipFile):
-    """A gzip reader that closes the file below it too, and stops where far too much comes out."""
+    """A gzip reader that also closes the underlying file, and stops at a decompression bomb."""
 
     def __init__(self, below: BinaryIO) -> None:
         super().__init__(fileobj=below, mode="rb")
@@ -281,7 +281,7 @@ def _scan(file: BinaryIO) -> Iterator[Row | Fault]:
 
 
 def broken_bytes(line: int, error: Exception) -> Fault:
-    """The fault of a line behind which nothing can be read."""
+    """The fault of the line after which nothing can be read."""
     if isinstance(error, EOFError):
         return Fault(line, "the gzip file is cut off here; copy or make it again")
     if isinstance(error, _TooLarge):
@@ -399,7 +399,7 @@ def _scan_array(start: bytes, file: BinaryIO, line: int, offset: int) -> Iterato
 def _read_text(
     start: bytes, file: BinaryIO, offset: int
 ) -> tuple[str, Callable[[int], Fault] | None]:
-    """The text up to the end, or to where it cannot be read on; then what is told of its line."""
+    """The text, as far as it can be read; and if that is not the end, what makes the fault."""
     data = bytearray(start)
     broken: Callable[[int], Fault] | None = None
     try:
@@ -419,7 +419,7 @@ def _read_text(
 
 
 def _is_cut_word(rest: str) -> bool:
-    """True where what is left may be the beginning of something that JSON knows."""
+    """Whether the rest may be the beginning of a literal or an escape."""
     word = rest.rstrip()
     return any(literal.startswith(word) for literal in _LITERALS) or bool(
         _CUT_ESCAPE.fullmatch(word)

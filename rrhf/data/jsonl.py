@@ -1,4 +1,4 @@
-"""JSON Lines: a row as a line that every reader takes for one, and back."""
+"""JSON Lines: encode a row as one line, and decode it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _encoded = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def decode_row(line: bytes) -> Any:
-    """The value of a line that was found to be JSON before.
+    """The value of a line that was valid JSON before.
 
     Raises:
-        ValueError: it is not any more.
+        ValueError: it no longer is.
     """
     text = line.decode("utf-8").strip()
     value, end = _decoder.raw_decode(text)

@@ -72,11 +72,11 @@ class SourceSpec:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether no row of it is taken, so that it need not be there."""
+        """Whether no row of it is taken; it need not exist then."""
         return self.count == 0 or self.proportion == 0
 
     def number_of_rows(self, size: int) -> int:
-        """How many rows are taken of a source that has `size`."""
+        """How many rows are taken of a source with `size` rows."""
         if self.count is not None:
             return self.count
         assert self.proportion is not None, "a part has a proportion or a count"
@@ -84,7 +84,7 @@ class SourceSpec:
 
 
 def parse_mixture(specs: str | Sequence[str]) -> list[SourceSpec]:
-    """Read a mixture, or several that are put together.
+    """Parse a mixture, or several whose parts are joined.
 
     Raises:
         UserError: nothing is named, or a proportion is not one.
@@ -103,9 +103,9 @@ def parse_mixture(specs: str | Sequence[str]) -> list[SourceSpec]:
 
 
 def require_not_read(output: str, specs: str, name: str = "output_file") -> None:
-    """Refuse an output that is one of the files that a mixture reads, however it is spelt.
+    """Refuse an output that is one of the input files, however its path is written.
 
-    A mixture that cannot be read is left to whoever reads it.
+    A mixture that cannot be parsed is not reported here.
 
     Args:
         output: the file that is to be written.
@@ -160,7 +160,7 @@ def _parse_part(text: str) -> SourceSpec:
 
 
 def check_sources(specs: str | Sequence[str], split: str | None = None) -> None:
-    """Look for the sources of a mixture without reading them; those of the hub are not asked for.
+    """Look for the sources of a mixture without reading them; the hub is not asked.
 
     Raises:
         UserError: there is no such source, or a proportion is not one.
@@ -171,7 +171,7 @@ def check_sources(specs: str | Sequence[str], split: str | None = None) -> None:
 
 
 def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
-    """Indices of `wanted` rows out of `size`: whole copies, then a draw without replacement.
+    """The indices of `wanted` of `size` rows: whole copies, then a draw without replacement.
 
     Returns:
         The indices, in order within each copy and within the draw.
@@ -189,10 +189,10 @@ def choose_rows(size: int, wanted: int, seed: str) -> list[int]:
 
 
 class Mixture(IndexedSets):
-    """Chosen rows of several files as one; a row that repeats gets an id of its own.
+    """Chosen rows of several files as one sequence; repeated rows get ids of their own.
 
     Attributes:
-        digest: tells apart what other files or other choices would give.
+        digest: differs for other files or other choices of rows.
     """
 
     def __init__(self, parts: Sequence[CandidateFile], rows: Sequence[Sequence[int]]) -> None:
@@ -241,7 +241,7 @@ def load_sets(
     *,
     new_ids: bool = False,
 ) -> CandidateFile | Mixture:
-    """The records of a mixture by index; everything is checked before this returns.
+    """Load a mixture as records by index; everything is checked before this returns.
 
     Args:
         specs: a path, `name[:proportion[:path]]`, several with commas, or a list of such.
@@ -316,7 +316,7 @@ def _open_part(
 
 
 def _first_candidate_row(path: str) -> dict[str, Any] | None:
-    """The first row that can be read, where it is a candidate file's; else None."""
+    """The first readable row if it is a candidate file's; else None."""
     if not os.path.isfile(path) or not path.lower().endswith(JSON_SUFFIXES):
         return None
     for item in scan_rows(path):

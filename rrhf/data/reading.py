@@ -1,4 +1,4 @@
-"""One row on its way to a record, and what became of all the rows that were read.
+"""Read one row into a record, and count what became of all rows.
 
 A row remembers which of its columns were asked for (`rrhf.data.columns`). How a prompt is found in
 it is said here, once for all formats: a conversation; a text in HH's form, which is read into
@@ -29,7 +29,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model
 
 
 class Dropped(Exception):
-    """Ends the reading of a row that reads well but is of no use; it has been counted."""
+    """Ends the reading of a valid row that is of no use; it has been counted."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass
 class SourceCounts:
-    """What became of the rows that were read.
+    """Counts of the rows that were read, kept, changed and left out.
 
     Attributes:
         read: rows seen.
@@ -101,7 +101,7 @@ class SourceCounts:
         }
 
     def name_unread(self, source: str, columns: list[str]) -> None:
-        """Remember, and log once a source and column, which columns of a row were not read."""
+        """Record the columns that were not read; each is logged once per source."""
         known = self.unread.setdefault(source, [])
         new = [name for name in columns if name not in known]
         known += new
@@ -110,7 +110,7 @@ class SourceCounts:
 
 
 class Reading:
-    """One row on its way to a record."""
+    """Reads one row into a record."""
 
     def __init__(self, row: Mapping[str, Any], where: str, counts: SourceCounts) -> None:
         self.row = TrackedRow(row)
@@ -127,7 +127,7 @@ class Reading:
         return RowError(self.reader.faults)
 
     def dropped(self, reason: str) -> Dropped:
-        """To be raised where the row is of no use; counts it."""
+        """The exception for a row that is of no use, which is counted."""
         self.counts.drop(reason, self.where)
         return Dropped(reason)
 
@@ -142,7 +142,7 @@ class Reading:
         return found
 
     def prompt(self, turns: Sequence[Message]) -> tuple[Message, ...]:
-        """The turns as a prompt, neighbours joined.
+        """The turns as a prompt, consecutive turns of one speaker joined.
 
         Raises:
             Dropped: the user does not have the last word.
@@ -195,7 +195,7 @@ class Reading:
         return self.prompt(parse_hh_transcript(text)) if is_hh_prompt(text) else text
 
     def turns(self, column: str) -> tuple[Message, ...]:
-        """A conversation, whoever has the last word; ShareGPT's `from` and `value` are read too."""
+        """A conversation, whoever speaks last; ShareGPT's `from` and `value` are read too."""
         value = self.row.get(column)
         if isinstance(value, list):
             value = [as_turn(turn) for turn in value]

@@ -281,9 +281,10 @@ class _Stage:
         self.parts.wait_for(plan.ids, mine, self.stop, GO_ON)
         counts: Counter[str] = Counter()
         seconds = 0.0
-        for row in self.parts.merge(plan.ids):
-            counts.update(row["counts"])
-            seconds += row["seconds"]
+        with self.parts.merged(plan.ids) as rows:
+            for row in rows:
+                counts.update(row["counts"])
+                seconds += row["seconds"]
         write_manifest(self.output, self._manifest(plan, settings, counts, seconds))
         self._tell(plan, counts, seconds)
 

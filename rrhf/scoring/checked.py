@@ -1,7 +1,7 @@
-"""Scores from code of the user's: whatever it does, there are numbers or one message.
+"""Checks the scores that the user's own code returns: numbers, or one error message.
 
-None and NaN mean "could not be scored". Anything else that is not a number is the code's mistake,
-and reported, as is whatever it raises: to leave the program (`sys.exit`) is no way to end well.
+None and NaN mean "could not be scored". Anything else that is not a number, and any exception,
+`SystemExit` included, is reported as a mistake of that code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_LISTS = (Mapping, Set, str, bytes, bytearray, memoryview)
 
 
 class CheckedScorer(Scorer):
-    """Calls code of the user's, which finds its modules in the working directory of the start.
+    """Calls the user's code, which finds its modules in the working directory.
 
     Args:
         name: of the scorer.
@@ -41,9 +41,9 @@ class CheckedScorer(Scorer):
         self._folder = str(Path.cwd())
 
     def _listed(self, call: Callable[[], Any], wanted: str, count: int) -> list[Any]:
-        """What the call returns, as a list; a generator runs here, so it may raise here.
+        """The results of a call as a list; a generator runs, and may raise, here.
 
-        Of one that may have no end, at most one result more than `count` is taken.
+        Of an iterator, which may be endless, at most `count` + 1 results are taken.
         """
         cure = "fix it, and let it return None where a response cannot be scored"
         values = None
@@ -56,9 +56,9 @@ class CheckedScorer(Scorer):
         return values
 
     def _numbers(self, values: list[Any]) -> list[float | None]:
-        """Each value as a number, or None where it is none that can be ranked."""
+        """Each value as a number; None if it cannot be ranked."""
         if set(map(type, values)) <= {float} and all(map(math.isfinite, values)):
-            return values  # nearly always
+            return values  # the usual case
         return [self._number(value, place) for place, value in enumerate(values)]
 
     def _number(self, value: Any, place: int) -> float | None:

@@ -18,7 +18,7 @@ from rrhf.user_code import load_function
 
 
 class FunctionScorer(CheckedScorer):
-    """Calls a function once for all candidates that it is given.
+    """Scores all given candidates with one call of a function.
 
     Args:
         target: "module:function"; the module is looked for in the working directory too.
@@ -41,7 +41,7 @@ class FunctionScorer(CheckedScorer):
             ) from None
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """Scores in order; None where the function gave None, NaN or an infinity.
+        """The scores, in order; None where the function returned None, NaN or an infinity.
 
         Raises:
             UserError: the function raised, or gave another number of results, or a result that is

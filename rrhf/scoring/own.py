@@ -1,4 +1,4 @@
-"""A scorer of the user's own, `package.module:name`: made, and its results checked."""
+"""The user's own scorer, `package.module:name`: builds it and checks its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rrhf.user_code import guarded
 
 
 class OwnScorer(CheckedScorer):
-    """Stands before the user's scorer.
+    """Wraps the user's scorer.
 
     Args:
         spec: the import path.
@@ -44,7 +44,7 @@ class OwnScorer(CheckedScorer):
             json.dumps(dict(own.describe()))
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """Scores in order; None where the scorer gave None, NaN or an infinity.
+        """The scores, in order; None where the scorer returned None, NaN or an infinity.
 
         Raises:
             UserError: the scorer raised, or gave other than a number or None for each candidate.
@@ -74,7 +74,7 @@ class OwnScorer(CheckedScorer):
 
 
 def require_maker(spec: str, maker: ScorerMaker) -> None:
-    """Find out whether a scorer could be made, without making it.
+    """Check that a scorer can be built, without building it.
 
     Raises:
         UserError: it needs what is not offered.

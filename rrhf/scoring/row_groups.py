@@ -1,4 +1,4 @@
-"""Rows of ids that begin alike as one group, whatever tokenizer they come from.
+"""Groups rows of ids by their common beginnings, whatever their tokenizer.
 
 What the rows of a group have in common passes the network once. Nothing is taken on trust: a common
 beginning is found by comparing ids, so a prompt that was cut, or whose last token has merged with
@@ -54,7 +54,7 @@ class RowGroup:
 
 
 def group_by(rows: Rows, shared: Sequence[int]) -> list[RowGroup]:
-    """Rows whose beginnings of a given length are equal, as one group.
+    """Group the rows whose beginnings of given lengths are equal.
 
     Args:
         rows: not empty.
@@ -67,7 +67,7 @@ def group_by(rows: Rows, shared: Sequence[int]) -> list[RowGroup]:
 
 
 def group_rows(rows: Rows) -> list[RowGroup]:
-    """Every row in one group; rows are not empty."""
+    """Group all rows, each in one group; no row is empty."""
     open_nodes = [_Node(0)]
     before: Sequence[int] = ()
     for place in sorted(range(len(rows)), key=lambda place: tuple(rows[place])):
@@ -88,7 +88,7 @@ def batches_of(
     by_mask: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[list[RowGroup]]:
-    """Groups that go through the network together, those of the longest rows first.
+    """Batches of groups for one forward each, longest rows first.
 
     Args:
         groups: of all rows.
@@ -118,9 +118,9 @@ def batches_of(
 def group_batch(
     groups: Sequence[RowGroup], rows: Rows, pad_id: int, device: torch.device
 ) -> TokenBatch:
-    """Groups as prompts with responses, which may be empty; rows in the order of the groups.
+    """A batch with the shared beginnings as prompts and the rests, maybe empty, as responses.
 
-    Made here and not by `collate`, because a row may end where what it shares ends.
+    `collate` cannot do this, since a row may end where its shared beginning ends.
     """
     prompts = [rows[group.places[0]][: group.shared] for group in groups]
     tails = [rows[place][group.shared :] for group in groups for place in group.places]
@@ -137,13 +137,13 @@ def group_batch(
 
 @dataclass
 class _Node:
-    """All rows that begin with the same `depth` ids, as far as they have been met, in groups."""
+    """The rows so far that share their first `depth` ids, in groups."""
 
     depth: int
     groups: list[RowGroup] = field(default_factory=list)
 
     def merge(self, rows: Rows) -> None:
-        """Make one group of those that gain by it, if they do."""
+        """Join the groups that save tokens by it, if any."""
         gaining: list[RowGroup] = []
         others: list[RowGroup] = []
         for group in self.groups:
@@ -158,7 +158,7 @@ class _Node:
 
 
 def _close(open_nodes: list[_Node], depth: int, rows: Rows) -> None:
-    """Decide about what is deeper, since no further row begins so."""
+    """Decide the deeper nodes, since no further row begins like them."""
     while open_nodes[-1].depth > depth:
         node = open_nodes.pop()
         node.merge(rows)
@@ -168,7 +168,7 @@ def _close(open_nodes: list[_Node], depth: int, rows: Rows) -> None:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two rows begin with alike."""
+    """The length of two rows' common beginning."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return place

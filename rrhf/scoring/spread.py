@@ -1,4 +1,4 @@
-"""How scores lie: mean with interval, range, and whether they tell responses apart."""
+"""Statistics of scores: mean with interval, range, and whether responses differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEAST_PROMPTS = 3
 
 
 class ScoreSpread:
-    """Takes the scores of one prompt after the other; None = no score.
+    """Collects scores, one prompt after the other; None = no score.
 
     Args:
         quantity: what the scores are.
@@ -31,7 +31,7 @@ class ScoreSpread:
         self._prompts, self._sum, self._squares = 0, 0.0, 0.0  # of the prompts' means
 
     def add(self, scores: Sequence[float | None]) -> None:
-        """Take the scores of a prompt's candidates."""
+        """Add the scores of a prompt's candidates."""
         known = [score for score in scores if score is not None]
         if not known:
             return
@@ -60,7 +60,7 @@ class ScoreSpread:
         return f"mean {self.quantity} {mean:.4g}{interval}, {ends}"
 
     def fault(self) -> str | None:
-        """Why ranking would learn nothing from these scores; None where it can."""
+        """Why ranking cannot learn from these scores; None if it can."""
         if self.num_scores > 1 and self._low == self._high:
             return f"all {self.num_scores:,} scores are equal ({self._low:.4g})"
         if self.num_compared and self.num_tied == self.num_compared:

@@ -69,7 +69,7 @@ def score_file(
     local_rank: int = 0,
     make_scorer: Callable[[torch.device], Scorer] | None = None,
 ) -> Path:
-    """Write the scored candidate file, or go on writing it.
+    """Write the scored candidate file, or continue it.
 
     Every process returns when the whole file stands.
 
@@ -94,7 +94,7 @@ def score_file(
 
 @dataclass(frozen=True)
 class Input:
-    """What there is to score.
+    """The rows to score.
 
     Attributes:
         sets: by index.
@@ -108,7 +108,7 @@ class Input:
 
     @property
     def file(self) -> CandidateFile | None:
-        """The file whose lines the output repeats with scores; None where rows are written anew."""
+        """The file whose lines the output copies with scores; None if rows are encoded anew."""
         is_file = isinstance(self.sets, CandidateFile) and self.sets.is_as_written
         return cast(CandidateFile, self.sets) if is_file else None
 
@@ -171,7 +171,7 @@ class _Stage:
         return Input(sets, to_score, digest)
 
     def _settings(self, found: Input) -> dict[str, Any]:
-        """What the scores depend on: going on with other ones is refused."""
+        """The settings that scores depend on: continuing with others is refused."""
         options = {
             item.name: getattr(self.config, item.name)
             for item in fields(self.config)
@@ -199,7 +199,7 @@ class _Stage:
         places, mine = self.parts.places, self._chunks(found)
         total = sum(len(chunk) for chunk in mine)
         done = [place for chunk in mine for place in chunk if place in places] if places else []
-        failed = _failed(self.parts.rows(done))
+        failed = _failed(row for row, _ in self.parts.rows(done))
         self._require_few_failures(failed, found)
         num_done = len(done)
         num_scores, total_score = 0, 0.0
@@ -233,7 +233,7 @@ class _Stage:
     def _score_chunk(
         self, scorer: Scorer, sets: Sequence[CandidateSet]
     ) -> list[list[float | None]]:
-        """The scores of the sets; those that are kept are not asked for."""
+        """The scores of the sets; known scores that are kept are not computed again."""
         asked = sets
         if self.config.only_missing:
             asked = [
@@ -253,7 +253,7 @@ class _Stage:
     def _part_row(
         self, scorer: Scorer, s: CandidateSet, scores: Sequence[float | None]
     ) -> dict[str, Any]:
-        """A row of the part: the scores, and what is counted about them beyond their number."""
+        """A row of the part: the scores, with the counts that they do not show."""
         row: dict[str, Any] = {"scores": scores}
         if self.config.only_missing:
             row["kept"] = len(scores) - s.scores.count(None)
@@ -263,7 +263,7 @@ class _Stage:
         return row
 
     def _require_few_failures(self, failed: int, found: Input) -> None:
-        """Stop as soon as the whole file cannot come out well any more.
+        """Stop as soon as too many candidates of the whole file have failed.
 
         Raises:
             UserError: the scorer failed on more candidates than are allowed.
@@ -280,7 +280,7 @@ class _Stage:
             )
 
     def _require_scores(self, counts: Mapping[str, int], found: Input) -> None:
-        """A file without any score is no result, whatever the reason."""
+        """Refuse a file without any score, whatever the reason."""
         is_wanted = found.to_score and self.config.max_unscored_fraction < 1
         if is_wanted and counts["unscored"] == counts["candidates"]:
             why = "look for the reason in the log"
@@ -310,7 +310,7 @@ class _Stage:
     # After.
 
     def _finish(self, found: Input, settings: dict[str, Any], adjustable: dict[str, Any]) -> None:
-        """Merge the parts of all processes and say that the file is whole."""
+        """Merge the parts of all processes, and write the manifest of the finished file."""
         scorer = self._scorer(GO_ON)
         mine = (place for chunk in self._chunks(found) for place in chunk)
         places = range(len(found.sets))
@@ -384,7 +384,7 @@ class _Stage:
 
 
 def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
-    """Candidates of some part rows that the scorer failed on."""
+    """How many candidates of these part rows the scorer failed on."""
     return sum(row["scores"].count(None) - row.get("too_long", 0) for row in rows)
 
 
@@ -408,7 +408,7 @@ def _window_of(scorer: Scorer) -> str:
 
 
 def scorer_fingerprint(spec: str) -> str:
-    """What changes when the scorer does: a model's files, or the source of the user's own code.
+    """A hash that changes with the scorer: of a model's files, or of the user's source.
 
     Raises:
         UserError: it names code that is not there.
@@ -423,5 +423,5 @@ def scorer_fingerprint(spec: str) -> str:
 
 
 def _input_manifest(input_file: str) -> Mapping[str, Any] | None:
-    """What the input's own manifest says, so that the history goes on with the file."""
+    """The input's own manifest, which continues the history of the file."""
     return read_manifest(input_file) if Path(input_file).is_file() else None

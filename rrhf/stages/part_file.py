@@ -1,7 +1,7 @@
-"""One part: the rows that a process has made so far, each with a checksum, and their writer.
+"""A part file: the rows that a process has made so far, each with a checksum.
 
-A part begins with a line that says so, and grows by appending; a kill at any moment loses no row
-that was handed over. Which parts make an output is said in `rrhf.stages.parts`.
+A part begins with a line that marks it, and grows by appending; a kill at any moment loses no row
+that was handed over. `rrhf.stages.parts` merges the parts of an output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def decode_part_row(line: bytes) -> dict[str, Any] | None:
 
 
 def whole_row(part_row: Mapping[str, Any], line: bytes) -> bytes:
-    """The "row" of a part row as a line of the output."""
+    """The output line of a part row: its "row"."""
     return _row_in(line) or encode_row(part_row["row"])
 
 
@@ -65,7 +65,7 @@ def _checksum(body: bytes) -> bytes:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is a part, by its first line; a link never is."""
+    """Whether a file is a part, by its first line; a link is not."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -92,20 +92,20 @@ def _write_all(handle: int, data: bytes) -> None:
 class PartAppender:
     """The part of this process, open for appending.
 
-    Each row goes to the system at once (a killed process loses nothing), and to the disk every
-    second (a power cut loses little). One process at a time; who else removes the file or changes
-    its size is noticed at the next row or sync. Symbolic links are not followed.
+    Each row is written at once (a killed process loses nothing) and synced to the disk every second
+    (a power cut loses little). One process at a time; if another removes the file or changes its
+    size, the next row or sync notices. Symbolic links are not followed.
 
     Args:
         path: of the part, which is made if it is not there.
-        wrote: is told of rows that were written: the path, its size before, the rows, their lines.
+        wrote: called with the rows written: the path, its size before, the rows, their lines.
 
     Attributes:
         path: of the part.
         bytes_cut: how many bytes of an unfinished last line were cut on opening.
 
     Raises:
-        UserError: it is somebody else's, a link or no file, or another process writes it.
+        UserError: it is not a part, is a link, or another process writes it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PartAppender:
             raise
 
     def _open(self) -> int:
-        """The file's handle, locked; a new file has its first line before it has its name."""
+        """Open and lock the file; a new one has its first line before it has its name."""
         while True:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW)
@@ -150,7 +150,7 @@ class PartAppender:
             os.close(handle)  # its writer ended and removed it meanwhile
 
     def _make(self) -> int | None:
-        """A new file; None where another process was first."""
+        """Make the file; None if another process was first."""
         temporary, handle = locked_temporary(self.path)
         try:
             _write_all(handle, FIRST_LINE)
@@ -185,11 +185,11 @@ class PartAppender:
             )
 
     def append(self, value: dict[str, Any]) -> None:
-        """Write one row with its checksum; as `append_all`."""
+        """Append a row; see `append_all`."""
         self.append_all([value])
 
     def append_all(self, values: Sequence[dict[str, Any]]) -> None:
-        """Write rows, each with its checksum, at once.
+        """Append rows, each with its checksum, in one write.
 
         Raises:
             UserError: the disk is full; the file then ends with the row before. Or somebody else
@@ -215,7 +215,7 @@ class PartAppender:
             self.flush()
 
     def flush(self) -> None:
-        """Force what was appended to the disk.
+        """Sync what was appended to the disk.
 
         Raises:
             UserError: somebody else removed the file or changed its size.
@@ -242,7 +242,7 @@ class PartAppender:
             )
 
     def remove_if_bare(self) -> None:
-        """Remove the file if it has no row and is still the one that was opened."""
+        """Remove the file if it has no rows and is still the one that was opened."""
         if self._handle is None or not is_at(self.path, self._handle):
             return
         if os.fstat(self._handle).st_size <= len(FIRST_LINE):

@@ -247,17 +247,12 @@ class Parts:
                 total += path.stat().st_size
         return total
 
-    def rows(self, ids: Iterable[Key]) -> Iterator[dict[str, Any]]:
-        """The rows of these prompts, in this order, one in memory at a time.
+    def rows(self, ids: Iterable[Key]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """The rows of these prompts and their lines, in this order, one in memory at a time.
 
         Raises:
             UserError: a part was removed or damaged since it was read.
         """
-        for row, _ in self._rows(ids):
-            yield row
-
-    def _rows(self, ids: Iterable[Key]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Rows and their lines; see `rows`."""
         with ExitStack() as opened:
             files: dict[Path, BinaryIO] = {}
             for prompt_id in ids:
@@ -291,17 +286,12 @@ class Parts:
         with replaced_file(self.output) as file:
 
             def written() -> Iterator[dict[str, Any]]:
-                for row, line in self._rows(ids):
+                for row, line in self.rows(ids):
                     file.write(line_of(row, line))
                     yield row
 
             yield written()
         self.output_digest = file.digest
-
-    def merge(self, ids: Iterable[Key]) -> Iterator[dict[str, Any]]:
-        """As `merged`; the output is in place when the iterator ends."""
-        with self.merged(ids) as rows:
-            yield from rows
 
     def remove(self, rank: int) -> None:
         """Remove the parts of this process and of ended ones; a running process, which may not have

@@ -326,8 +326,9 @@ def test_a_part_that_is_damaged_after_it_was_read_is_not_merged(tmp_path: Path) 
         part.append({"id": "a", "row": {"query": "abc"}, "counts": {}, "seconds": 0.0})
     parts.read_on(is_start=True)
     part.path.write_bytes(part.path.read_bytes().replace(b"abc", b"abd"))
-    with pytest.raises(UserError, match=r"out\.rank0\.jsonl:2: is not the row"):
-        list(parts.merge(["a"]))
+    damaged = pytest.raises(UserError, match=r"out\.rank0\.jsonl:2: is not the row")
+    with damaged, parts.merged(["a"]) as rows:
+        list(rows)
     assert not parts.output.exists()
 
 

@@ -174,7 +174,7 @@ class StepCut:
         size_of: Callable[[int], Size],
         filler: Callable[[], int],
     ) -> list[TokenBatch]:
-        """This rank's micro-batches of a step, as many as every rank has.
+        """This rank's micro-batches of a step; every rank has equally many.
 
         Args:
             examples: of the run.
@@ -314,7 +314,7 @@ class OfflineStream:
         return lengths is not None and lengths != self._lengths_digest
 
     def _epoch_order(self, epoch: int) -> Callable[[int], list[int]]:
-        """The examples of an epoch, by step."""
+        """The examples of each step of an epoch."""
         shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(self._examples), generator=shuffle)
         size = self.global_batch_size

@@ -1,7 +1,7 @@
-"""What became of a trainer's data, in a sentence: what is trained on, what was cut or left out.
+"""Summary of a trainer's data in one log line: what is used, what was cut or left out.
 
-Each kind of case is told once, with its number and the id of the first prompt that it met. The
-same counts stand in the run's manifest.
+Each kind of case is reported once, with its number and the id of its first prompt. The run's
+manifest has the same counts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _USED = ("prompts", "prompts_used", "candidates_used", "responses_used")
 
 
 class Encoder(Protocol):
-    """Makes an example of a set with the help of a fitter, which counts."""
+    """Makes examples of sets; its fitter counts the cases."""
 
     @property
     def fitter(self) -> RowFitter: ...
@@ -59,12 +59,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Survey:
-    """How to go by the sets of a run that may use few of them.
+    """How the sets of a run are gone through at the start.
 
     Attributes:
-        yields: whether a set has an example, told without encoding it where that is possible.
-        identity: tells the examples apart from those of other data or limits.
-        is_quick: use `yields`; else encode every set at the start.
+        yields: whether a set has an example, found without encoding it if possible.
+        identity: of the examples; differs for other data or limits.
+        is_quick: use `yields`; otherwise encode every set.
     """
 
     yields: Callable[[CandidateSet], bool]
@@ -81,7 +81,7 @@ def encoded(
     columns: str | None = None,
     survey: Survey | None = None,
 ) -> EncodedExamples:
-    """The examples of candidate sets, with a sentence about them in the log.
+    """The examples of candidate sets; logs a sentence about them.
 
     Args:
         name: of the data, as the user gave it.
@@ -90,7 +90,7 @@ def encoded(
         read: what became of the rows of the source, where it is known.
         purpose: "training", or "evaluating".
         columns: what the data's columns are called, for the command that scores them.
-        survey: how to go by the sets without encoding them all; None = each is encoded.
+        survey: how to go through the sets; None = encode each.
 
     Raises:
         UserError: no set yields an example; the text says why.
@@ -133,7 +133,7 @@ def encoded(
 def _score_first(
     name: str, encode: Encoder, read: SourceCounts | None, columns: str | None
 ) -> list[str]:
-    """The command to go on with, where scores are what is missing."""
+    """The command that scores the responses, if scores are missing."""
     dropped = read.dropped if read is not None else {}
     unscored = encode.fitter.counts["candidates_without_score"]
     if not (unscored or any(dropped.get(reason) for reason in _UNSCORED)):
@@ -144,7 +144,7 @@ def _score_first(
 
 
 def told_cases(fitter: RowFitter) -> list[str]:
-    """What was cut and left out, a phrase each."""
+    """Phrases for what was cut and left out."""
     told = []
     for case, number in fitter.counts.items():
         if case in _USED or not number:
@@ -157,7 +157,7 @@ def told_cases(fitter: RowFitter) -> list[str]:
 
 
 def told_rows(read: SourceCounts | None) -> list[str]:
-    """Rows of a source that were left out or changed, a phrase for each reason."""
+    """Phrases for the rows of a source that were left out or changed, one per reason."""
     if read is None:
         return []
     kinds: list[tuple[Mapping[str, int], str]] = [

@@ -1,9 +1,9 @@
-"""Prompts and responses that fit a length: what is cut, what is left out, and how often.
+"""Fits prompts and responses to a length, and counts what is cut or left out.
 
 The response comes first: it gets the room that it needs, up to half of the length (or the limit
 that is set), and the prompt loses whole turns on its left to make that room. A response that is
 still too long is cut, and then has no end; or it is left out. Every case is counted
-(`rrhf.training.methods.data_summary` tells the counts).
+(`rrhf.training.methods.data_summary` reports the counts).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RowFitter:
         max_response_tokens: most tokens of a response; None = what the prompt leaves, and at least
             half of `model_max_length`.
         long_responses: "cut" (they then have no EOS) or "drop".
-        counts: what was met on the way; every call adds to it.
+        counts: of the cases; every call adds to them.
         first: the id of the first prompt of each case.
     """
 
@@ -72,10 +72,10 @@ class RowFitter:
         return prompt_ids, {place: ids[:room] for place, ids in rows.items()}
 
     def surely_fits(self, candidate_set: CandidateSet) -> bool:
-        """Whether `fit` surely gives something, as far as can be told without the tokenizer.
+        """Whether `fit` certainly returns something; found without the tokenizer.
 
-        A text of ASCII characters has at most as many tokens as characters. What may be cut is a
-        prompt's beginning or a response's end; only the last turns must fit.
+        An ASCII text has at most as many tokens as characters. Since the beginning of a prompt and
+        the end of a response may be cut, only the last turns must fit. False = not certain.
         """
         chat_format = self.codec.format_of(candidate_set)
         if self.long_responses == "drop" or chat_format == "alpaca" or not self._tokens_are_few:
@@ -83,7 +83,7 @@ class RowFitter:
         for candidate in candidate_set.candidates:
             text = candidate.response
             if candidate.finish_reason == "length" and not (text.isascii() and text.strip()):
-                return False  # it may have no token at all
+                return False  # it may have no tokens
         room = self.model_max_length - (self.max_response_tokens or self.model_max_length // 2)
         if chat_format == "raw":
             return room > _SPARE_TOKENS and bool(candidate_set.query.strip())
@@ -98,7 +98,7 @@ class RowFitter:
         return all(text.isascii() and around + len(text) <= room for text in texts)
 
     def _around(self, chat_format: str, roles: tuple[str, ...]) -> int:
-        """The most tokens that a format adds to turns of these roles; too many = not known."""
+        """The most tokens that a format adds to turns of these roles; if unknown, too many."""
         if (chat_format, roles) not in self._known_around:
             short, long = (
                 render_messages(
@@ -113,7 +113,7 @@ class RowFitter:
 
     @cached_property
     def _tokens_are_few(self) -> bool:
-        """Whether ASCII texts have no more tokens than characters, tried on each character."""
+        """Whether this tokenizer gives ASCII texts at most a token per character."""
         texts = [string.printable, string.printable[::-1], " ".join(string.printable)]
         return all(
             len(self.codec.tokenizer(text, add_special_tokens=False).input_ids)
@@ -122,7 +122,7 @@ class RowFitter:
         )
 
     def note(self, what: str, candidate_set: CandidateSet, times: int = 1) -> None:
-        """Count a case, and remember the first prompt of its kind."""
+        """Count a case, and record its first prompt."""
         self.first.setdefault(what, candidate_set.id)
         self.counts[what] += times
 

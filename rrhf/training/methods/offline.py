@@ -1,4 +1,4 @@
-"""A trainer on data that does not change: its stream, and its measuring on held-out examples."""
+"""The stream of examples and the held-out evaluation of a trainer on fixed data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 WORTH_LEAVING = 1000
-"""Encoding fewer examples takes less than a second, and then what is cut is counted."""
+"""Encoding fewer unused examples takes under a second, and then all cuts are counted."""
 
 
 def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None:
-    """What `--max_tokens_per_batch` means for a model, prepared or not; None where it is not given.
+    """`--max_tokens_per_batch` for a model, prepared or not; None if it is not given.
 
     Args:
         config: of the run.
@@ -36,7 +36,7 @@ def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None
 
 
 def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
-    """An optimiser step as the run's settings ask for it.
+    """The size and cut of an optimiser step by the run's settings.
 
     Args:
         bench: of the run.
@@ -54,7 +54,7 @@ def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
 
 
 def is_short(bench: Workbench, num_sets: int) -> bool:
-    """Whether a run uses so few of its examples that most need not be encoded at all.
+    """Whether a run uses so few examples that most need not be encoded.
 
     Args:
         bench: of the run.
@@ -62,7 +62,7 @@ def is_short(bench: Workbench, num_sets: int) -> bool:
     """
     config = bench.config
     if config.max_steps < 1 or config.group_by_length or config.max_tokens_per_batch is not None:
-        return False  # the lengths of all decide which come together
+        return False  # batches depend on all lengths
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     used = config.max_steps * step * bench.parallel.world_size
     return num_sets - used >= WORTH_LEAVING and num_sets > 2 * used
@@ -71,7 +71,7 @@ def is_short(bench: Workbench, num_sets: int) -> bool:
 def offline_stream(
     bench: Workbench, examples: Sequence[EncodedSet], model: nn.Module
 ) -> OfflineStream:
-    """The examples in the order and the batches that the run's settings ask for.
+    """The examples in the order and batches of the run's settings.
 
     Args:
         bench: of the run.
@@ -99,7 +99,7 @@ def held_out_evaluation(
     examples: Sequence[EncodedSet] | None,
     measured: Callable[..., dict[str, float]] = measure,
 ) -> Evaluate | None:
-    """What the loop calls to evaluate, or None where there is nothing to evaluate on.
+    """The function that the loop calls to evaluate; None without held-out examples.
 
     Args:
         bench: of the run.

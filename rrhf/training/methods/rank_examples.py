@@ -1,7 +1,7 @@
-"""Scored candidates become the rows that ranking trains on.
+"""Makes the training examples of ranking from scored candidates.
 
-Which candidates count, what is cut and what is left out is decided here, once, and every case is
-counted: the counts are in the run's manifest, and in a line of the log (`data_summary`).
+Which candidates count, what is cut and what is left out is decided here, and every case is counted,
+in the run's manifest and in a line of the log (`data_summary`).
 
 Two row layouts. The toolkit's own (`rrhf.training.methods.fitting`) reserves room for the
 response and cuts prompts on the left by whole turns. The one of the program that was released
@@ -31,7 +31,7 @@ NUM_PROVIDED_WITHOUT_SOURCES = 2
 
 
 def cut_at_next_speaker(response: str) -> str:
-    """The response up to the first cue of another turn; stripped only where something was cut."""
+    """The response up to the first cue of another turn; stripped only if something was cut."""
     for stop in STOP_STRINGS:
         before, found, _ = response.partition(stop)
         if found:
@@ -53,7 +53,7 @@ def is_provided(candidate_set: CandidateSet) -> list[bool]:
 
 
 def with_scores_of_marks(candidate_set: CandidateSet) -> CandidateSet:
-    """A preference pair as a ranked group: where nothing is scored, chosen 1 and rejected 0."""
+    """An unscored preference pair as a ranked group: chosen 1, rejected 0."""
     candidates = candidate_set.candidates
     sources = {candidate.source for candidate in candidates}
     unscored = all(candidate.score is None for candidate in candidates)
@@ -86,18 +86,18 @@ class RankEncoder:
 
     @property
     def counts(self) -> Counter[str]:
-        """What was met on the way; every call adds to it."""
+        """Counts of the cases; every call adds to them."""
         return self.fitter.counts
 
     def __call__(self, candidate_set: CandidateSet) -> EncodedSet | None:
-        """The example of a set, or None where it yields none."""
+        """The example of a set; None if it has none."""
         chosen = self._chosen(candidate_set)
         return None if chosen is None else self._example(chosen)
 
     def yields(self, candidate_set: CandidateSet) -> bool:
-        """Whether a set has an example; it is encoded only where that is needed to tell.
+        """Whether a set has an example; encodes it only if that is not certain otherwise.
 
-        Counts as a call does, but for what is cut.
+        Counts the same cases as a call, except what is cut.
         """
         chosen = self._chosen(candidate_set)
         if chosen is None:
@@ -108,9 +108,9 @@ class RankEncoder:
         return True
 
     def identity(self, rows_digest: str) -> str:
-        """Tells the examples of these rows apart from those of others, and of other limits."""
+        """A hash that differs for other rows, limits and tokenizers."""
         codec = self.fitter.codec.describe()
-        del codec["tokenizer"]  # a path, which may change
+        del codec["tokenizer"]  # its path, which may change
         limits = (
             *(self.fitter.model_max_length, self.fitter.max_response_tokens),
             *(self.fitter.long_responses, self.only_use_provide, self.only_use_sample),
@@ -119,7 +119,7 @@ class RankEncoder:
         return hashlib.sha256(json.dumps([rows_digest, codec, limits]).encode()).hexdigest()
 
     def _chosen(self, candidate_set: CandidateSet) -> CandidateSet | None:
-        """The set with the candidates that count, at least one."""
+        """The set with the candidates that count; None without any."""
         self.counts["prompts"] += 1
         candidates = self._choose(candidate_set)
         if not candidates:
@@ -145,7 +145,7 @@ class RankEncoder:
         return EncodedSet(prompt_ids, list(rows.values()), known_scores(kept))
 
     def _encode_released(self, candidate_set: CandidateSet) -> EncodedSet | None:
-        """Rows as the released program lays them out; see the module text."""
+        """Rows in the layout of the released program; see the module docstring."""
         codec, limit = self.fitter.codec, self.fitter.model_max_length
         tokenizer = codec.tokenizer
         prompt_ids = tokenizer(codec.prompt_text(candidate_set)).input_ids
