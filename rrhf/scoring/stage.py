@@ -11,14 +11,13 @@ Left out on purpose: what scores mean (`rrhf.scoring.build` names who gives them
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -26,8 +25,7 @@ from rrhf.commands import command_of
 from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.candidate_rows import candidate_set_to_row, with_scores
 from rrhf.data.formats import SourceCounts
-from rrhf.data.jsonl import encode_row
-from rrhf.data.mixing import load_sets
+from rrhf.data.mixing import Mixture, load_sets
 from rrhf.errors import UserError
 from rrhf.files import made_folder, sha256_file, with_home_folder
 from rrhf.manifests import COMPLETE, manifest_path, read_manifest, write_manifest
@@ -99,18 +97,16 @@ class Input:
     Attributes:
         sets: by index.
         to_score: candidates that need a score.
-        digest: SHA-256 of the file, or over all rows of a mixture.
     """
 
-    sets: Sequence[CandidateSet]
+    sets: CandidateFile | Mixture
     to_score: int
-    digest: str
 
     @property
     def file(self) -> CandidateFile | None:
         """The file whose lines the output copies with scores; None if rows are encoded anew."""
-        is_file = isinstance(self.sets, CandidateFile) and self.sets.is_as_written
-        return cast(CandidateFile, self.sets) if is_file else None
+        sets = self.sets
+        return sets if isinstance(sets, CandidateFile) and sets.is_as_written else None
 
 
 class _Stage:
@@ -159,16 +155,13 @@ class _Stage:
 
     def _read_input(self) -> Input:
         sets = load_sets(self.config.input_file, counts=self.counts, options=self.config)
-        if isinstance(sets, CandidateFile):
-            digest, to_score = sets.digest, sets.num_candidates
-        else:
-            rows = hashlib.sha256()
-            for s in sets:
-                rows.update(encode_row([s.id, candidate_set_to_row(s)]))
-            digest, to_score = rows.hexdigest(), sum(len(s.candidates) for s in sets)
         if self.config.only_missing:
             to_score = sum(s.scores.count(None) for s in sets)
-        return Input(sets, to_score, digest)
+        elif isinstance(sets, CandidateFile):
+            to_score = sets.num_candidates
+        else:
+            to_score = sum(len(s.candidates) for s in sets)
+        return Input(sets, to_score)
 
     def _settings(self, found: Input) -> dict[str, Any]:
         """The settings that scores depend on: continuing with others is refused."""
@@ -183,7 +176,7 @@ class _Stage:
             **options,
             "scorer_fingerprint": scorer if is_given else scorer_fingerprint(scorer),
             "base_fingerprint": None if base is None else fingerprint(base),
-            "input_sha256": found.digest,
+            "input_sha256": found.sets.digest,
         }
 
     # The work.
@@ -346,7 +339,7 @@ class _Stage:
                 "scorer_details": details,
                 "input": {
                     "input_file": self.config.input_file,
-                    "sha256": found.digest,
+                    "sha256": found.sets.digest,
                     **self.counts.as_dict(),
                     "manifest": _input_manifest(self.config.input_file),
                 },
