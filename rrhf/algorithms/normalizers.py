@@ -54,6 +54,7 @@ class Moments:
         )
 
 
+@dataclass
 class RunningMeanStd:
     """Mean and deviation (1 while not known) of every score seen so far, each with the same weight.
 
@@ -62,8 +63,7 @@ class RunningMeanStd:
     thousands of scores of a training run the two differ by less than float32 resolves.
     """
 
-    def __init__(self) -> None:
-        self.moments = Moments()
+    moments: Moments = Moments()
 
     @property
     def count(self) -> int:
@@ -88,6 +88,7 @@ class RunningMeanStd:
         return {"type": "RunningMeanStd", **asdict(self.moments)}
 
 
+@dataclass
 class ExponentialMovingAverage:
     """Mean and deviation that forget: new = momentum * old + (1 - momentum) * batch.
 
@@ -96,12 +97,13 @@ class ExponentialMovingAverage:
     score says nothing of the variance and leaves it alone.
     """
 
-    def __init__(self, momentum: float = 0.9) -> None:
-        assert 0.0 <= momentum < 1.0, "the momentum of a moving average lies in [0, 1)"
-        self.momentum = momentum
-        self.count = 0
-        self.mean = 0.0
-        self.variance: float | None = None
+    momentum: float = 0.9
+    count: int = 0
+    mean: float = 0.0
+    variance: float | None = None
+
+    def __post_init__(self) -> None:
+        assert 0.0 <= self.momentum < 1.0, "the momentum of a moving average lies in [0, 1)"
 
     @property
     def std(self) -> float:
@@ -124,13 +126,7 @@ class ExponentialMovingAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, fit for a model's config."""
-        return {
-            "type": "ExponentialMovingAverage",
-            "momentum": self.momentum,
-            "count": self.count,
-            "mean": self.mean,
-            "variance": self.variance,
-        }
+        return {"type": "ExponentialMovingAverage", **asdict(self)}
 
 
 Normalizer = RunningMeanStd | ExponentialMovingAverage

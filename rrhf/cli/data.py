@@ -89,13 +89,7 @@ def validate(argv: list[str]) -> int:
     for path in config.file:
         counts = SourceCounts()
         try:
-            sets = read_sets(
-                path,
-                config.split,
-                counts,
-                accept_edited=config.accept_edited_files,
-                columns=columns,
-            )
+            sets = read_sets(path, config.split, counts, None, config.accept_edited_files, columns)
             uses = count_uses(sets)
         except UserError as error:
             mistakes.append(str(error))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rrhf.algorithms.masked import length_mask
 
@@ -150,9 +151,9 @@ def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
     scores = [score for s in sets for score in s.scores or ()] if have_scores else None
     assert scores is None or len(scores) == len(rows), "one score for each response"
     return TokenBatch(
-        prompt_ids=_pad([s.prompt_ids for s in sets], pad_id, left=True),
+        prompt_ids=pad_rows([s.prompt_ids for s in sets], pad_id, "left"),
         prompt_lengths=torch.tensor([len(s.prompt_ids) for s in sets]),
-        response_ids=_pad(rows, pad_id, left=False),
+        response_ids=pad_rows(rows, pad_id),
         response_lengths=torch.tensor([len(ids) for ids in rows]),
         prompt_index=torch.repeat_interleave(torch.arange(len(sets)), torch.tensor(counts)),
         prompt_weights=torch.tensor([s.weight for s in sets], dtype=torch.float32),
@@ -181,13 +182,10 @@ def padded_groups(values: Tensor, prompt_index: Tensor, num_prompts: int) -> tup
     return grid, length_mask(counts, width)
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> Tensor:
-    width = max(len(ids) for ids in rows)
-    padded = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    for row, ids in zip(padded, rows, strict=True):
-        target = row[width - len(ids) :] if left else row[: len(ids)]
-        target.copy_(torch.as_tensor(ids, dtype=torch.int64))
-    return padded
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> Tensor:
+    """[N, T] int64, the rows of ids padded on one side."""
+    ids = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
 
 
 def _collated_experience(

@@ -23,7 +23,7 @@ from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
 from rrhf.data.sources import is_own
-from rrhf.data.views import pairs, prompts, split_by_first_turn
+from rrhf.data.views import Sets, pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
 from rrhf.files import replaced_file, sha256_file
 from rrhf.manifests import COMPLETE, forget_manifest, require_own_manifest_place, write_manifest
@@ -115,7 +115,7 @@ def convert(config: ConvertConfig) -> dict[str, int]:
     """
     counts = SourceCounts()
     sets = load_sets(config.data, config.seed, config.split, counts, config, new_ids=config.new_ids)
-    parts: list[Sequence[CandidateSet]] = [sets]
+    parts: list[Sets] = [sets]
     if config.parts:
         parts = list(split_by_first_turn(sets, config.parts, config.seed).values())
     outputs = {
@@ -156,9 +156,7 @@ def _input_hashes(data: str) -> dict[str, str]:
     return found
 
 
-def _view(
-    config: ConvertConfig, path: str, sets: Sequence[CandidateSet]
-) -> tuple[Sequence[CandidateSet], SourceCounts]:
+def _view(config: ConvertConfig, path: str, sets: Sets) -> tuple[Sets, SourceCounts]:
     """The sets to write to a file, and the count of those left out.
 
     Raises:

@@ -13,7 +13,6 @@ Left out on purpose: proportions and mixtures (`rrhf.data.mixing`).
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -156,10 +155,7 @@ def _hub_rows(name: str, hub_name: str, split: str | None, options: dict[str, An
     try:
         yield from dataset_rows(hub_name, split, name, **options)
     except UserError as error:
-        near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.7)
-        if near:
-            raise UserError(f"{error}; or did you mean the known source {near[0]!r}?") from error
-        raise
+        raise UserError(f"{error}{near_hint(name, known_names(), 0.7)}") from error
 
 
 def _origin_of_path(path: str) -> str:

@@ -29,6 +29,7 @@ from rrhf.data.indexed_sets import IndexedSets
 from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 
+Sets = Sequence[CandidateSet]
 _ALL = -1
 
 
@@ -41,7 +42,7 @@ class View(IndexedSets):
 
     def __init__(
         self,
-        sets: Sequence[CandidateSet],
+        sets: Sets,
         entries: Iterable[tuple[int, int, int]] = (),
         shown: Callable[[CandidateSet], CandidateSet] = lambda found: found,
     ) -> None:
@@ -88,9 +89,7 @@ def _best(found: CandidateSet) -> int | None:
     return -max(scored)[1] if scored else None
 
 
-def demonstrations(
-    sets: Sequence[CandidateSet], counts: SourceCounts | None = None
-) -> Sequence[CandidateSet]:
+def demonstrations(sets: Sets, counts: SourceCounts | None = None) -> Sets:
     """One reply a prompt, to imitate: sets with one candidate.
 
     Dropped and counted: `no_response`, `several_unscored_responses` (no mark, no score: nothing
@@ -114,9 +113,7 @@ def demonstrations(
     return View(sets, entries())
 
 
-def pairs(
-    sets: Sequence[CandidateSet], counts: SourceCounts | None = None
-) -> Sequence[CandidateSet]:
+def pairs(sets: Sets, counts: SourceCounts | None = None) -> Sets:
     """Two replies to a prompt, the better one first: sets with two candidates.
 
     Dropped and counted: `no_ordered_pair` (ties, a single reply, nothing scored).
@@ -142,9 +139,7 @@ def _ordered_pairs(found: CandidateSet) -> list[tuple[int, int]]:
     return [(i, j) for i, score in scored for j, other in scored if score > other]
 
 
-def ranked_groups(
-    sets: Sequence[CandidateSet], counts: SourceCounts | None = None
-) -> Sequence[CandidateSet]:
+def ranked_groups(sets: Sets, counts: SourceCounts | None = None) -> Sets:
     """All scored replies of a prompt: sets in which every candidate has a score.
 
     Dropped and counted: `nothing_scored`; candidates without a score are left out of their set
@@ -180,9 +175,7 @@ def _scored_only(found: CandidateSet) -> CandidateSet:
     return replace(found, candidates=(replace(better, score=1.0), replace(worse, score=0.0)))
 
 
-def prompts(
-    sets: Sequence[CandidateSet], unique: bool = True, counts: SourceCounts | None = None
-) -> Sequence[CandidateSet]:
+def prompts(sets: Sets, unique: bool = True, counts: SourceCounts | None = None) -> Sets:
     """Prompts alone: sets without candidates; with `unique`, each once (`repeated_prompt`)."""
     counts = SourceCounts() if counts is None else counts
 
@@ -213,8 +206,8 @@ def first_turn(found: CandidateSet) -> str:
 
 
 def split_by_first_turn(
-    sets: Sequence[CandidateSet], fractions: Mapping[str, float], seed: int = 0
-) -> dict[str, Sequence[CandidateSet]]:
+    sets: Sets, fractions: Mapping[str, float], seed: int = 0
+) -> dict[str, Sets]:
     """Parts that share no first human turn, in the sets' order.
 
     Where a row goes depends on its first turn, the fractions and the seed alone: the same turn

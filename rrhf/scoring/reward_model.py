@@ -22,7 +22,7 @@ import torch
 
 from rrhf.algorithms.normalizers import Normalizer, normalize
 from rrhf.data.chat_format import ChatCodec
-from rrhf.data.collate import TokenBatch
+from rrhf.data.collate import TokenBatch, pad_rows
 from rrhf.data.conversations import render_messages
 from rrhf.errors import UserError
 from rrhf.model_paths import model_folder
@@ -121,15 +121,12 @@ def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     Made here and not by `collate`, because a row's only token may be its end.
     """
     assert all(rows), "a row has at least one id"
-    lengths = torch.tensor([len(row) - 1 for row in rows])
-    padded = torch.full((len(rows), int(lengths.max()) + 1), pad_id, dtype=torch.int64)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = torch.tensor(row, dtype=torch.int64)
+    padded = pad_rows(rows, pad_id)
     return TokenBatch(
         prompt_ids=padded[:, :1],
         prompt_lengths=torch.ones(len(rows), dtype=torch.int64),
         response_ids=padded[:, 1:],
-        response_lengths=lengths,
+        response_lengths=torch.tensor([len(row) - 1 for row in rows]),
         prompt_index=torch.arange(len(rows)),
         prompt_weights=torch.ones(len(rows)),
     ).to(device)
