@@ -45,7 +45,7 @@ _LIKE_LIST = re.compile(r"(?s)\s*\[.*\]\s*")
 
 
 class TextCells(dict[str, Any]):
-    """A row of a table: all of it is text."""
+    """A row of a table, in which every cell is text."""
 
 
 def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[str, Any]:

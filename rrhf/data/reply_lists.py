@@ -131,9 +131,8 @@ def _scores(reading: Reading, column: str, entries: Sequence[Any]) -> Sequence[f
     """A score for each reply, higher is better; None where there is none."""
     name = first_of(reading.row, SCORE_LISTS)
     if name is not None:
-        values = _numbers(reading.reader, len(entries), name)
         reading.counts.scores_from[name] += 1
-        return [_negated(value) for value in values] if name == "ranks" else values
+        return _numbers(reading.reader, len(entries), name, is_rank=name == "ranks")
     objects = [entry for entry in entries if isinstance(entry, dict)]
     keys = [key for key in (*SCORES, "rank") if any(x.get(key) is not None for x in objects)]
     if not keys:
@@ -150,18 +149,15 @@ def _scores(reading: Reading, column: str, entries: Sequence[Any]) -> Sequence[f
     nested = [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
     # Read under the name that a message must show.
     inner = RowReader({f"{column}[].{key}": nested}, reading.where)
-    values = _numbers(inner, len(entries), f"{column}[].{key}")
+    values = _numbers(inner, len(entries), f"{column}[].{key}", is_rank=key == "rank")
     reading.reader.faults += inner.faults
     reading.counts.scores_from[f"{column}[].{key}"] += 1
-    return [_negated(value) for value in values] if key == "rank" else values
+    return values
 
 
-def _numbers(reader: RowReader, count: int, name: str) -> list[float | None]:
+def _numbers(reader: RowReader, count: int, name: str, is_rank: bool) -> list[float | None]:
     values = reader.scores(count, name)
     if reader.faults or values is None:
         return [None] * count
-    return [None if value is None else float(value) for value in values]
-
-
-def _negated(rank: float | None) -> float | None:
-    return None if rank is None else -rank
+    sign = -1.0 if is_rank else 1.0
+    return [None if value is None else sign * value for value in values]

@@ -193,13 +193,13 @@ def prompts(sets: Sets, unique: bool = True, counts: SourceCounts | None = None)
 
 
 def prompt_key(found: CandidateSet) -> bytes:
-    """16 bytes that two sets share where they ask the same."""
+    """A hash that two sets share if they ask the same."""
     asked = found.query if found.messages is None else repr(found.messages)
     return hashlib.blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def first_turn(found: CandidateSet) -> str:
-    """The first thing the user said, small letters, white space as single blanks."""
+    """The user's first turn in lower case, with white space folded into single blanks."""
     turns = conversation_of(found)
     asked = next((turn.content for turn in turns if turn.role == "user"), found.query)
     return " ".join(asked.split()).casefold()

@@ -202,7 +202,7 @@ class RewardModelScorer(_LocalScorer):
 
     Args:
         path: its folder or hub name.
-        options: how it reads and computes; those of trlx are not looked at.
+        options: how it reads and computes; those for trlx are ignored.
         device: where; by default the first GPU or the CPU.
 
     Raises:
@@ -252,7 +252,7 @@ class RewardModelScorer(_LocalScorer):
         }
 
     def _first_end_id(self, path: str | Path) -> int:
-        """The end at which a row is read; refused where every prompt already holds one."""
+        """The id of the end at which a row is read; refused where every prompt already holds it."""
         asked = CandidateSet("", render_messages("hh", _QUESTION), _QUESTION)
         if self.codec.end_id in (self.codec.encode_prompt(asked) or ()):
             raise UserError(
@@ -286,14 +286,16 @@ class RewardModelScorer(_LocalScorer):
 class TrlxScorer(_LocalScorer):
     """A reward model in trlX's published layout, scored as it was when RRHF was published.
 
-    The text is query + " " + response + EOS (no second blank where the response begins with one),
-    its first tokens are cut past 1024, and the score is read at the first EOS. EOS is always there,
-    because such models know nothing else. Conversations are rendered as HH has them.
+    The text is query + " " + response + EOS (no second blank where the response begins with one).
+    The score is read at the first EOS; a text longer than 1024 tokens loses its first ones. EOS is
+    always there, because such models were trained with it. Conversations are rendered as HH has
+    them.
 
     Args:
         path: the published folder, or one weight file.
-        options: of these, what concerns trlx, `max_length` (0 = 1024, or the model's window if that
-            is less), and how it computes. `trlx_double_blank` reproduces the released numbers.
+        options: those for trlx, `max_length` (0 = 1024, or the model's window if that is less), and
+            how it computes; the others are ignored. `trlx_double_blank` reproduces the released
+            numbers.
         device: where; by default the first GPU or the CPU.
 
     Raises:
