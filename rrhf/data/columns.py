@@ -101,8 +101,9 @@ class ColumnNames:
             for name, value in row.items()
             if name not in self.unread and (name in known_as or name not in covered)
         }
-        missing = [(ours, theirs) for ours, theirs in self.source.items() if theirs not in row]
-        for ours, theirs in missing:
+        for ours, theirs in self.source.items():
+            if theirs in row:
+                continue
             if _rename_nested(renamed, ours, theirs):
                 self.seen.add(theirs)
             elif ours not in row:
@@ -255,18 +256,16 @@ def replies_not_read(row: TrackedRow, where: str) -> str | None:
     names = row.unread_replies()
     if not names:
         return None
-    hints = []
-    for name in names:
-        near = difflib.get_close_matches(name.lower(), _REPLY_NAMES, n=1, cutoff=0.6)
-        is_known = name in KNOWN
-        hints.append(repr(name) + (f" (nearest: {near[0]!r})" if near and not is_known else ""))
-    missing = _missing_partner(row, names)
+    hints = [
+        f"{name!r}{'' if name in KNOWN else near_hint(name.lower(), _REPLY_NAMES)}"
+        for name in names
+    ]
+    look, them = ("looks", "it") if len(names) == 1 else ("look", "them")
     return (
-        f"{where}: row: only the prompt can be read of it, but {', '.join(hints)} "
-        f"{'looks' if len(names) == 1 else 'look'} like replies or scores{missing}; name the "
-        f"columns (--columns response=..., responses=..., scores=..., chosen=..., rejected=...), "
-        f"or leave {'it' if len(names) == 1 else 'them'} out: --columns "
-        + ",".join(f"{UNREAD}={name}" for name in names)
+        f"{where}: row: only the prompt can be read of it, but {', '.join(hints)} {look} like "
+        f"replies or scores{_missing_partner(row, names)}; name the columns (--columns "
+        f"response=..., responses=..., scores=..., chosen=..., rejected=...), or leave {them} out: "
+        f"--columns {','.join(f'{UNREAD}={name}' for name in names)}"
     )
 
 

@@ -17,7 +17,7 @@ from rrhf.manifests import read_manifest
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a list misspelt": (
         {"prompt": "p", "respones": ["a", "b"]},
-        ("'respones'", "nearest: 'responses'", "--columns unread=respones"),
+        ("'respones'", "did you mean 'responses'?", "--columns unread=respones"),
     ),
     "half a pair": ({"prompt": "p", "chosen": "a"}, ("'chosen'", "column 'rejected' is missing")),
     "scores of nothing": (
