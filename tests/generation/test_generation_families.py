@@ -40,7 +40,7 @@ class IdCodec:
     def decode_tail(self, ids):
         return " ".join(map(str, ids))
 
-    def decode_response(self, prompt, prompt_ids, ids):
+    def decode_response(self, prompt, ids):
         return self.decode_tail(ids)
 
 
