@@ -164,7 +164,7 @@ def init_reward_model(
     """
     assert options.dtype == "float32", "trained weights are float32"
     config = _read_config(name_or_path, options.trust_remote_code)
-    has_head = is_classifier(config)
+    has_head = names_classifier(config.architectures or ())
     if has_head:
         _require_one_label(name_or_path, config)
     config.num_labels = 1
@@ -179,11 +179,6 @@ def init_reward_model(
         with torch.no_grad():
             weight.copy_(fresh)
     return model
-
-
-def is_classifier(config: PreTrainedConfig) -> bool:
-    """True where the config says that the folder holds a model for sequence classification."""
-    return names_classifier(config.architectures or ())
 
 
 def score_normalizer(config: PreTrainedConfig) -> Normalizer | None:

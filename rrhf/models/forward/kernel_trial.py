@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rrhf.models.forward import varlen_attention
 from rrhf.models.forward.prefix_attention import attend
 from rrhf.models.forward.shared_prefix import AttentionRules, SharedPrefix
-from rrhf.models.forward.varlen_attention import Calls, attend_varlen, calls_of
+from rrhf.models.forward.varlen_attention import attend_varlen, calls_of
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
 """Shares of a norm by which bfloat16 may differ from float32: it rounds by 0.4 %."""
@@ -66,7 +66,7 @@ class KernelTrial:
                 [x.detach().float() for x in states],
                 lambda q, k, v: attend(q, k, v, layout, rules, keeps_pieces=False),
             )
-            calls = _moved(calls_of(layout), self._device)
+            calls = calls_of(layout, self._device)
             found = _with_gradients(
                 [x.detach().to(self._device, torch.bfloat16) for x in states],
                 lambda *own: attend_varlen(own, layout, calls, self._load(), rules),
@@ -90,14 +90,6 @@ def _with_gradients(states: list[Tensor], attention: Callable[..., Tensor]) -> l
     weights = torch.arange(output.numel(), device=output.device).mul(2.4).cos().view_as(output)
     gradients = torch.autograd.grad((output.float() * weights).sum(), states)
     return [x.detach().float().cpu() for x in (output, *gradients)]
-
-
-def _moved(calls: Calls, device: torch.device) -> Calls:
-    there: dict[str, Any] = {}
-    for one in fields(calls):
-        if isinstance(value := getattr(calls, one.name), Tensor):
-            there[one.name] = value.to(device)
-    return replace(calls, **there)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class Prefix:
     @cached_property
     def calls(self) -> Calls:
         """What flash attention is called with; the same in all layers."""
-        return calls_of(self.layout)
+        return calls_of(self.layout, self.layout.ids.device)
 
     def block_mask(self, window: int | None) -> BlockMask:
         """What FlexAttention is called with; the same in all layers of a window."""
@@ -266,22 +266,13 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
         shared_prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if shared_prefix is None:
             plain = _ordinary(base, module)
             found: tuple[Tensor, Tensor | None] = plain(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                **kwargs,
+                module, query, key, value, attention_mask, **kwargs
             )
             return found
         for name in ("position_bias", "s_aux"):
@@ -289,6 +280,7 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
                 raise NotImplementedError(f"its attention has a {name}")
         window = kwargs.get("sliding_window")
         shared_prefix.windows.append(window)
+        scaling, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
         rules = AttentionRules(scaling, dropout, window, kwargs.get("softcap"))
         states = varlen_attention.in_one_precision(query, key, value)
         layout = shared_prefix.layout

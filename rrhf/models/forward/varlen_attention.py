@@ -23,7 +23,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -68,16 +68,15 @@ class Calls:
     prompts: int
     prompt_bounds: Tensor
     longest_prompt: int
-    own_bounds: Tensor | None
-    longest_own: int
-    key_bounds: Tensor | None
-    longest_keys: int
-    keys: Tensor | None
+    own_bounds: Tensor | None = None
+    longest_own: int = 0
+    key_bounds: Tensor | None = None
+    longest_keys: int = 0
+    keys: Tensor | None = None
 
 
-def calls_of(layout: SharedPrefix) -> Calls:
-    """The rows of both calls."""
-    device = layout.ids.device
+def calls_of(layout: SharedPrefix, device: torch.device) -> Calls:
+    """The rows of both calls, with their tensors on this device."""
     prompts: list[int] = []
     own: list[int] = []
     owners: list[int] = []
@@ -91,29 +90,25 @@ def calls_of(layout: SharedPrefix) -> Calls:
     def bounds(lengths: list[int]) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
+    first = Calls(ends[-1], bounds(prompts), max(prompts))
     if not own:
-        return Calls(ends[-1], bounds(prompts), max(prompts), None, 0, None, 0, None)
-    read = [prompts[owner] + length for owner, length in zip(owners, own, strict=True)]
+        return first
     own_ends = accumulate(own, initial=ends[-1])
-    starts = [
-        start
-        for pair in zip((ends[owner] for owner in owners), own_ends, strict=False)
-        for start in pair
-    ]
-    lengths = [
+    # Each response reads its prompt's tokens, then its own.
+    pieces = [
         piece
-        for pair in zip((prompts[owner] for owner in owners), own, strict=True)
-        for piece in pair
+        for owner, length, end in zip(owners, own, own_ends, strict=False)
+        for piece in ((ends[owner], prompts[owner]), (end, length))
     ]
-    return Calls(
-        prompts=ends[-1],
-        prompt_bounds=bounds(prompts),
-        longest_prompt=max(prompts),
+    starts, lengths = torch.tensor(pieces).T
+    read = [prompts[owner] + length for owner, length in zip(owners, own, strict=True)]
+    return replace(
+        first,
         own_bounds=bounds(own),
         longest_own=max(own),
         key_bounds=bounds(read),
         longest_keys=max(read),
-        keys=_pieces(torch.tensor(starts), torch.tensor(lengths)).to(device),
+        keys=_pieces(starts, lengths).to(device),
     )
 
 

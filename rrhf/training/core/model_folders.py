@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -61,7 +62,9 @@ class ModelFolders:
         if parallel.is_main:
             try:
                 for name, write in self.writers.items():
-                    saved_folder(into / name, _bound(write, into, weights))
+                    saved_folder(
+                        into / name, partial(write_finite, write, beside=into, weights=weights)
+                    )
             except Exception as error:
                 failure = error
         if parallel.any(failure is not None):
@@ -95,7 +98,7 @@ class PolicyHistory:
             self.folder.mkdir(exist_ok=True)
             saved_folder(
                 self.folder / f"step-{step:06d}",
-                _bound(write, self.folder, weights),
+                partial(write_finite, write, beside=self.folder, weights=weights),
             )
         self._parallel.barrier()
 
@@ -122,7 +125,3 @@ def write_finite(write: WriteModel, folder: Path, beside: Path, weights: Weights
             f"{beside}: a model is not kept, because its weights are not finite (first: {found}); "
             "lower --learning_rate"
         )
-
-
-def _bound(write: WriteModel, beside: Path, weights: Weights) -> Callable[[Path], None]:
-    return lambda staged: write_finite(write, staged, beside, weights)

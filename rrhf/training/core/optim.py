@@ -36,14 +36,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         vectors = [p for p in mine if p.ndim < 2]
         for params, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
             if params:
-                groups.append(
-                    {
-                        "params": params,
-                        "weight_decay": weight_decay,
-                        "lr": settings.learning_rate,
-                        "settings": place,
-                    }
-                )
+                group = {"params": params, "weight_decay": weight_decay}
+                groups.append({**group, "lr": settings.learning_rate, "settings": place})
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,

@@ -144,7 +144,9 @@ def test_deterministic_mode_reaches_flash_attention() -> None:
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
         try:
-            attend_varlen(states, layout, calls_of(layout), kernel, AttentionRules())
+            attend_varlen(
+                states, layout, calls_of(layout, layout.ids.device), kernel, AttentionRules()
+            )
         finally:
             torch.use_deterministic_algorithms(False)
     assert asked == [False, False, True, True]

@@ -68,7 +68,7 @@ def test_each_response_reads_its_prompt_and_then_itself() -> None:
     """Also where prompts of very different lengths lie in buckets of their own."""
     b = batch([(400, [60, 50]), (20, [5, 6]), (22, [5]), (390, [55, 1, 60]), (21, [6, 6])])
     for packed in (lay_out(b), lay_out(b, whole=True), lay_out(RAGGED)):
-        calls = calls_of(packed)
+        calls = calls_of(packed, packed.ids.device)
         assert calls.keys is not None and calls.key_bounds is not None
         parts = _order(packed)
         order = _reordered(torch.arange(packed.ids.shape[1]), packed.sizes, parts)
