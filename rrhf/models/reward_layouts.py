@@ -24,7 +24,7 @@ from rrhf.models.forward.packed_trunk import Beside, PackedTrunk, declared_windo
 from rrhf.models.forward.prefix_attention import Prefix
 from rrhf.models.forward.self_check import first_that_fits
 from rrhf.models.forward.shared_prefix import SharedPrefix
-from rrhf.models.reward_model import RewardModel
+from rrhf.models.reward_model import AT_THE_END, RewardModel, ScoreOptions
 
 LAYOUTS = ("shared_prefix", "varlen_attention", "flex_attention", "dense_mask")
 """Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
@@ -37,18 +37,11 @@ class FastRewardModel(PackedTrunk, RewardModel):
         model: a causal model for sequence classification, bare or with adapters. Its attention
             implementation is exchanged for good where the layout has attention of its own.
         layout: one of `LAYOUTS`.
-        per_token, first_end_id, reads_padding: as in `RewardModel`.
+        options: as in `RewardModel`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        layout: str,
-        per_token: bool = False,
-        first_end_id: int | None = None,
-        reads_padding: bool = True,
-    ) -> None:
-        super().__init__(model, per_token, first_end_id, reads_padding)
+    def __init__(self, model: Any, layout: str, options: ScoreOptions = AT_THE_END) -> None:
+        super().__init__(model, options)
         self.take_layout(layout)
         config = inner_model(model).config
         is_kernel = layout in ("varlen_attention", "flex_attention")
@@ -57,7 +50,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """As `RewardModel.forward`; without `reads_padding`, padding gets any number."""
-        reads_padding = self.per_token and self.reads_padding
+        reads_padding = self.options.per_token and self.options.reads_padding
         if reads_padding and not self.has_blind and not bool(batch.response_mask.all()):
             return super().forward(batch)
         packed = self.packed(batch, whole=True, with_padding=reads_padding)
@@ -66,11 +59,11 @@ class FastRewardModel(PackedTrunk, RewardModel):
         hidden = self.run_packed(Prefix(packed))
         if reads_padding:
             return self._apply_head(hidden[_with_padding(packed, batch)])
-        if self.per_token:
+        if self.options.per_token:
             own = packed.response_start[packed.row] + packed.column
             return self._placed(hidden[own], packed.row, packed.column, batch)
         width = batch.prompt_ids.shape[1]
-        if self.first_end_id is None:
+        if self.options.first_end_id is None:
             columns = width + batch.response_lengths - 1
         else:
             ids, mask, _ = batch.full_rows()
@@ -89,7 +82,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
         whole = self._hidden(*batch.full_rows())
         expected = whole[:, batch.prompt_ids.shape[1] :][batch.response_mask]
         found = expected
-        reads_padding = self.per_token and self.reads_padding and self.has_blind
+        reads_padding = self.options.per_token and self.options.reads_padding and self.has_blind
         packed = self.packed(batch, whole=True, with_padding=reads_padding)
         if packed is not None:
             hidden = self.run_packed(Prefix(packed))
@@ -121,11 +114,7 @@ def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
 
 
 def build_reward_model(
-    model: Any,
-    layout: str = "padded",
-    per_token: bool = False,
-    first_end_id: int | None = None,
-    reads_padding: bool = True,
+    model: Any, layout: str = "padded", options: ScoreOptions = AT_THE_END
 ) -> RewardModel:
     """The reward model on the layout that is asked for, tried on this very model.
 
@@ -133,15 +122,14 @@ def build_reward_model(
         model: not yet spread over processes, where it will compute.
         layout: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
             `auto` = the first that serves the model.
-        per_token, first_end_id, reads_padding: as in `RewardModel`.
+        options: as in `RewardModel`.
 
     Raises:
         UserError: the layout that is asked for by name does not serve this model.
     """
-    asked = (per_token, first_end_id, reads_padding)
     fast = None
     if layout != "padded":
         fast = first_that_fits(
-            model, layout, lambda name: FastRewardModel(model, name, *asked), LAYOUTS
+            model, layout, lambda name: FastRewardModel(model, name, options), LAYOUTS
         )
-    return RewardModel(model, *asked) if fast is None else fast
+    return fast or RewardModel(model, options)

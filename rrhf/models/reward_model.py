@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,30 +43,38 @@ NORMALIZER_KEY = "rrhf_score_normalizer"
 CHAT_FORMAT_KEY = "rrhf_chat_format"
 
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Where scores are read.
+
+    Attributes:
+        per_token: `forward` gives a score at every response position, for token-wise losses.
+        first_end_id: read the score at the row's first token of this id (the convention of some
+            published models) instead of its last token; rows without one are read at the last.
+        reads_padding: with `per_token`, scores after a response's end are wanted too; where they
+            are not, a faster layout gives any number there.
+    """
+
+    per_token: bool = False
+    first_end_id: int | None = None
+    reads_padding: bool = True
+
+
+AT_THE_END = ScoreOptions()
+"""One score for each response, read at its last token."""
+
+
 class RewardModel(nn.Module):
     """A sequence classifier with one label behind that forward interface.
 
     Args:
         model: a causal model for sequence classification, bare or with adapters.
-        per_token: `forward` gives a score at every response position, for token-wise losses.
-        first_end_id: read the score at the row's first token of this id (the convention of some
-            published models) instead of its last token; rows without one are read at the last.
-        reads_padding: with `per_token`, scores behind a response's end are wanted too; where they
-            are not, a faster layout gives any number there.
+        options: where scores are read.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        per_token: bool = False,
-        first_end_id: int | None = None,
-        reads_padding: bool = True,
-    ) -> None:
+    def __init__(self, model: Any, options: ScoreOptions = AT_THE_END) -> None:
         super().__init__()
-        self.model = model
-        self.per_token = per_token
-        self.first_end_id = first_end_id
-        self.reads_padding = reads_padding
+        self.model, self.options = model, options
         # Scores in bfloat16 would be equal where they should just differ; the head is tiny.
         self._head().float()
 
@@ -73,7 +82,7 @@ class RewardModel(nn.Module):
         """Raw scores, float32: [N], or [N, R] (padding included) with `per_token`."""
         ids, mask, position_ids = batch.full_rows()
         hidden = self._hidden(ids, mask, position_ids)  # [N, P + R, H]
-        if self.per_token:
+        if self.options.per_token:
             return self._apply_head(hidden[:, batch.prompt_ids.shape[1] :])
         rows = torch.arange(len(ids), device=ids.device)
         return self._apply_head(hidden[rows, self._columns(batch, ids, mask)])
@@ -91,9 +100,9 @@ class RewardModel(nn.Module):
     def _columns(self, batch: TokenBatch, ids: Tensor, mask: Tensor) -> Tensor:
         """[N] the column of each full row at which its score is read."""
         last = batch.prompt_ids.shape[1] + batch.response_lengths - 1
-        if self.first_end_id is None:
+        if self.options.first_end_id is None:
             return last
-        is_end = (ids == self.first_end_id) & mask.bool()
+        is_end = (ids == self.options.first_end_id) & mask.bool()
         return torch.where(is_end.any(1), is_end.long().argmax(1), last)
 
     def _hidden(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:

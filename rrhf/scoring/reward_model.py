@@ -33,6 +33,7 @@ from rrhf.models.reward_layouts import FastRewardModel, build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
     RewardModel,
+    ScoreOptions,
     load_reward_model,
     score_normalizer,
 )
@@ -160,7 +161,9 @@ class _LocalScorer(Scorer):
     ) -> None:
         """Move the model to its device, freeze it, and put it behind the forward interface."""
         model = model.to(device or resolve_device()).requires_grad_(False)
-        self.model = build_reward_model(model, options.layout, first_end_id=first_end_id)
+        self.model = build_reward_model(
+            model, options.layout, ScoreOptions(first_end_id=first_end_id)
+        )
         self._rows = RowScorer(self.model, pad_id, options.max_batch_tokens)
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:

@@ -17,7 +17,7 @@ from rrhf.models.forward.shared_prefix import dense_mask, lay_out
 from rrhf.models.loading import enable_checkpointing
 from rrhf.models.policy_with_value import ValueModel
 from rrhf.models.reward_layouts import FastRewardModel, build_reward_model
-from rrhf.models.reward_model import RewardModel
+from rrhf.models.reward_model import AT_THE_END, RewardModel, ScoreOptions
 from rrhf.training.methods.reward import RewardObjective
 from rrhf.training.methods.reward_config import RewardLossSettings
 
@@ -57,14 +57,16 @@ def require_equal(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -
     assert float((found[1] - expected[1]).norm() / expected[1].norm()) < 1e-5
 
 
-def asked(loss_type: str) -> dict[str, bool]:
+def asked(loss_type: str) -> ScoreOptions:
     """As `rrhf.training.methods.reward.train` builds them."""
     config = RewardLossSettings(loss_type=loss_type)
-    return {"per_token": config.reads_tokens, "reads_padding": config.reads_padding}
+    return ScoreOptions(config.reads_tokens, reads_padding=config.reads_padding)
 
 
-def fast(inner: Any, layout: str = "shared_prefix", **more: Any) -> FastRewardModel:
-    model = build_reward_model(inner, layout, **more)
+def fast(
+    inner: Any, layout: str = "shared_prefix", options: ScoreOptions = AT_THE_END
+) -> FastRewardModel:
+    model = build_reward_model(inner, layout, options)
     assert isinstance(model, FastRewardModel) and model.layout == layout
     return model
 
@@ -88,9 +90,9 @@ def test_scores_losses_and_gradients_are_those_of_padded_rows(name: str, layout:
 @pytest.mark.parametrize("loss_type", [TOKENS, MEANS])
 def test_losses_that_read_every_token(name: str, layout: str, loss_type: str) -> None:
     """Token-wise ones read what the model makes of padding too."""
-    more = asked(loss_type)
+    options = asked(loss_type)
     for b in (RAGGED, EVEN):
-        one, other = fast(MODELS[name](), layout, **more), RewardModel(MODELS[name](), **more)
+        one, other = fast(MODELS[name](), layout, options), RewardModel(MODELS[name](), options)
         require_equal(step(one, b, loss_type), step(other, b, loss_type))
         mask = b.response_mask | (loss_type == TOKENS)
         require_close(one(b)[mask], other(b)[mask])
@@ -106,11 +108,11 @@ def test_padding_is_fed_once_for_each_row_and_seen_by_nobody() -> None:
     assert not bool(sees[:, packed.blind].any())
     assert lay_out(EVEN, with_padding=True).blind is None
     inner = MODELS["llama"]()
-    one, seen = fast(inner, **asked(TOKENS)), passes_of(inner)
+    one, seen = fast(inner, options=asked(TOKENS)), passes_of(inner)
     one(RAGGED)
     assert seen == [packed.ids.shape[1]]
     narrow = MODELS["mistral_window"]()
-    one, seen = fast(narrow, **asked(TOKENS)), passes_of(narrow)
+    one, seen = fast(narrow, options=asked(TOKENS)), passes_of(narrow)
     one(RAGGED), one(EVEN)
     assert seen == [RAGGED.full_rows()[0].numel(), 8 + 3 * 6]
 
@@ -131,8 +133,8 @@ def test_scores_at_the_first_end() -> None:
         EncodedSet([11, 12], [[5, EOS, 6]]),
     ]
     b = collate(sets, PAD)
-    one = fast(MODELS["qwen3"](), first_end_id=EOS)
-    expected = RewardModel(MODELS["qwen3"](), first_end_id=EOS)(b)
+    one = fast(MODELS["qwen3"](), options=ScoreOptions(first_end_id=EOS))
+    expected = RewardModel(MODELS["qwen3"](), ScoreOptions(first_end_id=EOS))(b)
     require_close(one(b), expected)
     at_last = RewardModel(MODELS["qwen3"]())(b)
     assert (expected - at_last).abs().gt(1e-3).tolist() == [True, True, True, False, False, True]
@@ -263,12 +265,14 @@ def test_a_model_that_cannot_be_served_falls_back_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     b = collate(encoded_sets(50), PAD)
-    model = build_reward_model(classifier("bloom"), "auto", first_end_id=EOS)
-    assert type(model) is RewardModel and model.first_end_id == EOS
+    model = build_reward_model(classifier("bloom"), "auto", ScoreOptions(first_end_id=EOS))
+    assert type(model) is RewardModel and model.options.first_end_id == EOS
     said = [r for r in caplog.records if r.name.startswith("rrhf")]
     assert [r.levelname for r in said] == ["WARNING"]
     assert "BloomForSequenceClassification goes by padded, since shared_prefix:" in caplog.text
-    assert torch.equal(model(b), RewardModel(classifier("bloom"), first_end_id=EOS)(b))
+    assert torch.equal(
+        model(b), RewardModel(classifier("bloom"), ScoreOptions(first_end_id=EOS))(b)
+    )
     with pytest.raises(UserError, match=r"--layout shared_prefix: does not serve Bloom"):
         build_reward_model(classifier("bloom"), "shared_prefix")
 

@@ -28,6 +28,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.reward_model import (
     RewardModel,
+    ScoreOptions,
     init_reward_model,
     load_reward_model,
     score_normalizer,
@@ -118,7 +119,7 @@ def test_scores_do_not_depend_on_batch_mates_order_or_pad_id() -> None:
 @torch.no_grad()
 def test_per_token_gives_the_response_positions() -> None:
     model, batch = classifier(), batch_of(encoded_sets(50, end_id=EOS))
-    tokens = RewardModel(model, per_token=True)(batch)
+    tokens = RewardModel(model, ScoreOptions(per_token=True))(batch)
     assert tokens.shape == batch.response_ids.shape
     width = batch.prompt_ids.shape[1]
     assert torch.equal(tokens, RewardModel(model).token_scores(batch)[:, width:])
@@ -135,10 +136,10 @@ def test_first_end_id_reads_at_the_first_one_wherever_it_stands() -> None:
         model,
         [EncodedSet([7], [[9, EOS]]), EncodedSet([7], [[EOS]]), EncodedSet([7, 8], [[9, 10]])],
     )
-    scores = RewardModel(model, first_end_id=EOS)(batch_of(sets))
+    scores = RewardModel(model, ScoreOptions(first_end_id=EOS))(batch_of(sets))
     torch.testing.assert_close(scores, expected, **CLOSE)
     # Padding of the same id is not taken for one, on the left as on the right.
-    scores = RewardModel(model, first_end_id=EOS)(batch_of(sets, pad_id=EOS))
+    scores = RewardModel(model, ScoreOptions(first_end_id=EOS))(batch_of(sets, pad_id=EOS))
     torch.testing.assert_close(scores, expected, **CLOSE)
 
 

@@ -29,6 +29,7 @@ from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import (
     CHAT_FORMAT_KEY,
     HEAD,
+    ScoreOptions,
     init_reward_model,
     set_score_normalizer,
 )
@@ -192,8 +193,7 @@ def train(config: RewardConfig) -> Path:
         model = build_reward_model(
             on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS")),
             config.layout,
-            per_token=config.reads_tokens,
-            reads_padding=config.reads_padding,
+            ScoreOptions(config.reads_tokens, reads_padding=config.reads_padding),
         )
         encode, encode_held_out = _encoder(config, bench), _encoder(config, bench)
         examples = encoded(config.data_path, sets, encode, counts, columns=config.columns)

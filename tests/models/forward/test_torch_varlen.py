@@ -21,6 +21,7 @@ from rrhf.models.forward.logprobs import Policy
 from rrhf.models.forward.shared_prefix import AttentionRules, lay_out
 from rrhf.models.forward.varlen_attention import as_flash, attend_varlen, calls_of
 from rrhf.models.reward_layouts import build_reward_model
+from rrhf.models.reward_model import ScoreOptions
 from rrhf.training.methods.rank import RankConfig
 
 SIGNATURES = {"2.10": torch_2_10, "2.11": torch_2_11, "2.13": torch_2_13}
@@ -124,7 +125,7 @@ def test_a_reward_model(use: Callable[..., None]) -> None:
     use(torch_2_13)
     for per_token in (False, True):
         found, expected = (
-            build_reward_model(MODELS["llama"](), layout, per_token=per_token)
+            build_reward_model(MODELS["llama"](), layout, ScoreOptions(per_token))
             for layout in ("varlen_attention", "padded")
         )
         calls.clear()

@@ -24,7 +24,7 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
 from rrhf.models.forward.logprobs import Policy
 from rrhf.models.reward_layouts import build_reward_model
-from rrhf.models.reward_model import RewardModel
+from rrhf.models.reward_model import RewardModel, ScoreOptions
 from rrhf.training.core.parallel import Parallel, launched_place, sharded_bf16
 
 BATCH = collate(
@@ -86,7 +86,7 @@ def test_no_root_of_scores_returns_a_view(one_rank: Any, layout: str, per_token:
     config = tiny_llama().config
     config.num_labels = 1
     model = LlamaForSequenceClassification(config)
-    root = build_reward_model(model, layout, per_token)
+    root = build_reward_model(model, layout, ScoreOptions(per_token))
     scores = sharded(root, model.model.layers, one_rank)(BATCH)
     assert scores._base is None
     scores.sum().backward()

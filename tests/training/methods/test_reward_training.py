@@ -30,7 +30,7 @@ from rrhf.data.mixing import load_sets
 from rrhf.data.views import split_by_first_turn
 from rrhf.errors import AlreadyFinished, UserError
 from rrhf.models.loading import load_tokenizer
-from rrhf.models.reward_model import RewardModel, load_reward_model, score_normalizer
+from rrhf.models.reward_model import RewardModel, ScoreOptions, load_reward_model, score_normalizer
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training.core.parallel import Parallel
@@ -87,7 +87,10 @@ def loss_and_gradient(
     config: RewardConfig, batches: Iterable[TokenBatch]
 ) -> tuple[float, list[Tensor]]:
     """What the loop makes of micro-batches, written out."""
-    model, objective = RewardModel(tiny_classifier(), config.reads_tokens), RewardObjective(config)
+    model, objective = (
+        RewardModel(tiny_classifier(), ScoreOptions(config.reads_tokens)),
+        RewardObjective(config),
+    )
     batches = list(batches)
     denominators: dict[str, float] = {}
     for batch in batches:
@@ -378,7 +381,7 @@ def test_held_out_figures_do_not_depend_on_batches() -> None:
     for size in (1, 2, 5):
         for loss_type in ("sequence-wise", "average"):
             config = settings(loss_type=loss_type, pair_reduction="pair")
-            model = RewardModel(tiny_classifier(), config.reads_tokens)
+            model = RewardModel(tiny_classifier(), ScoreOptions(config.reads_tokens))
             objective = RewardObjective(config)
             found.append(held_out_metrics(model, objective, examples(), PAD, size, Parallel()))
     for one, other in ((0, 2), (0, 4), (1, 3), (1, 5)):
