@@ -4,12 +4,12 @@
         round-2/candidates.jsonl (of round 1's policy) -> train_data.json -> rank/policy/ -> ...
         policy/ (the last round's), best/policy/ (by the score on held-out prompts), manifest.json
 
-Every stage is the call that `rrhf generate`, `rrhf score` and `rrhf train rank` make, so each takes
-up where a kill left it, and rounds that are made by hand with those commands give the same bits
-(`--seed`, and `--round 1` in the first round). The optimiser begins anew in every round.
+Every stage makes the same call as `rrhf generate`, `rrhf score` or `rrhf train rank`, so each
+continues after a kill, and rounds that are made by hand with those commands give the same bits
+(with `--seed`, and `--round 1` in the first round). Every round starts with a new optimiser.
 
-The KL divergence of a round's samples from the first policy is measured from its second policy on;
-with `kl_coeff` it is taken off the scores, and `scored.jsonl` keeps what the scorer said.
+From the second round on, the KL divergence of the samples from the first policy is measured; with
+`kl_coeff` it is subtracted from the scores, and `scored.jsonl` keeps the scorer's own scores.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: IterativeConfig) -> Path:
-    """All rounds; returns the folder of the last policy.
+    """Run all rounds; returns the folder of the last policy.
 
     Raises:
         UserError: the prompts, a model or a setting is not usable; the text says which and why.
-        StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
-        AlreadyFinished: all rounds are there.
+        StoppedBySignal: SIGTERM or SIGINT was received; finished work is on disk.
+        AlreadyFinished: all rounds are complete.
     """
     require_models_as_written(config)
     check_model_path(config.model_name_or_path)
@@ -123,7 +123,7 @@ class _Rounds:
     # The stages of a round.
 
     def _candidates(self, number: int) -> None:
-        """`train_data.json`: sampled, scored, the KL taken off where that is asked for."""
+        """Make `train_data.json`: sampled, scored, and with `kl_coeff` penalised by the KL."""
         folder, config = self.folder.round(number), self.config
         policy = self._policy_before(number)
         sampling = config.generation(policy, folder / "candidates.jsonl", number)
@@ -159,7 +159,7 @@ class _Rounds:
             RunFolder(run).drop_checkpoints()
 
     def _evaluated(self, number: int) -> dict[str, Any] | None:
-        """What a round's policy answers to held-out prompts, and what the scorer says of it."""
+        """Sample and score a round's policy on the held-out prompts."""
         if self.config.eval_datasets is None:
             return None
         folder = self.folder.round(number) / "evaluation"
@@ -176,10 +176,10 @@ class _Rounds:
     # Their parts.
 
     def _do(self, where: str, work: Callable[[], object]) -> None:
-        """Do what may be left at any time, and free the memory of its models.
+        """Do work that can be interrupted at any time, and free the memory of its models.
 
         Raises:
-            StoppedBySignal: a signal came; the message says where.
+            StoppedBySignal: a signal was received; the message says where.
         """
         try:
             self.stop.run(work, "what is done is on disk")
@@ -196,7 +196,7 @@ class _Rounds:
         score_file(self.config.scoring(folder / "candidates.jsonl", output), *self.place)
 
     def _log_ratios(self, sampling: GenerateConfig, folder: Path) -> None:
-        """`log_ratios.jsonl`: as scores of the candidates, how far each is from the start."""
+        """Make `log_ratios.jsonl`: candidates whose scores are log-ratios to the first policy."""
         ratio = LogRatio(sampling, self.config.model_name_or_path)
         config = ScoreConfig(
             input_file=str(folder / "candidates.jsonl"),
@@ -217,7 +217,7 @@ class _Rounds:
     # After.
 
     def _keep_policies(self) -> int | None:
-        """`policy/`, and `best/` where there are figures to choose by; returns its round."""
+        """Write `policy/` and, if rounds were evaluated, `best/`; returns the best round."""
         best, last = best_round(self.reports), self.config.num_rounds
         outcome = best if best is not None and self.config.load_best_model_at_end else last
         _copy_policy(self.folder.policy_after(outcome), self.folder.policy)
@@ -243,14 +243,14 @@ def penalise(
     coefficient: float,
     accept_edited: bool = False,
 ) -> None:
-    """Write candidates with score - coefficient * log-ratio; None where either is missing.
+    """Write candidates with score - coefficient * log-ratio; None if either is missing.
 
     Args:
-        scored: what the scorer said.
+        scored: candidates with the scorer's scores.
         log_ratios: the same candidates in the same order, log-ratios in nats as their scores.
         output: the candidate file to write.
         coefficient: score units per nat.
-        accept_edited: read files also where they are not as their manifests describe them.
+        accept_edited: read files even if they differ from their manifests.
     """
     given_sets = read_candidate_sets(scored, accept_edited)
     ratio_sets = read_candidate_sets(log_ratios, accept_edited)

@@ -1,4 +1,4 @@
-"""The settings of `rrhf train iterative`, and what they mean for each stage of a round."""
+"""The settings of `rrhf train iterative`, and those of each stage that follow from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rrhf.scoring.config import RewardModelOptions, ScoreConfig
 from rrhf.training.methods.rank_config import RankConfig, RankSettings
 
 EVALUATION_ROUND = 1_000_000_000
-"""Its draws must not be those of a round, and are the same for every policy."""
+"""Round number of evaluations: unlike any round's, and the same for every policy."""
 
 
 @dataclass
@@ -90,12 +90,12 @@ class IterativeConfig(SamplingOptions, RankSettings):
         self.scoring(Path("a"), Path("b"))
 
     def generation(self, policy: str, output: Path, round_number: int) -> GenerateConfig:
-        """How a round's candidates are drawn.
+        """Settings of `rrhf generate` in a round.
 
         Args:
             policy: folder or hub name of the policy that writes them.
             output: the candidate file.
-            round_number: 1 in the first; other rounds draw other responses.
+            round_number: from 1; each round draws other responses.
         """
         shared = {item.name: getattr(self, item.name) for item in fields(SamplingOptions)}
         return GenerateConfig(
@@ -114,7 +114,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         )
 
     def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
-        """How a policy answers the held-out prompts: one draw each, without filters or beams."""
+        """Settings by which a policy answers held-out prompts: one sample each, without filters."""
         assert self.eval_datasets is not None, "there is nothing to evaluate on"
         config = GenerateConfig(
             policy,
@@ -141,7 +141,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         return config
 
     def scoring(self, candidates: Path, output: Path) -> ScoreConfig:
-        """How candidates get their scores."""
+        """Settings of `rrhf score` in a round."""
         return ScoreConfig(
             input_file=str(candidates),
             output_file=str(output),
@@ -157,7 +157,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         )
 
     def reward_options(self) -> RewardModelOptions:
-        """What `check_scorer` needs to know."""
+        """The options of the reward model, for `check_scorer`."""
         return RewardModelOptions(
             reward_format=self.reward_format,
             reward_base=self.reward_base,
@@ -165,7 +165,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         )
 
     def ranking(self, policy: str, data: Path, output_dir: Path, resume: bool) -> RankConfig:
-        """How a round trains."""
+        """Settings of `rrhf train rank` in a round."""
         settings: dict[str, Any] = {
             item.name: getattr(self, item.name) for item in fields(RankSettings)
         }

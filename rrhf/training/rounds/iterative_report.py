@@ -1,4 +1,4 @@
-"""What a round came to: counts, scores, KL and time, read from the files that its stages left."""
+"""The report of a round: counts, scores, KL and time, from the files of its stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reduce = Callable[[Sequence[float]], float]
 
 
 def round_report(folder: Path, number: int, config: IterativeConfig) -> dict[str, Any]:
-    """What a finished round leaves in the manifest.
+    """The manifest entry of a finished round.
 
     Args:
         folder: of the round.
@@ -58,11 +58,11 @@ def round_report(folder: Path, number: int, config: IterativeConfig) -> dict[str
 
 
 def evaluation_report(folder: Path, number: int, config: IterativeConfig) -> dict[str, Any]:
-    """What a policy's answers to held-out prompts came to.
+    """The manifest entry of a policy's answers to the held-out prompts.
 
     Args:
         folder: of the evaluation.
-        number: of the round before it; 0 = the policy of the start.
+        number: of the round before it; 0 = the starting policy.
         config: of the run.
     """
     drawn = _manifest(folder / "candidates.jsonl")
@@ -76,7 +76,7 @@ def evaluation_report(folder: Path, number: int, config: IterativeConfig) -> dic
 
 
 def in_a_line(report: Mapping[str, Any], num_rounds: int) -> str:
-    """The report of a round, for a person who watches."""
+    """The report of a round as one line of text."""
     words = [
         f"round {report['round']} of {num_rounds} is done: {report['prompts']} prompts",
         f"{report['samples']} samples",
@@ -100,7 +100,7 @@ def _kl(folder: Path, has_moved: bool, config: IterativeConfig) -> dict[str, Any
 
 
 def _over_samples(path: Path, reduce: Reduce, config: IterativeConfig) -> dict[str, Any]:
-    """Of each prompt's sampled candidates with a score, one value; their mean over prompts."""
+    """The mean over prompts of one value for each prompt's scored samples."""
     sets = read_candidate_sets(path, config.accept_edited_files)
     return estimate(Measure(dict(_by_prompt(sets, reduce)))).as_dict()
 

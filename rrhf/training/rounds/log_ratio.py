@@ -1,10 +1,9 @@
-"""How far candidates are from the policy of the start: log p(y|x) - log p_first(y|x), in nats.
+"""The log-ratio of candidates to the starting policy: log p(y|x) - log p_first(y|x), in nats.
 
-Written as a scorer, so that the scoring stage does it with all that it knows of kills and of
-several processes. Averaged over samples of the policy it is the KL divergence from the first one;
-taken off the scores with a coefficient it is the penalty of RRHF's paper (Yuan et al. 2023,
-arXiv:2304.05302, section 4.6: r - coefficient * KL), which here falls on every candidate alike,
-those that people wrote included.
+It is a scorer, so that the scoring stage handles kills and several processes. Averaged over samples
+of the policy it is the KL divergence from the first one; multiplied by a coefficient and subtracted
+from the scores it is the penalty of RRHF's paper (Yuan et al. 2023, arXiv:2304.05302, section 4.6:
+r - coefficient * KL), which here applies to every candidate, human ones included.
 
 Responses are read as training will read them: as text, after the prompt that sampling saw.
 """
@@ -30,12 +29,12 @@ from rrhf.stages.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class LogRatio:
-    """Which policies are compared, and how both are read.
+    """The two policies, and the settings for computing log-probs under both.
 
     Attributes:
-        sampling: how the responses were drawn: its model is the policy, its temperature divides the
+        sampling: settings of the sampling: its model is the policy, its temperature divides the
             logits of both, its limits cut the prompts.
-        first: folder or hub name of the policy of the start.
+        first: folder or hub name of the starting policy.
     """
 
     sampling: GenerateConfig

@@ -1,6 +1,6 @@
 """The run folder of `rrhf train iterative`, whose resumable states are its rounds.
 
-No import of torch: that a folder is taken is reported before it is loaded.
+Does not import torch, so that a folder in use is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RoundsFolder(RunFolder):
         self.checkpoints = self.round(1)
 
     def round(self, number: int) -> Path:
-        """Where a round stands; 0 = what is known of the policy of the start."""
+        """The folder of a round; 0 = that of the starting policy's evaluation."""
         return self.path / f"round-{number}"
 
     def policy_after(self, number: int) -> Path:
@@ -45,11 +45,11 @@ class RoundsFolder(RunFolder):
 
     @property
     def is_bare(self) -> bool:
-        """True where no stage of a round has left anything either."""
+        """Whether no stage of a round has written anything either."""
         return super().is_bare and not any(path.is_file() for path in self._of_rounds())
 
     def discard(self) -> None:
-        """As a run folder does, with the empty folders of rounds."""
+        """Remove what `open` wrote, and the empty folders of rounds."""
         for path in sorted(self._of_rounds(), reverse=True):
             path.rmdir()
         super().discard()
@@ -67,10 +67,10 @@ class RoundsFolder(RunFolder):
         return is_complete and folder.is_dir()
 
     def require_same_settings(self, config: IterativeConfig) -> None:
-        """Refuse to go on with settings that would make the rounds those of no single run.
+        """Refuse to continue with other settings, so that all rounds of a run have the same.
 
         Raises:
-            UserError: settings differ, or fewer rounds are asked for than there are.
+            UserError: settings differ, or num_rounds is smaller than the number of rounds done.
         """
         changed = [
             (name, was, now)
@@ -90,12 +90,12 @@ class RoundsFolder(RunFolder):
             )
 
     def wait_until_open(self, config: IterativeConfig, stop: StopRequest) -> None:
-        """Return once process 0 has opened the folder: it would take what another process begins
-        there before it for an earlier run.
+        """Return once process 0 has opened the folder: before that, it would take the work of
+        another process for an earlier run.
 
         Raises:
             StoppedBySignal: a signal came first.
-            UserError: it has not been opened for `ddp_timeout`.
+            UserError: it was not opened within `ddp_timeout` seconds.
         """
         deadline = time.monotonic() + config.ddp_timeout
         while not self._is_open(config):
