@@ -133,38 +133,49 @@ def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     ).to(device)
 
 
-class _LocalScorer(Scorer):
+# A prompt's ids by the room that they have; None: no limit, or it does not fit.
+Prompts = dict[int | None, list[int] | None]
+
+
+class LocalScorer(Scorer):
     """A reward model on this machine: each candidate becomes a row of ids, rows become scores.
+
+    Args:
+        path: its folder or hub name, or one weight file of trlX.
+        options: how it reads and computes; those for another kind of model are ignored.
+        device: where; by default the first GPU or the CPU.
 
     Attributes:
         unscored: why candidates got None, counted.
+
+    Raises:
+        UserError: no such reward model there, or an impossible setting.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(
+        self,
+        path: str | Path,
+        options: RewardModelOptions | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        options = options or RewardModelOptions()
+        self.name = f"reward_model:{model_folder(path)}"
         self.unscored: Counter[str] = Counter()
         self._normalizer: Normalizer | None = None
-
-    @abstractmethod
-    def _row(
-        self, s: CandidateSet, candidate: Candidate, prompts: dict[int | None, list[int] | None]
-    ) -> list[int] | str:
-        """The row of a candidate, or why it has none; `prompts` keeps the set's, by their room."""
-
-    def _take(
-        self,
-        model: Any,
-        options: RewardModelOptions,
-        pad_id: int,
-        first_end_id: int | None,
-        device: torch.device | str | None,
-    ) -> None:
-        """Move the model to its device, freeze it, and put it behind the forward interface."""
+        model, pad_id, first_end_id = self._load(path, options)
         model = model.to(device or resolve_device()).requires_grad_(False)
         self.model = build_reward_model(
             model, options.layout, ScoreOptions(first_end_id=first_end_id)
         )
         self._rows = RowScorer(self.model, pad_id, options.max_batch_tokens)
+
+    @abstractmethod
+    def _load(self, path: str | Path, options: RewardModelOptions) -> tuple[Any, int, int | None]:
+        """The model, its pad id, and the end id at which it is read, None = at the last token."""
+
+    @abstractmethod
+    def _row(self, s: CandidateSet, candidate: Candidate, prompts: Prompts) -> list[int] | str:
+        """The row of a candidate, or why it has none; `prompts` keeps what the set has encoded."""
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
         """Scores in order; None where a response alone does not fit, or a score is not finite."""
@@ -172,7 +183,7 @@ class _LocalScorer(Scorer):
         rows: list[list[int]] = []
         places: list[tuple[int, int]] = []
         for i, s in enumerate(sets):
-            prompts: dict[int | None, list[int] | None] = {}
+            prompts: Prompts = {}
             for j, candidate in enumerate(s.candidates):
                 row = self._row(s, candidate, prompts)
                 if isinstance(row, str):
@@ -200,28 +211,12 @@ class _LocalScorer(Scorer):
         self.unscored[reason] += 1
 
 
-class RewardModelScorer(_LocalScorer):
-    """Any sequence-classification reward model with one label.
-
-    Args:
-        path: its folder or hub name.
-        options: how it reads and computes; those for trlx are ignored.
-        device: where; by default the first GPU or the CPU.
-
-    Raises:
-        UserError: no reward model there, or an impossible setting.
-    """
+class RewardModelScorer(LocalScorer):
+    """Any sequence-classification reward model with one label."""
 
     window: int
 
-    def __init__(
-        self,
-        path: str | Path,
-        options: RewardModelOptions | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(f"reward_model:{model_folder(path)}")
-        options = options or RewardModelOptions()
+    def _load(self, path: str | Path, options: RewardModelOptions) -> tuple[Any, int, int | None]:
         if options.score_at not in SCORE_POSITIONS:
             raise UserError(
                 f"--score_at {options.score_at!r}: choose one of {', '.join(SCORE_POSITIONS)}"
@@ -239,7 +234,7 @@ class RewardModelScorer(_LocalScorer):
         self._normalizer = score_normalizer(model.config) if options.normalize else None
         self.normalized = self._normalizer is not None
         first_end_id = self._first_end_id(path) if options.score_at == "first_eos" else None
-        self._take(model, options, self.codec.pad_id, first_end_id, device)
+        return model, self.codec.pad_id, first_end_id
 
     def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
         """Whether the response fits into the window behind at least the prompt's last turn."""
@@ -265,9 +260,7 @@ class RewardModelScorer(_LocalScorer):
             )
         return self.codec.end_id
 
-    def _row(
-        self, s: CandidateSet, candidate: Candidate, prompts: dict[int | None, list[int] | None]
-    ) -> list[int] | str:
+    def _row(self, s: CandidateSet, candidate: Candidate, prompts: Prompts) -> list[int] | str:
         def prompt(room: int | None) -> list[int] | None:
             if room not in prompts:
                 prompts[room] = self.codec.encode_prompt(s, room)
@@ -286,33 +279,17 @@ class RewardModelScorer(_LocalScorer):
         return "last_turn_does_not_fit" if ids is None else [*ids, *response]
 
 
-class TrlxScorer(_LocalScorer):
+class TrlxScorer(LocalScorer):
     """A reward model in trlX's published layout, scored as it was when RRHF was published.
 
     The text is query + " " + response + EOS (no second blank where the response begins with one).
-    The score is read at the first EOS; a text longer than 1024 tokens loses its first ones. EOS is
-    always there, because such models were trained with it. Conversations are rendered as HH has
-    them.
-
-    Args:
-        path: the published folder, or one weight file.
-        options: those for trlx, `max_length` (0 = 1024, or the model's window if that is less), and
-            how it computes; the others are ignored. `trlx_double_blank` reproduces the released
-            numbers.
-        device: where; by default the first GPU or the CPU.
-
-    Raises:
-        UserError: no such model there, or an impossible setting.
+    The score is read at the first EOS; a text longer than 1024 tokens, or the model's window, loses
+    its first ones. EOS is always there, because such models were trained with it. Conversations are
+    rendered as HH has them. `trlx_double_blank` reproduces the released numbers.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        options: RewardModelOptions | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(f"reward_model:{model_folder(path)} (trlx)")
-        options = options or RewardModelOptions()
+    def _load(self, path: str | Path, options: RewardModelOptions) -> tuple[Any, int, int | None]:
+        self.name += " (trlx)"
         folder = config_folder(path, options.reward_base)
         self._tokenizer = load_tokenizer(folder)
         if self._tokenizer.eos_token_id is None:
@@ -324,7 +301,7 @@ class TrlxScorer(_LocalScorer):
         self._max_length = options.max_length or min(PUBLISHED_TRLX_LENGTH, window)
         self._double_blank = options.trlx_double_blank
         self._end_id = int(self._tokenizer.eos_token_id)
-        self._take(model, options, self._end_id, self._end_id, device)
+        return model, self._end_id, self._end_id
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records."""
@@ -338,9 +315,7 @@ class TrlxScorer(_LocalScorer):
         blank = "" if candidate.response.startswith(" ") and not self._double_blank else " "
         return query + blank + candidate.response
 
-    def _row(
-        self, s: CandidateSet, candidate: Candidate, prompts: dict[int | None, list[int] | None]
-    ) -> list[int]:
+    def _row(self, s: CandidateSet, candidate: Candidate, prompts: Prompts) -> list[int]:
         encoded = self._tokenizer(
             self.text_of(s, candidate), add_special_tokens=False, split_special_tokens=True
         )
