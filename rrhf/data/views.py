@@ -26,7 +26,6 @@ from dataclasses import replace
 from rrhf.data.conversations import conversation_of
 from rrhf.data.formats import SourceCounts
 from rrhf.data.indexed_sets import IndexedSets
-from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, CandidateSet
 
 Sets = Sequence[CandidateSet]
@@ -218,16 +217,10 @@ def split_by_first_turn(
         fractions: part name -> its share, such as {"reward": .4, "policy": .4, "heldout": .2}; if
             they add up to less than 1, the rest is in no part.
         seed: another seed, another split.
-
-    Raises:
-        UserError: a fraction is not in 0..1, or they add up to more than 1.
     """
     total = math.fsum(fractions.values())
-    if not fractions or total > 1 + 1e-9 or any(not 0 <= f <= 1 for f in fractions.values()):
-        raise UserError(
-            f"fractions {dict(fractions)}: each must be between 0 and 1, together at most 1; fix "
-            "them"
-        )
+    assert fractions and total <= 1 + 1e-9, "shares add up to at most 1"
+    assert all(0 <= share <= 1 for share in fractions.values()), "a share lies between 0 and 1"
     entries: dict[str, list[tuple[int, int, int]]] = {name: [] for name in fractions}
     for row, found in enumerate(sets):
         digest = hashlib.sha256(f"{seed}\n{first_turn(found)}".encode("utf-8", "surrogatepass"))

@@ -18,7 +18,6 @@ from rrhf.data.views import (
     ranked_groups,
     split_by_first_turn,
 )
-from rrhf.errors import UserError
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet, Message
 
 
@@ -214,7 +213,7 @@ def test_fractions_below_one_leave_a_rest():
 
 @pytest.mark.parametrize("fractions", [{}, {"a": 0.7, "b": 0.4}, {"a": -0.1}, {"a": 1.5}])
 def test_fractions_that_are_none(fractions: dict[str, float]):
-    with pytest.raises(UserError, match="fix them"):
+    with pytest.raises(AssertionError, match="share"):
         split_by_first_turn([], fractions)
 
 
