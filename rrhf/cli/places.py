@@ -5,7 +5,8 @@ A field says in its metadata what it `names`:
     model          a model folder, a run folder or a hub name
     engine's model as `model` where the engine that writes loads one, else any name
     scorer         a reward model, or `gold:...`, `function:...`
-    data           a file, a registered name, `name[:proportion[:path]]`, several with commas
+    data           a file, a registered name, `package.module:name` of the user's own, all as
+                   `name[:proportion[:path]]`, several with commas
     prompts        as `data`, or a prompt itself
     responses      a candidate file, or the word `dataset`
     model or file  a model, or a file where there is one

@@ -41,8 +41,8 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
     """Folder for the rows: NAME.json and NAME.samples.jsonl."""
 
     prompts: str = field(metadata={"names": "data"})
-    """Held-out prompts: a file, a registered name or a dataset, as name[:proportion[:path]]. Human
-    responses that come with them serve as references and pairs."""
+    """Held-out prompts: a file, a registered name, a dataset or package.module:name, as
+    name[:proportion[:path]]. Human responses that come with them serve as references and pairs."""
 
     model_name_or_path: str = field(default="", metadata={"names": "engine's model"})
     """The policy to measure: a model folder, a run folder, or a hub name."""

@@ -75,8 +75,9 @@ class GenerateConfig(SamplingOptions, DataOptions):
     model_name_or_path: str = field(metadata={"names": "engine's model"})
     """The policy: a model folder, a run folder, or a hub name."""
     prompts: str = field(metadata={"names": "prompts"})
-    """The prompts: a file, a registered name or a dataset, as name[:proportion[:path]], several
-    separated by commas. Or one prompt as text: several words, or text:WORD."""
+    """The prompts: a file, a registered name, a dataset or a function of your own
+    (package.module:name), as name[:proportion[:path]], several separated by commas. Or one prompt
+    as text: several words, or text:WORD."""
     output_file: str = field(metadata={"names": "output file"})
     """The candidate file to write (.jsonl). Its manifest is written next to it, last."""
     length_penalty: float = 1.0

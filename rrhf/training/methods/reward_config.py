@@ -64,7 +64,7 @@ class RewardConfig(RewardLossSettings, TrainingConfig):
         metadata={"names": "data", "aliases": ["train_file", "train_data", "train_datasets"]},
     )
     """Preferences: chosen/rejected pairs or scored candidates; a file, a registered name,
-    name[:proportion[:path]], several separated by commas."""
+    package.module:name, as name[:proportion[:path]], several separated by commas."""
 
     validation_datasets: str | None = field(
         default=None,

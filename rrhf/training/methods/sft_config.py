@@ -15,7 +15,8 @@ class SFTConfig(TrainingConfig):
     """Fine-tune a policy on demonstrations: prompts, each with the response to learn (SFT)."""
 
     data_path: str = field(kw_only=True, metadata={"names": "data"})
-    """Demonstrations: a file, or name[:proportion[:path]], several separated by commas."""
+    """Demonstrations: a file, a registered name, package.module:name, as name[:proportion[:path]],
+    several separated by commas."""
 
     eval_data_path: str | None = field(default=None, metadata={"names": "data"})
     """Held-out demonstrations: their loss and perplexity are logged at eval_steps."""

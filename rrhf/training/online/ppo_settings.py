@@ -22,7 +22,8 @@ class PPOSettings(TrainingConfig):
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
-    """Prompts: a file, a registered name, name[:proportion[:path]], several separated by commas."""
+    """Prompts: a file, a registered name, package.module:name, as name[:proportion[:path]], several
+    separated by commas."""
 
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}

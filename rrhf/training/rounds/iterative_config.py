@@ -30,9 +30,9 @@ class IterativeConfig(SamplingOptions, RankSettings):
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
-    """Prompts: a file, a registered name, name[:proportion[:path]], several separated by commas.
-    Responses that come with them (human:chosen, human:rejected) are ranked with the samples of
-    every round, unless add_dataset_responses is false."""
+    """Prompts: a file, a registered name, package.module:name, as name[:proportion[:path]], several
+    separated by commas. Responses that come with them (human:chosen, human:rejected) are ranked
+    with the samples of every round, unless add_dataset_responses is false."""
 
     num_rounds: int = 2
     """Rounds of sampling, scoring and training. A finished run that is resumed with a larger number
