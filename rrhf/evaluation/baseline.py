@@ -1,7 +1,7 @@
-"""The baseline of an evaluation, and whether its own rows still have to be measured.
+"""The baseline of an evaluation, and whether its rows have been measured before.
 
 Several policies are usually evaluated into one folder against the same baseline. Its rows are
-measured with the first policy; later evaluations reuse them.
+measured along with the first policy and reused by later evaluations.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from rrhf.model_paths import model_folder
 from rrhf.records import CandidateSet
 
 GIVEN: dict[str, Any] = {"kind": "written"}
-"""The decoding of responses that nobody sampled for this evaluation."""
+"""The decoding of responses that were not generated for this evaluation."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What win rates are against.
+    """What policies are compared with.
 
     Attributes:
         place: a policy's folder or hub name, or a candidate file.
-        name: of its rows.
-        sets: the file's responses; None for a policy.
+        name: name of its rows.
+        sets: the responses in the file; None for a policy.
     """
 
     place: str
@@ -39,12 +39,12 @@ class Baseline:
 
 
 def name_of_responses(path: str) -> str:
-    """What the responses of a file are called."""
+    """The name of a row that measures the responses of a file."""
     return Path(path).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".samples")
 
 
 def policy_name(path: str) -> str:
-    """What a policy is called: its folder, or the run that it is the policy of."""
+    """The name of a policy: that of its folder, or of the run that trained it."""
     folder = Path(path)
     name = folder.resolve().name if folder.exists() else folder.name
     if name == "policy" and folder.exists():
@@ -58,7 +58,7 @@ def same_place(one: str, other: str) -> bool:
 
 
 def _place(path: str) -> str:
-    with suppress(UserError):  # a run without its model is a place too
+    with suppress(UserError):  # a run folder without a model is still a place
         path = model_folder(path)
     return str(Path(path).resolve()) if Path(path).exists() else path
 
@@ -69,13 +69,14 @@ def standing_row(
     made_with: Mapping[str, Any],
     accept_edited: bool = False,
 ) -> tuple[dict[str, Any], Path] | None:
-    """An existing row of the baseline that was made alike, with its file; None if there is none.
+    """An existing row of the baseline that was made in the same way, with its file, or None.
 
     Args:
-        folder: of the rows.
-        baseline: whose row is wanted. Its responses are part of `made_with`, so a policy whose
+        folder: folder of the rows.
+        baseline: the baseline. Its responses are part of `made_with`, so the row of a policy whose
             weights have changed since does not match.
-        made_with: what a new row would say of how it was made.
+        made_with: the `made_with` of a new row.
+        accept_edited: read the row even if it was changed after it was written.
     """
     wanted = json.loads(json_text(made_with))
     for path in sorted(Path(folder).glob("*.json")):
@@ -89,11 +90,11 @@ def standing_row(
 
 
 def is_name_of_another(folder: str | Path, name: str, place: str) -> bool:
-    """Whether a row in the folder that is not the baseline's stands where its rows would.
+    """Whether another row than the baseline's has the name that its rows would have.
 
     Args:
-        folder: of the rows.
-        name: of the baseline's rows.
+        folder: folder of the rows.
+        name: name of the baseline's rows.
         place: the baseline.
     """
     rows = [try_json(Path(folder) / f"{file_stem(one)}.json") for one in (name, f"{name} greedy")]
@@ -101,12 +102,12 @@ def is_name_of_another(folder: str | Path, name: str, place: str) -> bool:
 
 
 def _measured(row: Mapping[str, Any]) -> str:
-    """The model or file whose responses a row measured; empty where unknown."""
+    """The model or file whose responses a row measures; empty if unknown."""
     config = row.get("config") or {}
     return str(config.get("model_name_or_path") or config.get("responses") or "")
 
 
 def is_own_samples(baseline: Baseline, folder: str | Path) -> bool:
-    """Whether the given responses belong to a row in the folder that a new row would replace."""
+    """Whether the baseline's file belongs to a row of this folder that a new row would replace."""
     samples = Path(folder) / f"{file_stem(baseline.name)}{SAMPLES_SUFFIX}"
     return samples.exists() and same_place(str(samples), baseline.place)

@@ -1,13 +1,13 @@
-"""How sure a number is: bootstrap intervals over prompts, alone and paired.
+"""Bootstrap intervals over prompts: of a metric, and of the difference between two rows.
 
-Prompts are the sample; responses to one prompt are not independent of each other. So every metric
-is first gathered by prompt (`Measure`), and prompts are resampled. Intervals are
-percentile intervals whose percentiles are moved outwards so that a small sample gets Student's
-width (Hesterberg 2015, arXiv:1411.5279, section 4: the "expanded percentile"): with 10 prompts
-plain percentiles cover about .90 where they claim .95.
+Responses to one prompt are not independent of each other, so every metric is first gathered by
+prompt (`Measure`), and prompts are resampled. The intervals are percentile intervals whose
+percentiles are moved outwards, so that a small sample gets Student's width (Hesterberg 2015,
+arXiv:1411.5279, section 4: the "expanded percentile"): with 10 prompts, plain percentiles cover
+about .90 where they claim .95.
 
-What it does not cover: an interval over prompts says nothing about other training seeds, and where
-every prompt gave the same value it has no width at all.
+An interval over prompts says nothing about other training seeds, and it has no width if all prompts
+have the same value.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Estimate:
     """A number with its interval.
 
     Attributes:
-        mean: the point estimate; None where nothing was measured.
-        low, high: the interval's ends; None where there are fewer than two prompts, or where the
-            quantity has no interval over prompts.
-        n: prompts that it rests on.
+        mean: the point estimate; None if nothing was measured.
+        low, high: the ends of the interval; None for fewer than two prompts, or if the quantity has
+            no interval over prompts.
+        n: number of prompts.
     """
 
     mean: float | None
@@ -67,10 +67,10 @@ def paired_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """The metric minus the baseline's, over the prompts that both have, resampled together.
+    """The metric minus that of the baseline, over the prompts that both have.
 
-    Prompts differ more than policies do, so this interval is often far narrower than a look at two
-    separate ones suggests.
+    Both are resampled together. Prompts differ more than policies do, so this interval is often far
+    narrower than two separate intervals suggest.
     """
     theirs = set(baseline.prompt_ids)
     ids = [i for i in measure.prompt_ids if i in theirs]
@@ -84,9 +84,10 @@ def paired_difference(
 
 
 def percentiles(n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The two percentiles of the resamples (0..1) between which the interval lies.
+    """The two percentiles (0..1) of the resamples that are the ends of the interval.
 
-    Phi(-sqrt(n / (n - 1)) * t), t the Student quantile of the wanted level with n - 1 degrees.
+    Phi(-sqrt(n / (n - 1)) * t) and 1 minus it; t is Student's quantile with n - 1 degrees of
+    freedom for this confidence.
     """
     assert n >= 2, "one prompt has no interval"
     assert 0 < confidence < 1, "a confidence lies between 0 and 1"
@@ -118,7 +119,7 @@ def _columns(measure: Measure, prompt_ids: list[str]) -> np.ndarray:
 
 
 def _metric(sums: np.ndarray, scale: Scale) -> np.ndarray:
-    """[rows] the metric, from [rows, 2] sums of values and weights."""
+    """The metric [rows] from sums [rows, 2] of values and weights."""
     ratio = sums[:, 0] / sums[:, 1]
     if scale == "mean":
         return ratio

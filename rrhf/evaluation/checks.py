@@ -27,7 +27,7 @@ def check_places(config: EvaluateConfig) -> None:
     """Refuse models that are not there, and rows whose manifests would replace others.
 
     Raises:
-        UserError: as said.
+        UserError: there is one of either.
     """
     baseline = config.baseline
     for path in (

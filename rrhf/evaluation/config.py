@@ -193,21 +193,21 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
 
     @property
     def engine_spec(self) -> EngineSpec:
-        """Of the engine that writes the policy's responses."""
+        """The registry's entry of the engine that generates the policy's responses."""
         return ENGINES[self.engine]
 
     @property
     def measured(self) -> str:
-        """The policy, or the file of responses, that is measured."""
+        """The policy, or the responses, to measure."""
         return self.model_name_or_path or self.responses
 
     @property
     def decodings(self) -> tuple[bool, ...]:
-        """For each row of a policy, whether its decoding is greedy."""
+        """For each row of a policy, whether it is decoded greedily."""
         return {"greedy": (True,), "sample": (False,), "both": (False, True)}[self.decoding]
 
     def params(self, greedy: bool) -> SamplingParams:
-        """The settings of the engine."""
+        """Settings of the engine for one of the rows."""
         return SamplingParams(
             num_return_sequences=1 if greedy else self.samples_per_prompt,
             max_new_tokens=self.max_new_tokens,

@@ -1,9 +1,9 @@
 """What a row cost: seconds, sequences through models, tokens.
 
-Seconds depend on the machine and on what else it does; passes and tokens do not. One pass is one
-sequence through one model once (writing a response is one pass, scoring it another). What serving
-the policy costs (`serving_*`: all that was written and scored for each response that was kept; for
-best-of-N that is N of each) is kept apart from what this evaluation spent on measuring it.
+Seconds depend on the machine and its load; passes and tokens do not. One pass is one sequence
+through one model (generating a response is one pass, scoring it another). What it costs to serve
+the policy (`serving_*`: everything generated and scored for each response that is kept; for
+best-of-N that is N of each) is separate from what this evaluation spent on measuring it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class CostMeter:
     Attributes:
         seconds: by phase, such as "generation".
         passes: sequences through a model, by model, such as "policy", "scorer", "reference".
-        generated_tokens: tokens that the policy wrote, dropped candidates included; None where
-            its engine does not tell.
-        prompt_tokens: tokens of the prompts, once for each prompt that was read.
-        responses: responses that were kept.
+        generated_tokens: tokens that the policy generated, also for responses that were not kept;
+            None if its engine does not report them.
+        prompt_tokens: tokens of the prompts, each counted once.
+        responses: number of responses that were kept.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class CostMeter:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the time inside to a phase."""
+        """Add the time inside to a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -48,7 +48,7 @@ class CostMeter:
         self.passes[model] = self.passes.get(model, 0) + count
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result file; rates are None where nothing was written."""
+        """For a row; rates are None if nothing was generated."""
         generation, written = self.seconds.get("generation", 0.0), self.generated_tokens
         kept = self.responses if self.passes.get("policy") else 0
         passes = self.passes.get("policy", 0) + self.passes.get("chooser", 0)

@@ -1,4 +1,4 @@
-"""A row while it is being measured: what a metric sees of it, and what has been measured."""
+"""A row that is being measured: what a metric sees of it, and what has been measured so far."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from rrhf.generation.engine import Sample, SamplingParams
 from rrhf.records import Candidate, CandidateSet
 from rrhf.worlds import gold_scores
 
-# Settings of an engine that do not change what a response is drawn from.
+# Settings that do not change the distribution of responses.
 _NOT_DECODING = ("num_return_sequences", "seed", "round")
 
 
 @dataclass
 class Draft:
-    """A row so far: what there is to measure, and what has been measured.
+    """A row so far: what to measure, and what has been measured.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         shared: what all rows share.
-        policy: reads the likelihoods of the policy; None where they cannot be read.
-        params: how responses were decoded; None where they were given.
-        best_of: each response is the best of so many.
-        samples: of each prompt, as the engine gave them; empty where responses were given, or
-            where the engine tells no ids or log-probs.
-        sets: the prompts with the responses of the row, scored where there is a scorer.
+        policy: computes likelihoods under the policy; None if that is not possible here.
+        params: how the responses were decoded; None if they were given.
+        best_of: each response is the best of this many.
+        samples: the engine's samples of each prompt; empty if the responses were given, or if the
+            engine does not report ids and log-probs.
+        sets: the prompts with the responses of the row, scored if there is a scorer.
         measures: metrics with values by prompt, which get intervals.
         numbers: metrics that are one number of the whole row.
         counts: what was left out, and why.
         notes: what a reader of the numbers must know.
         cost: seconds, passes, tokens.
-        reference_logprobs: log-probs of the reference at temperature 1, so far.
+        reference_logprobs: log-probs under the reference at temperature 1, as far as computed.
     """
 
     name: str
@@ -61,17 +61,17 @@ class Draft:
 
     @property
     def has(self) -> set[str]:
-        """The needs of metrics that are met."""
+        """Which of the needs of metrics are met."""
         own = {"policy": self.policy is not None, "samples": bool(self.samples)}
         return self.shared.has | {need for need, is_there in own.items() if is_there}
 
     @cached_property
     def gold(self) -> dict[str, list[float | None]]:
-        """Prompt id -> the gold utility of each response; empty without a world."""
+        """Prompt id -> the gold utility of each response; empty if there is no world."""
         return {} if self.shared.gold is None else gold_scores(self.shared.gold, self.sets)
 
     def mean(self, value: Callable[[CandidateSet, Candidate], float]) -> Measure:
-        """The mean of something over the responses to each prompt."""
+        """The mean of a value over the responses to each prompt."""
         return mean_measure({s.id: [value(s, c) for c in s.candidates] for s in self.sets})
 
     def tokens_of(self, samples: Sequence[Sample]) -> list[tuple[Row, Tensor]]:
@@ -84,10 +84,10 @@ class Draft:
         return found
 
     def add(self, metric: str, found: Mapping[str, Measure | float | None]) -> None:
-        """Values of a metric.
+        """Add the values of a metric.
 
         Raises:
-            UserError: something else than measures and numbers, or a name that is taken.
+            UserError: they are not measures or numbers, or a name is taken.
         """
         for name, value in found.items():
             if name in self.measures or name in self.numbers:
@@ -132,7 +132,7 @@ class Draft:
 
 
 def describe_decoding(params: SamplingParams, best_of: int = 1) -> dict[str, Any]:
-    """What must agree between two rows for their decoding to be the same."""
+    """The decoding as a row records it: what must agree between rows decoded in the same way."""
     settings = asdict(params)
     for name in _NOT_DECODING:
         del settings[name]

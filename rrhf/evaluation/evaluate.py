@@ -1,9 +1,9 @@
-"""`rrhf evaluate`: one policy (or given responses) on held-out prompts, written as rows.
+"""`rrhf evaluate`: measures a policy, or given responses, on held-out prompts and writes rows.
 
-Each row is one JSON file with its responses next to it (`rrhf.evaluation.results`); `rrhf compare`
-puts rows of several evaluations into a table. A baseline gets rows of its own, so that a table
-shows before and after. Code that has its models in memory uses
-`rrhf.evaluation.evaluator.Evaluator` directly, as this module does after loading.
+Each row is a JSON file with its responses next to it (`rrhf.evaluation.results`); `rrhf compare`
+puts the rows of several evaluations into a table. A baseline gets its own rows, so that a table
+shows before and after. Code with models in memory uses `rrhf.evaluation.evaluator.Evaluator`
+directly, as this module does after loading them.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ from rrhf.scoring.build import build_scorer
 
 logger = logging.getLogger(__name__)
 
-# A baseline is sampled from other random numbers than a row, or its own row would tie with itself.
+# A baseline is sampled with another seed than rows, or its own row would tie with itself.
 BASELINE_SEED_STEP = 1_000_003
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """Attributes:
-    rows: what was measured, one dict a row.
+    rows: one dict for each row.
     files: the file of each row.
     """
 
@@ -76,7 +76,7 @@ class EvaluationResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationResult:
-    """Load, measure, write.
+    """Load the models, measure, and write the rows.
 
     Raises:
         UserError: something is missing or does not fit.
@@ -156,7 +156,7 @@ class _Evaluation:
         return engine
 
     def _fitting(self, engine: GenerationEngine) -> Fitting:
-        """What knows which prompts the policy can answer."""
+        """What decides which prompts the policy can answer."""
         config, params = self.config, self.config.params(greedy=False)
         fit_of, codec, room = fit_by_engine(engine, params), None, None
         if config.engine_spec.has_model:
@@ -168,7 +168,7 @@ class _Evaluation:
         return Fitting(config.prompts, fit_of, codec, room, fix)
 
     def _facts(self, config: EvaluateConfig, engine: GenerationEngine | None) -> dict[str, Any]:
-        """What a row says besides its measurements; `engine` wrote its responses."""
+        """What a row contains besides measurements; `engine` generated its responses."""
         facts: dict[str, Any] = {"config": asdict(config), "rrhf_version": rrhf.__version__}
         if engine is not None:
             facts["prompts_that_do_not_fit"] = self.dropped
@@ -184,7 +184,7 @@ class _Evaluation:
         policy: LikelihoodReader | None,
         name: str,
     ) -> None:
-        """Write a row for each decoding that was asked for."""
+        """Measure and write a row for each decoding."""
         extra, values = self._facts(config, engine), None
         if policy is not None:
             values, extra["policy_counts"] = self.evaluator.policy_measures(policy)
@@ -210,7 +210,7 @@ class _Evaluation:
         self._save(*rows)
 
     def _set_baseline(self) -> Baseline:
-        """Give the evaluator the responses that win rates are against; returns what they are."""
+        """Give the evaluator the baseline's responses; they are generated if it is a policy."""
         place, config = self.config.baseline, self.config
         is_policy = is_model_folder(place)
         if is_policy:
@@ -231,7 +231,7 @@ class _Evaluation:
         return Baseline(place, label, None if is_policy else sets)
 
     def _measure_baseline(self, baseline: Baseline) -> None:
-        """Measure the baseline as the policy is measured, unless its rows already exist."""
+        """Measure the baseline as the policy is measured, or find the rows that exist already."""
         config, place, sets = self.config, baseline.place, baseline.sets
         if same_place(place, config.measured):
             return
@@ -266,7 +266,7 @@ class _Evaluation:
         elif sets is None:
             engine, policy = self.models.engine(place), self.models.reader(place)
             self._measure_policy(own, engine, policy, baseline.name)
-        elif not is_own_samples(baseline, config.output_dir):  # those have their row already
+        elif not is_own_samples(baseline, config.output_dir):  # these have a row already
             facts = self._facts(own, None)
             self._save(self.evaluator.responses_row(baseline.name, sets, extra=facts))
 
@@ -278,7 +278,7 @@ class _Evaluation:
 
 
 def training_cost(config: EvaluateConfig) -> dict[str, Any] | None:
-    """What the run that made the policy says that it cost; None where no run is known."""
+    """Cost of the run that trained the policy, by its manifest; None if no run is known."""
     folder = Path(model_folder(config.model_name_or_path))
     is_made_here = config.engine_spec.has_model and folder.is_dir()
     manifest = read_manifest(folder.parent) if is_made_here else None

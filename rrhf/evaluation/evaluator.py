@@ -1,16 +1,14 @@
-"""Measures rows: one evaluator holds what all rows share, so that they can be compared.
+"""Measures rows on the same prompts and with the same models, so that they can be compared.
 
-A row is a policy under one decoding, the best of N of a policy, or responses that already exist
-(those of a data set, or of an earlier file). The evaluator holds prompts, scorer, gold, reference
-policy, baseline responses and human responses, loaded once; each row adds only its policy. A row is
-a dict, ready for JSON:
+A row is a policy with one decoding, best-of-N of a policy, or responses that already exist (in a
+data set or a file). Prompts, scorer, world, reference policy, baseline and human responses are
+loaded once for all rows; each row adds only its policy. A row is a dict, ready for JSON:
 
     {"name": "RRHF", "metrics": {"gold": {"mean": 0.47, "low": 0.40, "high": 0.54, "n": 200}, ...},
      "per_prompt": {...}, "made_with": {...}, "counts": {...}, "cost": {...}, "notes": [...]}
 
 `made_with` records what must agree between rows that are compared; paired differences are computed
-from `per_prompt`. Which metrics there are, and what they need, is known to
-`rrhf.evaluation.metrics` alone.
+from `per_prompt`. Only `rrhf.evaluation.metrics` knows which metrics there are and what they need.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ class Evaluator:
 
     Attributes:
         shared: what all rows share.
-        metrics: what is measured where all that it needs is there, by name.
-        samples: row name -> the responses that were measured, with their scores.
+        metrics: the metrics to measure, by name; one whose needs are not met is left out.
+        samples: row name -> the measured responses with their scores.
     """
 
     def __init__(
@@ -56,14 +54,15 @@ class Evaluator:
         resamples: int = RESAMPLES,
         max_unscored_fraction: float = MAX_UNSCORED_FRACTION,
     ) -> None:
-        """Choose what is measured.
+        """Choose the metrics.
 
         Args:
             shared: prompts, scorer, reference policy and what else all rows share.
             metrics: names or import paths; empty = all that are listed.
-            confidence: of the intervals.
-            resamples: of the bootstrap.
-            max_unscored_fraction: a scorer that fails on more responses stops the evaluation.
+            confidence: confidence of the intervals.
+            resamples: number of bootstrap resamples.
+            max_unscored_fraction: the evaluation stops if the scorer fails on a larger share of the
+                responses.
         """
         self.shared = shared
         self.metrics = chosen_metrics(metrics)
@@ -84,16 +83,16 @@ class Evaluator:
         policy_measures: Values | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Sample a policy on the prompts and measure what it writes.
+        """Generate responses to the prompts and measure them.
 
         Args:
             name: the row's name.
-            engine: writes responses.
-            params: decoding; `num_return_sequences` responses a prompt are kept.
-            best_of: each kept response is the best by the scorer of so many.
-            policy: reads the likelihoods of the policy; None where they cannot be read.
-            policy_measures: what `policy_measures` gave for this policy under another decoding.
-            extra: keys to add to the row, such as what training cost.
+            engine: generates the responses.
+            params: decoding; `num_return_sequences` responses to each prompt are kept.
+            best_of: each response that is kept is the best of this many by the scorer.
+            policy: computes likelihoods under the policy; None if that is not possible here.
+            policy_measures: what the method `policy_measures` returned for this policy.
+            extra: further keys of the row, such as what training cost.
         """
         scorer = self.shared.scorer
         assert best_of == 1 or scorer is not None, "the best of N is chosen by a scorer"
@@ -130,14 +129,14 @@ class Evaluator:
         kind: str = "written",
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Measure responses that already exist: those of a data set, or of an earlier file.
+        """Measure responses that already exist.
 
         Args:
             name: the row's name.
-            sets: responses by prompt id; prompts of the evaluator that have none are counted,
+            sets: responses; prompts of the evaluation without any are counted, and responses to
                 other prompts are left out.
             kind: recorded as their decoding.
-            extra: keys to add to the row.
+            extra: further keys of the row.
         """
         draft, prompts = Draft(name, self.shared), self.shared.prompts
         given = {s.id: s.candidates for s in sets}
@@ -150,9 +149,9 @@ class Evaluator:
         return self._finished(draft, {"kind": kind}, extra)
 
     def set_baseline(self, name: str, sets: Sequence[CandidateSet]) -> None:
-        """Responses that later rows are compared with, scored here if there is a scorer.
+        """Set the responses that later rows are compared with; they are scored here.
 
-        Sample them with another seed than the baseline's own row, or that row ties with itself.
+        Generate them with another seed than the baseline's own row, or that row ties with itself.
         """
         wanted = {s.id for s in self.shared.prompts}
         scorer, world = self.shared.scorer, self.shared.gold
@@ -167,12 +166,12 @@ class Evaluator:
     def sample(
         self, name: str, engine: GenerationEngine, params: SamplingParams
     ) -> list[CandidateSet]:
-        """Responses to the prompts, unmeasured: for a baseline."""
+        """Generate responses to the prompts without measuring them: for a baseline."""
         prompts = self.shared.prompts
         return as_sets(name, prompts, write_responses(name, engine, prompts, params))
 
     def policy_measures(self, policy: LikelihoodReader) -> tuple[Values, dict[str, int]]:
-        """Metrics that depend on a policy but not on its decoding, and what they left out."""
+        """Metrics that depend on the policy alone, and counts of what they left out."""
         draft = Draft("", self.shared, policy)
         self._measure_policy(draft)
         return {**draft.measures, **draft.numbers}, draft.counts
@@ -184,7 +183,7 @@ class Evaluator:
         draft.counts = dict(sorted(draft.counts.items()))
 
     def _measure(self, draft: Draft, of: str) -> None:
-        """Add the metrics of this kind whose needs are met."""
+        """Measure the metrics of this kind whose needs are met."""
         for name, metric in self.metrics.items():
             if metric.of == of and draft.has.issuperset(metric.needs):
                 with draft.cost.timed(metric.phase) if metric.phase else nullcontext():
@@ -202,8 +201,8 @@ class Evaluator:
         return {**row, **self._own_columns(), **(extra or {})}
 
     def _own_columns(self) -> dict[str, Any]:
-        """What a table of the row must know of metrics that are not listed: their columns, and
-        which of them are measured on other data than the prompts."""
+        """For tables of the row: the columns of metrics that are not listed, and which of them are
+        measured on other data than the prompts."""
         own = [metric for name, metric in self.metrics.items() if name not in METRICS]
         columns = {n: asdict(column) for metric in own for n, column in metric.columns.items()}
         of_policy = [name for metric in own if metric.of == "policy" for name in metric.columns]
@@ -211,7 +210,7 @@ class Evaluator:
         return {key: value for key, value in told.items() if value}
 
     def made_with(self, decoding: Mapping[str, Any]) -> dict[str, Any]:
-        """What must agree between rows that are compared, for a row of this decoding."""
+        """What must agree between rows that are compared, for a row with this decoding."""
         metrics = self.metrics.values()
         own = {key: value for metric in metrics for key, value in metric.made_with.items()}
         return {
@@ -225,7 +224,7 @@ class Evaluator:
 
 
 def _values(name: str, metric: Metric, draft: Draft) -> Values:
-    """What a metric measures; of one that is the user's own, each mistake is one message."""
+    """What a metric measures; each mistake in a user's own metric is one message."""
     if name in METRICS:
         return metric.measure(draft)
     with guarded(f"metric {name}:"):

@@ -1,8 +1,8 @@
-"""What a row is measured on: held-out prompts, and the human responses that belong to them.
+"""The data of an evaluation: held-out prompts and human responses to them.
 
 Prompts are chosen by a hash of their id, not by their position, so that a sorted file gives a fair
-sample, and the same prompts for every policy. Human responses and pairs come from the
-prompts' own rows unless other data is named.
+sample, and every policy the same prompts. Human responses and pairs come with the prompts unless
+other data is named.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HUMAN_PREFIX = "human:"
 @dataclass(frozen=True)
 class EvaluationData:
     """Attributes:
-    sets: the chosen prompts, with whatever candidates their rows have.
+    sets: the chosen prompts, with the candidates that come with them.
     human: sets whose candidates are human references.
     pairs: sets of two candidates, the better one first.
     """
@@ -41,10 +41,7 @@ class EvaluationData:
 
 
 def load_evaluation_data(config: EvaluateConfig) -> EvaluationData:
-    """Read prompts, human references and pairs, and choose as many as the settings ask for.
-
-    References and pairs are those of the prompts' own rows where no other data is named.
-    """
+    """Read prompts, human references and pairs, and choose as many as the settings ask for."""
     load = partial(load_sets, split=config.split, options=config.for_other_data())
     prompts = load_sets(config.prompts, split=config.split, options=config)
     sets = choose(unique_prompts(prompts), config.num_prompts)
@@ -61,7 +58,7 @@ def load_evaluation_data(config: EvaluateConfig) -> EvaluationData:
 
 
 def unique_prompts(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """The first row of every prompt."""
+    """The first row of each prompt."""
     kept: dict[str, CandidateSet] = {}
     repeated = 0
     for s in sets:
@@ -84,7 +81,7 @@ def choose(sets: Sequence[CandidateSet], count: int) -> list[CandidateSet]:
 
 
 def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """The sets that have human responses, with these alone; rejected ones are left out."""
+    """The sets with only their human responses, without rejected ones; sets without any go."""
     kept = []
     for s in sets:
         human = tuple(
@@ -103,10 +100,10 @@ def given_responses(
     """Responses that already exist, by prompt.
 
     Args:
-        spec: "dataset" = the prompts' own rows, else a candidate file.
+        spec: "dataset" = the responses that come with the prompts, else a candidate file.
         sets: the prompts.
         source: only candidates of this source; empty = all.
-        accept_edited: read the file also where it is not as its manifest describes it.
+        accept_edited: read the file even if it was changed after it was written.
 
     Raises:
         UserError: no prompt has such a response.

@@ -1,9 +1,8 @@
 """Log-probs of given responses under a model: the basis of perplexity, KL and p_i accuracy.
 
 Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`), those of one prompt
-together, so that its tokens pass the network once. A model that only padded rows serve gets
-batches of similar length; their size follows from the vocabulary, because the logits fill the
-memory.
+together, so that its tokens pass through the network once. A model that needs padded rows gets
+batches of similar length; their size depends on the vocabulary, because logits fill the memory.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ def read_logprobs(
     """log P(token | prompt, earlier tokens) of every response token.
 
     Args:
-        model: a Hugging Face causal language model; put into eval mode meanwhile.
-        rows: prompts (at least one id) and responses (possibly without any).
-        pad_id: filler.
+        model: a Hugging Face causal language model; in eval mode meanwhile.
+        rows: prompts (at least one id) and responses (possibly empty).
+        pad_id: pads rows.
         temperature: divides the logits.
-        max_logits: numbers that the logits of a batch of padded rows may have.
         layout: as in `rrhf.models.forward.layouts.build_policy`.
+        max_logits: most numbers in the logits of a batch of padded rows.
 
     Returns:
         For each row [T] float32 on the CPU, nats.
@@ -77,11 +76,11 @@ def read_logprobs(
 
 
 _found: WeakKeyDictionary[Any, dict[str, tuple[str, int | None]]] = WeakKeyDictionary()
-"""The interface of each model: a model is used many times, and checked and reported once."""
+"""Layout and window of each model, so that it is checked and reported only once."""
 
 
 def _policy(model: Any, temperature: float, asked: str) -> Policy:
-    """The model behind the forward interface; each model goes through the self-check once."""
+    """The model behind the forward interface."""
     layouts = _found.setdefault(model, {})
     if asked not in layouts:
         with _frozen(model):  # it is only read
@@ -113,11 +112,11 @@ def _frozen(model: Any) -> Iterator[None]:
 def _batches(
     policy: Policy, rows: Sequence[Row], pad_id: int, max_logits: int
 ) -> Iterator[tuple[Sequence[int], TokenBatch]]:
-    """The rows that have a response, in batches, with their places."""
+    """The rows with a response, in batches, with their places."""
     places = [place for place, (_, response) in enumerate(rows) if len(response)]
     window = 0.0
     if isinstance(policy, FastPolicy) and policy.layout != "rows":
-        # A model whose layers do not tell their window gets longer rows padded.
+        # Rows longer than a window that the layers do not apply are padded.
         window = math.inf if policy.window is None else policy.window
     lengths = [len(prompt) + len(response) for prompt, response in rows]
     vocabulary = int(policy.model.config.vocab_size)
@@ -138,7 +137,7 @@ def _batches(
 def _padded(
     rows: Sequence[Row], places: list[int], vocabulary: int, max_logits: int
 ) -> list[list[int]]:
-    """Places of rows, long ones first, in batches that fit."""
+    """Places of padded rows in batches that fit, long rows first."""
     places.sort(key=lambda place: -(len(rows[place][0]) + len(rows[place][1])))
     batches: list[list[int]] = []
     batch: list[int] = []
@@ -160,17 +159,17 @@ def _padded(
 
 
 def row_key(row: Row) -> RowKey:
-    """The row as a key of a dict."""
+    """A row as a key of a dict."""
     return tuple(row[0]), tuple(row[1])
 
 
 class LikelihoodReader:
-    """Computes log-probs of responses with a model and its codec.
+    """Computes log-probs of responses under a model.
 
     Attributes:
         model: the Hugging Face model.
-        codec: its token boundary.
-        name: what results call it.
+        codec: turns its text into ids and back.
+        name: its name in results.
     """
 
     def __init__(
@@ -187,10 +186,10 @@ class LikelihoodReader:
         self._window = context_window(model)
 
     def encode(self, s: CandidateSet, candidate: Candidate) -> Row | None:
-        """Prompt and response as ids; the prompt loses turns so that both fit the model's window.
+        """Prompt and response as ids; the prompt loses its oldest turns if the window is too short.
 
         Returns:
-            None where they do not fit even so.
+            None if they do not fit even so.
         """
         response = self.codec.encode_response(s, candidate.response, candidate.finish_reason)
         room = None if self._window is None else self._window - len(response)
@@ -200,7 +199,7 @@ class LikelihoodReader:
         return (prompt, response) if prompt else None
 
     def fits(self, row: Row) -> bool:
-        """Whether prompt and response fit into the model's window as they are."""
+        """Whether prompt and response fit into the model's window."""
         return self._window is None or len(row[0]) + len(row[1]) <= self._window
 
     def read(
@@ -214,8 +213,8 @@ class LikelihoodReader:
         Args:
             rows: prompts and responses.
             temperature: divides the logits.
-            known: log-probs computed before with the same weights and temperature; they are not
-                computed again, and new ones are added.
+            known: log-probs computed before with the same weights and temperature, which are
+                reused; new ones are added.
         """
         known = {} if known is None else known
         keys = [row_key(row) for row in rows]
@@ -225,5 +224,5 @@ class LikelihoodReader:
         return [known[key] for key in keys]
 
     def has_vocabulary_of(self, codec: ChatCodec) -> bool:
-        """Whether ids mean the same tokens in both, so that log-probs can be compared."""
+        """Whether the ids of both mean the same tokens, so that log-probs can be compared."""
         return bool(self.codec.tokenizer.get_vocab() == codec.tokenizer.get_vocab())

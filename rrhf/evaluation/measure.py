@@ -1,4 +1,4 @@
-"""A metric's values by prompt: all that a mean, an interval or a paired difference needs."""
+"""Values of a metric by prompt, from which means, intervals and differences are computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-"""Of intervals, unless told otherwise."""
+"""Defaults of intervals."""
 
 Scale = Literal["mean", "exp"]
 
@@ -17,11 +17,11 @@ Scale = Literal["mean", "exp"]
 class Measure:
     """A metric's values by prompt.
 
-    The metric is f(sum of values / sum of weights), f the identity or exp.
+    The metric is f(sum of values / sum of weights); f is the identity or exp.
 
     Attributes:
-        values: prompt id -> value: a prompt's mean over its responses, or nats in it.
-        weights: prompt id -> weight, such as its tokens; None = every prompt counts once.
+        values: prompt id -> value: the mean over its responses, or the sum of their nats.
+        weights: prompt id -> weight, such as a number of tokens; None = each prompt counts once.
         scale: "exp" for a perplexity.
     """
 
@@ -31,7 +31,7 @@ class Measure:
 
     @property
     def prompt_ids(self) -> list[str]:
-        """The prompts with a weight above 0, in order."""
+        """Ids of the prompts with a weight above 0."""
         if self.weights is None:
             return list(self.values)
         return [i for i in self.values if self.weights[i] > 0]

@@ -1,4 +1,4 @@
-"""Reads texts under a model of its own, as the RRHF paper's perplexity has it."""
+"""Perplexity of bare texts under a language model, as in the RRHF paper; see the metric."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class PaperPerplexity:
-    """The RRHF paper's perplexity of bare texts under a model of its own.
+    """Computes the RRHF paper's perplexity of texts.
 
     Attributes:
-        name: what results call the model.
-        max_tokens: texts are cut after so many; None = at the model's window.
+        name: name of the model in results.
+        max_tokens: texts are cut after this many tokens; None = at the model's window.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class PaperPerplexity:
         self._window = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
 
     def mean_nats(self, texts: Sequence[str]) -> list[float | None]:
-        """Nats per token of each text; None where the text has no token at all."""
+        """Nats per token of each text; None for a text without a token."""
         limit = min(self.max_tokens or self._window, self._window - 1)
         rows: list[Row] = []
         for text in texts:
-            # The script gives an empty text one blank, so that there is something to read.
+            # As in the paper's script, an empty text becomes one blank.
             cleaned = clean_for_paper(text) or " "
             ids = self.tokenizer(
                 cleaned, add_special_tokens=False, split_special_tokens=True
@@ -64,7 +64,7 @@ class PaperPerplexity:
         return [-float(values.double().mean()) if len(values) else None for values in read]
 
     def measures(self, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
-        """`ppl_paper` (base 2) and `ppl_paper_e`, a prompt's texts averaged first."""
+        """`ppl_paper` (base 2) and `ppl_paper_e`, averaged over the texts of each prompt."""
         nats = iter(self.mean_nats([c.response for s in sets for c in s.candidates]))
         found = {s.id: [next(nats) for _ in s.candidates] for s in sets}
         known = {key: [x for x in values if x is not None] for key, values in found.items()}

@@ -1,4 +1,4 @@
-"""What an evaluation found, in a line, and signs that its figures mean little."""
+"""A one-line summary of an evaluation, and warnings about figures that mean little."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MOST_FIGURES = 3
 
 
 def reached(rows: Sequence[Row]) -> str:
-    """The policy's first row in a sentence, next to that of its baseline.
+    """The policy's first row in one sentence, next to the baseline's.
 
     Args:
-        rows: of an evaluation, those of the baseline first.
+        rows: rows of an evaluation, those of the baseline first.
     """
     row = _first_of_policy(rows)
     before = None if row is rows[0] else rows[0]
@@ -38,7 +38,7 @@ def reached(rows: Sequence[Row]) -> str:
 
 
 def signs_of_nothing(rows: Sequence[Row]) -> list[str]:
-    """Sentences about rows that cannot show anything: no response ends, all rewards are equal."""
+    """Warnings about rows that show nothing: no response ends, or all rewards are equal."""
     signs = []
     for row in rows:
         most = row["made_with"]["decoding"].get("max_new_tokens")
@@ -58,7 +58,7 @@ def signs_of_nothing(rows: Sequence[Row]) -> list[str]:
 
 
 def _first_of_policy(rows: Sequence[Row]) -> Row:
-    """The first row of the policy; those of the baseline come before it."""
+    """The first row of the policy, which comes after those of the baseline."""
     measured = [
         config.get("model_name_or_path") or config.get("responses")
         for config in (row.get("config") or {} for row in rows)

@@ -1,4 +1,4 @@
-"""Samples the responses of a row, by any engine."""
+"""Generates the responses of a row with any engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROMPTS_AT_A_TIME = 128
 def write_responses(
     name: str, engine: GenerationEngine, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> list[list[Sample]]:
-    """The samples of every prompt, with its progress under the row's name."""
+    """The samples of each prompt; progress is shown under the row's name."""
     samples: dict[int, list[Sample]] = {}
     with Progress(f"responses of {name}", len(prompts), "prompt") as progress:
         for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):

@@ -1,8 +1,8 @@
-"""Rows of an evaluation on disk: one JSON file a row, its responses next to it as a candidate file.
+"""Rows of an evaluation on disk: a JSON file each, and a candidate file with the responses.
 
-`NAME.json` holds the row (see `rrhf.evaluation.evaluator`), `NAME.samples.jsonl` the responses that
-were measured, with their scores. A row's values by prompt come back as `Measure`s, so that
-differences can be computed long after the models are gone.
+`NAME.json` holds the row (see `rrhf.evaluation.evaluator`), `NAME.samples.jsonl` the measured
+responses with their scores. A row keeps its values by prompt as `Measure`s, so differences between
+rows can be computed later without any model.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def measure_from_json(value: Mapping[str, Any]) -> Measure:
 
 
 def file_stem(name: str) -> str:
-    """A row's name in a form that a file name may have."""
+    """A row's name as the beginning of a file name."""
     return re.sub(r"[^\w.+-]+", "_", name.strip()).strip("._") or "row"
 
 
 def require_free_place(
     name: str, folder: PathLike, fix: str = "choose another name or folder"
 ) -> None:
-    """Refuse a row whose manifest would replace that of responses with the same stem.
+    """Refuse a row whose manifest would replace that of another file.
 
     Args:
-        name: of the row.
-        folder: of its file.
-        fix: what a message says is to be done.
+        name: name of the row.
+        folder: folder of its file.
+        fix: what helps, for the message.
 
     Raises:
         UserError: such a file is there.
@@ -75,7 +75,7 @@ def require_free_place(
 
 
 def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: PathLike) -> Path:
-    """Write a row and its responses, each with its manifest; a row never stands without responses.
+    """Write the responses and then the row, each with its manifest.
 
     Returns:
         The row's file.
@@ -97,7 +97,7 @@ def save_row(row: Mapping[str, Any], samples: Sequence[CandidateSet], folder: Pa
     with replaced_file(path, len(data)) as file:
         file.write(data)
         file.sync()
-        # From here on the old manifest would vouch for a row that it does not know.
+        # The old manifest must not vouch for the new row.
         forget_manifest(path)
     write_manifest(path, {"status": COMPLETE, "row": row["name"], **seal(file.digest)})
     return path
@@ -108,7 +108,7 @@ def load_row(path: PathLike, accept_edited: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        accept_edited: read it also where it is not as its manifest describes it.
+        accept_edited: read it even if it was changed after it was written.
 
     Raises:
         UserError: the file is missing, is not a row of this schema, or was changed since it was
@@ -138,7 +138,7 @@ def load_row(path: PathLike, accept_edited: bool = False) -> dict[str, Any]:
 
 
 def try_json(path: PathLike) -> Any:
-    """What a JSON file holds; None where it is none."""
+    """The value in a JSON file; None if it cannot be read."""
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Responses scored by any scorer, and the best of N by it.
+"""Scores responses with any scorer, and keeps the best of N.
 
-A score of None is left out and counted. Where the scorer fails on too many responses the evaluation
-stops, because a mean over what happened to be scored is not the mean; what exceeds the window of a
-reward model is not a failure, and is only reported.
+Responses without a score are left out and counted. If the scorer fails on too many of them, the
+evaluation stops, because a mean over the others would mislead; a response that exceeds the window
+of a reward model is not a failure and is only reported.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def score_sets(
 def check_scored(
     name: str, sets: Sequence[CandidateSet], max_unscored_fraction: float, too_long: int = 0
 ) -> int:
-    """How many candidates have no score; `too_long` of them because they exceed a window.
+    """Number of candidates without a score; `too_long` of them exceed the scorer's window.
 
     Raises:
-        UserError: the others are more than the given share of all, or too long is all there is.
+        UserError: the rest are more than the given share of all, or every response is too long.
     """
     total = sum(len(s.candidates) for s in sets)
     missing = [s.id for s in sets for score in s.scores if score is None]
@@ -92,11 +92,11 @@ def _finite_or_none(score: float | None) -> float | None:
 
 
 def keep_best(sets: Sequence[CandidateSet], n: int) -> list[CandidateSet]:
-    """The best scored of every n candidates in a row, the first of equals; unscored ones lose.
+    """Of every n successive candidates, the one with the highest score, the first among equals.
 
     Args:
-        sets: with a multiple of n candidates each.
-        n: how many the best is chosen from.
+        sets: prompts with a multiple of n candidates each; candidates without a score lose.
+        n: number of candidates from which one is kept.
     """
     kept = []
     for s in sets:

@@ -1,4 +1,4 @@
-"""What all rows of an evaluation share, and what it says about how they were made."""
+"""What all rows of an evaluation share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BaselineScores:
     """Scores of the responses that win rates are measured against.
 
     Attributes:
-        name: what results call it.
+        name: the baseline's name in results.
         rewards: prompt id -> scores by the evaluation's scorer.
         gold: prompt id -> gold utilities.
     """
@@ -31,17 +31,17 @@ class BaselineScores:
 
 @dataclass
 class Shared:
-    """What all rows of an evaluation share; None or empty where there is none.
+    """What all rows of an evaluation share; None or empty = not there.
 
     Attributes:
-        prompts: held-out prompts, each id once; their candidates are dropped.
-        scorer: gives the responses their scores, and chooses for best-of-N.
+        prompts: held-out prompts with unique ids; their candidates are dropped.
+        scorer: scores responses, and chooses the best of N.
         gold: the world that knows how good a response is.
         reference: the reference policy.
         human: sets whose candidates are all human references.
         pairs: sets of two candidates, the better one first.
         paper: the model of `ppl_paper`.
-        baseline: what win rates are against.
+        baseline: what win rates compare with.
     """
 
     prompts: Sequence[CandidateSet]
@@ -61,12 +61,12 @@ class Shared:
 
     @property
     def has(self) -> set[str]:
-        """The needs of metrics that are met for every row."""
+        """Which of the needs of metrics are met in every row."""
         there = {name for name, value in vars(self).items() if value is not None and value != []}
         return there | {"judge"} if there & {"scorer", "gold"} else there
 
     def describe(self, needs: Collection[str]) -> dict[str, Any]:
-        """What must agree between rows that are compared: the scorer, and what metrics need."""
+        """What must agree between rows that are compared: the scorer, and what the metrics need."""
         reference, paper, baseline = self.reference, self.paper, self.baseline
         needed = {
             "baseline": ("baseline", baseline and baseline.name),
@@ -83,12 +83,12 @@ class Shared:
 
 
 def _by_prompt_id(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """The sets under the ids of their prompts: prompts are resampled, not rows of a file."""
+    """Give each set the id of its prompt, because prompts are resampled, not rows of a file."""
     return [replace(s, id=set_id(s.query, s.messages)) for s in sets]
 
 
 def fingerprint(sets: Sequence[CandidateSet]) -> str:
-    """16 hex digits that identify prompts and responses, whatever their order."""
+    """16 hex digits that identify prompts and responses in any order."""
     digest = hashlib.sha256()
     for s in sorted(sets, key=lambda s: s.id):
         for text in (s.id, s.query, *(c.response for c in s.candidates)):

@@ -18,10 +18,10 @@ from rrhf.model_paths import model_folder
 def weight_distance(model: Any, reference: Any) -> float | None:
     """How far training moved the weights: |w - w_ref| / |w_ref|, L2 over all of them.
 
-    For models in float32: rounded to bfloat16, most of what training moves is lost or exaggerated.
+    For models in float32: rounding to bfloat16 hides or exaggerates most changes of training.
 
     Returns:
-        None where the two have different weights (other names or shapes).
+        None if the names or shapes of the weights differ.
     """
     return _distance(dict(model.named_parameters()), dict(reference.named_parameters()))
 
@@ -30,14 +30,14 @@ def stored_weight_distance(folder: str | Path, reference: str | Path) -> float |
     """`weight_distance` of two model folders, reading the stored weights one at a time.
 
     Returns:
-        As `weight_distance`; None also where one of the two is no folder with safetensors.
+        As `weight_distance`; None also if one of the two is not a folder with safetensors.
     """
     with ExitStack() as opened:
         return _distance(_StoredWeights(folder, opened), _StoredWeights(reference, opened))
 
 
 class _StoredWeights(Mapping[str, Tensor]):
-    """The tensors of a model folder by name, read when asked for."""
+    """The tensors of a model folder by name, each read when it is used."""
 
     def __init__(self, folder: str | Path, opened: ExitStack) -> None:
         self._files = {}

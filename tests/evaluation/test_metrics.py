@@ -246,7 +246,7 @@ def test_likelihoods_of_an_engine_of_texts_alone_are_refused_in_one_message(
     assert evaluate(*words, *CANNED, "--metrics", "words,kl,ppl_human,pi_accuracy") == 2
     said = capsys.readouterr().err
     for name in ("kl", "ppl_human", "pi_accuracy"):
-        assert f"{name} needs a policy whose likelihoods can be read here" in said
+        assert f"{name} needs a policy whose likelihoods can be computed here" in said
     assert said.count("error: ") == 1 and "words needs" not in said
     assert not list(folder.glob("rows/*"))
 

@@ -1,4 +1,4 @@
-"""The metrics of `rrhf evaluate`: each file holds one, or several that are computed together."""
+"""The metrics of `rrhf evaluate`: each file has one, or several that are computed together."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ METRICS: Registry[Metric] = Registry(
         "parts": f"{_HERE}.gold:PARTS",
     },
 )
-"""In the order in which their columns stand in a table."""
+"""In the order of their columns in a table."""
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
-    """The columns of all listed metrics, then those of a user's own metrics that rows bring."""
+    """The columns of all listed metrics, then those of a user's own metrics in these rows."""
     listed = {
         name: column for metric in METRICS.values() for name, column in metric.columns.items()
     }
@@ -45,7 +45,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
 
 
 def chosen_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics of these names or import paths, each once; all that are listed where none is.
+    """The metrics with these names or import paths, each once; all listed ones if there is no name.
 
     Raises:
         UserError: there is no such metric, or two have a column of one name.

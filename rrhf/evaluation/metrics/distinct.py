@@ -1,9 +1,9 @@
 """How varied the responses are.
 
-distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams of words over all n-grams, taken
-over all responses together. It falls with the amount of text, so it compares only rows with as many
-responses of similar length. Resampling would count every doubled prompt as repetition, so it has no
-interval.
+distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams of words as a share of all n-grams,
+over all responses together. It falls with the amount of text, so compare only rows with the same
+number of responses of similar length. It has no interval, because resampling would count a prompt
+that is drawn twice as repetition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Different n-grams of blank-separated words, as a share of all; None where there are none."""
+    """Different n-grams of blank-separated words as a share of all; None if there are none."""
     assert n >= 1, "an n-gram has at least one word"
     seen: set[tuple[str, ...]] = set()
     total = 0
@@ -31,7 +31,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
 
 def measure(draft: Draft) -> Mapping[str, float | None]:
-    """Of one and of two words."""
+    """distinct-1 and distinct-2."""
     texts = [candidate.response for s in draft.sets for candidate in s.candidates]
     return {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
 

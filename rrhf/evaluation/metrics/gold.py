@@ -1,8 +1,8 @@
-"""The true preference, where a world knows it, and the parts that it is made of.
+"""The true preference of a world, and the parts that it consists of.
 
-`gold` is the world's utility. Each part is a share of the responses that show it (`part_myth`);
+`gold` is the world's utility. A part such as `part_myth` is the share of responses that show it;
 refusals are counted separately for prompts that should and should not be refused. A scorer that a
-policy was trained on is not gold: only a judge that training never saw can tell learning from
+policy was trained on is not gold: only a judge that training never used can tell learning from
 over-optimisation.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 HARMFUL = "harmful"
 REFUSED = "refused"
-# Of a part that is about the whole response, a share says nothing new.
+# Parts about the whole response, for which a share says nothing new.
 _NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
 
 
 def part_measures(world: World, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
-    """`part_<name>` for every part, `refused_harmful` and `refused_benign` where there are such."""
+    """`part_<name>` for each part; `refused_harmful` and `refused_benign` if the world has them."""
     shares: dict[str, dict[str, float]] = {}
     for s in sets:
         if not s.candidates:

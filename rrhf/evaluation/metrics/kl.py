@@ -1,13 +1,13 @@
 """How far a policy has moved from its reference, in nats per response.
 
-KL(policy || reference) = E over responses sampled from the policy of
-sum over tokens (log p - log p_ref). Its plain estimate is that mean, `kl` (k1 of J. Schulman,
-"Approximating KL divergence", 2020); `kl_k3`, the sum of r - 1 - log r with r = p_ref / p at every
-token, has the same expectation, is never negative and mostly varies less.
+KL(policy || reference) is the expectation, over responses sampled from the policy, of
+sum over tokens (log p - log p_ref). `kl` is the mean of that sum (k1 of J. Schulman, "Approximating
+KL divergence", 2020). `kl_k3`, the sum of r - 1 - log r with r = p_ref / p at every token, has the
+same expectation, is never negative and usually varies less.
 
-Both log-probs are taken at the sampling temperature, on the tokens that were sampled. Along greedy
-responses, or with top-k, top-p or a repetition penalty, the number is still a log-ratio but no
-longer the expectation: results say so in a note.
+Both log-probs are of the sampled tokens at the sampling temperature. With greedy decoding, top-k,
+top-p or a repetition penalty, the number is still a log-ratio but no longer the expectation; a note
+in the row says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def sequence_log_ratio(logprobs: Tensor, reference_logprobs: Tensor) -> float:
 
     Args:
         logprobs: [T] of the sampled tokens under the policy.
-        reference_logprobs: [T] of the same tokens under the reference.
+        reference_logprobs: [T] under the reference.
     """
     return float((logprobs.double() - reference_logprobs.double()).sum())
 
@@ -48,12 +48,12 @@ def divergence_measures(
     logprobs: Sequence[Sequence[Tensor]],
     reference_logprobs: Sequence[Sequence[Tensor]],
 ) -> dict[str, Measure]:
-    """`kl` and `kl_k3`: responses of a prompt averaged first.
+    """`kl` and `kl_k3`, averaged over the responses of each prompt.
 
     Args:
         prompt_ids: one for each prompt.
-        logprobs: for each prompt, for each of its responses, [T].
-        reference_logprobs: likewise, of the same tokens.
+        logprobs: [T] for each response of each prompt.
+        reference_logprobs: likewise, under the reference.
     """
     pairs = {
         prompt_id: list(zip(own, theirs, strict=True))
@@ -66,17 +66,17 @@ def divergence_measures(
 
 
 def best_of_n_bound(n: int) -> float:
-    """The most that choosing the best of n can diverge from its policy: log n - (n - 1) / n nats.
+    """Upper bound of the KL divergence of best-of-n from its policy: log n - (n - 1) / n nats.
 
-    Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; an upper bound in general (Beirami et al.
-    2024, arXiv:2401.01879).
+    Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; that it is an upper bound in general is
+    shown by Beirami et al. 2024, arXiv:2401.01879.
     """
     assert n >= 1, "the best of none does not exist"
     return math.log(n) - (n - 1) / n
 
 
 def expectation_note(params: SamplingParams) -> str | None:
-    """Why `kl` is not an expectation for these settings; None where it is."""
+    """Why `kl` is not an expectation with these settings; None if it is."""
     if not params.do_sample:
         return "kl is the log-ratio along greedy responses, not an expectation"
     filters = [
@@ -90,7 +90,7 @@ def expectation_note(params: SamplingParams) -> str | None:
 
 
 def measure(draft: Draft) -> Mapping[str, Measure]:
-    """Both estimates on the sampled tokens, or a note why they cannot be computed."""
+    """Both estimates on the sampled tokens, or a note on why they cannot be computed."""
     reference, policy, params = draft.shared.reference, draft.policy, draft.params
     assert reference is not None and policy is not None and params is not None
     if not reference.has_vocabulary_of(policy.codec):
@@ -126,7 +126,7 @@ KL = Metric(
 
 
 def measure_bound(draft: Draft) -> Mapping[str, float]:
-    """`kl_bound` where the best of several is kept."""
+    """`kl_bound` of a best-of-N row."""
     if draft.best_of == 1:
         return {}
     draft.notes.append("the KL of best-of-N is a bound, from the policy that was sampled")

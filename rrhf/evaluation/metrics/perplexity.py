@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 def perplexity_measure(
     prompt_ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]
 ) -> Measure:
-    """exp(total nats / total tokens), gathered by prompt.
+    """exp(total nats / total tokens), with nats and tokens by prompt.
 
     Args:
         prompt_ids: the prompt of each response.
         nats: [N] minus the log-prob of each response.
-        tokens: [N] how many tokens that sum has.
+        tokens: [N] number of tokens of each response.
     """
     total_nats: dict[str, float] = defaultdict(float)
     total_tokens: dict[str, float] = defaultdict(float)
@@ -50,12 +50,12 @@ def response_perplexity(
     sets: Sequence[CandidateSet],
     known: dict[RowKey, Tensor] | None = None,
 ) -> tuple[Measure, int]:
-    """Perplexity of every candidate under a model, given its prompt.
+    """Perplexity of all candidates under a model, given their prompts.
 
     Args:
         reader: the model.
         sets: prompts with candidates.
-        known: what was read from these weights before, as `LikelihoodReader.read` keeps it.
+        known: log-probs computed before; see `LikelihoodReader.read`.
 
     Returns:
         The measure, and how many candidates did not fit into the model's window.
@@ -73,7 +73,7 @@ def response_perplexity(
 
 
 def measure_reference(draft: Draft) -> Mapping[str, Measure]:
-    """`ppl_reference`; log-probs that are known from the divergence are not read again."""
+    """`ppl_reference`; log-probs that `kl` has computed are reused."""
     assert draft.shared.reference is not None
     known = draft.reference_logprobs
     before = len(known)
@@ -84,7 +84,7 @@ def measure_reference(draft: Draft) -> Mapping[str, Measure]:
 
 
 def measure_human(draft: Draft) -> Mapping[str, Measure]:
-    """`ppl_human` of the policy."""
+    """`ppl_human`: perplexity of human responses under the policy."""
     assert draft.policy is not None
     human = draft.shared.human
     draft.cost.count_passes("policy_likelihood", sum(len(s.candidates) for s in human))

@@ -1,8 +1,8 @@
-"""Does the policy itself prefer the better response? RRHF's policy as a reward model.
+"""Whether the policy itself prefers the better response: RRHF's policy as a reward model.
 
 p = sum of log P(token) / tokens, EOS included (Yuan et al. 2023, RRHF, arXiv:2304.05302,
-equation 1 and table 5); a pair is right where p of the chosen is above p of the rejected, and a tie
-counts half.
+equation 1 and table 5). A pair is right if p of the chosen response is above p of the rejected one;
+a tie counts half.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RankingAccuracy:
     """Attributes:
-    accuracy: share of pairs ranked correctly, ties counting half, by prompt.
-    tie: share of ties.
-    dropped: pairs that did not fit into the model's window, or had no token to read.
+    accuracy: share of pairs ranked correctly, by prompt; a tie counts half.
+    tie: share of ties, by prompt.
+    dropped: number of pairs that exceed the model's window or have an empty response.
     """
 
     accuracy: Measure
@@ -63,7 +63,7 @@ def ranking_accuracy(reader: LikelihoodReader, pairs: Sequence[CandidateSet]) ->
 
 
 def measure(draft: Draft) -> Mapping[str, Measure]:
-    """Of the policy, on the pairs that all rows share."""
+    """`pi_accuracy` of the policy on the pairs that all rows share."""
     assert draft.policy is not None
     draft.cost.count_passes("policy_likelihood", 2 * len(draft.shared.pairs))
     found = ranking_accuracy(draft.policy, draft.shared.pairs)

@@ -1,4 +1,4 @@
-"""The mean score by the scorer of an evaluation."""
+"""The mean score by the evaluation's scorer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a metric is: its columns, what it needs, and how it is measured.
 
-A metric is one file. It sees a row while it is being measured (`rrhf.evaluation.draft.Draft`) and
-gives values by prompt, from which means, intervals and paired differences follow. Nothing here
-imports torch or numpy, so that flags are read without them.
+A metric is one file. It is given a row that is being measured (`rrhf.evaluation.draft.Draft`) and
+returns values by prompt, from which means, intervals and paired differences are computed. Nothing
+here imports torch or numpy, so that flags are read without them.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 
 NEEDS = {
     "scorer": "a scorer (--scorer)",
-    "gold": "prompts of a world that knows their gold (--gold)",
+    "gold": "prompts of a world with gold (--gold)",
     "judge": "a scorer or a world with gold (--scorer, --gold)",
     "baseline": "a baseline (--baseline)",
     "reference": "a reference policy (--reference_model_name_or_path)",
-    "paper": "a model that reads the texts (--ppl_model_name_or_path)",
+    "paper": "a model for perplexity (--ppl_model_name_or_path)",
     "human": "human responses (--human_responses)",
     "pairs": "preference pairs (--pairs)",
-    "policy": "a policy whose likelihoods can be read here",
+    "policy": "a policy whose likelihoods can be computed here",
     "samples": "responses sampled with their token ids and log-probs",
 }
-"""What a metric may need, in words for messages."""
+"""What a metric may need, as messages name it."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """How a metric stands in a table.
+    """How a value appears in tables and in the summary.
 
     Attributes:
         title: its heading.
-        digits: after the point.
-        better: "↑", "↓" or "" where neither is better in itself.
-        shown: it stands in a table for which no columns are chosen.
-        gain: it stands in a table of gains too.
-        summary: what the one-line summary of an evaluation calls it; "" = it is not mentioned.
-        summary_rank: the summary mentions those of the lowest rank.
-        is_relative: it compares with the baseline or the reference, so the summary gives no value
-            of the baseline next to it.
+        digits: digits after the point.
+        better: "↑" or "↓", the direction that is better; "" = neither.
+        shown: it appears in tables for which no columns are chosen.
+        gain: it also appears in tables of gains.
+        summary: its name in the one-line summary of an evaluation; "" = it is not mentioned.
+        summary_rank: the summary mentions the columns with the lowest ranks.
+        is_relative: it compares with the baseline or the reference, so the summary does not give
+            the baseline's value next to it.
     """
 
     title: str
@@ -62,18 +62,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as a registry holds it, or several that are computed together.
+    """A metric, or several that are computed together, as an entry of the registry.
 
     Attributes:
-        columns: name of each value -> how it stands in a table.
-        measure: of a row, name -> its values by prompt; a plain number has no interval, None means
-            that there is nothing to measure. Where something is left out it counts that in the
-            row's `counts`, and it may add `notes`.
-        needs: keys of `NEEDS`; it is measured where all are there.
+        columns: name of each value -> how it appears in tables.
+        measure: takes a row; returns name -> values by prompt, or a plain number, which has no
+            interval, or None if there is nothing to measure. It adds what it leaves out to the
+            row's `counts`, and may add `notes`.
+        needs: keys of `NEEDS`; the metric is measured if all of them are there.
         of: what it depends on: the responses of a row, the tokens of its samples, or the policy
-            alone, which is then measured once for all its decodings.
-        phase: where its time is counted; "" = nowhere.
-        made_with: of a row, what must agree between rows that are compared, besides what it needs.
+            alone, in which case it is measured once for all decodings.
+        phase: the phase to which its time is added; "" = none.
+        made_with: what else must agree between rows that are compared by this metric.
     """
 
     columns: Mapping[str, Column]

@@ -1,4 +1,4 @@
-"""How long the responses are, and whether they end: means over the responses of a prompt."""
+"""How long the responses are, and whether they end, averaged over the responses of a prompt."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 def measure_length(draft: Draft) -> Mapping[str, Measure]:
-    """Tokens of the reference's tokenizer in a response, without its end."""
+    """Tokens of a response by the reference's tokenizer, without EOS."""
     assert draft.shared.reference is not None
     encode = draft.shared.reference.codec.encode_response
     return {"length": draft.mean(lambda s, c: float(len(encode(s, c.response, "length"))))}
 
 
 def measure_words(draft: Draft) -> Mapping[str, Measure]:
-    """Blank-separated words in a response."""
+    """Blank-separated words of a response."""
     return {"words": draft.mean(lambda _, c: float(len(c.response.split())))}
 
 
 def measure_without_eos(draft: Draft) -> Mapping[str, Measure]:
-    """Share of responses that reached the length limit instead of an end."""
+    """Share of responses that were cut at the length limit."""
     return {"without_eos": draft.mean(lambda _, c: float(c.finish_reason == "length"))}
 
 

@@ -1,8 +1,8 @@
-"""How often a response is better than a baseline's to the same prompt.
+"""How often a response is better than the baseline's response to the same prompt.
 
-Every response of a prompt meets every response of the baseline to it; a tie counts half and is
-reported as well. An independent sample of the baseline itself has a win rate of about one half,
-which checks that the judge is unbiased.
+Each response to a prompt is compared with each of the baseline's; a tie counts half and is also
+reported. Another sample of the baseline itself has a win rate of about one half, which shows that
+the judge is unbiased.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rrhf.evaluation.metrics.spec import Column, Metric
 if TYPE_CHECKING:
     from rrhf.evaluation.draft import Draft
 
-# Scores of one text differ by rounding when its batch mates do.
+# The score of a text depends, by rounding, on the other texts of its batch.
 TIE_MARGIN = 1e-5
 
 
@@ -26,7 +26,7 @@ class WinRate:
     """Attributes:
     win: wins plus half the ties, 0..1, by prompt.
     tie: ties, 0..1, by prompt.
-    skipped: prompts to which one side has no scored response.
+    skipped: number of prompts to which one side has no scored response.
     """
 
     win: Measure
@@ -43,8 +43,8 @@ def win_rate(
 
     Args:
         scores: prompt id -> the score of each response; None = not scored, left out.
-        baseline: the same for the baseline.
-        tie_margin: scores this near to each other are equal.
+        baseline: likewise, for the baseline.
+        tie_margin: scores that differ by no more than this are equal.
     """
     wins: dict[str, float] = {}
     ties: dict[str, float] = {}
@@ -65,7 +65,7 @@ def win_rate(
 
 
 def measure(draft: Draft) -> Mapping[str, Measure]:
-    """Against the baseline, by reward and by gold, as far as both sides have them."""
+    """Win rates by reward and by gold, if both sides have them."""
     baseline = draft.shared.baseline
     assert baseline is not None
     measures: dict[str, Measure] = {}
