@@ -7,6 +7,7 @@ mean the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from rrhf.data.collate import EncodedSet
 from rrhf.progress import Progress
 from rrhf.training.core.parallel import Parallel
 from rrhf.training.core.streams import GROUPING_STEPS, OfflineStream, StepCut
-from rrhf.training.core.token_batches import TokenBudget
 from rrhf.training.core.update import Objective
 
 
@@ -24,10 +24,8 @@ def measure(
     model: nn.Module,
     objective: Objective,
     examples: Sequence[EncodedSet],
-    pad_id: int,
-    per_device_batch_size: int,
+    cut: StepCut,
     parallel: Parallel,
-    budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """Go through all examples once; every rank must call it and gets the same result.
 
@@ -35,17 +33,15 @@ def measure(
         model: the prepared root, in eval mode.
         objective: gives the terms and metrics.
         examples: held-out data.
-        pad_id: filler of the batches.
-        per_device_batch_size: prompts in one forward.
+        cut: of the training's steps; each forward is as large as theirs.
         parallel: ranks.
-        budget: tokens of one forward, instead of `per_device_batch_size` prompts.
 
     Returns:
         "loss", "<term>_loss" for each term, and the terms' metrics.
     """
-    accumulation = 1 if budget is None else GROUPING_STEPS  # a longer stretch is cut better
-    ranks = (parallel.rank, parallel.world_size)
-    cut = StepCut(pad_id, per_device_batch_size, accumulation, *ranks, budget)
+    # By tokens, a longer stretch is cut better.
+    accumulation = 1 if cut.budget is None else GROUPING_STEPS
+    cut = replace(cut, gradient_accumulation_steps=accumulation)
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     told = 0

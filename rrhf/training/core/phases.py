@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -25,34 +24,39 @@ OFFLOAD = "offload"
 """The phase in which weights move."""
 
 
-class PeakMeter(Protocol):
-    """Measures the peak of memory since the last reset.
+class PeakMeter:
+    """Measures the peak of memory since the last reset, as far as the system can reset it.
+
+    This one is for systems that cannot.
 
     Attributes:
         what: the measured quantity, in words.
     """
 
-    what: str
+    what = "largest resident set since the start: this system cannot forget an earlier peak"
 
     def give_back(self) -> None:
         """Return unused reserved memory to the system."""
-        ...
 
-    def forget(self) -> None: ...
+    def forget(self) -> None:
+        """Reset the peak."""
 
-    def peak_mib(self) -> float: ...
+    def peak_mib(self) -> float:
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return 0.0
+        unit = 1 if sys.platform == "darwin" else _KIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
 
 
-class GPUMeter:
+class GPUMeter(PeakMeter):
     """GPU memory of tensors."""
 
     what = "GPU memory allocated by tensors"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-
-    def give_back(self) -> None:
-        pass  # what tensors take does not depend on it
 
     def forget(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -61,7 +65,7 @@ class GPUMeter:
         return torch.cuda.max_memory_allocated(self._device) / _MIB
 
 
-class ResidentMeter:
+class ResidentMeter(PeakMeter):
     """The resident set of this process (Linux)."""
 
     what = "resident set of the process"
@@ -88,26 +92,6 @@ class ResidentMeter:
         return _high_water_kib() * _KIB / _MIB
 
 
-class MonotoneMeter:
-    """The largest resident set since the process began."""
-
-    what = "largest resident set since the start: this system cannot forget an earlier peak"
-
-    def give_back(self) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-    def peak_mib(self) -> float:
-        try:
-            import resource
-        except ImportError:  # not a Unix
-            return 0.0
-        unit = 1 if sys.platform == "darwin" else _KIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
-
-
 def _high_water_kib() -> int:
     for line in _STATUS.read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -119,7 +103,7 @@ def peak_meter(device: torch.device) -> PeakMeter:
     """The best meter that the device and the system support."""
     if device.type == "cuda":
         return GPUMeter(device)
-    return ResidentMeter() if ResidentMeter.is_supported() else MonotoneMeter()
+    return ResidentMeter() if ResidentMeter.is_supported() else PeakMeter()
 
 
 @dataclass

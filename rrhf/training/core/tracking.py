@@ -19,48 +19,43 @@ LogTable = Callable[[str, Sequence[str], Sequence[Sequence[Any]], int], None]
 
 
 class Tracker:
-    """Sends rows to one tracker; without one it does nothing."""
+    """Sends rows to one tracker; without one it does nothing.
+
+    A call that fails is warned of, and not made again.
+    """
 
     def __init__(
         self,
-        log: Callable[[dict[str, float], int], None] | None = None,
-        finish: Callable[[], None] | None = None,
+        log: Callable[[dict[str, float], int], Any] | None = None,
+        finish: Callable[[], Any] | None = None,
         log_table: LogTable | None = None,
     ) -> None:
-        self._log = log
-        self._finish = finish
-        self._log_table = log_table
+        self._calls = {"log": log, "finish": finish, "log_table": log_table}
 
     def log(self, row: dict[str, float], step: int) -> None:
-        """Send a row; the first failure is logged, and nothing is sent after it."""
-        if self._log is None:
-            return
-        try:
-            self._log(row, step)
-        except Exception as error:  # the training is worth more than its curve
-            logger.warning("the tracker failed and is switched off: %s", error)
-            self._log = None
+        """Send a row of metrics."""
+        self._call("log", "failed and is switched off", row, step)
 
     def log_table(
         self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], step: int
     ) -> None:
-        """Send rows of texts and numbers, if the tracker has tables; failures as in `log`."""
-        if self._log_table is None:
-            return
-        try:
-            self._log_table(name, columns, [[row[c] for c in columns] for row in rows], step)
-        except Exception as error:
-            logger.warning("the tracker takes no tables: %s", error)
-            self._log_table = None
+        """Send rows of texts and numbers, if the tracker takes them."""
+        cells = [[row[column] for column in columns] for row in rows]
+        self._call("log_table", "takes no tables", name, columns, cells, step)
 
     def close(self) -> None:
-        """Close the tracker."""
-        if self._finish is None:
+        """Let the tracker finish."""
+        self._call("finish", "failed while closing")
+
+    def _call(self, name: str, failure: str, *arguments: Any) -> None:
+        call: Callable[..., Any] | None = self._calls[name]
+        if call is None:
             return
         try:
-            self._finish()
-        except Exception as error:
-            logger.warning("the tracker failed while closing: %s", error)
+            call(*arguments)
+        except Exception as error:  # the training is worth more than its curve
+            logger.warning("the tracker %s: %s", failure, error)
+            self._calls[name] = None
 
 
 def build_tracker(config: TrainingConfig, folder: Path, is_main: bool) -> Tracker:
@@ -79,26 +74,27 @@ def build_tracker(config: TrainingConfig, folder: Path, is_main: bool) -> Tracke
             for name, value in row.items():
                 writer.add_scalar(name, value, step)
 
-        def text_to_tensorboard(
-            name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
-        ) -> None:
-            writer.add_text(name, as_markdown(columns, rows), step)
-
-        return Tracker(to_tensorboard, writer.close, text_to_tensorboard)
+        return Tracker(
+            to_tensorboard,
+            writer.close,
+            lambda name, columns, rows, step: writer.add_text(
+                name, as_markdown(columns, rows), step
+            ),
+        )
     module = _import(config.report_to, config.report_to)
     module.init(project="rrhf", name=folder.name, config=config.as_dict())
-
-    def to_run(row: dict[str, float], step: int) -> None:
-        module.log(row, step=step)
 
     def table_to_run(
         name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
     ) -> None:
-        table = module.Table(columns=list(columns), data=[list(row) for row in rows])
-        module.log({name: table}, step=step)
+        module.log({name: module.Table(columns=list(columns), data=list(rows))}, step=step)
 
-    # trackio's tables are made of data frames, which nothing else here needs.
-    return Tracker(to_run, module.finish, table_to_run if config.report_to == "wandb" else None)
+    return Tracker(
+        lambda row, step: module.log(row, step=step),
+        module.finish,
+        # trackio's tables are made of data frames, which nothing else here needs.
+        table_to_run if config.report_to == "wandb" else None,
+    )
 
 
 def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

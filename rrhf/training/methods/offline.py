@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rrhf.data.collate import EncodedSet
-from rrhf.training.core.config import TrainingConfig
 from rrhf.training.core.measure import measure
 from rrhf.training.core.setup import Workbench
 from rrhf.training.core.streams import OfflineStream, StepCut
@@ -23,33 +22,25 @@ WORTH_LEAVING = 1000
 """Encoding fewer unused examples takes under a second, and then all cuts are counted."""
 
 
-def token_budget(config: TrainingConfig, model: nn.Module) -> TokenBudget | None:
-    """`--max_tokens_per_batch` for a model, prepared or not; None if it is not given.
-
-    Args:
-        config: of the run.
-        model: on its layout, which decides what a batch costs.
-    """
-    if config.max_tokens_per_batch is None:
-        return None
-    return TokenBudget(config.max_tokens_per_batch, layout_of(model, config.model_max_length))
-
-
 def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
     """The size and cut of an optimiser step by the run's settings.
 
     Args:
         bench: of the run.
-        model: that will compute its batches.
+        model: that will compute its batches, prepared or not; its layout decides what they cost.
     """
     config, parallel = bench.config, bench.parallel
+    budget = None
+    if config.max_tokens_per_batch is not None:
+        layout = layout_of(model, config.model_max_length)
+        budget = TokenBudget(config.max_tokens_per_batch, layout)
     return StepCut(
         bench.codec.pad_id,
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
         parallel.rank,
         parallel.world_size,
-        token_budget(config, model),
+        budget,
     )
 
 
@@ -115,10 +106,8 @@ def held_out_evaluation(
             model,
             objective,
             examples,
-            bench.codec.pad_id,
-            bench.config.per_device_train_batch_size,
+            step_cut(bench, model),
             bench.parallel,
-            budget=token_budget(bench.config, model),
         )
 
     return evaluate

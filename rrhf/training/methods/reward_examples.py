@@ -20,7 +20,8 @@ from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.evaluation.bootstrap import Measure, estimate
 from rrhf.records import CandidateSet
 from rrhf.training.core.parallel import Parallel
-from rrhf.training.core.token_batches import TokenBudget, micro_batches, sizes_of
+from rrhf.training.core.streams import StepCut
+from rrhf.training.core.token_batches import micro_batches, sizes_of
 from rrhf.training.core.update import Objective
 from rrhf.training.methods.fitting import RowFitter, known_scores
 
@@ -67,10 +68,8 @@ def held_out_metrics(
     model: nn.Module,
     objective: ScoringObjective,
     examples: Sequence[EncodedSet],
-    pad_id: int,
-    per_device_batch_size: int,
+    cut: StepCut,
     parallel: Parallel,
-    budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """A reward model's figures; every rank must call it and gets the same answer.
 
@@ -78,10 +77,8 @@ def held_out_metrics(
         model: the prepared module, in eval mode.
         objective: of its training.
         examples: held-out prompts.
-        pad_id: filler of the batches.
-        per_device_batch_size: prompts in one forward.
+        cut: of the training's steps; each forward is as large as theirs.
         parallel: ranks.
-        budget: tokens of one forward, instead of `per_device_batch_size` prompts.
 
     Returns:
         loss (as in training), accuracy over all ordered pairs with the ends of its 95 % bootstrap
@@ -93,8 +90,8 @@ def held_out_metrics(
         starts.append(starts[-1] + len(row))
     scores = torch.zeros(starts[-1], dtype=torch.float64)
     losses: dict[str, Tensor] = {}
-    for places, is_repeat in _shares(examples, per_device_batch_size, parallel, budget):
-        batch = collate([examples[place] for place in places], pad_id).to(parallel.device)
+    for places, is_repeat in _shares(examples, cut):
+        batch = collate([examples[place] for place in places], cut.pad_id).to(parallel.device)
         outputs = model(batch)
         if not is_repeat:
             rows = torch.cat([torch.arange(starts[p], starts[p + 1]) for p in places])
@@ -109,24 +106,20 @@ def held_out_metrics(
     return {"loss": loss, **figures(parallel.sum(scores), preferences)}
 
 
-def _shares(
-    examples: Sequence[EncodedSet],
-    batch_size: int,
-    parallel: Parallel,
-    budget: TokenBudget | None,
-) -> list[tuple[list[int], bool]]:
+def _shares(examples: Sequence[EncodedSet], cut: StepCut) -> list[tuple[list[int], bool]]:
     """This rank's batches, of similar length each, as many as every rank has.
 
     A short rank repeats a batch, marked True, because all ranks must run equally many forwards.
     """
     lengths = getattr(examples, "lengths", None) or [e.num_tokens for e in examples]
     order = sorted(range(len(examples)), key=lambda place: -lengths[place])
-    if budget is not None:
-        cut = micro_batches(sizes_of(examples), budget, parallel.world_size)[parallel.rank]
-        return [(places or order[-1:], not places) for places in cut]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine = [(batch, False) for batch in batches[parallel.rank :: parallel.world_size]]
-    longest = len(batches[:: parallel.world_size])
+    if cut.budget is not None:
+        batches = micro_batches(sizes_of(examples), cut.budget, cut.world_size)[cut.rank]
+        return [(places or order[-1:], not places) for places in batches]
+    size = cut.per_device_train_batch_size
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    mine = [(batch, False) for batch in batches[cut.rank :: cut.world_size]]
+    longest = len(batches[:: cut.world_size])
     return mine + [(batches[0], True)] * (longest - len(mine))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,16 @@ from rrhf.training.methods.rank_config import RankConfig, RankSettings
 
 EVALUATION_ROUND = 1_000_000_000
 """Round number of evaluations: unlike any round's, and the same for every policy."""
+
+_OF_EVERY_SAMPLING = ("seed", "chat_format", "accept_edited_files", "columns")
+_OF_EVALUATIONS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "stop_strings",
+    "max_prompt_tokens",
+    "per_device_prompt_batch_size",
+)
 
 
 @dataclass
@@ -97,48 +108,43 @@ class IterativeConfig(SamplingOptions, RankSettings):
             output: the candidate file.
             round_number: from 1; each round draws other responses.
         """
-        shared = {item.name: getattr(self, item.name) for item in fields(SamplingOptions)}
-        return GenerateConfig(
+        return self._drawn(
             policy,
-            self.train_datasets,
             str(output),
-            **shared,
-            **self._model_options(),
-            seed=self.seed,
+            [item.name for item in fields(SamplingOptions)],
+            prompts=self.train_datasets,
             round=round_number,
             policy="" if round_number == 1 else f"round-{round_number - 1}",
-            chat_format=self.chat_format,
-            accept_edited_files=self.accept_edited_files,
-            wait_seconds=self.ddp_timeout,
-            columns=self.columns,
         )
 
     def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
         """Settings by which a policy answers held-out prompts: one sample each, without filters."""
         assert self.eval_datasets is not None, "there is nothing to evaluate on"
-        config = GenerateConfig(
+        config = self._drawn(
             policy,
-            self.eval_datasets,
             str(output),
-            num_return_sequences=1,
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            temperature=self.temperature,
-            stop_strings=self.stop_strings,
-            max_prompt_tokens=self.max_prompt_tokens,
-            per_device_prompt_batch_size=self.per_device_prompt_batch_size,
-            add_dataset_responses=False,
-            **self._model_options(),
-            seed=self.seed,
+            _OF_EVALUATIONS,
+            prompts=self.eval_datasets,
             round=EVALUATION_ROUND,
             policy=name,
-            chat_format=self.chat_format,
-            accept_edited_files=self.accept_edited_files,
-            wait_seconds=self.ddp_timeout,
-            columns=self.columns,
+            num_return_sequences=1,
+            add_dataset_responses=False,
         )
         config.columns_may_miss = True  # they may be meant for the data to train on
         return config
+
+    def _drawn(
+        self, model: str, output_file: str, same: Sequence[str], **values: Any
+    ) -> GenerateConfig:
+        """Sampling whose fields `same` are as here."""
+        return GenerateConfig(
+            model,
+            output_file=output_file,
+            **{name: getattr(self, name) for name in (*same, *_OF_EVERY_SAMPLING)},
+            **self._model_options(),
+            wait_seconds=self.ddp_timeout,
+            **values,
+        )
 
     def scoring(self, candidates: Path, output: Path) -> ScoreConfig:
         """Settings of `rrhf score` in a round."""
@@ -149,9 +155,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             max_unscored_fraction=self.max_unscored_fraction,
             reward_format=self.reward_format,
             reward_base=self.reward_base,
-            bf16=self.bf16,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
+            **self._model_options(),
             accept_edited_files=self.accept_edited_files,
             wait_seconds=self.ddp_timeout,
         )

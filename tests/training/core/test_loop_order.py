@@ -25,7 +25,7 @@ from rrhf.training.core.loop import TrainingOutcome, run_training
 from rrhf.training.core.model_folders import ModelFolders
 from rrhf.training.core.opened_run import OpenedRun
 from rrhf.training.core.parallel import Parallel
-from rrhf.training.core.phases import MonotoneMeter, Phases
+from rrhf.training.core.phases import PeakMeter, Phases
 from rrhf.training.core.streams import LiveStream
 from rrhf.training.core.tracking import Tracker
 
@@ -397,7 +397,7 @@ def test_models_on_the_way_are_kept(tmp_path: Path) -> None:
 
 def test_a_phase_counts_the_tokens_of_its_own_rank(tmp_path: Path) -> None:
     """The other of two ranks has done as much."""
-    phases = Phases(MonotoneMeter())
+    phases = Phases(PeakMeter())
 
     def join(parallel: Parallel) -> None:
         parallel.world_size = 2

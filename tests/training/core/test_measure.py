@@ -13,6 +13,7 @@ from rrhf.models.forward.logprobs import Policy, PolicyOutputs
 from rrhf.progress import Progress
 from rrhf.training.core.measure import measure
 from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import StepCut
 from rrhf.training.core.update import Term
 
 EXAMPLES = [EncodedSet([3 + i, 4], [[5 + t + i for t in range(i % 4 + 1)]]) for i in range(7)]
@@ -49,7 +50,9 @@ def test_measure_equals_one_sum_over_everything(per_device_batch_size: int) -> N
         for t, token in enumerate(response):
             nll -= float(logprobs[len(example.prompt_ids) + t - 1, token])
             tokens += 1
-    found = measure(Policy(model), TwoTerms(), EXAMPLES, 2, per_device_batch_size, Parallel())
+    found = measure(
+        Policy(model), TwoTerms(), EXAMPLES, StepCut(2, per_device_batch_size), Parallel()
+    )
     assert found["token_loss"] == pytest.approx(nll / tokens, rel=1e-5)
     assert found["row_loss"] == pytest.approx(nll / len(EXAMPLES), rel=1e-5)
     assert found["never_loss"] == 0.0
@@ -71,17 +74,17 @@ def test_each_batch_enters_the_loss_by_its_own_weight() -> None:
     policy = Policy(tiny_llama())
     total = tokens = 0.0
     for example in EXAMPLES:
-        alone = measure(policy, TwoTerms(), [example], 2, 1, Parallel())
+        alone = measure(policy, TwoTerms(), [example], StepCut(2, 1), Parallel())
         count = len(example.response_ids[0])
         total += alone["token_loss"] * count * example.prompt_ids[0]
         tokens += count
-    found = measure(policy, Weighted(), EXAMPLES, 2, 1, Parallel())
+    found = measure(policy, Weighted(), EXAMPLES, StepCut(2, 1), Parallel())
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_measure_leaves_no_gradient() -> None:
     policy = Policy(tiny_llama())
-    measure(policy, TwoTerms(), EXAMPLES, 2, 2, Parallel())
+    measure(policy, TwoTerms(), EXAMPLES, StepCut(2, 2), Parallel())
     assert all(p.grad is None for p in policy.parameters())
 
 
@@ -94,5 +97,7 @@ def test_progress_on_two_ranks_ends_at_the_number_of_examples(
     parallel: Any = Parallel()
     parallel.rank, parallel.world_size = 0, 2
     parallel.sum = lambda rows: rows
-    measure(Policy(tiny_llama()), TwoTerms(), EXAMPLES[:count], 2, 1, parallel)
+    measure(
+        Policy(tiny_llama()), TwoTerms(), EXAMPLES[:count], StepCut(2, 1, world_size=2), parallel
+    )
     assert sum(told) == count

@@ -7,7 +7,6 @@ import logging
 import math
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import iterative_cases
@@ -298,7 +297,7 @@ def test_held_out_figures_do_not_depend_on_the_cut(layout: str) -> None:
         build_policy(tiny_llama(130)),
         RankObjective(RRHF.build(RRHFSettings())),
     )
-    plain = measure(policy, objective, examples(), 0, 3, Parallel())
+    plain = measure(policy, objective, examples(), StepCut(0, 3), Parallel())
     seen: list[int] = []
 
     def see(_: Any, inputs: tuple[TokenBatch]) -> None:
@@ -308,19 +307,20 @@ def test_held_out_figures_do_not_depend_on_the_cut(layout: str) -> None:
         seen.append(tokens_of([Size(p, tuple(rs.tolist())) for p, rs in sizes], layout))
 
     policy.register_forward_pre_hook(see)
-    cut = measure(policy, objective, examples(), 0, 3, Parallel(), budget=TokenBudget(60, layout))
+    by_tokens = StepCut(0, 3, budget=TokenBudget(60, layout))
+    cut = measure(policy, objective, examples(), by_tokens, Parallel())
     assert cut == pytest.approx(plain, rel=1e-6)
     assert max(seen) <= 60 and len(seen) < len(examples())
 
 
 def test_held_out_prompts_of_a_reward_model_go_by_tokens_too() -> None:
     budget = TokenBudget(60, PADDED)
-    ranks = [SimpleNamespace(rank=rank, world_size=2) for rank in (0, 1)]
-    shares = [_shares(examples(), 3, parallel, budget) for parallel in ranks]  # type: ignore[arg-type]
+    cuts = [StepCut(0, 3, rank=rank, world_size=2, budget=budget) for rank in (0, 1)]
+    shares = [_shares(examples(), cut) for cut in cuts]
     assert len(shares[0]) == len(shares[1])
     counted = [place for share in shares for places, is_repeat in share for place in places]
     assert sorted(counted) == list(range(len(examples())))
-    (lone, filler) = (_shares(examples(1), 3, p, budget) for p in ranks)  # type: ignore[arg-type]
+    (lone, filler) = (_shares(examples(1), cut) for cut in cuts)
     assert lone == [([0], False)] and filler == [([0], True)]
 
 

@@ -34,6 +34,7 @@ from rrhf.models.reward_model import RewardModel, ScoreOptions, load_reward_mode
 from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.reward_model import RewardModelScorer
 from rrhf.training.core.parallel import Parallel
+from rrhf.training.core.streams import StepCut
 from rrhf.training.methods import reward
 from rrhf.training.methods.fitting import RowFitter
 from rrhf.training.methods.reward import RewardConfig, RewardObjective
@@ -383,7 +384,8 @@ def test_held_out_figures_do_not_depend_on_batches() -> None:
             config = settings(loss_type=loss_type, pair_reduction="pair")
             model = RewardModel(tiny_classifier(), ScoreOptions(config.reads_tokens))
             objective = RewardObjective(config)
-            found.append(held_out_metrics(model, objective, examples(), PAD, size, Parallel()))
+            cut = StepCut(PAD, size)
+            found.append(held_out_metrics(model, objective, examples(), cut, Parallel()))
     for one, other in ((0, 2), (0, 4), (1, 3), (1, 5)):
         assert found[one] == pytest.approx(found[other], rel=1e-5, abs=1e-5)
     # Both read the score of a response at the same token.
