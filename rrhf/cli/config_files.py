@@ -33,7 +33,7 @@ def preset_names() -> list[str]:
 
 
 def read_config(config: str) -> dict[Any, Any]:
-    """What a YAML or JSON file, or a preset, gives, under the names that stand there.
+    """The settings of a YAML or JSON file, or of a preset, under the names used there.
 
     Raises:
         UserError: there is no such file or preset, it cannot be read, or it holds no settings.

@@ -1,8 +1,8 @@
 """YAML and JSON that users write, parsed within bounds.
 
 A few lines of YAML can stand for a billion values (aliases of aliases), a number can have a million
-digits, and a key that stands twice silently loses its first value. Settings need none of that, so
-each is refused with what it is and, in YAML, its line. Nothing here takes longer than reading the
+digits, and a repeated key silently loses its first value. Settings need none of these, so each is
+refused with its kind and, in YAML, its line. Nothing here takes longer than reading the
 text.
 """
 
@@ -35,7 +35,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ConfigTextError: it is out of bounds, or a key stands twice.
+        ConfigTextError: it is out of bounds, or a key is repeated.
         yaml.YAMLError: it is not YAML.
     """
     _require_short(text)
@@ -60,7 +60,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON document.
 
     Raises:
-        ConfigTextError: it is out of bounds, or a key stands twice.
+        ConfigTextError: it is out of bounds, or a key is repeated.
         json.JSONDecodeError: it is not JSON.
     """
     _require_short(text)
@@ -80,13 +80,13 @@ def _require_short(text: str) -> None:
 
 
 def _count_values(node: yaml.Node, depth: int, known: dict[int, int], above: set[int]) -> int:
-    """How many values a node stands for, those of its aliases included.
+    """The number of values that a node expands to, including its aliases.
 
     Args:
         node: of the document.
         depth: of the node, from 1.
         known: counts of nodes that were seen already, by identity.
-        above: the nodes that this one stands in.
+        above: the nodes that contain this one.
     """
     if id(node) in above:
         raise ConfigTextError(f"{_line_of(node)} holds itself by an alias; write the value out")

@@ -1,4 +1,4 @@
-"""`rrhf data validate|convert|stats`: parse, call, print; what they do stands in `rrhf.data`."""
+"""`rrhf data validate|convert|stats`: parse, call, print; the work is in `rrhf.data`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rrhf demo`: parse, call, print; what it does stands in `rrhf.studies.demo`."""
+"""`rrhf demo`: parse, call, print; the work is in `rrhf.studies.demo`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A flag's entry may hold several sentences, the most specific first. The first one whose flags the
 command has is shown, so that no sentence names a flag that is not there. A sentence may depend on a
-flag that it does not name; the two then stand as a pair. Where no sentence fits, none is shown.
+flag that it does not name; the entry is then a pair of both. If no sentence fits, none is shown.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
         "ref_model ref_model_path": ("the reference is the policy as it was at the start",),
     }
 )
-"""A flag of another program -> what serves here, the more special sentence first."""
+"""A flag of another program -> what to use here, the most specific sentence first."""
 
 _NAMED = re.compile(r"(?<![\w-])(?<!`)--([a-z]\w*)")
 _QUOTED = re.compile(r"`[^`]*`")

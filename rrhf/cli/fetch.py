@@ -1,4 +1,4 @@
-"""`rrhf fetch`: parse, call, print; what it does stands in `rrhf.models.fetch`."""
+"""`rrhf fetch`: parse, call, print; the work is in `rrhf.models.fetch`."""
 
 from __future__ import annotations
 

@@ -98,9 +98,9 @@ def asks_for_all(argv: Sequence[str]) -> bool:
 def glimpsed(
     flag: Flag, flags: Mapping[str, Flag], argv: Sequence[str], files: ConfigFiles
 ) -> str | None:
-    """What the words, or else the files that they name, set a flag to; None where they do not.
+    """The value of a flag in the words, or in the files that they name; None if it is not set.
 
-    Mistakes in the words are left to whoever reads all of them.
+    Errors in the words are left to the full parse.
     """
     names = spelt_out(flags)
     configs = [word for word in argv[:1] if is_config_file(word)]
@@ -140,7 +140,7 @@ def read_values(
 def build(
     config_class: type[T], flags: Mapping[str, Flag], values: Mapping[str, Any], prog: str
 ) -> T:
-    """The configuration of these values; a missing one, or one that the class refuses, is told."""
+    """The configuration of these values; a missing or refused value is reported."""
     missing = [
         flag for flag in flags.values() if flag.default is MISSING and flag.name not in values
     ]

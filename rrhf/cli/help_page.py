@@ -1,7 +1,7 @@
 """The pages that `--help` and `--help all` show.
 
-The first fits on one screen: what must be given, what people change, an example. Which flags those
-are stands in `rrhf.cli.pages`; a command without an entry shows all of its few flags at once.
+The first fits on one screen: what must be given, what people change, an example. `rrhf.cli.pages`
+lists these flags; a command without an entry shows all of its few flags at once.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def flag_lines(flag: Flag) -> list[str]:
 
 
 def shown_placeholder(flag: Flag) -> str:
-    """How a flag's value stands in the help."""
+    """The placeholder of a flag's value on a help page."""
     if flag.registry is None:
         return placeholder(flag.hint)
     return "{" + ",".join(flag.registry) + "}|MODULE:NAME"

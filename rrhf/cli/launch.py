@@ -1,7 +1,7 @@
 """`python -m rrhf.cli.launch COMMAND...`: starts a launcher of ranks and ends as its ranks did.
 
-torchrun and `accelerate launch` end with 1 whatever a rank ended with, and with a signal leave 30 s
-for what may be a checkpoint of many gigabytes. Here a signal is handed on once, the ranks get ten
+torchrun and `accelerate launch` end with 1 however a rank ended, and after a signal leave 30 s for
+what may be a checkpoint of many gigabytes. Here a signal is passed on once, the ranks get ten
 minutes, their exit codes become one, and no process outlives the command. Standard library only.
 """
 

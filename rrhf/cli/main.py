@@ -72,10 +72,10 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
-    """The command and its words where another name was typed: `rrhf grpo`, `rrhf response_gen`.
+    """The command that is meant by another name, and its words: `rrhf grpo`, `rrhf response_gen`.
 
     Raises:
-        UserError: there is none; what serves instead, or is near, is said.
+        UserError: there is no such command; the message names an alternative or a similar name.
     """
     from rrhf.cli import elsewhere
     from rrhf.cli.fields import normalise

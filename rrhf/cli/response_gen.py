@@ -1,8 +1,8 @@
 """`rrhf response-gen MODEL OUT_DIR [true|false]`: `rrhf generate`, then `rrhf score`, in one go.
 
 It takes the flags of both. A name that both know, such as `bf16`, goes to both; `generate_bf16` and
-`score_bf16` reach one of them. Prompts and sampling are those of RRHF's published script unless
-told otherwise: Dahoas/rm-static, diverse beam search, four responses next to the data set's two.
+`score_bf16` reach one of them. Prompts and sampling are by default those of RRHF's
+published script: Dahoas/rm-static, diverse beam search, four responses next to the data set's two.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 
 def all_flags(generate: type, score: type) -> dict[str, Flag]:
-    """The flags of both stages, but for those that this command sets itself."""
+    """The flags of both stages, except those that this command sets itself."""
     ours = flags_of(ResponseGenConfig)
     stages = {"generate": flags_of(generate), "score": flags_of(score)}
     for name in ("input_file", "output_file"):

@@ -1,8 +1,8 @@
-"""What reaches the terminal: one voice, whatever the number of processes.
+"""Controls what reaches the terminal, for any number of processes.
 
-A message is shown once; how often a warning came is said at the end. Warnings of libraries that
-speak of their own code stay out, because nobody who runs a command can act on them; Python's own
-switches (-W, PYTHONWARNINGS) bring them back.
+A message is shown once; repeated warnings are counted and reported at the end. Warnings of
+libraries about their own code are hidden, because users of a command cannot act on them; Python's
+switches (-W, PYTHONWARNINGS) show them again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def print_once(text: str) -> None:
 
 
 class Voice(logging.StreamHandler[Any]):
-    """Writes each message of ours once, above the bars; counts those that come again."""
+    """Writes each message of rrhf once, above the progress bars; counts repetitions."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -57,7 +57,7 @@ class Voice(logging.StreamHandler[Any]):
             super().emit(record)
 
     def tell_repeats(self) -> None:
-        """Say which warnings came more than once, and how often; then begin anew."""
+        """Report which warnings came more than once, and how often; then reset the counts."""
         for text, times in self._warned.items():
             if times > 1:
                 self.stream.write(f"this warning came {times} times: {text}\n")
@@ -83,8 +83,7 @@ def configure_logging() -> None:
 
 
 def show_progress_alone() -> None:
-    """For a study, which prints lines of its own: what its stages say stays out, but for warnings
-    and progress."""
+    """Show only warnings and progress of the stages, for a study that prints lines of its own."""
     logging.getLogger("rrhf").setLevel(logging.WARNING)
     logging.getLogger(_PROGRESS).setLevel(logging.INFO)
 
@@ -97,9 +96,9 @@ def tell_repeats() -> None:
 
 
 def _to_stderr(record: logging.LogRecord) -> bool:
-    """DeepSpeed writes to stdout from its import on, which is for results; say it on stderr.
+    """Redirect DeepSpeed's messages to stderr, since stdout is for results.
 
-    Not that it found no GPU: where it is merely installed, nobody has asked it to look for one.
+    Its message that no GPU was found is hidden: DeepSpeed may merely be installed.
     """
     if "Setting accelerator to CPU" not in record.getMessage():
         logging.getLogger().handle(record)

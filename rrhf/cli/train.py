@@ -1,6 +1,6 @@
 """`rrhf train STAGE`: parse, call, print; each stage is one file of `rrhf.training`.
 
-Settings stand in modules that do not import torch, so that mistakes are told before it is loaded.
+Settings are in modules that do not import torch, so that errors are reported before it is loaded.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ PREFERENCE = {type(None): 0, bool: 1, int: 2, float: 3, str: 5, Path: 5}
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, the strictest first; a type that is none stands alone."""
+    """The alternatives of a union, the strictest first; any other type alone."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(sorted(typing.get_args(hint), key=lambda member: PREFERENCE.get(member, 4)))
     return (hint,)
@@ -75,7 +75,7 @@ def expected(hint: Any) -> str:
 
 
 def placeholder(hint: Any) -> str:
-    """How a value stands in the help."""
+    """The placeholder of a value in the help."""
     words = []
     for member in members(hint):
         arguments = typing.get_args(member)

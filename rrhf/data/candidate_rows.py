@@ -87,7 +87,7 @@ def unread_scores(row: Mapping[str, Any], where: str, num_replies: int) -> list[
     """Faults for unread columns that seem to hold the scores of unscored replies.
 
     Args:
-        row: as it stands in the file.
+        row: as it is in the file.
         where: its place, which begins every message.
         num_replies: how many replies it has, none of them scored.
     """

@@ -1,4 +1,4 @@
-"""Lists that stand as text in a cell: JSON, or what Python prints, as pandas writes it.
+"""Lists that are text in a cell: JSON, or Python's notation, as pandas writes it.
 
 In a table every cell is text. Where a number, a truth value or a list is expected, the cell is read
 as one. Elsewhere, a text is read as a conversation only if all of it is a list of turns: in tables

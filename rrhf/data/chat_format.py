@@ -1,14 +1,14 @@
 """The token boundary: how a conversation becomes prompt ids, and a response ids and text again.
 
-Prompt and response are tokenised apart, so that a prompt is the same whoever answers it. A
+Prompt and response are tokenised apart, so that a prompt's ids do not depend on the response. A
 response is encoded and decoded *in the context of a prompt*: tokenizers of the SentencePiece kind
 put a blank before the first word of a text and drop it on decoding, and then the same reply, once
 written by a person and once sampled, would differ in its first token.
 
 A prompt's text is rendered as `hh`, `alpaca` or by the `chat_template` (`rrhf.data.conversations`),
-or is the query as it stands (`raw`). `auto` takes the tokenizer's template, or `hh` if it has none,
-where messages are known, and `raw` where they are not. A plain prompt, a text without turns, is a
-user's turn in the template, and `raw` where there is none. Left out on purpose: multi-modal
+or is the query unchanged (`raw`). If messages are known, `auto` takes the tokenizer's template, or
+`hh` if it has none; otherwise `raw`. A plain prompt, a text without turns, is a user's turn in the
+template, and `raw` without a template. Left out on purpose: multi-modal
 content, tools.
 """
 
@@ -47,12 +47,12 @@ class ChatCodec:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        chat_format: as asked for; `auto` is decided for each set.
+        chat_format: as given; `auto` is resolved for each set.
         has_template: whether the tokenizer brings a chat template.
         pad_id: filler; may equal an end id, masks never look at it.
         end_id: appended to a finished response: the template's end of turn, else EOS.
         end_ids: every id that ends a sampled response.
-        bos_id: prepended to a prompt once, or None where the tokenizer adds none by itself.
+        bos_id: prepended to a prompt once, or None if the tokenizer itself adds none.
 
     Raises:
         UserError: unknown format, a template that is missing, a tokenizer without EOS.
@@ -210,8 +210,8 @@ class ChatCodec:
     ) -> str | None:
         """The text after dropping turns from the left; None where no more turns can be dropped.
 
-        With a mark, special tokens that a template's user wrote stand between two of it, so that
-        `_encode_template` can tell them from the template's own.
+        With a mark, special tokens in the messages are enclosed by it, so that `_encode_template`
+        can tell them from the template's own.
         """
         text_only = candidate_set.messages is None or candidate_set.is_plain
         if drop_turns == 0 and (chat_format == "raw" or (chat_format == "hh" and text_only)):

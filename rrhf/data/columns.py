@@ -190,7 +190,7 @@ def parse_columns(text: str | None) -> ColumnNames:
 
 
 class TrackedRow(Mapping[str, Any]):
-    """A row that remembers which of its columns were asked for."""
+    """A row that records which of its columns were read."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         self._row = row
@@ -215,7 +215,7 @@ class TrackedRow(Mapping[str, Any]):
 
     @property
     def unread(self) -> list[str]:
-        """The columns that nobody asked for, in the row's order."""
+        """The columns that were not read, in the row's order."""
         return [name for name in self._row if name not in self.read]
 
     def unread_replies(self) -> list[str]:
@@ -252,7 +252,7 @@ def near_hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def replies_not_read(row: TrackedRow, where: str) -> str | None:
-    """The message for a row whose replies nobody read; None where it seems to hold none."""
+    """The message for a row whose replies were not read; None if it seems to hold none."""
     names = row.unread_replies()
     if not names:
         return None

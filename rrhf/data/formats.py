@@ -178,14 +178,14 @@ def is_candidate_row(row: Any) -> bool:
 def read_row(
     row_format: RowFormat, row: Any, where: str, counts: SourceCounts, source: str = ""
 ) -> CandidateSet | None:
-    """One row of a known format; None where it is dropped.
+    """The record of a row in a known format; None if it is dropped.
 
     Args:
         row_format: of the file.
-        row: as it stands there.
+        row: as it is in the file.
         where: its place, which begins every message.
-        counts: what became of it is counted here.
-        source: under which `counts` names the columns that were not read.
+        counts: counts what became of it.
+        source: key of the unread columns in `counts`.
 
     Raises:
         RowError: with a line for each mistake.
@@ -215,7 +215,7 @@ def read_row(
 
 
 def _require_all_read(reading: Reading, row: Mapping[str, Any], found: CandidateSet) -> None:
-    """Refuse a row whose replies, or their scores, stand in a column that nobody read."""
+    """Refuse a row whose replies, or their scores, are in a column that was not read."""
     tracked, where = reading.row, reading.where
     has_list = any(name in tracked.read and isinstance(row.get(name), list) for name in REPLY_LISTS)
     if not (found.candidates or has_list) and (fault := replies_not_read(tracked, where)):

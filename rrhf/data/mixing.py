@@ -1,15 +1,16 @@
-"""Mixtures: several sources, each in its proportion, as one sequence that is the same for a seed.
+"""Mixtures: several sources, each in its proportion, as one sequence that depends on a seed.
 
-A mixture is written `name[:proportion[:path]]`, several separated by commas. A name is whatever
-`rrhf.data.sources` finds; a path that exists is taken as it stands, colons and commas included. The
+A mixture is written `name[:proportion[:path]]`, several separated by commas. A name is any
+source of `rrhf.data.sources`; a path that exists is used whole, with its colons and commas. The
 proportion is
 
 - a number or a fraction `a/b`: that share of the source, drawn without replacement; above 1, whole
   copies and the remainder drawn (`2.5` = every row twice, half of them once more); `0` skips it;
 - `n/-1` or `-n`: exactly n rows, by the same rule (more than there are: whole copies first).
 
-Rows keep their source's order, sources follow each other; who trains on them shuffles. Rows are not
-held in memory: a candidate file is read by index, any other source is spooled to a temporary file.
+Rows keep their source's order, and sources follow each other; shuffling is left to training. Rows
+are not held in memory: a candidate file is read by index, any other source is spooled to a
+temporary file.
 
 Left out on purpose: weights that change while training.
 """

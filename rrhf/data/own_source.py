@@ -36,16 +36,16 @@ def has_module(name: str) -> bool:
 def own_rows(target: str, path: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
     """The rows of the user's function with their places, `target[0]` and so on.
 
-    The function is found here and runs when the first row is asked for.
+    The function is imported at once and runs when the first row is read.
 
     Args:
         target: the import path.
         path: a local copy that the mixture names, or None.
-        split: which split is wanted, or None.
+        split: the split, or None.
 
     Raises:
-        UserError: no such function, or it does not take what is given; later, it raised, or gave
-            something other than rows.
+        UserError: there is no such function, or it does not accept the arguments; later, it raised,
+            or yielded something other than rows.
     """
     function = load_function(target)
     try:

@@ -1,7 +1,7 @@
 """Rows with two replies to a prompt, of which one is preferred.
 
-The prompt may stand in a column of its own, in both replies, or in both places; HH has whole
-transcripts. Where the two do not share their prompt, the row says nothing about the replies and is
+The prompt may be in a column of its own, in both replies, or in both places; HH has whole
+transcripts. If the two replies do not share their prompt, they cannot be compared and the row is
 left out.
 """
 
@@ -18,7 +18,7 @@ PromptAndReply = tuple[tuple[Message, ...], str]
 
 
 def read_preference(reading: Reading) -> CandidateSet:
-    """TRL: `prompt`, `chosen`, `rejected`, texts or conversations; the prompt may stand in both."""
+    """TRL: `prompt`, `chosen`, `rejected`, texts or conversations; both may contain the prompt."""
     if not isinstance(reading.row.get("chosen"), list):
         return _read_text_preference(reading)
     chosen, rejected = reading.turns("chosen"), reading.turns("rejected")

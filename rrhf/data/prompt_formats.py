@@ -1,8 +1,8 @@
-"""Log in which form prompts reach a model where `--chat_format auto` decides it.
+"""Logs the form in which prompts reach a model if `--chat_format auto` decides it.
 
 A plain text is a user's turn for a model with a chat template; the `query` of a candidate file
-without messages is taken as it is, whatever the model. The line in the log shows a user who meant
-something else which flag to give.
+without messages is used unchanged with any model. The line in the log names the flag for users who
+meant something else.
 """
 
 from __future__ import annotations

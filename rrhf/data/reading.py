@@ -1,9 +1,9 @@
 """Read one row into a record, and count what became of all rows.
 
-A row remembers which of its columns were asked for (`rrhf.data.columns`). How a prompt is found in
-it is said here, once for all formats: a conversation; a text in HH's form, which is read into
+A row records which of its columns were read (`rrhf.data.columns`). This module defines how a prompt
+is found in it, for all formats: a conversation; a text in HH's form, which is read into
 turns; a question or instruction, which is a user's turn; or a plain text, which a model with a chat
-template gets as a user's turn, and any other model as it is.
+template gets as a user's turn, and any other model unchanged.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class SourceCounts:
         read: rows seen.
         kept: sets yielded.
         dropped: rows left out, by reason.
-        mended: rows changed in passing, by reason; they are kept.
-        query_formats: how the `query` was rendered: "hh", "alpaca", or "raw" = as it was.
-        formats: rows read, by the format that their columns showed.
-        scores_from: rows whose scores were read, by what they were read from.
+        mended: rows that were changed and kept, by reason.
+        query_formats: how the `query` was rendered: "hh", "alpaca", or "raw" = unchanged.
+        formats: rows read, by format.
+        scores_from: rows whose scores were read, by their source.
         unread: columns that were not read, by source.
         is_quiet: only count.
     """

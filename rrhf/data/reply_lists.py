@@ -1,6 +1,6 @@
 """Prompts with a list of replies: scored, rewarded, ranked, in order, or as objects.
 
-The list stands in a column such as `responses` or `completions`. An entry is a text, a turn or two
+The list is in a column such as `responses` or `completions`. An entry is a text, a turn or two
 of a conversation, or an object with the reply, its score and who wrote it, as UltraFeedback and
 Nectar have them. Scores come from a list next to the replies, or from the objects. Ranks (1 = best)
 become the scores -1, -2, ...: only their order is known. `ranking` is a list of the replies
@@ -96,7 +96,7 @@ def _text_of(reading: Reading, entry: Any, place: str) -> str:
 
 
 def _reply_in(entry: Any, place: str) -> tuple[Any, str, str | None]:
-    """What stands for the reply in an entry, its place, and why there is none."""
+    """The reply of an entry, its place, and the reason if there is none."""
     if isinstance(entry, dict):
         key = first_of(entry, _TEXT_KEYS)
         if key is not None:

@@ -1,7 +1,7 @@
-"""Rows of a file or a folder, each with the place it stands at.
+"""The rows of a file or a folder, each with its place.
 
 JSON lines or arrays, tables and texts are read here (`rrhf.data.tables`, `rrhf.data.json_scan`);
-parquet, arrow and whatever else a folder holds are left to the `datasets` library.
+parquet, arrow and any other files of a folder are left to the `datasets` library.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def read_turns(reading: Reading, turns: tuple[Message, ...]) -> CandidateSet:
 
 def read_messages(reading: Reading) -> CandidateSet:
     """`messages`: a conversation; its last turn, if the assistant's, is the reply, which may also
-    stand in a column of its own."""
+    be in a column of its own."""
     row = reading.row
     column = first_of(row, CONVERSATIONS) or next(name for name in CONVERSATIONS if name in row)
     turns = reading.turns(column)

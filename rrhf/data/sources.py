@@ -87,7 +87,7 @@ def register_source(name: str, reader: Reader, aliases: tuple[str, ...] = ()) ->
     """Add a source that commands and mixtures can name.
 
     Args:
-        name: how it is asked for.
+        name: its name in commands.
         reader: (path of a local copy or None, split or None) -> an iterator of (place, row), where
             a row is a dictionary with the columns of any format.
         aliases: other names for it.

@@ -50,7 +50,7 @@ def check_places(config: EvaluateConfig) -> None:
 
 
 def check_metrics(config: EvaluateConfig, data: EvaluationData, world: World | None) -> None:
-    """Refuse metrics that were asked for and cannot be measured.
+    """Refuse chosen metrics that cannot be measured.
 
     Raises:
         UserError: with everything that is missing.
