@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
+from rrhf.report.over_optimization import Row, kl_of
 
 INK, FAINT, UNTRAINED = "#222222", "#d9d9d9", "#777777"
 COLOURS = ("#d55e00", "#009e73", "#0072b2", "#b5539c", "#a07800", "#7a4a2b", "#5b4bb5")
@@ -22,66 +23,43 @@ LABEL_GAP = 0.052
 
 
 @dataclass(frozen=True)
-class Point:
-    """Attributes:
-    kl: nats per response from the start policy; a bound for best-of-N.
-    reward, gold: means.
-    reward_range, gold_range: their intervals, or None.
-    """
+class Axes:
+    """What a picture shows: two metrics, their labels, and a title."""
 
-    kl: float
-    reward: float
-    gold: float
-    reward_range: tuple[float, float] | None = None
-    gold_range: tuple[float, float] | None = None
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    title: str
 
 
-Curves = Mapping[str, Sequence[Point]]
-Lines = Mapping[str, Sequence[tuple[float, float, tuple[float, float] | None]]]
+REWARD_AGAINST_KL = Axes(
+    "kl", "reward", "KL from SFT (nats a response)", "reward-model score", "Reward against KL"
+)
+"""Learned reward against KL."""
+GOLD_AGAINST_REWARD = Axes(
+    "reward", "gold", "reward-model score", "gold (true preference)", "Gold against reward"
+)
+"""Gold against learned reward: over-optimisation bends a curve down."""
 
 
-def draw_reward_against_kl(
-    curves: Curves, target: Path, start: str = "SFT", untrained: Collection[str] = ()
+def draw(
+    curves: Mapping[str, Sequence[Row]],
+    axes: Axes,
+    target: Path,
+    untrained: Collection[str] = (),
 ) -> Path:
-    """Draw learned reward against KL: one curve for each method, one point for each checkpoint.
+    """Draw one curve for each method, with one point for each checkpoint and its interval.
 
     Args:
-        curves: name -> points, beginning with the common start.
+        curves: name -> rows, beginning with SFT.
+        axes: what is drawn against what.
         target: the picture's file.
-        start: what the first points are called.
         untrained: names of curves that are drawn dashed and grey.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    lines = {
-        name: [(p.kl, p.reward, p.reward_range) for p in points] for name, points in curves.items()
-    }
-    words = (f"KL from {start} (nats a response)", "reward-model score", "Reward against KL")
-    return _draw(lines, words, target, start, untrained)
-
-
-def draw_gold_against_reward(
-    curves: Curves, target: Path, start: str = "SFT", untrained: Collection[str] = ()
-) -> Path:
-    """Draw gold against learned reward: over-optimisation bends a curve down.
-
-    Arguments and errors are those of `draw_reward_against_kl`.
-    """
-    lines = {
-        name: [(p.reward, p.gold, p.gold_range) for p in points] for name, points in curves.items()
-    }
-    words = ("reward-model score", "gold (true preference)", "Gold against reward")
-    return _draw(lines, words, target, start, untrained)
-
-
-def _draw(
-    lines: Lines,
-    words: tuple[str, str, str],
-    target: Path,
-    start: str,
-    untrained: Collection[str],
-) -> Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -92,15 +70,20 @@ def _draw(
     figure = Figure(figsize=SIZE, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    free = iter(COLOURS * (1 + len(lines) // len(COLOURS)))
-    colours = {name: UNTRAINED if name in untrained else next(free) for name in lines}
-    for name, points in lines.items():
-        for x, _, ends in points:
-            if ends is not None:
-                axis.plot([x, x], ends, color=colours[name], alpha=0.35, linewidth=1.2, zorder=2)
+    free = iter(COLOURS * (1 + len(curves) // len(COLOURS)))
+    colours = {name: UNTRAINED if name in untrained else next(free) for name in curves}
+    ends = {}
+    for name, rows in curves.items():
+        xs, ys = ([_value(row, metric) for row in rows] for metric in (axes.x, axes.y))
+        ends[name] = (xs[-1], ys[-1])
+        for x, row in zip(xs, rows, strict=True):
+            low, high = row["metrics"][axes.y]["low"], row["metrics"][axes.y]["high"]
+            if low is not None:
+                color = colours[name]
+                axis.plot([x, x], [low, high], color=color, alpha=0.35, linewidth=1.2, zorder=2)
         axis.plot(
-            [point[0] for point in points],
-            [point[1] for point in points],
+            xs,
+            ys,
             "--" if name in untrained else "-",
             color=colours[name],
             marker="o",
@@ -108,19 +91,24 @@ def _draw(
             linewidth=1.8,
             zorder=3,
         )
-    x, y, _ = next(iter(lines.values()))[0]
+    start = next(iter(curves.values()))[0]
+    x, y = _value(start, axes.x), _value(start, axes.y)
     axis.plot([x], [y], "o", color=INK, markersize=6, zorder=4)
-    axis.annotate(start, (x, y), (9, -4), textcoords="offset points", color=INK, fontsize=9)
-    axis.set_xlabel(words[0])
-    axis.set_ylabel(words[1])
-    axis.set_title(words[2], loc="left", fontsize=12, color=INK)
+    axis.annotate("SFT", (x, y), (9, -4), textcoords="offset points", color=INK, fontsize=9)
+    axis.set_xlabel(axes.x_label)
+    axis.set_ylabel(axes.y_label)
+    axis.set_title(axes.title, loc="left", fontsize=12, color=INK)
     axis.grid(color=FAINT, linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    _name_the_ends(axis, {name: points[-1][:2] for name, points in lines.items()}, colours)
+    _name_the_ends(axis, ends, colours)
     figure.savefig(target)
     return target
+
+
+def _value(row: Row, metric: str) -> float:
+    return kl_of(row) or 0.0 if metric == "kl" else float(row["metrics"][metric]["mean"])
 
 
 def _name_the_ends(

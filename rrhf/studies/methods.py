@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.files import make_folder, replaced_file, write_json
-from rrhf.report.method_figures import (
-    Point,
-    draw_gold_against_reward,
-    draw_reward_against_kl,
-)
+from rrhf.report.method_figures import GOLD_AGAINST_REWARD, REWARD_AGAINST_KL, draw
 from rrhf.report.methods_page import (
     COLUMNS,
     apart_from,
@@ -110,11 +106,10 @@ def write_report(
         for title in titles
     }
     partings = {title: parting(points) for title, points in curves.items()}
-    points = {title: [_point(row) for row in rows] for title, rows in curves.items()}
-    if points:
+    if curves:
         untrained = {m.curve for m in METHODS.values() if m.best_of > 1}
-        draw_reward_against_kl(points, target / REWARD_KL, untrained=untrained)
-        draw_gold_against_reward(points, target / GOLD_REWARD, untrained=untrained)
+        draw(curves, REWARD_AGAINST_KL, target / REWARD_KL, untrained)
+        draw(curves, GOLD_AGAINST_REWARD, target / GOLD_REWARD, untrained)
     write_json(
         target / NUMBERS,
         {
@@ -155,17 +150,6 @@ def _pooled(by_seed: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[s
     keys = list(by_seed[0])
     return dict(
         zip(keys, pooled_rows([[rows[key] for key in keys] for rows in by_seed], KEPT), strict=True)
-    )
-
-
-def _point(row: Mapping[str, Any]) -> Point:
-    reward, gold = row["metrics"]["reward"], row["metrics"]["gold"]
-    return Point(
-        kl_of(row) or 0.0,
-        reward["mean"],
-        gold["mean"],
-        (reward["low"], reward["high"]),
-        (gold["low"], gold["high"]),
     )
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rrhf.report.method_figures import (
-    Point,
-    apart,
-    draw_gold_against_reward,
-    draw_reward_against_kl,
-)
+from rrhf.report.method_figures import GOLD_AGAINST_REWARD, REWARD_AGAINST_KL, apart, draw
+
+
+def row(kl: float, reward: float, gold: float, doubt: float | None = None) -> dict[str, Any]:
+    def metric(mean: float) -> dict[str, Any]:
+        low, high = (None, None) if doubt is None else (mean - doubt, mean + doubt)
+        return {"mean": mean, "low": low, "high": high}
+
+    return {"metrics": {"kl": metric(kl), "reward": metric(reward), "gold": metric(gold)}}
 
 
 def test_labels_move_apart_and_no_further_than_they_must() -> None:
@@ -40,15 +44,15 @@ def test_every_method_is_named_on_a_light_picture(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     curves = {
-        name: [Point(0.0, 0.0, 0.0), Point(1.0 + i, 0.5 + i / 9, 0.3, (0.4, 0.7), (0.2, 0.4))]
+        name: [row(0.0, 0.0, 0.0), row(1.0 + i, 0.5 + i / 9, 0.3, 0.1)]
         for i, name in enumerate(["PPO", "RLOO", "GRPO", "online RRHF"])
     }
-    for draw in (draw_reward_against_kl, draw_gold_against_reward):
-        path = draw(curves, tmp_path / f"{draw.__name__}.png")
+    for axes in (REWARD_AGAINST_KL, GOLD_AGAINST_REWARD):
+        path = draw(curves, axes, tmp_path / f"{axes.y}.png")
         picture = imread(path)[..., :3]
         assert picture.shape[0] > 400 and picture.shape[1] > 700
         assert picture[0, 0].min() == 1.0
-        fewer = draw({"PPO": curves["PPO"]}, tmp_path / "one.png")
+        fewer = draw({"PPO": curves["PPO"]}, axes, tmp_path / "one.png")
         assert len({tuple(c) for c in picture.reshape(-1, 3)}) > len(
             {tuple(c) for c in imread(fewer)[..., :3].reshape(-1, 3)}
         )
