@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rrhf.report.table import NOTHING, Column, cell, column_of, format_number, markdown_lines
@@ -65,15 +65,15 @@ def cost_table(
     return markdown_lines(headings, lines)
 
 
-def by_seed_table(seeds: Sequence[int], rows: Mapping[str, Sequence[Row]]) -> str:
-    """Gold by seed, with mean and standard deviation."""
+def by_seed_table(seeds: Sequence[int], rows: Iterable[Sequence[Row]]) -> str:
+    """Gold by seed, with mean and standard deviation; `rows` holds a row of the table for each
+    seed."""
     headings = ["", *(f"seed {seed}" for seed in seeds), "mean", "sd"]
     lines = []
-    for of_seeds in rows.values():
+    for of_seeds in rows:
         values = [float(row["metrics"]["gold"]["mean"]) for row in of_seeds]
-        mean = sum(values) / len(values)
-        told = [format_number(value, 2) for value in [*values, mean, statistics.stdev(values)]]
-        lines.append([str(of_seeds[0]["name"]), *told])
+        told = [*values, statistics.mean(values), statistics.stdev(values)]
+        lines.append([str(of_seeds[0]["name"]), *(format_number(value, 2) for value in told)])
     return markdown_lines(headings, lines)
 
 

@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rrhf.files import make_folder, replaced_file
+from rrhf.report.methods_page import by_seed_table
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.table import format_number, markdown_lines, markdown_table, terminal_table
 from rrhf.studies.config import DemoConfig
 from rrhf.studies.demo_study import DemoStudy
+from rrhf.studies.rows import Row
 from rrhf.studies.seeds import run_seeds, seed_folder
-from rrhf.studies.stages import finish
 from rrhf.worlds import DEFAULT
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Pa
     started = time.monotonic()
     folder = Path(config.output_dir)
     make_folder(folder)
-    run = partial(run_seed, folder, config.size)
+    run = partial(_run_seed, folder, config.size)
     by_seed = run_seeds(run, range(config.seeds), config.jobs, say)
     rows = pooled_rows(by_seed)
     table = folder / "table.md"
@@ -62,21 +62,11 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = logger.info) -> Pa
     return table
 
 
-def run_seed(
-    folder: Path, size: str, seed: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Run all stages of one seed; returns its rows."""
-    study = DemoStudy(seed_folder(folder, seed), DEFAULT, size, seed, say)
-    rows = study.run()
-    finish(study)
-    return rows
+def _run_seed(folder: Path, size: str, seed: int, say: Callable[[str], None]) -> list[Row]:
+    return DemoStudy(seed_folder(folder, seed), DEFAULT, size, seed, say).run()
 
 
-def _as_page(
-    config: DemoConfig,
-    by_seed: Sequence[Sequence[dict[str, Any]]],
-    rows: Sequence[dict[str, Any]],
-) -> str:
+def _as_page(config: DemoConfig, by_seed: Sequence[Sequence[Row]], rows: Sequence[Row]) -> str:
     num_prompts = rows[0]["made_with"]["num_prompts"]
     lines = [
         "# RRHF on the embedded world\n",
@@ -87,22 +77,13 @@ def _as_page(
         markdown_table(rows, FILE_COLUMNS),
     ]
     if len(by_seed) > 1:
-        lines += ["\nGold by seed:\n", _gold_by_seed(by_seed)]
+        table = by_seed_table(range(len(by_seed)), list(zip(*by_seed, strict=True)))
+        lines += ["\nGold by seed:\n", table]
     lines += ["\nSeconds after SFT and reward model, candidates included:\n", _costs(by_seed)]
     return "\n".join(lines)
 
 
-def _gold_by_seed(by_seed: Sequence[Sequence[dict[str, Any]]]) -> str:
-    headings = ["", *(f"seed {seed}" for seed in range(len(by_seed))), "mean", "sd"]
-    lines = []
-    for rows in zip(*by_seed, strict=True):
-        values = [row["metrics"]["gold"]["mean"] for row in rows]
-        told = [*values, statistics.mean(values), statistics.stdev(values)]
-        lines.append([rows[0]["name"], *(format_number(value, 2) for value in told)])
-    return markdown_lines(headings, lines)
-
-
-def _costs(by_seed: Sequence[Sequence[dict[str, Any]]]) -> str:
+def _costs(by_seed: Sequence[Sequence[Row]]) -> str:
     lines = []
     for rows in zip(*by_seed, strict=True):
         seconds = statistics.mean(sum(row["training"].values()) for row in rows)
@@ -110,9 +91,7 @@ def _costs(by_seed: Sequence[Sequence[dict[str, Any]]]) -> str:
     return markdown_lines(["", "seconds"], lines)
 
 
-def _closing_words(
-    folder: Path, config: DemoConfig, rows: Sequence[dict[str, Any]], seconds: float
-) -> str:
+def _closing_words(folder: Path, config: DemoConfig, rows: Sequence[Row], seconds: float) -> str:
     first = seed_folder(folder, 0)
     gold = {row["name"]: row["metrics"]["gold"]["mean"] for row in rows}
     return "\n".join(

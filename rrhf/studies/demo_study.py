@@ -6,19 +6,11 @@ SFT and reward model -> round-1/ -> best-of-n/ and rrhf/ -> round-2/ -> rrhf-2/ 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from rrhf.studies.rows import RowPlan, evaluate_rows, load_rows
+from rrhf.studies.method_table import METHODS
+from rrhf.studies.rows import Row, RowPlan, evaluate_rows
 from rrhf.studies.stages import Stages
 
-STAGES_OF = {
-    "sft": (),
-    "best-of-n": ("round-1", "best-of-n"),
-    "rrhf": ("round-1", "rrhf"),
-    "rrhf-2": ("round-1", "rrhf", "round-2", "rrhf-2"),
-    "ppo": ("ppo",),
-}
+_STAGES_OF = {method.policy: method.stages for method in METHODS.values()}
 """The stages behind each policy after SFT and reward model, its candidates included."""
 
 
@@ -27,27 +19,17 @@ class DemoStudy(Stages):
 
     num_stages = 12
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> list[Row]:
         """Run all stages; returns the rows of the table."""
         self.prepare()
-        self.stage("round-1", "sample and score candidates", lambda: self.candidates(1, "sft"))
-        self.stage(
-            "best-of-n",
-            "train on the best alone (rank weight 0)",
-            lambda: self.train_rank("best-of-n", "round-1", "sft", on_best=True),
-        )
-        self.stage("rrhf", "train by RRHF", lambda: self.train_rank("rrhf", "round-1", "sft"))
-        self.stage("round-2", "sample and score again", lambda: self.candidates(2, "rrhf"))
-        self.stage(
-            "rrhf-2",
-            "train by RRHF, round 2",
-            lambda: self.train_rank("rrhf-2", "round-2", "rrhf", is_later=True),
-        )
-        self.stage("ppo", "train by PPO", lambda: self.train_online("ppo", "ppo"))
-        self.stage("evaluation", "evaluate on held-out prompts", self._evaluate)
-        return load_rows(self._evaluate())
+        for name in ("round-1", "best-of-n", "rrhf", "round-2", "rrhf-2", "ppo"):
+            self.method_stage(name)
+        self.stage("evaluation", "evaluate on held-out prompts", self._measured_rows)
+        rows = self._measured_rows()
+        self.finish()
+        return rows
 
-    def _evaluate(self) -> list[Path]:
+    def _measured_rows(self) -> list[Row]:
         best_of = self.recipe.samples_per_prompt
         plan = [
             RowPlan("SFT", "sft"),
@@ -67,6 +49,6 @@ class DemoStudy(Stages):
             self.folder / "evaluation",
             samples=self.recipe.test_samples,
             extra=lambda row: {
-                "training": {name: self.seconds[name] for name in STAGES_OF[row.policy]}
+                "training": {name: self.seconds[name] for name in _STAGES_OF[row.policy]}
             },
         )

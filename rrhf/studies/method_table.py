@@ -57,3 +57,5 @@ METHODS: dict[str, Method] = {
     "rloo": Method("RLOO", ("rloo",), "rloo", curve="RLOO"),
     "grpo": Method("GRPO", ("grpo",), "grpo", curve="GRPO"),
 }
+ONLINE_STAGES = {method.policy: method.online for method in METHODS.values() if method.online}
+"""The stage of an online method -> its `--method`."""

@@ -31,7 +31,6 @@ from rrhf.report.training_cost import TrainingCost, mean_cost
 from rrhf.studies.config import MethodsConfig
 from rrhf.studies.methods_study import METHODS, MethodsStudy, SeedResult
 from rrhf.studies.seeds import run_seeds, seed_folder
-from rrhf.studies.stages import finish
 from rrhf.worlds import DEFAULT, make_world
 
 logger = logging.getLogger(__name__)
@@ -79,10 +78,7 @@ def _run_seed(
     seed: int,
     say: Callable[[str], None],
 ) -> SeedResult:
-    study = MethodsStudy(methods, seed_folder(folder, seed), world, size, seed, say)
-    result = study.run()
-    finish(study)
-    return result
+    return MethodsStudy(methods, seed_folder(folder, seed), world, size, seed, say).run()
 
 
 def write_report(
@@ -169,7 +165,7 @@ def _page(
     told = f"Gold above SFT's, 95 % intervals apart: {', '.join(above) or 'none'}."
     if rest:
         told += f" Not apart from SFT's: {', '.join(rest)}."
-    by_key = {key: [result.rows[key] for result in by_seed] for key in rows}
+    by_row = [[result.rows[key] for result in by_seed] for key in rows]
     parts = [
         f"# Methods compared on {about.world}",
         f"Made by `{about.command}`, which writes this page, its pictures and `{NUMBERS}` from the "
@@ -180,7 +176,7 @@ def _page(
         told,
     ]
     if len(seeds) > 1:
-        parts += ["Gold by seed (sampled):", by_seed_table(seeds, by_key).rstrip()]
+        parts += ["Gold by seed (sampled):", by_seed_table(seeds, by_row).rstrip()]
     per_answer = {key: METHODS[key].best_of for key in rows}
     parts += [
         "## What each cost",

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rrhf.errors import UserError
 from rrhf.report.training_cost import TrainingCost, cost_of
-from rrhf.studies.method_table import METHODS, rounds_policy
+from rrhf.studies.method_table import METHODS
 from rrhf.studies.online_settings import POINTS
-from rrhf.studies.rows import RowPlan, evaluate_rows, load_rows
+from rrhf.studies.rows import Row, RowPlan, evaluate_rows
 from rrhf.studies.stages import STAGE_FILE, Stages
 
 BEST_OF_ON_CURVE = (2, 4, 8, 16)
@@ -31,9 +30,9 @@ class SeedResult:
     costs: method -> what it cost.
     """
 
-    rows: dict[str, dict[str, Any]]
-    greedy: dict[str, dict[str, Any]]
-    curves: dict[str, list[dict[str, Any]]]
+    rows: dict[str, Row]
+    greedy: dict[str, Row]
+    curves: dict[str, list[Row]]
     costs: dict[str, TrainingCost]
 
 
@@ -58,42 +57,15 @@ class MethodsStudy(Stages):
         self.num_stages = 5 + len(self._stages) + 2
 
     def run(self) -> SeedResult:
-        """Run all stages."""
+        """All stages."""
         self.prepare()
         for name in self._stages:
-            self._method_stage(name)
-        rows, curves = self.folder / "evaluation", self.folder / "curves"
-        self.stage("evaluation", "evaluate on held-out prompts", lambda: self._measure_rows(rows))
-        self.stage("curves", "evaluate the policies between", lambda: self._measure_curves(curves))
-        return self._result(rows, curves)
-
-    def _method_stage(self, name: str) -> None:
-        if name == "best-of-n":
-            self.stage(
-                name,
-                "train on the best alone (rank weight 0)",
-                lambda: self.train_rank(name, "round-1", "sft", on_best=True),
-            )
-            return
-        online = next((m.online for m in self.methods.values() if m.stages == (name,)), "")
-        if online:
-            what = f"train online by {name}"
-            self.stage(name, what, lambda: self.train_online(name, online, POINTS))
-            return
-        number = int(name.rpartition("-")[2]) if "-" in name else 1
-        before = rounds_policy(number - 1)
-        if name.startswith("round-"):
-            self.stage(
-                name,
-                f"sample and score candidates (round {number})",
-                lambda: self.candidates(number, before),
-            )
-            return
-        self.stage(
-            name,
-            f"train by RRHF (round {number})",
-            lambda: self.train_rank(name, f"round-{number}", before, is_later=number > 1),
-        )
+            self.method_stage(name, POINTS)
+        self.stage("evaluation", "evaluate on held-out prompts", self._measured_rows)
+        self.stage("curves", "evaluate the policies between", self._measured_curves)
+        result = self._result()
+        self.finish()
+        return result
 
     # Rows.
 
@@ -109,9 +81,11 @@ class MethodsStudy(Stages):
             if m.best_of == 1
         }
 
-    def _measure_rows(self, folder: Path) -> list[Path]:
+    def _measured_rows(self) -> list[Row]:
         plan = [*self._row_plans().values(), *self._greedy_plans().values()]
-        return evaluate_rows(self, plan, folder, samples=self.recipe.test_samples)
+        return evaluate_rows(
+            self, plan, self.folder / "evaluation", samples=self.recipe.test_samples
+        )
 
     def _curve_plans(self) -> dict[str, list[RowPlan]]:
         """The points between SFT and a method's last policy, by curve.
@@ -147,7 +121,8 @@ class MethodsStudy(Stages):
                 found.append((int(number[1]), f"{stage}/policies/{path.name}"))
         return sorted(found)[: POINTS - 1]
 
-    def _measure_curves(self, folder: Path) -> list[Path]:
+    def _measured_curves(self) -> list[Row]:
+        folder = self.folder / "curves"
         return evaluate_rows(self, self._between(), folder, samples=1, has_likelihoods=False)
 
     def _between(self) -> list[RowPlan]:
@@ -156,13 +131,12 @@ class MethodsStudy(Stages):
         points = [point for curve in self._curve_plans().values() for point in curve]
         return [point for point in dict.fromkeys(points) if point not in rows]
 
-    def _result(self, rows: Path, curves: Path) -> SeedResult:
-        """The result, read from the folders; everything has been measured by now."""
+    def _result(self) -> SeedResult:
+        """What the folders hold; everything has been measured."""
         plans, greedy = self._row_plans(), self._greedy_plans()
-        loaded = load_rows(self._measure_rows(rows))
-        by_plan = dict(zip([*plans.values(), *greedy.values()], loaded, strict=True))
-        between = load_rows(self._measure_curves(curves))
-        by_plan |= dict(zip(self._between(), between, strict=True))
+        measured = self._measured_rows()
+        by_plan = dict(zip([*plans.values(), *greedy.values()], measured, strict=True))
+        by_plan |= dict(zip(self._between(), self._measured_curves(), strict=True))
         return SeedResult(
             {key: by_plan[plan] for key, plan in plans.items()},
             {key: by_plan[plan] for key, plan in greedy.items()},

@@ -18,6 +18,8 @@ from rrhf.generation.engine import SamplingParams
 from rrhf.scoring.build import build_scorer
 from rrhf.studies.stages import Stages
 
+Row = dict[str, Any]
+
 OPPONENT_SEED = 1
 ROW_SEED = 2
 
@@ -43,18 +45,16 @@ def evaluate_rows(
     study: Stages,
     plan: Sequence[RowPlan],
     folder: Path,
-    num_prompts: int | None = None,
     samples: int = 2,
     has_likelihoods: bool = True,
     extra: Callable[[RowPlan], dict[str, Any]] = lambda _: {},
-) -> list[Path]:
-    """Measure and save the rows that are missing; returns the files of all in the plan's order.
+) -> list[Row]:
+    """Measure and save the rows that are missing; returns all in the plan's order.
 
     Args:
         study: its SFT policy is reference and opponent, and its reward model scores.
         plan: the rows.
         folder: where they go.
-        num_prompts: number of test prompts, from the first; None = all.
         samples: responses per prompt in sampled rows.
         has_likelihoods: also measure the policies' likelihoods of good replies and of pairs.
         extra: keys to add to a row.
@@ -65,7 +65,7 @@ def evaluate_rows(
         reference = study.engine("sft")
         evaluator = Evaluator(
             Shared(
-                world.prompts("test")[:num_prompts],
+                world.prompts("test"),
                 scorer=build_scorer(str(study.folder / "reward" / "reward_model")),
                 gold=world,
                 reference=LikelihoodReader(reference.model, reference.codec, "sft"),
@@ -88,11 +88,7 @@ def evaluate_rows(
             reader = LikelihoodReader(engine.model, engine.codec)
             measured = evaluator.row(row.name, engine, params, row.best_of, reader)
             save_row({**measured, **extra(row)}, evaluator.samples.pop(row.name), folder)
-    return [_row_file(folder, row) for row in plan]
-
-
-def load_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
-    return [load_row(path) for path in files]
+    return [load_row(_row_file(folder, row)) for row in plan]
 
 
 def _row_file(folder: Path, row: RowPlan) -> Path:

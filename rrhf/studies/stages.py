@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from rrhf.models.saving import write_model_folder
 from rrhf.runs import settings_file
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.staged_folders import saved_folder
+from rrhf.studies.method_table import ONLINE_STAGES, rounds_policy
 from rrhf.studies.online_settings import online_config
 from rrhf.training.methods import rank, reward, sft
 from rrhf.training.methods.objectives.rrhf import RRHFSettings
@@ -174,10 +177,38 @@ class Stages:
             )
         )
 
-    def candidates(self, round_number: int, policy: str) -> None:
-        """Sample a stage's policy on the alignment prompts, and score the responses."""
-        folder = self.folder / f"round-{round_number}"
-        raw = self._generate(policy, "prompts", folder / "candidates.jsonl", round=round_number)
+    def method_stage(self, name: str, points: int = 0) -> None:
+        """One stage of a method, from the SFT policy on.
+
+        Args:
+            name: "round-N", candidates of the policy of the round before; "rrhf" and "rrhf-N",
+                ranking on them; "best-of-n"; or the stage of an online method.
+            points: for an online method: how many policies to keep during training.
+        """
+        number = int(name.rpartition("-")[2]) if re.search(r"-\d+$", name) else 1
+        before = rounds_policy(number - 1)
+        if online := ONLINE_STAGES.get(name):
+            what, do = f"train online by {name}", partial(self._train_online, name, online, points)
+        elif name == "best-of-n":
+            what = "train on the best alone (rank weight 0)"
+            do = partial(self._train_rank, name, 1, before)
+        elif name.startswith("round-"):
+            what = f"sample and score candidates (round {number})"
+            do = partial(self._candidates, name, number, before)
+        else:
+            what = f"train by RRHF (round {number})"
+            do = partial(self._train_rank, name, number, before)
+        self.stage(name, what, do)
+
+    def finish(self) -> None:
+        """Write the manifest of the seed, last."""
+        facts = {"seed": self.seed, "size": self.size, "seconds": self.seconds}
+        write_manifest(self.folder, {"status": COMPLETE, **facts})
+
+    def _candidates(self, name: str, number: int, policy: str) -> None:
+        """Sample responses to the alignment prompts with a stage's policy, and score them."""
+        folder = self.folder / name
+        raw = self._generate(policy, "prompts", folder / "candidates.jsonl", round=number)
         score_file(
             ScoreConfig(
                 input_file=str(raw),
@@ -202,33 +233,23 @@ class Stages:
             **own,
         }
 
-    def train_rank(
-        self, name: str, data: str, start: str, on_best: bool = False, is_later: bool = False
-    ) -> None:
-        """One round of offline ranking on scored candidates.
-
-        Args:
-            name: the name of the stage.
-            data: the stage that made the candidates.
-            start: the stage whose policy it starts from.
-            on_best: train on the best candidate alone, without ranking.
-            is_later: use the recipe's settings for later rounds.
-        """
+    def _train_rank(self, name: str, number: int, start: str) -> None:
+        """Train on the candidates of a round, from the policy of a stage."""
         recipe = self.recipe
         objective = RRHFSettings(**recipe.rrhf)
-        if on_best:
+        if name == "best-of-n":
             objective = replace(objective, rrhf_weight=0.0)
-        own = {**recipe.rank, **(recipe.later_rounds if is_later else {})}
+        own = {**recipe.rank, **(recipe.later_rounds if number > 1 else {})}
         rank.train(
             rank.RankConfig(
-                data_path=str(self.folder / data / "train_data.json"),
+                data_path=str(self.folder / f"round-{number}" / "train_data.json"),
                 model_name_or_path=str(self.folder / start / "policy"),
                 objective_settings=objective,
                 **self._shared(name, own),
             )
         )
 
-    def train_online(self, name: str, method: str, points: int = 0) -> None:
+    def _train_online(self, name: str, method: str, points: int) -> None:
         """Train the SFT policy on its own responses."""
         own = {"max_new_tokens": self.recipe.max_new_tokens, "group_by_length": False}
         shared = self._shared(name, own)
@@ -264,16 +285,3 @@ class Stages:
             folder /= "policy"
         codec = ChatCodec(load_tokenizer(folder), self.recipe.chat_format)
         return LocalEngine(load_causal_lm(folder), codec, max_batch_rows=128)
-
-
-def finish(study: Stages) -> None:
-    """Write the seed's manifest, which marks it as finished."""
-    write_manifest(
-        study.folder,
-        {
-            "status": COMPLETE,
-            "seed": study.seed,
-            "size": study.size,
-            "seconds": study.seconds,
-        },
-    )
