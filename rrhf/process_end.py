@@ -73,6 +73,13 @@ def note_end(text: str) -> None:
         Path(folder, f"rank-{os.environ.get('RANK', '0')}").write_text(text)
 
 
+def launched_place() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine), as a launcher such as torchrun sets it."""
+    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
+    return rank, world_size, local_rank
+
+
 def is_one_of_several() -> bool:
     """True where a launcher started several processes, or this one has joined others."""
     if os.environ.get("WORLD_SIZE", "1") != "1":

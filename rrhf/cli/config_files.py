@@ -10,10 +10,10 @@ import yaml
 
 from rrhf.cli.config_text import MAX_BYTES, ConfigTextError, parse_json, parse_yaml
 from rrhf.cli.fields import nearest
-from rrhf.cli.terminal import process_place
 from rrhf.errors import UserError
 from rrhf.files import with_home_folder
 from rrhf.os_errors import special_file
+from rrhf.process_end import launched_place
 
 _PRESETS = importlib.resources.files("rrhf.presets")
 
@@ -57,7 +57,7 @@ def _text_of(config: str, where: str) -> str:
     """It may come from a pipe, such as the shell's `<(...)`, which a single process reads once."""
     path = with_home_folder(config)
     kind = special_file(path)
-    if kind and process_place()[1] > 1:
+    if kind and launched_place()[1] > 1:
         raise UserError(f"{where}: is {kind}, which several processes cannot read; name a file")
     if path.is_file() or kind:
         try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rrhf.cli.places import read_settings
-from rrhf.cli.terminal import print_once, process_place
+from rrhf.cli.terminal import print_once
 from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
+from rrhf.process_end import launched_place
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> int:
     config = read_settings(GenerateConfig, argv, "rrhf generate")
     from rrhf.generation.stage import generate_file
 
-    output = generate_file(config, *process_place())
+    output = generate_file(config, *launched_place())
     if prompt_text(config.prompts) is not None:
         print_once(_responses(output))
     scored = output.with_name(f"{output.stem}.scored.jsonl")

@@ -18,10 +18,11 @@ from rrhf.cli.fields import Flag, flags_of
 from rrhf.cli.flags import asks_for_all, asks_for_help, build, read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.places import check_places
-from rrhf.cli.terminal import print_once, process_place, tell_repeats
+from rrhf.cli.terminal import print_once, tell_repeats
 from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
 from rrhf.model_paths import require_models_as_written
+from rrhf.process_end import launched_place
 
 PROG = "rrhf response-gen"
 GENERATED = "generated.jsonl"
@@ -73,8 +74,8 @@ def main(argv: list[str]) -> int:
     from rrhf.generation.stage import generate_file
     from rrhf.scoring.stage import score_file
 
-    generate_file(generate_config, *process_place())
-    score_file(score_config, *process_place())
+    generate_file(generate_config, *launched_place())
+    score_file(score_config, *launched_place())
     tell_repeats()
     ranked = Path(own.output_dir) / TRAIN_DATA
     words = ["--model_name_or_path", own.model_name_or_path, "--data_path", ranked]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import warnings
 from collections import Counter
 from typing import Any
+
+from rrhf.process_end import launched_place
 
 _PROGRESS = "rrhf.progress"
 _OWN_SHARE = ("rrhf.generation.local.engine", "rrhf.scoring.function", "rrhf.scoring.reward_model")
@@ -23,7 +24,7 @@ _LIBRARIES = r"(?!torch\.cuda)(accelerate|datasets|deepspeed|peft|torch|transfor
 
 def is_first_process() -> bool:
     """True in a single process, and in the first of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
+    return launched_place()[0] == 0
 
 
 def print_once(text: str) -> None:
@@ -103,10 +104,3 @@ def _to_stderr(record: logging.LogRecord) -> bool:
     if "Setting accelerator to CPU" not in record.getMessage():
         logging.getLogger().handle(record)
     return False
-
-
-def process_place() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine), as a launcher such as torchrun says."""
-    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
-    return rank, world_size, local_rank

@@ -300,7 +300,7 @@ PARALLEL_FAULTS = [
     ),
     Mutant(
         "the place on this machine is the rank among all",
-        PARALLEL,
+        "rrhf/process_end.py",
         '("LOCAL_RANK", "0"))',
         '("RANK", "0"))',
         ("test_parallel.py",),

@@ -336,13 +336,6 @@ def layer_classes(model: nn.Module) -> set[str]:
     }
 
 
-def launched_place() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine), for work before any training begins."""
-    names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
-    return rank, world_size, local_rank
-
-
 def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
     """Let DeepSpeed make the process group; on CPUs accelerate would start another one."""
     try:

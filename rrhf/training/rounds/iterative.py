@@ -33,13 +33,13 @@ from rrhf.generation.stage import generate_file
 from rrhf.manifests import UNFINISHED, read_manifest, write_manifest
 from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
 from rrhf.models.loading import context_window
+from rrhf.process_end import launched_place
 from rrhf.records import CandidateSet
 from rrhf.runs import RunFolder, settings_file
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.staged_folders import saved_folder
-from rrhf.training.core.parallel import launched_place
 from rrhf.training.core.setup import require_window
 from rrhf.training.methods import rank
 from rrhf.training.rounds.iterative_config import IterativeConfig

@@ -25,7 +25,8 @@ from rrhf.errors import UserError
 from rrhf.models.forward.logprobs import Policy
 from rrhf.models.reward_layouts import build_reward_model
 from rrhf.models.reward_model import RewardModel, ScoreOptions
-from rrhf.training.core.parallel import Parallel, launched_place, sharded_bf16
+from rrhf.process_end import launched_place
+from rrhf.training.core.parallel import Parallel, sharded_bf16
 
 BATCH = collate(
     [EncodedSet([5, 6, 7], [[8, 9, 1], [4, 1]]), EncodedSet([9], [[3, 3, 3, 1]])], pad_id=2
