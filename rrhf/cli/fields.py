@@ -1,4 +1,4 @@
-"""What a configuration class offers: its fields as flags, the docstring under each as help text.
+"""The fields of a configuration class as flags; the docstring under each field is its help text.
 
 A field's metadata may hold `positional` (a bare word, in the order of the fields), `aliases` (other
 spellings), `names` (what a path leads to: `rrhf.cli.places`) and `registry` (whose names it takes,
@@ -56,10 +56,10 @@ def flags_of(config_class: type, chosen: Mapping[str, str] | None = None) -> dic
 
     Args:
         config_class: a dataclass.
-        chosen: what fields with a registry are set to, where not to their defaults.
+        chosen: field with a registry -> its value, where that is not the default.
 
     Raises:
-        UserError: nothing of the chosen name is there.
+        UserError: the registry has nothing of the chosen name.
     """
     flags = own_flags(config_class)
     for settings_field, choice in choices_of(config_class).items():
@@ -75,7 +75,7 @@ def flags_of(config_class: type, chosen: Mapping[str, str] | None = None) -> dic
 
 
 def choices_of(config_class: type) -> dict[str, str]:
-    """The field that holds chosen settings -> the field that chooses."""
+    """The field that holds the settings of a choice -> the field that chooses."""
     return {
         item.name: item.metadata["settings_of"]
         for item in dataclasses.fields(config_class)
@@ -84,7 +84,7 @@ def choices_of(config_class: type) -> dict[str, str]:
 
 
 def own_flags(config_class: type) -> dict[str, Flag]:
-    """Without those of chosen settings."""
+    """The flags of a configuration without the settings of its choices."""
     assert dataclasses.is_dataclass(config_class), f"{config_class} is a dataclass"
     hints = typing.get_type_hints(config_class)
     docs = field_docs(config_class)
@@ -133,7 +133,7 @@ def field_docs(config_class: type) -> dict[str, str]:
 
 
 def spellings(flags: Mapping[str, Flag]) -> dict[str, Flag]:
-    """Every accepted name, with underscores, and its flag."""
+    """Every name of the flags and their aliases, with underscores -> the flag."""
     names = dict(flags)
     for flag in flags.values():
         for alias in flag.aliases:
@@ -147,21 +147,21 @@ def normalise(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was most probably meant, or None."""
+    """The known name that was probably meant, or None."""
     return next(iter(near(name, known)), None)
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
     """The known names that were probably meant, at most three; none where a guess would mislead.
 
-    First, slips of the fingers: at most one letter that is missing, too many, wrong or swapped with
-    its neighbour in a name of four letters, two from eight on, three from twelve on. In a name of
-    three letters any change gives another word (dpo, ppo), so none counts. Then what the typed
-    words begin, or pick out in order: `--learn`, `--max_tokens` for max_new_tokens; not where more
-    than three names are meant.
+    First come typing errors: one letter missing, added, wrong or swapped with its neighbour in
+    names of four letters or more, two from eight on, three from twelve on. In a name of three
+    letters any change gives another word (dpo, ppo), so none is allowed. Then come names that begin
+    with the typed text or contain its words in order (`--learn`, `--max_tokens` for
+    max_new_tokens), unless more than three do.
 
-    Of 89 flags of other programs that have no counterpart, a likeness of 0.6 by `difflib` guesses
-    at 29 for `rrhf train ppo`, this at 5; of single slips in our own names it knows 99.8 %.
+    Of 89 flags of other programs without a counterpart in `rrhf train ppo`, `difflib` at a likeness
+    of 0.6 guesses at 29, this function at 5; it finds 99.8 % of single slips in our own names.
     """
     known = list(dict.fromkeys(known))
     allowed = min(3, len(name) // 4)
@@ -179,7 +179,7 @@ def near(name: str, known: Iterable[str]) -> list[str]:
 
 
 def edits(left: str, right: str) -> int:
-    """Letters to insert, delete, change, or swap with a neighbour, to make one word the other.
+    """Count the letters to insert, delete, change or swap with a neighbour to get the other word.
 
     Optimal string alignment: Damerau 1964, doi:10.1145/363958.363994, no letter touched twice.
     """
@@ -196,7 +196,7 @@ def edits(left: str, right: str) -> int:
 
 
 def _picks_out(name: str, other: str) -> bool:
-    """Whether a name is two or more words of another, in their order."""
+    """Whether a name consists of two or more words of another name, in the same order."""
     words = re.split("[_-]", name)
     rest = iter(re.split("[_-]", other))
     return len(words) > 1 and all(word in rest for word in words)

@@ -1,5 +1,5 @@
-"""What `rrhf`, `rrhf train` and `rrhf data` take as their first word: the page that lists it,
-and the message for any other."""
+"""The first word of `rrhf`, `rrhf train` and `rrhf data`: the page that lists the choices, and the
+message for any other word."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Menu:
         return "\n".join([*lines, *self.notes])
 
     def is_shown(self, argv: Sequence[str]) -> bool:
-        """Print the page where the words ask for it, and say whether they do.
+        """Print the page if the words ask for it; returns whether they do.
 
         Raises:
             UserError: there are no words.
@@ -48,7 +48,7 @@ class Menu:
         return True
 
     def unknown(self, word: str, more: Iterable[str] = ()) -> UserError:
-        """The error for a word that is no entry; it names those that were probably meant.
+        """The error for a word that is not an entry; it names the entries that were probably meant.
 
         Args:
             word: what was typed.

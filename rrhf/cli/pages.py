@@ -1,4 +1,4 @@
-"""What a command's help shows first: the flags that people change, and an example.
+"""What the short help of a command shows: the flags that people change, and an example.
 
 One table, by class of settings. The settings of what is chosen, such as an objective, are shown
 below these flags. A command that is not in the table has so few flags that its help shows them all.
@@ -14,9 +14,8 @@ class Page:
     """Which flags the help page of one command shows.
 
     Attributes:
-        common: fields that people change, in the order in which they are shown; those that must be
-            given come first.
-        example: a call that works, of the command `{prog}`.
+        common: fields that people change, in the order in which they are shown.
+        example: a call of the command, `{prog}`, that works.
     """
 
     common: tuple[str, ...]

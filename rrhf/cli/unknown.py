@@ -37,7 +37,7 @@ def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") ->
 
 
 def chosen_elsewhere(word: str, flags: Mapping[str, Flag]) -> str:
-    """The choice, such as "objective dpo", that would make a word a flag; "" where none would."""
+    """The choice that would make a word a flag, such as "objective dpo"; "" if none would."""
     for flag in flags.values():
         for name, entry in (flag.registry or {}).items():
             settings = getattr(entry, "settings", None)

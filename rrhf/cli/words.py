@@ -1,8 +1,8 @@
-"""Words that people type, and what they mean here: short names of flags, names of methods.
+"""Other words for flags, stages and commands: short names, and names from other programs.
 
-A word means a flag only where one flag of the command can be meant; where several can, all are
-named and nothing is guessed (`--batch_size` of `rrhf train ppo`). What exists nowhere here is in
-`rrhf.cli.elsewhere`.
+A word stands for a flag only if it can mean just one flag of the command; if it can mean several,
+the message names all of them (`--batch_size` of `rrhf train ppo`). What this program does not have
+at all is in `rrhf.cli.elsewhere`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _SPELLINGS = {
 SHORT_NAMES: dict[str, tuple[str, ...]] = {
     word: tuple(flags.split()) for flags, words in _SPELLINGS.items() for word in words.split()
 }
-"""A word -> the flags that it may mean, of which a command has none, one or several."""
+"""A word -> the flags that it may mean; a command has none, one or several of them."""
 
 
 def meanings(word: str, flags: Mapping[str, Flag]) -> list[Flag]:
