@@ -88,19 +88,14 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
     """The flags of both stages, except those that this command sets itself."""
     ours = flags_of(ResponseGenConfig)
     stages = {"generate": flags_of(generate), "score": flags_of(score)}
-    for name in ("input_file", "output_file"):
-        for found in stages.values():
-            found.pop(name, None)
     stages["score"].pop("columns", None)  # of the prompts; what was generated has known names
     flags = dict(ours)
-    for name in [name for stage in stages.values() for name in stage]:
-        if name in ours:
-            continue
-        holders = {stage: found[name] for stage, found in stages.items() if name in found}
-        first = next(iter(holders.values()))
-        flags[name] = dataclasses.replace(first, positional=False)
-        if len(holders) > 1:
-            for stage, flag in holders.items():
+    for stage, found in stages.items():
+        for name, flag in found.items():
+            if name in ours or name in ("input_file", "output_file"):
+                continue
+            flags.setdefault(name, dataclasses.replace(flag, positional=False))
+            if all(name in flags_of_one for flags_of_one in stages.values()):
                 flags[f"{stage}_{name}"] = dataclasses.replace(
                     flag,
                     name=f"{stage}_{name}",
