@@ -1,4 +1,4 @@
-"""Whether weights are numbers: what is kept or published must not be NaN or infinite."""
+"""Finds weights that are NaN or infinite, so that they are never saved or published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 def first_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first weight with a value that is NaN or infinite, or None.
 
-    Of a weight that is spread over processes, this process' share is looked at.
+    Of a weight that is sharded over processes, only this process' share is checked.
 
     Args:
         weights: by name, or pairs as `named_parameters` gives them; whole numbers are left out.
@@ -23,14 +23,14 @@ def first_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]
     names, ends = _ends(weights)
     if not names:
         return None
-    # Moved at once: each transfer makes a GPU's queue run empty.
+    # In one transfer: each one drains a GPU's queue.
     finite = torch.stack(ends).isfinite().all(1).tolist()
     return next((name for name, good in zip(names, finite, strict=True) if not good), None)
 
 
 @torch.no_grad()
 def has_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Tensor:
-    """1.0 where `first_non_finite` finds one, else 0.0; still on the weights' device, float64."""
+    """1.0 if any value is NaN or infinite, else 0.0; float64, on the weights' device."""
     _, ends = _ends(weights)
     if not ends:
         return torch.zeros((), dtype=torch.float64)
@@ -40,7 +40,7 @@ def has_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]])
 def _ends(
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
 ) -> tuple[list[str], list[Tensor]]:
-    """Names, and [2] smallest and largest of each, on one device: NaN where it holds one."""
+    """Names, and the smallest and largest value of each [2], on one device; NaN if it has one."""
     names: list[str] = []
     ends: list[Tensor] = []
     for name, weight in weights.items() if isinstance(weights, Mapping) else weights:
@@ -54,7 +54,7 @@ def _ends(
 
 
 def non_finite_in_folder(folder: Path) -> str | None:
-    """As `first_non_finite`, of all safetensors files in a model folder: "file: name", or None."""
+    """The first such weight in a model folder's safetensors files, as "file: name", or None."""
     for path in sorted(folder.rglob("*.safetensors")):
         if (name := non_finite_in_file(path)) is not None:
             return f"{path.relative_to(folder)}: {name}"
@@ -62,7 +62,7 @@ def non_finite_in_folder(folder: Path) -> str | None:
 
 
 def non_finite_in_file(path: Path) -> str | None:
-    """As `first_non_finite`, of a safetensors file, of which one weight at a time is in memory."""
+    """The first such weight in a safetensors file; one weight at a time is in memory."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             if first_non_finite({name: file.get_tensor(name)}) is not None:

@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders or names, with a clear word where something is missing.
+"""Loads models and tokenizers from folders or hub names, with clear messages on errors.
 
 Weights are safetensors only, code inside a model folder runs only when asked for, and trained
 weights are float32 (with all-bf16 weights one AdamW step at 2e-5 leaves nearly every weight as it
@@ -49,7 +49,7 @@ def resolve_device() -> torch.device:
 def load_tokenizer(
     name_or_path: str | Path, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer, as it is; `ChatCodec` copes with a missing pad token.
+    """A tokenizer, unchanged; `ChatCodec` handles a missing pad token.
 
     Raises:
         UserError: no tokenizer there.
@@ -63,7 +63,7 @@ def load_tokenizer(
 
 
 def check_attention(attn_implementation: str) -> None:
-    """Say what is missing before a model is loaded.
+    """Check that this attention can run here, before a model is loaded.
 
     Raises:
         UserError: flash attention is asked for, and its package or a GPU is not there.
@@ -107,7 +107,7 @@ class LoadOptions:
 
     @classmethod
     def of(cls, settings: LoadSettings, bf16: bool = False) -> LoadOptions:
-        """As settings have it, with weights in float32, or in bfloat16."""
+        """The options of a command, with weights in float32 or bfloat16."""
         dtype = "bfloat16" if bf16 else "float32"
         return cls(dtype, settings.attn_implementation, settings.trust_remote_code)
 
@@ -119,7 +119,7 @@ DEFAULT = LoadOptions()
 def load_model(
     auto_class: Any, name_or_path: str | Path, options: LoadOptions = DEFAULT, **kwargs: Any
 ) -> Any:
-    """Any transformers Auto class, with this module's rules and messages.
+    """Load a model of any transformers Auto class, with this module's rules and messages.
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
@@ -167,7 +167,7 @@ def load_causal_lm(name_or_path: str | Path, options: LoadOptions = DEFAULT) -> 
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Dropout off for good: alignment compares log-probs of one policy at different times."""
+    """Turn dropout off for good: alignment compares log-probs of one policy over time."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -181,7 +181,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, the same gradient for less memory."""
+    """Recompute activations in the backward pass: the same gradient with less memory."""
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name in transformers
         model.activation_checkpointing_enable(kwargs)
@@ -190,7 +190,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def context_window(name_or_path_or_model: Any) -> int | None:
-    """How many positions a model knows, or None where its config does not say."""
+    """The number of positions of a model, or None if its config does not say."""
     config = getattr(name_or_path_or_model, "config", None)
     if config is None:
         config = AutoConfig.from_pretrained(model_folder(name_or_path_or_model))

@@ -1,8 +1,8 @@
 """The actor-critic: policy and value model as one module, behind the one forward interface.
 
 A batch goes in; log-probs, values and entropies of its response tokens come out. The value of a
-token is that of the state *before* it, read at the position that predicts it, so the first value
-belongs to the prompt alone.
+token is that of the state *before* it, read at the position that predicts it, so the first value is
+that of the prompt alone.
 
 The value model is a trunk of its own, made from a reward model, or a new head on the policy's own
 trunk, which begins at zero. Made from a reward model it keeps that model's normaliser as a fixed
@@ -35,7 +35,7 @@ from rrhf.models.reward_model import HEAD, init_reward_model
 from rrhf.models.saving import weights_below, write_model_folder
 
 VALUE_PREFIX = "value."
-"""Parameters of the value model, or of the value head, have names that begin so."""
+"""Prefix of the names of the parameters of the value model or value head."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ActorCriticOutputs:
     """What the forward interface returns.
 
     Attributes:
-        logprobs: [N, R] float32, nats; 0 at padding, and everywhere where only values were asked.
+        logprobs: [N, R] float32, nats; 0 at padding, and everywhere if only values were asked for.
         values: [N, R] float32: V of the state before each response token; 0 at padding; None
             without a critic.
         entropy: [N, R] float32, nats; 0 at padding; None unless the policy gives it.
@@ -87,7 +87,7 @@ class ValueModel(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """A linear layer on the policy's last hidden states; it begins at zero."""
+    """A linear layer on the policy's last hidden states, initialised to zero."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -121,12 +121,12 @@ class ActorCritic(nn.Module):
         self._detach_value_trunk = detach_value_trunk
 
     def forward(self, batch: TokenBatch, values_only: bool = False) -> ActorCriticOutputs:
-        """Everything that PPO asks of a batch.
+        """Log-probs, values and entropies of a batch's response tokens.
 
         Args:
             batch: prompts and responses.
-            values_only: leave out what the policy has for itself, its trunk or its head; its
-                log-probs are zero then. Never in a forward that is trained on.
+            values_only: skip the parts that only the policy needs (its trunk or its head); the
+                log-probs are zero then. Not for a forward that is trained on.
         """
         outputs = values = None
         if isinstance(self.value, ValueModel):
@@ -147,7 +147,7 @@ class ActorCritic(nn.Module):
 
 @contextlib.contextmanager
 def as_reference(policy: Policy) -> Iterator[Policy]:
-    """The policy as it was before training: its adapters switched off.
+    """Context manager: the policy before training, with its adapters switched off.
 
     Args:
         policy: with LoRA.
@@ -159,7 +159,7 @@ def as_reference(policy: Policy) -> Iterator[Policy]:
 
 
 def new_value_head(policy_model: Any) -> ValueHead:
-    """A head of zeros for the trunk of a causal language model.
+    """A zero value head for the trunk of a causal language model.
 
     Raises:
         UserError: the model's config does not say how wide it is.
@@ -176,10 +176,10 @@ def new_value_head(policy_model: Any) -> ValueHead:
 def require_same_vocabulary(
     policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase, critic_name: str | Path
 ) -> None:
-    """Policy and critic read the same ids, so each id must mean the same to both.
+    """Check that policy and critic, which read the same ids, have the same vocabulary.
 
     Raises:
-        UserError: it does not.
+        UserError: they have not.
     """
     mine, its = policy.get_vocab(), critic.get_vocab()
     if mine == its:

@@ -1,4 +1,4 @@
-"""What a reward model's folder says of itself before a weight is read.
+"""Checks of a reward model's folder before any weight is read.
 
 No import of torch: a mistake in a path is reported before it is loaded.
 """
@@ -50,7 +50,7 @@ def names_classifier(architectures: Sequence[str]) -> bool:
 
 
 def config_folder(path: str | Path, base: str | Path | None) -> Path:
-    """Where config.json (and the tokenizer) stands: next to the weights, or with the base model.
+    """The folder of config.json and tokenizer: next to the weights, or the base model's.
 
     Raises:
         UserError: in neither place.
@@ -69,7 +69,7 @@ def config_folder(path: str | Path, base: str | Path | None) -> Path:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The weight files of a published model, in a stable order; of several kinds the safest.
+    """The weight files of a published model, in a stable order; safetensors come first.
 
     Raises:
         UserError: there is no such folder, or no weights in it.

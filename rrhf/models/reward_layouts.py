@@ -1,4 +1,4 @@
-"""Faster ways behind the reward models' forward interface: every prompt once, as in policies.
+"""Faster layouts behind the reward models' forward interface: every prompt once.
 
 Scores are read at the very tokens that padded rows would be read at. A response's last token is fed
 where scores are read there, and left away where only the states before tokens are asked for.
@@ -31,7 +31,7 @@ LAYOUTS = ("shared_prefix", "varlen_attention", "flex_attention", "dense_mask")
 
 
 class FastRewardModel(PackedTrunk, RewardModel):
-    """A sequence classifier behind their forward interface, by one of the faster layouts.
+    """A reward model on one of the faster layouts.
 
     Args:
         model: a causal model for sequence classification, bare or with adapters. Its attention
@@ -108,7 +108,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
 
 
 def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
-    """[N, R] the token that stands at each column of the responses, or for its padding."""
+    """[N, R] the token at each column of the responses, or the one that stands for its padding."""
     columns = torch.arange(batch.response_ids.shape[1], device=batch.response_ids.device)
     return packed.response_start[:, None] + columns.minimum(batch.response_lengths[:, None])
 

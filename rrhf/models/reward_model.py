@@ -65,7 +65,7 @@ AT_THE_END = ScoreOptions()
 
 
 class RewardModel(nn.Module):
-    """A sequence classifier with one label behind that forward interface.
+    """A sequence classifier with one label behind the forward interface.
 
     Args:
         model: a causal model for sequence classification, bare or with adapters.
@@ -209,7 +209,7 @@ def score_normalizer(config: PreTrainedConfig) -> Normalizer | None:
 
 
 def set_score_normalizer(config: PreTrainedConfig, normalizer: Normalizer | None) -> None:
-    """Keep a normaliser in a reward model's config, or take it out."""
+    """Store a normaliser in a reward model's config; None removes it."""
     setattr(config, NORMALIZER_KEY, None if normalizer is None else normalizer.state_dict())
 
 
@@ -236,7 +236,7 @@ def _load(
     options: LoadOptions,
     is_new: bool,
 ) -> Any:
-    """Load and account for every key: a head that is silently new gives scores of pure noise."""
+    """Load, and check every key: a head that is silently new gives scores of pure noise."""
     with _quiet_transformers():
         model, info = load_model(
             AutoModelForSequenceClassification,
@@ -272,7 +272,7 @@ def _load(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its table of missing weights: here each of them is accounted for."""
+    """Context manager: silences its table of missing weights; `_load` reports each of them."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

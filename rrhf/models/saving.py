@@ -48,7 +48,7 @@ def write_model_folder(
 
 
 def _name_precision(folder: Path, state_dict: dict[str, Tensor]) -> None:
-    """The weights may be finer than the model that computes; the config speaks of the model."""
+    """Correct the dtype in config.json: the saved weights may be finer than the model's own."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     finest = max((t.dtype for t in state_dict.values()), key=lambda dtype: dtype.itemsize)
@@ -58,7 +58,7 @@ def _name_precision(folder: Path, state_dict: dict[str, Tensor]) -> None:
 
 
 def weights_below(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with the prefix, under the rest of their names."""
+    """The weights whose names begin with a prefix, with the prefix removed."""
     return {
         name.removeprefix(prefix): value
         for name, value in state_dict.items()

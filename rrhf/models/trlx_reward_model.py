@@ -1,4 +1,4 @@
-"""Reward models in trlX's published layout (keys `transformer.*` and `v_head.weight`), as ours.
+"""Loads reward models in trlX's published layout (keys `transformer.*` and `v_head.weight`).
 
 That layout is a GPT-J (or GPT-2, GPT-Neo) trunk with a linear head under another name, so its
 weights fit transformers' own classifier of that family once the head is renamed; nothing needs a

@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_served_falls_back_and_says_so_once(
     assert type(model) is RewardModel and model.options.first_end_id == EOS
     said = [r for r in caplog.records if r.name.startswith("rrhf")]
     assert [r.levelname for r in said] == ["WARNING"]
-    assert "BloomForSequenceClassification goes by padded, since shared_prefix:" in caplog.text
+    assert "BloomForSequenceClassification uses padded, since shared_prefix:" in caplog.text
     assert torch.equal(
         model(b), RewardModel(classifier("bloom"), ScoreOptions(first_end_id=EOS))(b)
     )
@@ -283,7 +283,7 @@ def test_attention_that_is_not_exchangeable_goes_by_a_mask(
     """GPT-J is such a one; trlX's published reward models are of its kind."""
     model = build_reward_model(classifier("gptj"), "auto")
     assert isinstance(model, FastRewardModel) and model.layout == "dense_mask"
-    assert "GPTJForSequenceClassification goes by dense_mask" in caplog.text
+    assert "GPTJForSequenceClassification uses dense_mask" in caplog.text
     require_close(model(RAGGED), RewardModel(classifier("gptj"))(RAGGED))
 
 

@@ -22,7 +22,7 @@ from rrhf.models.forward.shared_prefix import AttentionRules, SharedPrefix
 
 
 def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
-    """Who sees whom, of the whole sequence.
+    """The mask of the whole sequence: which token sees which.
 
     Args:
         layout: of the sequence.
@@ -51,7 +51,7 @@ def attend_flex(
     mask: BlockMask,
     rules: AttentionRules,
 ) -> Tensor:
-    """Attention of the whole sequence.
+    """Attention over the whole sequence, by FlexAttention.
 
     Args:
         query: [1, heads, T, D].

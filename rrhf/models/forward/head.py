@@ -1,4 +1,4 @@
-"""The head of a language model applied only where a token is asked for, and what it says of it.
+"""Applies the head of a language model only where a token's log-prob is needed.
 
 From hidden states and the head's weights come the log-prob of each target, and on request entropy
 and mean log-prob, without a table of all logits where that would be large. Three forms:
@@ -44,7 +44,7 @@ TILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the head says of M target tokens; [M] float32, nats; None unless asked for."""
+    """Statistics of M target tokens; each [M] float32, nats; None unless asked for."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -83,7 +83,7 @@ def token_statistics(
 def statistics_of_logits(
     raw: Tensor, targets: Tensor, shape: LogitShape, options: LogprobOptions
 ) -> TokenStatistics:
-    """As `token_statistics`, from what a head of any kind gave: [M, V], in one piece."""
+    """As `token_statistics`, from the output [M, V] of any kind of head."""
     logits = raw.float() * shape.scale
     if shape.softcap is not None:
         logits = torch.tanh(logits / shape.softcap) * shape.softcap
@@ -109,17 +109,17 @@ class _Plan:
 
     @property
     def only_logprobs(self) -> bool:
-        """Nothing else has a gradient: then the slopes of all rows are known in the forward pass,
-        but for one factor each."""
+        """Whether nothing else has a gradient: then the forward pass knows the slopes of all rows
+        up to one factor each."""
         return not (self.pulls_entropy or self.options.with_mean_logprobs)
 
     def rows(self, vocabulary: int, dtype: torch.dtype) -> int:
-        """Of a chunk."""
+        """The number of rows of a chunk."""
         return max(32, self.chunk_bytes // (dtype.itemsize * vocabulary))
 
 
 class _Statistics(torch.autograd.Function):
-    """([M] log-prob, [M] entropy, [M] mean log-prob); what was not asked for is empty."""
+    """([M] log-prob, [M] entropy, [M] mean log-prob); empty if not asked for."""
 
     @staticmethod
     def forward(
@@ -284,7 +284,7 @@ class _Sums:
             self.bias = found if self.bias is None else self.bias + found
 
     def gradients(self) -> list[Tensor | None]:
-        """Of what needs one."""
+        """The gradients of hidden states, weights and bias, where needed."""
         found: list[Tensor | None] = [self.hidden, self.weight, self.bias]
         for place, (given, needed) in enumerate(zip(self._inputs, self._needs, strict=False)):
             if needed and given is not None:
@@ -294,7 +294,7 @@ class _Sums:
 
 
 def _tiles(raw: Tensor, plan: _Plan) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of `raw` [m, V] a few at a time, as many as stay in a CPU's cache.
+    """Iterate over rows of `raw` [m, V], as many at a time as fit in a CPU's cache.
 
     Yields:
         The rows; what stands there in float32, to overwrite; room for as much again.
@@ -311,8 +311,8 @@ def _tiles(raw: Tensor, plan: _Plan) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _unit_slopes(shape: LogitShape, logits: Tensor, shares: Tensor, picked: Tensor) -> Tensor:
-    """[m, V] of -log P(target) towards the linear layer's output, but for `shape.slope`; overwrites
-    both."""
+    """[m, V] gradient of -log P(target) by the linear layer's output, without the factor
+    `shape.slope`; overwrites both."""
     shares.scatter_add_(-1, picked, shares.new_full(picked.shape, -1.0))
     return shares if shape.softcap is None else shares.mul_(shape.saturation_(logits))
 
@@ -326,7 +326,7 @@ def _slopes(
     for_entropy: tuple[Tensor, Tensor] | None,
     for_mean: Tensor | None,
 ) -> Tensor:
-    """[m, V] the gradient towards the linear layer's output; overwrites `logits` where it can.
+    """[m, V] the gradient by the linear layer's output; may overwrite `logits`.
 
     With q = softmax(logits): d logprob_y = [y] - q, d mean = 1/V - q, d entropy = -q (log q + S).
     """
@@ -351,7 +351,7 @@ def _slopes(
 def _linear(
     states: Tensor, matrix: Tensor, bias: Tensor | None, room: Tensor | None = None
 ) -> Tensor:
-    """[m, V], in `room` where one is given and may be used."""
+    """[m, V] states @ matrix.T + bias, in `room` if given and usable."""
     if is_served(states, matrix):
         return multiply(states, matrix, bias)
     if room is None:

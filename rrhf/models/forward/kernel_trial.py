@@ -1,4 +1,4 @@
-"""A kernel of varlen attention on the card, where the model that is to use it is not there yet.
+"""Tries a kernel of varlen attention on the GPU while the model is still on the CPU.
 
 Weights that will be spread over processes wait on the CPU: the layout's self-check runs there, over
 SDPA, because the card may be too small for all of them. What it cannot see, the kernel, is tried
@@ -27,14 +27,14 @@ OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 0.05, 0.2
 
 
 def card() -> torch.device | None:
-    """Where a model that is still on the CPU will compute; None where that is the CPU."""
+    """The GPU on which a model that is still on the CPU will compute; None without one."""
     if not torch.cuda.is_available():
         return None
     return torch.device("cuda", torch.cuda.current_device())
 
 
 class KernelTrial:
-    """Compares, and remembers the first difference.
+    """Compares the kernel with SDPA, and remembers the first difference.
 
     Args:
         load: gives the kernel, with the signature of flash_attn.flash_attn_varlen_func.
@@ -83,7 +83,7 @@ class KernelTrial:
 
 
 def _with_gradients(states: list[Tensor], attention: Callable[..., Tensor]) -> list[Tensor]:
-    """What attention gives, and the gradients of a fixed weighting of it; float32, on the CPU."""
+    """The output of attention and the gradients of a fixed weighting of it; float32, CPU."""
     for state in states:
         state.requires_grad_()
     output = attention(*states)
@@ -94,7 +94,7 @@ def _with_gradients(states: list[Tensor], attention: Callable[..., Tensor]) -> l
 
 @contextlib.contextmanager
 def watched(trial: KernelTrial | None) -> Iterator[None]:
-    """Show a trial all attention meanwhile; None = nothing is tried."""
+    """Context manager: passes all attention to a trial; None = to none."""
     before = varlen_attention.on_attention
     varlen_attention.on_attention = trial
     try:

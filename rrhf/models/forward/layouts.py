@@ -1,6 +1,6 @@
-"""Faster ways behind the policies' one forward interface.
+"""Faster layouts behind the policies' forward interface.
 
-A layout is how a batch passes the network: `padded` is the reference (`Policy`), the others go by
+A layout is how a batch passes the network: `padded` is the reference (`Policy`), the others use
 a layout of `packed_trunk`, each tried on the model before it is used. All of them but the reference
 apply the head in chunks, at response positions alone.
 
@@ -30,7 +30,7 @@ from rrhf.models.forward.self_check import first_that_fits
 
 
 class FastPolicy(PackedTrunk, Policy):
-    """A causal language model behind the one forward interface, by one of the faster layouts.
+    """A policy on one of the faster layouts.
 
     Args:
         model: a Hugging Face causal language model, bare or with adapters. Its attention
@@ -101,7 +101,7 @@ class FastPolicy(PackedTrunk, Policy):
         head = inner_model(self.model).get_output_embeddings()
         if not _is_plain(head):
             return statistics_of_logits(head(hidden), targets, self.shape, self.options)
-        # Who saves memory on activations does not want it back as logits.
+        # With activation checkpointing, memory is not spent on logits either.
         saves = is_checkpointing(inner_model(self.model))
         stored = 0 if saves else STORED_BYTES
         chunk = CHUNK_BYTES // 4 if saves else CHUNK_BYTES
@@ -133,7 +133,7 @@ def _as_grid(hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> 
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """A linear layer whose weights may be read here, and not only inside its own forward."""
+    """Whether it is a linear layer whose weights may be read outside its own forward."""
     is_watched = bool(head._forward_pre_hooks or head._forward_hooks)
     return (
         type(head) in (nn.Linear, OneDnnLinear)

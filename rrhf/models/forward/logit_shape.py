@@ -29,7 +29,7 @@ class LogitShape:
     temperature: float = 1.0
 
     def apply_(self, z: Tensor) -> Tensor:
-        """Logits from what the linear layer gave, float32, in place."""
+        """Logits from the linear layer's output, float32, in place."""
         if self.softcap is not None:
             z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
         elif self.scale != self.temperature:
@@ -38,11 +38,11 @@ class LogitShape:
 
     @property
     def slope(self) -> float:
-        """Of the logits over what the linear layer gave, where no soft cap bends it."""
+        """The derivative of the logits by the linear layer's output, without a soft cap."""
         return self.scale / self.temperature
 
     def saturation_(self, logits: Tensor) -> Tensor:
-        """What is left of the slope under the soft cap, in place."""
+        """The factor by which the soft cap reduces the slope, in place."""
         assert self.softcap is not None
         return logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)
 

@@ -1,6 +1,6 @@
 """The one forward interface of every policy: a batch in, the log-probs of its responses out.
 
-Whoever needs a response's likelihood (rank losses, SFT, evaluation, later PPO) calls
+Everything that needs a response's likelihood (rank losses, SFT, PPO, evaluation) calls
 `Policy.forward` and nothing inside it: under FSDP2 a call past the root fails, and under DDP it
 silently leaves gradients unsynchronised. The layout here is the reference: one padded row for each
 response, the head applied at response positions only; `.layouts` has faster ones.

@@ -35,7 +35,7 @@ PACKED_BYTES = 1 << 30
 
 @contextmanager
 def fast_linears(model: nn.Module, pack: bool = False) -> Iterator[None]:
-    """Within, the model's large linear layers go through oneDNN where this processor gains by it.
+    """Context manager: runs a model's large linear layers in oneDNN where that is faster.
 
     Args:
         model: whose weights do not change meanwhile; gradients are off.
@@ -59,7 +59,7 @@ def fast_linears(model: nn.Module, pack: bool = False) -> Iterator[None]:
 
 @cache
 def gains_here() -> bool:
-    """Whether this is a processor with AVX-512 on which MKL does not use it."""
+    """Whether this processor has AVX-512 that MKL does not use."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not found.get("avx512_f") or "AMD" not in str(found.get("cpu_name")).upper():
         return False
@@ -72,10 +72,10 @@ def gains_here() -> bool:
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer whose products, and those of its backward pass, go through oneDNN."""
+    """A linear layer that runs forward and backward in oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As that of `nn.Linear`; what oneDNN does not serve goes that way."""
+        """As `nn.Linear`, which also computes what oneDNN does not serve."""
         if not is_served(input, self.weight):
             return linear(input, self.weight, self.bias)
         found: Tensor = _Product.apply(input, self.weight, self.bias)
@@ -83,7 +83,7 @@ class OneDnnLinear(nn.Linear):
 
 
 def exchange_linears(model: nn.Module) -> None:
-    """Make a model's plain linear layers go through oneDNN for good, where this processor gains.
+    """Make a model's plain linear layers run in oneDNN for good, where that is faster.
 
     Weights, names and files stay as they are.
 
@@ -98,7 +98,7 @@ def exchange_linears(model: nn.Module) -> None:
 
 
 def is_served(rows: Tensor, weight: Tensor) -> bool:
-    """Whether `multiply` takes these, and is the faster way."""
+    """Whether `multiply` accepts these and is faster."""
     return (
         rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Another layout behind the forward interface: several rows in one, no padding between them.
+"""The packed layout: several rows in one, without padding between them.
 
 Rows are laid end to end in bins of a fixed width; positions restart at zero in each, from which
 transformers builds attention that stays inside a row. That holds only without a cache and without a
@@ -31,7 +31,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where everything of a batch lies.
+    """A batch in bins, and where its response tokens are predicted.
 
     Attributes:
         ids: [bins, W], zeros behind the last row.
@@ -50,7 +50,7 @@ class PackedRows:
 
 
 def fill_bins(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Rows into as few bins as first-fit finds, longest first; a row beyond `width` gets its own.
+    """Put rows into few bins, by first fit, longest first; a row beyond `width` gets its own.
 
     Returns:
         For each bin, which rows it holds.

@@ -3,8 +3,8 @@
 A layout says how a batch passes the network: `shared_prefix` computes every prompt once through
 attention of our own, `varlen_attention` does so through torch's varlen attention, `flex_attention`
 through FlexAttention and `dense_mask` through a mask of all tokens by all tokens; `rows` are padded
-rows. Policies (`layouts`) and reward models
-(`reward_layouts`) share them; each is tried on the model at hand before it is used (`self_check`).
+rows. Policies (`layouts`) and reward models (`reward_layouts`) share them; each layout is checked
+on the model before it is used (`self_check`).
 
 Legend: N rows, M response tokens of the whole batch, T tokens of a sequence, H hidden.
 """
@@ -32,7 +32,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Beside:
-    """What a layout gives for a batch, and what padded rows give.
+    """The results of a layout and of padded rows for one batch.
 
     Attributes:
         what: the numbers' name, for people.
@@ -50,7 +50,7 @@ class Beside:
 
 
 class PackedTrunk:
-    """What every fast layout shares: a model's trunk.
+    """The part that all fast layouts share: a model's trunk.
 
     Attributes:
         model: a Hugging Face model with a head, bare or with adapters.
@@ -63,11 +63,11 @@ class PackedTrunk:
     window: int | None
 
     def beside_padded_rows(self, batch: TokenBatch) -> Beside:
-        """This layout and the reference on one batch."""
+        """Run this layout and the reference on one batch."""
         raise NotImplementedError
 
     def take_layout(self, layout: str) -> None:
-        """Go by a layout from now on."""
+        """Use a layout from now on."""
         self.layout, self.window = layout, None
         inner = inner_model(self.model)
         if layout in ATTENTION:
@@ -80,7 +80,7 @@ class PackedTrunk:
     def packed(
         self, batch: TokenBatch, whole: bool = False, with_padding: bool = False
     ) -> SharedPrefix | None:
-        """The batch laid out (`lay_out`), or None where it goes as padded rows."""
+        """The batch laid out (`lay_out`), or None if it runs as padded rows."""
         if self.layout == "rows":
             return None
         packed = lay_out(batch, whole, with_padding)
@@ -108,7 +108,7 @@ class PackedTrunk:
 
 
 def declared_window(config: Any) -> int | None:
-    """The shortest sliding window or chunk of attention that a config tells of, or None."""
+    """The shortest sliding window or attention chunk in a config, or None."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     slides = "sliding_attention" in kinds if kinds else getattr(text, "use_sliding_window", True)
@@ -134,6 +134,6 @@ def exchange_attention(inner: Any, over: dict[str, str]) -> None:
 
 
 def is_checkpointing(inner: Any) -> bool:
-    """Whether a Hugging Face model computes its activations again in the backward pass."""
+    """Whether a Hugging Face model recomputes activations in the backward pass."""
     name = "is_activation_checkpointing"  # the newer name in transformers
     return bool(getattr(inner, name if hasattr(type(inner), name) else "is_gradient_checkpointing"))

@@ -55,17 +55,17 @@ OVER = {
 """The registered name for each implementation that it takes the place of."""
 
 FLEX_OVER = {base: f"{name}_flex" for base, name in OVER.items()}
-"""The same, where shared prompts go by FlexAttention."""
+"""The same for the layout that uses FlexAttention."""
 
 VARLEN_OVER = {"sdpa": "rrhf_shared_prefix_torch_varlen"}
-"""The same, where shared prompts go by the varlen attention inside torch."""
+"""The same for the layout that uses the varlen attention inside torch."""
 
 MASKS: dict[str, Any] = {"sdpa": sdpa_mask, "eager": eager_mask, FLASH: flash_attention_mask}
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a model hands through to its layers' attention, as `shared_prefix`.
+    """The argument `shared_prefix` that a model passes on to its layers' attention.
 
     Attributes:
         layout: of the sequence.
@@ -80,11 +80,11 @@ class Prefix:
 
     @cached_property
     def calls(self) -> Calls:
-        """What flash attention is called with; the same in all layers."""
+        """The arguments of flash attention, the same in all layers."""
         return calls_of(self.layout, self.layout.ids.device)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """What FlexAttention is called with; the same in all layers of a window."""
+        """The mask of FlexAttention, the same in all layers with this window."""
         if window is not None and self.layout.longest <= window:
             window = None
         if window not in self._block_masks:
@@ -113,7 +113,7 @@ def attend(
     rules: AttentionRules,
     keeps_pieces: bool = True,
 ) -> Tensor:
-    """Attention of the whole sequence.
+    """Attention over the whole sequence, by SDPA.
 
     Args:
         query: [1, heads, T, D].
@@ -173,7 +173,7 @@ def _joined(prompts: Tensor, own: Tensor, owner: Tensor | None) -> Tensor:
 def _in_pieces(
     joined: Mapping[tuple[Any, ...], Callable[[], Tensor]], tensor: Tensor
 ) -> Tensor | Callable[[], Tensor]:
-    """What is kept of a tensor for the backward pass: how to join it again, where it was joined.
+    """What to keep of a tensor for the backward pass; of a joined one, how to join it again.
 
     Otherwise a prompt would be kept once for each of its responses.
     """
@@ -181,7 +181,7 @@ def _in_pieces(
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies, and how; nothing that keeps it."""
+    """Identifies a tensor's memory without keeping it alive."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -300,7 +300,7 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
 
 
 def _ordinary(base: str, module: nn.Module) -> Any:
-    """What is done where no prompt is shared."""
+    """The attention to use where no prompt is shared."""
     if base == FLASH:
         return ordinary_flash
     if base == "sdpa":
@@ -310,7 +310,7 @@ def _ordinary(base: str, module: nn.Module) -> Any:
 
 
 def register() -> None:
-    """Make the implementations known to transformers; once is enough, twice does no harm."""
+    """Register the implementations with transformers."""
     for over in (OVER, FLEX_OVER, VARLEN_OVER):
         for base, name in over.items():
             ours: Any = _attention_over(base, over is FLEX_OVER, over is VARLEN_OVER)
@@ -322,8 +322,8 @@ register()
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens into slots. Padding repeats a token, and what comes back to it is dropped: no real
-    query sees it, so its gradient is zero. Much cheaper than adding up over an index."""
+    """Tokens into slots. Padding repeats a token; its gradient is dropped, since no real query sees
+    it and it is zero. Much cheaper than a sum over an index."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, source: Tensor, slot: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-"""A layout against padded rows on a few random tokens of the very model that is to use it.
+"""Compares a layout with padded rows on a few random tokens of the model that will use it.
 
-What a layout cannot serve shows there as a difference or as an exception: attention that is not
-exchangeable, layers that carry a state along the sequence, outputs shaped in a way not known here,
-masks that are silently wrong. Where the model will be trained, one backward pass goes with it: a
-kernel may have none, or a wrong one (activation checkpointing that runs another kernel again).
-`auto` then goes on to the next layout, with one warning that names the difference.
+Whatever a layout cannot serve shows up as a difference or an exception: attention that cannot be
+exchanged, layers that carry a state along the sequence, logits of an unknown shape, masks that are
+silently wrong. If the model will be trained, the check includes one backward pass: a kernel may
+have none, or a wrong one (activation checkpointing that recomputes with another kernel). `auto`
+then tries the next layout, with one warning that names the difference.
 
 The self-check leaves no trace: no gradients, no draws from the random generators, no changed modes.
-Nor does it need memory that grows with the model: gradients are taken of what the embeddings give
-and of the smallest weights alone (norms, biases, adapters; in a tiny model everything).
+Its memory does not grow with the model: gradients are taken only of the embeddings' outputs and the
+smallest weights (norms, biases, adapters; all weights of a tiny model).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ AUTO_OVER = {"flex_attention": ("flex_attention", "rows")}
 """The same, for a model that was loaded with this attention."""
 
 BASES = {name: base for over in ATTENTION.values() for base, name in over.items()}
-"""What an attention of our own stands over."""
+"""The attention that each of ours replaces."""
 
 TOLERANCE = 1e-4
 """By how much a layout may differ from padded rows in float32, plus 1e-5 of the number."""
@@ -75,7 +75,7 @@ def first_that_fits(
     make: Callable[[str], Fast],
     layouts: tuple[str, ...] | None = None,
 ) -> Fast | None:
-    """The first layout that serves this model, and says so; None where none does.
+    """Find, and log, the first layout that serves this model; None if none does.
 
     Args:
         model: not yet spread over processes, where it will compute. Kernels of varlen attention
@@ -139,9 +139,9 @@ def first_that_fits(
     used += f" over {base}" if has_own else ""
     used = "padded rows, head in chunks" if used == "rows" else used
     if failures:
-        logger.warning("layout: %s goes by %s, since %s", name, used, said)
+        logger.warning("layout: %s uses %s, since %s", name, used, said)
     else:
-        logger.info("layout: %s goes by %s", name, used)
+        logger.info("layout: %s uses %s", name, used)
     return fast
 
 
@@ -151,7 +151,7 @@ def _set_attention(inner: Any, name: str) -> None:
 
 
 def misfit(fast: PackedTrunk, autocast: torch.dtype | None = None) -> str | None:
-    """How a layout differs from padded rows; None where it does not.
+    """How a layout differs from padded rows; None if it does not.
 
     For layouts with attention of their own it also finds out whether the model's layers tell their
     sliding window; where the config has one and they do not, longer rows will go as padded rows.
@@ -211,13 +211,13 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast
 
 
 def _share(found: Tensor, expected: Tensor) -> Tensor:
-    """The distance of vectors over the length of what was expected."""
+    """The distance of vectors, as a share of the expected vector's length."""
     found, expected = found.detach().float(), expected.detach().float()
     return (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
 
 
 class _Probes:
-    """Where gradients are compared: small weights, and the outputs of the embeddings."""
+    """The tensors whose gradients are compared: small weights and embedding outputs."""
 
     def __init__(self, small: list[nn.Parameter]) -> None:
         self.small = small
@@ -233,7 +233,7 @@ class _Probes:
     def gradients(
         self, found: Tensor, expected: Tensor, ids: Tensor, is_one_pass: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Of the numbers of a layout and of the reference, as vectors side by side.
+        """Gradients of the layout's numbers and of the reference's, in pairs of vectors.
 
         Args:
             found, expected: [M].
@@ -255,8 +255,8 @@ class _Probes:
         return list(zip(*sides, strict=True))
 
     def _to_embeddings(self, ids: Tensor) -> Tensor:
-        """Towards the embedding of each id; layouts have the tokens in different orders, and padded
-        rows hold a prompt many times."""
+        """The gradient of each id's embedding: layouts order tokens differently, and padded rows
+        hold a prompt many times."""
         width = self.embedded[0][1].shape[-1]
         whole = torch.zeros(len(ids), width, dtype=torch.float32, device=ids.device)
         for given, output in self.embedded:
@@ -270,7 +270,7 @@ class _Probes:
 
 @contextlib.contextmanager
 def _probed(inner: Any, trained: list[nn.Parameter]) -> Iterator[_Probes]:
-    """Only small weights, and what the embeddings give, have a gradient meanwhile."""
+    """Context manager: only small weights and embedding outputs have a gradient."""
     small: list[nn.Parameter] = []
     size = 0
     for parameter in sorted(trained, key=lambda p: p.numel()):
@@ -295,7 +295,7 @@ def _probed(inner: Any, trained: list[nn.Parameter]) -> Iterator[_Probes]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device, recomputes: bool) -> Iterator[None]:
-    """Dropout off; modes and random generators afterwards as they were.
+    """Context manager: dropout off; modes and random generators are restored.
 
     Args:
         model: any.

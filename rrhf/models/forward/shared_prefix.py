@@ -34,7 +34,7 @@ SCORES_OF_A_CALL = {"cpu": 1 << 13, "cuda": 1 << 20}
 
 @dataclass(frozen=True)
 class AttentionRules:
-    """What a layer says of its attention.
+    """How a layer computes its attention.
 
     Attributes:
         scaling: of the scores; None = 1 / sqrt(D).
@@ -162,7 +162,7 @@ class _Group:
 
     @property
     def fed(self) -> list[_Response]:
-        """What stands in rows among the responses."""
+        """Its rows among the responses."""
         return [] if self.alone else [response for response in self.responses if response.ids]
 
     @property
@@ -171,7 +171,7 @@ class _Group:
 
 
 def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) -> SharedPrefix:
-    """Lay a batch out with every distinct prompt once.
+    """Arrange a batch as one sequence with every distinct prompt once.
 
     A response's first token is predicted from the prompt's last.
 
@@ -259,8 +259,8 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
 def _groups(
     batch: TokenBatch, left_away: int, with_padding: bool
 ) -> tuple[list[_Group], dict[int, int]]:
-    """Distinct prompts with the rows that follow them, the last tokens of each left away; and for
-    each row that is fed like an earlier one of its prompt, which that is."""
+    """Distinct prompts with their rows, each without its last `left_away` tokens; and for each row
+    that equals an earlier one of its prompt, that row."""
     width = batch.response_ids.shape[1]
     prompts = batch.prompt_ids.tolist()
     lengths = batch.prompt_lengths.tolist()
@@ -284,7 +284,7 @@ def _groups(
 
 
 def _bucketed(groups: Sequence[_Group], scores_of_a_call: int) -> list[list[_Group]]:
-    """Groups of similar lengths together, as far as padding costs less than further calls do."""
+    """Groups of similar length in buckets, where padding costs less than more calls."""
     buckets: list[list[_Group]] = []
     needed = 0
     for group in sorted(groups, key=lambda group: (group.causal, group.longest_fed)):
@@ -341,7 +341,7 @@ def _slots(lengths: Sequence[int], are_blind: Sequence[bool], device: torch.devi
 
 
 def dense_mask(layout: SharedPrefix, is_additive: bool, dtype: torch.dtype) -> Tensor:
-    """[1, 1, T, T] who sees whom: True where it does; or added to scores, 0 where it does.
+    """[1, 1, T, T] which token sees which: True = sees; in the additive form, 0 = sees.
 
     For attention that takes a mask as it is. In the additive form eager attention needs it: there
     True and False would be added as 1 and 0, in silence.

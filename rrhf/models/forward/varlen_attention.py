@@ -37,7 +37,7 @@ FLASH = "flash_attention_2"
 """What transformers calls the implementation that this one takes the place of."""
 
 LAYOUT = "varlen_attention"
-"""The layout that goes by torch's own kernel."""
+"""The layout that uses torch's own kernel."""
 
 DEVICES = ("cuda",)
 """Kinds of device that the kernels run on."""
@@ -52,7 +52,7 @@ of the kernel on another device (`rrhf.models.forward.kernel_trial`)."""
 
 @dataclass(frozen=True)
 class Calls:
-    """The two calls of a layout, in tokens counted prompts first, then responses.
+    """The arguments of a layout's two calls; tokens are counted with prompts first.
 
     Attributes:
         prompts: tokens of the first call.
@@ -76,7 +76,7 @@ class Calls:
 
 
 def calls_of(layout: SharedPrefix, device: torch.device) -> Calls:
-    """The rows of both calls, with their tensors on this device."""
+    """The arguments of both calls, with their tensors on this device."""
     prompts: list[int] = []
     own: list[int] = []
     owners: list[int] = []
@@ -113,7 +113,7 @@ def calls_of(layout: SharedPrefix, device: torch.device) -> Calls:
 
 
 def _pieces(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The numbers from each start on, as many as its length, one piece behind the other."""
+    """Ranges of numbers, joined: from each start, as many as its length."""
     before = lengths.cumsum(0) - lengths
     return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
 
@@ -189,7 +189,7 @@ def _reordered(tokens: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Te
 
 
 class _Read(torch.autograd.Function):
-    """Tokens at places, some of them many times; what comes back to one is summed in float32."""
+    """Tokens at places, some repeated; their gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, places: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class _Read(torch.autograd.Function):
 
 
 def load_varlen() -> Any:
-    """The kernel."""
+    """The kernel of the package flash-attn."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func
@@ -219,7 +219,7 @@ def torch_varlen_missing() -> str | None:
 
 
 def serves(states: Sequence[Tensor]) -> bool:
-    """Whether torch's kernel takes these; elsewhere the two calls are SDPA's."""
+    """Whether torch's kernel accepts these; if not, SDPA computes the attention."""
     return states[0].device.type in DEVICES and states[0].dtype in HALF
 
 
@@ -277,7 +277,7 @@ def as_flash(varlen_attn: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def in_one_precision(*tensors: Tensor) -> list[Tensor]:
-    """Query, key and value as kernels take them: norms of queries may have left float32."""
+    """Query, key and value in one dtype, as kernels need; norms may have left some in float32."""
     dtype, device = tensors[-1].dtype, tensors[-1].device.type
     if dtype == torch.float32 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -285,7 +285,7 @@ def in_one_precision(*tensors: Tensor) -> list[Tensor]:
 
 
 def ordinary_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """What transformers does for flash attention where no prompt is shared.
+    """Flash attention by transformers, where no prompt is shared.
 
     It looks its kernels up by the name in the module's config, and would not know ours.
     """
@@ -299,7 +299,7 @@ def ordinary_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor
 
 
 class _Instead:
-    """An object as it is, but for these attributes."""
+    """An object with some of its attributes replaced."""
 
     def __init__(self, inner: Any, **attributes: Any) -> None:
         vars(self).update(attributes, _inner=inner)

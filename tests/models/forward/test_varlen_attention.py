@@ -124,8 +124,8 @@ def test_weights_that_are_not_yet_where_the_kernel_runs(
         assert isinstance(policy, FastPolicy)
         assert BASES[one.config._attn_implementation] == "flash_attention_2"
     assert [record.getMessage() for record in caplog.records if record.name.startswith("rrhf")] == [
-        "layout: LlamaForCausalLM goes by shared_prefix over flash_attention_2",
-        "layout: LlamaForCausalLM goes by flex_attention over flash_attention_2",
+        "layout: LlamaForCausalLM uses shared_prefix over flash_attention_2",
+        "layout: LlamaForCausalLM uses flex_attention over flash_attention_2",
     ]
 
 

@@ -46,7 +46,7 @@ def test_a_run_is_the_run_of_padded_rows(
         train("rank", str(model_folder), str(data), str(out), **settings)
         runs[layout] = [row for row in metrics_of(out) if "loss" in row]
     said = [record.getMessage() for record in caplog.records if record.name.endswith("self_check")]
-    assert said == ["layout: LlamaForCausalLM goes by shared_prefix over sdpa"]
+    assert said == ["layout: LlamaForCausalLM uses shared_prefix over sdpa"]
     assert len(runs["auto"]) == len(runs["padded"]) > 1
     for found, expected in zip(runs["auto"], runs["padded"], strict=True):
         for name in ("loss", "rank_loss", "sft_loss", "grad_norm", "score_margin"):
