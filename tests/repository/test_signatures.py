@@ -39,7 +39,7 @@ def is_public(name: str) -> bool:
         ("evaluation", 50),
         ("models", 80),
         ("cli", 60),
-        ("studies", 20),
+        ("studies", 10),
         ("worlds", 20),
         ("report", 20),
         (".", 80),
