@@ -20,15 +20,7 @@ TEXT
     echo '`rrhf train ppo --help all` lists the flags; --method rloo, grpo, reinforce_pp or rrhf needs no critic.'
 }
 
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    usage
-    exit 0
-fi
-if (($# < 4)) || [[ $1 == --* || $2 == --* || $3 == --* || $4 == --* ]]; then
-    echo "error: MODEL, REWARD, OUT and PROMPTS are needed, in this order, before any flag" >&2
-    usage >&2
-    exit 2
-fi
+require_words 4 "MODEL, REWARD, OUT and PROMPTS" "$@"
 take_launch_flags "${@:5}"
 hand_over Training train ppo --model_name_or_path "$1" --reward_model_name_or_path "$2" \
     --output_dir "$3" --train_datasets "$4"

@@ -19,14 +19,6 @@ TEXT
     echo '`rrhf train rank --help all` lists the flags.'
 }
 
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    usage
-    exit 0
-fi
-if (($# < 3)) || [[ $1 == --* || $2 == --* || $3 == --* ]]; then
-    echo "error: MODEL, OUT and DATA are needed, in this order, before any flag" >&2
-    usage >&2
-    exit 2
-fi
+require_words 3 "MODEL, OUT and DATA" "$@"
 take_launch_flags "${@:4}"
 hand_over Training train rank --model_name_or_path "$1" --output_dir "$2" --data_path "$3"

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the scripts of this repository: makes sure that `rrhf` can be run.
 #
-# An active environment (venv or conda) is used as it is; else `.venv` beside the scripts is made
-# and activated. What is installed is remembered by the hash of setup.cfg and pyproject.toml, so a
-# second run starts at once.
+# An active environment (venv or conda) is used as it is; otherwise `.venv` next to the scripts is
+# made and activated. The hash of setup.cfg and pyproject.toml records what is installed, so a second
+# run starts at once.
 
 # shellcheck disable=SC2034 # for those who source this
 ranks=(python -m rrhf.cli.launch) # before a launcher: ends with the exit code of its ranks
@@ -51,8 +51,8 @@ activate_venv() {
     source "$repository_root/.venv/bin/activate"
 }
 
-# ensure_environment EXTRAS: after it `rrhf` is there, and the packages of the extras ("test,dev",
-# or "" for none).
+# ensure_environment EXTRAS: installs `rrhf` and the packages of the extras ("test,dev", or "" for
+# none), unless they are installed.
 ensure_environment() {
     local extras=$1 fingerprint stamp
     if ! environment_is_active; then
@@ -79,7 +79,8 @@ install_package() {
     exec python -m pip install --disable-pip-version-check "$@"
 }
 
-# ended_by_signals COMMAND...: for what takes minutes: a signal ends it, with all that it started.
+# ended_by_signals COMMAND...: for commands that take minutes: a signal ends the command with all that
+# it started.
 ended_by_signals() {
     local group status=0
     set -m # a process group of its own
@@ -94,12 +95,43 @@ ended_by_signals() {
     return "$status"
 }
 
-# ensure_command: as above, but content with whatever environment already offers `rrhf`.
+# ensure_command: as above, unless some environment offers `rrhf` already.
 ensure_command() {
     if command -v rrhf >/dev/null; then
         return
     fi
     ensure_environment ""
+}
+
+# require_words COUNT NAMES WORD...: ends the script if the words ask for help, or if fewer than
+# COUNT stand before the first flag; the script defines `usage`.
+require_words() {
+    local count=$1 names=$2 word
+    shift 2
+    if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+        usage
+        exit 0
+    fi
+    for word in "${@:1:count}"; do
+        [[ $word != --* ]] || set --
+    done
+    if (($# < count)); then
+        echo "error: $names are needed, in this order, before any flag" >&2
+        usage >&2
+        exit 2
+    fi
+}
+
+# on_all_gpus TASK...: becomes `rrhf TASK...`, one process for each GPU where there are several.
+on_all_gpus() {
+    local gpus
+    ensure_command
+    gpus=$(count_gpus)
+    if ((gpus > 1)); then
+        exec "${ranks[@]}" python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
+            -m rrhf.cli.main "$@"
+    fi
+    exec rrhf "$@"
 }
 
 # Prints the number of NVIDIA GPUs that programs may use.

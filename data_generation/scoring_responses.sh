@@ -15,22 +15,5 @@ usage: bash data_generation/scoring_responses.sh IN OUT [flags of `rrhf score`]
 TEXT
 }
 
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    usage
-    exit 0
-fi
-if (($# < 2)) || [[ $1 == --* || $2 == --* ]]; then
-    echo "error: IN and OUT are needed, in this order, before any flag" >&2
-    usage >&2
-    exit 2
-fi
-input=$1 output=$2
-shift 2
-
-ensure_command
-gpus=$(count_gpus)
-if ((gpus > 1)); then
-    exec "${ranks[@]}" python -m torch.distributed.run --standalone --nproc_per_node "$gpus" \
-        -m rrhf.cli.main score --input_file "$input" --output_file "$output" "$@"
-fi
-exec rrhf score --input_file "$input" --output_file "$output" "$@"
+require_words 2 "IN and OUT" "$@"
+on_all_gpus score --input_file "$1" --output_file "$2" "${@:3}"
