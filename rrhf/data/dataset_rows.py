@@ -42,7 +42,7 @@ def dataset_rows(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         fix = (
-            "make it again, or fetch it again"
+            "check what it holds, or make it again"
             if is_here
             else "check the name and the network, or give a local copy: "
             f"{name}:1:/path/to/file.jsonl"

@@ -309,7 +309,8 @@ def _parse_line(data: bytes, line: int, offset: int) -> Row | Fault:
     except (ValueError, RecursionError):
         pass
     try:
-        return Row(line, offset, len(data), json.loads(data.decode("utf-8")))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        return Row(line, offset, len(data), value)
     except UnicodeDecodeError as error:
         return Fault(line, _not_utf8(error, offset))
     except json.JSONDecodeError as error:
@@ -324,7 +325,21 @@ def _parse_line(data: bytes, line: int, offset: int) -> Row | Fault:
         return Fault(line, f"is not JSON that can be read ({error}); {_FIX_ROW}")
 
 
-_decoder = JSONDecoder()
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        ValueError: a key stands twice, so that one of its values would be lost.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+_decoder = JSONDecoder(object_pairs_hook=_unique)
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _CUT_ESCAPE = re.compile(r"\\?u?[0-9a-fA-F]{0,4}")
 

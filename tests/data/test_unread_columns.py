@@ -176,3 +176,24 @@ def test_a_column_may_be_left_out_on_purpose(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     assert main(["data", "convert", str(path), str(out), "--columns", "unread=respones"]) == 0
     assert [s.candidates for s in read_candidate_sets(out)] == [()]
+
+
+@pytest.mark.parametrize("form", ["%s\n", "[%s]", "%s   \n"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "p", "response": "a", "response": "b"}',
+        '{"query": "p", "responses": ["a"], "scores": [1], "scores": [2]}',
+        '{"prompt": "p", "responses": [{"text": "a", "score": 1, "score": 2}]}',
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(
+    row: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last of its values would be read, and the others lost without a word."""
+    path, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    path.write_text(form % row)
+    assert main(["data", "convert", str(path), str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}:1: " in error and " stands twice in one object); fix the line" in error
+    assert not out.exists()
