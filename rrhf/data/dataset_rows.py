@@ -41,12 +41,10 @@ def dataset_rows(
             found = datasets.load_dataset(path, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        fix = (
-            "check what it holds, or make it again"
-            if is_here
-            else "check the name and the network, or give a local copy: "
-            f"{name}:1:/path/to/file.jsonl"
-        )
+        fix = "check what it holds, or make it again"
+        if not is_here:
+            fix = "check the name and the network, or give a local copy: "
+            fix += f"{name}:1:/path/to/file.jsonl"
         raise UserError(
             f"{name}: cannot be had through `datasets` ({type(error).__name__}: {reason}); {fix}"
         ) from error
