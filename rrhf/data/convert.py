@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from gzip import GzipFile
@@ -28,7 +28,7 @@ from rrhf.errors import UserError
 from rrhf.files import replaced_file, sha256_file
 from rrhf.manifests import COMPLETE, forget_manifest, require_own_manifest_place, write_manifest
 from rrhf.os_errors import explained_os_errors
-from rrhf.progress import Progress
+from rrhf.progress import tracked
 from rrhf.records import CandidateSet
 from rrhf.seals import seal
 from rrhf.user_code import source_file
@@ -137,7 +137,7 @@ def convert(config: ConvertConfig) -> dict[str, int]:
     }
     written = {}
     for path, (chosen, view_counts) in outputs.items():
-        shown = _shown(chosen, len(chosen))
+        shown = tracked(chosen, "convert", "row")
         if config.to == "candidates":
             written[path] = int(write_candidate_sets(path, shown, manifest)["rows"])
             continue
@@ -179,13 +179,6 @@ def _view(config: ConvertConfig, path: str, sets: Sets) -> tuple[Sets, SourceCou
             "another form, or other data"
         )
     return sets, counts
-
-
-def _shown(sets: Iterable[CandidateSet], total: int) -> Iterator[CandidateSet]:
-    with Progress("convert", total, "row") as progress:
-        for one in sets:
-            yield one
-            progress.advance()
 
 
 def preference_row(pair: CandidateSet) -> dict[str, Any]:
