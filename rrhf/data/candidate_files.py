@@ -388,29 +388,37 @@ def write_candidate_sets(
     """
     rows = candidates = scored = 0
     ids = SeenIds()
-    with replaced_file(path) as file:
-        with _packed(file) if os.fspath(path).endswith(".gz") else nullcontext(file) as sink:
-            for candidate_set in sets:
-                given = ids.give(candidate_set)
-                sink.write(encode_row(candidate_set_to_row(given)))
-                rows += 1
-                candidates += len(given.candidates)
-                scored += sum(score is not None for score in given.scores)
-        file.sync()
-        # From here on the old manifest would vouch for rows that it does not know.
-        forget_manifest(path)
+    with replaced_rows(path) as (sink, digest):
+        for candidate_set in sets:
+            given = ids.give(candidate_set)
+            sink.write(encode_row(candidate_set_to_row(given)))
+            rows += 1
+            candidates += len(given.candidates)
+            scored += sum(score is not None for score in given.scores)
     written = {
         "status": COMPLETE,
         "rows": rows,
         "candidates": candidates,
         "scored_candidates": scored,
         **(manifest or {}),
-        **file.digest.as_dict(),
+        **digest.as_dict(),
     }
     write_manifest(path, written)
     return written
 
 
-def _packed(file: BinaryIO) -> BinaryIO:
-    """A gzip writer whose bytes depend on the rows alone."""
-    return cast(BinaryIO, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0))
+@contextmanager
+def replaced_rows(path: PathLike) -> Iterator[tuple[BinaryIO, Digest]]:
+    """A file of rows that takes its place whole or not at all: where to write them, and the digest.
+
+    It is packed where its name ends in .gz, into bytes that depend on the rows alone. The old
+    file's manifest goes, because it would vouch for rows that it does not know.
+    """
+    with replaced_file(path) as file:
+        packed: Any = nullcontext(file)
+        if os.fspath(path).endswith(".gz"):
+            packed = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0)
+        with packed as sink:
+            yield sink, file.digest
+        file.sync()
+        forget_manifest(path)

@@ -11,13 +11,11 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from gzip import GzipFile
 from pathlib import Path
 from typing import Any, Literal
 
-from rrhf.data.candidate_files import write_candidate_sets
+from rrhf.data.candidate_files import replaced_rows, write_candidate_sets
 from rrhf.data.columns import DataOptions
 from rrhf.data.formats import SourceCounts
 from rrhf.data.jsonl import encode_row
@@ -25,8 +23,8 @@ from rrhf.data.mixing import load_sets, parse_mixture, require_not_read
 from rrhf.data.sources import is_own
 from rrhf.data.views import Sets, pairs, prompts, split_by_first_turn
 from rrhf.errors import UserError
-from rrhf.files import replaced_file, sha256_file
-from rrhf.manifests import COMPLETE, forget_manifest, require_own_manifest_place, write_manifest
+from rrhf.files import sha256_file
+from rrhf.manifests import COMPLETE, require_own_manifest_place, write_manifest
 from rrhf.os_errors import explained_os_errors
 from rrhf.progress import tracked
 from rrhf.records import CandidateSet
@@ -200,12 +198,8 @@ def _is_text(item: CandidateSet) -> bool:
 
 
 def _write_rows(path: str, rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> int:
-    with replaced_file(path) as file:
-        packed = path.endswith(".gz")
-        with GzipFile("", "wb", 9, file, 0) if packed else nullcontext(file) as sink:
-            sink.writelines(map(encode_row, rows))
-        file.sync()
-        forget_manifest(path)
-    sealed = seal(file.digest, len(rows))
+    with replaced_rows(path) as (sink, digest):
+        sink.writelines(map(encode_row, rows))
+    sealed = seal(digest, len(rows))
     write_manifest(path, {"status": COMPLETE, **manifest, **sealed})
     return len(rows)
