@@ -4,8 +4,8 @@
         yield {"prompt": "How do I boil an egg?", "response": "Eight minutes in boiling water."}
 
 A row is a dictionary with the columns that a file may have, and holds what JSON can hold. The
-function is given, of these, what its parameters name: `split`, and the `path` of a local copy. It
-runs once in each pass over the data, in every process, so it must yield the same rows each time.
+function is given the `split`, and the `path` of a local copy, where the command names one. It runs
+once in each pass over the data, in every process, so it must yield the same rows each time.
 """
 
 from __future__ import annotations
@@ -48,26 +48,16 @@ def own_rows(target: str, path: str | None, split: str | None) -> Iterator[tuple
             or yielded something other than rows.
     """
     function = load_function(target)
+    named = {"split": split, "path": path}
+    given = {name: value for name, value in named.items() if value is not None}
     try:
-        signature = inspect.signature(function)
+        inspect.signature(function).bind(**given)
     except ValueError:  # some built-in functions do not tell
-        signature = inspect.Signature()
-    given = {}
-    for name, value in (("split", split), ("path", path)):
-        parameter = signature.parameters.get(name)
-        if parameter is None and value is not None:
-            raise UserError(
-                f"{target}: has no parameter {name!r} for the {name} {value!r}; give it one, or "
-                f"name no {name}"
-            )
-        if parameter and (value is not None or parameter.default is inspect.Parameter.empty):
-            given[name] = value
-    try:
-        signature.bind(**given)
+        pass
     except TypeError as error:
         raise UserError(
-            f"{target}: cannot be called: {error}; a source may have the parameters `split` and "
-            "`path`, and others with defaults"
+            f"{target}: cannot be called with {given or 'nothing'}: {error}; give it parameters "
+            "`split` and `path` for what may be named, and a default for each parameter"
         ) from None
     return _rows(target, function, given)
 

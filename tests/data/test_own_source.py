@@ -21,7 +21,7 @@ def rows(split="train"):
     for number in range(4):
         yield {"prompt": f"{split} {number}", "response": "yes"}
 
-def copy(path):
+def copy(path="nowhere"):
     yield {"prompt": f"from {path}", "response": "yes"}
 
 def a_list():
@@ -105,7 +105,7 @@ def test_it_is_given_the_split_and_the_path_that_are_named(place: Path) -> None:
     assert main(["data", "convert", "mine:copy:1:/some/where", "copy.jsonl"]) == 0
     assert rows_of(place / "copy.jsonl")[0]["query"] == "from /some/where"
     assert main(["data", "convert", "mine:copy", "none.jsonl"]) == 0
-    assert rows_of(place / "none.jsonl")[0]["query"] == "from None"
+    assert rows_of(place / "none.jsonl")[0]["query"] == "from nowhere"
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,18 @@ def test_it_is_given_the_split_and_the_path_that_are_named(place: Path) -> None:
         ("mine:wrong_column", "mine:wrong_column[1]: response: must be a text, is the number 3"),
         ("mine:raises", "mine:raises[1]: raised LookupError: gone (PLACE, line "),
         ("mine:leaves", "mine:leaves: called sys.exit(3) (PLACE, line "),
-        ("mine:needs", "mine:needs: cannot be called: missing a required argument: 'more'; a"),
+        (
+            "mine:needs",
+            "mine:needs: cannot be called with nothing: missing a required argument: 'more'",
+        ),
         ("mine:no_function", "mine:no_function: mine has no function 'no_function'"),
         ("mine:absent", "mine:absent: mine has no function 'absent'"),
         ("nowhere:rows", "'nowhere:rows': 'rows' is no proportion; write"),
-        ("mine:raises --split x", "mine:raises: has no parameter 'split' for the split 'x'"),
-        ("mine:rows:1:/p", "mine:rows: has no parameter 'path' for the path '/p'"),
+        (
+            "mine:raises --split x",
+            "mine:raises: cannot be called with {'split': 'x'}: got an unexpected",
+        ),
+        ("mine:rows:1:/p", "mine:rows: cannot be called with {'path': '/p'}: got an unexpected"),
     ],
 )
 def test_what_is_no_source_is_one_message(
