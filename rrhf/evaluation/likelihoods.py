@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
+from rrhf.models.eval_mode import eval_mode
 from rrhf.models.forward.layouts import FastPolicy, build_policy
 from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.forward.onednn_linear import fast_linears
@@ -60,18 +61,13 @@ def read_logprobs(
     read: list[Tensor] = [torch.zeros(0)] * len(rows)
     device = next(model.parameters()).device
     policy = _policy(model, temperature, layout)
-    was_training = model.training
-    model.eval()
-    try:
-        progress = Progress("likelihoods", len(rows), "response")
-        with torch.inference_mode(), progress, fast_linears(model):
-            for places, batch in _batches(policy, rows, pad_id, max_logits):
-                logprobs = policy(batch.to(device)).logprobs.cpu()
-                for place, values in zip(places, logprobs, strict=True):
-                    read[place] = values[: len(rows[place][1])].clone()
-                progress.advance(len(places))
-    finally:
-        model.train(was_training)
+    progress = Progress("likelihoods", len(rows), "response")
+    with eval_mode(model), torch.inference_mode(), progress, fast_linears(model):
+        for places, batch in _batches(policy, rows, pad_id, max_logits):
+            logprobs = policy(batch.to(device)).logprobs.cpu()
+            for place, values in zip(places, logprobs, strict=True):
+                read[place] = values[: len(rows[place][1])].clone()
+            progress.advance(len(places))
     return read
 
 

@@ -1,8 +1,8 @@
-"""The models of one evaluation, each loaded once however many roles it has."""
+"""The models and tokenizers of one evaluation, each loaded once whatever roles it has."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Models:
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
         self._loaded: dict[str, Any] = {}
+        self.codec = cache(self._load_codec)
 
     def model(self, path: str) -> Any:
         folder = Path(model_folder(path))
@@ -31,7 +32,7 @@ class Models:
             self._loaded[key] = model.to(resolve_device())  # type: ignore[arg-type]
         return self._loaded[key]
 
-    def codec(self, path: str) -> ChatCodec:
+    def _load_codec(self, path: str) -> ChatCodec:
         tokenizer = load_tokenizer(path, self.config.trust_remote_code)
         return ChatCodec(tokenizer, self.config.chat_format)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from rrhf.generation.local.beam_search import BeamSearch, Hypothesis
 from rrhf.generation.local.decoders import Decoder, decoding
 from rrhf.generation.local.row_loop import ByParams, Chooser, Job, RowLoop, Written
 from rrhf.generation.params import check_params, prompt_room
+from rrhf.models.eval_mode import eval_mode
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
 
@@ -103,7 +103,7 @@ class LocalEngine:
         places = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].ids))
         ordered = [jobs[place] for place in places]  # so that neighbours are of similar length
         write = self._search_beams if params.num_beams > 1 else self._sample_rows
-        with _evaluating(self.model):
+        with eval_mode(self.model):
             for number, written in write(ordered, params):
                 job = ordered[number]
                 yield places[number], [self._sample_of(job, row) for row in written]
@@ -247,13 +247,3 @@ def _require_memory_for_fewer(
             f"after {len(job.ids)}; lower max_new_tokens or max_prompt_tokens"
         ) from error
     logger.warning("no memory for %d rows at a time; trying half as many", rows)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
