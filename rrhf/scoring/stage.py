@@ -196,6 +196,7 @@ class _Stage:
         self._require_few_failures(failed, found)
         num_done = len(done)
         num_scores, total_score = 0, 0.0
+        is_anew = found.file is None
         with Progress("score", total, "prompt", num_done) as progress:
             for chunk in mine:
                 missing = [place for place in chunk if place not in places]
@@ -206,14 +207,15 @@ class _Stage:
                 sets = found.sets[chunk.start : chunk.stop]
                 started = time.monotonic()
                 scored = self.stop.run(partial(self._score_chunk, scorer, sets), what_stands)
-                seconds = (time.monotonic() - started) / len(sets)
+                seconds = round((time.monotonic() - started) / len(sets), 9)
                 rows = []
                 for place in missing:
                     s, scores = sets[place - chunk.start], scored[place - chunk.start]
                     row = self._part_row(scorer, s, scores)
-                    if found.file is None:
+                    row |= {"id": place, "seconds": seconds}
+                    if is_anew:
                         row["row"] = candidate_set_to_row(_with_scores(s, scores))
-                    rows.append({"id": place, **row, "seconds": seconds})
+                    rows.append(row)
                     known = [score for score in scores if score is not None]
                     num_scores, total_score = num_scores + len(known), total_score + sum(known)
                 part.append_all(rows)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from rrhf.data.ids import IdTable
 from rrhf.errors import UserError
@@ -49,34 +49,24 @@ Key = str | int
 """What a row of a part is known by: the id of its prompt, or its place in the input."""
 
 
-class Place(NamedTuple):
-    """The place of a row: its part, first byte and length."""
-
-    part: Path
-    offset: int
-    length: int
-
-
 class Places:
     """The place of each prompt's row, in about 45 bytes per row."""
 
     def __init__(self) -> None:
-        self.parts: list[Path] = []
         self._ids = IdTable()
+        self._parts: dict[Path, int] = {}
         self._part, self._offset, self._length = array("I"), array("Q"), array("Q")
 
-    def note(self, prompt_id: Key, place: Place) -> None:
+    def note(self, prompt_id: Key, part: Path, offset: int, length: int) -> None:
         """Note a place, unless the prompt has one.
 
         The first row of a prompt counts; a second one exists only if two processes made the same
         row, after the number of processes changed.
         """
         if self._ids.add(prompt_id):
-            if place.part not in self.parts:
-                self.parts.append(place.part)
-            self._part.append(self.parts.index(place.part))
-            self._offset.append(place.offset)
-            self._length.append(place.length)
+            self._part.append(self._parts.setdefault(part, len(self._parts)))
+            self._offset.append(offset)
+            self._length.append(length)
 
     def __contains__(self, prompt_id: object) -> bool:
         return prompt_id in self._ids
@@ -84,11 +74,14 @@ class Places:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, prompt_id: Key) -> Place:
-        number = self._ids.find(prompt_id)
-        if number is None:
-            raise KeyError(prompt_id)
-        return Place(self.parts[self._part[number]], self._offset[number], self._length[number])
+    def of(self, ids: Iterable[Key]) -> Iterator[tuple[Key, Path, int, int]]:
+        """Of each id, which is known: the id, the part, the row's first byte and its length."""
+        parts = list(self._parts)
+        for prompt_id in ids:
+            number = self._ids.find(prompt_id)
+            assert number is not None, f"the place of {prompt_id!r} is not known"
+            part = parts[self._part[number]]
+            yield prompt_id, part, self._offset[number], self._length[number]
 
 
 @dataclass
@@ -157,7 +150,7 @@ class Parts:
         if reached is None or reached.offset != start:  # `read_on` will find them
             return
         for row, line in zip(rows, lines, strict=True):
-            self.places.note(row["id"], Place(path, reached.offset, len(line)))
+            self.places.note(row["id"], path, reached.offset, len(line))
             reached.offset += len(line)
         reached.lines += len(lines)
 
@@ -194,7 +187,7 @@ class Parts:
                     continue
                 row = decode_part_row(line)
                 if row is not None:
-                    self.places.note(row["id"], Place(path, offset, len(line)))
+                    self.places.note(row["id"], path, offset, len(line))
                 elif is_start:
                     logger.warning("%s; it is made again", _damage(path, reached.lines))
                 else:
@@ -255,12 +248,14 @@ class Parts:
         """
         with ExitStack() as opened:
             files: dict[Path, BinaryIO] = {}
-            for prompt_id in ids:
-                part, offset, length = self.places[prompt_id]
+            ends: dict[Path, int] = {}
+            for prompt_id, part, offset, length in self.places.of(ids):
                 if part not in files:
                     files[part] = opened.enter_context(_opened(part))
-                files[part].seek(offset)
+                if ends.get(part) != offset:
+                    files[part].seek(offset)
                 line = files[part].read(length)
+                ends[part] = offset + length
                 row = decode_part_row(line)
                 if row is None or row["id"] != prompt_id:
                     files[part].seek(0)
