@@ -9,9 +9,14 @@ from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
 from rrhf.files import is_same_file
 from rrhf.models.forward.names import Layout
-from rrhf.ranges import COUNT, INDEX, POSITIVE, check_ranges
+from rrhf.ranges import COUNT, INDEX, POSITIVE, SHARE, check_ranges
 
 OPTION_RANGES = {"max_length": INDEX, "max_batch_tokens": COUNT}
+SCORE_RANGES = OPTION_RANGES | {
+    "wait_seconds": POSITIVE,
+    "prompts_per_chunk": COUNT,
+    "max_unscored_fraction": SHARE,
+}
 
 
 @dataclass
@@ -95,13 +100,7 @@ class ScoreConfig(RewardModelOptions, DataOptions):
     seconds."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, OPTION_RANGES | {"wait_seconds": POSITIVE})
-        if self.prompts_per_chunk < 1:
-            raise UserError(f"prompts_per_chunk = {self.prompts_per_chunk}: must be at least 1")
-        if not 0 <= self.max_unscored_fraction <= 1:
-            raise UserError(
-                f"max_unscored_fraction = {self.max_unscored_fraction}: must be between 0 and 1"
-            )
+        check_ranges(self, SCORE_RANGES)
         if self.output_file.endswith(".gz"):
             raise UserError(
                 f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "

@@ -368,8 +368,8 @@ def test_the_command_takes_both_files_as_words(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts_per_chunk": 0}, "prompts_per_chunk = 0"),
-        ({"max_unscored_fraction": 1.5}, r"max_unscored_fraction = 1\.5"),
+        ({"prompts_per_chunk": 0}, "--prompts_per_chunk 0: must be 1 or more"),
+        ({"max_unscored_fraction": 1.5}, r"--max_unscored_fraction 1\.5: must be between 0 and 1"),
     ],
 )
 def test_impossible_settings_are_told(changes: dict[str, Any], message: str) -> None:

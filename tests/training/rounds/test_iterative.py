@@ -325,7 +325,7 @@ def test_an_unfinished_run_is_not_begun_again_by_accident(
         ({"early_stopping_patience": 2}, "every round is evaluated at its end"),
         ({"load_best_model_at_end": True}, "needs --eval_datasets"),
         ({"temperature": 0.0}, "temperature"),
-        ({"max_unscored_fraction": 2.0}, "max_unscored_fraction = 2.0: must be between 0 and 1"),
+        ({"max_unscored_fraction": 2.0}, "--max_unscored_fraction 2.0: must be between 0 and 1"),
         ({"model_name_or_path": "/no/such/model"}, "/no/such/model"),
         ({"reward_model_name_or_path": "/no/such/model"}, "/no/such/model"),
         ({"reward_model_name_or_path": "function:nowhere:f"}, "nowhere"),
