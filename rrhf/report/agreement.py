@@ -74,38 +74,28 @@ def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[R
     """
     elsewhere = {name for m in METRICS.values() if m.of == "policy" for name in m.columns}
     elsewhere |= {name for row in rows for name in row.get("columns_of_policy", ())}
-    common = set.intersection(
-        *(
-            {
-                i
-                for name, m in row["per_prompt"].items()
-                if name not in elsewhere
-                for i in m["values"]
-            }
-            for row in rows
-        )
-    )
+    own = [
+        {metric: m for metric, m in row["per_prompt"].items() if metric not in elsewhere}
+        for row in rows
+    ]
+    common = set.intersection(*({i for m in one.values() for i in m["values"]} for one in own))
     if not common:
         raise UserError("the rows have no prompt in common, so nothing compares them")
     again = []
-    for row in rows:
+    for row, measures in zip(rows, own, strict=True):
         confidence = row["made_with"].get("confidence", CONFIDENCE)
-        kept: dict[str, Any] = {}
-        metrics = {name: row["metrics"][name] for name in elsewhere if name in row["metrics"]}
-        if "kl_bound" in row["metrics"]:
-            metrics["kl_bound"] = row["metrics"]["kl_bound"]
-        for name, value in row["per_prompt"].items():
-            kept[name] = value
-            if name in elsewhere:
-                continue
-            kept[name] = {
-                part: {i: v for i, v in content.items() if i in common}
-                if part in ("values", "weights")
-                else content
-                for part, content in value.items()
-            }
-            measured = estimate(measure_from_json(kept[name]), confidence, resamples)
-            metrics[name] = measured.as_dict()
+        kept = dict(row["per_prompt"])
+        metrics = {
+            name: row["metrics"][name]
+            for name in (*elsewhere, "kl_bound")
+            if row["metrics"].get(name) is not None
+        }
+        for name, measure in measures.items():
+            kept[name] = dict(measure)
+            for part in {"values", "weights"} & measure.keys():
+                kept[name][part] = {i: v for i, v in measure[part].items() if i in common}
+            estimated = estimate(measure_from_json(kept[name]), confidence, resamples)
+            metrics[name] = estimated.as_dict()
         made_with = {**row["made_with"], "prompts": "common", "num_prompts": len(common)}
         # Which responses the baseline gave to the other prompts no longer matters.
         if made_with.get("baseline"):
