@@ -90,7 +90,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def asks_for_all(argv: Sequence[str]) -> bool:
-    """Whether the help is to show every flag."""
+    """Whether the command line asks for help on every flag."""
     place = next(place for place, word in enumerate(argv) if word in HELP_WORDS)
     return argv[place] == "--help=all" or list(argv[place + 1 : place + 2]) == ["all"]
 

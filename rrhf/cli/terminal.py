@@ -28,7 +28,7 @@ def is_first_process() -> bool:
 
 
 def print_once(text: str) -> None:
-    """Print what a command has to show, at once, from the first process alone."""
+    """Print a result on stdout and flush it; other processes than the first print nothing."""
     if is_first_process():
         print(text, flush=True)
 
@@ -90,7 +90,7 @@ def show_progress_alone() -> None:
 
 
 def tell_repeats() -> None:
-    """At the end of a command: which warnings came more than once."""
+    """Report which warnings came more than once, at the end of a command."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Voice):
             handler.tell_repeats()

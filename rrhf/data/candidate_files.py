@@ -329,7 +329,7 @@ class CandidateFile(IndexedSets):
 
 
 def _identity(path: PathLike) -> tuple[int, ...] | None:
-    """Changes when a file is written or replaced; None if it is missing."""
+    """A value that changes when a file is written or replaced; None if it is missing."""
     try:
         found = os.stat(path)
     except OSError:

@@ -59,7 +59,7 @@ class DataOptions(EditedFiles, ColumnOptions):
     """How the files and columns of data are read."""
 
     def for_other_data(self) -> DataOptions:
-        """The same for further data of a command; a column that they all lack is only warned of."""
+        """Options for further data of a command: a missing mapped column only gives a warning."""
         others = DataOptions(accept_edited_files=self.accept_edited_files, columns=self.columns)
         others.columns_may_miss = True
         return others

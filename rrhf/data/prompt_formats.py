@@ -52,7 +52,7 @@ class PromptFormats:
         self.counts["empty"] += not conversation_of(prompt)[-1].content.strip()
 
     def tell(self, name: str) -> None:
-        """Log how `auto` renders prompts that are no conversations.
+        """Log how `auto` renders prompts that are not conversations.
 
         Args:
             name: of the data, which begins each line.

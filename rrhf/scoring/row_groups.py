@@ -168,7 +168,7 @@ def _close(open_nodes: list[_Node], depth: int, rows: Rows) -> None:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of two rows' common beginning."""
+    """The length of the common prefix of two rows."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return place

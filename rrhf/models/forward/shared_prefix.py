@@ -26,10 +26,10 @@ from torch import Tensor
 from rrhf.data.collate import TokenBatch
 
 PADDING_ALLOWED = 1.25
-"""A bucket may compute so many times the attention scores that its groups need."""
+"""A bucket may compute this many times the attention scores that its groups need."""
 
 SCORES_OF_A_CALL = {"cpu": 1 << 13, "cuda": 1 << 20}
-"""Attention scores that take about as long as the calls which a bucket of its own costs."""
+"""The fixed cost of one more bucket, as the number of attention scores computed in that time."""
 
 
 @dataclass(frozen=True)
