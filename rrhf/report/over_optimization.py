@@ -67,52 +67,46 @@ def parting(rows: Sequence[Row]) -> Parting:
         for row in rows[1:-1]
         if _rises(first, row, "reward") and _rises(row, last, "reward") and _pace(first, row) > 0
     ]
-    for row in between:
-        pace = _pace(first, row)
-        if not _rises(row, last, "gold") and _goes_slower(row, last, pace / 2):
-            return _parting("stalls", row, row, last, pace)
-    for row in between:
-        pace = _pace(first, row)
-        if _goes_slower(row, last, pace):
-            return _parting("slows", row, row, last, pace)
-    kind: Kind = "follows" if _rises(first, last, "reward") else "flat"
-    return _parting(kind, last, first, last)
+    kinds: tuple[tuple[Kind, float], ...] = (("stalls", 0.5), ("slows", 1.0))
+    for kind, share in kinds:
+        for row in between:
+            pace = _pace(first, row)
+            is_slower = _goes_slower(row, last, share * pace)
+            if is_slower and (kind == "slows" or not _rises(row, last, "gold")):
+                return _parting(kind, row, row, last, pace)
+    return _parting("follows" if _rises(first, last, "reward") else "flat", last, first, last)
+
+
+_SENTENCES = {
+    "falls": "{name}: gold peaks at {gold:.2f}, at {place}, and falls by {gold_gain} while the "
+    "reward rises by another {reward_gain}.",
+    "never follows": "{name}: gold is not seen to follow at all: the reward rises by "
+    "{reward_gain}, gold by {gold_gain}.",
+    "stalls": "{name}: gold stops following at {place}, where it stands at {gold:.2f}: from there "
+    "to the end the reward rises by {reward_gain}, gold by {gold_gain}, and at its pace so far by "
+    "{gold_at_pace:.2f}.",
+    "slows": "{name}: from {place} on gold follows more slowly: it rises by {gold_gain} while the "
+    "reward rises by {reward_gain}; at its pace so far it would have risen by {gold_at_pace:.2f}.",
+    "follows": "{name}: not seen in this range; gold still follows at {place}, after gains of "
+    "{gold_gain} in gold and {reward_gain} in reward.",
+    "flat": "{name}: the reward is not seen to rise, so nothing can part from it.",
+}
 
 
 def sentence(name: str, found: Parting) -> str:
     """One sentence about a method, with the numbers behind it."""
-    reward, gold = found.reward_gain, found.gold_gain
     place = f"reward {found.reward:.2f}"
     if found.kl is not None:
         place += f" (KL {found.kl:.1f} nats)"
-    if found.kind == "falls":
-        return (
-            f"{name}: gold peaks at {found.gold:.2f}, at {place}, and falls by {_range(gold)} "
-            f"while the reward rises by another {_range(reward)}."
-        )
-    if found.kind == "stalls" and found.gold_at_pace is None:
-        return (
-            f"{name}: gold is not seen to follow at all: the reward rises by {_range(reward)}, "
-            f"gold by {_range(gold)}."
-        )
-    if found.kind == "stalls":
-        return (
-            f"{name}: gold stops following at {place}, where it stands at {found.gold:.2f}: from "
-            f"there to the end the reward rises by {_range(reward)}, gold by {_range(gold)}, "
-            f"and at its pace so far by {found.gold_at_pace:.2f}."
-        )
-    if found.kind == "slows":
-        return (
-            f"{name}: from {place} on gold follows more slowly: it rises by {_range(gold)} while "
-            f"the reward rises by {_range(reward)}; at its pace so far it would have risen by "
-            f"{found.gold_at_pace:.2f}."
-        )
-    if found.kind == "follows":
-        return (
-            f"{name}: not seen in this range; gold still follows at {place}, after gains of "
-            f"{_range(gold)} in gold and {_range(reward)} in reward."
-        )
-    return f"{name}: the reward is not seen to rise, so nothing can part from it."
+    never = found.kind == "stalls" and found.gold_at_pace is None
+    return _SENTENCES["never follows" if never else found.kind].format(
+        name=name,
+        place=place,
+        gold=found.gold,
+        gold_gain=_range(found.gold_gain),
+        reward_gain=_range(found.reward_gain),
+        gold_at_pace=found.gold_at_pace,
+    )
 
 
 def _parting(kind: Kind, place: Row, start: Row, end: Row, pace: float | None = None) -> Parting:
