@@ -6,19 +6,20 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rrhf.report.table import NOTHING, Column, cell, column_of, format_number, markdown_lines
+from rrhf.report.table import NOTHING, cell, column_of, format_number, markdown_lines
 from rrhf.report.training_cost import TrainingCost
 
 Row = Mapping[str, Any]
 
 COLUMNS = ("gold", "win_gold", "reward", "kl", "ppl_reference", "length")
-COST_COLUMNS: dict[str, Column] = {
-    "responses": Column("responses drawn and scored", 0),
-    "drawn_tokens": Column("tokens drawn (k)", 1),
-    "trained_tokens": Column("tokens trained on (k)", 1),
-    "cpu_seconds": Column("CPU seconds", 0),
-    "networks": Column("networks in memory", 0),
+_COSTS = {
+    "responses": ("responses drawn and scored", 1, 0),
+    "drawn_tokens": ("tokens drawn (k)", 1000, 1),
+    "trained_tokens": ("tokens trained on (k)", 1000, 1),
+    "cpu_seconds": ("CPU seconds", 1, 0),
+    "networks": ("networks in memory", 1, 0),
 }
+"""Part of a `TrainingCost` -> its heading, unit and digits."""
 
 
 def gains_table(rows: Mapping[str, Row], greedy: Mapping[str, Row]) -> str:
@@ -47,21 +48,14 @@ def cost_table(
         per_answer: method -> responses that are drawn (and scored, if there are several) for
             each answer.
     """
-    headings = ["", *(column.title for column in COST_COLUMNS.values()), "responses an answer"]
+    headings = ["", *(heading for heading, _, _ in _COSTS.values()), "responses an answer"]
     lines = []
     for key, cost in costs.items():
         values = cost.as_dict()
-        thousands = {"drawn_tokens", "trained_tokens"}
-        lines.append(
-            [
-                titles[key],
-                *(
-                    format_number(values[name] / (1000 if name in thousands else 1), column.digits)
-                    for name, column in COST_COLUMNS.items()
-                ),
-                str(per_answer[key]),
-            ]
+        cells = (
+            format_number(values[name] / unit, digits) for name, (_, unit, digits) in _COSTS.items()
         )
+        lines.append([titles[key], *cells, str(per_answer[key])])
     return markdown_lines(headings, lines)
 
 
@@ -84,6 +78,6 @@ def apart_from(baseline: Row, rows: Sequence[Row]) -> tuple[list[str], list[str]
     others: list[str] = []
     for row in rows:
         low = row["metrics"]["gold"]["low"]
-        is_above = low is not None and high is not None and low > high
+        is_above = None not in (low, high) and low > high
         (above if is_above else others).append(str(row["name"]))
     return above, others

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +74,9 @@ def _on_one_thread(run: RunSeed, seed: int, num_seeds: int, say: Callable[[str],
     torch.set_num_threads(1)
     prefix = f"seed {seed}: " if num_seeds > 1 else ""
     try:
-        return run(seed, partial(_say_with, prefix, say))
+        return run(seed, lambda text: say(prefix + text))
     finally:
         torch.set_num_threads(threads)
-
-
-def _say_with(prefix: str, say: Callable[[str], None], text: str) -> None:
-    say(prefix + text)
 
 
 def _quiet_worker() -> None:
