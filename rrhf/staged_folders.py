@@ -88,6 +88,13 @@ def put_back(target: Path) -> None:
             return
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, renamed first so that a kill cannot leave half of it under its name."""
+    doomed = _beside(folder)[1]
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what killed saves and deletions left in a folder; call `put_back` first."""
     if folder.is_dir():

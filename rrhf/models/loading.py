@@ -68,17 +68,16 @@ def check_attention(attn_implementation: str) -> None:
     Raises:
         UserError: flash attention is asked for, and its package or a GPU is not there.
     """
-    if attn_implementation.startswith("flash_attention"):
-        if importlib.util.find_spec("flash_attn") is None:
-            raise UserError(
-                f"--attn_implementation {attn_implementation}: the package flash-attn is not "
-                "installed; install rrhf[flash] on a machine with CUDA, or use sdpa"
-            )
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"--attn_implementation {attn_implementation}: needs a CUDA GPU and none is "
-                "visible; use sdpa"
-            )
+    flag = f"--attn_implementation {attn_implementation}"
+    if not attn_implementation.startswith("flash_attention"):
+        return
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            f"{flag}: the package flash-attn is not installed; install rrhf[flash] on a machine "
+            "with CUDA, or use sdpa"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"{flag}: needs a CUDA GPU and none is visible; use sdpa")
 
 
 class LoadSettings(Protocol):
@@ -171,13 +170,12 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            vars(module)["attention_dropout"] = 0.0
     config = getattr(model, "config", None)
     for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(config, name, None):
             setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            vars(module)["attention_dropout"] = 0.0
 
 
 def enable_checkpointing(model: Any) -> None:

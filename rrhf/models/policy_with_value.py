@@ -71,9 +71,7 @@ class ValueModel(nn.Module):
     ) -> None:
         super().__init__()
         self.scorer = build_reward_model(model, layout)
-        self._mean = 0.0 if normalizer is None else normalizer.mean
-        self._std = 1.0 if normalizer is None else normalizer.std
-        self._is_rescaled = normalizer is not None
+        self._rescale = None if normalizer is None else (normalizer.mean, normalizer.std)
 
     @property
     def model(self) -> Any:
@@ -83,7 +81,7 @@ class ValueModel(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """[N, R] float32, padding included."""
         values = self.scorer.scores_before(batch)
-        return normalize(values, self._mean, self._std) if self._is_rescaled else values
+        return values if self._rescale is None else normalize(values, *self._rescale)
 
 
 class ValueHead(nn.Module):

@@ -57,9 +57,9 @@ def config_folder(path: str | Path, base: str | Path | None) -> Path:
     """
     place = Path(model_folder(path))
     beside = place if place.is_dir() else place.parent
-    for folder in (Path(model_folder(base)),) if base is not None else (beside,):
-        if (folder / "config.json").is_file():
-            return folder
+    folder = beside if base is None else Path(model_folder(base))
+    if (folder / MODEL_FILE).is_file():
+        return folder
     if base is not None:
         raise UserError(f"--reward_base {base}: holds no config.json; give the base model's folder")
     raise UserError(

@@ -125,11 +125,11 @@ def first_that_fits(
         fast = None
         failures.append(f"{layout}: {failure}")
     has_own = fast is not None and fast.layout in ATTENTION
-    if fast is None or not has_own:
+    if not has_own:
         _set_attention(inner, before)
-    elif is_away:
-        _set_attention(inner, ATTENTION[fast.layout][base])
     if fast is not None:
+        if has_own and is_away:
+            _set_attention(inner, ATTENTION[fast.layout][base])
         exchange_linears(inner)
     said = "; ".join(failures)
     name = type(inner).__name__

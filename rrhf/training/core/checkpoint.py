@@ -27,7 +27,7 @@ from rrhf.errors import UserError
 from rrhf.files import sync_folder, write_json
 from rrhf.os_errors import telling_need, told_failure
 from rrhf.sealed_folders import seal_folder
-from rrhf.staged_folders import DOOMED, STAGED, no_trace_of_failure, remove_unfinished
+from rrhf.staged_folders import STAGED, no_trace_of_failure, remove_folder, remove_unfinished
 from rrhf.training.core.checkpoint_folders import (
     OPTIMIZER,
     RANDOM,
@@ -256,10 +256,7 @@ class Checkpointer:
         complete = [path for path in checkpoints_by_step(self.folder) if is_complete(path)]
         complete = [path for path in complete if path not in self._passed_over]
         for path in {*complete[: -self._keep], *(p for p in self._passed_over if p.exists())}:
-            # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint.
-            doomed = path.with_name(f"{DOOMED}{path.name}")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            remove_folder(path)
         self._passed_over = []
 
 

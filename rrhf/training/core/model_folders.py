@@ -7,7 +7,6 @@ use it. A folder is staged and then moved into place, so a folder under its own 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from rrhf.errors import NonFiniteError, UserError
 from rrhf.models.finite import non_finite_in_folder
-from rrhf.staged_folders import remove_unfinished, saved_folder
+from rrhf.staged_folders import remove_folder, remove_unfinished, saved_folder
 from rrhf.training.core.parallel import Parallel
 
 Weights = dict[str, Tensor] | None
@@ -110,7 +109,7 @@ class PolicyHistory:
         for path in self.folder.iterdir():
             found = _STEP.fullmatch(path.name)
             if found and int(found.group(1)) > step:
-                shutil.rmtree(path)
+                remove_folder(path)
 
 
 def write_finite(write: WriteModel, folder: Path, beside: Path, weights: Weights) -> None:
