@@ -13,7 +13,7 @@ is only one memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -116,7 +116,7 @@ class Offload(Hook):
         self.levels, self._store = frozenset(levels), store
         self._groups: list[_Group] = []
         self._optimizer: torch.optim.Optimizer | None = None
-        self._optimizer_group: _Group | None = None
+        self._optimizer_state = _Group(frozenset({TRAIN}))
 
     def add_frozen(self, module: nn.Module, needed_in: Collection[str]) -> None:
         """Keep a frozen model off the device, from now on, except in these phases."""
@@ -135,19 +135,26 @@ class Offload(Hook):
         """Keep the optimiser's state off the device except while training."""
         if "optimizer" in self.levels:
             self._optimizer = optimizer
+            self._groups.append(self._optimizer_state)
 
     def enter(self, phase: str) -> None:
         """Move what a phase needs onto the device, and everything else off it."""
-        self._find_optimizer_state()
-        groups = [*self._groups, *([self._optimizer_group] if self._optimizer_group else [])]
-        for group in groups:
+        if self._optimizer is not None and not self._optimizer_state.is_off:
+            # It appears with the first step, or with a checkpoint.
+            states = self._optimizer.state.values()
+            values = [value for state in states for value in state.values()]
+            found = [value for value in values if isinstance(value, Tensor) and value.ndim]
+            self._optimizer_state.held = [
+                _Held(f"optimizer-{place}", tensor, False) for place, tensor in enumerate(found)
+            ]
+        for group in self._groups:
             if phase not in group.needed_in:
                 self._put_off(group)
-        for group in groups:
+        for group in self._groups:
             if phase in group.needed_in:
                 self._bring_back(group)
         if phase == TRAIN:
-            for group in groups:
+            for group in self._groups:
                 for held in group.held:
                     held.is_stored &= held.is_constant
 
@@ -166,18 +173,6 @@ class Offload(Hook):
         self._groups.append(group)
         return group
 
-    def _find_optimizer_state(self) -> None:
-        """Find the optimiser's state, which appears with the first step or a checkpoint."""
-        if self._optimizer is None:
-            return
-        if self._optimizer_group is None:
-            self._optimizer_group = _Group(frozenset({TRAIN}))
-        if not self._optimizer_group.is_off:
-            found = [tensor for tensor in _state_tensors(self._optimizer) if tensor.ndim]
-            self._optimizer_group.held = [
-                _Held(f"optimizer-{place}", tensor, False) for place, tensor in enumerate(found)
-            ]
-
     def _put_off(self, group: _Group) -> None:
         if group.is_off:
             return
@@ -195,10 +190,3 @@ class Offload(Hook):
         for held in group.held:
             held.tensor.data = self._store.fetch(held.tensor.data)
         group.is_off = False
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                yield value
