@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rrhf.errors import UserError
-from rrhf.evaluation.bootstrap import estimate
+from rrhf.evaluation.bootstrap import Estimate, estimate
 from rrhf.evaluation.cost import CostMeter
 from rrhf.evaluation.likelihoods import LikelihoodReader, Row, RowKey
 from rrhf.evaluation.measure import Measure, mean_measure
@@ -19,6 +19,9 @@ from rrhf.evaluation.shared import Shared
 from rrhf.generation.engine import Sample, SamplingParams
 from rrhf.records import Candidate, CandidateSet
 from rrhf.worlds import gold_scores
+
+Value = Measure | float | None
+"""Of a metric: values by prompt, or one number of the whole row; None = nothing to measure."""
 
 # Settings that do not change the distribution of responses.
 _NOT_DECODING = ("num_return_sequences", "seed", "round")
@@ -37,8 +40,8 @@ class Draft:
         samples: the engine's samples of each prompt; empty if the responses were given, or if the
             engine does not report ids and log-probs.
         sets: the prompts with the responses of the row, scored if there is a scorer.
-        measures: metrics with values by prompt, which get intervals.
-        numbers: metrics that are one number of the whole row.
+        values: what metrics have measured; values by prompt get an interval, one number of the
+            whole row does not.
         counts: what was left out, and why.
         notes: what a reader of the numbers must know.
         cost: seconds, passes, tokens.
@@ -52,8 +55,7 @@ class Draft:
     best_of: int = 1
     samples: Sequence[Sequence[Sample]] = ()
     sets: list[CandidateSet] = field(default_factory=list)
-    measures: dict[str, Measure] = field(default_factory=dict)
-    numbers: dict[str, float | None] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cost: CostMeter = field(default_factory=CostMeter)
@@ -83,51 +85,43 @@ class Draft:
             found.append(((one.prompt_ids, one.token_ids.tolist()), one.logprobs))
         return found
 
-    def add(self, metric: str, found: Mapping[str, Measure | float | None]) -> None:
+    def add(self, metric: str, found: Mapping[str, Value]) -> None:
         """Add the values of a metric.
 
         Raises:
             UserError: they are not measures or numbers, or a name is taken.
         """
         for name, value in found.items():
-            if name in self.measures or name in self.numbers:
+            if name in self.values:
                 raise UserError(f"metric {metric}: {name!r} was measured by another one; rename it")
-            if isinstance(value, Measure):
-                self.measures[name] = value
-            elif value is None or isinstance(value, (int, float)):
-                self.numbers[name] = value
-            else:
+            if value is not None and not isinstance(value, (Measure, int, float)):
                 raise UserError(
                     f"metric {metric}: {name!r} is of type {type(value).__name__}; give a Measure "
                     "(values by prompt id), a number, or None"
                 )
+            self.values[name] = value
 
     def as_row(
         self, made_with: Mapping[str, Any], confidence: float, resamples: int
     ) -> dict[str, Any]:
         """The row, ready for JSON."""
-        metrics: dict[str, Any] = {
-            name: estimate(measure, confidence, resamples).as_dict()
-            for name, measure in self.measures.items()
+        values = dict(sorted(self.values.items()))
+        measures = {name: value for name, value in values.items() if isinstance(value, Measure)}
+        estimates = {
+            name: estimate(value, confidence, resamples)
+            if isinstance(value, Measure)
+            else Estimate(value, None, None, made_with["num_prompts"])
+            for name, value in values.items()
         }
-        for name, number in self.numbers.items():
-            metrics[name] = {
-                "mean": number,
-                "low": None,
-                "high": None,
-                "n": made_with["num_prompts"],
-            }
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
-            "metrics": dict(sorted(metrics.items())),
+            "metrics": {name: found.as_dict() for name, found in estimates.items()},
             "made_with": dict(made_with),
             "counts": self.counts,
             "cost": self.cost.as_dict(),
             "notes": self.notes,
-            "per_prompt": {
-                name: measure_to_json(measure) for name, measure in sorted(self.measures.items())
-            },
+            "per_prompt": {name: measure_to_json(measure) for name, measure in measures.items()},
         }
 
 

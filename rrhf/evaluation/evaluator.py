@@ -21,7 +21,7 @@ from typing import Any
 
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES
-from rrhf.evaluation.draft import Draft, describe_decoding
+from rrhf.evaluation.draft import Draft, Value, describe_decoding
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.measure import Measure
 from rrhf.evaluation.metrics import METRICS, chosen_metrics
@@ -34,7 +34,7 @@ from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
 from rrhf.worlds import gold_scores
 
-Values = Mapping[str, Measure | float | None]
+Values = Mapping[str, Value]
 
 
 class Evaluator:
@@ -174,7 +174,7 @@ class Evaluator:
         """Metrics that depend on the policy alone, and counts of what they left out."""
         draft = Draft("", self.shared, policy)
         self._measure_policy(draft)
-        return {**draft.measures, **draft.numbers}, draft.counts
+        return draft.values, draft.counts
 
     # Parts of a row.
 

@@ -147,10 +147,7 @@ def try_json(path: PathLike) -> Any:
 
 def is_row(value: Any) -> bool:
     """Whether a JSON value is a row: it has a name, metrics, and what it was made with."""
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("metrics"), dict)
-        and isinstance(value.get("made_with"), dict)
-        and isinstance(value.get("per_prompt"), dict)
+    types = {"name": str, "metrics": dict, "made_with": dict, "per_prompt": dict}
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), kind) for key, kind in types.items()
     )

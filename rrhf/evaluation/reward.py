@@ -50,14 +50,14 @@ def score_sets(
                 )
                 scored.append(replace(s, candidates=candidates))
             progress.advance(len(part))
-    check_scored(scorer.name, scored, max_unscored_fraction, too_long)
+    _check_scored(scorer.name, scored, max_unscored_fraction, too_long)
     return scored
 
 
-def check_scored(
-    name: str, sets: Sequence[CandidateSet], max_unscored_fraction: float, too_long: int = 0
-) -> int:
-    """Number of candidates without a score; `too_long` of them exceed the scorer's window.
+def _check_scored(
+    name: str, sets: Sequence[CandidateSet], max_unscored_fraction: float, too_long: int
+) -> None:
+    """Log how many candidates have no score; `too_long` of them exceed the scorer's window.
 
     Raises:
         UserError: the rest are more than the given share of all, or every response is too long.
@@ -84,7 +84,6 @@ def check_scored(
             total,
             too_long,
         )
-    return len(missing)
 
 
 def _finite_or_none(score: float | None) -> float | None:
