@@ -1,11 +1,11 @@
-"""Attention over shared prompts by FlexAttention: one call under a mask of blocks.
+"""Attention over shared prompts by FlexAttention: one call under a block mask.
 
-The mask says token by token who sees whom; FlexAttention leaves out the blocks of the sequence in
-which nobody sees anybody, so several prompts with their responses fit in one sequence. Windows are
-part of the mask, soft-capping changes the scores.
+The mask defines token by token what each sees; FlexAttention skips the blocks in which no token
+sees another, so several prompts with their responses fit in one sequence. Windows are part of the
+mask, soft-capping changes the scores.
 
-Meant for CUDA, where torch compiles it. On a CPU torch runs it as it is written, without a backward
-pass; so a model that is trained there cannot use it, and its self-check says so. Not measured, not
+Meant for CUDA, where torch compiles it. On a CPU torch runs it uncompiled and without a backward
+pass, so a model that is trained there cannot use it, and the self-check says so. Not measured, not
 run on CUDA.
 """
 

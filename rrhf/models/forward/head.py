@@ -3,19 +3,20 @@
 From hidden states and the head's weights come the log-prob of each target, and on request entropy
 and mean log-prob, without a table of all logits where that would be large. Three forms:
 
-- *stored*: where they are small, the logits' place holds the slope of each row's log-prob after the
-  forward pass already (q - [target], q = softmax), so that the backward pass only multiplies;
-- *recomputed*: nothing of that size stays, each chunk is made again in the backward pass;
-- *frozen*: a head that is not trained leaves the gradient towards its hidden state, ready to be
-  scaled, so that nothing is multiplied again (for log-probs; entropy may be watched too).
+- *stored*: small logits are overwritten in the forward pass by the slope of each row's log-prob
+  (q - [target], q = softmax), so that the backward pass only multiplies;
+- *recomputed*: nothing of that size is kept, and each chunk is made again in the backward pass;
+- *frozen*: for a head that is not trained, the forward pass computes the gradient of the hidden
+  state up to a factor, so that nothing is multiplied again (for log-probs; entropy without gradient
+  is possible too).
 
 Rows whose gradient is exactly zero are left out of the backward pass: in RRHF that is every
 candidate that is neither the best of its prompt nor in a violated pair.
 
 Legend: M tokens, H hidden, V vocabulary. Left out: heads that are more than one linear layer (the
 caller gives their logits to `statistics_of_logits`), gradients of gradients, and, where entropy or
-mean have gradients too, a second backward pass over one forward (it is refused: there the logits of
-the first have been overwritten).
+mean have gradients too, a second backward pass over one forward (it is refused, because the
+logits have been overwritten).
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from rrhf.models.forward.logprobs import PLAIN, LogprobOptions
 from rrhf.models.forward.onednn_linear import is_served, multiply
 
 STORED_BYTES = 256 << 20
-"""Logits up to this size are kept for the backward pass rather than computed twice."""
+"""Logits up to this size are kept for the backward pass instead of computed twice."""
 
 CHUNK_BYTES = 64 << 20
-"""Size of the logits that exist at once, where they are not kept."""
+"""Size of the logits that exist at once, if they are not kept."""
 
 TILE_BYTES = 1 << 20
-"""Size in float32 of the logits that a CPU's thread works through at once: what a cache holds."""
+"""Size in float32 of the logits that a CPU thread processes at once: that of a cache."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ def token_statistics(
         head: the output layer, H to V.
         targets: [M] int64.
         shape: what follows the linear layer, temperature included.
-        options: what is asked for besides log-probs; an entropy without a gradient costs little.
+        options: what to compute besides log-probs; an entropy without a gradient costs little.
         stored_bytes: logits up to this size are kept for the backward pass; 0 = never.
-        chunk_bytes: bounds the logits that exist at once where they are not kept.
+        chunk_bytes: bounds the logits that exist at once, if they are not kept.
     """
     plan = _Plan(shape, options, stored_bytes, chunk_bytes)
     logprobs, entropy, mean = _Statistics.apply(hidden, head.weight, head.bias, targets, plan)
@@ -231,10 +232,10 @@ class _Statistics(torch.autograd.Function):
 
 
 class _Sums:
-    """The gradients of hidden states, weights and bias, from slopes that come in pieces.
+    """Accumulates the gradients of hidden states, weights and bias from slopes in pieces.
 
-    Sums over pieces are in float32, whatever the products are in: rounding each would lose what one
-    piece adds to many.
+    Sums over pieces are in float32 for any number format of the products: rounding each sum would
+    lose small contributions.
     """
 
     def __init__(

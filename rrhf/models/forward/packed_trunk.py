@@ -27,7 +27,7 @@ ATTENTION = {
     "varlen_attention": VARLEN_OVER,
     "flex_attention": FLEX_OVER,
 }
-"""Layouts with attention of their own: its registered name over each that it may replace."""
+"""Layouts with attention of their own: the registered name for each that it can replace."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Beside:
     """The results of a layout and of padded rows for one batch.
 
     Attributes:
-        what: the numbers' name, for people.
-        found, expected: [M] them.
-        found_hidden, expected_hidden: [M, H] the hidden states that they come from.
-        scale: by how much numbers of this model may differ beyond those of others.
+        what: the name of the compared numbers, for messages.
+        found, expected: [M] the numbers.
+        found_hidden, expected_hidden: [M, H] the hidden states behind them.
+        scale: factor of the tolerance for this model.
     """
 
     what: str
@@ -55,7 +55,7 @@ class PackedTrunk:
     Attributes:
         model: a Hugging Face model with a head, bare or with adapters.
         layout: `shared_prefix`, `varlen_attention`, `flex_attention`, `dense_mask` or `rows`.
-        window: rows beyond it go as padded rows; None = none do.
+        window: longer rows use padded rows; None = no limit.
     """
 
     model: Any
@@ -119,10 +119,10 @@ def declared_window(config: Any) -> int | None:
 
 
 def exchange_attention(inner: Any, over: dict[str, str]) -> None:
-    """Replace the model's attention by one of ours.
+    """Replace the model's attention by that of a layout.
 
     Raises:
-        NotImplementedError: there is none for the kind of attention that the model has.
+        NotImplementedError: the layout has none for the model's kind of attention.
     """
     current = inner.config._attn_implementation
     if current in over.values():

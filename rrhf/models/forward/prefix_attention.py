@@ -1,13 +1,13 @@
 """Attention over shared prompts, as an implementation registered with transformers.
 
 Two calls of scaled_dot_product_attention for each bucket of a layout: its prompts causally, then
-each response with its prompt's keys before its own. Where no layout is handed to it, it is the
-ordinary implementation, so generation and padded rows of the same model stay as they were. It must
-stay set through the backward pass: with activation checkpointing attention is run again there.
+each response with its prompt's keys before its own. Without a layout it is the ordinary
+implementation, so generation and padded rows of the same model do not change. It must stay set
+through the backward pass, where activation checkpointing runs attention again.
 
-Over flash attention, the two calls are its own (`varlen_attention`), for all buckets together; so
-they are with the kernel inside torch, where it computes. With FlexAttention there is one call under
-a mask of blocks (`flex_attention`).
+With flash attention, or torch's own varlen kernel, there are two varlen calls for all buckets
+together (`varlen_attention`). With FlexAttention there is one call under a block mask
+(`flex_attention`).
 
 Legend: T tokens of the sequence, D head width, P prompt tokens, L response tokens that are fed.
 """
@@ -52,7 +52,7 @@ OVER = {
     # Not "flash": transformers takes every name with that word in it for a kernel to download.
     FLASH: "rrhf_shared_prefix_varlen",
 }
-"""The registered name for each implementation that it takes the place of."""
+"""The registered name for each implementation that it replaces."""
 
 FLEX_OVER = {base: f"{name}_flex" for base, name in OVER.items()}
 """The same for the layout that uses FlexAttention."""
@@ -69,8 +69,8 @@ class Prefix:
 
     Attributes:
         layout: of the sequence.
-        windows: what each layer said of its sliding window; filled on the way.
-        is_recomputed: activations are not kept for the backward pass, but computed again.
+        windows: the sliding window that each layer passes; filled during the forward pass.
+        is_recomputed: whether activations are recomputed in the backward pass.
     """
 
     layout: SharedPrefix
@@ -120,8 +120,8 @@ def attend(
         key, value: [1, key heads, T, D].
         layout: of the sequence.
         rules: of the layer.
-        keeps_pieces: keep a prompt's keys for the backward pass once, not once a response. Where
-            activations are recomputed this would keep what checkpointing frees.
+        keeps_pieces: keep a prompt's keys for the backward pass once instead of once per response.
+            With recomputed activations this would keep what checkpointing frees.
 
     Returns:
         [1, T, heads, D].
@@ -173,7 +173,7 @@ def _joined(prompts: Tensor, own: Tensor, owner: Tensor | None) -> Tensor:
 def _in_pieces(
     joined: Mapping[tuple[Any, ...], Callable[[], Tensor]], tensor: Tensor
 ) -> Tensor | Callable[[], Tensor]:
-    """What to keep of a tensor for the backward pass; of a joined one, how to join it again.
+    """What to keep of a tensor for the backward pass: of a joined one, how to join it again.
 
     Otherwise a prompt would be kept once for each of its responses.
     """
@@ -194,7 +194,7 @@ def _of_owner(prompts: Tensor, owner: Tensor | None, count: int) -> Tensor:
 
 
 def _causal(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
-    """[rows, columns] True where a query sees a key; the last query stands at the last key."""
+    """[rows, columns] True where a query sees a key; the last query is at the last key."""
     distance = torch.arange(rows, device=device)[:, None] + (columns - rows)
     distance = distance - torch.arange(columns, device=device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
@@ -203,7 +203,7 @@ def _causal(rows: int, columns: int, window: int | None, device: torch.device) -
 def _response_mask(
     bucket: Bucket, responses: Slots, window: int | None, device: torch.device
 ) -> Tensor:
-    """[L, P + L], or [rows, 1, L, P + L] where prompts differ in length."""
+    """[L, P + L], or [rows, 1, L, P + L] if prompts differ in length."""
     width = bucket.prompts.width
     if bucket.prompt_lengths is None:
         return _causal(responses.width, width + responses.width, window, device)
@@ -300,7 +300,7 @@ def _attention_over(base: str, by_flex: bool = False, by_torch_varlen: bool = Fa
 
 
 def _ordinary(base: str, module: nn.Module) -> Any:
-    """The attention to use where no prompt is shared."""
+    """The attention for sequences without shared prompts."""
     if base == FLASH:
         return ordinary_flash
     if base == "sdpa":
@@ -322,8 +322,8 @@ register()
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens into slots. Padding repeats a token; its gradient is dropped, since no real query sees
-    it and it is zero. Much cheaper than a sum over an index."""
+    """Copies tokens into slots. Padding repeats a token; its gradient is zero, since no real query
+    sees it, and is dropped. Much cheaper than a sum over an index."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, source: Tensor, slot: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Slots back to tokens; in the backward pass, padding gets zero."""
+    """Copies slots back to tokens; in the backward pass, padding gets zero."""
 
     @staticmethod
     def forward(ctx: Any, grid: Tensor, slot: Tensor, source: Tensor) -> Tensor:

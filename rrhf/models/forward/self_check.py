@@ -1,8 +1,8 @@
 """Compares a layout with padded rows on a few random tokens of the model that will use it.
 
-Whatever a layout cannot serve shows up as a difference or an exception: attention that cannot be
-exchanged, layers that carry a state along the sequence, logits of an unknown shape, masks that are
-silently wrong. If the model will be trained, the check includes one backward pass: a kernel may
+Anything that a layout does not support shows up as a difference or an exception: attention that
+cannot be replaced, layers with a state along the sequence, logits of an unknown shape, masks that
+are silently wrong. If the model will be trained, the check includes one backward pass: a kernel may
 have none, or a wrong one (activation checkpointing that recomputes with another kernel). `auto`
 then tries the next layout, with one warning that names the difference.
 
@@ -49,22 +49,22 @@ AUTO_OVER = {"flex_attention": ("flex_attention", "rows")}
 """The same, for a model that was loaded with this attention."""
 
 BASES = {name: base for over in ATTENTION.values() for base, name in over.items()}
-"""The attention that each of ours replaces."""
+"""Registered name of a layout's attention -> the attention that it replaces."""
 
 TOLERANCE = 1e-4
 """By how much a layout may differ from padded rows in float32, plus 1e-5 of the number."""
 
 HIDDEN_TOLERANCE = 1e-3
-"""Share of a hidden state by which it may differ: in new weights, log-probs hardly tell."""
+"""Share by which a hidden state may differ; with untrained weights log-probs hardly show it."""
 
 GRADIENT_TOLERANCE = 1e-2
-"""Share of a gradient's norm by which it may differ."""
+"""Share of its norm by which a gradient may differ."""
 
 HALF_TOLERANCE, HALF_GRADIENT_TOLERANCE = 0.1, 0.2
 """In half precision: for numbers and hidden states, and for gradients."""
 
 PROBE_SIZE, PROBES_SIZE = 1 << 16, 1 << 20
-"""Elements of the largest weight whose gradient is looked at, and of all of them together."""
+"""Elements of the largest weight whose gradient is checked, and of all such weights together."""
 
 Fast = TypeVar("Fast", bound=PackedTrunk)
 
@@ -75,18 +75,18 @@ def first_that_fits(
     make: Callable[[str], Fast],
     layouts: tuple[str, ...] | None = None,
 ) -> Fast | None:
-    """Find, and log, the first layout that serves this model; None if none does.
+    """Find and log the first layout that supports this model; None if none does.
 
     Args:
-        model: not yet spread over processes, where it will compute. Kernels of varlen attention
-            cannot be tried on weights that still lie on the CPU; there the layouts are tried over
-            sdpa, and the kernel on the card with the same queries, keys and values.
-        asked: `auto`, or the layout to take.
+        model: before it is distributed, on the device where it will compute. If its weights are
+            still on the CPU, varlen layouts are checked with sdpa, and the kernel on the card with
+            the same queries, keys and values.
+        asked: `auto`, or the name of a layout.
         make: puts the model on a layout.
-        layouts: those that there are for this kind of model; None = all.
+        layouts: available for this kind of model; None = all.
 
     Raises:
-        UserError: the layout that is asked for by name does not serve this model.
+        UserError: a layout given by name does not support this model.
     """
     inner = inner_model(model)
     before = inner.config._attn_implementation
@@ -153,12 +153,12 @@ def _set_attention(inner: Any, name: str) -> None:
 def misfit(fast: PackedTrunk, autocast: torch.dtype | None = None) -> str | None:
     """How a layout differs from padded rows; None if it does not.
 
-    For layouts with attention of their own it also finds out whether the model's layers tell their
-    sliding window; where the config has one and they do not, longer rows will go as padded rows.
+    For layouts with attention of their own it also finds whether the model's layers pass their
+    sliding window; if the config has one and they do not, longer rows will use padded rows.
 
     Args:
-        fast: the model on the layout; where a weight requires a gradient, it will be trained.
-        autocast: the mixed precision to try it in.
+        fast: the model on the layout; weights that require a gradient will be trained.
+        autocast: the mixed precision for the check.
     """
     inner = inner_model(fast.model)
     device = next(fast.model.parameters()).device
@@ -237,9 +237,9 @@ class _Probes:
 
         Args:
             found, expected: [M].
-            ids: [U] those that stand in the batch, ascending.
-            is_one_pass: both come from one forward pass, as where rows are beyond a window. The
-                graph is kept then alone: attention that was compiled does not allow it.
+            ids: [U] those in the batch, ascending.
+            is_one_pass: both come from one forward pass, as for rows beyond a window. Only then is
+                the graph kept, which compiled attention does not allow.
         """
         weights = torch.arange(len(found), device=found.device).mul(2.4).cos()
         sides = []
@@ -255,8 +255,7 @@ class _Probes:
         return list(zip(*sides, strict=True))
 
     def _to_embeddings(self, ids: Tensor) -> Tensor:
-        """The gradient of each id's embedding: layouts order tokens differently, and padded rows
-        hold a prompt many times."""
+        """The gradient of each id's embedding, which does not depend on the order of tokens."""
         width = self.embedded[0][1].shape[-1]
         whole = torch.zeros(len(ids), width, dtype=torch.float32, device=ids.device)
         for given, output in self.embedded:
@@ -317,7 +316,7 @@ def _undisturbed(model: nn.Module, device: torch.device, recomputes: bool) -> It
 
 
 def trial_batch(inner: Any) -> TokenBatch:
-    """A few tokens of every case: ragged, equal, alone, a response of one token, two prompts."""
+    """A small batch with every case: ragged, equal, alone, a response of one token, two prompts."""
     generator = torch.Generator().manual_seed(0)
     size = int(inner.get_input_embeddings().weight.shape[0])
 

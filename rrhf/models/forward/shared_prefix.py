@@ -1,14 +1,14 @@
 """Every prompt once: `[prompt | r1 | ... | rN]` as one sequence through the network.
 
-Positions restart behind the prompt for each response, and attention (`prefix_attention`) lets a
-prompt see itself causally and a response its prompt and itself. So each token has the context that
-it has in a padded row, and everything but attention (most of the work) is done for a prompt's
-tokens once instead of once for each of its N responses. Prompts that stand in a batch several times
-are computed once as well, and so are equal responses to one prompt, whose scores are then equal to
-the last bit; nothing is padded outside attention.
+Positions restart after the prompt for each response, and attention (`prefix_attention`) lets a
+prompt see itself causally and a response its prompt and itself. Each token therefore has the same
+context as in a padded row, and everything but attention (most of the work) is done once for a
+prompt's tokens instead of once for each of its N responses. Repeated prompts of a batch are
+computed once as well, and so are equal responses to one prompt, whose scores are then equal to the
+last bit. Nothing is padded outside attention.
 
-This file says where each token lies and who sees whom; `dense_mask` says it as a mask of all tokens
-by all tokens, for models whose attention cannot be exchanged.
+This file computes the place of each token and which tokens it sees; `dense_mask` gives the latter
+as a token-by-token mask, for models whose attention cannot be replaced.
 
 Legend: B prompts, N rows, T tokens of the sequence, M response tokens; a group is one distinct
 prompt with its responses, a bucket some groups that share calls of attention.
@@ -57,10 +57,10 @@ class Slots:
         rows, width: of the grid.
         lengths: tokens of each row.
         source: [rows * width] the token of each slot, counted from the first piece; any at padding.
-            None where the pieces are equally long and the grid is a view.
-        slot: [tokens] the slot of each token; None likewise.
-        blind: [rows] the column of each row's token that does not see itself (its last), -1 where
-            it has none; None where no row has.
+            None if the pieces are equally long and the grid is a view.
+        slot: [tokens] the slot of each token; None in the same case.
+        blind: [rows] the column of each row's token that does not see itself (its last), or -1;
+            None if no row has one.
     """
 
     rows: int
@@ -76,12 +76,12 @@ class Bucket:
     """Groups whose attention is computed together.
 
     Attributes:
-        prompts: a row for each group. Where a group has one response alone, its row holds prompt
-            and response: plain causal attention is all that it needs.
+        prompts: a row for each group. If a group has only one response, its row holds prompt and
+            response: it needs only plain causal attention.
         responses: a row for each response that has a token to feed, or None.
         owners: for each row of the responses, its group's row among the prompts.
         owner: [rows of responses] the same as a tensor; None = all of the first.
-        prompt_lengths: [rows of prompts]; None where all are equally long.
+        prompt_lengths: [rows of prompts]; None if all are equally long.
         longest: positions of the longest row, prompt and response together.
     """
 
@@ -108,7 +108,7 @@ class SharedPrefix:
         buckets: in the order of the sequence.
         sizes: tokens of each part (a bucket's prompts, a bucket's responses, the next bucket's).
         group, response: [T] the group of a token, and its response, -1 in prompts.
-        blind: [T] True at tokens that nobody sees, not even themselves; None where there are none.
+        blind: [T] True at tokens that no token sees, not even themselves; None without such tokens.
         longest: positions of the longest row.
     """
 
@@ -127,7 +127,7 @@ class SharedPrefix:
     longest: int
 
     def token_at(self, columns: Tensor, prompt_width: int) -> Tensor:
-        """[N] the token that stands at a column of each full row (`TokenBatch.full_rows`).
+        """[N] the token at a column of each full row (`TokenBatch.full_rows`).
 
         Args:
             columns: [N], at tokens that are fed.
@@ -152,7 +152,7 @@ class _Group:
 
     @property
     def alone(self) -> list[_Response]:
-        """Its only response, which shares the prompt's row; empty where it has several."""
+        """Its only response, which shares the prompt's row; empty if it has several."""
         return self.responses if len(self.responses) == 1 else []
 
     @property
@@ -284,7 +284,7 @@ def _groups(
 
 
 def _bucketed(groups: Sequence[_Group], scores_of_a_call: int) -> list[list[_Group]]:
-    """Groups of similar length in buckets, where padding costs less than more calls."""
+    """Put groups of similar length into buckets, as long as padding costs less than more calls."""
     buckets: list[list[_Group]] = []
     needed = 0
     for group in sorted(groups, key=lambda group: (group.causal, group.longest_fed)):
@@ -343,8 +343,8 @@ def _slots(lengths: Sequence[int], are_blind: Sequence[bool], device: torch.devi
 def dense_mask(layout: SharedPrefix, is_additive: bool, dtype: torch.dtype) -> Tensor:
     """[1, 1, T, T] which token sees which: True = sees; in the additive form, 0 = sees.
 
-    For attention that takes a mask as it is. In the additive form eager attention needs it: there
-    True and False would be added as 1 and 0, in silence.
+    For attention that applies a mask unchanged. Eager attention needs the additive form; a boolean
+    mask would silently be added as 1 and 0.
     """
     same_group = layout.group[:, None] == layout.group
     is_shared = (layout.response < 0) | (layout.response[:, None] == layout.response)

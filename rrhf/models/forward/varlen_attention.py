@@ -1,18 +1,18 @@
 """Attention over shared prompts by flash attention, in two calls that pad nothing.
 
-Flash attention takes rows of any length laid end to end, but knows no tree. The first call is the
-prompts, causally. In the second, each response asks with its own tokens alone and reads its
-prompt's keys before its own: where a row has more keys than queries, flash attention (since 2.1)
-lets the last query stand at the last key, which is the mask that a response needs. Grouped heads,
+Flash attention takes rows of any length laid end to end, but does not know shared prefixes. The
+first call is the prompts, causally. In the second, the queries of each response are its own tokens,
+and its keys are its prompt's and its own: with more keys than queries, flash attention (since 2.1)
+aligns the last query with the last key, which is the mask that a response needs. Grouped heads,
 sliding windows, soft-capping and dropout are the kernel's own.
 
 There are two kernels. A model loaded with `flash_attention_2` uses the flash-attn package. The
 layout `varlen_attention` uses the one inside torch (`torch.nn.attention.varlen`, since 2.10) for a
 model loaded with `sdpa`, so it needs no package; it has neither soft-capping nor dropout.
 
-Both run on CUDA in half precision alone; no GPU was at hand here. What is around them (who reads
-which keys, lengths, gradients) is the same for any function of flash attention's signature, and
-tests put a slow and exact one in its place. Not measured, not run on CUDA.
+Both run only on CUDA and in half precision, and have not been run or measured there. The code
+around them (keys, lengths, gradients) is the same for any function with flash attention's
+signature, and tests use a slow, exact one.
 
 Legend: T tokens of the sequence, D head width, G prompts, N responses that are fed.
 """
@@ -34,7 +34,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from rrhf.models.forward.shared_prefix import AttentionRules, SharedPrefix
 
 FLASH = "flash_attention_2"
-"""What transformers calls the implementation that this one takes the place of."""
+"""The name in transformers of the implementation that this one replaces."""
 
 LAYOUT = "varlen_attention"
 """The layout that uses torch's own kernel."""
@@ -43,7 +43,7 @@ DEVICES = ("cuda",)
 """Kinds of device that the kernels run on."""
 
 HALF = (torch.bfloat16, torch.float16)
-"""What torch's kernel computes in."""
+"""Number formats of torch's kernel."""
 
 on_attention: Callable[[Sequence[Tensor], SharedPrefix, AttentionRules], None] | None = None
 """Called with query, key and value, layout and rules of each attention that SDPA computes: a trial
@@ -62,7 +62,7 @@ class Calls:
         longest_own: tokens.
         key_bounds: [N + 1] int32, of what the responses read.
         longest_keys: tokens.
-        keys: [tokens that responses read] which token stands there.
+        keys: [tokens that responses read] the token at each place.
     """
 
     prompts: int
@@ -173,7 +173,7 @@ def attend_varlen(
 
 
 def _order(layout: SharedPrefix) -> list[int]:
-    """The parts of the sequence, those that hold prompts first."""
+    """The order of the sequence's parts with those of prompts first."""
     parts: list[bool] = []  # whether it holds responses
     for bucket in layout.buckets:
         parts += [False] if bucket.responses is None else [False, True]
@@ -189,7 +189,7 @@ def _reordered(tokens: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Te
 
 
 class _Read(torch.autograd.Function):
-    """Tokens at places, some repeated; their gradients are summed in float32."""
+    """Gathers tokens by index, some repeatedly; their gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, places: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def load_varlen() -> Any:
 
 
 def torch_varlen_missing() -> str | None:
-    """Why torch's kernel cannot be used on this machine; None where it can."""
+    """Why torch's kernel cannot be used on this machine; None if it can."""
     if "cuda" in DEVICES and not torch.cuda.is_available():
         return "needs a CUDA GPU and none is visible"
     return None
@@ -234,8 +234,8 @@ def load_torch_varlen() -> Any:
 def as_flash(varlen_attn: Callable[..., Any]) -> Callable[..., Tensor]:
     """Gives a `varlen_attn` the signature of flash_attn.flash_attn_varlen_func.
 
-    torch's changed twice: 2.10 has `is_causal` and no scale, 2.11 says with `window_size` that
-    attention is causal, 2.12 wants to be told of grouped heads (which the kernel always had).
+    torch's changed twice: 2.10 has `is_causal` and no scale, in 2.11 `window_size` makes attention
+    causal, and 2.12 has a flag for grouped heads (which the kernel always supported).
     """
     known = inspect.signature(varlen_attn).parameters
 
@@ -287,7 +287,7 @@ def in_one_precision(*tensors: Tensor) -> list[Tensor]:
 def ordinary_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Flash attention by transformers, where no prompt is shared.
 
-    It looks its kernels up by the name in the module's config, and would not know ours.
+    It looks up its kernels by the name in the module's config, which must be a name that it knows.
     """
     config = _Instead(module.config, _attn_implementation=FLASH)
     found: tuple[Tensor, Tensor | None] = flash_attention_forward(
