@@ -209,8 +209,7 @@ def _main_model(run: Path) -> str | None:
         return named if named == Path(named).name else None
     if settings_file(run) is None:
         return None
-    there = [name for name in MODEL_NAMES if holds_model(run / name)]
-    return there[0] if there else None
+    return next((name for name in MODEL_NAMES if holds_model(run / name)), None)
 
 
 def _why_empty(run: Path, name: str | None) -> str:

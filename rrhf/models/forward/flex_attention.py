@@ -39,7 +39,8 @@ def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
         return seen if reach is None else seen & (distance < reach)
 
     count, device = len(group), group.device
-    create = _compiled_mask() if device.type == "cuda" else create_block_mask
+    # Uncompiled it would hold a number for every token by every token, several times.
+    create = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     found: BlockMask = create(sees, None, None, count, count, device=device)
     return found
 
@@ -73,7 +74,10 @@ def attend_flex(
         assert bound is not None
         return torch.tanh(score / bound) * bound
 
-    attention = _compiled() if query.device.type == "cuda" else flex_attention
+    attention: Any = flex_attention
+    if query.device.type == "cuda":
+        # Otherwise each new length of a sequence would be compiled for itself, seconds at a time.
+        attention = _compiled(flex_attention, dynamic=True)
     found: Tensor = attention(
         query,
         key,
@@ -87,12 +91,5 @@ def attend_flex(
 
 
 @functools.cache
-def _compiled() -> Any:
-    # Otherwise each new length of a sequence would be compiled for itself, seconds at a time.
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@functools.cache
-def _compiled_mask() -> Any:
-    # Uncompiled it would hold a number for every token by every token, several times.
-    return torch.compile(create_block_mask)
+def _compiled(function: Any, dynamic: bool | None = None) -> Any:
+    return torch.compile(function, dynamic=dynamic)

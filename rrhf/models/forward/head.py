@@ -265,9 +265,8 @@ class _Sums:
             if self._is_whole and len(product) == len(self._inputs[0]):
                 self.hidden = product.to(dtype)
             else:
-                self.hidden = (
-                    torch.zeros_like(self._inputs[0]) if self.hidden is None else self.hidden
-                )
+                if self.hidden is None:
+                    self.hidden = torch.zeros_like(self._inputs[0])
                 self.hidden[rows] = product.to(dtype)
             del product
         if self._needs[1]:

@@ -120,10 +120,10 @@ def build_policy(model: Any, layout: str = "padded", options: LogprobOptions = P
     Raises:
         UserError: the layout that is asked for by name does not serve this model.
     """
-    if layout == "padded":
-        return Policy(model, options)
-    policy = first_that_fits(model, layout, lambda name: FastPolicy(model, name, options))
-    return Policy(model, options) if policy is None else policy
+    fast = None
+    if layout != "padded":
+        fast = first_that_fits(model, layout, lambda name: FastPolicy(model, name, options))
+    return fast or Policy(model, options)
 
 
 def _as_grid(hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:

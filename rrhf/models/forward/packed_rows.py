@@ -3,8 +3,8 @@
 Rows are laid end to end in bins of a fixed width; positions restart at zero in each, from which
 transformers builds attention that stays inside a row. That holds only without a cache and without a
 two-dimensional mask (with either, rows would silently see each other), and only for models whose
-attention transformers builds; `require_packing` tries it on the model at hand. Same batch in, same
-log-probs out, so an objective cannot tell the difference.
+attention transformers builds; `require_packing` checks it on the model. The log-probs of a batch
+are those of padded rows.
 
 For SFT, where every row has a prompt of its own. Groups of responses to one prompt would carry the
 prompt once for each of them.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rrhf.data.collate import EncodedSet, TokenBatch, collate
 from rrhf.errors import UserError
+from rrhf.models.eval_mode import eval_mode
 from rrhf.models.forward.logprobs import PLAIN, LogprobOptions, Policy, PolicyOutputs, inner_model
 
 TOLERANCE = 1e-3
@@ -179,11 +180,8 @@ def require_packing(policy: PackedPolicy) -> None:
         EncodedSet([7], [[5]]),
     ]
     batch = collate(sets, pad_id=0).to(device)
-    was_training = policy.training
-    policy.eval()
-    padded = Policy.forward(policy, batch).logprobs
-    packed = policy(batch).logprobs
-    policy.train(was_training)
+    with eval_mode(policy):
+        padded, packed = Policy.forward(policy, batch).logprobs, policy(batch).logprobs
     difference = float((padded - packed).abs().max())
     if difference > TOLERANCE:
         raise UserError(

@@ -167,7 +167,8 @@ def attend(
 
 def _joined(prompts: Tensor, own: Tensor, owner: Tensor | None) -> Tensor:
     """The keys, or values, of prompts before those of each response."""
-    return torch.cat([_of_owner(prompts, owner, len(own)), own], 2)
+    repeated = prompts.expand(len(own), -1, -1, -1) if owner is None else prompts[owner]
+    return torch.cat([repeated, own], 2)
 
 
 def _in_pieces(
@@ -187,10 +188,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _as_a_whole(kept: Tensor | Callable[[], Tensor]) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept()
-
-
-def _of_owner(prompts: Tensor, owner: Tensor | None, count: int) -> Tensor:
-    return prompts.expand(count, -1, -1, -1) if owner is None else prompts[owner]
 
 
 def _causal(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:

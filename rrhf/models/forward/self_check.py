@@ -178,7 +178,8 @@ def misfit(fast: PackedTrunk, autocast: torch.dtype | None = None) -> str | None
         ):
             tried = beside()
             is_one_pass = tried.found_hidden is tried.expected_hidden
-            ids = _real_ids(batch)
+            rows, mask, _ = batch.full_rows()
+            ids = rows[mask.bool()].unique()  # ascending
             gradients = probes.gradients(tried.found, tried.expected, ids, is_one_pass)
     with torch.no_grad(), _undisturbed(fast.model, device, False):
         if not trained:
@@ -331,9 +332,3 @@ def trial_batch(inner: Any) -> TokenBatch:
         ],
         pad_id=0,
     )
-
-
-def _real_ids(batch: TokenBatch) -> Tensor:
-    """[U] all ids but those of padding, ascending."""
-    ids, mask, _ = batch.full_rows()
-    return ids[mask.bool()].unique()
