@@ -131,21 +131,18 @@ def compare_rows(
     notes = notes_of(rows) + "".join(f"Not made alike: {line}\n" for line in warnings)
     headings, lines = gain_cells(gains, rows)
     title = f"Gain on {name} (paired over prompts)"
-    markdown = [markdown_table(rows, shown), about]
-    text = [terminal_table(rows, shown, width), about]
+    pages = [(markdown_table(rows, shown), terminal_table(rows, shown, width)), (about, about)]
     if lines:
-        markdown.append(f"{title}:\n\n{markdown_lines(headings, lines)}")
-        text.append(f"{title}:\n{terminal_lines(headings, lines, width)}")
+        table = terminal_lines(headings, lines, width)
+        pages.append((f"{title}:\n\n{markdown_lines(headings, lines)}", f"{title}:\n{table}"))
     if name is None and len(rows) > 1:
         notes += (
             f"No row is the baseline of the others; for gains give --baseline, one of {names}\n"
         )
     if notes:
-        markdown.append("".join(f"- {line}\n" for line in notes.splitlines()))
-        text.append(notes)
-    return Comparison(
-        list(rows), gains, (name or "") if gains else "", "\n".join(markdown), "\n".join(text)
-    )
+        pages.append(("".join(f"- {line}\n" for line in notes.splitlines()), notes))
+    markdown, text = ("\n".join(parts) for parts in zip(*pages, strict=True))
+    return Comparison(list(rows), gains, (name or "") if gains else "", markdown, text)
 
 
 def base_of(rows: Sequence[Row]) -> str | None:
