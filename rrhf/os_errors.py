@@ -138,7 +138,7 @@ def require_plain_output(path: PathLike) -> None:
     """Refuse to write over a pipe, a socket, a device, or what a process has open (`/dev/stdout`).
 
     Raises:
-        UserError: one of them stands there.
+        UserError: the path is one of them.
     """
     kind = special_file(path)
     if kind is None and _OPEN_STREAM.fullmatch(os.fspath(path)):

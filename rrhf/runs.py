@@ -272,7 +272,7 @@ class RunFolder:
         write_manifest(self.path, {"status": COMPLETE, **manifest, **self._had_checkpoints()})
 
     def drop_checkpoints(self) -> None:
-        """Delete the checkpoints of a run that nobody will resume; they do not count as lost."""
+        """Delete the checkpoints of a run that will not be resumed; they do not count as lost."""
         manifest = read_manifest(self.path)
         if manifest is not None and manifest.pop(_HAD, None):
             write_manifest(self.path, manifest)

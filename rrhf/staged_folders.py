@@ -2,7 +2,7 @@
 
 If writing fails, the staged folder is removed, and then a full disk is reported with what was
 needed and what is free. A killed process leaves its staged folder behind: the next process moves it
-into place if it is whole and nothing else stands there.
+into place if it is whole and its name is free.
 Standard library only.
 """
 

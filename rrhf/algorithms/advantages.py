@@ -73,7 +73,7 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """What is still to come: G_t = r_t + gamma * G_{t+1}.
 
     The advantage of REINFORCE++ (Hu et al. 2025, arXiv:2501.03262) before it is whitened over the
-    global batch; the KL penalty stands in the rewards.
+    global batch; the rewards include the KL penalty.
 
     Args:
         rewards: [N, T].
@@ -91,7 +91,7 @@ def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
     """Sums for whitening a batch, which can be added up over ranks and micro-batches.
 
     Args:
-        values: any shape; what stands outside the mask is never read.
+        values: any shape; values outside the mask are never read.
         mask: the same shape, bool.
 
     Returns:
@@ -166,7 +166,7 @@ def group_centred_rewards(rewards: Tensor, valid: Tensor) -> Tensor:
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K]; zero where no candidate is, where one stands alone, and where all rewards are equal.
+        [B, K]; zero where there is no candidate, only one, or all rewards are equal.
     """
     wide = rewards.double()
     mean = masked_mean(wide, valid).unsqueeze(-1)
@@ -212,7 +212,7 @@ def grpo_advantages(
         epsilon: on the scale of the rewards.
 
     Returns:
-        [B, K]; zero where no candidate is, where one stands alone, and where all rewards are equal.
+        [B, K]; zero where there is no candidate, only one, or all rewards are equal.
     """
     centred = group_centred_rewards(rewards.double(), valid)
     count = valid.sum(-1, keepdim=True)
@@ -233,7 +233,7 @@ def rank_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K]; zero where no candidate is, where one stands alone, and where all rewards are equal.
+        [B, K]; zero where there is no candidate, only one, or all rewards are equal.
     """
     both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
     mine, others = rewards.unsqueeze(-1), rewards.unsqueeze(-2)

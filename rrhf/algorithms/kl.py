@@ -49,7 +49,7 @@ def token_kl(
     Args:
         logprobs: [N, T] of the sampled tokens under the policy, at the sampling temperature, nats.
         reference_logprobs: [N, T] of the same tokens under the reference, likewise.
-        mask: [N, T] True at response tokens; what stands elsewhere is never read.
+        mask: [N, T] True at response tokens; other values are never read.
         estimator: one of `KL_ESTIMATORS`. A loss takes one of `KL_LOSS_ESTIMATORS`.
         limit: nats; None for no limit.
 

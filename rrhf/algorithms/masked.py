@@ -31,7 +31,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) ->
     """Sum of `values` where `mask` is True; zero where nothing is.
 
     Args:
-        values: any shape; what stands outside the mask is never read into the sum.
+        values: any shape; values outside the mask are never read.
         mask: bool, broadcastable to `values`.
         dim: the dimensions to sum over.
     """

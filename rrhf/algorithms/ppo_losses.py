@@ -57,7 +57,7 @@ def reduce_rows(
     the response budget it is the reduction of Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
 
     Args:
-        token_losses: [N, T]; what stands outside the mask is never read.
+        token_losses: [N, T]; values outside the mask are never read.
         mask: [N, T] True at response tokens.
         reduction: one of `REDUCTIONS`.
 

@@ -10,7 +10,7 @@ types differ in *which* scores are compared:
   responses differ to the end of the longer one, averaged over those positions.
 - average: the mean score of each response's own tokens from that first different token on.
 
-Two names for one loss stand where two communities know it by different names. Each function gives
+A loss has two names if two communities know it by different names. Each function gives
 totals and pair counts per prompt. All totals over all counts weighs each pair alike; dividing
 a prompt's total by its own count first (`mean_over_pairs`) weighs each prompt alike, as InstructGPT
 does to keep large groups from dominating. For plain pairs the two are the same.

@@ -91,7 +91,7 @@ def token_rewards(
         scores: [N] normalised, clipped and penalised already.
         lengths: [N] int64 tokens, EOS included.
         width: T, the padded width.
-        kl: [N, T] of each token (`kl.token_kl`); what stands behind a row's length is never read.
+        kl: [N, T] of each token (`kl.token_kl`); values after a row's end are never read.
             None keeps the KL out of the rewards.
         kl_coefficient: beta, at least zero.
 

@@ -56,7 +56,7 @@ def read_logprobs(
         For each row [T] float32 on the CPU, nats.
 
     Raises:
-        UserError: the layout does not serve the model.
+        UserError: the layout does not support the model.
     """
     read: list[Tensor] = [torch.zeros(0)] * len(rows)
     device = next(model.parameters()).device

@@ -66,7 +66,7 @@ def check_attention(attn_implementation: str) -> None:
     """Check that this attention can run here, before a model is loaded.
 
     Raises:
-        UserError: flash attention is asked for, and its package or a GPU is not there.
+        UserError: flash attention needs its package and a GPU, and one is missing.
     """
     flag = f"--attn_implementation {attn_implementation}"
     if not attn_implementation.startswith("flash_attention"):

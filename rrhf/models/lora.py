@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft, where they are asked for."""
+"""Low-rank adapters (LoRA), by peft."""
 
 from __future__ import annotations
 

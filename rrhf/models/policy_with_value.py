@@ -63,7 +63,7 @@ class ValueModel(nn.Module):
         layout: as in `rrhf.models.reward_layouts.build_reward_model`.
 
     Raises:
-        UserError: the layout does not serve the model.
+        UserError: the layout does not support the model.
     """
 
     def __init__(

@@ -116,16 +116,16 @@ def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
 def build_reward_model(
     model: Any, layout: str = "padded", options: ScoreOptions = AT_THE_END
 ) -> RewardModel:
-    """The reward model on the layout that is asked for, tried on this very model.
+    """The reward model on the given layout, after a self-check on this model.
 
     Args:
         model: not yet spread over processes, where it will compute.
         layout: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
-            `auto` = the first that serves the model.
+            `auto` = the first that supports the model.
         options: as in `RewardModel`.
 
     Raises:
-        UserError: the layout that is asked for by name does not serve this model.
+        UserError: a layout given by name does not support this model.
     """
     fast = None
     if layout != "padded":

@@ -6,7 +6,7 @@ heads of transformers itself read one token early. On disk it is a standard fold
 `AutoModelForSequenceClassification` with one label, which any other program loads.
 
 A score normaliser lives in the config as plain numbers and is never applied here: losses want raw
-scores, and whoever wants normalised ones asks a scorer. Left out on purpose: more than one label,
+scores, and a scorer gives normalised ones. Left out on purpose: more than one label,
 encoders.
 """
 

@@ -30,7 +30,7 @@ def write_model_folder(
     Args:
         folder: exists and is empty.
         model: the Hugging Face model; with LoRA the adapters are merged into a copy of the
-            weights, and stand alone in `adapter/` next to the model.
+            weights, and saved alone in `adapter/` next to the model.
         tokenizer: of the model.
         state_dict: full weights, where the model itself holds shards only.
     """

@@ -1,4 +1,4 @@
-"""A candidate file in, the same with scores out: written as it goes, taken up after a kill.
+"""Scores a candidate file: rows are written as scores come, and a killed run is continued.
 
 What is written does not depend on how often it was stopped or on how many processes wrote it: the
 scorer is called for chunks of prompts that are cut once over the whole file, a chunk that was half
@@ -69,7 +69,7 @@ def score_file(
 ) -> Path:
     """Write the scored candidate file, or continue it.
 
-    Every process returns when the whole file stands.
+    Every process returns when the whole file is written.
 
     Args:
         config: what to do.

@@ -18,7 +18,7 @@ _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", "
 def fingerprint(model_name_or_path: str) -> str:
     """A hash that changes if the model is trained further: names, sizes and samples of its files.
 
-    Weight files are read at their beginning, middle and end only. A hub name stands for itself.
+    Weight files are read at their beginning, middle and end only. A hub name is returned unchanged.
     """
     folder = Path(model_folder(model_name_or_path))
     if not folder.is_dir():

@@ -218,7 +218,7 @@ class PartAppender:
         """Sync what was appended to the disk.
 
         Raises:
-            UserError: somebody else removed the file or changed its size.
+            UserError: another program removed the file or changed its size.
         """
         if self._handle is not None:
             self._sync(self._handle)

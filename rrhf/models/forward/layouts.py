@@ -60,7 +60,7 @@ class FastPolicy(PackedTrunk, Policy):
         return _as_grid(*self._hidden(batch), batch)
 
     def _hidden(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """[M, H] the hidden states that predict the response tokens, and where these stand."""
+        """[M, H] the hidden states that predict the response tokens, and their places."""
         packed = self.packed(batch)
         if packed is not None:
             hidden = self.run_packed(Prefix(packed))
@@ -109,16 +109,16 @@ class FastPolicy(PackedTrunk, Policy):
 
 
 def build_policy(model: Any, layout: str = "padded", options: LogprobOptions = PLAIN) -> Policy:
-    """The policy on the layout that is asked for, tried on this very model.
+    """The policy on the given layout, after a self-check on this model.
 
     Args:
         model: not yet spread over processes, where it will compute.
         layout: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
-            `auto` = the first that serves the model.
+            `auto` = the first that supports the model.
         options: as in `Policy`.
 
     Raises:
-        UserError: the layout that is asked for by name does not serve this model.
+        UserError: a layout given by name does not support this model.
     """
     fast = None
     if layout != "padded":

@@ -78,7 +78,7 @@ class Policy(nn.Module):
 
     def with_hidden(self, batch: TokenBatch) -> tuple[PolicyOutputs, Tensor]:
         """What `forward` gives, and the hidden states [N, R, H] that predict the response tokens:
-        the last layer's, after the final norm. What stands at padding means nothing."""
+        the last layer's, after the final norm. Values at padding have no meaning."""
         width = batch.response_ids.shape[1]
         outputs = self._run(batch, width, output_hidden_states=True)
         logits, hidden = outputs.logits[:, -width:], outputs.hidden_states[-1][:, -width:]
@@ -93,7 +93,7 @@ class Policy(nn.Module):
     def _run(self, batch: TokenBatch, num_logits: int, **more: Any) -> Any:
         """The model's outputs on padded rows, with the logits of their last columns.
 
-        Without each row's last token: it predicts nothing that is asked for.
+        Without each row's last token: nothing is predicted from it.
         """
         inner = inner_model(self.model)
         arguments = padded_arguments(inner, *(whole[:, :-1] for whole in batch.full_rows()))

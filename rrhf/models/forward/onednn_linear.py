@@ -75,7 +75,7 @@ class OneDnnLinear(nn.Linear):
     """A linear layer that runs forward and backward in oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`, which also computes what oneDNN does not serve."""
+        """As `nn.Linear`, which also computes what oneDNN does not support."""
         if not is_served(input, self.weight):
             return linear(input, self.weight, self.bias)
         found: Tensor = _Product.apply(input, self.weight, self.bias)

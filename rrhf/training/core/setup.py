@@ -156,7 +156,7 @@ def policy_on_engine(bench: Workbench, model: Any, options: LogprobOptions = PLA
         options: as in `Policy`.
 
     Raises:
-        UserError: the layout does not serve the model.
+        UserError: the layout does not support the model.
     """
     return build_policy(on_device_of_trial(bench, model), bench.config.layout, options)
 

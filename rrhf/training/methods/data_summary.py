@@ -87,7 +87,7 @@ def encoded(
         name: of the data, as the user gave it.
         sets: to encode.
         encode: makes and counts examples.
-        read: what became of the rows of the source, where it is known.
+        read: counts of the source's rows, if known.
         purpose: "training", or "evaluating".
         columns: what the data's columns are called, for the command that scores them.
         survey: how to go through the sets; None = encode each.

@@ -1,12 +1,12 @@
 """A reward model from preferences: pairs, or groups of any size ranked by scores.
 
-All ordered pairs of a prompt are learnt in one forward of its responses, by -log sigmoid of the
-difference of their scores (`rrhf.algorithms.reward_losses` has the loss types). A part of the
-data, cut off by the first human turn, is held out; accuracy, mean, deviation and margin on it stand
+All ordered pairs of a prompt are trained in one forward pass of its responses, by -log sigmoid of
+the difference of their scores (`rrhf.algorithms.reward_losses` has the loss types). Part of the
+data, split off by the first human turn, is held out; accuracy, mean, deviation and margin on it are
 in the metrics and, with an interval, in the manifest.
 
-The scores that training sees feed a normaliser, whose state is kept in the model's config for
-whoever scores with it; it takes part in the loss only where that is asked for.
+A normaliser is updated with the scores of training, and its state is saved in the model's config
+for later scoring; it enters the loss only with --normalize_score_during_training.
 """
 
 from __future__ import annotations

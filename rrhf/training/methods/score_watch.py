@@ -56,7 +56,7 @@ class ScoreWatch(Hook):
         return _NONE if self.normalizer is None else self.normalizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take up a normaliser; an empty state: keep the new one.
+        """Restore a normaliser; an empty state: keep the new one.
 
         Raises:
             UserError: it is of another type.

@@ -1,7 +1,7 @@
 """The sentences of the Tiny Help Desk: everything that a customer or the desk can say.
 
 Only texts: `grammar` says who says what and how often, `gold` what it is worth. The topics are in
-`topics.toml`. No sentence stands twice and none holds a full stop, exclamation or question mark
+`topics.toml`. No sentence occurs twice and none holds a full stop, exclamation or question mark
 inside, so that a reply can be cut into sentences and each looked up. A topic has three good tips
 and ONE myth on purpose, so that text which is merely likely is not good.
 """

@@ -1,4 +1,4 @@
-"""DPO on ranked lists: each compared pair is told apart by its implicit rewards.
+"""DPO on ranked lists: a logistic loss on the implicit rewards of each compared pair.
 
 Rafailov et al. 2023, arXiv:2305.18290, equation 7, over the pairs of a list of any length.
 """

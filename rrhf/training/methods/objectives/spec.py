@@ -23,7 +23,7 @@ class RankedGroups:
     """What is known of a micro-batch before the forward.
 
     Attributes:
-        scores: [B, K] any scale, higher is better; whatever where no candidate exists.
+        scores: [B, K] any scale, higher is better; any value where no candidate exists.
         lengths: [B, K] int64, tokens of each response, EOS included.
         valid: [B, K] True where a candidate exists.
         prompt_lengths: [B] int64, tokens.
