@@ -34,8 +34,8 @@ RANGES = OPTION_RANGES | {
 
 @dataclass(kw_only=True)
 class EvaluateConfig(RewardModelOptions, DataOptions):
-    """Measure a policy, or existing responses, on held-out prompts and write one row per way of
-    answering."""
+    """Measure a policy, or existing responses, on held-out prompts; the results are rows that
+    `rrhf compare` puts into a table."""
 
     output_dir: str = field(metadata={"names": "output folder"})
     """Folder for the rows: NAME.json and NAME.samples.jsonl."""

@@ -36,7 +36,7 @@ class RewardModelOptions:
     EOS."""
 
     normalize: bool = True
-    """Apply the score normaliser that the reward model carries, if it carries one."""
+    """Normalise scores with the reward model's own normaliser, if it has one."""
 
     reward_chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
     """How the reward model reads conversations; auto: as it was trained."""
