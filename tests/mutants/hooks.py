@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .apply import Mutant
-from .online import ONLINE
+
+ONLINE = "rrhf/training/online/"
 
 HOOKS, CONFIG = "rrhf/training/core/hooks.py", "rrhf/training/core/config.py"
 AROUND_STEPS, SIGNS = f"{ONLINE}step_hooks.py", f"{ONLINE}no_learning.py"

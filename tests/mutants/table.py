@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .core import MEASURE_FAULTS, PARALLEL_FAULTS, UPDATE_FAULTS
+from .experience import EXPERIENCE_FAULTS
+from .experience_stream import STREAM_FAULTS
 from .hooks import HOOK_FAULTS
-from .online import EXPERIENCE_FAULTS, ROLLOUT_FAULTS, STREAM_FAULTS
+from .rollouts import ROLLOUT_FAULTS
 from .runs import CHECKPOINT_FAULTS, LOOP_FAULTS
 from .terms import MODEL_FAULTS, TERM_FAULTS
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .apply import Mutant
-from .online import ONLINE
+
+ONLINE = "rrhf/training/online/"
 
 ACTORS, AVERAGE, OBJECTIVE, PROMPTS, PTX, COPY = (
     f"{ONLINE}{room}.py" for room in ("actors", "ema", "objective", "prompts", "ptx", "whole_copy")

@@ -154,11 +154,7 @@ class BestModel:
         if is_there and self._parallel.is_main:
             try:
                 for name in self._models.measured:
-                    source = self.folder / name
-                    saved_folder(
-                        folder / name,
-                        lambda staged, s=source: _copy(s, staged),  # type: ignore[misc]
-                    )
+                    copy_sealed(self.folder / name, folder / name)
             except Exception as error:
                 failure = error
         if self._parallel.any(failure is not None):
@@ -238,9 +234,18 @@ def _hidden_ones(run: Path) -> list[Path]:
     return [path for path in run.iterdir() if pattern.fullmatch(path.name)]
 
 
-def _copy(source: Path, target: Path) -> None:
-    require_as_written(source)
-    shutil.copytree(source, target, dirs_exist_ok=True)
+def copy_sealed(source: Path, target: Path) -> None:
+    """Copy a model folder, checked, so that the copy is whole or not there.
+
+    Raises:
+        UserError: the source is not as it was written; no space.
+    """
+
+    def copy(staged: Path) -> None:
+        require_as_written(source)
+        shutil.copytree(source, staged, dirs_exist_ok=True)
+
+    saved_folder(target, copy)
 
 
 def _remove(folder: Path) -> None:

@@ -124,7 +124,8 @@ def build_experience(
     )
     values = None
     if config.has_critic:
-        values = _table([_known(row.values) for row in rows], width)
+        values = _table([row.values for row in rows if row.values is not None], width)
+        assert len(values) == len(rows), "with a critic every row has its values"
     places = {prompt: place for place, prompt in enumerate(sorted({row.prompt for row in rows}))}
     prompt_index = torch.tensor([places[row.prompt] for row in rows])
     found = Rewarded(rewards, values, mask, prompt_index, len(places))
@@ -193,11 +194,6 @@ def _table(rows: Sequence[Tensor], width: int) -> Tensor:
     for target, row in zip(table, rows, strict=True):
         target[: len(row)] = row
     return table
-
-
-def _known(values: Tensor | None) -> Tensor:
-    assert values is not None, "with a critic every row has its values"
-    return values
 
 
 # To a checkpoint and back.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from rrhf.generation.params import SamplingParams
@@ -257,17 +257,8 @@ class PPOSettings(TrainingConfig):
 
     def sampling(self, rollout: int) -> SamplingParams:
         """Sampling parameters of a rollout."""
-        return SamplingParams(
-            num_return_sequences=self.num_return_sequences,
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            round=rollout,
-        )
+        names = {item.name for item in fields(SamplingParams)} & {f.name for f in fields(self)}
+        return SamplingParams(**{name: getattr(self, name) for name in names}, round=rollout)
 
     def groups(self) -> list[GroupSettings]:
         """The parameter groups of the policy, and of the critic if there is one."""

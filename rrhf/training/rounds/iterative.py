@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from rrhf.errors import AlreadyFinished, StoppedBySignal, UserError
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.stage import generate_file
 from rrhf.manifests import UNFINISHED, read_manifest, write_manifest
-from rrhf.model_paths import check_model_path, require_as_written, require_models_as_written
+from rrhf.model_paths import check_model_path, require_models_as_written
 from rrhf.models.loading import context_window
 from rrhf.process_end import launched_place
 from rrhf.records import CandidateSet
@@ -39,7 +38,7 @@ from rrhf.runs import RunFolder, settings_file
 from rrhf.scoring.build import check_scorer
 from rrhf.scoring.stage import ScoreConfig, score_file
 from rrhf.signals import StopRequest, caught_signals
-from rrhf.staged_folders import saved_folder
+from rrhf.training.core.best import copy_sealed
 from rrhf.training.core.setup import require_window
 from rrhf.training.methods import rank
 from rrhf.training.rounds.iterative_config import IterativeConfig
@@ -95,11 +94,8 @@ class _Rounds:
         place: tuple[int, int, int],
         stop: StopRequest,
     ) -> None:
-        self.config = config
-        self.folder = folder
-        self.place = place
-        self.is_main = place[0] == 0
-        self.stop = stop
+        self.config, self.folder, self.stop = config, folder, stop
+        self.place, self.is_main = place, place[0] == 0
         self.reports: list[dict[str, Any]] = []
 
     def run(self) -> Path:
@@ -137,12 +133,9 @@ class _Rounds:
         if number > 1 and config.measure_kl:
             self._do(f"{where}, KL", lambda: self._log_ratios(sampling, folder))
         if has_penalty and self.is_main and read_manifest(data) is None:
-            ratios = folder / "log_ratios.jsonl"
-            self._do(f"{where}, KL", lambda: self._penalise(scored, ratios, data))
-
-    def _penalise(self, scored: Path, ratios: Path, output: Path) -> None:
-        edited = self.config.accept_edited_files
-        penalise(scored, ratios, output, self.config.kl_coeff, edited)
+            files = scored, folder / "log_ratios.jsonl", data
+            edited = config.accept_edited_files
+            self._do(f"{where}, KL", lambda: penalise(*files, config.kl_coeff, edited))
 
     def _train(self, number: int) -> None:
         folder = self.folder.round(number)
@@ -220,9 +213,9 @@ class _Rounds:
         """Write `policy/` and, if rounds were evaluated, `best/`; returns the best round."""
         best, last = best_round(self.reports), self.config.num_rounds
         outcome = best if best is not None and self.config.load_best_model_at_end else last
-        _copy_policy(self.folder.policy_after(outcome), self.folder.policy)
+        copy_sealed(self.folder.policy_after(outcome), self.folder.policy)
         if best is not None:
-            _copy_policy(self.folder.policy_after(best), self.folder.path / "best" / "policy")
+            copy_sealed(self.folder.policy_after(best), self.folder.path / "best" / "policy")
         return best
 
     def _manifest(self, start: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -277,11 +270,3 @@ def best_round(reports: Sequence[Mapping[str, Any]]) -> int | None:
         if report["evaluation"] is not None and report["evaluation"]["score"]["mean"] is not None
     }
     return max(means, key=lambda number: means[number]) if means else None
-
-
-def _copy_policy(source: Path, target: Path) -> None:
-    def copy(staged: Path) -> None:
-        require_as_written(source)
-        shutil.copytree(source, staged, dirs_exist_ok=True)
-
-    saved_folder(target, copy)

@@ -115,14 +115,14 @@ def test_where_the_best_cannot_be_copied_the_last_step_is_kept(
 ) -> None:
     """A disk that is full for the second copy of the model."""
 
-    def full(source: Path, target: Path) -> None:
+    def full(source: Path, target: Path, **_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
     run = tmp_path / "run"
     given = [*words(model, tmp_path), "--load_best_model_at_end", "true", "--eval_steps", "2"]
     given += ["--eval_data_path", str(tmp_path / "data.jsonl"), "--save_policy_steps", "2"]
     with monkeypatch.context() as patched:
-        patched.setattr(best, "_copy", full)
+        patched.setattr(best.shutil, "copytree", full)
         assert main(given) == 2
     assert "bytes free on the disk" in capsys.readouterr().err
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
@@ -139,14 +139,14 @@ def test_where_the_best_cannot_be_copied_the_last_step_is_kept(
 def test_every_rank_hears_that_the_best_could_not_be_copied(
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(source: Path, target: Path) -> None:
+    def full(source: Path, target: Path, **_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
 
     kept = keeper(tmp_path)
     kept.judge(1, {"loss": 1.0})
     monkeypatch.setattr(kept._parallel, "rank", rank)
     monkeypatch.setattr(kept._parallel, "any", lambda flag: True)
-    monkeypatch.setattr(best, "_copy", full)
+    monkeypatch.setattr(best.shutil, "copytree", full)
     with pytest.raises(UserError, match="bytes free" if rank == 0 else "process 0 could not"):
         kept.copy_to(tmp_path)
 
