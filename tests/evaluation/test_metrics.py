@@ -142,10 +142,14 @@ def test_ones_own_metric_of_the_policy_keeps_its_data_on_common_prompts(
     chosen = ("--metrics", "words,questions:ELSEWHERE")
     assert of_policy(*chosen) == 0
     assert "rrhf, 4 prompts: elsewhere 2.50 [" in capsys.readouterr().out
-    assert of_policy(*chosen, "--num_prompts", "3", "--name", "fewer") == 0
+    words = ("--num_prompts", "3", "--name")
+    assert of_policy(*chosen, *words, "fewer") == 0
+    assert of_policy("--metrics", "words", *words, "without") == 0
     rows = compare(CompareConfig(["rows"], only_common_prompts=True, allow_mixed=True)).rows
-    assert [row["metrics"]["words"]["n"] for row in rows] == [3, 3]
-    assert [row["metrics"]["elsewhere"]["n"] for row in rows] == [2, 2]
+    assert [row["name"] for row in rows] == ["rrhf", "fewer", "without"]
+    assert [row["metrics"]["words"]["n"] for row in rows] == [3, 3, 3]
+    assert [row["made_with"]["num_prompts"] for row in rows] == [3, 3, 3]
+    assert [row["metrics"]["elsewhere"]["n"] for row in rows[:2]] == [2, 2]
 
 
 def test_chosen_metrics_are_measured_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
