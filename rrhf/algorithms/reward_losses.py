@@ -100,8 +100,9 @@ def token_pair_loss(
 ) -> tuple[Tensor, Tensor]:
     """The losses that look at more than the last token; see the module text.
 
-    "token-wise" reads, behind the end of the shorter response, the scores that the model gives to
-    the padding there, as the programs that introduced it do. Responses of equal ids form no pair.
+    "token-wise" compares up to the end of the longer response; after the end of the shorter one it
+    uses the scores of padding, as the programs that introduced it do. Responses with equal ids form
+    no pair.
 
     Args:
         token_scores: [B, K, R] a score at every response position, padding included.

@@ -85,7 +85,7 @@ def row(flag: Flag) -> list[str]:
 
 
 def first_sentence(text: str) -> str:
-    """Without its full stop."""
+    """The first sentence of a text, without its full stop."""
     return SENTENCE_END.split(text, maxsplit=1)[0].rstrip(".")
 
 

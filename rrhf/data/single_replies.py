@@ -24,7 +24,7 @@ def split_reply(turns: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
 
 
 def join_turns(prompt: tuple[Message, ...], turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt and the turns after it, which may repeat it, with or without its system turn."""
+    """One conversation of prompt and turns; turns that begin with the prompt do not repeat it."""
     asked = tuple(turn for turn in prompt if turn.role != "system")
     if turns[: len(prompt)] == prompt:
         return turns

@@ -3,7 +3,7 @@
 The file does not depend on how often the command was stopped or on how many processes wrote it:
 batches are formed once from the whole list of prompts, a batch that was only half written is
 generated again as a whole and only its missing rows are kept, and rows are merged in the order of
-the prompts. To go on with other settings is refused with a list of what differs; only the batch
+the prompts. Continuing with other settings is refused with a list of differences; only the batch
 size may change, because it affects the responses only through rounding.
 
 Left out on purpose: scores (`rrhf.scoring`), and which process this is (the command line knows).

@@ -26,9 +26,9 @@ _KIND_KEYS = frozenset(
 
 
 def mixed(rows: Sequence[Row]) -> list[str]:
-    """The settings that differ between rows, one line each; empty where all agree.
+    """The settings that differ between rows, one line each; empty if all agree.
 
-    A row without a scorer or a baseline agrees with every row in it: its cells are empty.
+    A row without a scorer (or baseline) agrees with any: it only has no values in those columns.
     """
     differences = []
     made_with = [row["made_with"] for row in rows]

@@ -85,7 +85,7 @@ def train(config: IterativeConfig) -> Path:
 
 
 class _Rounds:
-    """One process' share of one call."""
+    """The state of one call in one process."""
 
     def __init__(
         self,
