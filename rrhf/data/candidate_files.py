@@ -191,14 +191,14 @@ class CandidateFile(IndexedSets):
         self._file = _seekable(self.path)
         if _identity(self.path) != before:
             self._file.close()
-            raise UserError(
-                f"{self.path}: was changed while it was read; do not change a file while it is used"
-            )
+            raise self.was_changed()
+        self._is_copy = _is_gzip(self.path)
 
     def _start(self, name: PathLike, manifest: dict[str, Any] | None) -> None:
         self.path, self.manifest = Path(name), manifest
         self.num_candidates = 0
         self.is_as_written = False
+        self._is_copy = False
         self._offsets, self._lengths = array("Q"), array("Q")
         self._numbered: dict[int, str] = {}  # ids that are not those of their rows
 
@@ -290,9 +290,27 @@ class CandidateFile(IndexedSets):
         return super().__getitem__(index)
 
     def lines(self) -> Iterator[bytes]:
-        """The bytes of each row; of JSON lines with the line end."""
+        """The bytes of each row; of JSON lines with the line end.
+
+        Raises:
+            UserError: before the last rows: a file as it was written was changed since it was
+                opened.
+        """
+        digest = Digest()
+        is_checked = self.is_as_written and not self._is_copy
         for first in range(0, len(self), _BLOCK_ROWS):
-            yield from self._bytes(first, min(first + _BLOCK_ROWS, len(self)))
+            end = min(first + _BLOCK_ROWS, len(self))
+            lines = self._bytes(first, end)
+            digest.update(b"".join(lines))
+            if is_checked and end == len(self) and digest.hexdigest() != self.digest:
+                raise self.was_changed()
+            yield from lines
+
+    def was_changed(self) -> UserError:
+        """The error for a file that was changed since it was opened."""
+        return UserError(
+            f"{self.path}: was changed while it was read; do not change a file while it is used"
+        )
 
     def _bytes(self, first: int, end: int) -> list[bytes]:
         """Neighbouring rows, at least one, in one read unless they are large."""

@@ -364,9 +364,13 @@ def with_scores(line: bytes, scores: bytes | None) -> bytes:
     Args:
         line: the row.
         scores: the new ones, as a JSON array; None = nothing is scored.
+
+    Raises:
+        ValueError: the line is not such a row.
     """
     place = _AFTER_RESPONSES.search(line)
-    assert place is not None, f"no row of ours: {line!r:.100}"
+    if place is None:
+        raise ValueError(f"no row of ours: {line!r:.100}")
     begin, end = place.start(), max(place.start(), place.start(1))
     middle = b"" if scores is None else b', "scores": ' + scores
     return line[: begin + 1] + middle + line[end + 1 :]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -312,8 +312,7 @@ class _Stage:
         self.parts.wait_for(places, mine, self.stop, GO_ON)
         counts = dict.fromkeys(_COUNTS, 0)
         seconds, spread = 0.0, ScoreSpread(scorer.quantity, scorer.unit)
-        lines = None if found.file is None else found.file.lines()
-        line_of = whole_row if lines is None else partial(_line_with_scores, lines)
+        line_of = whole_row if found.file is None else _with_scores_of_parts(found.file)
         with self.parts.merged(places, line_of) as rows:
             for row in rows:
                 unscored = row["scores"].count(None)
@@ -388,13 +387,24 @@ def _with_scores(s: CandidateSet, scores: Sequence[float | None]) -> CandidateSe
     return replace(s, candidates=tuple(replace(c, score=score) for c, score in scored))
 
 
-def _line_with_scores(lines: Iterator[bytes], row: Mapping[str, Any], part_line: bytes) -> bytes:
-    """The next line of the input with the scores of its part row."""
-    scores = row["scores"]
-    if scores.count(None) == len(scores):
-        return with_scores(next(lines), None)
-    begin = part_line.index(b"[")
-    return with_scores(next(lines), part_line[begin : part_line.index(b"]", begin) + 1])
+def _with_scores_of_parts(file: CandidateFile) -> Callable[[Mapping[str, Any], bytes], bytes]:
+    """A function that gives the next line of the input with the scores of its part row.
+
+    It raises a `UserError` if the file was changed since it was opened.
+    """
+    lines = file.lines()
+
+    def line_of(row: Mapping[str, Any], part_line: bytes) -> bytes:
+        scores: bytes | None = None
+        if row["scores"].count(None) < len(row["scores"]):
+            begin = part_line.index(b"[")
+            scores = part_line[begin : part_line.index(b"]", begin) + 1]
+        try:
+            return with_scores(next(lines), scores)
+        except ValueError as error:
+            raise file.was_changed() from error
+
+    return line_of
 
 
 def _window_of(scorer: Scorer) -> str:

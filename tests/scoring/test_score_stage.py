@@ -9,6 +9,7 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,51 @@ def test_a_file_whose_manifest_would_be_another_one_s_is_refused(tmp_path: Path)
         score_file(config_of(str(raw), tmp_path / "c.json", scorer))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl"]
     score_file(config_of(str(raw), tmp_path / "d.json", scorer))
+
+
+class _EditsItsInput:
+    """A scorer that changes the input file in place once it has scored the first chunk."""
+
+    name, quantity, unit, window = "edits", "length", "", None
+
+    def __init__(self, path: Path, edit: Callable[[bytes], bytes]) -> None:
+        self.path, self.edit = path, edit
+
+    def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
+        if any("friend 1" in c.response for s in sets for c in s.candidates):
+            data = self.edit(self.path.read_bytes())
+            with self.path.open("r+b") as file:  # the same file, as an editor or `>` leaves it
+                file.write(data)
+                file.truncate()
+        return [[float(len(c.response)) for c in s.candidates] for s in sets]
+
+    def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda data: data.replace(b"friend 0", b"FRIEND 0", 1),
+        lambda data: data.replace(b"friend 0", b"good friend 0", 1),
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+    ],
+    ids=["same size", "longer", "cut", "empty"],
+)
+def test_an_input_that_is_edited_after_it_was_scored_is_noticed(
+    edit: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path, output = tmp_path / "raw.jsonl", tmp_path / "out.jsonl"
+    texts = [f"ask a friend {j}" for j in range(2)]
+    write_candidate_sets(path, [conversation(f"why {i}", *texts) for i in range(3)], {})
+    config = config_of(str(path), output, "edits")
+    with pytest.raises(UserError, match=r"raw\.jsonl: was changed while it was read; do not"):
+        score_file(config, make_scorer=lambda _: _EditsItsInput(path, edit))
+    assert not output.exists()
 
 
 def test_mistakes_leave_no_file_behind(candidates: str, tmp_path: Path) -> None:
