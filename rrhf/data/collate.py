@@ -21,16 +21,15 @@ from rrhf.algorithms.masked import length_mask
 
 @dataclass(frozen=True)
 class TokenExperience:
-    """What a rollout knows of response tokens, a float32 number for each: of one response [T], in a
-    batch [N, R] with 0 at padding.
+    """Per-token numbers of a rollout, float32: [T] for a response, [N, R] and 0-padded in a batch.
 
     Attributes:
         old_logprobs: nats, under the policy that sampled.
-        advantages: as the online method estimates them.
-        old_values: the critic's at that time, of the state before each token; None without a
+        advantages: as estimated by the online method.
+        old_values: the critic's at sampling time, of the state before each token; None without a
             critic.
-        returns: what the critic learns; None without one.
-        reference_logprobs: nats, under the reference policy; None where no loss needs them.
+        returns: targets of the critic; None without one.
+        reference_logprobs: nats, under the reference policy; None if no loss needs them.
     """
 
     old_logprobs: Tensor
@@ -40,7 +39,7 @@ class TokenExperience:
     reference_logprobs: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, those that are there."""
+        """The numbers that are present, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 

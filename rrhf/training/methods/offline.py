@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rrhf.data.collate import EncodedSet
+from rrhf.training.core.loop import Evaluate
 from rrhf.training.core.measure import measure
 from rrhf.training.core.setup import Workbench
 from rrhf.training.core.streams import OfflineStream, StepCut
@@ -15,8 +16,6 @@ from rrhf.training.core.token_batches import TokenBudget, layout_of, sizes_of, w
 from rrhf.training.core.update import Objective
 
 logger = logging.getLogger(__name__)
-
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 WORTH_LEAVING = 1000
 """Encoding fewer unused examples takes under a second, and then all cuts are counted."""

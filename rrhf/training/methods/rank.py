@@ -58,13 +58,13 @@ class RankObjective:
         self._loss, self._reference = loss, reference
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """What each term is divided by: prompts, pairs or tokens, as the objective counts."""
+        """The denominator of each term: prompts, pairs or tokens, as the objective counts."""
         groups = ranked_groups(batch)
         counts = self._loss.counts(groups)
         return {name: (count * groups.weights).sum() for name, count in counts.items()}
 
     def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
-        """The terms of one micro-batch, with the metrics that show what ranking does."""
+        """The terms of one micro-batch, with metrics of the ranking."""
         groups = ranked_groups(batch)
         reference = None if self._reference is None else _whole(self._reference(batch), batch)
         found = self._loss.terms(groups, _whole(outputs.logprobs, batch), reference)
@@ -174,7 +174,7 @@ def train(config: RankConfig) -> Path:
 
 
 def _warn_of_ties(config: RankConfig, loss: RankLoss, counts: Mapping[str, Any]) -> None:
-    """Say it where no prompt has anything to rank."""
+    """Warn if no prompt has two candidates with different scores."""
     tied, alone = (counts.get(f"prompts_{n}", 0) for n in ("all_tied", "with_one_candidate"))
     if loss.without_order and tied + alone == counts["prompts_used"]:
         logger.warning(

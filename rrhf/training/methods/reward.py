@@ -151,7 +151,7 @@ class RewardObjective:
 
 
 def _preferences(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """[B, K] what orders the candidates, and which exist."""
+    """[B, K] the scores that order the candidates, and which candidates exist."""
     assert batch.scores is not None, "preferences come as scores"
     return padded_groups(batch.scores, batch.prompt_index, batch.num_prompts)
 
@@ -249,7 +249,7 @@ def train(config: RewardConfig) -> Path:
 def _load(
     config: RewardConfig, counts: SourceCounts, held_out_counts: SourceCounts
 ) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
-    """Ranked groups to train on, and held-out ones (maybe none)."""
+    """Load the ranked groups for training and the held-out ones, which may be none."""
     sets = load_sets(config.data_path, config.seed, counts=counts, options=config)
     groups = ranked_groups(sets, counts)
     if config.validation_datasets is not None:

@@ -1,8 +1,8 @@
-"""Preferences become rows to train on, and held-out ones a reward model's figures.
+"""Training examples from preferences, and a reward model's metrics on held-out ones.
 
 A prompt is an example if at least two of its responses fit and one is better than another; what
-is left out is counted. Figures on held-out prompts are made from every row's score, gathered over
-ranks, so that they do not depend on how prompts were batched.
+is left out is counted. The metrics on held-out prompts are computed from the scores of all rows,
+gathered over ranks, so they do not depend on how prompts were batched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rrhf.training.methods.fitting import RowFitter, known_scores
 
 @dataclass
 class PreferenceEncoder:
-    """Makes examples of ranked groups; the same group always gives the same example.
+    """Makes training examples from ranked groups; equal groups give equal examples.
 
     Attributes:
         fitter: cuts and counts.
@@ -38,7 +38,7 @@ class PreferenceEncoder:
 
     @property
     def counts(self) -> Counter[str]:
-        """What was met on the way; every call adds to it."""
+        """How many prompts and responses were used or left out, by reason, over all calls."""
         return self.fitter.counts
 
     def __call__(self, group: CandidateSet) -> EncodedSet | None:
@@ -71,7 +71,7 @@ def held_out_metrics(
     cut: StepCut,
     parallel: Parallel,
 ) -> dict[str, float]:
-    """A reward model's figures; every rank must call it and gets the same answer.
+    """Measure a reward model; every rank must call it and gets the same result.
 
     Args:
         model: the prepared module, in eval mode.
@@ -124,7 +124,7 @@ def _shares(examples: Sequence[EncodedSet], cut: StepCut) -> list[tuple[list[int
 
 
 def figures(scores: Tensor, preferences: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What a reward model's scores say about preferences.
+    """Accuracy, margin and moments of a reward model's scores on preferences.
 
     Args:
         scores: [rows] float64, prompt after prompt.

@@ -1,4 +1,4 @@
-"""What a normaliser learns while a reward model is trained: the scores of each step, once.
+"""Updates a score normaliser while a reward model is trained, once for each optimiser step.
 
 Every rank ends up with the same normaliser, and a resumed run with the one that it had.
 """
@@ -20,10 +20,10 @@ _NONE = {"type": "none"}
 
 
 class ScoreWatch(Hook):
-    """Shows a normaliser the end scores of each optimiser step, once, over all ranks.
+    """Updates a normaliser with the end scores of each optimiser step over all ranks.
 
     Args:
-        normalizer: what learns, or None.
+        normalizer: the one to update, or None.
         parallel: ranks.
     """
 
@@ -39,7 +39,7 @@ class ScoreWatch(Hook):
             self._pending = self._pending.merge(Moments.of(scores))
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand what was seen since the last step, on every rank, to the normaliser."""
+        """Update the normaliser with the scores of this step from all ranks."""
         if self.normalizer is None:
             return
         mine, self._pending = self._pending, Moments()

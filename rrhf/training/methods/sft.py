@@ -90,7 +90,7 @@ class SFTObjective:
         return {"sft": (batch.response_lengths * weights).sum()}
 
     def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
-        """The term, with the plain negative log-likelihood per token as a metric."""
+        """The term of one micro-batch; the negative log-likelihood per token is a metric."""
         mask, weights = batch.response_mask, batch.row_weights
         totals, counts = cross_entropy(
             outputs.logprobs, mask, self.label_smoothing, outputs.mean_logprobs

@@ -38,7 +38,7 @@ from rrhf.training.online.ppo_settings import PPOSettings
 
 @dataclass
 class RolloutRow:
-    """One response of the live policy, on the CPU; the stages of a rollout fill it in.
+    """One response of the live policy, on the CPU; filled in stage by stage during a rollout.
 
     Attributes:
         prompt: index of its prompt in the rollout.

@@ -1,9 +1,9 @@
-"""What an offline objective over ranked candidates is: its settings, its losses, what they need.
+"""The interface of an offline objective over ranked candidates: settings, losses, needs.
 
-An objective is one file: a dataclass of settings, whose fields are flags where it is chosen, and a
-`build` that makes its losses of them. It sees a micro-batch as tables of prompts by candidates and
-gives a loss for each prompt; weights of filler prompts, sums over ranks and the division by counts
-are the trainer's. Nothing here imports torch, so that flags are read without it.
+An objective is one file: a dataclass of settings, whose fields are flags when it is chosen, and a
+`build` that makes the losses from them. It gets a micro-batch as tables of prompts by candidates
+and returns a loss for each prompt. The trainer weighs filler prompts, sums over ranks and divides
+by counts. Nothing here imports torch, so that flags are read without it.
 
 Legend: B prompts, K candidates of a prompt (padded; `valid` says which exist).
 """
