@@ -55,6 +55,16 @@ def ordered_pairs(scores: Tensor, valid: Tensor) -> Tensor:
     return (scores.unsqueeze(-1) < scores.unsqueeze(-2)) & both_exist
 
 
+def has_order(scores: Tensor, valid: Tensor) -> Tensor:
+    """[B] True where a prompt has two candidates with different scores: something to rank."""
+    return ordered_pairs(scores, valid).any(-1).any(-1)
+
+
+def ranked_candidates(scores: Tensor, valid: Tensor) -> Tensor:
+    """[B, K] the candidates of those prompts that have something to rank."""
+    return valid & has_order(scores, valid).unsqueeze(-1)
+
+
 def _excess_of_the_worse(sequence_scores: Tensor) -> Tensor:
     """[B, K, K] p_i - p_j: how much likelier the policy finds candidate i than candidate j."""
     return sequence_scores.unsqueeze(-1) - sequence_scores.unsqueeze(-2)

@@ -13,7 +13,7 @@ from rank_settings import build_objective, rank_config
 from tiny import save_tiny, tiny_llama
 from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
-from rrhf.algorithms.dpo_losses import chosen_pairs, dpo_loss
+from rrhf.algorithms.pair_losses import chosen_pairs, logistic_loss
 from rrhf.cli.main import main
 from rrhf.data.collate import EncodedSet, collate
 from rrhf.models.forward.logprobs import Policy
@@ -61,7 +61,7 @@ def test_the_loss_and_its_gradient_equal_loops(which: str) -> None:
     holes = rewards.clone()
     holes[~tables()[1]] = math.nan  # what does not exist is never read
     holes.requires_grad_()
-    found = dpo_loss(holes, chosen_pairs(*tables(), which))
+    found = logistic_loss(holes, chosen_pairs(*tables(), which))
     found.sum().backward()
     for b, scores in enumerate(SCORES):
         loss, gradient = 0.0, [0.0] * 5

@@ -6,65 +6,61 @@ Rafailov et al. 2023, arXiv:2305.18290, equation 7, over the pairs of a list of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from rrhf.ranges import POSITIVE, check_ranges
-from rrhf.training.methods.objectives.spec import (
-    RankedGroups,
-    RankLoss,
-    RankObjectiveSpec,
-    RankTerms,
-)
+from rrhf.errors import UserError
+from rrhf.ranges import NOT_NEGATIVE, POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import PairSettings, log_ratios, over_pairs
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass
-class DPOSettings:
+class DPOSettings(PairSettings):
     """The loss of DPO. Its usual learning rate is a tenth of fine-tuning's: 5e-7 to 5e-6."""
 
     beta: float = 0.1
     """Implicit rewards are this times log p - log p_reference; a larger value keeps the policy
     nearer to the reference."""
 
-    pairs: Literal["all", "best-worst", "adjacent"] = "all"
-    """Which pairs of a list are compared: all = every two of different scores; best-worst = the
-    best with the worst; adjacent = each with those of the next higher score."""
+    length_normalised: bool = False
+    """Take log-probs per token instead of per response (LN-DPO); beta is then about as large as a
+    response is long times the usual one: 2 to 10."""
 
-    pair_reduction: Literal["prompt", "pair"] = "prompt"
-    """prompt = the mean over a prompt's pairs, averaged over the prompts that have some; pair = the
-    mean over all pairs, so that longer lists weigh more."""
+    label_smoothing: float = 0.0
+    """The share of pairs that are taken to be the wrong way round, below 0.5."""
+
+    robust: bool = False
+    """With label_smoothing: the unbiased loss under such noise (robust DPO) instead of the smoothed
+    one (conservative DPO)."""
+
+    score_margin: float = 0.0
+    """The implicit reward of the better must lead by this times the difference of the scores."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"beta": POSITIVE})
+        super().__post_init__()
+        ranges = {"beta": POSITIVE, "label_smoothing": "[0, 0.5)", "score_margin": NOT_NEGATIVE}
+        check_ranges(self, ranges)
+        if self.robust and not self.label_smoothing:
+            raise UserError("--robust true: needs --label_smoothing, the share of wrong pairs")
 
 
 def build(settings: DPOSettings) -> RankLoss:
     """The term `dpo`."""
-    from rrhf.algorithms.dpo_losses import chosen_pairs, dpo_loss  # flags are read without torch
+    from rrhf.algorithms.pair_losses import leads, logistic_loss  # flags are read without torch
 
-    by_prompt = settings.pair_reduction == "prompt"
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(groups, logprobs, reference, settings.length_normalised)
+        rewards = settings.beta * ratios
+        margin = settings.score_margin * leads(groups.scores) if settings.score_margin else 0.0
+        loss = logistic_loss(rewards, pairs, margin, settings.label_smoothing, settings.robust)
+        return loss, rewards
 
-    def pairs_of(groups: RankedGroups) -> Tensor:
-        return chosen_pairs(groups.scores, groups.valid, settings.pairs)
-
-    def counts(groups: RankedGroups) -> dict[str, Tensor]:
-        count = pairs_of(groups).sum((-2, -1))
-        return {"dpo": count.clamp_max(1) if by_prompt else count}
-
-    def terms(groups: RankedGroups, logprobs: Tensor, reference: Tensor | None) -> RankTerms:
-        assert reference is not None, "DPO needs a reference"
-        rewards = settings.beta * (logprobs - reference)
-        pairs = pairs_of(groups)
-        loss = dpo_loss(rewards, pairs)
-        if by_prompt:
-            loss = loss / pairs.sum((-2, -1)).clamp_min(1)
-        exist = groups.valid.sum(-1)
-        total = (rewards.detach() * groups.valid).sum(-1)
-        return RankTerms({"dpo": loss}, rewards.detach(), {"implicit_reward": (total, exist)})
-
-    return RankLoss({"dpo": 1.0}, counts, terms)
+    return over_pairs("dpo", settings, measure)
 
 
 DPO = RankObjectiveSpec(DPOSettings, build, needs_reference=True)

@@ -7,8 +7,9 @@ samples it is their algorithm 1. The same as RRHF with rank weight 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from rrhf.training.methods.objectives.parts import SFTReduction, sft_counts, sft_losses
 from rrhf.training.methods.objectives.spec import (
     RankedGroups,
     RankLoss,
@@ -24,30 +25,21 @@ if TYPE_CHECKING:
 class RAFTSettings:
     """Cross-entropy on the best candidate."""
 
-    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
+    sft_reduction: SFTReduction = "prompt"
     """prompt = sum over the tokens of a best response, response = mean over them, each averaged
     over prompts; token = mean over all tokens."""
 
 
 def build(settings: RAFTSettings) -> RankLoss:
     """The term `sft`."""
-    import torch  # flags are read without it
-
-    from rrhf.algorithms import rank_losses
-
-    def best_lengths(groups: RankedGroups) -> Tensor:
-        return rank_losses.of_best_candidate(groups.lengths, groups.scores, groups.valid)
+    from rrhf.algorithms.rank_losses import sequence_scores  # flags are read without torch
 
     def counts(groups: RankedGroups) -> dict[str, Tensor]:
-        by_token = settings.sft_reduction == "token"
-        return {"sft": best_lengths(groups) if by_token else torch.ones_like(groups.weights)}
+        return {"sft": sft_counts(groups, settings.sft_reduction)}
 
     def terms(groups: RankedGroups, logprobs: Tensor, reference: Tensor | None) -> RankTerms:
-        loss = rank_losses.best_candidate_nll(logprobs, groups.scores, groups.valid)
-        if settings.sft_reduction == "response":
-            loss = loss / best_lengths(groups).clamp_min(1)
-        p = rank_losses.sequence_scores(logprobs, groups.lengths)
-        return RankTerms({"sft": loss}, p.detach())
+        loss = sft_losses(groups, logprobs, settings.sft_reduction)
+        return RankTerms({"sft": loss}, sequence_scores(logprobs, groups.lengths).detach())
 
     return RankLoss({"sft": 1.0}, counts, terms, without_order=None)
 

@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 from rrhf.errors import UserError
 from rrhf.ranges import NOT_NEGATIVE, check_ranges
+from rrhf.training.methods.objectives.parts import (
+    ONLY_SFT,
+    SFTReduction,
+    sft_counts,
+    sft_losses,
+)
 from rrhf.training.methods.objectives.spec import (
     RankedGroups,
     RankLoss,
@@ -39,7 +45,7 @@ class RRHFSettings:
     """Rank term: prompt = sum over a prompt's pairs, then mean over prompts; pair = mean over all
     pairs."""
 
-    sft_reduction: Literal["prompt", "response", "token"] = "prompt"
+    sft_reduction: SFTReduction = "prompt"
     """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
     averaged over prompts; token = mean over all tokens."""
 
@@ -62,12 +68,10 @@ def build(settings: RRHFSettings) -> RankLoss:
     is_released = settings.rrhf_mode == "released"
 
     def counts(groups: RankedGroups) -> dict[str, Tensor]:
-        rank = sft = torch.ones_like(groups.weights)
+        rank = torch.ones_like(groups.weights)
         if settings.rank_reduction == "pair":
             rank = rank_losses.count_ordered_pairs(groups.scores, groups.valid)
-        if settings.sft_reduction == "token":
-            sft = rank_losses.of_best_candidate(groups.lengths, groups.scores, groups.valid)
-        return {"rank": rank, "sft": sft}
+        return {"rank": rank, "sft": sft_counts(groups, settings.sft_reduction)}
 
     def terms(groups: RankedGroups, logprobs: Tensor, reference: Tensor | None) -> RankTerms:
         scores, valid, lengths = groups.scores, groups.valid, groups.lengths
@@ -79,21 +83,14 @@ def build(settings: RRHFSettings) -> RankLoss:
             )
         else:
             rank = rank_losses.rrhf_rank_loss(p, scores, valid)
-            sft = rank_losses.best_candidate_nll(logprobs, scores, valid)
-            if settings.sft_reduction == "response":
-                best = rank_losses.of_best_candidate(lengths, scores, valid)
-                sft = sft / best.clamp_min(1)
+            sft = sft_losses(groups, logprobs, settings.sft_reduction)
         return RankTerms({"rank": rank, "sft": sft}, p.detach())
 
     return RankLoss(
         {"rank": settings.rrhf_weight, "sft": 1.0},
         counts,
         terms,
-        without_order=(
-            "the rank term stays zero and only the SFT term trains"
-            if settings.rrhf_weight > 0
-            else None
-        ),
+        without_order=ONLY_SFT if settings.rrhf_weight > 0 else None,
         released_rows=is_released,
     )
 

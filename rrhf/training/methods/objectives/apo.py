@@ -1,0 +1,54 @@
+"""APO: DPO's pairs with a say in where both likelihoods go.
+
+D'Oosterlinck et al. 2024, arXiv:2408.06266, equations 7 and 8, over the pairs of a list of any
+length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import PairSettings, log_ratios, over_pairs
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class APOSettings(PairSettings):
+    """The loss of APO. The paper's learning rate is 2e-7."""
+
+    beta: float = 0.1
+    """Implicit rewards are this times log p - log p_reference."""
+
+    apo_form: Literal["zero", "down"] = "zero"
+    """zero = the better up and the worse down, where the better responses are better than the
+    policy's own; down = both down and the worse more, where they are not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"beta": POSITIVE})
+
+
+def build(settings: APOSettings) -> RankLoss:
+    """The term `apo`."""
+    from rrhf.algorithms.pair_losses import (  # flags are read without torch
+        apo_down_loss,
+        apo_zero_loss,
+    )
+
+    loss_of = {"zero": apo_zero_loss, "down": apo_down_loss}[settings.apo_form]
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * log_ratios(groups, logprobs, reference)
+        return loss_of(rewards, pairs), rewards
+
+    return over_pairs("apo", settings, measure)
+
+
+APO = RankObjectiveSpec(APOSettings, build, needs_reference=True)

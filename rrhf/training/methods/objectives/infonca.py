@@ -1,0 +1,48 @@
+"""InfoNCA: the policy's distribution over a list, by implicit rewards, matches the scores'.
+
+Chen et al. 2024, arXiv:2402.05369. For two candidates and a small temperature it is DPO. It compares
+candidates alone, so the likelihood of the best may fall; `nca` prevents that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import log_ratios, over_lists
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class InfoNCASettings:
+    """The loss of InfoNCA. The paper's learning rate is 5e-6."""
+
+    beta: float = 0.01
+    """Implicit rewards are this times log p - log p_reference."""
+
+    score_temperature: float = 1.0
+    """The target is softmax(score / this); a smaller one looks at the best alone."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})
+
+
+def build(settings: InfoNCASettings) -> RankLoss:
+    """The term `infonca`."""
+    from rrhf.algorithms.list_losses import listnet_loss  # flags are read without torch
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * log_ratios(groups, logprobs, reference)
+        scores, valid = groups.scores, groups.valid
+        return listnet_loss(rewards, scores, valid, settings.score_temperature), rewards
+
+    return over_lists("infonca", measure)
+
+
+INFONCA = RankObjectiveSpec(InfoNCASettings, build, needs_reference=True)

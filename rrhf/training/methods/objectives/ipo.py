@@ -1,0 +1,49 @@
+"""IPO: the lead of the better response over the reference is regressed on a constant.
+
+Azar et al. 2023, arXiv:2310.12036, equation 17, over the pairs of a list of any length. Unlike DPO
+it does not push a pair further apart once the lead is reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import PairSettings, log_ratios, over_pairs
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class IPOSettings(PairSettings):
+    """The loss of IPO."""
+
+    tau: float = 0.1
+    """The better response is to lead by 1 / (2 tau) nats; a larger value keeps the policy nearer to
+    the reference."""
+
+    length_normalised: bool = False
+    """Take log-probs per token instead of per response, as some programs do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"tau": POSITIVE})
+
+
+def build(settings: IPOSettings) -> RankLoss:
+    """The term `ipo`."""
+    from rrhf.algorithms.pair_losses import ipo_loss  # flags are read without torch
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(groups, logprobs, reference, settings.length_normalised)
+        return ipo_loss(ratios, pairs, settings.tau), settings.tau * ratios
+
+    return over_pairs("ipo", settings, measure)
+
+
+IPO = RankObjectiveSpec(IPOSettings, build, needs_reference=True)

@@ -1,0 +1,76 @@
+"""KTO: desirable responses above a reference point, undesirable ones below; no pairs are needed.
+
+Ethayarajh et al. 2024, arXiv:2402.01306. Scores say which responses are desirable. The reference
+point is estimated from the prompt's other candidates (`rrhf.algorithms.point_losses`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rrhf.ranges import NOT_NEGATIVE, POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import averaged, log_ratios
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class KTOSettings:
+    """The loss of KTO: the mean over a prompt's candidates, averaged over prompts."""
+
+    beta: float = 0.1
+    """Implicit rewards are this times log p - log p_reference."""
+
+    score_threshold: float | None = None
+    """Responses with a higher score are desirable, the others undesirable; prompts with one
+    candidate are used too. By default the mean score of each prompt, and prompts whose scores are
+    all equal are left out."""
+
+    desirable_weight: float = 1.0
+    """Weight of a desirable response."""
+
+    undesirable_weight: float = 1.0
+    """Weight of an undesirable response; with many of them for each desirable one, give less."""
+
+    kl_estimate: Literal["prompt", "zero"] = "prompt"
+    """The reference point: prompt = the mean log p - log p_reference of the prompt's other
+    candidates, at least 0; zero = 0, where the policy was fine-tuned on the same responses."""
+
+    def __post_init__(self) -> None:
+        weights = dict.fromkeys(("desirable_weight", "undesirable_weight"), NOT_NEGATIVE)
+        check_ranges(self, {"beta": POSITIVE, **weights})
+
+
+def build(settings: KTOSettings) -> RankLoss:
+    """The term `kto`."""
+    import torch  # flags are read without it
+
+    from rrhf.algorithms.point_losses import deviations, kto_loss, log_ratio_of_others
+    from rrhf.algorithms.rank_losses import ranked_candidates
+
+    threshold = settings.score_threshold
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+
+    def counted(groups: RankedGroups) -> Tensor:
+        return ranked_candidates(groups.scores, groups.valid) if threshold is None else groups.valid
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(groups, logprobs, reference)
+        above = deviations(groups.scores, groups.valid)[0]
+        desirable = above if threshold is None else groups.scores > threshold
+        kl = torch.zeros_like(ratios)
+        if settings.kl_estimate == "prompt":
+            kl = log_ratio_of_others(ratios, groups.valid)
+        loss = kto_loss(ratios, desirable, counted(groups), kl, settings.beta, weights)
+        return loss, settings.beta * ratios
+
+    without_order = "nothing is learnt" if threshold is None else None
+    return averaged("kto", lambda g: counted(g).sum(-1), measure, without_order=without_order)
+
+
+KTO = RankObjectiveSpec(KTOSettings, build, needs_reference=True)

@@ -1,0 +1,58 @@
+"""LiPO-lambda: pairs weighted by what exchanging the two would change in the ranking's gain.
+
+Liu et al. 2024, arXiv:2402.01878, on implicit rewards. What the paper leaves open, and its sign, is
+in `rrhf.algorithms.list_losses.lipo_loss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rrhf.errors import UserError
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import log_ratios, over_lists
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class LiPOSettings:
+    """The loss of LiPO-lambda: a sum over a prompt's pairs, averaged over prompts."""
+
+    beta: float = 0.1
+    """Implicit rewards are this times log p - log p_reference."""
+
+    gains: Literal["order", "score"] = "order"
+    """The label of a candidate, whose gain is 2 ** label - 1: order = the share of the other
+    candidates that it beats; score = score / score_temperature."""
+
+    score_temperature: float = 1.0
+    """With gains score: labels should end near 0 to 1, since gains grow exponentially."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})
+        if self.gains == "order" and self.score_temperature != 1:
+            raise UserError(
+                f"--score_temperature {self.score_temperature}: has no effect on an order; add "
+                "--gains score, or leave it out"
+            )
+
+
+def build(settings: LiPOSettings) -> RankLoss:
+    """The term `lipo`."""
+    from rrhf.algorithms.list_losses import lipo_loss  # flags are read without torch
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * log_ratios(groups, logprobs, reference)
+        scores = groups.scores / settings.score_temperature
+        return lipo_loss(rewards, scores, groups.valid, settings.gains), rewards
+
+    return over_lists("lipo", measure)
+
+
+LIPO = RankObjectiveSpec(LiPOSettings, build, needs_reference=True)

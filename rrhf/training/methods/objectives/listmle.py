@@ -1,0 +1,45 @@
+"""ListMLE: the likelihood of the scores' order under the policy's log-probs per token.
+
+Xia et al. 2008, Listwise Approach to Learning to Rank; without a reference. With one, it is
+`dpo_pl`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import over_lists
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class ListMLESettings:
+    """The loss of ListMLE: a sum over ranks, so it grows with the list."""
+
+    beta: float = 1.0
+    """Strengths are this times the log-prob per token."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"beta": POSITIVE})
+
+
+def build(settings: ListMLESettings) -> RankLoss:
+    """The term `listmle`."""
+    from rrhf.algorithms.list_losses import plackett_luce_loss  # flags are read without torch
+    from rrhf.algorithms.rank_losses import sequence_scores
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        strengths = settings.beta * sequence_scores(logprobs, groups.lengths)
+        return plackett_luce_loss(strengths, groups.scores, groups.valid), strengths
+
+    return over_lists("listmle", measure)
+
+
+LISTMLE = RankObjectiveSpec(ListMLESettings, build)

@@ -1,0 +1,49 @@
+"""ListNet: the policy's distribution over a list, by log-probs per token, matches the scores'.
+
+Cao et al. 2007, Learning to Rank: From Pairwise Approach to Listwise Approach, with the
+probabilities of being the best; without a reference. With one, it is `infonca`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import over_lists
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class ListNetSettings:
+    """The loss of ListNet."""
+
+    beta: float = 1.0
+    """Strengths are this times the log-prob per token."""
+
+    score_temperature: float = 1.0
+    """The target is softmax(score / this); a smaller one looks at the best alone."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})
+
+
+def build(settings: ListNetSettings) -> RankLoss:
+    """The term `listnet`."""
+    from rrhf.algorithms.list_losses import listnet_loss  # flags are read without torch
+    from rrhf.algorithms.rank_losses import sequence_scores
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        strengths = settings.beta * sequence_scores(logprobs, groups.lengths)
+        scores, valid = groups.scores, groups.valid
+        return listnet_loss(strengths, scores, valid, settings.score_temperature), strengths
+
+    return over_lists("listnet", measure)
+
+
+LISTNET = RankObjectiveSpec(ListNetSettings, build)

@@ -1,0 +1,49 @@
+"""MPO: the candidates above the mean score as a set, against the whole list.
+
+Gupta et al. 2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. Candidates weigh more
+the further their score is from the mean, on either side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import NOT_NEGATIVE, POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import log_ratios, over_lists
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class MPOSettings:
+    """The loss of MPO."""
+
+    beta: float = 0.1
+    """Implicit rewards are this times log p - log p_reference."""
+
+    deviation_weight: float = 1.0
+    """A candidate weighs e ** (this times the distance of its score from the prompt's mean); 0 =
+    all weigh alike."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"beta": POSITIVE, "deviation_weight": NOT_NEGATIVE})
+
+
+def build(settings: MPOSettings) -> RankLoss:
+    """The term `mpo`."""
+    from rrhf.algorithms.list_losses import mpo_loss  # flags are read without torch
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * log_ratios(groups, logprobs, reference)
+        scores, valid = groups.scores, groups.valid
+        return mpo_loss(rewards, scores, valid, settings.deviation_weight), rewards
+
+    return over_lists("mpo", measure)
+
+
+MPO = RankObjectiveSpec(MPOSettings, build, needs_reference=True)

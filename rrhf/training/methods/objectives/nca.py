@@ -1,0 +1,47 @@
+"""NCA: each candidate is told from noise, in proportion to what its score is worth in the list.
+
+Chen et al. 2024, arXiv:2402.05369. It fits absolute likelihoods, so that of the best does not fall.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import log_ratios, over_lists
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class NCASettings:
+    """The loss of NCA. The paper's learning rate is 5e-6."""
+
+    beta: float = 0.01
+    """Implicit rewards are this times log p - log p_reference."""
+
+    score_temperature: float = 1.0
+    """The target is softmax(score / this); a smaller one looks at the best alone."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})
+
+
+def build(settings: NCASettings) -> RankLoss:
+    """The term `nca`."""
+    from rrhf.algorithms.list_losses import nca_loss  # flags are read without torch
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * log_ratios(groups, logprobs, reference)
+        scores, valid = groups.scores, groups.valid
+        return nca_loss(rewards, scores, valid, settings.score_temperature), rewards
+
+    return over_lists("nca", measure)
+
+
+NCA = RankObjectiveSpec(NCASettings, build, needs_reference=True)

@@ -1,0 +1,58 @@
+"""ORPO: cross-entropy on the best response, with a term that sets its odds above the others'.
+
+Hong et al. 2024, arXiv:2403.07691, equations 6 and 7, over the pairs of a list of any length. Odds
+are those of the probability per token. There is no reference: one training does
+fine-tuning and ranking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import NOT_NEGATIVE, check_ranges
+from rrhf.training.methods.objectives.parts import (
+    PairSettings,
+    SFTReduction,
+    over_pairs,
+    with_sft,
+)
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class ORPOSettings(PairSettings):
+    """The loss of ORPO. The paper's learning rates are 5e-6 to 8e-6."""
+
+    odds_weight: float = 0.1
+    """Weight of the term over pairs; that of cross-entropy is 1."""
+
+    sft_reduction: SFTReduction = "response"
+    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
+    averaged over prompts; token = mean over all tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"odds_weight": NOT_NEGATIVE})
+
+
+def build(settings: ORPOSettings) -> RankLoss:
+    """The terms `orpo` and `sft`."""
+    from rrhf.algorithms.pair_losses import log_odds, logistic_loss  # flags are read without torch
+    from rrhf.algorithms.rank_losses import sequence_scores
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        p = sequence_scores(logprobs, groups.lengths)
+        return logistic_loss(log_odds(p), pairs), p
+
+    rank = over_pairs("orpo", settings, measure)
+    rank = replace(rank, weights={"orpo": settings.odds_weight})
+    return with_sft(rank, 1.0, settings.sft_reduction)
+
+
+ORPO = RankObjectiveSpec(ORPOSettings, build)

@@ -1,0 +1,56 @@
+"""PRO: the order of the scores, with temperatures from their gaps, and cross-entropy on the best.
+
+Song et al. 2023, arXiv:2306.17492. As in the authors' program, cross-entropy is a sum over tokens
+and its weight grows with the square of the number of worse candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import NOT_NEGATIVE, POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import SFTReduction, over_lists, with_sft
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class PROSettings:
+    """The loss of PRO. The authors' learning rate is 5e-6."""
+
+    score_temperature: float = 1.0
+    """Scores are divided by this before their gaps become temperatures of the order."""
+
+    sft_weight: float = 0.05
+    """Weight of cross-entropy on the best response, times (K - 1) ** 2 for K candidates."""
+
+    sft_reduction: SFTReduction = "prompt"
+    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
+    averaged over prompts; token = mean over all tokens."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"score_temperature": POSITIVE, "sft_weight": NOT_NEGATIVE})
+
+
+def build(settings: PROSettings) -> RankLoss:
+    """The terms `pro` and `sft`."""
+    from rrhf.algorithms.list_losses import pro_loss  # flags are read without torch
+    from rrhf.algorithms.rank_losses import sequence_scores
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        p = sequence_scores(logprobs, groups.lengths)
+        return pro_loss(p, groups.scores / settings.score_temperature, groups.valid), p
+
+    def factors(groups: RankedGroups) -> Tensor:
+        return (groups.valid.sum(-1) - 1).clamp_min(0).square()
+
+    rank = over_lists("pro", measure)
+    return with_sft(rank, settings.sft_weight, settings.sft_reduction, factors)
+
+
+PRO = RankObjectiveSpec(PROSettings, build)

@@ -1,0 +1,70 @@
+"""SimPO: log-probs per token as rewards, without a reference, with a margin.
+
+Meng et al. 2024, arXiv:2405.14734, equation 6, over the pairs of a list; or over the list as one,
+by the Plackett-Luce model with the same margin, which for two candidates is the same loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rrhf.errors import UserError
+from rrhf.ranges import NOT_NEGATIVE, POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import PairSettings, over_lists, over_pairs
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class SimPOSettings(PairSettings):
+    """The loss of SimPO. The paper's learning rates are 3e-7 to 1e-6."""
+
+    beta: float = 2.0
+    """Rewards are this times the log-prob per token."""
+
+    gamma: float = 1.0
+    """By how much the better must lead, in rewards; the paper's best are around half of beta."""
+
+    simpo_form: Literal["pair", "list"] = "pair"
+    """pair = compare pairs; list = fit the whole order (Plackett-Luce)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"beta": POSITIVE, "gamma": NOT_NEGATIVE})
+        plain = PairSettings()
+        for name in vars(plain):
+            if self.simpo_form == "list" and getattr(self, name) != getattr(plain, name):
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: the list form compares no pairs; leave it "
+                    "out, or use --simpo_form pair"
+                )
+
+
+def build(settings: SimPOSettings) -> RankLoss:
+    """The term `simpo`."""
+    from rrhf.algorithms.list_losses import plackett_luce_loss  # flags are read without torch
+    from rrhf.algorithms.pair_losses import logistic_loss
+    from rrhf.algorithms.rank_losses import sequence_scores
+
+    def of_pairs(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * sequence_scores(logprobs, groups.lengths)
+        return logistic_loss(rewards, pairs, settings.gamma), rewards
+
+    def of_lists(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        rewards = settings.beta * sequence_scores(logprobs, groups.lengths)
+        scores, valid = groups.scores, groups.valid
+        return plackett_luce_loss(rewards, scores, valid, margin=settings.gamma), rewards
+
+    if settings.simpo_form == "list":
+        return over_lists("simpo", of_lists)
+    return over_pairs("simpo", settings, of_pairs)
+
+
+SIMPO = RankObjectiveSpec(SimPOSettings, build)

@@ -1,0 +1,58 @@
+"""SLiC-HF: a hinge with a margin on whole-response log-probs, with cross-entropy on the best.
+
+Zhao et al. 2023, arXiv:2305.10425, section 2, over the pairs of a list of any length. The paper's
+cross-entropy is on the target of fine-tuning; here that is the prompt's best response. We found no
+weight published that can be relied on; the default is 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import NOT_NEGATIVE, check_ranges
+from rrhf.training.methods.objectives.parts import (
+    PairSettings,
+    SFTReduction,
+    over_pairs,
+    with_sft,
+)
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class SLiCSettings(PairSettings):
+    """The loss of SLiC-HF."""
+
+    delta: float = 1.0
+    """The margin: by how many nats the better response must lead."""
+
+    sft_weight: float = 1.0
+    """Weight of cross-entropy on the best response."""
+
+    sft_reduction: SFTReduction = "prompt"
+    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
+    averaged over prompts; token = mean over all tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"delta": NOT_NEGATIVE, "sft_weight": NOT_NEGATIVE})
+
+
+def build(settings: SLiCSettings) -> RankLoss:
+    """The terms `slic` and `sft`."""
+    from rrhf.algorithms.pair_losses import hinge_loss  # flags are read without torch
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, pairs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return hinge_loss(logprobs, pairs, settings.delta), logprobs
+
+    rank = over_pairs("slic", settings, measure)
+    return with_sft(rank, settings.sft_weight, settings.sft_reduction)
+
+
+SLIC = RankObjectiveSpec(SLiCSettings, build)

@@ -1,0 +1,53 @@
+"""SPPO: each log ratio is regressed on the share of candidates that a response beats.
+
+Wu et al. 2024, arXiv:2405.00675, equation 4.7, with wins counted from scores; the reference is the
+policy at the start of the run, so `rrhf train iterative` is the paper's self-play.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import averaged, log_ratios
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class SPPOSettings:
+    """The loss of SPPO: the mean over a prompt's candidates, averaged over prompts. The paper's
+    learning rate is 5e-7."""
+
+    eta: float = 1000.0
+    """Nats of log p - log p_reference per unit of win rate. The default is the paper's; it is out
+    of reach, so that gradients stay nearly constant."""
+
+    count_itself: bool = True
+    """A response meets itself too, a tie, as in the paper; false = others alone, so that of two
+    candidates one wins always."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"eta": POSITIVE})
+
+
+def build(settings: SPPOSettings) -> RankLoss:
+    """The term `sppo`."""
+    from rrhf.algorithms.point_losses import sppo_loss, win_shares  # flags are read without torch
+    from rrhf.algorithms.rank_losses import ranked_candidates
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(groups, logprobs, reference)
+        counted = ranked_candidates(groups.scores, groups.valid)
+        shares = win_shares(groups.scores, groups.valid, settings.count_itself)
+        return sppo_loss(ratios, shares, counted, settings.eta), ratios / settings.eta
+
+    return averaged("sppo", lambda g: ranked_candidates(g.scores, g.valid).sum(-1), measure)
+
+
+SPPO = RankObjectiveSpec(SPPOSettings, build, needs_reference=True)

@@ -1,0 +1,61 @@
+"""TOPR: REINFORCE on a file of samples, with a brake on the bad ones.
+
+Le Roux et al. 2025, arXiv:2503.14286. The samples should be of the policy that is trained: its
+log-probs at the start of the run stand for those of the sampler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rrhf.ranges import POSITIVE, check_ranges
+from rrhf.training.methods.objectives.parts import averaged, log_ratios
+from rrhf.training.methods.objectives.spec import RankedGroups, RankLoss, RankObjectiveSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class TOPRSettings:
+    """The loss of TOPR: the mean over a prompt's candidates, averaged over prompts. Its value falls
+    without bound and does not show progress; look at ranking_accuracy."""
+
+    baseline: Literal["mean", "none"] = "mean"
+    """What is taken from a score to get its reward: mean = the prompt's mean, and prompts whose
+    scores are all equal are left out; none = nothing, where scores of bad responses are below 0, as
+    the paper's -1 and 1."""
+
+    score_temperature: float = 1.0
+    """Rewards are divided by this."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"score_temperature": POSITIVE})
+
+
+def build(settings: TOPRSettings) -> RankLoss:
+    """The term `topr`."""
+    from rrhf.algorithms.point_losses import deviations, topr_loss  # flags are read without torch
+    from rrhf.algorithms.rank_losses import ranked_candidates
+
+    is_relative = settings.baseline == "mean"
+
+    def counted(groups: RankedGroups) -> Tensor:
+        return ranked_candidates(groups.scores, groups.valid) if is_relative else groups.valid
+
+    def measure(
+        groups: RankedGroups, logprobs: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(groups, logprobs, reference)
+        assert reference is not None
+        above_mean = deviations(groups.scores, groups.valid)[1]
+        rewards = above_mean if is_relative else groups.scores
+        rewards = rewards / settings.score_temperature
+        return topr_loss(logprobs, reference, rewards, counted(groups)), ratios
+
+    without_order = "nothing is learnt" if is_relative else None
+    return averaged("topr", lambda g: counted(g).sum(-1), measure, without_order=without_order)
+
+
+TOPR = RankObjectiveSpec(TOPRSettings, build, needs_reference=True)
