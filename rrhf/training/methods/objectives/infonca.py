@@ -1,7 +1,7 @@
 """InfoNCA: the policy's distribution over a list, by implicit rewards, matches the scores'.
 
-Chen et al. 2024, arXiv:2402.05369. For two candidates and a small temperature it is DPO. It compares
-candidates alone, so the likelihood of the best may fall; `nca` prevents that.
+Chen et al. 2024, arXiv:2402.05369. For two candidates and a small temperature it is DPO. It only
+compares candidates, so the likelihood of the best may fall; `nca` prevents that.
 """
 
 from __future__ import annotations
