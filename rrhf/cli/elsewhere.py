@@ -21,21 +21,8 @@ def _by_word(table: Mapping[str, _T]) -> dict[str, _T]:
     return {word: answer for words, answer in table.items() for word in words.split()}
 
 
-_PAIRS = (
-    "preference pairs train a policy directly with `rrhf train rank`, which ranks the two "
-    "responses, or a reward model with `rrhf train reward`"
-)
 STAGES = _by_word(
     {
-        "ipo": f"there is no IPO; {_PAIRS}",
-        "cpo": f"there is no CPO; {_PAIRS}",
-        "simpo": f"there is no SimPO; {_PAIRS}",
-        "orpo": "there is no ORPO; `rrhf train rank` has both of its halves, cross-entropy on the "
-        "best response and a term that ranks the others below it",
-        "slic": "there is no SLiC; `rrhf train rank` is its nearest relative, a hinge on sequence "
-        "likelihoods with cross-entropy added",
-        "kto": "there is no KTO; give the desirable response of a prompt the score 1 and the "
-        "others 0, and `rrhf train rank` learns that order",
         "online_dpo": "there is no online DPO; `rrhf train ppo --method rrhf` ranks the responses "
         "of the live policy",
         "best_of_n": "best-of-N fine-tuning is `rrhf train raft` on scored candidates; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -56,6 +56,8 @@ def help_page(
         choice = (chosen or {}).get(field) or str(flags[field].default)
         others = ", ".join(name for name in registry if name != choice)
         hint = f" (add one of {others} to see its own)" if others and not is_fixed else ""
+        if hint and names_are_long(registry):
+            hint = f" (add --{field} NAME to see another's)"
         own = [flag for flag in flags.values() if flag.part_of]
         own += [flags[name] for name in getattr(registry[choice], "shown", ())]
         sections[f"settings of --{field} {choice}{hint}"] = own
@@ -75,7 +77,7 @@ def row(flag: Flag) -> list[str]:
     head = f"  --{flag.name}"
     if flag.default is not False:  # as a bare word it is true
         head += f" {shown_placeholder(flag)}"
-    text = first_sentence(flag.help)
+    text = first_sentence(flag.help) + listed_names(flag)
     if flag.default is not MISSING and (flag.default or type(flag.default) in (int, float)):
         text += f" [{shown_value(flag.default)}]"
     start = f"{head}  ".ljust(TEXT_COLUMN)
@@ -149,14 +151,27 @@ def flag_lines(flag: Flag) -> list[str]:
         head += f"   (or the bare word {flag.name.upper()})"
     if flag.aliases:
         head += "   (also " + ", ".join(f"--{alias}" for alias in flag.aliases) + ")"
-    return [head, indented(f"{flag.help}{default_of(flag)}".strip())]
+    return [head, indented(f"{flag.help}{listed_names(flag)}{default_of(flag)}".strip())]
 
 
 def shown_placeholder(flag: Flag) -> str:
     """The placeholder of a flag's value on a help page."""
     if flag.registry is None:
         return placeholder(flag.hint)
-    return "{" + ",".join(flag.registry) + "}|MODULE:NAME"
+    names = "NAME" if names_are_long(flag.registry) else "{" + ",".join(flag.registry) + "}"
+    return f"{names}|MODULE:NAME"
+
+
+def names_are_long(registry: Collection[str]) -> bool:
+    """Whether a registry has too many names for one line."""
+    return len(",".join(registry)) > HELP_WIDTH - TEXT_COLUMN
+
+
+def listed_names(flag: Flag) -> str:
+    """The names that a flag takes, where they do not stand in its placeholder."""
+    if flag.registry is None or not names_are_long(flag.registry):
+        return ""
+    return f" (one of {', '.join(flag.registry)})"
 
 
 def default_of(flag: Flag) -> str:

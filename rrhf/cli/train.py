@@ -6,9 +6,11 @@ Settings are in modules that do not import torch, so that errors are reported be
 from __future__ import annotations
 
 import importlib
+import textwrap
 
 from rrhf.cli import elsewhere
 from rrhf.cli.fields import normalise
+from rrhf.cli.help_page import HELP_WIDTH
 from rrhf.cli.menu import Menu
 from rrhf.cli.places import read_settings
 from rrhf.cli.terminal import print_once, tell_repeats
@@ -48,7 +50,12 @@ MENU = Menu(
     "Train a model; each stage leaves a run folder with the trained model in it.",
     {name: summary for name, (_, _, summary) in STAGES.items()},
     (
-        f"  {', '.join(OBJECTIVES)}: rank with that --objective",
+        *textwrap.wrap(
+            f"{', '.join(OBJECTIVES)}: rank with that --objective",
+            HELP_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="    ",
+        ),
         f"  {', '.join(name for name in METHODS if name not in ('ppo', 'rrhf'))}: ppo with that "
         "--method",
         "",

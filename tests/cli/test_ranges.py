@@ -21,9 +21,7 @@ from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.studies.config import DemoConfig, MethodsConfig
-from rrhf.training.methods.objectives.dpo import DPOSettings
-from rrhf.training.methods.objectives.raft import RAFTSettings
-from rrhf.training.methods.objectives.rrhf import RRHFSettings
+from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.rank_config import RankConfig
 from rrhf.training.methods.reward_config import RewardConfig
 from rrhf.training.methods.sft_config import SFTConfig
@@ -41,9 +39,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     ScoreConfig: {"input_file": "i", "output_file": "o", "scorer": "s"},
     EvaluateConfig: {"model_name_or_path": "m", "prompts": "p", "output_dir": "o"},
     CompareConfig: {"rows": ["r"]},
-    RRHFSettings: {},
-    RAFTSettings: {},
-    DPOSettings: {},
+    **{spec.settings: {} for spec in OBJECTIVES.values() if spec.settings},
     DemoConfig: {},
     MethodsConfig: {},
     HHRewardConfig: {"data_path": "d", "output_dir": "o"},
@@ -52,6 +48,7 @@ MAY_BE_NEGATIVE = {
     "seed": "a seed is only a name",
     "margin": "a negative margin lets the worse response lead by so much",
     "length_penalty": "a negative one favours short sequences",
+    "score_threshold": "scores are of any sign",
 }
 
 
@@ -92,7 +89,7 @@ def test_no_configuration_is_forgotten() -> None:
     """Every class that a command line is read into stands in the list above."""
     without_numbers = {"ConvertConfig", "ValidateConfig", "StatsConfig", "FetchConfig"}
     inherited = {"TrainingConfig", "RankSettings", "PPOSettings", "SamplingOptions"}
-    inherited |= {"RewardModelOptions", "RewardLossSettings"}
+    inherited |= {"RewardModelOptions", "RewardLossSettings", "PairSettings"}
     inner = {
         "BeamSettings",
         "GroupSettings",

@@ -333,7 +333,7 @@ def test_a_sentence_names_what_exists(word: str, sentence: str):
         require_command(line)
 
 
-@pytest.mark.parametrize("word", ["KTO", "kto", "orpo", "simpo", "ipo", "online-dpo", "remax"])
+@pytest.mark.parametrize("word", ["ReMax", "remax", "gkd", "online-dpo", "prm", "lora"])
 def test_a_method_that_is_not_here_is_told_what_serves(
     word: str, capsys: pytest.CaptureFixture[str]
 ):
