@@ -85,6 +85,10 @@ def dpo(place: int, world: Path, out: Path, accumulation: int) -> None:
     rank.train(rank_config(world, out / "dpo", accumulation, objective="dpo"))
 
 
+def kto(place: int, world: Path, out: Path, accumulation: int) -> None:
+    rank.train(rank_config(world, out / "kto", accumulation, objective="kto"))
+
+
 def dpo_adapters(place: int, world: Path, out: Path, accumulation: int) -> None:
     changes = {"objective": "dpo", "use_lora": True, "lora_r": 4}
     rank.train(rank_config(world, out / "dpo_adapters", accumulation, **changes))

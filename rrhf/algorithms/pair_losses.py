@@ -125,8 +125,8 @@ def ipo_loss(log_ratios: Tensor, pairs: Tensor, tau: float) -> Tensor:
     Azar et al. 2023, arXiv:2310.12036, equation 17.
 
     Args:
-        log_ratios: [B, K] S - S_reference in nats; with both divided by the length, the form that
-            some programs use.
+        log_ratios: [B, K] S - S_reference in nats, as in the equation; or both divided by the
+            length, as TRL has it.
         pairs: [B, K, K] as `chosen_pairs` gives them.
         tau: strength of the pull to the reference, above 0.
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test of a launch does all its
 SLOW_ZERO3 = pytest.param("zero3", marks=pytest.mark.slow)
 
 COMPARED = ["ranking", "demonstrations", "with_critic", "warm_up"]
-COMPARED += ["everything", "adapters", "online_ranking", "dpo", "dpo_adapters"]
+COMPARED += ["everything", "adapters", "online_ranking", "dpo", "dpo_adapters", "kto"]
 CASES = [*COMPARED, "ranking_resumed", "with_critic_resumed", "early_end"]
 CUT_OTHERWISE = {
     "ranking_by_tokens": "ranking",
@@ -36,7 +36,7 @@ CUT_OTHERWISE = {
 CASES += [*CUT_OTHERWISE, "ranking_in_bfloat16", "infinite_gradient"]
 
 NAMES_OF_LOSSES = ("loss", "rank_loss", "sft_loss", "policy_loss", "value_loss", "ptx_loss")
-NAMES_OF_LOSSES += ("dpo_loss",)
+NAMES_OF_LOSSES += ("dpo_loss", "kto_loss")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.objectives.spec import RankedGroups
-from rrhf.training.methods.rank import rank_loss
 
 pytest.importorskip("trl", minversion="1.16", reason="trl is not installed")
 
@@ -68,7 +67,8 @@ def ours(name: str, own: dict[str, Any]) -> float:
     ones = torch.ones(NUM_PAIRS, dtype=torch.float64)
     exist = torch.ones_like(scores, dtype=torch.bool)
     groups = RankedGroups(scores, table(lengths), exist, ones.long() * PROMPT, ones)
-    loss = rank_loss(rank_config("m", "o", data_path="d", objective=name, **own))
+    config = rank_config("m", "o", data_path="d", objective=name, **own)
+    loss = OBJECTIVES[name].build(config.objective_settings)
     given = table(reference.sum(-1)) if OBJECTIVES[name].needs_reference else None
     found = loss.terms(groups, table(policy.sum(-1)), given)
     return float(found.losses[name].sum() / loss.counts(groups)[name].sum())

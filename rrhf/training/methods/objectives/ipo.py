@@ -26,7 +26,8 @@ class IPOSettings(PairSettings):
     the reference."""
 
     length_normalised: bool = False
-    """Take log-probs per token instead of per response, as some programs do."""
+    """Take log-probs per token instead of per response. The paper's equation has whole responses;
+    TRL has this form, and reports from the authors that their results do too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
