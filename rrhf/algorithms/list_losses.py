@@ -179,9 +179,8 @@ def mpo_loss(strengths: Tensor, scores: Tensor, valid: Tensor, alpha: float = 1.
 
     -log(sum over Y+ of w e^h / sum over Y of w e^h), Y+ the candidates whose score exceeds the
     prompt's mean, w = e^(alpha |r - mean|), so that outliers on both sides weigh more: Gupta et al.
-    2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. The weight of candidates below
-    the mean follows the paper's description, that outliers count more; its equation was not at
-    hand. A score that equals the mean is not in Y+. For K = 2 the weights cancel, and it is DPO.
+    2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. A score that equals the mean is
+    not in Y+. For K = 2 the weights cancel, and it is DPO.
 
     Args:
         strengths: [B, K] h.

@@ -25,9 +25,9 @@ class KTOSettings:
     """Implicit rewards are this times log p - log p_reference."""
 
     score_threshold: float | None = None
-    """Responses with a higher score are desirable, the others undesirable; prompts with one
-    candidate are used too. By default the mean score of each prompt, and prompts whose scores are
-    all equal are left out."""
+    """Responses with a higher score are desirable, the others undesirable; by default the mean
+    score of each prompt. By that default, prompts whose scores are all equal are left out; with a
+    number, even prompts with one candidate are used."""
 
     desirable_weight: float = 1.0
     """Weight of a desirable response."""

@@ -23,8 +23,8 @@ class REBELSettings:
     pair too, in a prompt that has different scores."""
 
     eta: float = 1.0
-    """Nats of log p - log p_reference per unit of score; a smaller value keeps the policy nearer to
-    the reference. It has to fit the scale of the scores."""
+    """Nats of log p - log p_reference per unit of score, so it has to fit their scale; a smaller
+    value keeps the policy nearer to the reference."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"eta": POSITIVE})
