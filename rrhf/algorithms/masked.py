@@ -42,8 +42,8 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) ->
 def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
     """Mean of `values` where `mask` is True; zero (not NaN) where nothing is.
 
-    A mean inside one row or one prompt. A mean over rows is the loop's to take, from totals and
-    counts, because a mean of micro-batches' means is not the mean of the batch.
+    For means inside one row or one prompt. The loop takes the mean over rows, from totals and
+    counts, because the mean of micro-batch means is not the mean of the batch.
     """
     counts = mask.expand(values.shape).sum(dim).to(values.dtype)
     return masked_sum(values, mask, dim) / counts.clamp_min(1)

@@ -1,8 +1,8 @@
-"""Logs the form in which prompts reach a model if `--chat_format auto` decides it.
+"""Logs how `--chat_format auto` formats prompts for a model.
 
-A plain text is a user's turn for a model with a chat template; the `query` of a candidate file
-without messages is used unchanged with any model. The line in the log names the flag for users who
-meant something else.
+With a chat template, a plain text becomes a user's turn; the `query` of a candidate file without
+messages is used unchanged with any model. The log line names the flag, for users who meant
+something else.
 """
 
 from __future__ import annotations

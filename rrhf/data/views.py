@@ -113,9 +113,10 @@ def demonstrations(sets: Sets, counts: SourceCounts | None = None) -> Sets:
 
 
 def pairs(sets: Sets, counts: SourceCounts | None = None) -> Sets:
-    """Two replies to a prompt, the better one first: sets with two candidates.
+    """Preference pairs: sets of two candidates for one prompt, the better one first.
 
-    Dropped and counted: `no_ordered_pair` (ties, a single reply, nothing scored).
+    Prompts without such a pair (ties, a single reply, nothing scored) are dropped, and counted as
+    `no_ordered_pair`.
     """
     counts = SourceCounts() if counts is None else counts
 

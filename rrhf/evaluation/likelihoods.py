@@ -133,7 +133,7 @@ def _batches(
 def _padded(
     rows: Sequence[Row], places: list[int], vocabulary: int, max_logits: int
 ) -> list[list[int]]:
-    """Places of padded rows in batches that fit, long rows first."""
+    """Split the rows at `places` into batches that fit when padded, longest rows first."""
     places.sort(key=lambda place: -(len(rows[place][0]) + len(rows[place][1])))
     batches: list[list[int]] = []
     batch: list[int] = []

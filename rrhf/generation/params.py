@@ -120,8 +120,8 @@ def check_params(params: SamplingParams) -> None:
 def _check_beams(params: SamplingParams) -> None:
     if params.do_sample:
         raise UserError(
-            f"num_beams = {params.num_beams} with do_sample true: beam search draws nothing; set "
-            "do_sample false, or num_beams 1"
+            f"num_beams = {params.num_beams} with do_sample true: beam search does not "
+            "sample; set do_sample false, or num_beams 1"
         )
     if params.num_return_sequences > params.num_beams:
         raise UserError(

@@ -37,12 +37,12 @@ def build_scorer(
     options: RewardModelOptions | None = None,
     device: torch.device | str | None = None,
 ) -> Scorer:
-    """The scorer that `spec` names; see the module text.
+    """Build the scorer that `spec` names.
 
     Args:
-        spec: as in the module text.
-        options: of a local reward model.
-        device: of a local reward model; by default the first GPU or the CPU.
+        spec: one of the forms that the module docstring lists.
+        options: settings of a local reward model.
+        device: where a local reward model runs; by default the first GPU or the CPU.
 
     Raises:
         UserError: an unknown name, or a mistake that the scorer itself finds.

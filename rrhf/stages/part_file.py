@@ -131,7 +131,7 @@ class PartAppender:
             raise
 
     def _open(self) -> int:
-        """Open and lock the file; a new one has its first line before it has its name."""
+        """Open and lock the file; a new file gets its name only after its first line is written."""
         while True:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW)

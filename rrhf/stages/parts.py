@@ -233,7 +233,7 @@ class Parts:
                 known, grown_at = now_known, time.monotonic()
 
     def num_bytes(self) -> int:
-        """The size of all parts; one that is removed meanwhile counts as zero."""
+        """Total size of all parts; a part removed in the meantime counts as zero."""
         total = 0
         for path in self.paths():
             with suppress(FileNotFoundError):

@@ -211,11 +211,11 @@ class StagedFile:
         return manifest["status"] == UNFINISHED and not is_begun
 
     def wait_for_end(self, settings: Mapping[str, Any]) -> None:
-        """Return once process 0 has merged.
+        """Wait until process 0 has merged all parts into the output file.
 
         Raises:
             StoppedBySignal: a signal came first.
-            UserError: no part has grown for `wait_seconds`, and process 0 has not ended the file.
+            UserError: for `wait_seconds` no part has grown and the file is not finished.
         """
         known, grown_at = self.parts.num_bytes(), time.monotonic()
         while True:

@@ -30,7 +30,7 @@ def measure_without_eos(draft: Draft) -> Mapping[str, Measure]:
 
 
 def measure_empty(draft: Draft) -> Mapping[str, Measure]:
-    """Share of responses without a word."""
+    """Share of responses that are empty or only white space."""
     return {"empty": draft.mean(lambda _, c: float(not c.response.strip()))}
 
 

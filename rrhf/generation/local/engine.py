@@ -77,11 +77,11 @@ class LocalEngine:
     def generate(
         self, prompts: Sequence[CandidateSet], params: SamplingParams
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """The index and the N samples of each prompt, as they finish.
+        """Yield the index and the N samples of each prompt, in the order in which prompts finish.
 
         Raises:
-            UserError: settings that exclude each other; a prompt that does not fit (ask `fits`
-                first); no memory for a single response.
+            UserError: settings that exclude each other; a prompt that does not fit (check with
+                `fits` first); too little memory for even one response.
         """
         check_params(params)
         jobs = []

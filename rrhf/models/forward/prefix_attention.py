@@ -174,9 +174,9 @@ def _joined(prompts: Tensor, own: Tensor, owner: Tensor | None) -> Tensor:
 def _in_pieces(
     joined: Mapping[tuple[Any, ...], Callable[[], Tensor]], tensor: Tensor
 ) -> Tensor | Callable[[], Tensor]:
-    """What to keep of a tensor for the backward pass: of a joined one, how to join it again.
+    """What to keep for the backward pass: the tensor, or a function that joins it again.
 
-    Otherwise a prompt would be kept once for each of its responses.
+    Keeping joined tensors would store a prompt once for each of its responses.
     """
     return joined.get(_place(tensor), tensor)
 

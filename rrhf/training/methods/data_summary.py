@@ -81,11 +81,11 @@ def encoded(
     columns: str | None = None,
     survey: Survey | None = None,
 ) -> EncodedExamples:
-    """The examples of candidate sets; logs a sentence about them.
+    """Encode candidate sets as training or evaluation examples, and log a summary.
 
     Args:
-        name: of the data, as the user gave it.
-        sets: to encode.
+        name: the name of the data, as the user gave it.
+        sets: the sets to encode.
         encode: makes and counts examples.
         read: counts of the source's rows, if known.
         purpose: "training", or "evaluating".

@@ -115,8 +115,9 @@ def check_combinations(config: PPOSettings) -> None:
     starts_from = config.reward_critic_model_name_or_path or not is_made(scorer)
     if config.has_critic and not config.share_trunk and not starts_from:
         raise UserError(
-            f"--reward_model_name_or_path {scorer}: no model that a critic could start from; give "
-            "--reward_critic_model_name_or_path, or --share_trunk, or a --method without a critic"
+            f"--reward_model_name_or_path {scorer}: not a model that a critic could start from; "
+            "give --reward_critic_model_name_or_path or --share_trunk, or choose a --method "
+            "without a critic"
         )
     if config.share_trunk and config.reward_critic_model_name_or_path:
         raise UserError(

@@ -248,7 +248,7 @@ class PPOSettings(TrainingConfig):
         return self.clip_range_ratio if high is None else high
 
     def is_warm_up(self, steps_done: int) -> bool:
-        """Whether the critic is trained alone in the step after this many."""
+        """Whether only the critic is trained in the step that follows `steps_done` steps."""
         return self.groups()[0].is_frozen(steps_done)
 
     @property
