@@ -25,6 +25,7 @@ from rrhf.commands import command_of
 from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.candidate_rows import candidate_set_to_row, with_scores
 from rrhf.data.formats import SourceCounts
+from rrhf.data.jsonl import encode_row
 from rrhf.data.mixing import Mixture, load_sets
 from rrhf.errors import UserError
 from rrhf.files import made_folder, sha256_file, with_home_folder
@@ -39,7 +40,7 @@ from rrhf.scoring.scorer import Scorer
 from rrhf.scoring.spread import ScoreSpread
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.stages.fingerprint import fingerprint
-from rrhf.stages.part_file import PartAppender, whole_row
+from rrhf.stages.part_file import PartAppender
 from rrhf.stages.staged_file import GO_ON, StagedFile
 from rrhf.user_code import source_file
 
@@ -312,7 +313,9 @@ class _Stage:
         self.parts.wait_for(places, mine, self.stop, GO_ON)
         counts = dict.fromkeys(_COUNTS, 0)
         seconds, spread = 0.0, ScoreSpread(scorer.quantity, scorer.unit)
-        line_of = whole_row if found.file is None else _with_scores_of_parts(found.file)
+        line_of: Callable[[dict[str, Any], bytes], bytes] = partial(_row_of_part, found.sets)
+        if found.file is not None:
+            line_of = _with_scores_of_parts(found.file)
         with self.parts.merged(places, line_of) as rows:
             for row in rows:
                 unscored = row["scores"].count(None)
@@ -385,6 +388,19 @@ def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
 def _with_scores(s: CandidateSet, scores: Sequence[float | None]) -> CandidateSet:
     scored = zip(s.candidates, scores, strict=True)
     return replace(s, candidates=tuple(replace(c, score=score) for c, score in scored))
+
+
+def _row_of_part(
+    sets: Sequence[CandidateSet], part_row: Mapping[str, Any], part_line: bytes
+) -> bytes:
+    """The output line of a part row.
+
+    A call for which the input still had its manifest wrote scores alone.
+    """
+    row = part_row.get("row")
+    if row is None:
+        row = candidate_set_to_row(_with_scores(sets[part_row["id"]], part_row["scores"]))
+    return encode_row(row)
 
 
 def _with_scores_of_parts(file: CandidateFile) -> Callable[[Mapping[str, Any], bytes], bytes]:

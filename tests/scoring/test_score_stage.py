@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -377,6 +378,25 @@ def test_an_input_that_is_edited_after_it_was_scored_is_noticed(
     with pytest.raises(UserError, match=r"raw\.jsonl: was changed while it was read; do not"):
         score_file(config, make_scorer=lambda _: _EditsItsInput(path, edit))
     assert not output.exists()
+
+
+def test_an_input_may_lose_its_manifest_between_a_stop_and_the_next_call(
+    candidates: str, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "raw.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes(Path(candidates).read_bytes())
+    shutil.copy(manifest_path(candidates), manifest_path(path))
+    values = json.loads(manifest_path(path).read_text()) | {"file": path.name}
+    manifest_path(path).write_text(json.dumps(values))
+    fails = "function:test_score_stage:none_of_friend_2"
+    with pytest.raises(UserError, match="could not be scored"):
+        score_file(config_of(str(path), output, fails))
+    manifest_path(path).unlink()
+    score_file(config_of(str(path), output, fails, max_unscored_fraction=0.5))
+    straight = score_file(
+        config_of(str(path), tmp_path / "straight.jsonl", fails, max_unscored_fraction=0.5)
+    )
+    assert output.read_bytes() == straight.read_bytes()
 
 
 def test_mistakes_leave_no_file_behind(candidates: str, tmp_path: Path) -> None:
