@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from rrhf.data.collate import EncodedSet
+from rrhf.errors import UserError
 from rrhf.training.core.loop import Evaluate
 from rrhf.training.core.measure import measure
 from rrhf.training.core.setup import Workbench
@@ -67,6 +68,9 @@ def offline_stream(
         bench: of the run.
         examples: to train on.
         model: that will compute them.
+
+    Raises:
+        UserError: the processes of the run have different examples.
     """
     config, cut = bench.config, step_cut(bench, model)
     stream = OfflineStream(
@@ -77,6 +81,15 @@ def offline_stream(
         config.seed,
         config.group_by_length,
     )
+    if cut.world_size > 1:
+        found = bench.parallel.gather([stream.state_dict()])
+        if any(one != found[0] for one in found):
+            counts = ", ".join(str(one["examples"]) for one in found)
+            raise UserError(
+                f"the processes of this run read different training examples (their numbers: "
+                f"{counts}); a data source must yield the same rows in every process: give its "
+                "random numbers a fixed seed, and let it read the same files"
+            )
     if cut.budget is not None:
         warn_of_lone(sizes_of(examples), cut.budget)
         logger.info("token batches: %s in the first step", stream.told())
