@@ -1,4 +1,4 @@
-"""Commands as a person would type them: what a message ends with, so that it can be copied.
+"""Shell commands as text, for the end of a message: the user can copy and run them.
 
 Standard library only.
 """
@@ -13,17 +13,17 @@ from typing import Any
 
 
 def next_step(*words: object) -> str:
-    """A command for the next stage, ready to be pasted into a shell."""
+    """Quote and join the words of a command, so that it can be pasted into a shell."""
     return shlex.join(str(word) for word in words)
 
 
 def command_of(program: str, config: Any, **changes: Any) -> str:
-    """The command that gives the settings of a configuration, with some of them changed.
+    """The command line that runs a program with the settings of a configuration.
 
     Args:
         program: such as "rrhf score".
         config: a dataclass; fields at their default are left out.
-        changes: settings that differ from the configuration's.
+        changes: settings that replace the configuration's values.
     """
     flags = {item.name: item for item in dataclasses.fields(config) if item.init}
     assert changes.keys() <= flags.keys(), f"{changes} are fields of {type(config).__name__}"
@@ -49,4 +49,4 @@ def _words(value: Any) -> Sequence[str]:
         return [str(one) for one in value]
     if value is None or isinstance(value, (bool, dict)):
         return [json.dumps(value) if value is not None else "none"]
-    return [str(value)]  # of a float all digits: the command must mean the same number
+    return [str(value)]  # a float with all its digits, so that the command gives the same number

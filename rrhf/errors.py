@@ -1,8 +1,8 @@
-"""What a command says when it cannot go on, and the exit code that goes with it.
+"""The exceptions that end a command, and its exit codes.
 
 A user's mistake is a `UserError`: one message that names the place, the value and the fix; the
-command prints it without a traceback and exits with `EXIT_USER_ERROR`. Everything else that escapes
-is a fault of the program and keeps its traceback.
+command prints it without a traceback and exits with `EXIT_USER_ERROR`. Any other uncaught exception
+is a fault of the program and is printed with its traceback.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ EXIT_STOPPED_BY_SIGINT = 130
 
 
 class UserError(ValueError):
-    """Input, a flag or a setting that the user can fix; the text says where, what and how."""
+    """An error in the input, a flag or a setting that the user can fix; the message says how."""
 
 
 class AlreadyFinished(Exception):
     """Raised when a run that is to be resumed is already complete; nothing was changed.
 
     Attributes:
-        folder: of the run's model.
+        folder: the folder of the run's model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +31,7 @@ class AlreadyFinished(Exception):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, a gradient or a weight became NaN or infinite; it was not saved."""
+    """A loss, a gradient or a weight became NaN or infinite; the faulty value was not saved."""
 
 
 class LostRank(Exception):

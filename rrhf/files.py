@@ -46,7 +46,7 @@ def with_home_folder(path: PathLike) -> Path:
     """A path with its `~` or `~name` replaced by the home folder.
 
     Raises:
-        UserError: there is no user, and no file, of that name.
+        UserError: there is neither a user nor a file of that name.
     """
     text = os.fspath(path)
     found = Path(os.path.expanduser(text))
@@ -59,7 +59,7 @@ def with_home_folder(path: PathLike) -> Path:
 
 
 def is_same_file(one: PathLike, other: PathLike) -> bool:
-    """Whether two paths mean the same file, with links resolved; the file may be missing."""
+    """Whether two paths, with links resolved, lead to the same file; the file may be missing."""
     first, second = (Path(path).expanduser() for path in (one, other))
     try:
         return os.path.samefile(first, second)
@@ -71,20 +71,20 @@ def make_folder(path: PathLike) -> None:
     """Make a folder and its parents, if they are missing.
 
     Raises:
-        UserError: as `explained_os_errors`.
+        UserError: the folder cannot be made; see `explained_os_errors`.
     """
     with explained_os_errors(path):
         os.makedirs(path, exist_ok=True)
 
 
 def missing_folders(path: PathLike) -> list[Path]:
-    """The missing ones of a folder and its parents, innermost first."""
+    """The folder and those of its parents that do not exist, innermost first."""
     folder = Path(path)
     return [place for place in (folder, *folder.parents) if not place.exists()]
 
 
 def remove_empty(folders: Iterable[PathLike]) -> None:
-    """Remove folders in this order, up to the first that is not empty or is missing."""
+    """Remove empty folders in the given order; stop at the first that cannot be removed."""
     with suppress(OSError):
         for folder in folders:
             os.rmdir(folder)
@@ -92,10 +92,10 @@ def remove_empty(folders: Iterable[PathLike]) -> None:
 
 @contextmanager
 def made_folder(path: PathLike) -> Iterator[None]:
-    """Make a folder to work in; if the work raises, remove the new folders that are empty.
+    """Context manager: makes a folder; if the body raises, removes the new folders if empty.
 
     Raises:
-        UserError: as `explained_os_errors`.
+        UserError: the folder cannot be made; see `explained_os_errors`.
     """
     with explained_os_errors(path):
         made = missing_folders(path)
@@ -123,7 +123,7 @@ class Digest:
     """Counts and hashes bytes.
 
     Attributes:
-        num_bytes: how many there were so far.
+        num_bytes: the number of bytes so far.
     """
 
     def __init__(self) -> None:
@@ -139,12 +139,12 @@ class Digest:
         return self._sha256.hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        """The entries of a manifest for a file with these bytes."""
+        """The size and the SHA-256, as a manifest records them."""
         return {"bytes": self.num_bytes, "sha256": self.hexdigest()}
 
 
 class _DigestedFile(io.FileIO):
-    """A file that is written from its beginning to its end, hashed on the way."""
+    """A file that is written from start to end and hashed as it is written."""
 
     def __init__(self, handle: int) -> None:
         super().__init__(handle, "wb")
@@ -160,10 +160,10 @@ class _DigestedFile(io.FileIO):
 
 
 class DigestedWriter(io.BufferedWriter):
-    """A buffered binary file that knows the digest of what was written to it.
+    """A buffered binary file that keeps the digest of the bytes written to it.
 
     Attributes:
-        digest: of the bytes written so far; of all of them once the file is closed.
+        digest: covers the bytes flushed so far; covers all bytes once the file is closed.
     """
 
     def __init__(self, handle: int) -> None:
@@ -172,14 +172,14 @@ class DigestedWriter(io.BufferedWriter):
         self.digest = raw.digest
 
     def sync(self) -> None:
-        """Sync the file to disk, so that a lack of space shows now."""
+        """Sync the file to disk, so that a full disk raises an error now."""
         self.flush()
         os.fsync(self.fileno())
 
 
 @contextmanager
 def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[DigestedWriter]:
-    """Write a whole file atomically: yields a binary file that takes `path`'s place at the end.
+    """Context manager: yields a new binary file that replaces `path` atomically at the end.
 
     If the body raises, `path` is unchanged and the temporary file is removed; the temporary file of
     a killed process is removed by the next writer of the same path. A symbolic link stays a link;
@@ -190,8 +190,8 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
         needed_bytes: its size, if known.
 
     Raises:
-        UserError: as `explained_os_errors`, with the free space measured without the temporary
-            file; or `path` is a pipe, a socket or a device.
+        UserError: `path` cannot be written (see `explained_os_errors`; free space is measured
+            after the temporary file is removed), or is a pipe, a socket or a device.
     """
     require_plain_output(path)
     with explained_os_errors(path):
@@ -203,7 +203,7 @@ def replaced_file(path: PathLike, needed_bytes: int | None = None) -> Iterator[D
             with file:
                 yield file
                 file.sync()
-                os.replace(temporary, target)  # still locked: nobody takes it for abandoned
+                os.replace(temporary, target)  # still locked, so `remove_abandoned` spares it
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -221,7 +221,7 @@ def locked_temporary(target: Path) -> tuple[Path, int]:
         handle = os.open(temporary, flags, 0o666)
         if not try_lock(handle) or is_at(temporary, handle):
             return temporary, handle
-        os.close(handle)  # taken for abandoned before it was locked
+        os.close(handle)  # another process removed the file before it was locked
 
 
 def remove_abandoned(target: PathLike) -> None:
@@ -230,7 +230,7 @@ def remove_abandoned(target: PathLike) -> None:
     for path in target.parent.glob(f".{escape(target.name)}.*.tmp"):
         try:
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:  # gone meanwhile, a link, or somebody else's
+        except OSError:  # already removed, a link, or owned by another user
             continue
         try:
             if try_lock(handle) and is_at(path, handle):
@@ -240,7 +240,7 @@ def remove_abandoned(target: PathLike) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, because JSON cannot hold them."""
+    """Replace NaN and infinities by None, because JSON cannot hold them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -251,7 +251,7 @@ def _finite(value: Any) -> Any:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON; NaN and infinities become null, paths text, sets sorted lists."""
+    """A value as JSON: NaN and infinities become null, paths strings, and sets sorted lists."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, default=_as_json)
 
 
@@ -301,9 +301,9 @@ def cut_file(path: PathLike, size: int) -> None:
 
 
 def cut_torn_tail(path: PathLike) -> int:
-    """Cut the bytes after the last newline of a file that a killed writer left; returns how many.
+    """Cut off the incomplete last line that a killed writer left; returns the bytes removed.
 
-    A last line that lacks only its newline (a whole JSON object) is kept and gets its newline.
+    If the last line is a complete JSON object without a newline, it is kept and the newline added.
     """
     require_plain_output(path)
     with explained_os_errors(path), open(path, "r+b") as file:

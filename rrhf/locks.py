@@ -1,8 +1,8 @@
-"""One writer at a time: files that are locked (flock) until their process ends, however it ends.
+"""File locks (flock) that allow one writer at a time.
 
-The lock is the operating system's. If a disk does not support it, work goes on unlocked, with a
-warning: a lock that is a file's mere presence would outlive a killed process. Standard library
-only.
+The operating system releases a lock when its process ends, even if it is killed. On a disk without
+locks, work goes on unlocked, with a warning; a file whose mere presence is the lock is not used
+instead, because it would outlive a killed process. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def try_lock(handle: int) -> bool:
-    """Lock an open file; False if another process has the lock, or the disk has no locks."""
+    """Lock an open file; False if another process holds the lock or the disk has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -32,10 +32,10 @@ def try_lock(handle: int) -> bool:
 
 
 def lock_or_warn(handle: int, path: PathLike) -> bool:
-    """Lock an open file; if its disk cannot lock files, log that and return False.
+    """Lock an open file; if its disk cannot lock files, log a warning and return False.
 
     Raises:
-        BlockingIOError: another process has the lock.
+        BlockingIOError: another process holds the lock.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +48,7 @@ def lock_or_warn(handle: int, path: PathLike) -> bool:
 
 
 def is_at(path: PathLike, handle: int) -> bool:
-    """Whether an open file still has this name."""
+    """Whether the open file is still the file at `path`."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def is_at(path: PathLike, handle: int) -> bool:
 
 
 class FileLock:
-    """A file that one process at a time holds until it ends, and that says which process it is."""
+    """A lock file that at most one process holds; the file names that process and its host."""
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
@@ -66,7 +66,7 @@ class FileLock:
         """Take the lock at once, or raise a `UserError` naming the process and host that hold it.
 
         Args:
-            what: what is locked, as the message names it, such as "the run folder runs/a".
+            what: the locked thing, for the message, such as "the run folder runs/a".
         """
         assert self._handle is None, f"{self.path} is locked by this object already"
         require_plain_output(self.path)
@@ -91,7 +91,7 @@ class FileLock:
     def release(self) -> None:
         if self._handle is not None:
             os.ftruncate(self._handle, 0)
-            # Unlocked by name, because a forked worker may hold the same open file.
+            # Closing alone would not unlock: a forked worker may hold the same open file.
             fcntl.flock(self._handle, fcntl.LOCK_UN)
             os.close(self._handle)
             self._handle = None

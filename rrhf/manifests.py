@@ -1,8 +1,8 @@
-"""Manifests: what a data file or folder is, and whether it is whole; always written last.
+"""Manifests: they describe a data file or folder and record whether it is complete.
 
-A data file `X.json` has `X.manifest.json` next to it, a folder has `manifest.json` inside. "status"
-says "complete" or "unfinished"; every reader of another command's output checks it first.
-Standard library only.
+The manifest of a data file `X.json` is `X.manifest.json` next to it; that of a folder is
+`manifest.json` inside it. A manifest is written last. Its "status" is "complete" or "unfinished",
+and every command that reads another command's output checks it first. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 COMPLETE = "complete"
 UNFINISHED = "unfinished"
-# A manifest of ours has most of these; other programs may have files of that name too.
+# A manifest of rrhf has at least two of these; other programs write manifest.json files too.
 _OUR_KEYS = ("schema_version", "status", "files")
 
 
 class DamagedManifest(ValueError):
-    """A manifest of rrhf that cannot be trusted; the text says why."""
+    """A manifest of rrhf cannot be trusted; the message says why."""
 
 
 def manifest_path(data_path: PathLike) -> Path:
@@ -45,12 +45,12 @@ def manifest_path(data_path: PathLike) -> Path:
 
 
 def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
-    """Write the manifest of a data file or folder, after everything that it vouches for.
+    """Write the manifest of a data file or folder, once everything it describes is written.
 
     Args:
         path: the data file or the folder (not the manifest's own path).
-        value: its content; "status" must be given, "schema_version" and, for a data file,
-            its name are added.
+        value: the manifest's entries, with "status". "schema_version" and, for a data file,
+            "file" (its name) are added.
     """
     assert value.get("status") in (COMPLETE, UNFINISHED), (
         f"a manifest says complete or unfinished, not {value.get('status')!r}"
@@ -63,10 +63,10 @@ def write_manifest(path: PathLike, value: Mapping[str, Any]) -> None:
 
 
 def read_manifest(path: PathLike) -> dict[str, Any] | None:
-    """The manifest of a data file or folder; None if it has none.
+    """The manifest of a data file or folder; None if there is none.
 
-    `X.json` and `X.jsonl` share the path of their manifest, so one that names the other file, which
-    still exists or is being written, does not count.
+    `X.json` and `X.jsonl` share the path of their manifest. A manifest that names the other file is
+    ignored if that file still exists or is being written.
 
     Raises:
         UserError: the manifest cannot be read, or has a newer schema.
@@ -87,11 +87,11 @@ def load_manifest(place: Path, is_ours: bool = True) -> dict[str, Any] | None:
 
     Args:
         place: path of the manifest itself.
-        is_ours: no other program writes a file of this name here; if False, a file without the
-            keys of a manifest of rrhf counts as none.
+        is_ours: whether only rrhf writes a file of this name here. If False, None is returned for
+            a file that lacks the keys of an rrhf manifest.
 
     Raises:
-        DamagedManifest: it cannot be read, or has a newer version.
+        DamagedManifest: the manifest cannot be read, or has a newer schema.
     """
     try:
         value = _load(place)
@@ -112,14 +112,14 @@ def load_manifest(place: Path, is_ours: bool = True) -> dict[str, Any] | None:
 
 
 def _load(place: Path) -> Any:
-    """The content of a manifest; a pipe, which would block, is a ValueError."""
+    """The content of a manifest; raises ValueError for a pipe, which would block."""
     if kind := special_file(place):
         raise ValueError(f"it is {kind}")
     return json.loads(place.read_bytes())
 
 
 def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
-    """Whether the manifest at this file's path belongs to a different, existing or new file."""
+    """Whether the manifest of `path` names another file, which exists or is being written."""
     named = manifest.get("file")
     if not isinstance(named, str) or named == Path(path).name:
         return False
@@ -128,18 +128,19 @@ def _is_of_another_file(path: PathLike, manifest: Mapping[str, Any]) -> bool:
 
 
 def manifest_owner(path: PathLike) -> str | None:
-    """The name of another file whose manifest has the path of this one's; None without one."""
+    """The name of another file that owns the manifest at `manifest_path(path)`, or None."""
     manifest = json_object(manifest_path(path)) or {}
     return manifest["file"] if _is_of_another_file(path, manifest) else None
 
 
 def require_own_manifest_place(path: PathLike) -> None:
-    """Refuse an output whose manifest would overwrite that of another file.
+    """Refuse an output whose manifest would overwrite the manifest of another file.
 
-    An output with a manifest of its own may be continued.
+    An output that already has a manifest naming it may be continued.
 
     Raises:
-        UserError: there is another file, `X.jsonl` next to `X.json`, or one is being made.
+        UserError: a file that shares the manifest's path, such as `X.jsonl` next to `X.json`,
+            exists or is being written.
     """
     target = Path(path)
     place = manifest_path(target)
@@ -170,7 +171,7 @@ def forget_manifest(path: PathLike) -> None:
         value = _load(place)
     except FileNotFoundError:
         return
-    except (ValueError, RecursionError):  # half of a manifest
+    except (ValueError, RecursionError):  # an incomplete manifest
         value = {"status": UNFINISHED}
     if not isinstance(value, dict) or value.get("status") not in (COMPLETE, UNFINISHED):
         raise UserError(

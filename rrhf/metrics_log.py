@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run measured, one JSON object a row, cut back when it is resumed."""
+"""Writes metrics.jsonl, one JSON object per line, and truncates it when a run is resumed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """A file of rows, each handed to the system at once.
+    """A JSON lines file; each row is flushed as soon as it is appended.
 
     Attributes:
-        path: the file; it is made with the first row.
+        path: the file; created when the first row is appended.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -39,7 +39,7 @@ class MetricsLog:
 
     @property
     def offset(self) -> int:
-        """The size in bytes of what has been written: what a checkpoint remembers."""
+        """The bytes written so far; a checkpoint records it for `truncate_to`."""
         if not self.path.exists():
             return 0
         if self._file is None:
@@ -53,7 +53,7 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def truncate_to(self, offset: int) -> None:
-        """Forget the rows after a remembered `offset`."""
+        """Remove the rows after `offset`, the size in bytes that a checkpoint recorded."""
         assert offset >= 0, f"an offset counts bytes from the start, not {offset}"
         self.close()
         size = self.path.stat().st_size if self.path.exists() else 0

@@ -1,12 +1,12 @@
-"""Which folder a model's name means: a model folder itself, or the main model of a run folder.
+"""Finds the folder to load for a model's name: a model folder, or the main model of a run folder.
 
-A run writes its model to a subfolder (`policy/`, `reward_model/`), which its manifest names. All
-model names are resolved here before anything is loaded, so a run folder can be given wherever a
-model folder is expected.
+A run writes its model to a subfolder (`policy/`, `reward_model/`) and names that subfolder in its
+manifest. All model names are resolved here before anything is loaded, so a run folder can be given
+wherever a model folder is expected.
 
-A model that a run wrote has a manifest, and its files are compared with it before they are read:
-small files as soon as the model is named, weights when they are loaded. Standard library
-only.
+A model that a run wrote has a manifest, and the model's files are compared with that manifest
+before they are read: small files when the settings are checked, weights when they are loaded.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL_FILE = "config.json"
 MODEL_NAMES = ("policy", "reward_model")
 """Subfolders that can hold a run's main model."""
 
-# What a loader may open; a note or a picture that a user adds is no part of a model.
+# Patterns of the files that a loader may open; other files, such as a user's notes, are ignored.
 _LOADED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"),
     *("*.py", "*.jinja", "chat_template.*", "additional_chat_templates/*"),
@@ -40,10 +40,10 @@ _LOADED = (
     *("merges*.txt", "tokenizer*.json", "normalizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "*config.json", "*.index.json"),
 )
-# What a setting that may be a model says that it names.
+# The values of a setting's "names" metadata that mean that the setting may name a model.
 _MODEL_KINDS = ("model", "engine's model", "scorer", "model or file")
 
-# Folders that the settings of the present call accept as they are.
+# Model folders that may differ from their manifest under the settings of the current command.
 _accepted: set[Path] = set()
 
 
@@ -51,14 +51,14 @@ def model_folder(name_or_path: str | Path) -> str:
     """The folder to load for a model's name.
 
     Args:
-        name_or_path: a model folder, a run folder (its main model is meant), a `best/` folder of a
+        name_or_path: a model folder, a run folder (meaning its main model), a `best/` folder of a
             run, a hub name, or a file; `~` is the home folder.
 
     Returns:
         The folder; a name that is neither a run nor begins with `~` is returned unchanged.
 
     Raises:
-        UserError: the run folder holds no model, or several without a main one.
+        UserError: the run folder holds no main model.
     """
     text = str(name_or_path)
     path = with_home_folder(text)
@@ -74,17 +74,17 @@ def model_folder(name_or_path: str | Path) -> str:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder is a model folder itself."""
+    """Whether a folder is a model folder."""
     config = folder / MODEL_FILE
     return config.is_file() and not are_settings(config)
 
 
 def check_model_path(name_or_path: str | Path) -> None:
-    """A path that looks local must exist, so that a typo is not looked up on the hub.
+    """Require that a path that looks local exists, so that a typo is not looked up on the hub.
 
     Raises:
-        UserError: the folder is missing, or holds no config.json, or is a run without a model; a
-            file of the model may not be read.
+        UserError: the folder is missing, has no config.json, is a run without a model, has a file
+            that may not be read, or differs from its manifest.
     """
     text = str(name_or_path)
     given = with_home_folder(text)
@@ -106,7 +106,7 @@ def check_model_path(name_or_path: str | Path) -> None:
 
 
 def _require_readable(folder: Path) -> None:
-    """Name the first file of a model that no loader could open."""
+    """Raise a `UserError` that names the first file of a model that a loader could not open."""
     for path in sorted(folder.iterdir()):
         if not _is_loaded(path.name):
             continue
@@ -122,14 +122,14 @@ def _require_readable(folder: Path) -> None:
 
 
 def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
-    """Compare a model folder with its manifest, if it has one that rrhf wrote.
+    """Compare a model folder with its manifest, if rrhf wrote one.
 
     Args:
-        name_or_path: as `model_folder` takes it.
-        deep: read the weights too; else compare only their sizes.
+        name_or_path: as for `model_folder`.
+        deep: compare the weights' bytes too; otherwise only their sizes.
 
     Raises:
-        UserError: it differs, and the settings do not accept that.
+        UserError: the folder differs, and the settings do not accept edited files.
     """
     folder = Path(model_folder(name_or_path))
     if not folder.is_dir():
@@ -139,7 +139,7 @@ def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
         if (manifest := load_manifest(folder / MANIFEST, is_ours=False)) is not None:
             files = manifest.get("files")
             known = files if isinstance(files, dict) else {}
-            told = [  # what a loader could come upon
+            told = [  # only files that a loader could open
                 difference
                 for name, difference in differences(folder, manifest, deep)
                 if name is None or name in known or _is_loaded(name)
@@ -161,10 +161,10 @@ def require_as_written(name_or_path: str | Path, deep: bool = True) -> None:
 
 
 def accept_edited_models(config: Any) -> None:
-    """Note which model folders the settings of a command accept although they were edited.
+    """Record which model folders a command may read although they differ from their manifest.
 
     Args:
-        config: of any command; the metadata of its fields says which are models.
+        config: the settings of any command; the metadata of its fields says which name models.
     """
     for folder in _local_models(config):
         if getattr(config, "accept_edited_files", False):
@@ -177,7 +177,7 @@ def require_models_as_written(config: Any) -> None:
     """Compare all models of a command with their manifests before its first stage begins.
 
     Raises:
-        UserError: one differs from its manifest, and the settings do not accept that.
+        UserError: a model differs from its manifest, and the settings do not accept edited files.
     """
     accept_edited_models(config)
     for folder in _local_models(config):
@@ -195,12 +195,12 @@ def _local_models(config: Any) -> Iterator[Path]:
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a loader may open a file, given by its path in the model folder."""
+    """Whether a loader may open the file with this path in the model folder."""
     return any(fnmatchcase(name, one) or fnmatchcase(Path(name).name, one) for one in _LOADED)
 
 
 def _main_model(run: Path) -> str | None:
-    """The name of the main model's folder, as a manifest gives it."""
+    """The name of the main model's subfolder from the run's manifest; None if there is none."""
     manifest: dict[str, Any] = read_manifest(run) or {}
     if manifest.get("status") != COMPLETE:
         return None

@@ -1,9 +1,8 @@
 """Turns errors of the operating system into one message that names the place and the fix.
 
-All writing happens within `explained_os_errors`. A full disk is reported with the space that was
-needed and the space that is free, measured after incomplete files are removed; libraries that write
-files themselves report it in errors of their own, which `full_disk` recognises. Standard library
-only.
+All writing happens within `explained_os_errors`. For a full disk, the message gives the space
+needed and the space free, measured after incomplete files are removed. Libraries that write files
+report a full disk with their own exceptions, which `full_disk` recognises. Standard library only.
 """
 
 from __future__ import annotations
@@ -58,13 +57,13 @@ _NO_WORKING_FOLDER = (
 
 @contextmanager
 def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn the system's refusal to write somewhere into a `UserError` with the fix.
+    """Context manager: turns a failure to write a file into a `UserError` that says the fix.
 
     Errors that have nothing to do with files pass through.
 
     Args:
         path: the file that is being written.
-        needed_bytes: how much is about to be written, if known.
+        needed_bytes: the bytes to be written; None = unknown.
     """
     try:
         yield
@@ -81,7 +80,7 @@ def explained_os_errors(path: PathLike, needed_bytes: int | None = None) -> Iter
 
 
 def _refusal(given: str, path: str, error: OSError) -> str:
-    """The message for a path that the system refuses; `given` is the path that was asked for."""
+    """The message for a path that cannot be written; `given` is the path the caller asked for."""
     for link in (given, path):
         if os.path.islink(link) and not os.path.exists(link):
             return (
@@ -109,7 +108,7 @@ def require_working_folder() -> None:
     """Refuse to start in a working directory that no longer exists.
 
     Raises:
-        UserError: it was removed.
+        UserError: the working directory was removed.
     """
     if not _has_working_folder():
         raise UserError(_NO_WORKING_FOLDER)
@@ -124,7 +123,7 @@ def _has_working_folder() -> bool:
 
 
 def special_file(path: PathLike) -> str | None:
-    """The kind of a pipe, socket or device, such as "a pipe"; None of a file or folder, or nothing.
+    """The kind of a special file ("a pipe", "a socket", "a device"); None for any other path.
 
     Links are followed.
     """
@@ -135,10 +134,10 @@ def special_file(path: PathLike) -> str | None:
 
 
 def require_plain_output(path: PathLike) -> None:
-    """Refuse to write over a pipe, a socket, a device, or what a process has open (`/dev/stdout`).
+    """Refuse to write to a pipe, a socket, a device, or an open stream such as `/dev/stdout`.
 
     Raises:
-        UserError: the path is one of them.
+        UserError: the path is not a plain file.
     """
     kind = special_file(path)
     if kind is None and _OPEN_STREAM.fullmatch(os.fspath(path)):
@@ -151,12 +150,12 @@ def require_plain_output(path: PathLike) -> None:
 
 
 def no_space(path: PathLike, needed_bytes: int | None, written: int | None = None) -> UserError:
-    """The message of a full disk. Call it after incomplete files are removed.
+    """The error for a full disk. Call it after incomplete files are removed.
 
     Args:
         path: the file that was being written.
         needed_bytes: size of the complete file; None = unknown.
-        written: how much had been written, if only that is known.
+        written: bytes written before the failure, used if `needed_bytes` is unknown.
     """
     return UserError(
         f"{path}: no space left: {_needed(needed_bytes, written)} bytes needed, "
@@ -181,14 +180,14 @@ def _free_bytes(path: PathLike) -> str:
     return "unknown"
 
 
-# Folders that are filled by several writers, some of them in libraries.
+# For folders whose files are written by several functions, some of them in libraries.
 
 
 class FullDisk(Exception):
-    """A write that failed for lack of space, before a message is made of it.
+    """A write failed for lack of space; `told_failure` turns this into a message.
 
     Attributes:
-        needed_bytes: size of everything that was to be written.
+        needed_bytes: the total size of the data to be written.
     """
 
     def __init__(self, needed_bytes: int) -> None:
@@ -198,7 +197,7 @@ class FullDisk(Exception):
 
 @contextmanager
 def telling_need(needed_bytes: int) -> Iterator[None]:
-    """Context manager: turns a full disk into a `FullDisk` that knows the bytes needed."""
+    """Context manager: raises `FullDisk` with the bytes needed if the disk is full."""
     try:
         yield
     except Exception as error:
@@ -208,7 +207,7 @@ def telling_need(needed_bytes: int) -> Iterator[None]:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """Why nothing more can be written, if an error or one of its causes says so; else None."""
+    """The reason, such as "the disk is full", if an error or its causes mean that; else None."""
     for link in _chain(error):
         number = link.errno if isinstance(link, OSError) else None
         if number is None and (found := _NATIVE_ERROR.search(str(link))):
@@ -219,12 +218,12 @@ def full_disk(error: BaseException | None) -> str | None:
 
 
 def told_failure(error: BaseException, staged: Path, written: int = 0) -> BaseException:
-    """An error of writing as a message with what to do; any other as it is.
+    """Turn a failure to write a folder into a `UserError`; return any other error unchanged.
 
     Args:
-        error: what was raised.
-        staged: the folder, already removed, so that free space is measured without it.
-        written: bytes that it held.
+        error: the exception raised while the folder was written.
+        staged: the folder; remove it first, so that free space is measured without it.
+        written: the bytes that the folder held.
     """
     if (reason := full_disk(error)) is None:
         try:

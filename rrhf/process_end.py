@@ -1,9 +1,9 @@
-"""Ends a process cleanly: flushes output, and skips interpreter shutdown in a rank.
+"""Ends a process cleanly: flushes output, and skips interpreter shutdown in a multi-rank run.
 
-Gloo's threads outlive `destroy_process_group` and may ask for the interpreter's lock while the
-interpreter ends. CPython 3.11 answers by unwinding such a thread, through code that forbids it
-("terminate called without an active exception"): the work is done, but the process has crashed. A
-process that is one of several therefore skips that stage. Standard library only.
+Gloo's threads outlive `destroy_process_group` and may ask for the interpreter's lock during
+interpreter shutdown. CPython 3.11 then unwinds the thread through code that does not allow it
+("terminate called without an active exception"), and the process crashes although its work is done.
+A process that is one of several therefore skips interpreter shutdown. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import NoReturn
 from rrhf.errors import EXIT_DONE, EXIT_FAULT
 
 END_FOLDER = "RRHF_RANK_ENDS"
-"""Environment variable: the folder in which each rank notes its exit code."""
+"""Environment variable: the folder in which each rank writes its exit code."""
 
 
 def run_process(work: Callable[[], int | None]) -> NoReturn:
-    """Run the program and end the process: the last call of a program.
+    """Run a program and end the process with its exit code. Never returns.
 
     Args:
-        work: returns the exit code (None = done); an error ends the process with its traceback.
+        work: returns the exit code (None = success). If it raises, the traceback is printed.
     """
     note_end("")
     try:
@@ -47,10 +47,9 @@ def run_process(work: Callable[[], int | None]) -> NoReturn:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process with an exit code, once everything is written.
+    """End this process with an exit code, after `atexit` functions have run and output is flushed.
 
-    Functions registered with `atexit` run, and both streams are flushed, in every case. SIGTERM has
-    no effect from here on.
+    SIGTERM is ignored from this call on.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -61,14 +60,14 @@ def end_process(code: int) -> NoReturn:
         atexit._run_exitfuncs()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            with contextlib.suppress(OSError, ValueError):  # no reader, or closed
                 stream.flush()
         os._exit(code)
 
 
 def note_end(text: str) -> None:
-    """Tell our launcher (`rrhf.cli.launch`), if there is one, that this rank is alive, or its exit
-    code: torchrun and accelerate return the same code however their ranks end."""
+    """Report to `rrhf.cli.launch`, if it started this rank, that the rank is alive ("") or its exit
+    code: the exit code of torchrun and accelerate does not show how their ranks ended."""
     if folder := os.environ.get(END_FOLDER):
         Path(folder, f"rank-{os.environ.get('RANK', '0')}").write_text(text)
 
@@ -81,7 +80,7 @@ def launched_place() -> tuple[int, int, int]:
 
 
 def is_one_of_several() -> bool:
-    """True where a launcher started several processes, or this one has joined others."""
+    """True if a launcher started several processes, or this process joined a process group."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return True
     distributed = sys.modules.get("torch.distributed")

@@ -1,14 +1,14 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line every few seconds.
+"""Shows the progress of long work: a bar on a terminal, otherwise a line every few seconds.
 
-Lines are messages of the logger `rrhf.progress`, so they go where the package's messages go (the
-command line sends them to stderr, from the main rank alone), and code that uses the package as a
-library sees neither bar nor line until it lets that logger speak at level INFO.
+Lines are messages of the logger `rrhf.progress`. The command line sends them to stderr, from the
+main rank only. Code that uses the package as a library sees neither bar nor line unless it sets
+that logger to level INFO.
 
-Nested work is a stack. Code deep inside a single item, such as the tokens of a long batch of
-responses, calls `pulse`: the line of the innermost work is then repeated with the current state.
-Standard library only; tqdm is imported where a bar is drawn.
+Nested work is kept on a stack. Code inside a single item, such as the loop over the tokens of a
+long batch of responses, calls `pulse`, which repeats the line of the innermost work with its
+current state. Standard library only; tqdm is imported when a bar is drawn.
 
-One thread only: a bar or a line is written by the thread that does the work.
+Not thread-safe: call everything here from the thread that does the work.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ LINE_SECONDS = 5.0
 
 T = TypeVar("T")
 _active: list[Progress] = []
-# When a line was written last, whatever the work; at first, when the first work began.
+# Time of the last line of any work; before the first line, the time when the first work began.
 _last_told: float | None = None
 
 
 class Progress:
-    """Work whose number of items is known; a context manager.
+    """Context manager: shows the progress of work with a known number of items.
 
     Args:
         what: the work, such as "train" or "score".
@@ -55,7 +55,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, leave=not _active)
 
     def advance(self, count: int = 1, figures: str = "") -> None:
-        """Report that `count` more items are done, with their figures."""
+        """Report that `count` more items are done, with `figures` as text to show after them."""
         self._done += count
         self._figures = figures
         if self._bar is not None:
@@ -66,7 +66,7 @@ class Progress:
             self._tell("")
 
     def _tell(self, detail: str) -> None:
-        """Write the line, unless one was written a moment ago."""
+        """Write the line, unless one was written in the last `LINE_SECONDS`."""
         global _last_told
         if (now := _now()) - _told_since(now) < LINE_SECONDS:
             return
@@ -94,7 +94,7 @@ class Progress:
 
 
 def _told_since(now: float) -> float:
-    """When the last line was written, over all work: many short pieces print like a long one."""
+    """The time of the last line of any work, so that many short works do not print a line each."""
     global _last_told
     if _last_told is None:
         _last_told = now
@@ -102,7 +102,7 @@ def _told_since(now: float) -> float:
 
 
 def pulse(detail: str) -> None:
-    """Report the state of the innermost work within an item; cheap enough for each token."""
+    """Report the state within an item of the innermost work; cheap enough to call per token."""
     if _active and _active[-1]._bar is None:
         _active[-1]._tell(detail)
 
@@ -116,10 +116,10 @@ def tracked(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
 
 
 def figures(values: Mapping[str, float], forms: Mapping[str, str]) -> str:
-    """Some of the values as text, in the order of `forms`.
+    """Format the values that `forms` names as one text, in the order of `forms`.
 
     Args:
-        values: by name.
+        values: name -> value.
         forms: name -> format, such as "loss {:.4g}"; names without a value are left out.
     """
     said = [form.format(values[name]) for name, form in forms.items() if name in values]
@@ -127,12 +127,12 @@ def figures(values: Mapping[str, float], forms: Mapping[str, str]) -> str:
 
 
 def without_negative_zeros(text: str) -> str:
-    """A text with figures, "-0.00" replaced by "0.00"."""
+    """Replace negative zeros such as "-0.00" in a text by "0.00"."""
     return re.sub(r"-(0\.0*)(?![\d.e])", r"\1", text)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: "8 s", "1 min 22 s", "2 h 05 min"."""
+    """Seconds as readable text: "8 s", "1 min 22 s", "2 h 05 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -142,7 +142,7 @@ def duration(seconds: float) -> str:
 
 
 def _can_draw() -> bool:
-    """Whether stderr is a terminal that a bar fits on; one without a size gets lines."""
+    """Whether to draw a bar: stderr is a terminal whose size, if known, is above one by one."""
     if not sys.stderr.isatty():
         return False
     try:

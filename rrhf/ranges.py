@@ -1,8 +1,8 @@
-"""The range of each numeric setting: a table per class of settings, checked when it is built.
+"""Checks numeric settings against a table of ranges whenever a configuration is built.
 
-A range is written as in mathematics: "[0, 1)" holds 0 and everything below 1. Every number of a
-configuration must be finite, in the table or not: an infinite rate makes infinite weights, and NaN
-passes every comparison. Standard library only.
+A range is written as in mathematics: "[0, 1)" includes 0 and excludes 1. Every number must be
+finite, even if the table gives no range: an infinite learning rate makes infinite weights, and NaN
+would pass comparisons. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from rrhf.errors import UserError
 
 COUNT, INDEX = "[1, inf)", "[0, inf)"
-"""The range of counts that must be at least one, and of those that may be zero."""
+"""The range of counts that must be at least one, and the range of counts that may be zero."""
 NOT_NEGATIVE, POSITIVE, SHARE, BELOW_ONE = "[0, inf)", "(0, inf)", "[0, 1]", "[0, 1)"
 SEED = "[-4611686018427387904, 4611686018427387904]"
-"""2 ** 62 either way: seeds are added to, and torch takes 64 bits."""
+"""-2 ** 62 to 2 ** 62: torch takes 64 bits, and numbers are added to the seed."""
 
 _FORM = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
@@ -29,8 +29,8 @@ class Interval:
     """The numbers from `least` to `most`.
 
     Attributes:
-        least, most: its ends; -inf or inf if unbounded.
-        holds_least, holds_most: whether the ends belong to it.
+        least, most: the ends; -inf or inf if unbounded.
+        holds_least, holds_most: whether each end is included.
     """
 
     least: float
@@ -62,14 +62,14 @@ class Interval:
 
 
 def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
-    """Refuse numbers that are not finite or out of their range; None is allowed.
+    """Refuse numbers that are not finite or out of range; None is allowed.
 
     Args:
-        config: a dataclass; its fields that are not in the table must be finite.
-        ranges: field -> range; a single number outside the interval comes first: "-1 or [1, inf)".
+        config: a dataclass; a number whose field is not in `ranges` must only be finite.
+        ranges: field -> range. Single numbers outside the interval come first: "-1 or [1, inf)".
 
     Raises:
-        UserError: one is.
+        UserError: a number is not finite, or out of its range.
     """
     for item in fields(config):
         value = getattr(config, item.name)
@@ -87,5 +87,5 @@ def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
 
 
 def _number(text: str) -> float:
-    """Keeps integers as integers: 2 ** 62 and its neighbours are the same float."""
+    """Parse a number; integers stay int, since a float cannot tell 2 ** 62 from 2 ** 62 + 1."""
     return int(text) if text.lstrip("-").isdigit() else float(text)

@@ -1,8 +1,8 @@
-"""The one record that passes between stages: a prompt and any number of responses to it.
+"""The candidate set, the record that all stages exchange: a prompt and its responses.
 
-A bare prompt is a set without candidates, a demonstration a set with one, a preference pair a set
-with two, a ranked group a set with any number. A stage sees a set through a
-view (`rrhf.data.views`); on disk it is a row of a candidate file (`rrhf.data.candidate_files`).
+A bare prompt is a set without candidates, a demonstration a set with one candidate, a preference
+pair a set with two, and a ranked group a set with any number. Stages read sets through views
+(`rrhf.data.views`); on disk a set is a row of a candidate file (`rrhf.data.candidate_files`).
 Standard library only.
 """
 
@@ -34,12 +34,13 @@ class Candidate:
     """A response as text, with its source and score.
 
     Attributes:
-        response: the text. If the set has `messages`, it is the content of the reply, without the
-            space or newline that a chat format puts before it; else it is used unchanged.
-        source: who wrote it: "policy:<name>", "teacher:<model>", "human:chosen", "" if unknown.
+        response: the text. If the set has `messages`, this is the content of the reply, without
+            the space or newline that a chat format puts before a reply; otherwise it is used
+            unchanged.
+        source: the author: "policy:<name>", "teacher:<model>", "human:chosen"; "" if unknown.
         score: from a scorer; None = not scored; never NaN.
-        finish_reason: "stop" ended by itself, "length" was cut (no EOS is appended in training),
-            "unknown" is treated as complete.
+        finish_reason: "stop" = the response is complete; "length" = cut at the maximum length
+            (no EOS is appended in training); "unknown" = treated as complete.
     """
 
     response: str
@@ -54,10 +55,10 @@ class CandidateSet:
 
     Attributes:
         id: see `set_id`; unique within a file.
-        query: the prompt as text, as a person and RRHF's own readers see it.
-        messages: the conversation behind the query (the last turn is the user's), or None if only
-            the text is known, which is used unchanged.
-        candidates: any number, ragged across prompts.
+        query: the prompt as plain text.
+        messages: the conversation that the query was made from (the last turn is the user's), or
+            None if only the text is known; the text is then used unchanged.
+        candidates: any number; it may differ between prompts.
         origin: the source of the prompt, such as "hh-rlhf/harmless-base".
     """
 
@@ -73,15 +74,15 @@ class CandidateSet:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the prompt is a plain text, which `messages` only repeat as the user's turn.
+        """Whether the prompt is plain text: `messages` holds one user turn that equals `query`.
 
-        A model with a chat template gets it as the user's turn, any other model unchanged.
+        A model with a chat template gets the text as the user's turn, any other model unchanged.
         """
         return _is_plain(self.query, self.messages)
 
 
 def plain_prompt(text: str, candidates: tuple[Candidate, ...] = ()) -> CandidateSet:
-    """A plain text as a prompt; see `CandidateSet.is_plain`."""
+    """Make a candidate set whose prompt is plain text; see `CandidateSet.is_plain`."""
     return CandidateSet(set_id(text), text, (Message("user", text),), candidates)
 
 
@@ -96,9 +97,10 @@ def set_id(query: str, messages: tuple[Message, ...] | None = None, occurrence: 
 
     Args:
         query: the prompt as text.
-        messages: the conversation, if known; the id then does not depend on the chat format (a
-            plain prompt has the id of its text).
-        occurrence: how often the same prompt came earlier in the file; appended as "-1", "-2", ...
+        messages: the conversation, if known; the id is then computed from it and does not depend on
+            the chat format. A plain prompt gets the id of its text.
+        occurrence: how often the same prompt came earlier in the file; if not zero, appended as
+            "-1", "-2", ...
     """
     is_text = messages is None or _is_plain(query, messages)
     if is_text:

@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Entries of one kind by name, or by the import path of the user's own.
+    """Looks up objects of one kind by a built-in name or by an import path to a user's object.
 
     Args:
-        kind: in the singular, for messages: "objective".
+        kind: the kind in the singular, for messages: "objective".
         protocol: the class of all entries.
         entries: name -> import path.
-        other_kinds: names that users may give by mistake -> what they are instead.
+        other_kinds: names of other kinds that users give by mistake -> what they are, as text.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """The object for a name or an import path.
 
         Raises:
-            UserError: there is no such entry; or the module of an import path cannot be imported,
-                or has nothing of this kind under that name.
+            UserError: there is no entry of that name, the module of an import path cannot be
+                imported, or the object that the path names is missing or of another kind.
         """
         is_users = name not in self._entries
         if name in self._other_kinds:

@@ -1,10 +1,10 @@
-"""Run folders: what a training leaves on disk, from its settings to its model.
+"""Run folders: a training's settings, logs, checkpoints and model on disk.
 
-The manifest is written last (as everywhere: `rrhf.manifests`), so it says whether the run is whole.
-In a run over several processes one of them alone opens the run folder.
+The manifest says "complete" only after everything else is written (see `rrhf.manifests`). In a run
+over several processes, only one of them opens the run folder.
 
-Left out on purpose: checkpoints (`rrhf.training.core.checkpoint` knows what a state is). Standard
-library only.
+Left out on purpose: the content of checkpoints (`rrhf.training.core.checkpoint`). Standard library
+only.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
 """The settings of a run. Not `config.json`, by which Hugging Face recognises a model folder."""
 _OLD_SETTINGS_FILE = "config.json"
-# What may differ between the calls of one run: how it is called, and where its folder stands now.
+# Settings that may differ when a run is resumed.
 _NOT_SETTINGS = ("resume_from_checkpoint", "output_dir", "accept_edited_files", "ddp_timeout")
-_RENAMED = {"engine": "layout"}  # by 0.2.0
+_RENAMED = {"engine": "layout"}  # renamed in version 0.2.0
 _MOST_CHANGES = 10
-# Folders of models that a run keeps on its way.
+# Subfolders for the models that a run saves during training.
 _KEPT = ("policies", "reward_models", "best")
 _HAD = "has_checkpoints"
 
@@ -49,8 +49,8 @@ _HAD = "has_checkpoints"
 def settings_file(run: PathLike) -> Path | None:
     """The settings file of the run in a folder; None if no run was started there.
 
-    Earlier versions called it config.json, as models do: that file counts if it has an output_dir,
-    which no model's does.
+    Earlier versions named the file config.json, like the config of a model. A config.json counts as
+    settings only if it has an output_dir, which the config of a model never has.
     """
     settings, old = Path(run) / SETTINGS_FILE, Path(run) / _OLD_SETTINGS_FILE
     if settings.is_file():
@@ -64,7 +64,7 @@ def are_settings(path: Path) -> bool:
 
 
 def told_changes(changed: Sequence[tuple[str, Any, Any]]) -> str:
-    """Changed settings as lines of text, each (name, value before, value now); the first ten."""
+    """Text that lists changed settings, given as (name, value before, value now); at most ten."""
     lines = [f"  {name} was {was!r} and is {now!r}" for name, was, now in changed[:_MOST_CHANGES]]
     if (left_out := len(changed) - len(lines)) > 0:
         lines.append(f"  and {left_out} more: is it the run of another command?")
@@ -77,8 +77,8 @@ class RunFolder:
     Attributes:
         path: the output directory.
         checkpoints: the folder of resumable states.
-        policy: where the trained policy goes, as a plain Hugging Face folder.
-        reward_model: where a trained reward model goes.
+        policy: the folder of the trained policy, a plain Hugging Face folder.
+        reward_model: the folder of a trained reward model.
         metrics: the log of the run.
         samples: the log of sampled responses.
     """
@@ -97,16 +97,16 @@ class RunFolder:
     def finished_model(self, config: Mapping[str, Any]) -> Path | None:
         """The model's folder if a run with these settings is complete here, else None.
 
-        Only reads, so that every process of a run can call it before one of them opens the folder.
+        This only reads, so every process can call it before one of them opens the folder.
 
         Raises:
-            UserError: the folder holds a complete run with other settings; the text says which.
+            UserError: the folder holds a complete run with other settings; the message lists them.
         """
         manifest = read_manifest(self.path) if self.path.is_dir() else None
         if manifest is None or manifest.get("status") != COMPLETE:
             return None
         model = self.path / str(manifest.get("model_folder", self.policy.name))
-        if not model.is_dir():  # it can be made again from the last checkpoint
+        if not model.is_dir():  # the model can be made again from the last checkpoint
             return None
         changed = self._changed_settings(config)
         if changed:
@@ -117,15 +117,16 @@ class RunFolder:
         return model
 
     def open(self, config: Mapping[str, Any], resume: bool) -> None:
-        """Take the folder for this run, before anything slow is loaded.
+        """Lock and prepare the folder for this run; call it before anything slow is loaded.
 
         Writes `settings.json` and a manifest that says "unfinished". With `resume`, an earlier run
         in the folder is continued (settings that differ are logged); if there is none, a new one is
         started.
 
         Raises:
-            UserError: another process holds the folder; it cannot be written; it holds a run and
-                `resume` is off; or it has files that no run wrote, under names that a run uses.
+            UserError: another process has locked the folder; the folder cannot be written; the
+                folder holds a run and `resume` is off; or the folder holds a file that no run
+                wrote, under a name that a run uses.
         """
         self._require_ours()
         self._made = missing_folders(self.path)
@@ -154,15 +155,17 @@ class RunFolder:
             raise
 
     def note_checkpoint(self) -> None:
-        """Record that a checkpoint exists: a run that lost all of them must not start over."""
+        """Record in the manifest that the run has checkpoints (`require_no_lost_checkpoints`)."""
         if not self._had_checkpoints():
             write_manifest(self.path, {"status": UNFINISHED, _HAD: True})
 
     def require_no_lost_checkpoints(self) -> None:
-        """Refuse to resume without a checkpoint if the run once had one.
+        """Refuse to train from the beginning if the run had checkpoints and lost all of them.
+
+        Call it only if no checkpoint was found.
 
         Raises:
-            UserError: it had one.
+            UserError: the run had checkpoints.
         """
         if self._had_checkpoints():
             raise UserError(
@@ -171,11 +174,11 @@ class RunFolder:
             )
 
     def _had_checkpoints(self) -> dict[str, bool]:
-        """The manifest's entry for checkpoints; empty if there never was one."""
+        """The manifest's entry for checkpoints; empty if the run never had one."""
         return {_HAD: True} if (read_manifest(self.path) or {}).get(_HAD) else {}
 
     def _remove_leftovers(self) -> None:
-        """Remove the incomplete, hidden files of this run's killed processes."""
+        """Remove the incomplete, hidden files that killed processes of this run left."""
         for folder in (self.path, self.checkpoints, *(self.path / name for name in _KEPT)):
             remove_unfinished(folder)
         for path in self.path.glob(".probe.*"):
@@ -190,14 +193,14 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
 
     def require_free(self) -> None:
-        """Refuse a folder that already holds a run, or files that would be overwritten.
+        """Refuse a folder that already holds a run, or files that a run would overwrite.
 
         Raises:
-            UserError: it does.
+            UserError: the folder is not free.
         """
         self._require_ours()
         manifest = read_manifest(self.path)
-        # Without a manifest of ours, a config.json may be a model's: such a folder is not touched.
+        # Without a run's manifest, a config.json may belong to a model; such a folder is refused.
         names = () if manifest is not None else (SETTINGS_FILE, _OLD_SETTINGS_FILE)
         if manifest is not None and manifest.get("status") == COMPLETE:
             found = "a finished run; --resume_from_checkpoint would leave it as it is;"
@@ -216,7 +219,7 @@ class RunFolder:
                 foreign = self._settings_path
         elif manifest.get("status") not in (COMPLETE, UNFINISHED):
             foreign = manifest_path(self.path)
-        elif "files" in manifest:  # that of a sealed folder, such as a run's policy/
+        elif "files" in manifest:  # the manifest of a sealed folder, such as a run's policy/
             raise UserError(
                 f"{self.path}: holds a model, and a run would write over its manifest.json; "
                 "name the run's own folder to go on with it, or choose another --output_dir"
@@ -249,10 +252,10 @@ class RunFolder:
         self._lock.release()
         (self.path / ".lock").unlink(missing_ok=True)
         remove_empty([self.checkpoints])
-        remove_empty([self.path, *self._made[1:]])  # unless something else of the user's is in it
+        remove_empty([self.path, *self._made[1:]])  # kept if the user has files in it
 
     def _changed_settings(self, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(name, value before, value now) of each setting that differs from the run's."""
+        """(name, value before, value now) of each setting that differs from the settings file."""
         place = settings_file(self.path)
         before = None if place is None else json_object(place)
         if before is None:
@@ -266,20 +269,20 @@ class RunFolder:
         ]
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest that marks the run as complete, after everything else."""
+        """Write the manifest that marks the run as complete; call it after everything else."""
         self.metrics.sync()
         self.samples.sync()
         write_manifest(self.path, {"status": COMPLETE, **manifest, **self._had_checkpoints()})
 
     def drop_checkpoints(self) -> None:
-        """Delete the checkpoints of a run that will not be resumed; they do not count as lost."""
+        """Delete the checkpoints on purpose, so that they do not count as lost."""
         manifest = read_manifest(self.path)
         if manifest is not None and manifest.pop(_HAD, None):
             write_manifest(self.path, manifest)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def close(self) -> None:
-        """Release the folder; unless `finish` was called, its manifest still says unfinished."""
+        """Unlock the folder. Unless `finish` was called, the manifest still says "unfinished"."""
         self.metrics.close()
         self.samples.close()
         self._lock.release()

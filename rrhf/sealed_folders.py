@@ -1,12 +1,12 @@
-"""Sealed folders: a manifest, written last, has the bytes and SHA-256 of each file.
+"""Sealed folders: their manifest, written last, records the size and SHA-256 of each file.
 
 Checkpoints and the models of a run are sealed when they are written and compared with their
 manifest when they are read. A checkpoint that differs is damaged. A model folder that differs may
-have been edited on purpose: `--accept_edited_files` accepts it, and a folder without a manifest of
-rrhf, as other programs write it, is not checked.
+have been edited on purpose; `--accept_edited_files` allows that. Model folders without an rrhf
+manifest, such as those that other programs write, are not checked.
 
-The files of a subfolder with a manifest of its own are covered by that manifest. Standard
-library only.
+If a subfolder has its own manifest, that manifest covers the subfolder's files. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any
 from rrhf.files import sha256_file, sync_folder
 from rrhf.manifests import COMPLETE, MANIFEST, DamagedManifest, load_manifest, write_manifest
 
-# SHA-256 of files as this process read them last, by what changes when they are written.
+# SHA-256 of files that this process has read; key: path, size, modification time, inode.
 _known: dict[tuple[str, int, int, int], str] = {}
 _CLOCK_STEP = 2_000_000_000
 
 
 def seal_folder(folder: Path, known: Mapping[str, Any] | None = None) -> None:
-    """Sync every file and folder in a folder and write its manifest, last.
+    """Sync every file and subfolder of a folder, then write its manifest.
 
-    Every file gets the mode of a new file: some libraries write weights that others cannot read.
+    Every file gets the permissions of a new file, because some libraries write weights that other
+    users cannot read.
 
     Args:
-        folder: complete.
-        known: further entries of the manifest.
+        folder: the complete folder.
+        known: further entries for the manifest.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     mode = mode_of_new_file(folder)
@@ -62,9 +63,9 @@ def mode_of_new_file(folder: Path) -> int:
 
 
 def damage_of(folder: Path) -> str | None:
-    """The first difference of a folder from what was sealed; None if it is whole.
+    """Describe the first difference of a folder from its manifest; None if there is none.
 
-    A folder without a manifest was never sealed.
+    A missing manifest counts as damage.
     """
     try:
         manifest = load_manifest(folder / MANIFEST)
@@ -78,12 +79,12 @@ def damage_of(folder: Path) -> str | None:
 def differences(
     folder: Path, manifest: Mapping[str, Any], deep: bool = True
 ) -> Iterator[tuple[str | None, str]]:
-    """Differences of a folder from its manifest: the file (None = the manifest), and a text.
+    """Yield each difference of a folder from its manifest: (file, or None for the manifest; text).
 
     Args:
         folder: a sealed folder.
         manifest: its manifest.
-        deep: read every file; else weights are compared only by size.
+        deep: compare the bytes of every file; otherwise weights are compared only by size.
     """
     if manifest.get("status") != COMPLETE:
         yield None, f"{MANIFEST} says {manifest.get('status')!r} instead of {COMPLETE!r}"
@@ -98,12 +99,12 @@ def differences(
             yield name, told
     there = {path.relative_to(folder).as_posix() for path in _own_files(folder)}
     for name in sorted(there - files.keys() - {MANIFEST}):
-        if not Path(name).name.startswith("."):  # of an editor, or of the file system
+        if not Path(name).name.startswith("."):  # hidden files are ignored
             yield name, f"{name} is not in {MANIFEST}"
 
 
 def _difference(folder: Path, name: str, seal: Any, deep: bool) -> str | None:
-    """How one file differs from its seal."""
+    """Describe how one file differs from its entry in the manifest; None if it does not."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or name in ("", MANIFEST):
         return f"{MANIFEST} names {name!r}, which is no file of the folder"
@@ -135,13 +136,13 @@ def _is_seal(value: Any) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """The SHA-256 of a file, cached, since a policy is often its own reference too."""
+    """The SHA-256 of a file, cached because policy and reference are often the same model."""
     found = path.stat()
     key = (str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino)
     if key in _known:
         return _known[key]
     digest = sha256_file(path)
-    if time.time_ns() - found.st_mtime_ns > _CLOCK_STEP:  # else a change might leave its time as is
+    if time.time_ns() - found.st_mtime_ns > _CLOCK_STEP:  # a later write would change the time
         _known[key] = digest
     return digest
 

@@ -1,10 +1,10 @@
-"""Whether a file is still the one that its manifest vouches for.
+"""Checks that a data file still matches its manifest.
 
-A stage that writes a data file puts its rows, bytes and SHA-256 into the manifest (the seal); a
-stage that reads it counts and hashes while it reads and compares at the end. A truncated copy, a
-flipped bit or an edited score is therefore detected before the data is used. For files that were
-edited on purpose, `--accept_edited_files` turns the error into a warning. A file without a
-manifest, or without such entries in it, is not checked.
+A stage that writes a data file records its number of rows, its size and its SHA-256 in the manifest
+(the seal). A stage that reads the file counts and hashes as it reads, and compares at the end. A
+truncated copy, a flipped bit or an edited score is therefore detected before the data is used. For
+files that were edited on purpose, `--accept_edited_files` turns the error into a warning. A file
+without a manifest, or whose manifest lacks these entries, is not checked.
 
 Standard library only.
 """
@@ -29,7 +29,7 @@ ACCEPT_FLAG = "--accept_edited_files"
 
 @dataclass(kw_only=True)
 class EditedFiles:
-    """Input files that were changed."""
+    """Input files that were edited."""
 
     accept_edited_files: bool = False
     """Read input files that differ from what their manifest records (rows, bytes, SHA-256), with a
@@ -37,20 +37,20 @@ class EditedFiles:
 
 
 def seal(digest: Digest, rows: int | None = None) -> dict[str, Any]:
-    """The entries of a manifest by which readers check its file."""
+    """The manifest entries against which readers check a data file."""
     return {**({} if rows is None else {"rows": rows}), **digest.as_dict()}
 
 
 def seal_difference(
     path: PathLike, manifest: Mapping[str, Any] | None, digest: Digest, rows: int | None = None
 ) -> str | None:
-    """How a file differs from its manifest; None if it does not.
+    """Describe how a file differs from its manifest; None if it does not.
 
     Args:
         path: the file.
         manifest: its manifest, or None.
-        digest: of all its bytes.
-        rows: how many it has, if they were counted.
+        digest: the digest of all its bytes.
+        rows: the number of its rows; None = not counted.
     """
     found = seal(digest, rows)
     told = [
@@ -64,7 +64,7 @@ def seal_difference(
 
 
 def what_to_do(difference: str) -> str:
-    """The difference, and what the user can do."""
+    """Add to the text of a difference what the user can do about it."""
     return (
         f"{difference}. If it was changed on purpose, give {ACCEPT_FLAG}; else make the file "
         "again, or copy it again from where it is whole"
@@ -81,16 +81,16 @@ def require_as_sealed(
     digest: Digest,
     accept_edited: bool = False,
 ) -> None:
-    """Compare a file that was read with its manifest.
+    """Compare a file with its manifest after reading it.
 
     Args:
         path: the file.
         manifest: its manifest, or None.
-        digest: of all its bytes.
-        accept_edited: warn of a difference instead of raising.
+        digest: the digest of all its bytes.
+        accept_edited: warn about a difference instead of raising.
 
     Raises:
-        UserError: it differs.
+        UserError: the file differs from its manifest.
     """
     difference = seal_difference(path, manifest, digest)
     if difference is None:

@@ -1,11 +1,13 @@
-"""SIGTERM and SIGINT as requests to stop, obeyed where nothing is lost.
+"""Turns SIGTERM and SIGINT into requests to stop at a place where no work is lost.
 
-A signal is remembered and obeyed at the next safe place. Work that may be dropped at any time is
-passed to `StopRequest.run` and stops at once; so does, under `sigterm_interrupts`, everything that
-has no such place: imports, evaluation, whole studies. A second signal ends the process as if there
-were no handler. One of several ranks ignores a second signal, since it may receive one from each
-parent, and its launcher kills it if it takes too long. Signals can be caught only in the main
-thread; elsewhere nothing is caught. Standard library only.
+A signal is recorded, and the program stops at the next safe place. Work that can be interrupted
+without harm is passed to `StopRequest.run` and stops at once. Code without safe places (imports,
+evaluation, whole studies) runs under `sigterm_interrupts` and also stops at once.
+
+A second signal ends a single process immediately. A rank of a multi-rank run ignores a second
+signal, because it may receive the same signal from each of its parent processes; its launcher
+kills it if it takes too long. Signals can be caught only in the main thread; in other threads the
+functions here do nothing. Standard library only.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ EXIT_CODES = {
 
 
 class Interrupted(BaseException):
-    """Leaves work at once; not an `Exception`, so that no handler of errors catches it."""
+    """Raised to stop work at once; a `BaseException`, so that `except Exception` misses it."""
 
 
 class StopRequest:
-    """The signals received so far.
+    """Records a signal that asks the program to stop.
 
     Attributes:
-        received: the number of the signal, or None.
+        received: the number of the signal; None if none was received.
     """
 
     def __init__(self) -> None:
@@ -51,14 +53,14 @@ class StopRequest:
         return 0 if self.received is None else EXIT_CODES[self.received]
 
     def run(self, work: Callable[[], T], what_stands: str) -> T:
-        """Do work that may be dropped: a signal during it, or before it, stops it at once.
+        """Call `work`, which a signal interrupts at once; after a signal it is not started.
 
         Args:
-            work: may be interrupted anywhere without harm.
+            work: a function that may be interrupted anywhere without harm.
             what_stands: as in `raise_if_received`.
 
         Raises:
-            StoppedBySignal: a signal came.
+            StoppedBySignal: a signal was received before or during the work.
         """
         self.raise_if_received(what_stands)
         self._may_interrupt = True
@@ -71,20 +73,20 @@ class StopRequest:
             self._may_interrupt = False
 
     def remember(self, number: int) -> None:
-        """Record a signal, and interrupt the work of `run`."""
+        """Record a signal, and interrupt the work that `run` is doing."""
         self.received = number
         if self._may_interrupt:
             self._may_interrupt = False
             raise Interrupted
 
     def raise_if_received(self, what_stands: str) -> None:
-        """Stop here if a signal came.
+        """Raise `StoppedBySignal` if a signal was received; call it at a safe place.
 
         Args:
-            what_stands: what is on disk and how to continue, for the message.
+            what_stands: for the message: what is on disk and how to continue.
 
         Raises:
-            StoppedBySignal: with the exit code of the signal.
+            StoppedBySignal: a signal was received; the exception has the signal's exit code.
         """
         if self.received is not None:
             name = signal.Signals(self.received).name
@@ -93,10 +95,10 @@ class StopRequest:
 
 @contextmanager
 def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Context manager: catches SIGTERM and SIGINT; the earlier handlers are restored.
+    """Context manager: records SIGTERM and SIGINT in a request; restores the handlers at the end.
 
     Args:
-        request: records them, for callers that share it; by default a new one.
+        request: the request to use, if several callers share one; None = a new one.
     """
     request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -120,7 +122,7 @@ def caught_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
 
 
 class _Handler:
-    """The present handler of a signal, to be restored; also one installed outside Python."""
+    """Saves the current handler of a signal, even one installed outside Python, to restore it."""
 
     def __init__(self, number: int) -> None:
         self._number, self._handler = number, signal.getsignal(number)
@@ -130,7 +132,7 @@ class _Handler:
         """Restore the handler.
 
         Args:
-            or_default: restore the system's default instead of an interrupting handler of ours.
+            or_default: restore the system's default instead of the handler of `sigterm_interrupts`.
         """
         is_ours = or_default and isinstance(self._handler, _Interrupting)
         is_default = is_ours or self._handler is None
@@ -169,8 +171,9 @@ class _Interrupting:
 def sigterm_interrupts() -> Iterator[None]:
     """Context manager: SIGTERM raises `Interrupted`, so that running code cleans up after itself.
 
-    Where the interpreter would swallow it (within a `__del__` or a callback) the process ends at
-    once with the same exit code. A second SIGTERM ends a single process without cleaning up.
+    Where the interpreter would swallow the exception (within a `__del__` or a callback), the
+    process ends at once with the exit code for SIGTERM. A second SIGTERM ends a single process
+    without cleaning up.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,9 +1,9 @@
-"""Writes folders so that they are complete or absent: filled elsewhere, sealed, then renamed.
+"""Writes folders so that they are complete or absent: under a temporary name, then renamed.
 
-If writing fails, the staged folder is removed, and then a full disk is reported with what was
-needed and what is free. A killed process leaves its staged folder behind: the next process moves it
-into place if it is whole and its name is free.
-Standard library only.
+The folder with the temporary name is called staged. If writing fails, it is removed; for a full
+disk, the message then gives the space needed and the space free. A killed process leaves its staged
+folder behind: `put_back` completes or undoes a replacement that was interrupted between its two
+renames, and `remove_unfinished` deletes all other remains. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rrhf.os_errors import explained_os_errors, told_failure
 from rrhf.sealed_folders import damage_of, seal_folder
 
 STAGED, DOOMED = ".staged-", ".doomed-"
-"""Prefixes of folders that are being filled, and of those that are being removed."""
+"""Prefixes of the names of folders that are being filled, and of folders that are being removed."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def no_trace_of_failure(staged: Path) -> Iterator[None]:
         staged: the folder.
 
     Raises:
-        UserError: no space, or the place cannot be written.
+        UserError: the disk is full, or the folder cannot be written.
     """
     try:
         yield
@@ -41,14 +41,14 @@ def no_trace_of_failure(staged: Path) -> Iterator[None]:
 
 
 def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder next to its place, seal it, and move it there, in place of an older one.
+    """Write and seal a folder under a temporary name, then put it in place of `target`.
 
     Args:
-        target: such as `policy/`.
-        write: fills the folder that it receives.
+        target: the final folder, such as `policy/`; an older one is replaced.
+        write: a function that writes the files into the folder that it receives.
 
     Raises:
-        UserError: no space, or the place cannot be written.
+        UserError: the disk is full, or the folder cannot be written.
     """
     put_back(target)
     staged, old = _beside(target)
@@ -69,14 +69,14 @@ def saved_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """The names of the folder while it is filled, and of the older one until it is replaced."""
+    """The temporary names for `target`: of the new folder, and of the old folder to be removed."""
     return target.with_name(f"{STAGED}{target.name}"), target.with_name(f"{DOOMED}{target.name}")
 
 
 def put_back(target: Path) -> None:
-    """Repair the effect of a kill between the two renamings of `saved_folder`.
+    """Restore `target` if a process was killed between the two renames of `saved_folder`.
 
-    The new folder gets the name if it is whole, otherwise the older one.
+    The new folder is used if it is complete, otherwise the old one.
     """
     staged, old = _beside(target)
     if target.exists() or not (staged.is_dir() and old.is_dir()):
@@ -89,14 +89,17 @@ def put_back(target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, renamed first so that a kill cannot leave half of it under its name."""
+    """Rename a folder, then remove it, so that a kill cannot leave half of it under its name."""
     doomed = _beside(folder)[1]
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed saves and deletions left in a folder; call `put_back` first."""
+    """Clean up a folder after killed saves and removals: restore what can be, delete the rest.
+
+    Folders whose old version was already renamed are restored by `put_back`.
+    """
     if folder.is_dir():
         for path in [*folder.iterdir()]:
             if path.name.startswith(DOOMED):

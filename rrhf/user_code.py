@@ -1,6 +1,6 @@
-"""Imports and runs the user's own code; each way in which it can fail becomes one message.
+"""Imports and runs the user's own code, and turns its errors into one-line messages.
 
-Modules are also found in the working directory. Calling `sys.exit` counts as a failure.
+Modules are also found in the working directory. Calling `sys.exit` counts as an error.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from rrhf.errors import StoppedBySignal, UserError
 from rrhf.signals import Interrupted
 
 NOT_ITS_OWN = (KeyboardInterrupt, Interrupted, StoppedBySignal, UserError)
-"""Exceptions that may pass through a user's code without being its fault."""
+"""Exceptions that may be raised while a user's code runs although the code is not at fault."""
 
 
 def imported(target: str, kind: str = "function") -> Any:
-    """The object that "package.module:name" names.
+    """Import and return the object that "package.module:name" names.
 
     Args:
         target: the import path.
-        kind: what is expected there, for messages.
+        kind: the kind of object that is expected, for messages.
 
     Raises:
-        UserError: it does not have that form, or there is no such module or name.
+        UserError: the path does not have that form, or there is no such module or name.
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
@@ -61,10 +61,10 @@ def is_import_path(text: str) -> bool:
 
 
 def load_function(target: str) -> Callable[..., Any]:
-    """The function that "module:function" names.
+    """Import and return the function that "module:function" names.
 
     Raises:
-        UserError: as `imported`, or the object cannot be called.
+        UserError: as for `imported`; or the object cannot be called.
     """
     function: Callable[..., Any] = imported(target)
     if not callable(function):
@@ -75,13 +75,13 @@ def load_function(target: str) -> Callable[..., Any]:
 
 
 def source_file(target: str) -> str | None:
-    """The source file of the function, else of its module; None for a built-in module.
+    """The source file of a function, or else of its module; None if there is no such file.
 
     Args:
         target: "module:function".
 
     Raises:
-        UserError: as `load_function`.
+        UserError: as for `load_function`.
     """
     function = load_function(target)
     try:
@@ -110,12 +110,12 @@ def guarded(what: str, cure: str = "fix it", folder: str | None = None) -> Itera
     """Context manager: turns any exception of the user's code into one message.
 
     Args:
-        what: the code, for the message.
-        cure: the fix.
-        folder: where its modules are; None = the working directory.
+        what: the name of the code, for the message.
+        cure: the fix, for the message.
+        folder: the folder of the code's modules; None = the working directory.
 
     Raises:
-        UserError: it raised an exception, or called `sys.exit`.
+        UserError: the code raised an exception or called `sys.exit`.
     """
     try:
         with importable(folder or str(Path.cwd())):
@@ -134,7 +134,7 @@ def shown(value: Any) -> str:
     """A value for a message, cut at 60 characters; safe even if its `__repr__` fails."""
     try:
         return f"{value!r:.60}"
-    except Exception:  # an integer of thousands of digits, too
+    except Exception:  # also raised for an integer of thousands of digits
         kind = type(value).__name__
         return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind} that cannot be printed"
 
@@ -154,7 +154,7 @@ def message_of(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """File and line of the error: the innermost in the user's code, or those of a syntax error."""
+    """File and line where an error was raised; for a syntax error, the place of the bad syntax."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
