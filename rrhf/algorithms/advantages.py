@@ -1,8 +1,8 @@
 """Advantages: how much better a token, or a response, was than expected.
 
-With a critic: generalised advantage estimation over tokens. Without one, the other responses to the
-same prompt are the yardstick (RLOO, GRPO), or the batch is (REINFORCE++). Each method is a line or
-two over these parts:
+Methods with a critic use generalised advantage estimation over tokens. Critic-free methods compare
+a response with the other responses to the same prompt (RLOO, GRPO) or with the whole batch
+(REINFORCE++). Each method combines the functions below in a line or two:
 
     PPO             gae -> whiten
     RLOO            rloo_advantages -> spread_over_tokens
@@ -11,12 +11,12 @@ two over these parts:
     REINFORCE++     reward_to_go -> whiten
       with baseline group_centred_rewards -> spread_over_tokens -> whiten
 
-Whitening is over the batch of all ranks, so it takes sums that the caller has added up; a group,
-which is one prompt's responses, never lies on two ranks. Advantages are constants: no gradient
-flows through anything here. Reward shaping is not here.
+Whitening uses the batch of all ranks, so `whiten` takes sums that the caller has added up over the
+ranks. All responses to one prompt lie on the same rank. Advantages are constants: no gradient flows
+through any function of this module. Reward shaping is left to `rewards`.
 
 Legend: N rows (responses), T positions, B prompts, K candidates per prompt (padded; `valid` says
-which exist). `grid[valid]` are the rows of a grid again, in order.
+which exist). For a grid of shape [B, K], `grid[valid]` gives the N rows, in order.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ GRPO_EPSILON = 1e-6
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, and the returns that the critic is to predict.
+    """Compute token advantages by GAE, and the returns that the critic learns to predict.
 
         delta_t = r_t + gamma * V_{t+1} - V_t
         A_t = delta_t + gamma * lambda * A_{t+1},    return_t = A_t + V_t
 
-    Schulman et al. 2015, arXiv:1506.02438, equation 16. V and A after a row's last token
-    are zero: a response that was cut off for its length ends there as well. Positions outside the
-    mask are stepped over, at the end of a row or within it.
+    Schulman et al. 2015, arXiv:1506.02438, equation 16. V and A after a row's last token are zero,
+    also for a response that was cut off at the length limit. Positions outside the mask are
+    skipped, both at the end of a row and within it.
 
     Args:
         rewards: [N, T].
         values: [N, T] V_t, what the critic expected before token t was sampled.
         mask: [N, T] True at response tokens.
         gamma: discount for each token.
-        gae_lambda: 1 trusts the rewards alone, 0 the next value alone.
+        gae_lambda: 1 uses all later rewards; 0 uses this token's reward and the next value.
 
     Returns:
         advantages [N, T], not whitened, and returns [N, T]; zero outside the mask.
@@ -70,7 +70,7 @@ def gae(
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """What is still to come: G_t = r_t + gamma * G_{t+1}.
+    """Discounted sum of the rewards from each token on: G_t = r_t + gamma * G_{t+1}.
 
     The advantage of REINFORCE++ (Hu et al. 2025, arXiv:2501.03262) before it is whitened over the
     global batch; the rewards include the KL penalty.
@@ -88,15 +88,15 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """Sums for whitening a batch, which can be added up over ranks and micro-batches.
+    """Compute the sums that whitening needs; add them up over ranks and micro-batches.
 
     Args:
         values: any shape; values outside the mask are never read.
         mask: the same shape, bool.
 
     Returns:
-        [3] float64: sum, sum of squares, count. float64 leaves the variance right as long as the
-        mean is below some 10,000 deviations.
+        [3] float64: sum, sum of squares, count. In float64 the variance is accurate as long as the
+        mean is below about 10,000 standard deviations.
     """
     values = values.double()
     everything = tuple(range(values.dim()))
@@ -110,10 +110,11 @@ def mean_and_variance(sums: Tensor, unbiased: bool = True) -> tuple[Tensor, Tens
 
     Args:
         sums: [3], added up over ranks.
-        unbiased: divide by n - 1 (the sample's estimate), else by n (of these very values).
+        unbiased: True divides by n - 1 (sample variance), False by n (population variance).
 
     Returns:
-        two scalars, float64; both zero for no value at all, and the variance zero for one.
+        mean and variance, float64 scalars. Both are zero if there are no values; the variance is
+        zero if there is only one.
     """
     total, squares, count = sums.double()
     mean = total / count.clamp_min(1)
@@ -130,18 +131,18 @@ def whiten(
     shift_mean: bool = True,
     epsilon: float = WHITENING_EPSILON,
 ) -> Tensor:
-    """Normalise values to mean zero and deviation one: (x - mean) / sqrt(variance + epsilon).
+    """Normalise values to mean 0 and standard deviation 1: (x - mean) / sqrt(variance + epsilon).
 
-    A batch of one value becomes zero, as do values that are all equal.
+    A single value becomes zero, and so do values that are all equal.
 
     Args:
         values: any shape.
         mask: the same shape, bool.
         sums: [3] of the *global* batch: `moment_sums` of every rank and micro-batch, added up.
-        unbiased: which variance; see `mean_and_variance`.
-        shift_mean: False adds the mean again, so that only the scale changes; for rewards, whose
-            sign means something.
-        epsilon: keeps the division finite.
+        unbiased: True uses the sample variance; see `mean_and_variance`.
+        shift_mean: False keeps the mean and changes only the scale; use it for rewards, whose sign
+            has a meaning.
+        epsilon: added to the variance, so that the division stays finite.
 
     Returns:
         the same shape and dtype; zero outside the mask.
@@ -155,42 +156,43 @@ def whiten(
 
 @torch.no_grad()
 def group_centred_rewards(rewards: Tensor, valid: Tensor) -> Tensor:
-    """r_i - mean of the prompt's rewards.
+    """Subtract from each reward the mean reward of its prompt: r_i - mean.
 
-    The advantage of Dr. GRPO (Liu et al. 2025, arXiv:2503.20783), which leaves out the
-    division by the deviation because it favours prompts that are all but solved or all but
-    hopeless; and of REINFORCE++ with baseline before whitening.
+    This is the advantage of Dr. GRPO (Liu et al. 2025, arXiv:2503.20783), which does not divide by
+    the standard deviation because the division favours prompts that are almost solved or almost
+    hopeless. It is also the advantage of REINFORCE++ with baseline, before whitening.
 
     Args:
         rewards: [B, K] of whole responses, any scale.
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K]; zero where there is no candidate, only one, or all rewards are equal.
+        [B, K]; zero for missing candidates, and for prompts with one candidate or equal rewards.
     """
     wide = rewards.double()
     mean = masked_mean(wide, valid).unsqueeze(-1)
-    # Equal rewards say nothing, exactly: a rounding error over a tiny deviation would shout.
+    # Equal rewards must give exactly zero: dividing a rounding error by a tiny deviation would
+    # give a large advantage.
     high = torch.where(valid, wide, torch.full_like(wide, -torch.inf)).amax(-1, keepdim=True)
     low = torch.where(valid, wide, torch.full_like(wide, torch.inf)).amin(-1, keepdim=True)
-    is_equal = high <= low  # False where one is NaN, which must come out as one
+    is_equal = high <= low  # False where a reward is NaN, so that NaN reaches the result
     centred = torch.where(valid & ~is_equal, wide - mean, torch.zeros_like(wide))
     return centred.to(rewards.dtype)
 
 
 @torch.no_grad()
 def rloo_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
-    """r_i - mean of the *other* responses' rewards: REINFORCE leave-one-out.
+    """REINFORCE leave-one-out: r_i minus the mean reward of the prompt's *other* responses.
 
-    Ahmadian et al. 2024, arXiv:2402.14740 (after Kool et al. 2019). Equal to n / (n - 1)
-    times the distance from the mean of all n.
+    Ahmadian et al. 2024, arXiv:2402.14740 (after Kool et al. 2019). The result equals n / (n - 1)
+    times the distance from the mean of all n rewards.
 
     Args:
-        rewards: [B, K] of whole responses, KL penalty included where it is a reward.
+        rewards: [B, K] of whole responses, including the KL penalty if it is part of the reward.
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K]; zero where there is no candidate, and where a prompt has only one.
+        [B, K]; zero for missing candidates, and for prompts with only one candidate.
     """
     count = valid.sum(-1, keepdim=True).double()
     factor = count / (count - 1).clamp_min(1)
@@ -201,18 +203,19 @@ def rloo_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
 def grpo_advantages(
     rewards: Tensor, valid: Tensor, unbiased: bool = True, epsilon: float = GRPO_EPSILON
 ) -> Tensor:
-    """(r_i - mean) / (deviation + epsilon) within a prompt: Shao et al. 2024, arXiv:2402.03300.
+    """GRPO's advantage: (r_i - mean) / (standard deviation + epsilon) within a prompt.
 
-    Section 4.1.2 of that paper. Without the division: `group_centred_rewards`.
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2. `group_centred_rewards` is the same without
+    the division.
 
     Args:
         rewards: [B, K] of whole responses.
         valid: [B, K] True where a candidate exists.
-        unbiased: divide by n - 1 in the deviation (as published programs do), else by n.
-        epsilon: on the scale of the rewards.
+        unbiased: True divides by n - 1 in the variance (as published programs do), False by n.
+        epsilon: added to the standard deviation, on the scale of the rewards.
 
     Returns:
-        [B, K]; zero where there is no candidate, only one, or all rewards are equal.
+        [B, K]; zero for missing candidates, and for prompts with one candidate or equal rewards.
     """
     centred = group_centred_rewards(rewards.double(), valid)
     count = valid.sum(-1, keepdim=True)
@@ -223,17 +226,17 @@ def grpo_advantages(
 
 @torch.no_grad()
 def rank_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
-    """2 - 4 (rank - 1) / (K - 1) within a prompt, from 2 for the best to -2 for the worst.
+    """GOPO's advantage, from 2 for a prompt's best to -2 for its worst: 2 - 4 (rank - 1) / (K - 1).
 
-    GOPO: arXiv:2602.03876. Only the order of the rewards counts, not their scale. Equal rewards
-    share the mean of their ranks.
+    arXiv:2602.03876. Only the order of the rewards counts, not their scale. Equal rewards share the
+    mean of their ranks.
 
     Args:
         rewards: [B, K] of whole responses.
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K]; zero where there is no candidate, only one, or all rewards are equal.
+        [B, K]; zero for missing candidates, and for prompts with one candidate or equal rewards.
     """
     both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
     mine, others = rewards.unsqueeze(-1), rewards.unsqueeze(-2)
@@ -242,14 +245,14 @@ def rank_advantages(rewards: Tensor, valid: Tensor) -> Tensor:
     rank = 1 + better + (equal - 1) / 2
     last = (valid.sum(-1, keepdim=True) - 1).double()
     centred = torch.where(last > 0, 2 - 4 * (rank - 1) / last.clamp_min(1), torch.zeros_like(rank))
-    # NaN has no rank, and must come out as one.
+    # NaN has no rank: a NaN reward makes the prompt's advantages NaN.
     has_nan = (rewards.isnan() & valid).any(-1, keepdim=True)
     centred = torch.where(has_nan, torch.full_like(rank, torch.nan), centred)
     return torch.where(valid, centred, torch.zeros_like(rank)).to(rewards.dtype)
 
 
 def spread_over_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
-    """The advantage of a whole response, given to each of its tokens.
+    """Give the advantage of a whole response to each of its tokens.
 
     Args:
         advantages: [N].

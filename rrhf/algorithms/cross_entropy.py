@@ -1,7 +1,8 @@
 """Cross-entropy on demonstrations, as totals and counts.
 
-Works on log-probs that the model's forward interface has already gathered, so it never sees the
-vocabulary. Label smoothing needs one more number a position: the mean log-prob over the vocabulary.
+The log-probs of the target tokens come from the model's forward interface, so this module never
+handles logits over the vocabulary. Label smoothing needs one more number for each position: the
+mean log-prob over the vocabulary.
 
 Legend: N rows, T positions.
 """
@@ -32,7 +33,7 @@ def cross_entropy(
             `label_smoothing` is not zero.
 
     Returns:
-        totals [N] in nats and counts [N] int64 of target tokens.
+        totals [N] in nats, and counts [N] int64 of target tokens.
     """
     assert 0.0 <= label_smoothing < 1.0, "label smoothing lies in [0, 1)"
     losses = -logprobs

@@ -1,19 +1,18 @@
-"""How far the policy is from its reference, token by token, and what that costs.
+"""The KL penalty: how far the policy is from its reference at each token, and the coefficient.
 
 Three estimators of KL(policy || reference) from the tokens that the policy sampled (J. Schulman,
 "Approximating KL divergence", 2020), with d = log p - log p_ref of the sampled token:
 
-    name  value             gradient by log p   what the gradient is in expectation
+    name  value             gradient by log p   expectation of the gradient
     k1    d                 1                   zero: useless as a loss, right in a reward
-    k2    d^2 / 2           d                   that of KL(policy || reference)
-    k3    exp(-d) - 1 + d   1 - exp(-d)         that of KL(reference || policy)
+    k2    d^2 / 2           d                   gradient of KL(policy || reference)
+    k3    exp(-d) - 1 + d   1 - exp(-d)         gradient of KL(reference || policy)
 
-k1 and k3 have the KL as their expectation, k1 with either sign, k3 never negative; k2 is biased.
-"k3_with_k2_gradient" has the value of k3 and the gradient of k2; plain k3
-never has that gradient.
+k1 and k3 are unbiased estimates of the KL, and k2 is biased. A value of k1 can be negative; a value
+of k3 cannot. "k3_with_k2_gradient" has the value of k3 and the gradient of k2.
 
-The coefficient of the penalty is fixed, or follows a target. Adding up tokens into rows is not
-here: the rewards take each token's KL as it is, a loss takes rows from `ppo_losses.reduce_rows`.
+The coefficient of the penalty is fixed, or is adapted to a target. Rewards use the KL of each token
+as it is; a loss sums the tokens into rows with `ppo_losses.reduce_rows`.
 
 Legend: N rows (responses), T positions.
 """
@@ -39,18 +38,18 @@ def token_kl(
     estimator: str = "k1",
     limit: float | None = None,
 ) -> Tensor:
-    """The KL penalty of every sampled token; see the module text for values and gradients.
+    """Estimate the KL at every sampled token; the module docstring lists values and gradients.
 
-    Two clamps, and no others. In k3 log p_ref - log p is held at 20 from above, so that one token
-    to which the policy gives nothing cannot make infinity: there the value is 4.9e8 and the
-    gradient zero. `limit`, where given, holds the result within [-limit, limit], also with zero
-    gradient beyond.
+    There are two clamps. In k3, log p_ref - log p is at most 20, so that a token to which the
+    policy gives almost no probability cannot make the KL infinite: beyond this limit the value is
+    4.9e8 and the gradient is zero. If `limit` is given, the result is clamped to [-limit, limit],
+    and the gradient beyond is zero too.
 
     Args:
         logprobs: [N, T] of the sampled tokens under the policy, at the sampling temperature, nats.
-        reference_logprobs: [N, T] of the same tokens under the reference, likewise.
-        mask: [N, T] True at response tokens; other values are never read.
-        estimator: one of `KL_ESTIMATORS`. A loss takes one of `KL_LOSS_ESTIMATORS`.
+        reference_logprobs: [N, T] of the same tokens under the reference, at the same temperature.
+        mask: [N, T] True at response tokens; values at other positions are never read.
+        estimator: one of `KL_ESTIMATORS`; for a loss, one of `KL_LOSS_ESTIMATORS`.
         limit: nats; None for no limit.
 
     Returns:
@@ -61,7 +60,8 @@ def token_kl(
     """
     assert mask.dtype == torch.bool, "a mask is boolean; build it from lengths"
     difference = logprobs - reference_logprobs
-    # Before anything else: exp of what padding holds would reach the gradient as zero times NaN.
+    # Do this first: otherwise exp of the values in padding would put zero times NaN into the
+    # gradient.
     difference = torch.where(mask, difference, torch.zeros_like(difference))
     if estimator == "k1":
         kl = difference
@@ -87,30 +87,31 @@ def _k3(difference: Tensor) -> Tensor:
 
 
 class KLController:
-    """The coefficient of the KL penalty: fixed, or steered so that the KL meets a target.
+    """The coefficient of the KL penalty: fixed, or adapted so that the KL approaches a target.
 
         e = clip(kl / target - 1, -0.2, 0.2)
         coefficient = coefficient * (1 + e * num_responses / horizon)
 
-    Ziegler et al. 2019, arXiv:1909.08593, whose K_beta of 0.1 is written here as
-    responses over a horizon, so that the size of a rollout does not change how fast it steers.
+    Ziegler et al. 2019, arXiv:1909.08593. The paper's constant K_beta = 0.1 is replaced by
+    num_responses / horizon, so that the coefficient adapts at the same speed for any rollout size.
 
     **The unit is nats per response**: `target` and the observed KL are sums over a response's
-    tokens, averaged over all responses of all ranks. A program that averages over tokens means by
-    the same target about |response| times more. Feed each rank the same, global numbers, or the
-    ranks' coefficients drift apart.
+    tokens, averaged over all responses of all ranks. In a program that averages over tokens, the
+    same target allows a KL that is larger by a factor of about the response length. Pass the same
+    global numbers on each rank; otherwise the coefficients of the ranks drift apart.
 
     Args:
-        coefficient: beta, to begin with; with a target above zero, for zero would never change.
-        target: nats per response; None = the coefficient stays as it is.
-        horizon: responses.
+        coefficient: beta at the start. With a target it must be above zero, because zero would
+            never change.
+        target: nats per response; None keeps the coefficient fixed.
+        horizon: number of responses.
 
     Attributes:
         coefficient: beta, by which the next rollout's KL is multiplied.
 
     Raises:
-        ValueError: the coefficient is negative, or with a target one of the three is not above
-            zero.
+        ValueError: the coefficient is negative; or there is a target, and the coefficient, the
+            target or the horizon is not above zero.
     """
 
     def __init__(
@@ -134,15 +135,16 @@ class KLController:
         self._kind = "fixed" if target is None else "adaptive"
 
     def update(self, kl: float, num_responses: int) -> None:
-        """Raise the coefficient where the KL was above the target, lower it where below.
+        """Raise the coefficient if the KL was above the target; lower it if the KL was below.
 
         Args:
             kl: nats per response of a finished rollout: the sum of k1 over a response's tokens,
                 averaged over all responses, on all ranks.
-            num_responses: how many those were, on all ranks.
+            num_responses: the number of responses in that rollout, on all ranks.
 
         Raises:
-            ValueError: one rollout is five horizons or longer, which could turn the sign.
+            ValueError: the rollout has at least five times as many responses as the horizon, so
+                the coefficient could become negative.
         """
         if self.target is None:
             return
@@ -156,10 +158,10 @@ class KLController:
         self.coefficient *= 1.0 + error * num_responses / self.horizon
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been learnt, as plain numbers; target and horizon are the configuration's."""
+        """State for a checkpoint: type and coefficient; target and horizon are configuration."""
         return {"type": self._kind, "coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the coefficient from a checkpoint."""
         assert state["type"] == self._kind, "a run resumes with the KL controller it began with"
         self.coefficient = float(state["coefficient"])

@@ -1,17 +1,18 @@
 """Losses over a prompt's whole list of candidates, of any length.
 
-There are two kinds. Losses of an order read scores as a ranking: Plackett-Luce
-(`plackett_luce_loss`), its form with temperatures from score gaps (`pro_loss`), and pairs weighted
-by what exchanging them would change in the ranking's gain (`lipo_loss`). Losses of a distribution
-read scores as a target for the policy's own distribution over the list: `listnet_loss`, `nca_loss`,
+There are two kinds. Ranking losses use the order of the scores: Plackett-Luce
+(`plackett_luce_loss`), Plackett-Luce with temperatures from score gaps (`pro_loss`), and pairs
+weighted by how much a swap would change the ranking's gain (`lipo_loss`). Distribution losses turn
+the scores into a target for the policy's distribution over the list: `listnet_loss`, `nca_loss`,
 `mpo_loss`.
 
-All are functions of strengths h, the numbers by which the policy ranks its candidates: implicit
-rewards, beta (S - S_reference), or beta times the log-prob per token where there is no reference.
+All losses are functions of strengths h, the numbers by which the policy ranks its candidates. With
+a reference, h is the implicit reward beta (S - S_reference); without one, h is beta times the
+log-prob per token.
 
-Equal scores: orders take no side between them (each text says how). A prompt whose candidates all
-have the same score, or that has one or none, gives exactly zero, with zero gradient: such prompts
-are left out of every denominator too (`rank_losses.has_order`).
+Ranking losses never prefer one of two candidates with equal scores (each docstring says how). A
+prompt without two different scores gives exactly zero, with zero gradient; the caller leaves such
+prompts out of the denominators too (`rank_losses.has_order`).
 
 Legend: B prompts, K candidates per prompt (padded; `valid` says which exist and have a score).
 """
@@ -35,29 +36,29 @@ def plackett_luce_loss(
     top: int | None = None,
     margin: float = 0.0,
 ) -> Tensor:
-    """-log of the probability of the scores' order, candidates being drawn by e^h one by one.
+    """-log P(ranking by score), where candidates are drawn one by one in proportion to e^h.
 
-    Sum over the `top` best of log(e^h_k + sum over worse j of e^h_j) - h_k. On implicit rewards it
-    is DPO for rankings (Rafailov et al. 2023, arXiv:2305.18290, appendix A.3), and with `top` the
-    form for the best few (Tang and Feng 2025, arXiv:2510.23631); on log-probs it is ListMLE (Xia et
-    al. 2008, Listwise Approach to Learning to Rank). For K = 2 it is `logistic_loss`.
+    Sum over the `top` best k of log(e^h_k + sum over worse j of e^h_j) - h_k. On implicit rewards
+    this is DPO for rankings (Rafailov et al. 2023, arXiv:2305.18290, appendix A.3), and with `top`
+    the variant of Tang and Feng 2025, arXiv:2510.23631; on log-probs it is ListMLE (Xia et al.
+    2008, Listwise Approach to Learning to Rank). For K = 2 it is `logistic_loss`.
 
-    The papers leave ties open. Here candidates of equal score do not compete with each other: each
-    is drawn against the strictly worse ones alone, so the order of the file never counts. Equal
-    scores that share a rank are among the `top` best together.
+    The papers do not define ties. Here candidates with equal scores do not compete with each other:
+    each is drawn against the strictly worse candidates only, so the order in the file has no
+    effect. Candidates that share a rank are all within the `top` best, or all outside.
 
     Args:
         strengths: [B, K] h.
         scores: [B, K] any scale, only the order counts.
         valid: [B, K] True where a candidate exists.
-        top: how many ranks are fitted; None = all of them.
-        margin: taken from h_k in its own draw, as in SimPO's pair form.
+        top: how many ranks are fitted; None fits all.
+        margin: subtracted from h_k when k is drawn, as in SimPO's loss over pairs.
 
     Returns:
         [B] nats; zero where no two candidates have different scores.
     """
     pairs = ordered_pairs(scores, valid)  # [B, worse, better]
-    fitted = pairs.any(-2)  # those that somebody is worse than
+    fitted = pairs.any(-2)  # candidates that are better than at least one other
     if top is not None:
         fitted = fitted & (pairs.sum(-1) < top)
     h = _known(strengths, valid)
@@ -69,16 +70,16 @@ def plackett_luce_loss(
 
 
 def pro_loss(strengths: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """Plackett-Luce with temperatures from the score gaps: PRO's ranking term.
+    """PRO's ranking term: Plackett-Luce with temperatures from the score gaps.
 
     Sum over k of log(e^(h_k T_k) + sum over worse i of e^(h_i (r_k - r_i))) - h_k T_k, where T_k is
     the largest gap r_k - r_i: Song et al. 2023, PRO, arXiv:2306.17492, section 3, where h is the
-    log-prob per token. Candidates of equal score do not compete (the paper has no ties; the
-    authors' program would add a constant for each).
+    log-prob per token. Candidates with equal scores do not compete (the paper has no ties; the
+    authors' program would add a constant for each tie).
 
     Args:
         strengths: [B, K] h.
-        scores: [B, K] r; their scale counts, as temperatures.
+        scores: [B, K] r; the scale matters, because gaps are used as temperatures.
         valid: [B, K] True where a candidate exists.
 
     Returns:
@@ -95,24 +96,24 @@ def pro_loss(strengths: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def lipo_loss(strengths: Tensor, scores: Tensor, valid: Tensor, gains: str = "order") -> Tensor:
-    """Logistic loss over pairs, weighted by what an exchange of the two would change: LiPO-lambda.
+    """LiPO-lambda: logistic loss over pairs, weighted by how much swapping the pair would change.
 
     Sum over r_i > r_j of Delta_ij log(1 + e^-(h_i - h_j)), Delta_ij = |G_i - G_j| |1 / D_i - 1 /
     D_j|, G = 2^psi - 1, D = log(1 + rank by h): Liu et al. 2024, LiPO, arXiv:2402.01878. The
     published formula has a minus sign in front, which would maximise the loss. The weights
     have no gradient.
 
-    The paper's psi is a label in [0, 1]. Candidates of equal h share no rank in the paper; before
-    the first step all implicit rewards are 0, and equal ranks would give no gradient at all. Here
-    the one with the lower score ranks first among equal h, as if the policy had them the wrong way
-    round; the order of the file never counts.
+    The paper's psi is a label in [0, 1]. Before the first step all implicit rewards are 0, and
+    equal ranks would give no gradient at all. Therefore, among candidates with equal h, the one
+    with the lower score ranks first, as if the policy ranked them in the wrong order. The order in
+    the file has no effect.
 
     Args:
         strengths: [B, K] h.
         scores: [B, K] r.
         valid: [B, K] True where a candidate exists.
-        gains: "order": psi is the share of the other candidates that one beats, ties half, so that
-            only the order counts; "score": psi is the score itself.
+        gains: "order": psi is the share of the other candidates that this candidate beats (a tie
+            counts half), so that only the order counts; "score": psi is the score itself.
 
     Returns:
         [B]; zero where no two candidates have different scores.
@@ -134,17 +135,18 @@ def lipo_loss(strengths: Tensor, scores: Tensor, valid: Tensor, gains: str = "or
 def listnet_loss(
     strengths: Tensor, scores: Tensor, valid: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """-sum_i q_i log softmax(h)_i, q = softmax(r / temperature): probabilities of being the best.
+    """ListNet: cross-entropy from a softmax over the scores to a softmax over the strengths.
 
-    On log-probs: Cao et al. 2007, ListNet (Learning to Rank: From Pairwise Approach to Listwise
-    Approach), with the top-one probabilities. On implicit rewards: Chen et al. 2024, InfoNCA,
-    arXiv:2402.05369. Equal scores have equal targets.
+    -sum_i q_i log softmax(h)_i, q = softmax(r / temperature). On log-probs: Cao et al. 2007,
+    ListNet (Learning to Rank: From Pairwise Approach to Listwise Approach), with the top-one
+    probabilities. On implicit rewards: Chen et al. 2024, InfoNCA, arXiv:2402.05369. Equal scores
+    have equal targets.
 
     Args:
         strengths: [B, K] h.
-        scores: [B, K] r; their scale counts.
+        scores: [B, K] r; the scale matters.
         valid: [B, K] True where a candidate exists.
-        temperature: of the scores, above 0; towards 0 the target is the best alone.
+        temperature: of the scores, above 0; close to 0 only the best candidate is a target.
 
     Returns:
         [B] nats, at least the entropy of q; zero where no two candidates have different scores.
@@ -157,10 +159,11 @@ def listnet_loss(
 
 
 def nca_loss(strengths: Tensor, scores: Tensor, valid: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_i [q_i log sigmoid(h_i) + log sigmoid(-h_i) / K]: absolute likelihoods of candidates.
+    """NCA: fit the absolute likelihood of each candidate, not only the order.
 
-    q = softmax(r / temperature), K the number of the prompt's candidates: Chen et al. 2024, NCA,
-    arXiv:2402.05369. Unlike `listnet_loss` it does not let the likelihood of the best fall.
+    -sum_i [q_i log sigmoid(h_i) + log sigmoid(-h_i) / K], where q = softmax(r / temperature) and K
+    is the prompt's number of candidates: Chen et al. 2024, NCA, arXiv:2402.05369. Unlike
+    `listnet_loss`, NCA does not let the likelihood of the best candidate fall.
 
     Args: as in `listnet_loss`; strengths are implicit rewards.
 
@@ -175,18 +178,19 @@ def nca_loss(strengths: Tensor, scores: Tensor, valid: Tensor, temperature: floa
 
 
 def mpo_loss(strengths: Tensor, scores: Tensor, valid: Tensor, alpha: float = 1.0) -> Tensor:
-    """-log of the weight of the candidates above the mean score, among all: a set against a set.
+    """MPO: raise the likelihood of the candidates above the mean score, as a set, against the rest.
 
-    -log(sum over Y+ of w e^h / sum over Y of w e^h), Y+ the candidates whose score exceeds the
-    prompt's mean, w = e^(alpha |r - mean|), so that outliers on both sides weigh more: Gupta et al.
-    2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. A score that equals the mean is
-    not in Y+. For K = 2 the weights cancel, and it is DPO.
+    -log(sum over Y+ of w e^h / sum over Y of w e^h), where Y are all candidates and Y+ those whose
+    score exceeds the prompt's mean. The weight w = e^(alpha |r - mean|) is larger for outliers on
+    both sides: Gupta et al. 2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. A
+    candidate whose score equals the mean is not in Y+. For K = 2 the weights cancel, and the loss
+    is DPO.
 
     Args:
         strengths: [B, K] h.
-        scores: [B, K] r; their scale counts, unless alpha is 0.
+        scores: [B, K] r; the scale matters, unless alpha is 0.
         valid: [B, K] True where a candidate exists.
-        alpha: weight per unit of deviation, 0 or more; 0 = all weigh alike.
+        alpha: weight per unit of deviation, at least 0; 0 gives all candidates the same weight.
 
     Returns:
         [B] nats; zero where no two candidates have different scores.
@@ -199,28 +203,28 @@ def mpo_loss(strengths: Tensor, scores: Tensor, valid: Tensor, alpha: float = 1.
 
 
 def _known(values: Tensor, valid: Tensor) -> Tensor:
-    """0 where no candidate exists, so that neither value nor gradient can be NaN."""
+    """Put 0 where no candidate exists, so that neither value nor gradient can be NaN."""
     return torch.where(valid, values, torch.zeros_like(values))
 
 
 def _logsumexp(values: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """Over what the mask holds; 0 where it holds nothing, with zero gradient."""
+    """logsumexp where `mask` is True; 0, with zero gradient, where the mask has no True entry."""
     is_empty = ~mask.any(dim, keepdim=True)
     open_values = torch.where(mask, values, torch.full_like(values, -torch.inf))
-    # A row of nothing but -inf has a gradient of NaN.
+    # logsumexp of a row in which all values are -inf has a NaN gradient.
     return torch.where(is_empty, torch.zeros_like(open_values), open_values).logsumexp(
         dim
     ) * ~is_empty.squeeze(dim)
 
 
 def _softmax(values: Tensor, valid: Tensor) -> Tensor:
-    """[B, K] over the candidates that exist; 0 elsewhere."""
+    """[B, K] softmax over the candidates that exist; 0 where no candidate exists."""
     known = torch.where(valid, values, torch.full_like(values, -torch.inf))
     return torch.where(valid, known.softmax(-1), torch.zeros_like(values))
 
 
 def _ranks(strengths: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """[B, K] from 1, by strength; among equals the lower score first; 1 where none exists."""
-    higher = leads(strengths) < 0  # [b, k, i]: k ahead of i
+    """[B, K] ranks from 1 by strength; equal strengths: lower score first; 1 where none exists."""
+    higher = leads(strengths) < 0  # [b, k, i]: k is stronger than i
     ahead = higher | ((leads(strengths) == 0) & ordered_pairs(scores, valid))
     return 1 + (ahead & valid.unsqueeze(-1)).sum(-2)

@@ -1,7 +1,7 @@
-"""Sums and means over the part of a padded tensor that is real.
+"""Sums and means over a padded tensor that ignore the padding.
 
-Padding is replaced before anything is summed, never multiplied by zero: a row's padding may hold
-infinities or NaN, and zero times those is NaN, in the value or in the gradient. Masks come from
+Padding is replaced by zeros before a sum, never multiplied by zero: padding may hold infinities or
+NaN, and zero times infinity or NaN is NaN, in the value or in the gradient. Masks come from
 lengths, never from comparing ids with a pad id.
 
 Legend: N rows, T positions.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """The mask of right-padded rows.
+    """Build the mask of right-padded rows from their lengths.
 
     Args:
         lengths: [...] int64, how many positions of each row are real.
@@ -28,7 +28,7 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """Sum of `values` where `mask` is True; zero where nothing is.
+    """Sum of `values` where `mask` is True; zero if the mask has no True entry.
 
     Args:
         values: any shape; values outside the mask are never read.
@@ -40,10 +40,10 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) ->
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """Mean of `values` where `mask` is True; zero (not NaN) where nothing is.
+    """Mean of `values` where `mask` is True; zero (not NaN) if the mask has no True entry.
 
-    For means inside one row or one prompt. The loop takes the mean over rows, from totals and
-    counts, because the mean of micro-batch means is not the mean of the batch.
+    Use this for means inside one row or one prompt only. The training loop computes means over
+    rows from totals and counts, because the mean of micro-batch means is not the mean of the batch.
     """
     counts = mask.expand(values.shape).sum(dim).to(values.dtype)
     return masked_sum(values, mask, dim) / counts.clamp_min(1)

@@ -1,4 +1,4 @@
-"""Names of estimators and losses that settings choose from; no import of torch."""
+"""Names of the estimators and losses that settings may select; does not import torch."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_with_k2_gradient")
 KL_LOSS_ESTIMATORS = ("k2", "k3", "k3_with_k2_gradient")

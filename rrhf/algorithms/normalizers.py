@@ -1,12 +1,12 @@
 """Running mean and deviation of a reward model's scores.
 
-A reward model's scores have an arbitrary origin and scale. While it trains, a normaliser watches
-its end scores; what it has learnt is kept in the model's config as plain numbers, and applied by
-the scorer alone, never inside a model's forward.
+A reward model's scores have an arbitrary origin and scale. While the model trains, a normaliser
+tracks the mean and deviation of its end scores. These statistics are saved in the model's config as
+plain numbers. The scorer applies them; a reward model's forward never does.
 
-Both survive a first batch of one score: a deviation is used only once it is known, until then
-scores are centred and keep their scale. Statistics are plain Python floats (float64), so a config
-file carries them exactly. Several ranks merge their `Moments`, so all hold the same statistics.
+Both normalisers accept a first batch of one score: until a deviation is known, scores are centred
+and keep their scale. Statistics are plain Python floats (float64), so a config file stores them
+exactly. The ranks merge their `Moments`, so all ranks hold the same statistics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of some scores: how many, their mean, the sum of squared deviations from it."""
+    """Count and mean of some scores, and the sum of squared deviations from the mean."""
 
     count: int = 0
     mean: float = 0.0
@@ -56,11 +56,11 @@ class Moments:
 
 @dataclass
 class RunningMeanStd:
-    """Mean and deviation (1 while not known) of every score seen so far, each with the same weight.
+    """Mean and standard deviation of all scores seen so far, all with the same weight.
 
-    The variance is the population's (divided by n, not n - 1): it equals `numpy.var` of the whole
-    stream whatever the batches were, and it is zero, not undefined, for one score. Over the
-    thousands of scores of a training run the two differ by less than float32 resolves.
+    The deviation is 1 until there are two scores. The variance is divided by n, not n - 1: it
+    equals `numpy.var` of all scores, however they were cut into batches. Over the thousands of
+    scores of a training run, the difference is too small for float32.
     """
 
     moments: Moments = Moments()
@@ -90,11 +90,11 @@ class RunningMeanStd:
 
 @dataclass
 class ExponentialMovingAverage:
-    """Mean and deviation that forget: new = momentum * old + (1 - momentum) * batch.
+    """Moving mean and standard deviation: new = momentum * old + (1 - momentum) * batch.
 
-    So a *larger* momentum remembers longer. The first batch is taken as it is. A batch's variance
-    is divided by n - 1, because here small batches would otherwise bias it for good; a batch of one
-    score says nothing of the variance and leaves it alone.
+    A *larger* momentum therefore remembers longer. The first batch sets the statistics. A batch's
+    variance is divided by n - 1, because small batches would otherwise bias the moving variance
+    permanently; a batch of one score leaves the variance unchanged.
     """
 
     momentum: float = 0.9
@@ -130,7 +130,7 @@ class ExponentialMovingAverage:
 
 
 Normalizer = RunningMeanStd | ExponentialMovingAverage
-"""Both have the `count` of the scores seen so far, their `mean` and their `std`."""
+"""Either normaliser; both have the `count`, the `mean` and the `std` of the scores seen so far."""
 
 
 def _moments(batch: Tensor | Moments) -> Moments:
@@ -138,7 +138,7 @@ def _moments(batch: Tensor | Moments) -> Moments:
 
 
 def build_normalizer(normalizer_type: str, momentum: float = 0.9) -> Normalizer:
-    """A fresh normaliser of a type named in `NORMALIZER_TYPES`."""
+    """Build a new normaliser of a type named in `NORMALIZER_TYPES`."""
     if normalizer_type == "RunningMeanStd":
         return RunningMeanStd()
     if normalizer_type == "ExponentialMovingAverage":
@@ -149,7 +149,7 @@ def build_normalizer(normalizer_type: str, momentum: float = 0.9) -> Normalizer:
 
 
 def normalizer_from_state(state: dict[str, Any]) -> Normalizer:
-    """The normaliser that `state_dict` described, exactly as it was."""
+    """Restore a normaliser exactly from its `state_dict`."""
     normalizer = build_normalizer(str(state.get("type")), float(state.get("momentum", 0.9)))
     if isinstance(normalizer, RunningMeanStd):
         normalizer.moments = Moments(
@@ -164,10 +164,10 @@ def normalizer_from_state(state: dict[str, Any]) -> Normalizer:
 
 
 def normalize(scores: Tensor, mean: float, std: float, function: str = "affine") -> Tensor:
-    """Put scores on the scale that a normaliser has learnt.
+    """Normalise scores with the mean and deviation that a normaliser has learnt.
 
-    affine: (x - mean) / (std + 1e-8), for rewards. scale: x / (std + 1e-8), for costs, whose zero
-    means something. identity: x, for a critic, which must predict on the scale of its returns.
+    affine: (x - mean) / (std + 1e-8), for rewards. scale: x / (std + 1e-8), for costs, where zero
+    has a meaning. identity: x, for a critic, which must predict on the scale of its returns.
 
     Args:
         scores: any shape.

@@ -1,11 +1,11 @@
-"""Losses of single candidates against a reference, from what their scores say of each.
+"""Losses over single candidates, each compared with a reference policy: KTO, SPPO, QRPO, TOPR.
 
-Scores become a target for each candidate: desirable or not (`kto_loss`), the share of candidates
-that it beats (`sppo_loss`), its quantile (`qrpo_loss`), or a weight (`topr_loss`). Each loss is a
-sum over the candidates of a prompt that are counted; their number is `valid.sum(-1)`.
+The scores give each candidate a target: desirable or not (`kto_loss`), the share of candidates that
+the candidate beats (`sppo_loss`), its quantile (`qrpo_loss`), or a weight (`topr_loss`). Each loss
+is a sum over the counted candidates of a prompt; their number is `valid.sum(-1)`.
 
-Targets that compare a candidate with its list say nothing where all scores are equal, or where
-there is only one: the caller leaves such prompts out, by `valid` (`rank_losses.ranked_candidates`).
+A target that compares a candidate with its list has no meaning if all scores are equal or there is
+only one candidate: the caller excludes such prompts via `valid` (`rank_losses.ranked_candidates`).
 
 Legend: B prompts, K candidates per prompt (padded; `valid` says which exist and have a score),
 rho = S - S_reference, the log ratio of a whole response in nats.
@@ -22,16 +22,16 @@ from rrhf.algorithms.masked import masked_sum
 
 
 def deviations(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """How each score compares with the mean of its prompt.
+    """Compare each score with the mean score of its prompt.
 
     Args:
         scores: [B, K] any scale.
         valid: [B, K] True where a candidate exists.
 
     Returns:
-        [B, K] bool, above the mean; [B, K] float64, score minus mean; False and 0 where no
-        candidate exists. Computed in double, where a sum of float32 scores is exact, so that a
-        score that equals the mean never counts as more.
+        [B, K] bool, True above the mean; [B, K] float64, score minus mean. False and 0 where no
+        candidate exists. Both are computed in float64, in which a sum of float32 scores is exact,
+        so that a score that equals the mean is never found above the mean.
     """
     known = torch.where(valid, scores, torch.zeros_like(scores)).double()
     count = valid.sum(-1, keepdim=True)
@@ -42,16 +42,17 @@ def deviations(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def win_shares(scores: Tensor, valid: Tensor, count_itself: bool = True) -> Tensor:
-    """The share of a prompt's candidates that each one beats; equal scores count half.
+    """The share of a prompt's candidates that each candidate beats; a tie counts as half a win.
 
     Args:
         scores: [B, K] any scale, only the order counts.
         valid: [B, K] True where a candidate exists.
-        count_itself: each candidate meets itself too, a tie: the estimate of Wu et al. 2024, SPPO,
-            arXiv:2405.00675, from K samples. Without it the better of two beats all others.
+        count_itself: True compares each candidate with itself too, as a tie: the estimate of Wu
+            et al. 2024, SPPO, arXiv:2405.00675, from K samples. The better of two candidates then
+            has a share of 3/4, and with False a share of 1.
 
     Returns:
-        [B, K] float64 between 0 and 1; 1/2 where there is nobody to meet.
+        [B, K] float64 between 0 and 1; 1/2 for a candidate that is compared with none.
     """
     both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
     mine, its = scores.unsqueeze(-1), scores.unsqueeze(-2)
@@ -64,7 +65,9 @@ def win_shares(scores: Tensor, valid: Tensor, count_itself: bool = True) -> Tens
 
 
 def quantiles(scores: Tensor, valid: Tensor) -> Tensor:
-    """The share of a prompt's candidates whose score is not above one's own, itself included.
+    """Quantile of each score: the share of the prompt's candidates whose score is not higher.
+
+    The candidate itself is included in the share.
 
     Args:
         scores: [B, K] any scale, only the order counts.
@@ -79,12 +82,12 @@ def quantiles(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def log_ratio_of_others(log_ratios: Tensor, valid: Tensor) -> Tensor:
-    """What each candidate's prompt says of the KL from the reference: KTO's reference point.
+    """KTO's reference point: an estimate of the KL from the reference for each candidate's prompt.
 
-    max(0, the mean log ratio of the prompt's other candidates), without gradient. Ethayarajh et al.
-    2024, KTO, arXiv:2402.01306, average over other prompts' responses in the batch;
-    then a loss depends on how the batch is cut into micro-batches and ranks, and those pairs need
-    forwards of their own. The other candidates of the prompt are real responses to it.
+    max(0, mean log ratio of the prompt's other candidates), without gradient. The paper (Ethayarajh
+    et al. 2024, KTO, arXiv:2402.01306) averages over the responses to other prompts of the batch.
+    That makes the loss depend on how the batch is cut into micro-batches and ranks, and needs extra
+    forwards. The other candidates used here are responses to the prompt itself.
 
     Returns:
         [B, K] nats, 0 or more; 0 where there is no other candidate.
@@ -102,7 +105,7 @@ def kto_loss(
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Desirable candidates above a reference point, undesirable ones below: no pairs are needed.
+    """KTO: push desirable candidates above a reference point and undesirable ones below.
 
     Sum of w_D (1 - sigmoid(beta (rho - z))) over desirable and w_U (1 - sigmoid(beta (z - rho)))
     over undesirable candidates: Ethayarajh et al. 2024, KTO, arXiv:2402.01306.
@@ -116,7 +119,7 @@ def kto_loss(
         weights: w_D and w_U.
 
     Returns:
-        [B]; zero where nothing is counted.
+        [B]; zero for a prompt without counted candidates.
     """
     lead = torch.where(valid, beta * (log_ratios - kl), torch.zeros_like(log_ratios))
     good, bad = weights
@@ -125,10 +128,11 @@ def kto_loss(
 
 
 def sppo_loss(log_ratios: Tensor, shares: Tensor, valid: Tensor, eta: float) -> Tensor:
-    """Sum over candidates of (rho_i - eta (P_i - 1/2))^2, P_i the probability that i wins.
+    """SPPO: regress each candidate's log ratio on its probability of winning.
 
-    Wu et al. 2024, SPPO, arXiv:2405.00675, equation 4.7 (the log of the normaliser is taken for
-    eta / 2, as there).
+    Sum over candidates of (rho_i - eta (P_i - 1/2))^2, P_i the probability that i wins: Wu et al.
+    2024, SPPO, arXiv:2405.00675, equation 4.7. As in the paper, the log of the normaliser is
+    approximated by eta / 2.
 
     Args:
         log_ratios: [B, K] rho.
@@ -137,18 +141,19 @@ def sppo_loss(log_ratios: Tensor, shares: Tensor, valid: Tensor, eta: float) -> 
         eta: nats per unit of probability, above 0.
 
     Returns:
-        [B] nats squared; zero where nothing is counted.
+        [B] nats squared; zero for a prompt without counted candidates.
     """
     missing = log_ratios - eta * (shares - 0.5).to(log_ratios.dtype)
     return masked_sum(torch.where(valid, missing, torch.zeros_like(missing)).square(), valid)
 
 
 def qrpo_loss(log_ratios: Tensor, targets: Tensor, valid: Tensor, beta: float = 0.1) -> Tensor:
-    """Sum over candidates of (q_i - beta log Z - beta rho_i)^2, q_i the quantile of a score.
+    """QRPO: regress each candidate's log ratio on the quantile of its score.
 
-    Quantiles of the reference's samples are uniform, so Z is known: beta (e^(1/beta) - 1).
-    Matrenok et al. 2025, QRPO, arXiv:2507.08068, equation 11; log Z is computed exactly,
-    where the authors' program leaves out log(1 - e^(-1/beta)).
+    Sum over candidates of (q_i - beta log Z - beta rho_i)^2, q_i the quantile: Matrenok et al.
+    2025, QRPO, arXiv:2507.08068, equation 11. The quantiles of the reference's samples are uniform,
+    so Z = beta (e^(1/beta) - 1) is known. log Z is computed exactly here; the authors' program
+    leaves out the term log(1 - e^(-1/beta)).
 
     Args:
         log_ratios: [B, K] rho.
@@ -157,7 +162,7 @@ def qrpo_loss(log_ratios: Tensor, targets: Tensor, valid: Tensor, beta: float = 
         beta: strength of the pull to the reference, above 0.
 
     Returns:
-        [B]; zero where nothing is counted.
+        [B]; zero for a prompt without counted candidates.
     """
     log_normaliser = math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
     missing = (targets - beta * log_normaliser).to(log_ratios.dtype) - beta * log_ratios
@@ -165,11 +170,11 @@ def qrpo_loss(log_ratios: Tensor, targets: Tensor, valid: Tensor, beta: float = 
 
 
 def topr_loss(logprobs: Tensor, sampler_logprobs: Tensor, rewards: Tensor, valid: Tensor) -> Tensor:
-    """REINFORCE on kept samples: plain for good ones, truncated importance sampling for bad ones.
+    """TOPR: off-policy REINFORCE in which only bad samples have an importance weight.
 
-    -sum_i c_i r_i S_i, c_i = 1 where r_i >= 0, else min(1, pi / mu) without gradient: Le Roux et
-    al. 2025, TOPR, arXiv:2503.14286. A bad sample that the policy has become unlikely
-    to draw has no pull left. The value falls without bound and is no measure of progress.
+    -sum_i c_i r_i S_i, where c_i = 1 if r_i >= 0, else min(1, pi / mu), without gradient: Le Roux
+    et al. 2025, TOPR, arXiv:2503.14286. A bad sample loses its effect as the policy becomes
+    unlikely to draw it. The loss has no lower bound, so its value does not measure progress.
 
     Args:
         logprobs: [B, K] S in nats.
@@ -178,7 +183,7 @@ def topr_loss(logprobs: Tensor, sampler_logprobs: Tensor, rewards: Tensor, valid
         valid: [B, K] True where a candidate is counted.
 
     Returns:
-        [B]; zero where nothing is counted.
+        [B]; zero for a prompt without counted candidates.
     """
     log_ratios = torch.where(valid, logprobs - sampler_logprobs, torch.zeros_like(logprobs))
     kept = torch.where(rewards >= 0, 1.0, log_ratios.detach().clamp_max(0.0).exp())

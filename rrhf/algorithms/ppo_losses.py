@@ -1,13 +1,12 @@
 """PPO's losses and their metrics.
 
-Every loss is given token by token, then added up in one of three ways (`reduce_rows`) into totals
-and counts per row, so that the loop can divide by a count over all ranks and micro-batches; the
-counts follow from the mask alone, and are known before the forward. Metrics are totals and counts
-as well, except the largest ratio, which is a maximum.
+Every loss is computed for each token. `reduce_rows` then sums the token losses, in one of three
+ways, into totals and counts per row, so that the training loop can divide by a count over all ranks
+and micro-batches. The counts depend on the mask only, so they are known before the forward. Metrics
+are totals and counts as well, except the largest ratio, which is a maximum.
 
 Schulman et al. 2017, arXiv:1707.06347. Old log-probs, old values, advantages and returns are
-constants of the rollout. The penalty for leaving the reference is in `kl`, and goes through
-`reduce_rows` as these losses do.
+constants of the rollout. The KL penalty is in `kl`; as a loss it is reduced by `reduce_rows` too.
 
 Legend: N rows (responses), T positions.
 """
@@ -27,7 +26,7 @@ REDUCTIONS = ("token-mean", "sequence-mean", "sequence-sum")
 
 
 def reduction_counts(mask: Tensor, reduction: str = "token-mean") -> Tensor:
-    """What the totals of `reduce_rows` are to be divided by, summed over everything.
+    """Counts by which the totals of `reduce_rows` are divided, once both are summed over the batch.
 
     Args:
         mask: [N, T] True at response tokens; all False for a filler row.
@@ -49,12 +48,12 @@ def reduction_counts(mask: Tensor, reduction: str = "token-mean") -> Tensor:
 def reduce_rows(
     token_losses: Tensor, mask: Tensor, reduction: str = "token-mean"
 ) -> tuple[Tensor, Tensor]:
-    """Token losses as totals and counts per row.
+    """Reduce token losses to totals and counts per row.
 
-    token-mean weighs every token of the global batch alike, so long responses weigh more;
-    sequence-mean weighs every response alike, so the tokens of long ones weigh less; sequence-sum
-    is the sum over a response's tokens, averaged over responses: with a constant weight of one over
-    the response budget it is the reduction of Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
+    token-mean: every token of the global batch has the same weight, so long responses weigh more.
+    sequence-mean: every response has the same weight, so the tokens of long responses weigh less.
+    sequence-sum: the sum over a response's tokens, averaged over responses; divided by the maximum
+    response length, this is the reduction of Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
 
     Args:
         token_losses: [N, T]; values outside the mask are never read.
@@ -71,34 +70,35 @@ def reduce_rows(
 
 
 def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log of (probability now / probability when sampled), held within [-20, 20].
+    """log(probability now / probability when sampled) of each token, clamped to [-20, 20].
 
     Args:
         logprobs: [N, T] under the policy being trained, at the sampling temperature, nats.
-        old_logprobs: [N, T] under the policy that sampled, likewise.
+        old_logprobs: [N, T] under the policy that sampled, at the same temperature.
         mask: [N, T] True at response tokens.
 
     Returns:
-        [N, T]; zero (a ratio of one) outside the mask. Beyond the limit there is no gradient.
+        [N, T]; zero (a ratio of one) outside the mask. Clamped values have no gradient.
     """
     assert mask.dtype == torch.bool, "a mask is boolean; build it from lengths"
     difference = logprobs - old_logprobs.detach()
-    # Before exp: what padding holds would reach the gradient as zero times NaN.
+    # Do this before exp: otherwise the values in padding would put zero times NaN into the
+    # gradient.
     difference = torch.where(mask, difference, torch.zeros_like(difference))
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 class Clips(NamedTuple):
-    """How far an update may go: distances of the ratio from 1, and a bound on the loss.
+    """Limits on an update: how far the ratio may move from 1, and a bound on the loss.
 
-    Two ranges make the clip asymmetric: a wider `high` lets unlikely tokens grow (Yu et al. 2025,
+    The two ranges may differ: a larger `high` lets unlikely tokens become likelier (Yu et al. 2025,
     DAPO, arXiv:2503.14476).
 
     Attributes:
-        low: 0 to 1.
-        high: at least 0.
-        dual: c, above 1: a loss where A < 0 is held at -c * A (Ye et al. 2020, arXiv:1912.09729),
-            without a gradient there; None leaves it unbounded.
+        low: the ratio is clipped below 1 - low; 0 to 1.
+        high: the ratio is clipped above 1 + high; at least 0.
+        dual: c, above 1: where A < 0, the loss is at most -c * A, with zero gradient at the bound
+            (Ye et al. 2020, arXiv:1912.09729); None sets no bound.
     """
 
     low: float = 0.2
@@ -127,14 +127,14 @@ def policy_losses(
     mask: Tensor,
     clips: Clips = DEFAULT_CLIPS,
 ) -> Tensor:
-    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) for every token.
+    """PPO's clipped loss of every token: -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A).
 
-    Schulman et al. 2017, equation 7. The minimum bounds what a token can gain, never what it can
-    lose: where A < 0 and the ratio is huge, so is the loss, unless `clips.dual` bounds it.
+    Schulman et al. 2017, equation 7. The minimum bounds the loss from below only: where A < 0 and
+    the ratio is huge, the loss is huge too, unless `clips.dual` bounds it.
 
     Args:
         logprobs: [N, T] under the policy being trained, at the sampling temperature, nats.
-        old_logprobs: [N, T] under the policy that sampled, likewise.
+        old_logprobs: [N, T] under the policy that sampled, at the same temperature.
         advantages: [N, T].
         mask: [N, T] True at response tokens.
         clips: how far the ratio may move.
@@ -157,10 +157,10 @@ def value_losses(
     mask: Tensor,
     clip_range_value: float | None = 0.2,
 ) -> Tensor:
-    """1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) for every token.
+    """Squared error of the critic, with a clip that keeps values near those of the rollout.
 
-    The clip of Schulman et al.'s own program, which keeps the critic near what it said during the
-    rollout; Engstrom et al. 2020 (arXiv:2005.12729) describe it.
+    1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) for every token. The clip comes from
+    the program of Schulman et al.; Engstrom et al. 2020 (arXiv:2005.12729) describe it.
 
     Args:
         values: [N, T] under the critic being trained.
@@ -193,7 +193,7 @@ def _squared_errors(
 
 
 def entropy_losses(entropy: Tensor, mask: Tensor) -> Tensor:
-    """-H for every token: weighed with a small coefficient it rewards a policy that stays open.
+    """Entropy bonus as a loss, -H for every token; a small coefficient keeps the policy exploring.
 
     Args:
         entropy: [N, T] of the distribution at each position, at the sampling temperature, nats.
@@ -220,12 +220,12 @@ def policy_metrics(
     mask: Tensor,
     clips: Clips = DEFAULT_CLIPS,
 ) -> dict[str, Pair]:
-    """How far an update has gone, as (total, count of tokens) scalars.
+    """Metrics of how far the policy has moved since the rollout, as (total, token count) scalars.
 
-    ratio: mean of the ratio. clip_share: tokens where the clip decides the loss, so that they have
-    no gradient. dual_clip_share: tokens that the dual clip holds. approximate_kl_k1 and
-    approximate_kl_k3: KL(policy that sampled || policy now), from the tokens that the first one
-    sampled. The arguments are those of `policy_losses`.
+    ratio: probability now / probability when sampled. clip_share: tokens whose loss is the clipped
+    one, so that it has no gradient. dual_clip_share: tokens whose loss is at the bound of the dual
+    clip. approximate_kl_k1 and approximate_kl_k3: KL(policy that sampled || policy now), estimated
+    from the sampled tokens. The arguments are those of `policy_losses`.
     """
     free, clipped, advantages = _surrogates(logprobs, old_logprobs, advantages, mask, clips)
     ratio = log_ratios(logprobs, old_logprobs, mask).exp()
@@ -243,7 +243,7 @@ def policy_metrics(
 
 @torch.no_grad()
 def largest_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """The largest ratio of any token: a scalar, zero without tokens. Ranks take the maximum."""
+    """The largest ratio of any token, a scalar; zero without tokens. Use max to combine ranks."""
     ratio = log_ratios(logprobs, old_logprobs, mask).exp()
     held = torch.where(mask, ratio, torch.zeros_like(ratio)).flatten()
     return held.max() if held.numel() else ratio.new_zeros(())
@@ -257,9 +257,10 @@ def value_metrics(
     mask: Tensor,
     clip_range_value: float | None = 0.2,
 ) -> dict[str, Pair]:
-    """The critic's values and how often the clip decides its loss, as (total, count) scalars.
+    """Metrics of the critic, as (total, token count) scalars: values, returns and the clip's share.
 
-    The arguments are those of `value_losses`.
+    value_clip_share: tokens whose loss is the clipped one. The arguments are those of
+    `value_losses`.
     """
     free, clipped = _squared_errors(values, old_values, returns, mask, clip_range_value)
     metrics = {
@@ -271,7 +272,7 @@ def value_metrics(
 
 
 def explained_variance_sums(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """What `explained_variance` needs of a batch, to be added up over ranks and micro-batches.
+    """Compute the sums for `explained_variance`; add them up over ranks and micro-batches.
 
     Args:
         values: [N, T] the critic's predictions.
@@ -285,15 +286,17 @@ def explained_variance_sums(values: Tensor, returns: Tensor, mask: Tensor) -> Te
 
 
 def explained_variance(sums: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant one, below for worse.
+    """Explained variance of the critic: 1 - Var(R - V) / Var(R).
+
+    1 for a perfect critic, 0 for a constant one, negative for a critic worse than a constant.
 
     Args:
-        sums: [2, 3] of everything, from `explained_variance_sums`.
+        sums: [2, 3] from `explained_variance_sums`, added up over ranks and micro-batches.
 
     Returns:
-        the share; 0 where all returns are equal and there is nothing to explain.
+        the explained variance; 0 if all returns are equal, so that there is nothing to explain.
     """
     _, errors = mean_and_variance(sums[0], unbiased=False)
     mean, spread = mean_and_variance(sums[1], unbiased=False)
-    is_noise = bool(spread <= 1e-12 * mean.square())  # what rounding leaves of equal returns
+    is_noise = bool(spread <= 1e-12 * mean.square())  # equal returns, up to rounding
     return 0.0 if is_noise else float(1 - errors / spread)

@@ -1,15 +1,16 @@
-"""Losses that make a policy's own likelihoods rank candidates as their scores do.
+"""RRHF: losses that make a policy's likelihoods rank the candidates in the order of their scores.
 
-RRHF (Yuan et al. 2023, arXiv:2304.05302) is two terms: a hinge over every ordered pair of a
-prompt's candidates, and cross-entropy on the best one. Both are given per prompt; the loop divides
-by a count summed over all ranks and micro-batches, so how a batch is cut cannot change the loss.
+RRHF (Yuan et al. 2023, arXiv:2304.05302) has two terms: a hinge over every ordered pair of a
+prompt's candidates, and cross-entropy on the best candidate. Both are returned per prompt; the
+training loop divides by a count summed over all ranks and micro-batches, so the loss does not
+depend on how the batch is cut.
 
-In addition to the paper's loss there is the one that the authors' released program computes
-(`released_rrhf_loss`), which differs and is the one behind the published numbers. Losses with a
-reference policy or with probabilities over whole rankings are not here.
+`released_rrhf_loss` is the loss that the authors' released program computes. It differs from the
+paper's loss, and the published numbers were made with it. Losses with a reference policy are in
+`pair_losses` and `point_losses`; losses over whole rankings are in `list_losses`.
 
 Legend: B prompts, K candidates per prompt (padded; `valid` says which exist). Scores of candidates
-that do not exist are ignored whatever they hold, NaN included.
+that do not exist are ignored, even if they are NaN.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def sequence_scores(
 ) -> Tensor:
     """The length-normalised log-prob by which a policy ranks its candidates.
 
-    p = S / |y| ** length_penalty, S = sum_t log P(y_t | x, y_<t): equation 1 of the RRHF paper,
-    where length_penalty is 1. Log-probs are negative, so a larger penalty favours *longer*
-    responses; 0 compares whole-sequence log-probs.
+    p = S / |y| ** length_penalty, S = sum_t log P(y_t | x, y_<t): equation 1 of the RRHF paper, in
+    which length_penalty is 1. Log-probs are negative, so a larger penalty favours *longer*
+    responses; 0 gives whole-sequence log-probs.
 
     Args:
         sequence_logprobs: [...] S in nats.
-        lengths: [...] |y| in tokens, EOS included. Zero (padding) counts as one.
+        lengths: [...] |y| in tokens, EOS included. A length of zero (padding) counts as one.
         length_penalty: exponent of the length.
 
     Returns:
@@ -42,7 +43,7 @@ def sequence_scores(
 
 
 def ordered_pairs(scores: Tensor, valid: Tensor) -> Tensor:
-    """Which candidate is worse than which: only strictly ordered, existing ones form a pair.
+    """Find all pairs in which one candidate scores strictly below another.
 
     Args:
         scores: [B, K] any scale, only the order counts; equal scores form no pair.
@@ -56,12 +57,12 @@ def ordered_pairs(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def has_order(scores: Tensor, valid: Tensor) -> Tensor:
-    """[B] True where a prompt has two candidates with different scores: something to rank."""
+    """[B] True where a prompt has at least two candidates with different scores."""
     return ordered_pairs(scores, valid).any(-1).any(-1)
 
 
 def ranked_candidates(scores: Tensor, valid: Tensor) -> Tensor:
-    """[B, K] the candidates of those prompts that have something to rank."""
+    """[B, K] True for the candidates of prompts that have at least two different scores."""
     return valid & has_order(scores, valid).unsqueeze(-1)
 
 
@@ -71,7 +72,7 @@ def _excess_of_the_worse(sequence_scores: Tensor) -> Tensor:
 
 
 def rrhf_rank_loss(sequence_scores: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """Penalise every worse candidate that the policy finds likelier than a better one.
+    """RRHF's ranking loss: penalise worse candidates that the policy finds likelier than better.
 
     Sum over pairs with score_i < score_j of max(0, p_i - p_j), p the length-normalised
     log-prob: Yuan et al. 2023, RRHF, arXiv:2304.05302, equation 3. There is no margin, and the
@@ -90,7 +91,7 @@ def rrhf_rank_loss(sequence_scores: Tensor, scores: Tensor, valid: Tensor) -> Te
 
 
 def best_candidate(scores: Tensor, valid: Tensor) -> Tensor:
-    """The candidate that the policy is to imitate: the highest score, the first of equals.
+    """The candidate that the policy imitates: the first one with the prompt's highest score.
 
     Args:
         scores: [B, K].
@@ -142,23 +143,23 @@ def count_ordered_pairs(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def count_violated_pairs(sequence_scores: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """[B] int64, in how many ordered pairs the policy finds the worse candidate likelier."""
+    """[B] int64, the number of ordered pairs where the worse candidate has the higher p."""
     violated = (_excess_of_the_worse(sequence_scores) > 0) & ordered_pairs(scores, valid)
     return violated.sum(dim=(-2, -1))
 
 
 def count_correct_pairs(sequence_scores: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """[B] int64, in how many ordered pairs the better candidate has the higher sequence score.
+    """[B] int64, the number of ordered pairs where the better candidate has the higher p.
 
-    Over `count_ordered_pairs` this is the accuracy of the policy as a reward model (RRHF paper,
-    table 5). Exact ties of the policy are neither correct nor violated.
+    Divided by `count_ordered_pairs`, this is the accuracy of the policy as a reward model (RRHF
+    paper, table 5). Pairs with exactly equal p are neither correct nor violated.
     """
     correct = (_excess_of_the_worse(sequence_scores) < 0) & ordered_pairs(scores, valid)
     return correct.sum(dim=(-2, -1))
 
 
 def total_margin(sequence_scores: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """[B] sum over ordered pairs of p_better - p_worse; over the pair count, the mean margin."""
+    """[B] sum over ordered pairs of p_better - p_worse; divide by the pair count for the mean."""
     excess = _excess_of_the_worse(sequence_scores)
     return -masked_sum(excess, ordered_pairs(scores, valid), dim=(-2, -1))
 
@@ -170,26 +171,26 @@ def released_rrhf_loss(
     padded_widths: Tensor,
     length_penalty: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """What the program released with the RRHF paper computes, fault for fault.
+    """Reproduce the loss of the program released with the RRHF paper, including its bugs.
 
-    It is the loss behind the published numbers, and not the paper's: the mask from which response
-    lengths were to be counted is lost before they are, so every candidate is divided by the padded
-    width L of its micro-batch (query and padding included) instead of its own length, and the
-    cross-entropy is a mean over that same width:
+    The published numbers were made with this loss, which differs from the paper's. The program
+    loses the response mask before it counts response lengths. So the log-prob of each candidate is
+    divided by the padded width L of the micro-batch (query and padding included) instead of the
+    candidate's length, and the cross-entropy is a mean over the same width:
 
         rank = sum over score_i < score_j of max(0, S_i - S_j) / L ** length_penalty
         sft  = -S_best / L
 
-    So nothing is normalised by length (a longer, better response counts as a violation whenever
-    its summed log-prob is lower), and the loss depends on how long the longest candidate is.
+    As a result, nothing is normalised by length (a better response counts as a violation whenever
+    its summed log-prob is lower), and the loss depends on the length of the longest candidate.
 
     Args:
         sequence_logprobs: [B, K] S in nats.
         scores: [B, K] only the order counts; equal scores form no pair.
         valid: [B, K] True where a candidate exists.
-        padded_widths: [B] L, the longest row (query and response) of each prompt. The original
-            holds one prompt in a micro-batch.
-        length_penalty: exponent of L in the rank term alone.
+        padded_widths: [B] L, the length of each prompt's longest row (query and response). The
+            original program has one prompt in each micro-batch.
+        length_penalty: exponent of L, in the rank term only.
 
     Returns:
         rank [B] and sft [B], not yet weighted.

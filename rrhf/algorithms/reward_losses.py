@@ -1,4 +1,4 @@
-"""Losses that teach a reward model which of two responses is better.
+"""Losses that train a reward model to score the better of two responses higher.
 
 Every loss here is -log sigmoid of a difference of scores (Bradley and Terry 1952; Ouyang et al.
 2022, arXiv:2203.02155, equation 1), over all strictly ordered pairs of one prompt: a preference
@@ -6,14 +6,15 @@ pair is a group of two, a ranked group of K gives up to K(K-1)/2 pairs from K fo
 types differ in *which* scores are compared:
 
 - sequence-wise, last_token: the scores at each response's last token.
-- token-wise, per_sample: the scores position by position, from the first token in which the two
-  responses differ to the end of the longer one, averaged over those positions.
-- average: the mean score of each response's own tokens from that first different token on.
+- token-wise, per_sample: the scores at each position, from the first token in which the two
+  responses differ to the end of the longer response; the loss is averaged over these positions.
+- average: the mean score of each response's tokens, from the first different token on.
 
-A loss has two names if two communities know it by different names. Each function gives
-totals and pair counts per prompt. All totals over all counts weighs each pair alike; dividing
-a prompt's total by its own count first (`mean_over_pairs`) weighs each prompt alike, as InstructGPT
-does to keep large groups from dominating. For plain pairs the two are the same.
+Some losses have two names, because different communities use different names. Each function returns
+totals and pair counts per prompt. The sum of all totals divided by the sum of all counts gives each
+pair the same weight. Dividing each prompt's total by its count first (`mean_over_pairs`) gives each
+prompt the same weight, as in InstructGPT, so that large groups do not dominate. For preference
+pairs the two are the same.
 
 Legend: B prompts, K candidates per prompt (padded; `valid` says which exist), R response positions,
 M ordered pairs of the batch.
@@ -31,14 +32,14 @@ from rrhf.algorithms.rank_losses import ordered_pairs
 
 
 def preference_margins(preferences: Tensor, factor: float = 1.0) -> Tensor:
-    """Margins that grow with how much better a response is: factor * (better - worse).
+    """Margins in proportion to how much better a response is: factor * (better - worse).
 
-    Llama 2 (Touvron et al. 2023, arXiv:2307.09288, equation 2) asks clearly better responses to
-    lie further ahead.
+    As in Llama 2 (Touvron et al. 2023, arXiv:2307.09288, equation 2), the score of a clearly better
+    response must lead by more.
 
     Args:
-        preferences: [B, K] what orders the candidates, on a scale that means something.
-        factor: nats of logit per unit of preference.
+        preferences: [B, K] numbers that order the candidates; their differences set the margins.
+        factor: logits per unit of preference.
 
     Returns:
         [B, K, K]; [b, i, j] for worse i and better j.
@@ -58,10 +59,11 @@ def pairwise_loss(
 
     Args:
         end_scores: [B, K] the reward model's scores.
-        preferences: [B, K] what orders the candidates, such as 1 for chosen and 0 for rejected;
-            equal ones form no pair.
+        preferences: [B, K] numbers that order the candidates, such as 1 for chosen and 0 for
+            rejected; equal numbers form no pair.
         valid: [B, K] True where a candidate exists.
-        margin: by how much the better must lead; a number, or [B, K, K] indexed [b, worse, better].
+        margin: by how much the better response must lead; a number, or [B, K, K] indexed
+            [b, worse, better].
 
     Returns:
         totals [B] and pair counts [B] int64; both zero for a prompt without an ordered pair.
@@ -73,15 +75,15 @@ def pairwise_loss(
 
 
 def first_difference(left: Tensor, right: Tensor, lengths: tuple[Tensor, Tensor]) -> Tensor:
-    """Where two right-padded responses part: at different tokens, or where only one goes on.
+    """The first position at which two responses differ, or at which one of them has ended.
 
     Args:
-        left: [M, R] ids.
-        right: [M, R] ids.
-        lengths: ([M], [M]) their lengths.
+        left: [M, R] ids, right-padded.
+        right: [M, R] ids, right-padded.
+        lengths: ([M], [M]) the lengths of left and right.
 
     Returns:
-        [M] int64 position; the longer length where the two are equal, so that nothing follows.
+        [M] int64 position; where the two responses are equal, their length.
     """
     in_left, in_right = (length_mask(each, left.shape[-1]) for each in lengths)
     differ = ((left != right) & in_left & in_right) | (in_left != in_right)  # [M, R]
@@ -98,17 +100,17 @@ def token_pair_loss(
     loss_type: str = "token-wise",
     margin: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses that look at more than the last token; see the module text.
+    """Pairwise losses over the scores of many tokens; the module docstring defines each type.
 
-    "token-wise" compares up to the end of the longer response; after the end of the shorter one it
-    uses the scores of padding, as the programs that introduced it do. Responses with equal ids form
-    no pair.
+    "token-wise" and "per_sample" compare scores up to the end of the longer response. After the end
+    of the shorter response they use the scores of its padding, as the programs that introduced this
+    loss do. Responses with equal ids form no pair.
 
     Args:
         token_scores: [B, K, R] a score at every response position, padding included.
         response_ids: [B, K, R] right-padded.
         response_lengths: [B, K].
-        preferences: [B, K] what orders the candidates; equal ones form no pair.
+        preferences: [B, K] numbers that order the candidates; equal numbers form no pair.
         valid: [B, K] True where a candidate exists.
         loss_type: "token-wise", "per_sample" or "average".
         margin: a number, or [B, K, K] indexed [b, worse, better].
@@ -130,7 +132,7 @@ def token_pair_loss(
 
     positions = torch.arange(token_scores.shape[-1], device=token_scores.device)
     if loss_type == "average":
-        # A response that ends inside the common beginning has no token left: its last stands in.
+        # A response that is a prefix of the other has no different token: use its last token.
         starts = [torch.minimum(start, length - 1).unsqueeze(-1) for length in lengths]
         windows = [
             (positions >= first) & (positions < length.unsqueeze(-1))
@@ -149,16 +151,16 @@ def token_pair_loss(
 
 
 def mean_over_pairs(totals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn sums over pairs into means per prompt, so that each prompt weighs alike.
+    """Turn sums over pairs into means per prompt, so that each prompt has the same weight.
 
-    Ouyang et al. 2022, arXiv:2203.02155, equation 1: the factor 1 / C(K, 2), here with the number
-    of strictly ordered pairs.
+    Ouyang et al. 2022, arXiv:2203.02155, equation 1, where the factor is 1 / C(K, 2); here it is
+    one over the number of strictly ordered pairs.
 
     Args:
         totals: [B] sum over each prompt's pairs.
-        counts: [B] its number of pairs.
+        counts: [B] number of pairs of each prompt.
 
     Returns:
-        [B] means, and [B] int64 ones where a prompt has any pair, else zero.
+        [B] means, and [B] int64 counts: one for a prompt with a pair, else zero.
     """
     return totals / counts.clamp_min(1).to(totals.dtype), (counts > 0).to(torch.int64)

@@ -1,15 +1,14 @@
-"""From scores to rewards: what PPO maximises at every token of a response.
+"""Turns scores of responses into token rewards, which PPO maximises.
 
 A *score* is what a scorer gives to a whole response; a *reward* is the score on the response's last
 token, minus the KL penalty on every token. The last token is found from the row's length, never
-from pad ids: with pad = eos the EOS itself is the token that carries the score, and one position
-further lies outside everything that is trained.
+from pad ids, because the EOS, which carries the score, may have the same id as the padding.
 
-A score goes through three steps, in this order: normalisation (not here), clipping, and the penalty
-for a response that did not finish. The penalty therefore applies in full to a response whose score
-was clipped, and neither clip nor normaliser ever sees the KL.
+A score goes through three steps, in this order: normalisation (not in this module), clipping, and
+the penalty for an unfinished response. The penalty therefore applies in full to a response whose
+score was clipped, and the KL is neither clipped nor normalised.
 
-Where the KL is a term of the loss instead, the rewards are made with `kl=None`.
+If the KL is a term of the loss instead, compute the rewards with `kl=None`.
 
 Legend: N rows (responses), T positions.
 """
@@ -43,12 +42,12 @@ def count_clipped(scores: Tensor, limit: float | None) -> Tensor:
 def penalise_unfinished(scores: Tensor, is_finished: Tensor, penalty: float) -> Tensor:
     """Subtract a penalty from the score of every response that was cut off before its EOS.
 
-    A reward model that never saw half an answer scores it arbitrarily, and a policy that is not
-    told will learn to ramble.
+    A reward model that was never trained on truncated responses scores them arbitrarily. Without
+    the penalty, the policy may learn to write without end.
 
     Args:
         scores: [N].
-        is_finished: [N] bool, True where the response ended by itself.
+        is_finished: [N] bool, True where the response ended with EOS.
         penalty: at least zero, on the scale of the scores.
     """
     assert penalty >= 0, "a negative penalty would reward a missing EOS"
@@ -57,12 +56,12 @@ def penalise_unfinished(scores: Tensor, is_finished: Tensor, penalty: float) -> 
 
 
 def on_last_token(scores: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Each score at the last real token of its row, zero everywhere else.
+    """Place each score at the last real token of its row, and zero everywhere else.
 
     Args:
         scores: [N].
-        lengths: [N] int64 tokens, EOS included; 1 to `width`. An empty row (0) has no place for
-            its score, which is then lost.
+        lengths: [N] int64 tokens, EOS included; 1 to `width`. The score of an empty row (length 0)
+            is dropped.
         width: T, the padded width.
 
     Returns:
@@ -81,22 +80,22 @@ def token_rewards(
     kl: Tensor | None = None,
     kl_coefficient: float = 0.0,
 ) -> Tensor:
-    """r_t = -beta * kl_t, plus the score where t is the response's last token.
+    """Compute token rewards: r_t = -beta * kl_t, plus the score where t is the last token.
 
-    Ziegler et al. 2019, arXiv:1909.08593, equation 2, written per token. Rewards are constants:
-    no gradient flows through them. The sum over a row is its sequence reward, score minus
-    beta times the row's KL, which the critic-free methods compare within a prompt.
+    Ziegler et al. 2019, arXiv:1909.08593, equation 2, written per token. Rewards are constants: no
+    gradient flows through them. The sum over a row is the sequence reward (score minus beta times
+    the row's KL), which critic-free methods compare within a prompt.
 
     Args:
-        scores: [N] normalised, clipped and penalised already.
+        scores: [N] after normalisation, clipping and the penalty for unfinished responses.
         lengths: [N] int64 tokens, EOS included.
         width: T, the padded width.
-        kl: [N, T] of each token (`kl.token_kl`); values after a row's end are never read.
-            None keeps the KL out of the rewards.
+        kl: [N, T] KL of each token (`kl.token_kl`); values after a row's end are never read. None
+            leaves the KL out of the rewards.
         kl_coefficient: beta, at least zero.
 
     Returns:
-        [N, T]; zero behind each row's length.
+        [N, T]; zero after each row's end.
     """
     assert kl_coefficient >= 0, "a negative KL coefficient would pay for leaving the reference"
     rewards = on_last_token(scores.detach(), lengths, width)
