@@ -1,7 +1,7 @@
-"""Summary of a trainer's data in one log line: what is used, what was cut or left out.
+"""Summarises a trainer's data in one log line: what is used, what was cut or left out.
 
-Each kind of case is reported once, with its number and the id of its first prompt. The run's
-manifest has the same counts.
+Each kind of case is reported once, with its count and the id of the first prompt affected. The
+run's manifest has the same counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rrhf.training.methods.fitting import RowFitter
 
 logger = logging.getLogger(__name__)
 
-# Key -> what is counted, and what happened to it.
+# Name of a count -> what is counted (a noun), and what happened to it.
 _CASES = {
     "prompts_cut": ("prompt", "cut on the left to fit --model_max_length {length}"),
     "prompts_too_long": (
@@ -43,13 +43,13 @@ _CASES = {
     "responses_stopped": ("response", "cut where the next turn begins"),
     "candidates_without_score": ("candidate", "left out without a score"),
 }
-# What views leave out for want of scores.
+# Reasons for which `rrhf.data.views` leaves out rows that lack scores.
 _UNSCORED = ("nothing_scored", "no_ordered_pair", "several_unscored_responses")
 _USED = ("prompts", "prompts_used", "candidates_used", "responses_used")
 
 
 class Encoder(Protocol):
-    """Makes examples of sets; its fitter counts the cases."""
+    """Turns candidate sets into training examples; its `fitter` counts what is cut or left out."""
 
     @property
     def fitter(self) -> RowFitter: ...
@@ -59,12 +59,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Survey:
-    """How the sets of a run are gone through at the start.
+    """How to find out, at the start of a run, which sets give an example.
 
     Attributes:
-        yields: whether a set has an example, found without encoding it if possible.
-        identity: of the examples; differs for other data or limits.
-        is_quick: use `yields`; otherwise encode every set.
+        yields: returns whether a set gives an example, if possible without encoding the set.
+        identity: a hash of the data and the limits; it changes when the examples change.
+        is_quick: True = call `yields` for each set; False = encode every set.
     """
 
     yields: Callable[[CandidateSet], bool]
@@ -86,14 +86,15 @@ def encoded(
     Args:
         name: the name of the data, as the user gave it.
         sets: the sets to encode.
-        encode: makes and counts examples.
+        encode: turns a set into an example and counts what is cut or left out.
         read: counts of the source's rows, if known.
         purpose: "training", or "evaluating".
-        columns: what the data's columns are called, for the command that scores them.
-        survey: how to go through the sets; None = encode each.
+        columns: the --columns setting; it is repeated in the `rrhf score` command that an error
+            message suggests.
+        survey: how to find the sets that give an example; None = encode every set.
 
     Raises:
-        UserError: no set yields an example; the text says why.
+        UserError: no set gives an example; the message says why.
     """
     formats = PromptFormats(encode.fitter.codec)
 
@@ -102,7 +103,7 @@ def encoded(
         return encode(candidate_set)
 
     def yields(candidate_set: CandidateSet) -> bool:
-        assert survey is not None, "called where there is one"
+        assert survey is not None, "yields is called only with a survey"
         formats.add(candidate_set)
         return survey.yields(candidate_set)
 
@@ -133,7 +134,7 @@ def encoded(
 def _score_first(
     name: str, encode: Encoder, read: SourceCounts | None, columns: str | None
 ) -> list[str]:
-    """The command that scores the responses, if scores are missing."""
+    """The `rrhf score` command to suggest if scores are missing; an empty list if none are."""
     dropped = read.dropped if read is not None else {}
     unscored = encode.fitter.counts["candidates_without_score"]
     if not (unscored or any(dropped.get(reason) for reason in _UNSCORED)):
@@ -144,7 +145,7 @@ def _score_first(
 
 
 def told_cases(fitter: RowFitter) -> list[str]:
-    """Phrases for what was cut and left out."""
+    """Phrases for what was cut or left out, one per kind of case."""
     told = []
     for case, number in fitter.counts.items():
         if case in _USED or not number:
@@ -157,7 +158,7 @@ def told_cases(fitter: RowFitter) -> list[str]:
 
 
 def told_rows(read: SourceCounts | None) -> list[str]:
-    """Phrases for the rows of a source that were left out or changed, one per reason."""
+    """Phrases for the rows that were left out or changed on loading, one per reason."""
     if read is None:
         return []
     kinds: list[tuple[Mapping[str, int], str]] = [
@@ -172,5 +173,5 @@ def told_rows(read: SourceCounts | None) -> list[str]:
 
 
 def counted(number: int, what: str) -> str:
-    """ "1 prompt", "1,234 prompts"."""
+    """A number with its noun, plural if needed: "1 prompt", "1,234 prompts"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,8 +1,8 @@
-"""Fits prompts and responses to a length, and counts what is cut or left out.
+"""Fits prompts and responses to a maximum length, and counts what is cut or left out.
 
-The response comes first: it gets the room that it needs, up to half of the length (or the limit
-that is set), and the prompt loses whole turns on its left to make that room. A response that is
-still too long is cut, and then has no end; or it is left out. Every case is counted
+The response has priority: it gets the tokens that it needs, up to half of the maximum length (or up
+to `max_response_tokens`), and the prompt loses whole turns on its left to make room. A response
+that is still too long is either cut, and then has no EOS, or left out. Every case is counted
 (`rrhf.training.methods.data_summary` reports the counts).
 """
 
@@ -25,12 +25,12 @@ class RowFitter:
     """Encodes prompts and responses so that each pair fits.
 
     Attributes:
-        codec: the token boundary.
-        model_max_length: most tokens of prompt and response together.
-        max_response_tokens: most tokens of a response; None = what the prompt leaves, and at least
-            half of `model_max_length`.
-        long_responses: "cut" (they then have no EOS) or "drop".
-        counts: of the cases; every call adds to them.
+        codec: encodes prompts and responses as token ids.
+        model_max_length: maximum number of tokens of prompt and response together.
+        max_response_tokens: maximum number of tokens of a response; None = what the prompt leaves,
+            and at least half of `model_max_length`.
+        long_responses: "cut" (the response then has no EOS) or "drop".
+        counts: how often each case occurred; every call adds to the counts.
         first: the id of the first prompt of each case.
     """
 
@@ -43,9 +43,11 @@ class RowFitter:
     _known_around: dict[tuple[str, tuple[str, ...]], int] = field(default_factory=dict, repr=False)
 
     def fit(self, candidate_set: CandidateSet) -> tuple[list[int], dict[int, list[int]]] | None:
-        """Prompt ids, and the ids of each response that is kept, by its place in the set.
+        """Encode a set so that the prompt and each of its responses fit.
 
-        None, and counted, where the prompt or every response is left out.
+        Returns:
+            The prompt ids, and the ids of each kept response by its index in the set; None if the
+            prompt or every response is left out, which is counted.
         """
         rows = self._encode_responses(candidate_set)
         if not rows:
@@ -72,7 +74,7 @@ class RowFitter:
         return prompt_ids, {place: ids[:room] for place, ids in rows.items()}
 
     def surely_fits(self, candidate_set: CandidateSet) -> bool:
-        """Whether `fit` certainly returns something; found without the tokenizer.
+        """Whether `fit` is certain to return an example; decided without encoding the texts.
 
         An ASCII text has at most as many tokens as characters. Since the beginning of a prompt and
         the end of a response may be cut, only the last turns must fit. False = not certain.
@@ -83,7 +85,7 @@ class RowFitter:
         for candidate in candidate_set.candidates:
             text = candidate.response
             if candidate.finish_reason == "length" and not (text.isascii() and text.strip()):
-                return False  # it may have no tokens
+                return False  # the response may have no tokens
         room = self.model_max_length - (self.max_response_tokens or self.model_max_length // 2)
         if chat_format == "raw":
             return room > _SPARE_TOKENS and bool(candidate_set.query.strip())
@@ -94,11 +96,11 @@ class RowFitter:
         around = self._around(chat_format, tuple(m.role for m in kept))
         texts = ["".join(m.content for m in kept)]
         if candidate_set.messages is None or candidate_set.is_plain:
-            texts.append(candidate_set.query)  # may be taken as it stands
+            texts.append(candidate_set.query)  # the codec may encode the query unchanged
         return all(text.isascii() and around + len(text) <= room for text in texts)
 
     def _around(self, chat_format: str, roles: tuple[str, ...]) -> int:
-        """The most tokens that a format adds to turns of these roles; if unknown, too many."""
+        """An upper bound on the tokens that a chat format adds; if unknown, `model_max_length`."""
         if (chat_format, roles) not in self._known_around:
             short, long = (
                 render_messages(
@@ -113,7 +115,7 @@ class RowFitter:
 
     @cached_property
     def _tokens_are_few(self) -> bool:
-        """Whether this tokenizer gives ASCII texts at most a token per character."""
+        """Whether this tokenizer makes at most one token per character of an ASCII text."""
         texts = [string.printable, string.printable[::-1], " ".join(string.printable)]
         return all(
             len(self.codec.tokenizer(text, add_special_tokens=False).input_ids)
@@ -122,7 +124,7 @@ class RowFitter:
         )
 
     def note(self, what: str, candidate_set: CandidateSet, times: int = 1) -> None:
-        """Count a case, and record its first prompt."""
+        """Add to the count of a case, and record the first prompt that it occurred for."""
         self.first.setdefault(what, candidate_set.id)
         self.counts[what] += times
 
@@ -150,8 +152,8 @@ class RowFitter:
 
 
 def known_scores(candidates: tuple[Candidate, ...]) -> list[float]:
-    """The candidates' scores; all must have one."""
+    """The scores of candidates, each of which must have a score."""
     scores = [candidate.score for candidate in candidates]
     known = [score for score in scores if score is not None]
-    assert len(known) == len(scores), "candidates without a score were to be left out"
+    assert len(known) == len(scores), "candidates without a score must be left out before this call"
     return known

@@ -1,4 +1,4 @@
-"""The stream of examples and the held-out evaluation of a trainer on fixed data."""
+"""Builds the batches and the held-out evaluation of a trainer whose data is fixed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from rrhf.training.core.update import Objective
 logger = logging.getLogger(__name__)
 
 WORTH_LEAVING = 1000
-"""Encoding fewer unused examples takes under a second, and then all cuts are counted."""
+"""Least number of unused examples for which encoding is skipped.
+
+Encoding fewer than these takes under a second, and then every cut is counted.
+"""
 
 
 def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
-    """The size and cut of an optimiser step by the run's settings.
+    """How an optimiser step is divided over ranks and micro-batches, by the run's settings.
 
     Args:
         bench: of the run.
-        model: that will compute its batches, prepared or not; its layout decides what they cost.
+        model: the model to train, prepared or not; its layout decides how many tokens a batch
+            costs.
     """
     config, parallel = bench.config, bench.parallel
     budget = None
@@ -45,15 +49,15 @@ def step_cut(bench: Workbench, model: nn.Module) -> StepCut:
 
 
 def is_short(bench: Workbench, num_sets: int) -> bool:
-    """Whether a run uses so few examples that most need not be encoded.
+    """Whether a run uses so few examples that most sets need not be encoded.
 
     Args:
         bench: of the run.
-        num_sets: what there is to train on.
+        num_sets: number of sets in the training data.
     """
     config = bench.config
     if config.max_steps < 1 or config.group_by_length or config.max_tokens_per_batch is not None:
-        return False  # batches depend on all lengths
+        return False  # the batches depend on the lengths of all examples
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     used = config.max_steps * step * bench.parallel.world_size
     return num_sets - used >= WORTH_LEAVING and num_sets > 2 * used
@@ -62,12 +66,12 @@ def is_short(bench: Workbench, num_sets: int) -> bool:
 def offline_stream(
     bench: Workbench, examples: Sequence[EncodedSet], model: nn.Module
 ) -> OfflineStream:
-    """The examples in the order and batches of the run's settings.
+    """Build the stream of batches, ordered and sized by the run's settings.
 
     Args:
         bench: of the run.
         examples: to train on.
-        model: that will compute them.
+        model: the model to train; its layout decides how many tokens a batch costs.
 
     Raises:
         UserError: the processes of the run have different examples.
@@ -102,13 +106,13 @@ def held_out_evaluation(
     examples: Sequence[EncodedSet] | None,
     measured: Callable[..., dict[str, float]] = measure,
 ) -> Evaluate | None:
-    """The function that the loop calls to evaluate; None without held-out examples.
+    """Build the function that the loop calls to evaluate; None without held-out examples.
 
     Args:
         bench: of the run.
-        objective: of its training.
-        examples: held out, or None.
-        measured: the figures, called as `rrhf.training.core.measure.measure` is.
+        objective: the training objective.
+        examples: the held-out examples, or None.
+        measured: computes the metrics; has the signature of `rrhf.training.core.measure.measure`.
     """
     if examples is None:
         return None

@@ -1,8 +1,8 @@
 """Train a policy so that its own likelihoods rank candidates as their scores do.
 
-What is minimised is an objective of `rrhf.training.methods.objectives`; what a candidate file's
-rows become is in `rrhf.training.methods.rank_examples`; the loop, its layouts and checkpoints are
-every trainer's.
+The loss is an objective of `rrhf.training.methods.objectives`;
+`rrhf.training.methods.rank_examples` turns the rows of a candidate file into training examples; the
+loop, the layouts and the checkpoints are shared by all trainers.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 
 class RankObjective:
-    """An offline objective's terms over ranked candidates.
+    """Computes the loss terms of an offline objective for the training loop.
 
     Args:
-        loss: of a registry's objective, under its settings.
-        reference: [N, R] log-probs of a batch under the reference policy; None where the objective
-            needs none.
+        loss: the losses of the chosen objective, built from its settings.
+        reference: computes the [N, R] log-probs of a batch under the reference policy; None if the
+            objective does not use a reference.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RankObjective:
         return {name: (count * groups.weights).sum() for name, count in counts.items()}
 
     def __call__(self, outputs: PolicyOutputs, batch: TokenBatch) -> dict[str, Term]:
-        """The terms of one micro-batch, with metrics of the ranking."""
+        """The terms of one micro-batch, with metrics of how well the policy ranks."""
         groups = ranked_groups(batch)
         reference = None if self._reference is None else _whole(self._reference(batch), batch)
         found = self._loss.terms(groups, _whole(outputs.logprobs, batch), reference)
@@ -81,7 +81,7 @@ class RankObjective:
 
 
 def ranked_groups(batch: TokenBatch) -> RankedGroups:
-    """A batch as tables of prompts by candidates."""
+    """Arrange a batch in tables with a row for each prompt and a column for each candidate."""
     assert batch.scores is not None, "ranking needs scores"
     scores, valid = padded_groups(batch.scores, batch.prompt_index, batch.num_prompts)
     lengths, _ = padded_groups(batch.response_lengths, batch.prompt_index, batch.num_prompts)
@@ -94,7 +94,7 @@ def _whole(logprobs: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def _metrics(strengths: Tensor, groups: RankedGroups) -> dict[str, tuple[Tensor, Tensor]]:
-    """Totals and counts over real prompts."""
+    """Ranking metrics as (total, count) pairs; filler prompts are not counted."""
     scores, valid, weights = groups.scores, groups.valid, groups.weights
     pairs = (rank_losses.count_ordered_pairs(scores, valid) * weights).sum()
     rows = (valid.sum(-1) * weights).sum()
@@ -115,7 +115,7 @@ def train(config: RankConfig) -> Path:
     """Train on scored candidates; returns the policy folder.
 
     Raises:
-        UserError: the file, the model or a setting is not usable; the text says which and why.
+        UserError: the file, the model or a setting is not usable; the message says which and why.
     """
     with opened_workbench(config) as bench:
         read = SourceCounts()

@@ -12,29 +12,32 @@ from rrhf.training.methods.objectives import OBJECTIVES
 
 @dataclass
 class RankSettings(TrainingConfig):
-    """The objective, and which candidates it is trained on."""
+    """The objective, and which candidates the policy is trained on."""
 
     objective: str = field(default="rrhf", metadata={"registry": OBJECTIVES})
-    """What is minimised; raft is cross-entropy on the best candidate alone."""
+    """The loss to minimise; raft is cross-entropy on the best candidate only."""
 
     objective_settings: Any = field(default=None, metadata={"settings_of": "objective"})
 
     only_use_provide: bool = False
-    """Use only candidates that came with the data (source human:*, else the last two of a line)."""
+    """Use only candidates that came with the data: those whose source is human:*, or the last two
+    of a line without sources."""
 
     only_use_sample: bool = False
-    """Use only sampled candidates (source not human:*, else all but the last two of a line)."""
+    """Use only sampled candidates: those whose source is not human:*, or all but the last two of a
+    line without sources."""
 
     stop_response: bool = False
-    """Cut a response where it begins another turn (Human: or Assistant: after a blank line)."""
+    """Cut a response where it starts to write the next turn (Human: or Assistant: after a blank
+    line)."""
 
     max_response_tokens: int | None = None
-    """Most tokens of a response; by default what the prompt leaves of model_max_length, at least
-    half of it."""
+    """Maximum number of tokens of a response; by default whatever the prompt leaves of
+    model_max_length, and at least half of model_max_length."""
 
     long_responses: Literal["cut", "drop"] = "cut"
-    """What to do with responses that do not fit: cut them (they then end without EOS), or drop
-    them."""
+    """What to do with responses that do not fit: cut = cut off their end, EOS included; drop =
+    leave them out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +56,8 @@ class RankConfig(RankSettings):
     """Train a policy so that its likelihoods rank scored candidates as their scores do."""
 
     data_path: str = field(kw_only=True, metadata={"names": "data"})
-    """Scored candidates: a candidate file (query, responses, scores), or preference pairs."""
+    """Scored candidates (a file of queries, responses and scores), or preference pairs."""
 
     eval_data_path: str | None = field(default=None, metadata={"names": "data"})
-    """Held-out data of the same kind: its losses and ranking accuracy are logged at eval_steps."""
+    """Held-out data of the same kind; the losses and the ranking accuracy are logged at
+    eval_steps."""

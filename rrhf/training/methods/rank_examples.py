@@ -1,16 +1,16 @@
-"""Makes the training examples of ranking from scored candidates.
+"""Turns scored candidates into training examples for `rrhf train rank`.
 
-Which candidates count, what is cut and what is left out is decided here, and every case is counted,
-in the run's manifest and in a line of the log (`data_summary`).
+This module decides which candidates are used, what is cut and what is left out. Every case is
+counted, in the run's manifest and in a line of the log (`data_summary`).
 
-Two row layouts. The toolkit's own (`rrhf.training.methods.fitting`) reserves room for the
-response and cuts prompts on the left by whole turns. The one of the program that was released
-with the RRHF paper (`encode_released`) is kept fault for fault, for reproducing published
-numbers: prompts are cut on the *right* (the last turn and its cue go first), responses are
-tokenised like texts of their own (with a BOS inside the row, where the tokenizer adds one), and a
-prompt that fills the window turns the cutting of responses off. Not reproduced: the attention
-mask that hides tokens equal to the pad id, and the tokenizer's own rules for cutting texts that
-it also closes with a special token.
+There are two row layouts. The toolkit's own layout (`rrhf.training.methods.fitting`) reserves room
+for the response and cuts prompts on the left by whole turns. The layout of the program that was
+released with the RRHF paper (`_encode_released`) is reproduced with its faults, so that published
+numbers can be reproduced: prompts are cut on the *right* (so the last turn is lost first),
+responses are tokenised as separate texts (with a BOS in the middle of the row, if the tokenizer
+adds one), and if a prompt fills the window, its responses are not cut at all. Not reproduced are
+the attention mask that hides tokens equal to the pad id, and the tokenizer's rules for cutting
+texts to which it also appends a special token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NUM_PROVIDED_WITHOUT_SOURCES = 2
 
 
 def cut_at_next_speaker(response: str) -> str:
-    """The response up to the first cue of another turn; stripped only if something was cut."""
+    """Cut a response where it starts to write the next turn; strip it only if something was cut."""
     for stop in STOP_STRINGS:
         before, found, _ = response.partition(stop)
         if found:
@@ -40,10 +40,10 @@ def cut_at_next_speaker(response: str) -> str:
 
 
 def is_provided(candidate_set: CandidateSet) -> list[bool]:
-    """Which candidates came with the data set, and which were sampled.
+    """Whether each candidate came with the data set; the others were sampled.
 
-    By `source` ("human:..."), where any candidate names one. Lines as RRHF published them name
-    none: there the last two responses are the data set's.
+    If any candidate has a `source`, those whose source is "human:..." came with the data set. The
+    lines that the RRHF authors published have no sources: there the last two responses did.
     """
     candidates = candidate_set.candidates
     if any(candidate.source for candidate in candidates):
@@ -53,7 +53,7 @@ def is_provided(candidate_set: CandidateSet) -> list[bool]:
 
 
 def with_scores_of_marks(candidate_set: CandidateSet) -> CandidateSet:
-    """An unscored preference pair as a ranked group: chosen 1, rejected 0."""
+    """Score an unscored preference pair, chosen 1, rejected 0; return other sets unchanged."""
     candidates = candidate_set.candidates
     sources = {candidate.source for candidate in candidates}
     unscored = all(candidate.score is None for candidate in candidates)
@@ -66,15 +66,15 @@ def with_scores_of_marks(candidate_set: CandidateSet) -> CandidateSet:
 
 @dataclass
 class RankEncoder:
-    """Makes training examples of candidate sets; the same set always gives the same example.
+    """Turns candidate sets into training examples; the same set always gives the same example.
 
     Attributes:
-        fitter: cuts and counts.
-        only_use_provide: only candidates that came with the data set.
-        only_use_sample: only sampled candidates.
-        stop_response: cut responses where they go on to write the next turn.
-        released: the row layout of the released program.
-        window: positions that the model knows, or None.
+        fitter: cuts prompts and responses, and counts what is cut or left out.
+        only_use_provide: use only candidates that came with the data set.
+        only_use_sample: use only sampled candidates.
+        stop_response: cut responses where they start to write the next turn.
+        released: use the row layout of the released program (see the module docstring).
+        window: the model's context window in tokens; None = no limit.
     """
 
     fitter: RowFitter
@@ -86,18 +86,18 @@ class RankEncoder:
 
     @property
     def counts(self) -> Counter[str]:
-        """Counts of the cases; every call adds to them."""
+        """How many prompts and candidates were used, cut or left out, over all calls."""
         return self.fitter.counts
 
     def __call__(self, candidate_set: CandidateSet) -> EncodedSet | None:
-        """The example of a set; None if it has none."""
+        """The training example of a set; None if no usable candidate is left."""
         chosen = self._chosen(candidate_set)
         return None if chosen is None else self._example(chosen)
 
     def yields(self, candidate_set: CandidateSet) -> bool:
-        """Whether a set has an example; encodes it only if that is not certain otherwise.
+        """Whether a set gives an example; encodes the set only if the answer is not certain.
 
-        Counts the same cases as a call, except what is cut.
+        Counts the same cases as `__call__`, except what is cut.
         """
         chosen = self._chosen(candidate_set)
         if chosen is None:
@@ -108,9 +108,9 @@ class RankEncoder:
         return True
 
     def identity(self, rows_digest: str) -> str:
-        """A hash that differs for other rows, limits and tokenizers."""
+        """A hash that changes with the rows, the limits or the tokenizer."""
         codec = self.fitter.codec.describe()
-        del codec["tokenizer"]  # its path, which may change
+        del codec["tokenizer"]  # the path of the tokenizer, which may change
         limits = (
             *(self.fitter.model_max_length, self.fitter.max_response_tokens),
             *(self.fitter.long_responses, self.only_use_provide, self.only_use_sample),
@@ -119,7 +119,7 @@ class RankEncoder:
         return hashlib.sha256(json.dumps([rows_digest, codec, limits]).encode()).hexdigest()
 
     def _chosen(self, candidate_set: CandidateSet) -> CandidateSet | None:
-        """The set with the candidates that count; None without any."""
+        """The set with only the candidates that are used; None if none are."""
         self.counts["prompts"] += 1
         candidates = self._choose(candidate_set)
         if not candidates:
@@ -160,7 +160,7 @@ class RankEncoder:
         for candidate in candidate_set.candidates:
             text = codec.response_text(candidate_set, candidate.response)
             ids = tokenizer(text + tokenizer.eos_token).input_ids
-            if room and len(ids) > room:  # no room left is taken for no limit
+            if room and len(ids) > room:  # the released program takes a room of 0 for no limit
                 self.fitter.note("responses_cut", candidate_set)
                 ids = ids[:room]
             rows.append(ids)

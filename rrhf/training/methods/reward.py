@@ -1,12 +1,13 @@
-"""A reward model from preferences: pairs, or groups of any size ranked by scores.
+"""Trains a reward model on preferences: pairs, or groups of any size ranked by scores.
 
-All ordered pairs of a prompt are trained in one forward pass of its responses, by -log sigmoid of
-the difference of their scores (`rrhf.algorithms.reward_losses` has the loss types). Part of the
-data, split off by the first human turn, is held out; accuracy, mean, deviation and margin on it are
-in the metrics and, with an interval, in the manifest.
+The responses to a prompt pass the model together, and all their ordered pairs are trained at once.
+The loss of a pair is -log sigmoid of the difference of its two scores
+(`rrhf.algorithms.reward_losses` has the loss types). Part of the data is held out, split by the
+first human turn. Accuracy, mean, deviation and margin of the held-out scores are in the metrics
+and, with an interval, in the manifest.
 
-A normaliser is updated with the scores of training, and its state is saved in the model's config
-for later scoring; it enters the loss only with --normalize_score_during_training.
+A normaliser is updated with the scores during training, and its state is saved in the model's
+config for later scoring. The loss uses it only with --normalize_score_during_training.
 """
 
 from __future__ import annotations
@@ -54,23 +55,24 @@ from rrhf.training.methods.score_watch import ScoreWatch
 
 logger = logging.getLogger(__name__)
 
-# Data that was itself cut into parts with this seed would fall on one side of the same cut again.
+# Keeps this split independent of an earlier one by the same seed: otherwise all prompts of one part
+# of that split would fall on the same side here.
 SPLIT_SEED_STEP = 1_000_003
 
 
 class RewardObjective:
-    """The terms of reward training: `reward`, and `regularization` where it has a weight.
+    """Computes the loss terms `reward` and, if it has a weight, `regularization`.
 
     Args:
         settings: of the loss.
-        watch: is shown the scores of training forwards.
+        watch: collects the scores of the training forward passes, to update the normaliser.
     """
 
     def __init__(self, settings: RewardLossSettings, watch: ScoreWatch | None = None) -> None:
         self.settings, self.watch = settings, watch
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Prompts or pairs, and the number of scores that are regularised."""
+        """The denominator of each term: prompts or pairs, and the number of regularised scores."""
         preferences, valid = _preferences(batch)
         if self.settings.reads_tokens:
             zeros = batch.response_ids.new_zeros(batch.response_ids.shape, dtype=torch.float32)
@@ -89,8 +91,8 @@ class RewardObjective:
         """The terms of one micro-batch.
 
         Args:
-            outputs: [N] end scores, or [N, R] where the loss reads tokens.
-            batch: with the preferences in `scores`.
+            outputs: [N] end scores, or [N, R] token scores if `settings.reads_tokens`.
+            batch: its `scores` are the preferences.
         """
         end_scores = self.end_scores(outputs, batch)
         normalizer = None if self.watch is None else self.watch.normalizer
@@ -152,7 +154,7 @@ class RewardObjective:
 
 def _preferences(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """[B, K] the scores that order the candidates, and which candidates exist."""
-    assert batch.scores is not None, "preferences come as scores"
+    assert batch.scores is not None, "a batch of preferences has scores"
     return padded_groups(batch.scores, batch.prompt_index, batch.num_prompts)
 
 
@@ -178,7 +180,7 @@ def train(config: RewardConfig) -> Path:
     """Train a reward model; returns its folder.
 
     Raises:
-        UserError: the data, the model or a setting is not usable; the text says which and why.
+        UserError: the data, the model or a setting is not usable; the message says which and why.
     """
     with opened_workbench(config) as bench:
         counts, held_out_counts = SourceCounts(), SourceCounts()
@@ -249,7 +251,7 @@ def train(config: RewardConfig) -> Path:
 def _load(
     config: RewardConfig, counts: SourceCounts, held_out_counts: SourceCounts
 ) -> tuple[Sequence[CandidateSet], Sequence[CandidateSet]]:
-    """Load the ranked groups for training and the held-out ones, which may be none."""
+    """Load the ranked groups for training, and the held-out groups, of which there may be none."""
     sets = load_sets(config.data_path, config.seed, counts=counts, options=config)
     groups = ranked_groups(sets, counts)
     if config.validation_datasets is not None:
@@ -267,7 +269,8 @@ def _load(
     parts = split_by_first_turn(groups, shares, config.seed + SPLIT_SEED_STEP)
     if not parts["held_out"]:
         logger.warning(
-            "--validation_fraction %s of %d prompts holds out none: nothing is evaluated",
+            "--validation_fraction %s of %d prompts is no whole prompt: nothing is held out or "
+            "evaluated",
             fraction,
             len(groups),
         )

@@ -30,28 +30,29 @@ class RewardLossSettings:
     mean over these positions (average)."""
 
     pair_reduction: Literal["prompt", "pair"] = "prompt"
-    """Mean over each prompt's pairs, then over prompts; or over all pairs at once."""
+    """prompt = average over the pairs of each prompt, then over prompts; pair = average over all
+    pairs."""
 
     margin: float = 0.0
-    """The loss is -log sigmoid(lead of the better response - margin)."""
+    """The loss of a pair is -log sigmoid(score of the better - score of the worse - margin)."""
 
     margin_per_score: float = 0.0
-    """A further margin for each unit by which the data's own scores differ (Llama 2's margin)."""
+    """Adds to margin this value times the difference of the two scores in the data (Llama 2)."""
 
     regularization: float = 0.0
     """Weight of a penalty on the mean squared score, which keeps scores near zero."""
 
     normalize_score_during_training: bool = False
-    """Normalise scores in the training loss too, with the estimates from before the step."""
+    """Normalise scores in the training loss too, by the mean and deviation before the step."""
 
     @property
     def reads_tokens(self) -> bool:
-        """True where the loss looks at more than each response's last score."""
+        """True if the loss uses the scores of other tokens than the last of each response."""
         return self.loss_type in TOKEN_LOSS_TYPES
 
     @property
     def reads_padding(self) -> bool:
-        """True where the loss reads scores behind the end of the shorter response."""
+        """True if the loss uses scores at padding, after the end of the shorter response."""
         return self.reads_tokens and self.loss_type != "average"
 
 
@@ -73,28 +74,29 @@ class RewardConfig(RewardLossSettings, TrainingConfig):
             "aliases": ["valid_file", "valid_data", "eval_datasets", "eval_data_path"],
         },
     )
-    """Held-out data of the same kind; by default a share of data_path (validation_fraction) is held
-    out."""
+    """Held-out data of the same kind; by default, a share of data_path is held out
+    (validation_fraction)."""
 
     validation_fraction: float = 0.1
-    """Share of data_path that is held out, by the first human turn; 0 = train on all."""
+    """Share of data_path that is held out; prompts with the same first human turn stay together.
+    0 = train on all the data."""
 
     normalizer_type: Literal["none", "RunningMeanStd", "ExponentialMovingAverage"] = (
         "RunningMeanStd"
     )
-    """How the mean and deviation of the scores are estimated, to normalise scores later; none = not
-    at all."""
+    """How to estimate the mean and deviation of the scores, by which the trained model's scores can
+    be normalised; none = do not estimate them."""
 
     normalizer_momentum: float = 0.9
-    """ExponentialMovingAverage: new = momentum * old + (1 - momentum) * batch."""
+    """With ExponentialMovingAverage: new = momentum * old + (1 - momentum) * batch."""
 
     max_response_tokens: int | None = None
-    """Most tokens of a response; by default what the prompt leaves of model_max_length, at least
-    half of it."""
+    """Maximum number of tokens of a response; by default whatever the prompt leaves of
+    model_max_length, and at least half of model_max_length."""
 
     long_responses: Literal["drop", "cut"] = "drop"
-    """What to do with responses that do not fit: drop them with their pairs, or cut off their
-    end."""
+    """What to do with responses that do not fit: drop = leave them out, with their pairs; cut = cut
+    off their end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

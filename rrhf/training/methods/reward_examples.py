@@ -1,8 +1,8 @@
-"""Training examples from preferences, and a reward model's metrics on held-out ones.
+"""Makes training examples from preferences, and measures a reward model on held-out prompts.
 
-A prompt is an example if at least two of its responses fit and one is better than another; what
-is left out is counted. The metrics on held-out prompts are computed from the scores of all rows,
-gathered over ranks, so they do not depend on how prompts were batched.
+A prompt becomes an example if at least two of its responses fit and one is better than another;
+what is left out is counted. The metrics are computed from the scores of all rows, gathered over
+ranks, so they do not depend on how the prompts were batched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PreferenceEncoder:
     """Makes training examples from ranked groups; equal groups give equal examples.
 
     Attributes:
-        fitter: cuts and counts.
+        fitter: cuts prompts and responses, and counts what is cut or left out.
     """
 
     fitter: RowFitter
@@ -42,7 +42,7 @@ class PreferenceEncoder:
         return self.fitter.counts
 
     def __call__(self, group: CandidateSet) -> EncodedSet | None:
-        """The example of a group, or None where it has no ordered pair that fits."""
+        """The training example of a group; None if no two responses with different scores fit."""
         self.counts["prompts"] += 1
         fitted = self.fitter.fit(group)
         if fitted is None:
@@ -58,7 +58,7 @@ class PreferenceEncoder:
 
 
 class ScoringObjective(Objective, Protocol):
-    """An objective that knows where the score of a response is in a model's outputs."""
+    """An objective that can read the score of each response from a model's outputs."""
 
     def end_scores(self, outputs: Tensor, batch: TokenBatch) -> Tensor: ...
 
@@ -75,14 +75,14 @@ def held_out_metrics(
 
     Args:
         model: the prepared module, in eval mode.
-        objective: of its training.
+        objective: the training objective.
         examples: held-out prompts.
-        cut: of the training's steps; each forward is as large as theirs.
+        cut: how training steps are divided; the batches here have the same size.
         parallel: ranks.
 
     Returns:
-        loss (as in training), accuracy over all ordered pairs with the ends of its 95 % bootstrap
-        interval over prompts, score_mean, score_std, score_margin, prompts, pairs.
+        loss (as in training); accuracy over all ordered pairs; accuracy_low and accuracy_high, its
+        95 % bootstrap interval over prompts; score_mean, score_std, score_margin, prompts, pairs.
     """
     preferences = [list(example.scores or ()) for example in examples]
     starts = [0]
@@ -107,9 +107,10 @@ def held_out_metrics(
 
 
 def _shares(examples: Sequence[EncodedSet], cut: StepCut) -> list[tuple[list[int], bool]]:
-    """This rank's batches, of similar length each, as many as every rank has.
+    """This rank's batches of examples of similar length, equally many on every rank.
 
-    A short rank repeats a batch, marked True, because all ranks must run equally many forwards.
+    All ranks must run the same number of forward passes, so a rank with fewer batches repeats one.
+    Each batch comes with a flag that is True for such a repeat.
     """
     lengths = getattr(examples, "lengths", None) or [e.num_tokens for e in examples]
     order = sorted(range(len(examples)), key=lambda place: -lengths[place])
@@ -128,7 +129,7 @@ def figures(scores: Tensor, preferences: Sequence[Sequence[float]]) -> dict[str,
 
     Args:
         scores: [rows] float64, prompt after prompt.
-        preferences: for each prompt, what orders its responses; equal ones form no pair.
+        preferences: for each prompt, the data's scores of its responses; equal scores form no pair.
     """
     correct: dict[str, float] = {}
     pairs: dict[str, float] = {}

@@ -1,6 +1,6 @@
-"""Updates a score normaliser while a reward model is trained, once for each optimiser step.
+"""Updates a score normaliser while a reward model is trained, once per optimiser step.
 
-Every rank ends up with the same normaliser, and a resumed run with the one that it had.
+All ranks have the same normaliser. It is saved in checkpoints, and a resumed run continues with it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _NONE = {"type": "none"}
 
 
 class ScoreWatch(Hook):
-    """Updates a normaliser with the end scores of each optimiser step over all ranks.
+    """Updates a normaliser after each optimiser step with the end scores of all ranks.
 
     Args:
-        normalizer: the one to update, or None.
-        parallel: ranks.
+        normalizer: the normaliser to update; None = do nothing.
+        parallel: sums over ranks.
     """
 
     name = "normalizer"
@@ -34,7 +34,7 @@ class ScoreWatch(Hook):
         self._pending = Moments()
 
     def see(self, scores: Tensor) -> None:
-        """Remember the scores of one micro-batch."""
+        """Add the scores of one micro-batch to those of the current step."""
         if self.normalizer is not None:
             self._pending = self._pending.merge(Moments.of(scores))
 
@@ -56,17 +56,17 @@ class ScoreWatch(Hook):
         return _NONE if self.normalizer is None else self.normalizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Restore a normaliser; an empty state: keep the new one.
+        """Restore the normaliser of a checkpoint; an empty state keeps the present one.
 
         Raises:
-            UserError: it is of another type.
+            UserError: the checkpoint's normaliser is of another type.
         """
         if state == {}:
             return
-        saved = _NONE if state is None else dict(state)  # None: as version 0.1 wrote it
+        saved = _NONE if state is None else dict(state)  # version 0.1 saved None for no normaliser
         if saved["type"] != self.state_dict()["type"]:
             raise UserError(
-                "resume: --normalizer_type is not what the checkpoint had; start with the same"
+                "resume: --normalizer_type differs from the checkpoint's; resume with the same type"
             )
         if saved != _NONE:
             self.normalizer = normalizer_from_state(saved)

@@ -1,9 +1,10 @@
 """Supervised fine-tuning: cross-entropy on demonstrations.
 
-The first stage of the story, and the simplest objective of the loop. A demonstration is a prompt
-with the reply to imitate (`rrhf.data.views.demonstrations` chooses it); the loss is on the reply's
-tokens, or on the whole sequence. Left out on purpose: templates of one's own (`chat_format` says
-what there is) and several replies to one prompt (train on the best with `rrhf train rank`).
+The usual first stage, and the simplest objective of the training loop. A demonstration is a prompt
+with the reply to imitate (`rrhf.data.views.demonstrations` chooses the reply). The loss is on the
+reply's tokens, or on the whole sequence. Left out on purpose: user-defined templates (`chat_format`
+lists the built-in formats), and several replies to one prompt (to train on the best of them, use
+`rrhf train rank`).
 """
 
 from __future__ import annotations
@@ -46,18 +47,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SFTEncoder:
-    """Makes training examples of demonstrations.
+    """Turns demonstrations into training examples.
 
     Attributes:
-        fitter: cuts and counts.
-        use_targets: only the response is predicted; else everything after the first token.
+        fitter: cuts prompts and responses, and counts what is cut or left out.
+        use_targets: True = the loss is on the response only; False = on the whole sequence after
+            the first token.
     """
 
     fitter: RowFitter
     use_targets: bool = True
 
     def __call__(self, demonstration: CandidateSet) -> EncodedSet | None:
-        """The example of a set with one candidate, or None where it does not fit."""
+        """The training example of a set with one candidate; None if the set does not fit."""
         self.fitter.counts["prompts"] += 1
         fitted = self.fitter.fit(demonstration)
         if fitted is None:
@@ -71,11 +73,11 @@ class SFTEncoder:
 
 
 class SFTObjective:
-    """One term, `sft`: cross-entropy on the target tokens.
+    """Computes the loss term `sft`: cross-entropy on the target tokens.
 
     Args:
-        label_smoothing: share of the target that is spread over the vocabulary.
-        sft_reduction: "token" or "response".
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        sft_reduction: average over "token" or over "response".
     """
 
     def __init__(self, label_smoothing: float = 0.0, sft_reduction: str = "token") -> None:
@@ -83,7 +85,7 @@ class SFTObjective:
         self.sft_reduction = sft_reduction
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Target tokens, or responses."""
+        """The denominator of the term: the number of target tokens, or of responses."""
         weights = batch.row_weights
         if self.sft_reduction == "response":
             return {"sft": weights.sum()}
@@ -114,7 +116,7 @@ def train(config: SFTConfig) -> Path:
     """Fine-tune on demonstrations; returns the policy folder.
 
     Raises:
-        UserError: the data, the model or a setting is not usable; the text says which and why.
+        UserError: the data, the model or a setting is not usable; the message says which and why.
     """
     with opened_workbench(config) as bench:
         read = SourceCounts()
@@ -157,7 +159,7 @@ def train(config: SFTConfig) -> Path:
 
 
 def _measured(*arguments: Any, **named: Any) -> dict[str, float]:
-    """`measure`, and the perplexity of its likelihoods."""
+    """The metrics of `measure`, and the perplexity."""
     found = measure(*arguments, **named)
     return {**found, "perplexity": math.exp(min(found["nll"], 700.0))}
 
