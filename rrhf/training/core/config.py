@@ -52,9 +52,10 @@ class GroupSettings:
     """How one part of the weights is trained.
 
     Attributes:
-        prefix: of the names of its parameters; "" = all that belong to no other group.
-        learning_rate, weight_decay, lr_scheduler_type, warmup_ratio: as `TrainingConfig` has them.
-        frozen_steps: optimiser steps at the start during which its learning rate is zero.
+        prefix: how the names of the group's parameters begin; "" = all parameters that belong to no
+            other group.
+        learning_rate, weight_decay, lr_scheduler_type, warmup_ratio: as in `TrainingConfig`.
+        frozen_steps: number of optimiser steps at the start during which the learning rate is zero.
     """
 
     prefix: str
@@ -65,7 +66,7 @@ class GroupSettings:
     frozen_steps: int = 0
 
     def is_frozen(self, steps_done: int) -> bool:
-        """Whether the group is frozen in the step after this many."""
+        """Whether the group is frozen in the next step, after `steps_done` steps."""
         return steps_done < self.frozen_steps
 
 
@@ -86,14 +87,14 @@ class TrainingConfig(DataOptions):
     """Stop after this many optimiser steps; -1 = as many as num_train_epochs asks for."""
 
     per_device_train_batch_size: int = 1
-    """Prompts, with all their responses, in one forward on one device."""
+    """Number of prompts, with all their responses, in one forward pass on one device."""
 
     gradient_accumulation_steps: int = 1
-    """Forwards in one optimiser step. Cutting the same step into more, smaller forwards saves
-    memory and does not change the loss."""
+    """Number of forward passes per device in one optimiser step. Cutting the same step into more,
+    smaller passes saves memory and does not change the loss."""
 
     max_tokens_per_batch: int | None = None
-    """Cut each step by tokens: at most this many are computed in one forward on one device. A step
+    """Cut each step by tokens: compute at most this many in one forward pass on one device. A step
     still has batch size x accumulation x devices prompts, so the update stays the same."""
 
     learning_rate: float = 2e-5
@@ -103,10 +104,10 @@ class TrainingConfig(DataOptions):
     """How the learning rate falls after warm-up."""
 
     min_learning_rate_ratio: float = 0.0
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Final learning rate of the cosine schedule, as a fraction of the peak."""
 
     warmup_ratio: float = 0.03
-    """Share of the steps over which the learning rate rises from 0."""
+    """Fraction of the steps during which the learning rate rises from 0 to its peak."""
 
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay; biases and norms are left out."""
@@ -121,10 +122,10 @@ class TrainingConfig(DataOptions):
     """AdamW's epsilon."""
 
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this L2 norm; 0 = never."""
+    """Gradients with a larger L2 norm are scaled down to this norm; 0 = never."""
 
     seed: int = 42
-    """Seed of the data's order and of all new weights."""
+    """Seed for the order of the data and for all new weights."""
 
     bf16: bool = False
     """Mixed precision: forward and backward in bfloat16, weights and optimiser in float32."""
@@ -136,19 +137,20 @@ class TrainingConfig(DataOptions):
     """Attention of all models: sdpa, eager or flash_attention_2 (needs the package and a GPU)."""
 
     layout: Layout = "auto"
-    """How rows pass the model: shared_prefix = each prompt once, auto = fastest supported."""
+    """How rows pass through the model: shared_prefix = each prompt is computed once, auto =
+    the fastest layout that the model supports."""
 
     trust_remote_code: bool = False
     """Run Python code from the model's folder; only if you trust its author."""
 
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How conversations become text; auto = by the tokenizer's chat template, else as hh. Prompts
-    without messages are taken as they are."""
+    """How conversations become text; auto = by the tokenizer's chat template if it has one, else
+    as hh. Prompts without messages are used unchanged."""
 
     model_max_length: int = field(
         default=512, metadata={"aliases": ["max_length", "max_seq_length"]}
     )
-    """Most tokens of prompt and response together."""
+    """Maximum number of tokens of a prompt and its response together."""
 
     group_by_length: bool = False
     """Batch prompts of similar length together: less padding, the same order on every run."""
@@ -166,7 +168,7 @@ class TrainingConfig(DataOptions):
     """Dropout inside the adapters."""
 
     lora_target_modules: list[str] | None = None
-    """Names of the layers that get adapters; by default every linear layer but the head."""
+    """Names of the layers that get adapters; by default every linear layer except the head."""
 
     logging_steps: int = 1
     """Write metrics every N optimiser steps; 0 = only after the last."""
@@ -181,17 +183,17 @@ class TrainingConfig(DataOptions):
     """Metric by which evaluations are compared; by default the loss (ppo: the score)."""
 
     greater_is_better: bool | None = None
-    """Whether a larger value of that metric is better; by default yes, except for losses,
+    """Whether larger values of metric_for_best_model are better; by default yes, except for losses,
     perplexity and KL."""
 
     load_best_model_at_end: bool = False
-    """Make the best model (a copy of best/) the trained model, instead of the last one."""
+    """At the end, use the best model (a copy of best/) as the trained model, not the last one."""
 
     early_stopping_patience: int = 0
     """Stop after this many evaluations in a row without improvement; 0 = never."""
 
     early_stopping_threshold: float = 0.0
-    """Smallest improvement over the best value that early stopping counts as one."""
+    """Early stopping counts only improvements over the best value that are larger than this."""
 
     save_steps: int = 100
     """Write a checkpoint every N optimiser steps; 0 = only on a signal."""
@@ -200,8 +202,8 @@ class TrainingConfig(DataOptions):
     """Checkpoints to keep; an old one is deleted only after the new one is complete."""
 
     save_policy_steps: int = 0
-    """Every N optimiser steps, also keep the model as a plain folder, policies/step-<number>
-    (reward_models/step-<number>); 0 = never."""
+    """Every N optimiser steps, also save the model in policies/step-<number> (a reward model in
+    reward_models/step-<number>); 0 = never."""
 
     resume_from_checkpoint: bool = False
     """Resume from the newest complete checkpoint in output_dir; a finished run is left as it is."""
@@ -210,13 +212,13 @@ class TrainingConfig(DataOptions):
     """Also send metrics to this tracker; metrics.jsonl is always written."""
 
     ddp_timeout: float = 1800.0
-    """With several processes: seconds that one waits for another before it treats it as lost."""
+    """Seconds that a process waits for another process before it considers that process lost."""
 
     def __post_init__(self) -> None:
-        """Check the settings; subclasses call it from theirs.
+        """Check the settings; subclasses call this from their own `__post_init__`.
 
         Raises:
-            UserError: a setting is impossible for every trainer.
+            UserError: a setting is invalid, whatever the trainer.
         """
         check_ranges(self, _RANGES)
         if self.max_steps != -1 and self.max_steps < 1:
@@ -242,7 +244,7 @@ class TrainingConfig(DataOptions):
 
     @property
     def counts_epochs(self) -> bool:
-        """Whether num_train_epochs determines the end."""
+        """Whether num_train_epochs determines the number of steps."""
         return self.max_steps == -1
 
     @property
@@ -257,7 +259,7 @@ class TrainingConfig(DataOptions):
         return self.metric_for_best_model or "loss"
 
     def groups(self) -> list[GroupSettings]:
-        """The groups of weights with settings of their own, the main one first."""
+        """The groups of weights that are trained with separate settings, the main group first."""
         return [
             GroupSettings(
                 "", self.learning_rate, self.weight_decay, self.lr_scheduler_type, self.warmup_ratio
@@ -265,7 +267,7 @@ class TrainingConfig(DataOptions):
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for the run folder, with the settings of the chosen objective or method."""
+        """The settings as plain values for the run folder, with those of the chosen method."""
         values = asdict(self)
         for item in fields(self):
             if "settings_of" in item.metadata:
@@ -277,7 +279,7 @@ def check_response_limit(max_response_tokens: int | None, model_max_length: int)
     """Refuse a limit on responses that leaves no room for a prompt.
 
     Raises:
-        UserError: it leaves none.
+        UserError: the limit leaves no room for a prompt.
     """
     if max_response_tokens is not None and not 0 < max_response_tokens < model_max_length:
         raise UserError(

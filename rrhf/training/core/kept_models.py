@@ -1,7 +1,7 @@
-"""Models that a run keeps during training: at regular steps, and the best.
+"""Keeps models during training: one every N steps, and the best one.
 
-The loop reports steps, evaluations and checkpoints to it; it decides what to write, when the
-evaluations have stopped improving, and what to discard on resuming.
+The loop reports steps, evaluations and checkpoints to `KeptModels`, which decides which models to
+write, when the evaluations have stopped improving, and which models to remove on resuming.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ logger = logging.getLogger(__name__)
 
 
 class KeptModels:
-    """Every rank must make every call.
+    """Writes and removes the models that a run keeps during training.
+
+    Every rank must make every call.
 
     Args:
-        folder: of the run.
-        models: writes the trained models; None keeps nothing.
-        config: says what to keep.
-        parallel: ranks.
+        folder: the run folder.
+        models: writes the trained models; None = keep no models.
+        config: determines which models are kept.
+        parallel: the ranks.
         is_evaluated: whether the run has held-out data.
 
     Attributes:
-        best: None if evaluations are not compared.
+        best: the best model so far; None if evaluations are not compared.
 
     Raises:
-        UserError: --load_best_model_at_end or --early_stopping_patience without an evaluation.
+        UserError: --load_best_model_at_end or --early_stopping_patience is set, but no evaluation
+            takes place during training.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class KeptModels:
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(config, name) and not is_judged:
                 raise UserError(
-                    f"--{name}: nothing is evaluated on the way; give held-out data and "
+                    f"--{name}: nothing is evaluated during training; give held-out data and "
                     "--eval_steps"
                 )
         if models is not None:
@@ -62,7 +65,7 @@ class KeptModels:
 
     @property
     def is_over(self) -> bool:
-        """Whether the evaluations have not improved for as long as the patience allows."""
+        """Whether to stop early, because the evaluations stopped improving."""
         return self.best is not None and self.best.is_exhausted
 
     def after_step(self, step: int) -> None:
@@ -70,13 +73,13 @@ class KeptModels:
             self._history.save(step)
 
     def after_evaluation(self, step: int, evaluation: Mapping[str, float]) -> None:
-        """Compare an evaluation with the best; one without figures is not counted."""
+        """Compare an evaluation with the best one so far; an empty evaluation is ignored."""
         if self.best is None or not evaluation:
             return
         self.best.judge(step, evaluation)
         if self.is_over:
             logger.info(
-                "stopping at step %d: %d evaluations without gain over %s %.6g of step %s",
+                "stopping at step %d: %d evaluations did not improve on %s %.6g of step %s",
                 step,
                 self.best.evaluations_without_gain,
                 self.best.metric,
@@ -92,7 +95,12 @@ class KeptModels:
         return {} if self.best is None else self.best.state_dict()
 
     def cut_back(self, step: int, state: Mapping[str, Any]) -> None:
-        """Remove what was written after `step`, whose checkpoint has `state` (empty: all)."""
+        """Remove the models of steps after `step`; called on resuming.
+
+        Args:
+            step: of the checkpoint from which the run resumes; 0 = the run starts anew.
+            state: `state_dict` as the checkpoint has it; empty = the best model is removed too.
+        """
         if self._history is not None:
             self._history.cut_back(step)
         if self.best is not None:

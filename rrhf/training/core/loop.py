@@ -1,11 +1,11 @@
-"""The only training loop: takes optimiser steps from a stream, and does what comes between them.
+"""The training loop of all trainers: optimiser steps, evaluations, checkpoints and logging.
 
-A paradigm is an `Objective` (`rrhf.training.core.update`, which does the steps); data come from an
-`UpdateStream`. SFT, reward, rank and PPO differ only in these two; anything else between steps is a
-`Hook`.
+An `Objective` defines the loss, and an `UpdateStream` provides the data; SFT, reward, rank and PPO
+training differ only in these two. `rrhf.training.core.update` does the optimiser steps. Anything
+else that happens between steps is a `Hook`.
 
-A checkpoint can follow any step. SIGTERM and SIGINT end the run after one; a rollout in progress is
-dropped and done again after resuming.
+A checkpoint can be written after any step. On SIGTERM or SIGINT, the run writes a checkpoint after
+the current step and ends; a rollout in progress is dropped and repeated after resuming.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from rrhf.training.core.update import Objective, Update
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-"""Measures the prepared model on held-out data, on every rank."""
+"""Measures the prepared model on held-out data; called on every rank."""
 
 SHOWN = {
     "loss": "loss {:.4g}",
@@ -59,7 +59,7 @@ SHOWN = {
     "kl": "KL {:.3f}",
     "tokens_per_second": "{:.0f} tokens/s",
 }
-"""Formats of the metrics in progress lines, of a step and of its rollout."""
+"""Formats of the metrics that progress lines show, for a step and its rollout."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class TrainingOutcome:
 
     Attributes:
         model: the trained module, unwrapped.
-        steps: optimiser steps done in all.
+        steps: optimiser steps of the whole run, including earlier parts of a resumed run.
         seconds: wall time of this process, without earlier parts of a resumed run.
         tokens: response and prompt tokens that went through the model in this process.
-        metrics: the last logged row.
-        evaluation: the last evaluation, or empty.
-        best: the best evaluation's models, if evaluations were compared.
+        metrics: the metrics of the last step.
+        evaluation: the metrics of the last evaluation; empty if there was none.
+        best: the models of the best evaluation; None if evaluations were not compared.
         stopped_early: whether the run ended early because the evaluations stopped improving.
-        keep: after a later failure, writes a checkpoint of the last step if there is none; every
-            rank must call it.
+        keep: writes a checkpoint of the last step, unless there is one; to be called on every rank
+            if something fails after the training.
     """
 
     model: nn.Module
@@ -102,12 +102,13 @@ def run_training(
     """Train until the stream ends.
 
     Args:
-        model: the trainable module, called by `forward(batch)` alone; weights in float32.
-        objective: the terms of the loss.
-        stream: micro-batches of each optimiser step.
+        model: the trainable module, with weights in float32; only `forward(batch)` is called.
+        objective: defines the terms of the loss.
+        stream: yields the micro-batches of each optimiser step.
         opened: the run; its settings determine steps, optimiser, logging and checkpoints.
-        evaluate: called with the prepared model every `eval_steps` and at the end, on every rank.
-        models: writes the trained models, if some are to be kept during training.
+        evaluate: called with the prepared model every `eval_steps` steps and at the end, on every
+            rank.
+        models: writes the models that are kept during training; None = keep none.
         hooks: called between steps.
 
     Raises:
@@ -118,8 +119,8 @@ def run_training(
     """
     loop = _Loop(model, objective, stream, opened, evaluate, models, hooks)
     config, parallel = opened.config, opened.parallel
-    # Each rank of a round (`rrhf train iterative`) looks by itself whether its training was begun,
-    # and a late one sees what the first has just begun.
+    # In `rrhf train iterative`, each rank checks for itself whether a round's training had begun. A
+    # late rank sees what the main rank has just begun, so the main rank's answer counts.
     if parallel.gather([config.resume_from_checkpoint])[0]:
         loop.resume()
     else:
@@ -178,7 +179,7 @@ class _Loop:
             self.cut_back(0, {})
             return
         self.step = self.saved_step = int(state["step"])
-        # A run that was killed behind its last step has nothing left to measure.
+        # If the run was killed after its last step, no step is left that would compute these again.
         self.metrics, self.evaluation = state["metrics"], state["evaluation"]
         self.evaluated_step = int(state["evaluated_step"])
         self.stream.load_state_dict(state["stream"])
@@ -190,10 +191,10 @@ class _Loop:
             self.live.load_tensors(tensors)
 
     def _take_changed_settings(self, state: dict[str, Any]) -> None:
-        """Apply the present settings of optimiser and schedule in place of the checkpoint's.
+        """Apply the current optimiser and schedule settings instead of the checkpoint's.
 
         Raises:
-            UserError: the optimiser's settings changed, and it is sharded.
+            UserError: the settings of a sharded optimiser changed.
         """
         now, before = self.settings, state.get("optimizer_settings")
         if self.parallel.is_sharded:
@@ -208,8 +209,8 @@ class _Loop:
             if changed:
                 raise UserError(
                     f"resume: the optimiser's settings changed:\n{told_changes(changed)}\nA "
-                    "sharded optimiser goes on with its own; give the same, or start without "
-                    "sharding"
+                    "sharded optimiser keeps the settings of its checkpoint; give the same "
+                    "settings, or begin a new run without sharding"
                 )
             if "optimizer_settings" not in state:
                 self._warn_of_unknown_settings()
@@ -221,22 +222,27 @@ class _Loop:
         """Warn that a sharded optimiser keeps settings that its old checkpoint does not record."""
 
         def told(groups: list[dict[str, Any]]) -> str:
-            """Each kind of group once, as text."""
+            """Describe the settings of the groups, each combination once."""
             names = ("weight_decay", "betas", "eps")
             kinds = (", ".join(f"{name} {group.get(name)}" for name in names) for group in groups)
             return "; ".join(dict.fromkeys(kinds))
 
         logger.warning(
             "resume: an earlier version wrote this checkpoint, without the settings of its sharded "
-            "optimiser, so it cannot be told whether --weight_decay, --adam_beta1, --adam_beta2 or "
-            "--adam_epsilon changed; it goes on with %s (the flags give %s). Give the values of "
-            "the run so far; to change them, begin a new run",
+            "optimiser, so rrhf cannot tell whether --weight_decay, --adam_beta1, --adam_beta2 or "
+            "--adam_epsilon changed; the optimiser goes on with %s (the flags give %s). Give "
+            "the values of the run so far; to change them, begin a new run",
             told(self.optimizer.param_groups),
             told(self.settings),
         )
 
     def cut_back(self, step: int, state: dict[str, Any]) -> None:
-        """Remove what the run folder has of steps after `step`; no state = of all steps."""
+        """Return hooks, metrics and kept models to a checkpoint, removing what is later.
+
+        Args:
+            step: of the checkpoint; 0 = the beginning of the run.
+            state: of the checkpoint; empty = the beginning of the run.
+        """
         self.hooks.load_state_dict(state)  # first: one may refuse
         if self.parallel.is_main:
             self.folder.metrics.truncate_to(int(state.get("metrics_offset", 0)))
@@ -275,7 +281,7 @@ class _Loop:
         rollout: dict[str, float] = {}
         with Progress("train", stream.total_steps, "step", self.step) as progress:
             if self.step and self._is_due(self.config.eval_steps):
-                self._evaluate()  # left undone where a signal came during it
+                self._evaluate()  # in case a signal interrupted this evaluation
             for batches in () if self.kept.is_over else stream:
                 if self.live is not None and (news := self.live.take_news()):
                     rollout = news
@@ -322,7 +328,10 @@ class _Loop:
         return row | as_metrics(self.phases.take()), num_tokens
 
     def _evaluate(self) -> None:
-        """Evaluate once per step, however often this is called; if it fails, the step is kept."""
+        """Evaluate the model, unless this step was evaluated already.
+
+        If the evaluation fails in a run of one process, a checkpoint is written.
+        """
         if self.evaluate is None or self.evaluated_step == self.step:
             return
         before = self.evaluation, self.evaluated_step
@@ -332,7 +341,8 @@ class _Loop:
         except StoppedBySignal:
             raise
         except Exception:
-            # To be measured again on resuming. Of several ranks one may have failed alone.
+            # The resumed run evaluates again. With several ranks, one may have failed alone, and
+            # the others would not take part in a checkpoint.
             if self.parallel.world_size == 1:
                 self.evaluation, self.evaluated_step = before
                 self.folder.metrics.truncate_to(offset)
@@ -357,11 +367,13 @@ class _Loop:
             self.tracker.log(row, self.step)
 
     def keep(self) -> None:
-        """Write a checkpoint after a failure; its own failure is only a warning."""
+        """Write a checkpoint after a failure; if that fails too, only log a warning."""
         try:
             self._save()
         except Exception as error:
-            logger.warning("step %d has no checkpoint either: %s", self.step, error)
+            logger.warning(
+                "step %d: the checkpoint could not be written either: %s", self.step, error
+            )
 
     def _save(self) -> None:
         if self.saved_step == self.step:
@@ -401,8 +413,8 @@ class _Loop:
             kept = f"step {self.saved_step}" if self.saved_step > 0 else "no step yet"
             raise NonFiniteError(
                 f"step {self.step}: the weights are not finite (first: {found or 'elsewhere'}), so "
-                f"nothing of it is kept; the last checkpoint is of {kept}. Lower --learning_rate "
-                "and go on with --resume_from_checkpoint"
+                f"nothing of this step is kept; the last checkpoint is of {kept}. Lower "
+                "--learning_rate and go on with --resume_from_checkpoint"
             )
 
     def _is_due(self, every: int) -> bool:

@@ -1,7 +1,8 @@
-"""The models of a run as plain folders: the last ones, and those that are kept in addition.
+"""Writes the models of a run as plain folders: the last ones, and those kept during training.
 
-A trainer defines once how its models are written (`ModelFolders`); the loop and the end of the run
-use it. A folder is staged and then moved into place, so a folder under its own name is complete.
+A trainer defines once how its models are written (`ModelFolders`); the training loop and the end of
+the run both use that definition. Each folder is staged and then moved into place, so a folder under
+its final name is complete.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from rrhf.staged_folders import remove_folder, remove_unfinished, saved_folder
 from rrhf.training.core.parallel import Parallel
 
 Weights = dict[str, Tensor] | None
-"""All weights of a sharded module, on the main rank; None if the module itself has them whole."""
+"""All weights of a sharded module, gathered on the main rank; None if it is not sharded."""
 
 WriteModel = Callable[[Path, Path, Weights], None]
-"""Fills an empty folder; called with it, the folder of earlier models, and the weights."""
+"""Writes a model; called with the empty folder to fill, the folder that holds the models written
+before, and the weights."""
 
 _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """The models of a training, and how they are written.
+    """Defines which models a trainer writes, and how.
 
     Attributes:
-        writers: by the folder's name, in the order of writing; the first is the run's main model.
-        unmeasured: names of those that evaluations do not measure, such as an average.
+        writers: folder name -> function that writes the model, in the order of writing; the first
+            model is the run's main model.
+        unmeasured: names of the models that evaluations do not measure, such as a weight average.
     """
 
     writers: Mapping[str, WriteModel]
@@ -54,7 +57,7 @@ class ModelFolders:
         """Write every model into a folder, each completely or not at all; every rank must call it.
 
         Raises:
-            UserError: no space, or the place cannot be written; on every rank.
+            UserError: the disk is full, or the folder cannot be written; raised on every rank.
         """
         weights = full_weights(parallel)
         failure: Exception | None = None
@@ -67,21 +70,23 @@ class ModelFolders:
             except Exception as error:
                 failure = error
         if parallel.any(failure is not None):
-            raise failure or UserError(f"{into}: process 0 could not write a model; it says why")
+            raise failure or UserError(
+                f"{into}: process 0 could not write a model; see its message"
+            )
 
 
 def full_weights(parallel: Parallel) -> Weights:
-    """All weights of a sharded module, else None; every rank must call it."""
+    """Gather all weights of a sharded module; None if not sharded. Every rank must call this."""
     return parallel.full_state_dict() if parallel.is_sharded else None
 
 
 class PolicyHistory:
-    """The main model at regular steps, as folders `policies/step-000010`.
+    """Keeps the main model of selected steps, in folders such as `policies/step-000010`.
 
     Args:
-        folder: of the run.
-        models: of the trainer.
-        parallel: ranks.
+        folder: the run folder.
+        models: the trainer's models.
+        parallel: the ranks.
     """
 
     def __init__(self, folder: Path, models: ModelFolders, parallel: Parallel) -> None:
@@ -102,7 +107,7 @@ class PolicyHistory:
         self._parallel.barrier()
 
     def cut_back(self, step: int) -> None:
-        """Remove the models of later steps, as the metrics are truncated on resuming."""
+        """Remove the models of steps after `step`; called on resuming."""
         if not (self._parallel.is_main and self.folder.is_dir()):
             return
         remove_unfinished(self.folder)

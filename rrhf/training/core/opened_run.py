@@ -1,4 +1,4 @@
-"""An opened run, as the loop needs it: settings, folder, ranks, and signals."""
+"""Holds what the training loop needs to know about a run: settings, folder, ranks, signals."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ class OpenedRun:
     """A run whose folder is open.
 
     Attributes:
-        config: its settings.
-        run: the run folder, held by the main rank.
+        config: the settings of the run.
+        run: the run folder, opened by the main rank.
         parallel: ranks, and how weights are spread over them.
-        stop: records signals, for a stream or an evaluation that checks for them. These may raise
-            `StoppedBySignal`, on all ranks, as long as they have changed nothing.
-        held: signals are recorded after the steps too, until it is closed; None = they are not.
+        stop: records signals, so that a stream or an evaluation can check for them. A stream or an
+            evaluation that has changed nothing yet may raise `StoppedBySignal`, on all ranks.
+        held: signals are also recorded after the last step, until this stack is closed; None =
+            signals are recorded only during the training loop.
         phases: measures time and memory; each step is the phase "train", and the figures are added
-            to the step's row.
+            to the step's metrics. None = nothing is measured.
     """
 
     config: TrainingConfig

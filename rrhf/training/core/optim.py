@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, and the learning rate over the steps."""
+"""Builds AdamW with its parameter groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from rrhf.errors import UserError
 from rrhf.training.core.config import GroupSettings, TrainingConfig
 
 FUSED_ON = ("cpu", "cuda")
-"""Devices that can do a whole step of AdamW in one pass over weights and moments."""
+"""Device types with fused AdamW, which updates weights and moments in one pass."""
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over every weight that needs a gradient; vectors (norms, biases) get no weight decay.
+    """Build AdamW for all trainable weights; vectors (norms, biases) get no weight decay.
+
+    Trainable weights must be float32.
 
     Raises:
-        UserError: nothing is trainable, or trainable weights are not float32.
+        UserError: the model has no trainable weight.
     """
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trainable:
@@ -48,7 +50,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def _group_of(name: str, groups: list[GroupSettings]) -> int:
-    """The index of the group with the longest prefix of the name."""
+    """The index of the parameter's group: the one with the longest prefix that matches its name."""
     claims = [place for place, group in enumerate(groups) if name.startswith(group.prefix)]
     return max(claims, key=lambda place: len(groups[place].prefix))
 
@@ -56,7 +58,7 @@ def _group_of(name: str, groups: list[GroupSettings]) -> int:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over `total_steps` optimiser steps, warm-up included."""
+    """Build the learning-rate schedule for `total_steps` optimiser steps, warm-up included."""
     groups = config.groups()
     if len(groups) == 1:
         return _schedule(optimizer, groups[0], config, total_steps)
@@ -78,8 +80,8 @@ def _schedule(
     if config.min_learning_rate_ratio > 0:
         if name != "cosine":
             raise UserError(
-                f"min_learning_rate_ratio {config.min_learning_rate_ratio}: only the cosine "
-                f"schedule ends above zero, not {name}"
+                f"min_learning_rate_ratio {config.min_learning_rate_ratio}: works only with "
+                f"the cosine schedule, not with {name}"
             )
         name = "cosine_with_min_lr"
         extra = {"min_lr_rate": config.min_learning_rate_ratio}
@@ -110,9 +112,9 @@ def apply_settings(
     """Apply settings to a restored optimiser, at the current step of its schedule.
 
     Args:
-        optimizer: with the moments of the steps before.
-        scheduler: the optimiser's own, restored too.
-        settings: of each group, as `optimizer_settings` gives them.
+        optimizer: restored from a checkpoint.
+        scheduler: the optimiser's schedule, restored from the same checkpoint.
+        settings: settings of each group, as returned by `optimizer_settings`.
     """
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group["initial_lr"] = own["learning_rate"]
@@ -124,14 +126,14 @@ def apply_settings(
 
 
 def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Set the learning rate of a restored optimiser to that of the present schedule.
+    """Set the learning rate of a restored optimiser to that of the current schedule.
 
-    It was restored with the rate of its earlier schedule; if nothing changed, the two are the same
-    to the last bit.
+    The restored optimiser still has the rate of the earlier schedule. If no setting changed, both
+    rates are the same to the last bit.
 
     Args:
-        optimizer: restored.
-        scheduler: its own, restored too.
+        optimizer: restored from a checkpoint.
+        scheduler: the optimiser's schedule, restored from the same checkpoint.
     """
     groups = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     for group, rate, factor in groups:

@@ -1,6 +1,6 @@
 """Summarises a finished training in one line.
 
-Left out on purpose: the place of the model, which the command prints on stdout as its result.
+Left out on purpose: the path of the model, which the command prints on stdout as its result.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def summary(
     rollout: Mapping[str, float] | None = None,
     num_prompts: int = 0,
 ) -> str:
-    """Steps, time, loss, held-out figures with intervals, the best step, where the metrics are.
+    """Summarise steps, time, loss, held-out figures with intervals, best step and run folder.
 
     Args:
-        outcome: of the loop.
+        outcome: what the training loop returned.
         seconds: duration of the whole call.
-        folder: of the run.
-        num_held_out: held-out prompts; decides the interval of a ranking accuracy.
+        folder: the run folder.
+        num_held_out: number of held-out prompts; determines the interval of a ranking accuracy.
         rollout: metrics of the last rollout, in online training.
-        num_prompts: prompts of that rollout.
+        num_prompts: number of prompts in that rollout.
     """
     parts = [f"done: {outcome.steps:,} steps in {duration(seconds)}"]
     if "loss" in outcome.metrics:

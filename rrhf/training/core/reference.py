@@ -1,4 +1,4 @@
-"""The policy as it was when training began: a frozen copy, or its own weights with adapters off."""
+"""Log-probs of the reference policy: from a frozen copy, or from the policy with adapters off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rrhf.training.core.setup import Workbench, policy_on_engine
 
 
 def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
-    """The model of `--model_name_or_path`, frozen, whole on each rank, on its device."""
+    """Load a frozen copy of the starting policy, complete on each rank, onto the rank's device."""
     config = bench.config
     model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config))
     model.requires_grad_(False)
@@ -27,7 +27,7 @@ def frozen_copy(bench: Workbench, temperature: float = 1.0) -> Policy:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Context manager: without dropout."""
+    """Context manager that puts a module in eval mode (no dropout), then restores its mode."""
     was_training = module.training
     module.eval()
     try:
@@ -37,12 +37,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class Reference:
-    """Log-probs under the policy as it was at the start.
+    """Computes log-probs under the starting policy.
 
     Args:
-        frozen: a copy; None = the policy's own weights, adapters off, which must be whole here.
+        frozen: a copy of the starting policy; None = use `policy` with its adapters off, which
+            requires that this rank holds all of its weights.
         policy: the trained policy.
-        parallel: gives the precision.
+        parallel: provides the precision of the forward pass.
     """
 
     def __init__(self, frozen: Policy | None, policy: Policy, parallel: Parallel) -> None:
@@ -50,7 +51,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Tensor:
-        """[N, R] float32, nats; 0 at padding."""
+        """The log-probs of the response tokens: [N, R] float32, nats; 0 at padding."""
         with self._parallel.autocast():
             if self._frozen is not None:
                 return self._frozen(batch).logprobs
@@ -59,9 +60,9 @@ class Reference:
 
 
 def build_reference(bench: Workbench, policy: Policy) -> Reference:
-    """The reference of a trainable policy; call it before the policy is distributed.
+    """Build the reference of a trainable policy; call this before the policy is distributed.
 
-    With LoRA no second model is loaded, unless the weights are to be sharded.
+    With LoRA, no second model is loaded unless the weights will be sharded.
     """
     adapters_off = bench.config.use_lora and bench.parallel.weights_are_whole
     frozen = None if adapters_off else frozen_copy(bench)

@@ -43,13 +43,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Workbench(OpenedRun):
-    """An opened run, with what a trainer needs besides.
+    """An opened run, with the tokenizer and what else a trainer needs around the loop.
 
     Attributes:
-        tokenizer: of the model.
-        codec: the token boundary.
+        tokenizer: the model's tokenizer.
+        codec: encodes prompts and responses.
         started: `time.monotonic()` at the start.
-        held: notes signals from the first step until the run is finished.
+        held: signals are recorded from the first step until this stack is closed, after the run is
+            finished.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ class Workbench(OpenedRun):
 
 @contextlib.contextmanager
 def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
-    """Open the run folder before anything slow happens, seed everything, load the tokenizer.
+    """Context manager that opens the run folder, sets the seed and loads the tokenizer.
 
     Raises:
         UserError: the folder holds another run, the tokenizer is missing, a length is impossible.
@@ -93,10 +94,10 @@ def opened_workbench(config: TrainingConfig) -> Iterator[Workbench]:
 
 
 def load_trainable_causal_lm(config: TrainingConfig) -> Any:
-    """The model of `--model_name_or_path` in float32, with adapters or checkpointing if set.
+    """Load the model of `--model_name_or_path` in float32, ready for training with these settings.
 
     Raises:
-        UserError: there is no model, or `--model_max_length` is beyond its window.
+        UserError: there is no model, or `--model_max_length` exceeds its window.
     """
     model = load_causal_lm(config.model_name_or_path, LoadOptions.of(config))
     return prepare_trainable(model, config)
@@ -106,7 +107,7 @@ def require_window(model_max_length: int, window: int | None) -> None:
     """Refuse rows that are longer than the model's window.
 
     Raises:
-        UserError: they are.
+        UserError: `model_max_length` exceeds `window`.
     """
     if window is not None and model_max_length > window:
         raise UserError(
@@ -121,7 +122,7 @@ def prepare_trainable(
     modules_to_save: list[str] | None = None,
     task_type: str = "CAUSAL_LM",
 ) -> Any:
-    """Check the window, and add LoRA and gradient checkpointing if set."""
+    """Check a model's window, and add LoRA and gradient checkpointing if they are set."""
     require_window(config.model_max_length, context_window(model))
     if config.use_lora:
         model = add_lora(
@@ -141,18 +142,21 @@ def prepare_trainable(
 
 
 def on_device_of_trial(bench: Workbench, model: Any) -> Any:
-    """The same model, moved to the device where its layout can be checked, if possible."""
+    """Move a model to the rank's device, where its layout can be checked; returns the model.
+
+    With padded rows or sharding, the model stays where it is.
+    """
     if bench.config.layout != "padded" and not bench.parallel.is_sharded:
         model.to(bench.parallel.device)
     return model
 
 
 def policy_on_engine(bench: Workbench, model: Any, options: LogprobOptions = PLAIN) -> Policy:
-    """A causal language model behind the forward interface, with the layout that `--layout` names.
+    """Wrap a causal language model in the forward interface, with the layout that `--layout` names.
 
     Args:
-        bench: of the run.
-        model: trainable or frozen, not yet spread over processes.
+        bench: the opened run.
+        model: trainable or frozen, not yet distributed over processes.
         options: as in `Policy`.
 
     Raises:
@@ -162,12 +166,12 @@ def policy_on_engine(bench: Workbench, model: Any, options: LogprobOptions = PLA
 
 
 def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteModel:
-    """Writes a Hugging Face model that is part of the trained module.
+    """Return a function that writes a Hugging Face model, a part of the trained module.
 
     Args:
-        bench: of the run.
-        model: with the trained weights, or with shards of them.
-        prefix: of its parameters' names within that module.
+        bench: the opened run.
+        model: the model, with the trained weights or with shards of them.
+        prefix: how the names of the model's parameters begin within the trained module.
     """
 
     def write(folder: Path, beside: Path, weights: Weights) -> None:
@@ -185,18 +189,19 @@ def finish_run(
     num_held_out: int = 0,
     num_rollout_prompts: int = 0,
 ) -> Path:
-    """Save the trained models, then the run's manifest, last; returns the main model's folder.
+    """Save the trained models, then the run's manifest; returns the main model's folder.
 
     Args:
-        bench: of the run.
-        outcome: of the loop.
-        models: of the trainer.
-        extra: what else the manifest should say (counts of dropped data and the like).
+        bench: the opened run.
+        outcome: what the training loop returned.
+        models: the trainer's models.
+        extra: additional entries of the manifest, such as counts of dropped data.
         num_held_out, num_rollout_prompts: for the intervals of the summary, as in `summary`.
 
     Raises:
-        UserError: no space for a model; there is a checkpoint of the last step, if that fits.
-        StoppedBySignal: a signal came meanwhile; the run is finished.
+        UserError: a model could not be written; a checkpoint of the last step is kept, if the disk
+            has room for it.
+        StoppedBySignal: a signal was received, but the run is finished.
     """
     best = outcome.best
     wants_best = best is not None and bench.config.load_best_model_at_end
@@ -210,7 +215,7 @@ def finish_run(
         raise
     if wants_best and not is_best:
         logger.warning(
-            "--load_best_model_at_end: there is no best model, so %s is that of the last step",
+            "--load_best_model_at_end: there is no best model, so %s is the model of the last step",
             bench.run.path / models.main,
         )
     if bench.parallel.is_main:

@@ -1,8 +1,9 @@
 """Chooses the prompts of each optimiser step, reproducibly for any number of processes.
 
-A stream yields the micro-batches of one optimiser step at a time. The order of an epoch depends on
-(seed, epoch) alone; a global batch is cut into micro-batches for the ranks, by number or by tokens.
-All ranks run equally many; a rank with fewer prompts repeats one with weight zero.
+A stream yields the micro-batches of one optimiser step at a time. The order of the prompts in an
+epoch depends only on the seed and the epoch. A global batch is cut into micro-batches by number of
+prompts or by tokens. All ranks run the same number of micro-batches; a rank that runs out of
+prompts repeats one with weight zero.
 """
 
 from __future__ import annotations
@@ -58,33 +59,33 @@ class LiveStream(UpdateStream, Protocol):
     """A stream that generates its data during training."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stream's tensors, which are not in `state_dict`; the same on every rank."""
+        """Tensors for a checkpoint, in addition to `state_dict`; the same on every rank."""
         ...
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore them; called after `load_state_dict`."""
+        """Restore the tensors of a checkpoint; called after `load_state_dict`."""
         ...
 
     def take_news(self) -> dict[str, float]:
-        """A row for the log about the data of the coming step; each row is returned once."""
+        """Metrics of the data generated for the coming step, for the log; returned only once."""
         ...
 
 
 class EncodedExamples(Sequence[EncodedSet]):
     """Candidate sets that are encoded when used, so that a large file need not fit in memory.
 
-    A first pass finds which sets yield an example and how long each is, unless `yields` answers the
-    former without encoding.
+    A first pass encodes every set to find which sets yield an example, and how long each example
+    is. With `yields`, the first pass encodes nothing, and the lengths stay unknown.
 
     Args:
         sets: random access to candidate sets.
-        encode: a set's example, or None if it yields none (the encoder counts why).
-        yields: whether a set yields an example.
-        identity: identifies the data, so that a resumed run detects other data.
+        encode: returns a set's example, or None if the set yields none (the encoder counts why).
+        yields: returns whether a set yields an example, without encoding the set.
+        identity: identifies the data, so that a resumed run notices if the data changed.
 
     Attributes:
-        lengths: in tokens of padded rows; None with `yields`.
-        sizes: in detail; None with `yields`.
+        lengths: tokens of each example as padded rows; None with `yields`.
+        sizes: prompt and response tokens of each example; None with `yields`.
 
     Raises:
         UserError: no set yields an example.
@@ -127,7 +128,7 @@ class EncodedExamples(Sequence[EncodedSet]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         example = self._encode(self._sets[self._places[index]])
-        assert example is not None, "a set that yields an example does so each time"
+        assert example is not None, "a set that yielded an example before must yield one each time"
         return example
 
 
@@ -136,12 +137,12 @@ class StepCut:
     """The size of an optimiser step, and how it is cut into micro-batches for the ranks.
 
     Attributes:
-        pad_id: filler of the batches.
+        pad_id: token id for padding.
         per_device_train_batch_size: examples per micro-batch.
-        gradient_accumulation_steps: micro-batches per step and rank; with a budget, the product of
-            both is still the number of examples of a rank.
-        rank, world_size: this process among all.
-        budget: cut each step by tokens instead of by number.
+        gradient_accumulation_steps: micro-batches per step and rank. With a budget, their number
+            and size vary, but the number of examples in a step stays the same.
+        rank, world_size: index of this process, and number of processes.
+        budget: if given, steps are cut by tokens instead of by number of examples.
     """
 
     pad_id: int
@@ -158,13 +159,13 @@ class StepCut:
 
     @property
     def global_batch_size(self) -> int:
-        """Examples of a step on all ranks."""
+        """Number of examples in a step, over all ranks."""
         mine = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return mine * self.world_size
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of the budget; None without one."""
+        """The budget in tokens; None if there is no budget."""
         return None if self.budget is None else self.budget.tokens
 
     def batches(
@@ -174,13 +175,14 @@ class StepCut:
         size_of: Callable[[int], Size],
         filler: Callable[[], int],
     ) -> list[TokenBatch]:
-        """This rank's micro-batches of a step; every rank has equally many.
+        """This rank's micro-batches of a step; every rank gets the same number of them.
 
         Args:
-            examples: of the run.
-            indices: of the step's examples.
-            size_of: gives an example's size, for a budget.
-            filler: gives the example that a rank with fewer examples repeats, with weight zero.
+            examples: all examples of the run.
+            indices: the indices of the step's examples.
+            size_of: returns the size of the example at an index; used only with a budget.
+            filler: returns the index of the example that fills a rank's empty micro-batches, with
+                weight zero.
         """
         if self.budget is None:
             count, size = len(indices), self.per_device_train_batch_size
@@ -196,20 +198,21 @@ class StepCut:
         return batches
 
     def told(self, sizes: Sequence[Size]) -> str:
-        """A description of how the budget cuts a step of such examples."""
+        """Describe how the budget cuts a step of examples with these sizes."""
         assert self.budget is not None, "there is no budget"
         return told(micro_batches(sizes, self.budget, self.world_size), sizes, self.budget)
 
 
 class OfflineStream:
-    """Passes over a fixed set of examples.
+    """Yields the steps of one or more passes over a fixed set of examples.
 
     Args:
-        examples: to train on, with `lengths` if they are grouped by length.
-        cut: of each step.
+        examples: the training examples; their attribute `lengths`, if present, is used to group
+            them by length.
+        cut: how each step is cut into micro-batches.
         num_train_epochs: number of passes, fractions allowed.
-        max_steps: -1, or the number of optimiser steps.
-        seed: of the order.
+        max_steps: number of optimiser steps; -1 = `num_train_epochs` determines it.
+        seed: seed of the order.
         group_by_length: sort prompts by length within groups of `GROUPING_STEPS` steps.
     """
 
@@ -251,7 +254,7 @@ class OfflineStream:
 
     @property
     def _knows_lengths(self) -> bool:
-        """False if examples are encoded when they are used, so that lengths cost a pass."""
+        """Whether the lengths are available without a pass that encodes every example."""
         return getattr(self._examples, "lengths", ()) is not None
 
     @functools.cached_property
@@ -260,15 +263,15 @@ class OfflineStream:
 
     @functools.cached_property
     def _lengths_digest(self) -> str:
-        """A digest that detects other data with the same number of examples."""
+        """A digest of the lengths, which detects other data with the same number of examples."""
         return hashlib.sha256(" ".join(map(str, self._lengths)).encode()).hexdigest()
 
     def told(self) -> str:
-        """A description of how the budget cuts the first step."""
+        """Describe how the budget cuts the first step."""
         return self._cut.told([self._sizes[i] for i in self._epoch_order(0)(0)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the settings on which its meaning depends."""
+        """The position in the data, and the settings that determine what is at that position."""
         return {
             "step": self._step,
             "examples": len(self._examples),
@@ -285,40 +288,40 @@ class OfflineStream:
         """Continue after the saved step.
 
         Raises:
-            UserError: the data, the seed, the global batch, the number of processes or the
-                grouping differ. How a step is cut into micro-batches may differ: its prompts
-                are the same.
+            UserError: the data, the seed, the global batch size, the number of processes or
+                `group_by_length` changed. The token budget may change, because a step keeps its
+                prompts.
         """
         mine = self.state_dict()
-        # Earlier checkpoints do not say how prompts were grouped.
+        # Checkpoints of earlier versions do not record `group_by_length`.
         state = {"group_by_length": self._group_by_length, **state}
         for name in ("examples", "global_batch_size", "world_size", "seed", "group_by_length"):
             if state[name] != mine[name]:
                 raise UserError(
                     f"resume: {name} was {state[name]} in the checkpoint and is {mine[name]} now; "
-                    "start with what the checkpoint had"
+                    "give the value that the checkpoint has"
                 )
         if self._is_of_others(state, mine):
             raise UserError(
                 f"resume: the {mine['examples']} training examples are not those of the "
                 "checkpoint (their rows or lengths differ); start with the data, the tokenizer and "
-                "the length limits that it had"
+                "the length limits of the earlier run"
             )
         self._step = int(state["step"])
 
     def _is_of_others(self, state: dict[str, Any], mine: dict[str, Any]) -> bool:
-        """Whether a checkpoint had equally many, but other examples; False if unknown."""
+        """Whether a checkpoint was written for other examples; False if unknown."""
         lengths, identity = state.get("lengths_sha256"), state.get("examples_identity")
         if not (lengths and self._knows_lengths) and identity and mine["examples_identity"]:
             return identity != mine["examples_identity"]
         return lengths is not None and lengths != self._lengths_digest
 
     def _epoch_order(self, epoch: int) -> Callable[[int], list[int]]:
-        """The examples of each step of an epoch."""
+        """A function that returns the indices of the examples in a given step of an epoch."""
         shuffle = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(self._examples), generator=shuffle)
         size = self.global_batch_size
-        if not self._group_by_length:  # in the little memory of a tensor
+        if not self._group_by_length:  # a tensor takes less memory than lists
             return lambda step: shuffled[step * size : (step + 1) * size].tolist()
         order = shuffled.tolist()
         steps: list[list[int]] = []

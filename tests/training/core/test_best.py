@@ -241,6 +241,6 @@ def test_the_other_trainers_keep_their_best_too(tmp_path: Path) -> None:
 
 def test_what_needs_evaluations_is_refused_without(world: Path, tmp_path: Path) -> None:
     for changes in ({"load_best_model_at_end": True}, {"early_stopping_patience": 1}):
-        with pytest.raises(UserError, match="nothing is evaluated on the way"):
+        with pytest.raises(UserError, match="nothing is evaluated during training"):
             ppo.train(settings(world, tmp_path / "run", **changes))
         assert not (tmp_path / "run").exists()
