@@ -1,4 +1,4 @@
-"""Objectives of `rrhf train rank`, a file each."""
+"""The registry of the objectives of `rrhf train rank`; each objective is one file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""APO: DPO's pairs with a say in where both likelihoods go.
+"""APO: DPO with control over whether the likelihoods of both responses rise or fall.
 
-D'Oosterlinck et al. 2024, arXiv:2408.06266, equations 7 and 8, over the pairs of a list of any
-length.
+D'Oosterlinck et al. 2024, arXiv:2408.06266, equations 7 and 8, for the
+pairs of a list of any length.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class APOSettings(PairSettings):
     """The loss of APO. The paper's learning rate is 2e-7."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     apo_form: Literal["zero", "down"] = "zero"
-    """zero = the better up and the worse down, where the better responses are better than the
-    policy's own; down = both down and the worse more, where they are not."""
+    """zero = raise the better response and lower the worse, for data whose better responses beat
+    the policy's own; down = lower both, the worse more, for data whose better responses do not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

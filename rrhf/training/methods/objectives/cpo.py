@@ -1,7 +1,7 @@
 """CPO: DPO under a uniform reference, with cross-entropy on the best response.
 
-Xu et al. 2024, arXiv:2401.08417, over the pairs of a list of any length. The paper's equation sums
-cross-entropy over tokens, and its authors' program averages over them, which is the default here.
+Xu et al. 2024, arXiv:2401.08417, for the pairs of a list of any length. The paper's equation sums
+cross-entropy over tokens; its authors' program averages over tokens, which is the default here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ class CPOSettings(PairSettings):
     """The loss of CPO."""
 
     beta: float = 0.1
-    """Rewards are this times the log-prob of the whole response."""
+    """Scale of the rewards, beta * log-prob of the whole response."""
 
     sft_weight: float = 1.0
-    """Weight of cross-entropy on the best response."""
+    """Weight of the cross-entropy on the best response."""
 
     sft_reduction: SFTReduction = "token"
-    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
-    averaged over prompts; token = mean over all tokens."""
+    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
+    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
+    token = mean over all their tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """DPO on ranked lists: a logistic loss on the implicit rewards of each compared pair.
 
-Rafailov et al. 2023, arXiv:2305.18290, equation 7, over the pairs of a list of any length.
+Rafailov et al. 2023, arXiv:2305.18290, equation 7, for the pairs of a list of any length.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class DPOSettings(PairSettings):
-    """The loss of DPO. Its usual learning rate is a tenth of fine-tuning's: 5e-7 to 5e-6."""
+    """The loss of DPO. The usual learning rate is 5e-7 to 5e-6, a tenth of that of fine-tuning."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference; a larger value keeps the policy
-    nearer to the reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference); a larger value keeps the
+    policy closer to the reference."""
 
     length_normalised: bool = False
-    """Take log-probs per token instead of per response (LN-DPO); beta is then about as large as a
-    response is long times the usual one: 2 to 10."""
+    """Use log-probs per token instead of per response (LN-DPO). beta must then be larger, about its
+    usual value times the length of a response: 2 to 10."""
 
     label_smoothing: float = 0.0
-    """The share of pairs that are taken to be the wrong way round, below 0.5."""
+    """Assumed share of pairs whose better and worse response are swapped; below 0.5."""
 
     robust: bool = False
-    """With label_smoothing: the unbiased loss under such noise (robust DPO) instead of the smoothed
-    one (conservative DPO)."""
+    """With label_smoothing: use the loss that is unbiased under swapped pairs (robust DPO) instead
+    of the smoothed loss (conservative DPO)."""
 
     score_margin: float = 0.0
-    """The implicit reward of the better must lead by this times the difference of the scores."""
+    """The implicit rewards of a pair should differ by at least score_margin * the difference of the
+    scores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ranges = {"beta": POSITIVE, "label_smoothing": "[0, 0.5)", "score_margin": NOT_NEGATIVE}
         check_ranges(self, ranges)
         if self.robust and not self.label_smoothing:
-            raise UserError("--robust true: needs --label_smoothing, the share of wrong pairs")
+            raise UserError("--robust true: needs --label_smoothing, the share of swapped pairs")
 
 
 def build(settings: DPOSettings) -> RankLoss:

@@ -1,6 +1,6 @@
-"""DPO for whole rankings: the order of the scores under the Plackett-Luce model.
+"""DPO for whole rankings: raises the likelihood of the scores' order (Plackett-Luce model).
 
-Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; of the best few alone, Tang and Feng 2025,
+Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; for `top_m`, Tang and Feng 2025,
 arXiv:2510.23631. Candidates of equal score do not compete with each other.
 """
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class DPOPLSettings:
-    """DPO for rankings. A prompt's loss is a sum over ranks, so it grows with the list."""
+    """The loss of DPO for rankings: a sum over the ranks of a list, so it grows with the list."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     top_m: int | None = None
-    """Fit the best so many ranks alone; by default all."""
+    """Fit only the order of the top_m best candidates; by default the whole order."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE, "top_m": COUNT})

@@ -1,7 +1,7 @@
-"""InfoNCA: the policy's distribution over a list, by implicit rewards, matches the scores'.
+"""InfoNCA: fits the softmax of the implicit rewards of a list to the softmax of the scores.
 
-Chen et al. 2024, arXiv:2402.05369. For two candidates and a small temperature it is DPO. It only
-compares candidates, so the likelihood of the best may fall; `nca` prevents that.
+Chen et al. 2024, arXiv:2402.05369. For two candidates and a small temperature, InfoNCA is DPO. It
+only compares candidates, so the likelihood of the best may fall; `nca` prevents that.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class InfoNCASettings:
     """The loss of InfoNCA. The paper's learning rate is 5e-6."""
 
     beta: float = 0.01
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     score_temperature: float = 1.0
-    """The target is softmax(score / this); a smaller one looks at the best alone."""
+    """The target is softmax(score / score_temperature); a small value puts most of the weight on
+    the best candidate."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})

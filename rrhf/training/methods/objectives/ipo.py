@@ -1,7 +1,7 @@
-"""IPO: the lead of the better response over the reference is regressed on a constant.
+"""IPO: regresses the difference of a pair's log ratios, log p - log p_reference, on a constant.
 
-Azar et al. 2023, arXiv:2310.12036, equation 17, over the pairs of a list of any length. Unlike DPO
-it does not push a pair further apart once the lead is reached.
+Azar et al. 2023, arXiv:2310.12036, equation 17, for the pairs of a list of any length. Unlike DPO,
+IPO does not push a pair further apart once the difference reaches the constant.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class IPOSettings(PairSettings):
     """The loss of IPO."""
 
     tau: float = 0.1
-    """The better response is to lead by 1 / (2 tau) nats; a larger value keeps the policy nearer to
-    the reference."""
+    """The log ratios of a pair should differ by 1 / (2 tau) nats; a larger value keeps the policy
+    closer to the reference."""
 
     length_normalised: bool = False
-    """Take log-probs per token instead of per response. The paper's equation has whole responses;
-    TRL has this form, and reports from the authors that their results do too."""
+    """Use log-probs per token instead of per response. The paper's equation uses whole responses;
+    TRL uses log-probs per token and reports that the authors did so for their results."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
-"""KTO: desirable responses above a reference point, undesirable ones below; no pairs are needed.
+"""KTO: moves desirable responses above a reference point and undesirable ones below; no pairs.
 
-Ethayarajh et al. 2024, arXiv:2402.01306. Scores say which responses are desirable. The reference
-point is estimated from the prompt's other candidates (`rrhf.algorithms.point_losses`).
+Ethayarajh et al. 2024, arXiv:2402.01306. The score decides whether a response is desirable. The
+reference point is estimated from the prompt's other candidates (`rrhf.algorithms.point_losses`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class KTOSettings:
     """The loss of KTO: the mean over a prompt's candidates, averaged over prompts."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     score_threshold: float | None = None
-    """Responses with a higher score are desirable, the others undesirable; by default the mean
-    score of each prompt. By that default, prompts whose scores are all equal are left out; with a
-    number, even prompts with one candidate are used."""
+    """Responses with a score above this value are desirable, the others undesirable. By default the
+    threshold is each prompt's mean score, and prompts whose scores are all equal are left out; with
+    a number, every prompt is used, even with one candidate."""
 
     desirable_weight: float = 1.0
     """Weight of a desirable response."""
 
     undesirable_weight: float = 1.0
-    """Weight of an undesirable response; with many of them for each desirable one, give less."""
+    """Weight of an undesirable response; lower it if most responses are undesirable."""
 
     kl_estimate: Literal["prompt", "zero"] = "prompt"
     """The reference point: prompt = the mean log p - log p_reference of the prompt's other
-    candidates, at least 0; zero = 0, where the policy was fine-tuned on the same responses."""
+    candidates, at least 0; zero = 0, for a policy that was fine-tuned on the same responses."""
 
     def __post_init__(self) -> None:
         weights = dict.fromkeys(("desirable_weight", "undesirable_weight"), NOT_NEGATIVE)

@@ -1,7 +1,7 @@
-"""LiPO-lambda: pairs weighted by what exchanging the two would change in the ranking's gain.
+"""LiPO-lambda: weighs each pair by how much swapping the two would change the ranking's gain.
 
-Liu et al. 2024, arXiv:2402.01878, on implicit rewards. What the paper leaves open, and its sign, is
-in `rrhf.algorithms.list_losses.lipo_loss`.
+Liu et al. 2024, arXiv:2402.01878, applied to implicit rewards. How we read what the paper leaves
+open, and its sign, is explained in `rrhf.algorithms.list_losses.lipo_loss`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ class LiPOSettings:
     """The loss of LiPO-lambda: a sum over a prompt's pairs, averaged over prompts."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     gains: Literal["order", "score"] = "order"
-    """The label of a candidate, whose gain is 2 ** label - 1: order = the share of the other
-    candidates that it beats; score = score / score_temperature."""
+    """The gain of a candidate is 2 ** label - 1. order: label = the share of the other candidates
+    that this candidate beats; score: label = score / score_temperature."""
 
     score_temperature: float = 1.0
-    """With gains score: labels should end near 0 to 1, since gains grow exponentially."""
+    """With gains score: scores are divided by this value. Choose it so that labels lie between
+    about 0 and 1, since gains grow exponentially."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})
         if self.gains == "order" and self.score_temperature != 1:
             raise UserError(
                 f"--score_temperature {self.score_temperature}: has no effect on an order; add "
-                "--gains score, or leave it out"
+                "--gains score, or leave out --score_temperature"
             )
 
 

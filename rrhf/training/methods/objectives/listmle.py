@@ -1,7 +1,7 @@
-"""ListMLE: the likelihood of the scores' order under the policy's log-probs per token.
+"""ListMLE: raises the likelihood of the scores' order under the policy's log-probs per token.
 
-Xia et al. 2008, Listwise Approach to Learning to Rank; without a reference. With one, it is
-`dpo_pl`.
+Xia et al. 2008, Listwise Approach to Learning to Rank. ListMLE uses no reference; `dpo_pl` is the
+same loss with a reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ListMLESettings:
     """The loss of ListMLE: a sum over ranks, so it grows with the list."""
 
     beta: float = 1.0
-    """Strengths are this times the log-prob per token."""
+    """Scale of the strengths by which the policy ranks, beta * log-prob per token."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE})

@@ -1,7 +1,7 @@
-"""ListNet: the policy's distribution over a list, by log-probs per token, matches the scores'.
+"""ListNet: fits the softmax of a list's log-probs per token to the softmax of its scores.
 
-Cao et al. 2007, Learning to Rank: From Pairwise Approach to Listwise Approach, with the
-probabilities of being the best; without a reference. With one, it is `infonca`.
+Cao et al. 2007, Learning to Rank: From Pairwise Approach to Listwise Approach, with top-one
+probabilities. ListNet uses no reference; `infonca` is the same loss with a reference.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class ListNetSettings:
     """The loss of ListNet."""
 
     beta: float = 1.0
-    """Strengths are this times the log-prob per token."""
+    """Scale of the strengths by which the policy ranks, beta * log-prob per token."""
 
     score_temperature: float = 1.0
-    """The target is softmax(score / this); a smaller one looks at the best alone."""
+    """The target is softmax(score / score_temperature); a small value puts most of the weight on
+    the best candidate."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})

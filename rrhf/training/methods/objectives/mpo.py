@@ -1,7 +1,7 @@
-"""MPO: the candidates above the mean score as a set, against the whole list.
+"""MPO: contrasts all candidates above the mean score, taken together, with the whole list.
 
-Gupta et al. 2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. Candidates weigh more
-the further their score is from the mean, on either side.
+Gupta et al. 2024, Multi-Preference Optimization (SWEPO), arXiv:2412.04628. The further a
+candidate's score is above or below the mean, the more the candidate weighs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class MPOSettings:
     """The loss of MPO."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     deviation_weight: float = 1.0
-    """A candidate weighs e ** (this times the distance of its score from the prompt's mean); 0 =
-    all weigh alike."""
+    """The weight of a candidate is exp(deviation_weight * distance of its score from the prompt's
+    mean); 0 = all candidates weigh the same."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE, "deviation_weight": NOT_NEGATIVE})

@@ -1,6 +1,7 @@
-"""NCA: each candidate is told from noise, in proportion to what its score is worth in the list.
+"""NCA: learns to tell each candidate from noise, weighted by the softmax of the scores.
 
-Chen et al. 2024, arXiv:2402.05369. It fits absolute likelihoods, so that of the best does not fall.
+Chen et al. 2024, arXiv:2402.05369. NCA fits absolute likelihoods, so the likelihood of the best
+candidate does not fall.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class NCASettings:
     """The loss of NCA. The paper's learning rate is 5e-6."""
 
     beta: float = 0.01
-    """Implicit rewards are this times log p - log p_reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     score_temperature: float = 1.0
-    """The target is softmax(score / this); a smaller one looks at the best alone."""
+    """The target is softmax(score / score_temperature); a small value puts most of the weight on
+    the best candidate."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE, "score_temperature": POSITIVE})

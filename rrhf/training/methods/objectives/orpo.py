@@ -1,7 +1,7 @@
-"""ORPO: cross-entropy on the best response, with a term that sets its odds above the others'.
+"""ORPO: cross-entropy on the best response, with a term that raises the odds of better responses.
 
-Hong et al. 2024, arXiv:2403.07691, equations 6 and 7, over the pairs of a list of any length. Odds
-are those of the probability per token. There is no reference: one training does
+Hong et al. 2024, arXiv:2403.07691, equations 6 and 7, for the pairs of a list of any length. The
+odds are p / (1 - p), with p the probability per token. ORPO uses no reference: one run does both
 fine-tuning and ranking.
 """
 
@@ -28,11 +28,12 @@ class ORPOSettings(PairSettings):
     """The loss of ORPO. The paper's learning rates are 5e-6 to 8e-6."""
 
     odds_weight: float = 0.1
-    """Weight of the term over pairs; that of cross-entropy is 1."""
+    """Weight of the term over pairs; the weight of the cross-entropy is 1."""
 
     sft_reduction: SFTReduction = "response"
-    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
-    averaged over prompts; token = mean over all tokens."""
+    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
+    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
+    token = mean over all their tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

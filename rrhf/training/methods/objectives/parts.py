@@ -1,8 +1,9 @@
-"""What objectives share: which pairs they compare, how a loss is counted, and the SFT term.
+"""Shared by the objectives: the choice of pairs, the averaging of losses, and the SFT term.
 
-A loss per prompt is a sum over parts: pairs, candidates, or the list as one. `averaged` divides by
-the parts of a prompt, or leaves that to the trainer, which divides by those of the whole batch.
-Nothing here imports torch when it is imported, so that flags are read without it.
+The loss of a prompt is a sum over parts: its pairs, its candidates, or the whole list as one part.
+`averaged` either divides by the number of parts of the prompt, or leaves the division to the
+trainer, which divides by the number of parts in the whole batch. Importing this module does not
+import torch, so that flags can be read without torch.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Measure = Callable[[RankedGroups, "Tensor", "Tensor | None"], "tuple[Tensor, Tensor]"]
-"""Groups and log-probs as `RankLoss.terms` gets them -> [B] loss, [B, K] strengths."""
+"""(groups, logprobs, reference), as in `RankLoss.terms` -> [B] loss, [B, K] strengths."""
 
 PairMeasure = Callable[[RankedGroups, "Tensor", "Tensor | None", "Tensor"], "tuple[Tensor, Tensor]"]
-"""The same with the pairs, [B, K, K]."""
+"""Like `Measure`, with the compared pairs [B, K, K] as a further argument."""
 
 SFTReduction = Literal["prompt", "response", "token"]
 
@@ -33,15 +34,15 @@ class PairSettings:
     """Which pairs of a list are compared, and how their losses are averaged."""
 
     pairs: Literal["all", "best-worst", "adjacent"] = "all"
-    """Which pairs of a list are compared: all = every two of different scores; best-worst = the
-    best with the worst; adjacent = each with those of the next higher score."""
+    """Which pairs of a list are compared: all = every two with different scores; best-worst
+    = the best with the worst; adjacent = each candidate with those of the next higher score."""
 
     pair_reduction: Literal["prompt", "pair"] = "prompt"
-    """prompt = the mean over a prompt's pairs, averaged over the prompts that have some; pair = the
-    mean over all pairs, so that longer lists weigh more."""
+    """prompt = average over the pairs of each prompt, then over the prompts that have pairs; pair =
+    average over all pairs, so that longer lists weigh more."""
 
     min_score_gap: float = 0.0
-    """Pairs whose scores differ by less are not compared."""
+    """Pairs whose scores differ by less than this value are not compared."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"min_score_gap": NOT_NEGATIVE})
@@ -50,7 +51,7 @@ class PairSettings:
 def log_ratios(
     groups: RankedGroups, logprobs: Tensor, reference: Tensor | None, per_token: bool = False
 ) -> Tensor:
-    """[B, K] log p - log p_reference of whole responses, or per token, in nats."""
+    """[B, K] log p - log p_reference in nats, of whole responses or (per_token) per token."""
     from rrhf.algorithms.rank_losses import sequence_scores
 
     assert reference is not None, "this objective needs a reference"
@@ -65,14 +66,14 @@ def averaged(
     by_prompt: bool = True,
     without_order: str | None = "nothing is learnt",
 ) -> RankLoss:
-    """One term from a sum over the parts of each prompt.
+    """Make a one-term objective from a loss that is a sum over the parts of each prompt.
 
     Args:
-        name: of the term.
-        parts: [B] how many parts each prompt's sum has.
-        measure: the sums, and by what the policy ranks.
-        by_prompt: the mean over a prompt's parts, averaged over the prompts that have some; else
-            the mean over all parts.
+        name: name of the term.
+        parts: returns [B] the number of parts in each prompt's sum.
+        measure: returns [B] the sums and [B, K] the strengths by which the policy ranks.
+        by_prompt: True = average over the parts of each prompt, then over the prompts that have
+            parts; False = average over all parts.
         without_order: as in `RankLoss`.
     """
 
@@ -95,7 +96,8 @@ def averaged(
 
 
 def over_pairs(name: str, settings: PairSettings, measure: PairMeasure) -> RankLoss:
-    """One term from a sum over the pairs that the settings choose."""
+    """Make a one-term objective from a loss that is a sum over the pairs that the settings
+    choose."""
     from rrhf.algorithms.pair_losses import chosen_pairs
 
     def pairs_of(groups: RankedGroups) -> Tensor:
@@ -122,14 +124,14 @@ def over_pairs(name: str, settings: PairSettings, measure: PairMeasure) -> RankL
 
 
 def over_lists(name: str, measure: Measure) -> RankLoss:
-    """One term from a number for each list, averaged over the prompts with something to rank."""
+    """Make a one-term objective from a loss per list, averaged over prompts with unequal scores."""
     from rrhf.algorithms.rank_losses import has_order
 
     return averaged(name, lambda g: has_order(g.scores, g.valid).long(), measure)
 
 
 def sft_counts(groups: RankedGroups, reduction: SFTReduction) -> Tensor:
-    """[B] what each prompt adds to the denominator of cross-entropy on its best candidate."""
+    """[B] what each prompt adds to the denominator of the SFT term: its best's tokens, or 1."""
     import torch
 
     from rrhf.algorithms.rank_losses import of_best_candidate
@@ -140,7 +142,7 @@ def sft_counts(groups: RankedGroups, reduction: SFTReduction) -> Tensor:
 
 
 def sft_losses(groups: RankedGroups, logprobs: Tensor, reduction: SFTReduction) -> Tensor:
-    """[B] cross-entropy on the best candidate: a sum over its tokens, or (response) their mean."""
+    """[B] cross-entropy on the best candidate, summed over its tokens, or (response) their mean."""
     from rrhf.algorithms.rank_losses import best_candidate_nll, of_best_candidate
 
     loss = best_candidate_nll(logprobs, groups.scores, groups.valid)
@@ -155,13 +157,13 @@ def with_sft(
     reduction: SFTReduction,
     factors: Callable[[RankedGroups], Any] = lambda groups: 1.0,
 ) -> RankLoss:
-    """The same with cross-entropy on the best candidate, as the term `sft`.
+    """Add the term `sft`, cross-entropy on the best candidate, to an objective.
 
     Args:
-        rank: the other terms.
-        weight: of the new one.
+        rank: the objective.
+        weight: weight of the term `sft`.
         reduction: see `sft_counts` and `sft_losses`.
-        factors: [B] by which each prompt's loss is multiplied.
+        factors: returns [B] the factor of each prompt's cross-entropy, or one factor for all.
     """
 
     def counts(groups: RankedGroups) -> dict[str, Tensor]:

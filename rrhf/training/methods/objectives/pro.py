@@ -1,7 +1,8 @@
-"""PRO: the order of the scores, with temperatures from their gaps, and cross-entropy on the best.
+"""PRO: fits the order of the scores, with temperatures from their gaps, and the best response.
 
-Song et al. 2023, arXiv:2306.17492. As in the authors' program, cross-entropy is a sum over tokens
-and its weight grows with the square of the number of worse candidates.
+Song et al. 2023, arXiv:2306.17492. As in the authors' program, the cross-entropy on the best
+response is a sum over tokens, and its weight grows with the square of the number of other
+candidates.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ class PROSettings:
     """The loss of PRO. The authors' learning rate is 5e-6."""
 
     score_temperature: float = 1.0
-    """Scores are divided by this before their gaps become temperatures of the order."""
+    """Scores are divided by this value before temperatures are computed from their gaps."""
 
     sft_weight: float = 0.05
-    """Weight of cross-entropy on the best response, times (K - 1) ** 2 for K candidates."""
+    """Weight of the cross-entropy on the best response; it is multiplied by (K - 1) ** 2 for K
+    candidates."""
 
     sft_reduction: SFTReduction = "prompt"
-    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
-    averaged over prompts; token = mean over all tokens."""
+    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
+    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
+    token = mean over all their tokens."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"score_temperature": POSITIVE, "sft_weight": NOT_NEGATIVE})

@@ -1,7 +1,7 @@
-"""QRPO: each implicit reward is regressed on the quantile of its score, by an exact normaliser.
+"""QRPO: regresses each implicit reward on the quantile of the score, minus an exact normaliser.
 
-Matrenok et al. 2025, arXiv:2507.08068. Quantiles are taken among the prompt's own candidates, which
-should be samples of the policy that is trained; the paper draws further samples for them.
+Matrenok et al. 2025, arXiv:2507.08068. Quantiles are computed among the prompt's candidates, which
+should be samples of the policy that is trained; the paper draws extra samples to compute quantiles.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class QRPOSettings:
     """The loss of QRPO: the mean over a prompt's candidates, averaged over prompts."""
 
     beta: float = 0.1
-    """Implicit rewards are this times log p - log p_reference; a larger value keeps the policy
-    nearer to the reference."""
+    """Scale of the implicit rewards, beta * (log p - log p_reference); a larger value keeps the
+    policy closer to the reference."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"beta": POSITIVE})

@@ -1,7 +1,7 @@
-"""Fine-tuning on the best candidate of each prompt: RAFT, the control of every ranking loss.
+"""RAFT: fine-tuning on the best candidate of each prompt, the baseline for every ranking loss.
 
-Dong et al. 2023, arXiv:2304.06767, in the form for a file of candidates; in rounds with fresh
-samples it is their algorithm 1. The same as RRHF with rank weight 0.
+Dong et al. 2023, arXiv:2304.06767, for a fixed file of candidates; repeated in rounds with fresh
+samples, this is their algorithm 1. RAFT equals RRHF with `rrhf_weight` 0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class RAFTSettings:
     """Cross-entropy on the best candidate."""
 
     sft_reduction: SFTReduction = "prompt"
-    """prompt = sum over the tokens of a best response, response = mean over them, each averaged
-    over prompts; token = mean over all tokens."""
+    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
+    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
+    token = mean over all their tokens."""
 
 
 def build(settings: RAFTSettings) -> RankLoss:

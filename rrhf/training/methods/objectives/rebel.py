@@ -1,6 +1,6 @@
-"""REBEL: gaps of log ratios are regressed on gaps of scores.
+"""REBEL: regresses the difference of two responses' log ratios on the difference of their scores.
 
-Gao et al. 2024, arXiv:2404.16767, over every two candidates of a list; the reference is the policy
+Gao et al. 2024, arXiv:2404.16767, for every two candidates of a list. The reference is the policy
 at the start of the run, so `rrhf train iterative` is the paper's algorithm.
 """
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class REBELSettings:
-    """The loss of REBEL: the mean over a prompt's pairs, averaged over prompts. Equal scores are a
-    pair too, in a prompt that has different scores."""
+    """The loss of REBEL: the mean over a prompt's pairs, averaged over prompts. Two
+    candidates of equal score are a pair too, unless all scores of the prompt are equal."""
 
     eta: float = 1.0
-    """Nats of log p - log p_reference per unit of score, so it has to fit their scale; a smaller
-    value keeps the policy nearer to the reference."""
+    """Nats of log p - log p_reference per unit of score, so eta must suit the scale of the scores;
+    a smaller value keeps the policy closer to the reference."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"eta": POSITIVE})

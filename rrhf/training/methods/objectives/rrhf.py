@@ -1,7 +1,7 @@
 """RRHF: a hinge over every ordered pair of a prompt's candidates, and cross-entropy on the best.
 
-Yuan et al. 2023, arXiv:2304.05302. With `rrhf_mode released` it is the loss of the program behind
-the paper's published numbers, which differs from the paper's (`rrhf.algorithms.rank_losses`).
+Yuan et al. 2023, arXiv:2304.05302. `rrhf_mode released` gives the loss of the program that
+produced the paper's numbers, which differs from the paper's loss (`rrhf.algorithms.rank_losses`).
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ class RRHFSettings:
     """paper = the published equations; released = the published program, its faults included."""
 
     rrhf_weight: float = 1.0
-    """Weight of the rank term; 0 = fine-tuning on the best candidate alone."""
+    """Weight of the rank term; 0 = only fine-tuning on the best candidate."""
 
     length_penalty: float = 1.0
-    """Candidates are ranked by log-prob / tokens ** this; larger favours longer responses."""
+    """Candidates are ranked by log-prob / tokens ** length_penalty; a larger value favours longer
+    responses."""
 
     rank_reduction: Literal["prompt", "pair"] = "prompt"
-    """Rank term: prompt = sum over a prompt's pairs, then mean over prompts; pair = mean over all
-    pairs."""
+    """How the rank term is averaged: prompt = sum over the pairs of each prompt, then mean over
+    prompts; pair = mean over all pairs."""
 
     sft_reduction: SFTReduction = "prompt"
-    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
-    averaged over prompts; token = mean over all tokens."""
+    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
+    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
+    token = mean over all their tokens."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"rrhf_weight": NOT_NEGATIVE})

@@ -1,7 +1,8 @@
-"""SimPO: log-probs per token as rewards, without a reference, with a margin.
+"""SimPO: compares log-probs per token, with a margin and without a reference.
 
-Meng et al. 2024, arXiv:2405.14734, equation 6, over the pairs of a list; or over the list as one,
-by the Plackett-Luce model with the same margin, which for two candidates is the same loss.
+Meng et al. 2024, arXiv:2405.14734, equation 6, for the pairs of a list. The list form fits the
+whole order by the Plackett-Luce model with the same margin; for two candidates both forms are
+equal.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class SimPOSettings(PairSettings):
     """The loss of SimPO. The paper's learning rates are 3e-7 to 1e-6."""
 
     beta: float = 2.0
-    """Rewards are this times the log-prob per token."""
+    """Scale of the rewards, beta * log-prob per token."""
 
     gamma: float = 1.0
-    """By how much the better must lead, in rewards; the paper's best are around half of beta."""
+    """Margin by which the rewards of a pair should differ; the paper's best values are around half
+    of beta."""
 
     simpo_form: Literal["pair", "list"] = "pair"
     """pair = compare pairs; list = fit the whole order (Plackett-Luce)."""

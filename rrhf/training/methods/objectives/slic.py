@@ -1,8 +1,8 @@
-"""SLiC-HF: a hinge with a margin on whole-response log-probs, with cross-entropy on the best.
+"""SLiC-HF: a hinge loss on whole-response log-probs, and cross-entropy on the best response.
 
-Zhao et al. 2023, arXiv:2305.10425, section 2, over the pairs of a list of any length. The paper's
-cross-entropy is on the target of fine-tuning; here that is the prompt's best response. We found no
-weight published that can be relied on; the default is 1.
+Zhao et al. 2023, arXiv:2305.10425, section 2, for the pairs of a list of any length. The paper's
+cross-entropy is on the fine-tuning target; here it is on the prompt's best response. We found no
+reliable published weight for the cross-entropy; the default is 1.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ class SLiCSettings(PairSettings):
     """The loss of SLiC-HF."""
 
     delta: float = 1.0
-    """The margin: by how many nats the better response must lead."""
+    """Margin: nats by which the log-prob of the better response should exceed that of the worse."""
 
     sft_weight: float = 1.0
-    """Weight of cross-entropy on the best response."""
+    """Weight of the cross-entropy on the best response."""
 
     sft_reduction: SFTReduction = "prompt"
-    """SFT term: prompt = sum over the tokens of a best response, response = mean over them, each
-    averaged over prompts; token = mean over all tokens."""
+    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
+    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
+    token = mean over all their tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,10 @@
-"""The interface of an offline objective over ranked candidates: settings, losses, needs.
+"""The interface of an offline objective over ranked candidates.
 
-An objective is one file: a dataclass of settings, whose fields are flags when it is chosen, and a
-`build` that makes the losses from them. It gets a micro-batch as tables of prompts by candidates
-and returns a loss for each prompt. The trainer weighs filler prompts, sums over ranks and divides
-by counts. Nothing here imports torch, so that flags are read without it.
+An objective is one file with a dataclass of settings, whose fields become flags when the objective
+is chosen, and a function `build` that makes the losses from the settings. The losses get a
+micro-batch as tables of prompts by candidates and return a loss for each prompt. The trainer gives
+filler prompts weight 0, sums over ranks and divides by counts. This module does not import torch,
+so that flags can be read without torch.
 
 Legend: B prompts, K candidates of a prompt (padded; `valid` says which exist).
 """
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankedGroups:
-    """What is known of a micro-batch before the forward.
+    """What an objective knows about a micro-batch before the forward pass.
 
     Attributes:
         scores: [B, K] any scale, higher is better; any value where no candidate exists.
@@ -39,12 +40,12 @@ class RankedGroups:
 
 @dataclass(frozen=True)
 class RankTerms:
-    """What an objective makes of a micro-batch.
+    """The losses and metrics of an objective for one micro-batch.
 
     Attributes:
         losses: name of a term -> [B] its loss for each prompt, with gradient.
-        strengths: [B, K] by which the policy ranks its candidates, higher is better; accuracy,
-            violations and margin are measured on it.
+        strengths: [B, K] the values by which the policy ranks the candidates, higher is better;
+            accuracy, violations and margin are computed from them.
         metrics: further metrics: name -> ([B] totals, [B] counts), without gradient.
     """
 
@@ -59,13 +60,14 @@ class RankLoss:
 
     Attributes:
         weights: name of a term -> its weight in the loss.
-        counts: of a micro-batch, name of a term -> [B] what each prompt adds to the number that the
-            term's sum is divided by: 1, its pairs, its tokens, ...
-        terms: (groups, [B, K] log-probs of whole responses in nats, the same under the reference or
-            None where the objective needs none) -> its terms.
-        without_order: what is learnt where no prompt has two candidates with different scores, for
-            a warning; None where the order does not matter.
-        released_rows: rows as the released RRHF program lays them out.
+        counts: groups -> name of a term -> [B] what each prompt adds to the term's denominator: 1,
+            or the number of its pairs, its tokens, ...
+        terms: (groups, logprobs, reference) -> losses and metrics. `logprobs` are the [B, K]
+            log-probs of whole responses in nats, `reference` the same under the reference policy,
+            or None if the objective does not use a reference.
+        without_order: the warning's words for what happens if no prompt has two candidates with
+            different scores; None = the order of the scores does not matter, so no warning.
+        released_rows: use the row layout of the released RRHF program.
     """
 
     weights: Mapping[str, float]
@@ -77,12 +79,13 @@ class RankLoss:
 
 @dataclass(frozen=True)
 class RankObjectiveSpec:
-    """An objective as a registry holds it.
+    """An objective, as entered in the registry.
 
     Attributes:
-        settings: a dataclass, whose fields are flags where the objective is chosen; None = none.
-        build: makes its losses, given an instance of `settings`, or None.
-        needs_reference: the log-probs of the policy as it was at the start.
+        settings: a dataclass whose fields become flags when the objective is chosen; None = the
+            objective has no settings.
+        build: makes the losses from an instance of `settings`, or from None without settings.
+        needs_reference: whether the losses use log-probs under the policy at the start of the run.
     """
 
     settings: type | None

@@ -1,6 +1,6 @@
-"""SPPO: each log ratio is regressed on the share of candidates that a response beats.
+"""SPPO: regresses each response's log ratio on the share of candidates that the response beats.
 
-Wu et al. 2024, arXiv:2405.00675, equation 4.7, with wins counted from scores; the reference is the
+Wu et al. 2024, arXiv:2405.00675, equation 4.7, with wins decided by scores. The reference is the
 policy at the start of the run, so `rrhf train iterative` is the paper's self-play.
 """
 
@@ -23,12 +23,12 @@ class SPPOSettings:
     learning rate is 5e-7."""
 
     eta: float = 1000.0
-    """Nats of log p - log p_reference per unit of win rate. The default is the paper's; it is out
-    of reach, so that gradients stay nearly constant."""
+    """Nats of log p - log p_reference per unit of win rate. With the default, which is the paper's,
+    the targets are out of reach, so gradients stay nearly constant."""
 
     count_itself: bool = True
-    """A response meets itself too, a tie, as in the paper; false = others alone, so that of two
-    candidates one wins always."""
+    """Also compare each response with itself, which counts as a tie (as in the paper); false =
+    compare with other responses only, so the better of two candidates has win rate 1."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"eta": POSITIVE})

@@ -1,7 +1,7 @@
-"""TOPR: REINFORCE on a file of samples, with a brake on the bad ones.
+"""TOPR: REINFORCE on a file of samples, with truncated importance weights for bad samples.
 
-Le Roux et al. 2025, arXiv:2503.14286. The samples should be of the policy that is trained: its
-log-probs at the start of the run stand for those of the sampler.
+Le Roux et al. 2025, arXiv:2503.14286. The samples should come from the policy that is trained: its
+log-probs at the start of the run are taken as the sampler's.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class TOPRSettings:
-    """The loss of TOPR: the mean over a prompt's candidates, averaged over prompts. Its value falls
-    without bound and does not show progress; look at ranking_accuracy."""
+    """The loss of TOPR: the mean over a prompt's candidates, averaged over prompts. The
+    loss falls without bound and does not show progress; look at ranking_accuracy instead."""
 
     baseline: Literal["mean", "none"] = "mean"
-    """What is taken from a score to get its reward: mean = the prompt's mean, and prompts whose
-    scores are all equal are left out; none = nothing, where scores of bad responses are below 0, as
-    the paper's -1 and 1."""
+    """What is subtracted from a score to get the reward: mean = the prompt's mean score, and
+    prompts whose scores are all equal are left out; none = nothing, for data whose bad responses
+    have scores below 0, such as the paper's -1 and 1."""
 
     score_temperature: float = 1.0
-    """Rewards are divided by this."""
+    """Rewards are divided by this value."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"score_temperature": POSITIVE})
