@@ -1,16 +1,17 @@
-"""The candidate file: prompts, responses and scores as one JSON object a line, in RRHF's own form.
+"""Read and write candidate files: prompts, responses and scores, one JSON object per line.
 
     {"query": "...", "responses": ["...", "..."], "scores": [0.3, -1.2]}
 
-That is what RRHF published and reads, and it is read here unchanged, as lines or as one JSON
-array. In addition a row may have `messages` (the conversation behind the query), `id`,
-`origin`, and, one entry a response, `sources` and `finish_reasons`; keys that are not known are
-left alone. Scores may be missing or null where nothing has been scored yet.
+This is the format that RRHF publishes and reads. Such files are read unchanged, as JSON lines or as
+one JSON array. A row may also have `messages` (the conversation behind the query), `id`, `origin`,
+and, with one entry per response, `sources` and `finish_reasons`; unknown keys are ignored. Scores
+may be missing or null for responses that have not been scored yet.
 
-All mistakes of a file, up to 20, are reported in one message with file, line, field and fix. Not
-mistakes: an empty response, equal scores, a single response, different numbers of responses.
+Up to 20 mistakes in a file are reported in one message, each with file, line, field and fix. These
+are not mistakes: an empty response, equal scores, a single response, and rows with different
+numbers of responses.
 
-Left out on purpose: other people's columns (`rrhf.data.sources`), and what a row is used for
+Left out on purpose: other names of columns (`rrhf.data.sources`), and how training uses the rows
 (`rrhf.data.views`).
 """
 
@@ -51,12 +52,12 @@ from rrhf.seals import seal_difference
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ROWS = 64  # read at once, where one is asked for after the other
+_BLOCK_ROWS = 64  # rows per read when the rows are read in order
 _BLOCK_BYTES = 1 << 20
 
 
 def require_finished(path: PathLike) -> dict[str, Any] | None:
-    """The manifest of an input, None without one; an unfinished input is refused.
+    """Return the manifest of an input file, or None if it has none; refuse an unfinished file.
 
     Raises:
         UserError: the manifest says that the file is unfinished.
@@ -65,7 +66,7 @@ def require_finished(path: PathLike) -> dict[str, Any] | None:
     if manifest is not None and manifest.get("status") != COMPLETE:
         raise UserError(
             f"{path}: its manifest ({manifest_path(path).name}) says "
-            f"{manifest.get('status')!r}: the stage that writes it has not ended; run that stage "
+            f"{manifest.get('status')!r}: the stage that writes this file has not ended; run it "
             "again to finish it, or remove the manifest to use the rows that are there"
         )
     return manifest
@@ -74,12 +75,17 @@ def require_finished(path: PathLike) -> dict[str, Any] | None:
 def _scan_sets(
     path: PathLike, accept_edited: bool, digest: Digest | None = None
 ) -> Iterator[tuple[Row, CandidateSet, str]]:
-    """Rows with their sets, whose ids are unique, and the ids before repeats were numbered.
+    """Read and check a candidate file row by row.
 
-    Behind the first fault, only further faults are looked for.
+    After the first fault, the rest of the file is only searched for further faults.
+
+    Yields:
+        The row, its set with an id that is unique in the file, and the set's id before repeated
+        ids were numbered.
 
     Raises:
-        UserError: at the end, with all faults, up to 20; at once, where the file is not to be read.
+        UserError: at the end, with up to 20 faults; at once if the file cannot be opened or is
+            unfinished.
     """
     manifest = require_finished(path)
     faults = Faults(accept_edited)
@@ -100,8 +106,8 @@ def _scan_sets(
             else:
                 if item.value.get("id") and parsed.id in ids:
                     faults.add(
-                        f"{where}: id: {parsed.id!r} stands in an earlier row; ids are unique in a "
-                        "file: remove the key, or make the file anew by "
+                        f"{where}: id: {parsed.id!r} is used in an earlier row; ids must be unique "
+                        "in a file: remove the key, or make the file again with "
                         "`rrhf data convert --new_ids`"
                     )
                 elif not faults:
@@ -120,31 +126,32 @@ def read_candidate_sets(path: PathLike, accept_edited: bool = False) -> Iterator
 
     Args:
         path: the file.
-        accept_edited: read it also where it is not as its manifest describes it.
+        accept_edited: read the file even if it does not match its manifest.
 
     Raises:
         UserError: the file is missing, empty, unfinished, has faulty rows, or was changed since it
-            was written (sets before the first fault have been yielded by then; open a
-            `CandidateFile` to know before).
+            was written. Sets before the first fault have already been yielded by then; open a
+            `CandidateFile` to have the whole file checked first.
     """
     for _, candidate_set, _ in _scan_sets(path, accept_edited):
         yield candidate_set
 
 
 class CandidateFile(IndexedSets):
-    """A candidate file by index; only the places of its rows are in memory.
+    """Reads the rows of a candidate file by index; only their offsets and lengths are in memory.
 
-    A file that a stage wrote and that matches its manifest is hashed and not parsed to open it: its
-    rows were checked when they were written. A gzip file is unpacked to a temporary file. Reading
-    does not move the file position, so forked workers may share the object.
+    A file that a stage wrote and that matches its manifest is hashed when it is opened, not parsed,
+    because its rows were checked when they were written. A gzip file is unpacked to a
+    temporary file. Reading does not move the file position, so forked workers may share the object.
 
     Attributes:
-        path: the file, or the source of spooled rows.
+        path: the file, or the name given to `spool`.
         manifest: the file's manifest, or None.
-        columns: of all rows, in the order of their first appearance; empty if they were not parsed.
+        columns: the columns of all rows, in order of first appearance; empty if the rows were not
+            parsed.
         digest: SHA-256 of the file, or of the spooled rows.
-        num_candidates: of all rows.
-        is_as_written: whether each row is a line as `encode_row` writes it.
+        num_candidates: the number of candidates in all rows.
+        is_as_written: whether each row is a line exactly as `encode_row` writes it.
     """
 
     columns: tuple[str, ...] = ()
@@ -153,10 +160,10 @@ class CandidateFile(IndexedSets):
         """Open and check the whole file.
 
         Args:
-            path, accept_edited: as `read_candidate_sets` has them.
+            path, accept_edited: as for `read_candidate_sets`.
 
         Raises:
-            UserError: as `read_candidate_sets`, before anything is yielded.
+            UserError: in the same cases as `read_candidate_sets`.
         """
         self._start(path, require_finished(path))
         before = _identity(path)
@@ -169,7 +176,7 @@ class CandidateFile(IndexedSets):
         """Open a file that a stage wrote and that matches its manifest; None for any other file.
 
         Raises:
-            UserError: its manifest says that it is unfinished.
+            UserError: the manifest says that the file is unfinished.
         """
         file = cls.__new__(cls)
         file._start(path, require_finished(path))
@@ -183,10 +190,10 @@ class CandidateFile(IndexedSets):
         """Open the file, or its unpacked copy, for reading rows.
 
         Args:
-            before: the file's identity before its rows were found.
+            before: the file's `_identity` before its rows were indexed.
 
         Raises:
-            UserError: it was changed meanwhile.
+            UserError: the file was changed while its rows were indexed.
         """
         self._file = _seekable(self.path)
         if _identity(self.path) != before:
@@ -200,13 +207,13 @@ class CandidateFile(IndexedSets):
         self.is_as_written = False
         self._is_copy = False
         self._offsets, self._lengths = array("Q"), array("Q")
-        self._numbered: dict[int, str] = {}  # ids that are not those of their rows
+        self._numbered: dict[int, str] = {}  # new ids of rows whose id repeats
 
     def _index_as_written(self) -> bool:
-        """Find the rows by their line ends; False if the file does not match its manifest.
+        """Index the rows by their line ends; return False if the file does not match its manifest.
 
-        Only manifests of files whose rows were written from records count rows, bytes and
-        candidates.
+        Also False if the manifest does not count rows, bytes and candidates: only files whose rows
+        were written from records have all three counts.
         """
         manifest = self.manifest or {}
         if not all(isinstance(manifest.get(name), int) for name in ("rows", "bytes", "candidates")):
@@ -229,10 +236,10 @@ class CandidateFile(IndexedSets):
         return True
 
     def _check(self, accept_edited: bool) -> None:
-        """Find the rows by parsing each.
+        """Index the rows by parsing each of them.
 
         Raises:
-            UserError: as `read_candidate_sets`.
+            UserError: in the same cases as `read_candidate_sets`.
         """
         columns: dict[str, None] = {}
         digest = Digest()
@@ -248,9 +255,9 @@ class CandidateFile(IndexedSets):
 
     @classmethod
     def spool(cls, sets: Iterable[CandidateSet], name: PathLike) -> CandidateFile:
-        """Write sets of any source to an unnamed temporary file, and open that.
+        """Write sets from any source to an unnamed temporary file, and open that file.
 
-        Ids that repeat get an occurrence number.
+        Repeated ids get an occurrence number.
         """
         spooled = cls.__new__(cls)
         spooled._start(name, None)
@@ -290,11 +297,11 @@ class CandidateFile(IndexedSets):
         return super().__getitem__(index)
 
     def lines(self) -> Iterator[bytes]:
-        """The bytes of each row; of JSON lines with the line end.
+        """Yield the bytes of each row; a row of JSON lines includes its newline.
 
         Raises:
-            UserError: before the last rows: a file as it was written was changed since it was
-                opened.
+            UserError: the file was changed since it was opened. This is checked before the last
+                rows are yielded, and only for an unpacked file with `is_as_written`.
         """
         digest = Digest()
         is_checked = self.is_as_written and not self._is_copy
@@ -313,7 +320,7 @@ class CandidateFile(IndexedSets):
         )
 
     def _bytes(self, first: int, end: int) -> list[bytes]:
-        """Neighbouring rows, at least one, in one read unless they are large."""
+        """Read the bytes of rows `first` to `end - 1`, in one read unless they are large."""
         start = self._offsets[first]
         size = self._offsets[end - 1] + self._lengths[end - 1] - start
         if size > _BLOCK_BYTES and end - first > 1:
@@ -356,7 +363,7 @@ def _identity(path: PathLike) -> tuple[int, ...] | None:
 
 
 def _seekable(path: PathLike) -> BinaryIO:
-    """The file, or an unpacked copy of a gzip file."""
+    """Open a file for reading at any offset; a gzip file is unpacked to a temporary file."""
     file = open_bytes(path)
     if not _is_gzip(path):
         return file
@@ -368,10 +375,10 @@ def _seekable(path: PathLike) -> BinaryIO:
 
 @contextmanager
 def _temporary_file(name: str) -> Iterator[BinaryIO]:
-    """An unnamed file, which stays open after the body and is closed and removed if that raises.
+    """Create an unnamed file that stays open after the body; it is removed if the body raises.
 
     Args:
-        name: for error messages, such as that of a full disk.
+        name: what error messages call the file, for instance when the disk is full.
     """
     with explained_os_errors(Path(tempfile.gettempdir()) / name):
         file = cast(BinaryIO, tempfile.TemporaryFile(prefix="rrhf-"))  # noqa: SIM115
@@ -393,16 +400,17 @@ def write_candidate_sets(
 ) -> dict[str, Any]:
     """Write a candidate file atomically, then its manifest; gzip if the name ends in .gz.
 
-    Ids that repeat get an occurrence number. If anything fails, file and manifest stay as before.
+    Repeated ids get an occurrence number. If anything fails, the old file and manifest stay as
+    they were.
 
     Args:
         path: the file.
         sets: the rows, taken one at a time.
-        manifest: further entries (engine, scorer, seed, what was dropped).
+        manifest: further entries for the manifest (engine, scorer, seed, what was dropped).
 
     Returns:
-        The manifest as written: "rows", "candidates", "scored_candidates", "bytes" and "sha256"
-        added.
+        The manifest as written, which also has "rows", "candidates", "scored_candidates", "bytes"
+        and "sha256".
     """
     rows = candidates = scored = 0
     ids = SeenIds()
@@ -427,10 +435,13 @@ def write_candidate_sets(
 
 @contextmanager
 def replaced_rows(path: PathLike) -> Iterator[tuple[BinaryIO, Digest]]:
-    """A file of rows that takes its place whole or not at all: where to write them, and the digest.
+    """Replace a file of rows, either completely or not at all.
 
-    It is packed where its name ends in .gz, into bytes that depend on the rows alone. The old
-    file's manifest goes, because it would vouch for rows that it does not know.
+    If the name ends in .gz, the rows are compressed; the same rows always give the same bytes. The
+    old file's manifest is removed, because it does not describe the new rows.
+
+    Yields:
+        Where to write the rows, and the digest of the new file.
     """
     with replaced_file(path) as file:
         packed: Any = nullcontext(file)

@@ -1,4 +1,4 @@
-"""One row of a candidate file: checked field by field, read into a record, and written again.
+"""Check one row of a candidate file and read it into a record, or turn a record into a row.
 
 Every message begins with "file:line: field:", says what is wrong, and ends with the fix.
 """
@@ -26,12 +26,14 @@ from rrhf.records import (
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_VALUE = object()
 
-# A file whose first row has one of these is no candidate file, but has its scores there.
+# Words in the names of columns that may hold ranks or scores.
 _RANK_WORDS = {"rank", "place", "position"}
 _SCORE_WORDS = _RANK_WORDS | {
     *("score", "reward", "rating", "ratings", "label", "labels", "preference", "preferences"),
 }
 
+# A file whose first row has one of these columns is not read as a candidate file: its scores are in
+# that column.
 OTHER_SCORES = ("rewards", "ranks", "ranking")
 CANDIDATE_COLUMNS = (
     *("query", "responses", "scores", "messages", "id", "origin", "sources", "finish_reasons"),
@@ -41,7 +43,7 @@ _PER_RESPONSE = ("scores", "sources", "finish_reasons")
 
 
 class RowError(UserError):
-    """The mistakes of a row; the message has a line for each, and `faults` lists the lines."""
+    """The mistakes in a row: the message has one line per mistake; `faults` lists these lines."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("\n".join(faults))
@@ -49,7 +51,7 @@ class RowError(UserError):
 
 
 def kind_of(value: object) -> str:
-    """A JSON value in words, with the value itself if it is short."""
+    """Describe a JSON value for an error message: its type, and a number or text itself."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -76,8 +78,8 @@ def text_fault(value: object) -> str | None:
 def not_in_first_row(row: Mapping[str, Any], where: str, names: Sequence[str]) -> list[str]:
     """Faults for columns that decide how a file is read but are missing in its first row."""
     return [
-        f"{where}: {name}: is missing in the file's first row, so that it is not read; give it in "
-        f"every row, or leave it out: --columns unread={name}"
+        f"{where}: {name}: is missing in the file's first row, so this column is not read; give it "
+        f"in every row, or leave it out: --columns unread={name}"
         for name in names
         if row.get(name) is not None
     ]
@@ -87,9 +89,9 @@ def unread_scores(row: Mapping[str, Any], where: str, num_replies: int) -> list[
     """Faults for unread columns that seem to hold the scores of unscored replies.
 
     Args:
-        row: as it is in the file.
-        where: its place, which begins every message.
-        num_replies: how many replies it has, none of them scored.
+        row: the row as it is in the file.
+        where: the row's place, which begins every message.
+        num_replies: how many replies the row has, none of them scored.
     """
     told = []
     for name, value in row.items():
@@ -102,9 +104,10 @@ def unread_scores(row: Mapping[str, Any], where: str, num_replies: int) -> list[
         ):
             known = "ranks" if words & _RANK_WORDS else "scores"
             told.append(
-                f"{where}: {name}: is not read, but holds a number for each reply, and they have "
-                f"no scores; if it scores them: --columns {known}={name} (scores: higher is "
-                f"better; ranks: 1 is best), else: --columns unread={name}"
+                f"{where}: {name}: is not read, but holds a number for each reply, and the "
+                f"replies have no scores; if the numbers score the replies: --columns "
+                f"{known}={name} (scores: higher is better; ranks: 1 is best), else: "
+                f"--columns unread={name}"
             )
     return told
 
@@ -138,7 +141,7 @@ class RowReader:
         return cast(str, value)
 
     def texts(self, field: str) -> list[str] | None:
-        """The list of texts; None, with a fault, if there is none."""
+        """The list of texts in a field; None, and a recorded fault, if the field is not a list."""
         value = self.row.get(field, _NO_VALUE)
         if value is _NO_VALUE:
             self.fault(field, "is missing; give a list of texts ([] for a prompt alone)")
@@ -152,7 +155,10 @@ class RowReader:
         return value
 
     def entries(self, field: str, responses: int | None, what: str) -> list[Any] | None:
-        """A list with one entry per response; None if absent or null, or (with a fault) wrong."""
+        """The list in a field, with one entry per response; None if it is absent, null or wrong.
+
+        A wrong field is recorded as a fault.
+        """
         value = self.row.get(field)
         if value is None:
             return None
@@ -181,13 +187,16 @@ class RowReader:
             elif not is_finite(value):
                 self.fault(
                     field,
-                    f"is {value!r:.30}, no finite number; give the score, or null where there is "
-                    "none",
+                    f"is {value!r:.30}, not a finite number; give the score, or null where there "
+                    "is none",
                 )
         return values
 
     def turns(self, field: str) -> tuple[Message, ...] | None:
-        """A conversation, whoever speaks last; None if absent or null, or (with a fault) wrong."""
+        """The conversation in a field; None if it is absent, null or wrong.
+
+        The last turn may have any role. A wrong field is recorded as a fault.
+        """
         value = self.row.get(field)
         if value is None:
             return None
@@ -213,13 +222,13 @@ class RowReader:
         return tuple(turns) if len(turns) == len(value) else None
 
     def messages(self) -> tuple[Message, ...] | None:
-        """The conversation behind the query, which ends with the user's turn."""
+        """The conversation behind the query; records a fault if the last turn is not the user's."""
         turns = self.turns("messages")
         if turns is not None and turns[-1].role != "user":
             self.fault(
                 "messages",
-                f"end with the turn of the {turns[-1].role}; they are the prompt, so they end with "
-                "the user's, and what follows belongs in responses",
+                f"end with the turn of the {turns[-1].role}; messages are the prompt, so they must "
+                "end with the user's turn; put what follows that turn in responses",
             )
         return turns
 
@@ -242,7 +251,7 @@ class RowReader:
 
 
 def is_finite(value: int | float) -> bool:
-    """Whether a number is finite as a float; some integers are too large."""
+    """Whether a number is finite as a float; False for integers too large for a float."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond what a float can hold
@@ -305,7 +314,7 @@ def _plain_number(value: Any) -> float:
     """A finite number as a float.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a finite number.
     """
     if (type(value) is float or type(value) is int) and is_finite(value):
         return float(value)
@@ -313,9 +322,10 @@ def _plain_number(value: Any) -> float:
 
 
 def parse_candidate_set(row: Any, where: str) -> CandidateSet:
-    """One row of a candidate file as a record.
+    """Read one row of a candidate file into a record.
 
-    A row without an id gets that of its prompt; the reader of a file numbers repeats.
+    A row without an id gets an id made from its prompt. Repeated ids are not handled here: the
+    reader of the file numbers them.
 
     Args:
         row: the JSON value.
@@ -325,7 +335,7 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
         RowError: a `UserError` with one line for each mistake: `file:line: field: what, fix`.
     """
     is_row = isinstance(row, dict)
-    # Among further columns may be misnamed scores.
+    # Unknown columns may hold misnamed scores, so such rows are checked below.
     if is_row and row.keys() <= _COLUMNS and (found := _record(row)) is not None:
         return found
     if not is_row:
@@ -352,7 +362,7 @@ def parse_candidate_set(row: Any, where: str) -> CandidateSet:
     return found
 
 
-# What follows the responses. No text holds it, since quotes in texts are escaped.
+# What follows the responses in a line. It cannot occur in a text, where quotes are escaped.
 _AFTER_RESPONSES = re.compile(
     rb'\], "(?:scores": \[[^]]*(\])|(?:messages|id|origin|sources|finish_reasons)": )|\]\}\n$'
 )
@@ -363,23 +373,23 @@ def with_scores(line: bytes, scores: bytes | None) -> bytes:
 
     Args:
         line: the row.
-        scores: the new ones, as a JSON array; None = nothing is scored.
+        scores: the new scores as a JSON array; None = the row has no scores.
 
     Raises:
-        ValueError: the line is not such a row.
+        ValueError: these two functions did not make the line.
     """
     place = _AFTER_RESPONSES.search(line)
     if place is None:
-        raise ValueError(f"no row of ours: {line!r:.100}")
+        raise ValueError(f"not a line that `encode_row` wrote: {line!r:.100}")
     begin, end = place.start(), max(place.start(), place.start(1))
     middle = b"" if scores is None else b', "scores": ' + scores
     return line[: begin + 1] + middle + line[end + 1 :]
 
 
 def candidate_set_to_row(candidate_set: CandidateSet) -> dict[str, Any]:
-    """A record as a row: RRHF's keys first, then the others that are not empty.
+    """Turn a record into a row: RRHF's keys first, then all other keys that are not empty.
 
-    `scores` is left out where nothing is scored, `id` where the prompt alone gives it.
+    `scores` is left out if no candidate has a score, `id` if it is the id made from the prompt.
     """
     candidates = candidate_set.candidates
     row: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""Lists that are text in a cell: JSON, or Python's notation, as pandas writes it.
+"""Parse cells that hold a number or a list as text: JSON, or Python's notation as pandas writes it.
 
-In a table every cell is text. Where a number, a truth value or a list is expected, the cell is read
-as one. Elsewhere, a text is read as a conversation only if all of it is a list of turns: in tables
-in every column of prompts and replies, in other files in prompts and pairs alone, because a single
-reply may be meant to be such a list. Lists as numpy prints them have no commas and cannot be read
-back (two texts next to each other would become one), so they are refused.
+In a table every cell is text. A cell is parsed if its column should hold a number, a truth value or
+a list. In other columns, a text is read as a conversation only if the whole text is a list of
+turns. In tables this holds for every column of prompts and replies. In other files it holds only
+for prompts and pairs, because a single reply may be meant to be such a list. Lists as numpy prints
+them are refused: without commas, two texts next to each other would be read back as one.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class TextCells(dict[str, Any]):
 
 
 def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[str, Any]:
-    """The row with cells parsed where a number, a list or a conversation is expected.
+    """Parse the cells of a row where a number, a list or a conversation is expected.
 
     Args:
-        row: under known names.
-        where: its place, which begins every message.
-        is_table: all cells are text.
+        row: the row under known column names.
+        where: the row's place, which begins every message.
+        is_table: whether every cell is text.
 
     Raises:
         RowError: a cell looks like a list but cannot be read as one.
@@ -75,16 +75,16 @@ def with_lists(row: Mapping[str, Any], where: str, is_table: bool) -> Mapping[st
     if faults:
         raise RowError(faults)
     found = {**row, **changed}
-    if "query" in changed and "prompt" not in found:  # a `query` is a text
+    if "query" in changed and "prompt" not in found:  # `query` holds texts only
         found["prompt"] = found.pop("query")
     return found
 
 
 def _turns(text: str) -> list[Any] | None:
-    """The conversation that a text spells out; None for any other text.
+    """The conversation that a text holds as a list of turns; None for any other text.
 
     Raises:
-        ValueError: it looks like one but cannot be read.
+        ValueError: the text looks like a conversation but cannot be read.
     """
     if not _LIKE_TURNS.fullmatch(text):
         return None
@@ -99,7 +99,7 @@ def _turns(text: str) -> list[Any] | None:
 
 
 def _value(cell: str, is_list: bool) -> Any:
-    """The cell parsed as JSON; the text itself where it is no JSON."""
+    """Parse a cell as JSON or, if it should hold a list, as Python's; any other cell stays text."""
     plain = cell.strip().lower()
     if plain in ("", "none", "null", "nan"):
         return None
@@ -110,10 +110,10 @@ def _value(cell: str, is_list: bool) -> Any:
 
 
 def _list(text: str) -> list[Any]:
-    """The list that a text holds, as JSON or as Python prints it.
+    """Parse a list that is written as JSON or as Python prints it.
 
     Raises:
-        ValueError: it is neither; the message says what to do.
+        ValueError: the text is neither; the message says what to do.
     """
     try:
         found = json.loads(text)
@@ -125,8 +125,8 @@ def _list(text: str) -> list[Any]:
 
 
 _UNREADABLE = (
-    "begins like a list, but can be read neither as JSON nor as what Python prints (numpy leaves "
-    "the commas out, and nan is no value); write the column with json.dumps (an array with "
+    "looks like a list, but is neither JSON nor a list as Python prints it (numpy prints no "
+    "commas, and nan cannot be read); write the column with json.dumps (an array with "
     "json.dumps(x.tolist()))"
 )
 
@@ -134,8 +134,8 @@ _UNREADABLE = (
 def _printed_list(text: str) -> Any:
     if len(text) > MAX_PYTHON_CHARACTERS:
         raise ValueError(
-            f"is a list as Python prints it, of {len(text)} characters, and more than "
-            f"{MAX_PYTHON_CHARACTERS} are not read; write the column with json.dumps"
+            f"is a list as Python prints it, of {len(text)} characters; the limit is "
+            f"{MAX_PYTHON_CHARACTERS}; write the column with json.dumps, which has no such limit"
         )
     try:
         before = None

@@ -1,15 +1,17 @@
-"""The token boundary: how a conversation becomes prompt ids, and a response ids and text again.
+"""Convert prompts and responses between text and token ids.
 
-Prompt and response are tokenised apart, so that a prompt's ids do not depend on the response. A
-response is encoded and decoded *in the context of a prompt*: tokenizers of the SentencePiece kind
-put a blank before the first word of a text and drop it on decoding, and then the same reply, once
-written by a person and once sampled, would differ in its first token.
+Prompt and response are tokenised separately, so that a prompt's ids do not depend on the response.
+A response is encoded and decoded *in the context of a prompt*, because SentencePiece-like
+tokenizers put a blank before the first word of a text and drop it when decoding. Without the
+context, a reply written by a person and the same reply sampled by a model would differ in their
+first token.
 
-A prompt's text is rendered as `hh`, `alpaca` or by the `chat_template` (`rrhf.data.conversations`),
-or is the query unchanged (`raw`). If messages are known, `auto` takes the tokenizer's template, or
-`hh` if it has none; otherwise `raw`. A plain prompt, a text without turns, is a user's turn in the
-template, and `raw` without a template. Left out on purpose: multi-modal
-content, tools.
+`hh`, `alpaca` and `chat_template` render the conversation (`rrhf.data.conversations`); `raw` uses
+the query unchanged. For sets with messages, `auto` uses the tokenizer's template, or `hh` if the
+tokenizer has none; for sets without messages, `auto` is `raw`. With `auto`, a plain prompt (a text
+without turns) becomes a user's turn in the template, or is `raw` if there is no template.
+
+Left out on purpose: multi-modal content, tools.
 """
 
 from __future__ import annotations
@@ -29,33 +31,33 @@ logger = logging.getLogger(__name__)
 # What decoders put in place of invalid or incomplete bytes.
 _BROKEN_CHARACTER = "\ufffd"
 _MOST_BYTES = 4
-# After one of these, a tokenizer that puts a blank before the first word of a text adds none.
+# Texts after which a tokenizer that puts a blank before the first word of a text may add none.
 _ANCHORS = ("\n", ":", ".")
-# Private-use characters: one that the conversation does not hold marks special tokens in its text.
+# Private-use characters: one that is not in the conversation encloses special tokens in its text.
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 
 
 def _unused_mark(candidate_set: CandidateSet) -> str:
-    """A private-use character that the conversation does not hold."""
+    """A private-use character that does not occur in the conversation."""
     held = set().union(*(m.content for m in conversation_of(candidate_set)))
     unused = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK + 1) if chr(code) not in held)
     return next(unused)
 
 
 class ChatCodec:
-    """Text to ids and back, for one tokenizer and one chat format.
+    """Converts text to ids and back, for one tokenizer and one chat format.
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
         chat_format: as given; `auto` is resolved for each set.
-        has_template: whether the tokenizer brings a chat template.
-        pad_id: filler; may equal an end id, masks never look at it.
+        has_template: whether the tokenizer has a chat template.
+        pad_id: padding id; may equal an end id, because no mask is made from it.
         end_id: appended to a finished response: the template's end of turn, else EOS.
         end_ids: every id that ends a sampled response.
-        bos_id: prepended to a prompt once, or None if the tokenizer itself adds none.
+        bos_id: prepended once to a prompt; None if the tokenizer adds no BOS.
 
     Raises:
-        UserError: unknown format, a template that is missing, a tokenizer without EOS.
+        UserError: the format is unknown, or the tokenizer lacks the chat template or EOS token.
     """
 
     def __init__(self, tokenizer: Any, chat_format: str = "auto") -> None:
@@ -86,10 +88,10 @@ class ChatCodec:
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
 
-    # What a set looks like in this format.
+    # How a set is rendered.
 
     def format_of(self, candidate_set: CandidateSet) -> str:
-        """The format that renders this set: `auto` and sets without messages resolved."""
+        """The format in which this set is rendered, with `auto` resolved."""
         if self.chat_format != "auto":
             return self.chat_format
         if candidate_set.messages is None or (candidate_set.is_plain and not self.has_template):
@@ -97,7 +99,7 @@ class ChatCodec:
         return self._conversation_format
 
     def prompt_text(self, candidate_set: CandidateSet) -> str:
-        """The prompt as the model reads it, a template's tokens spelled out, without BOS."""
+        """The prompt as text, with the template's special tokens and without BOS."""
         return self._render(self.format_of(candidate_set), candidate_set, drop_turns=0) or ""
 
     def stop_strings(self, candidate_set: CandidateSet) -> tuple[str, ...]:
@@ -105,7 +107,7 @@ class ChatCodec:
         return tuple(HH_CUES.values()) if self.format_of(candidate_set) == "hh" else ()
 
     def describe(self) -> dict[str, object]:
-        """What a manifest records of this codec."""
+        """The entries about this codec for a manifest."""
         return {
             "chat_format": self.chat_format,
             "conversation_format": self._conversation_format,
@@ -119,18 +121,18 @@ class ChatCodec:
     def encode_prompt(
         self, candidate_set: CandidateSet, max_tokens: int | None = None
     ) -> list[int] | None:
-        """The prompt's ids, BOS first where the tokenizer has it, the generation cue always last.
+        """Encode a prompt, with BOS first if the tokenizer adds it and the generation cue last.
 
-        A prompt that is too long loses whole turns from its left (a system message stays); text
-        without turns (`raw`, `alpaca` without messages) loses tokens from its left in `raw` and
-        does not fit in `alpaca`.
+        A prompt that is too long loses whole turns from its left; a system message stays. In `raw`,
+        the prompt loses tokens from its left instead. In `alpaca`, a prompt without messages is
+        never shortened.
 
         Args:
             candidate_set: the prompt.
-            max_tokens: room, BOS included; None = no limit.
+            max_tokens: the most ids, BOS included; None = no limit.
 
         Returns:
-            The ids, or None where even the last turn does not fit.
+            The ids, or None if even the last turn does not fit.
         """
         chat_format = self.format_of(candidate_set)
         mark = _unused_mark(candidate_set) if chat_format == "chat_template" else ""
@@ -148,25 +150,25 @@ class ChatCodec:
     def encode_response(
         self, candidate_set: CandidateSet, text: str, finish_reason: FinishReason = "unknown"
     ) -> list[int]:
-        """The response's ids as they follow the prompt, without BOS.
+        """Encode a response as it follows the prompt, without BOS.
 
-        Special tokens inside the text stay ordinary text. Exactly one end id closes a response,
+        Special tokens inside the text are encoded as ordinary text. Exactly one end id is appended,
         unless `finish_reason` is "length".
         """
         ids = self._encode_in_context(self.response_text(candidate_set, text))
         return ids if finish_reason == "length" else [*ids, self.end_id]
 
     def response_text(self, candidate_set: CandidateSet, text: str) -> str:
-        """The response as it follows the prompt's text: the format's blank before it.
+        """The response as it follows the prompt's text, after the separator of the format.
 
-        An empty one has no blank: sampled, its end follows the cue at once.
+        An empty response has no separator: when sampled, its end token follows the cue directly.
         """
         return self._response_prefix(candidate_set, text) + text if text else ""
 
     def decode_response(self, candidate_set: CandidateSet, ids: Sequence[int]) -> str:
-        """The text as it follows a prompt, without end id and without the format's blank.
+        """Decode a response, without its end id and without the separator of the format.
 
-        A response that breaks off in the middle of a character ends before that character.
+        An incomplete character at the end is dropped.
         """
         kept = list(ids)
         while kept and kept[-1] in self.end_ids:
@@ -175,12 +177,12 @@ class ChatCodec:
         if not text.strip():
             return ""
         separator = self._response_prefix(candidate_set, "")
-        # A second blank would be taken for the format's own when the text is encoded again.
+        # With one separator removed, encoding would take the second for the one of the format.
         doubled = bool(separator) and text.startswith(separator * 2)
         return text if doubled else text.removeprefix(separator)
 
     def decode_tail(self, ids: Sequence[int]) -> str:
-        """Any piece of a response as text, with the blank that its first token carries."""
+        """Decode any piece of a response, with the blank that belongs to its first token."""
         context = self._anchor_ids
         text = self._decode([*context, *ids])
         return text[len(self._decode(context)) :] if context else text
@@ -192,8 +194,8 @@ class ChatCodec:
         text = self.decode_tail(ids)
         if not text.endswith(_BROKEN_CHARACTER):
             return text
-        # Some decoders give up a whole run of bytes for one that is missing: without the bytes of
-        # the broken character, the others can be read.
+        # If one byte is missing, some decoders reject the whole run of bytes. The complete
+        # characters can be decoded once the bytes of the incomplete one are removed.
         shorter = (
             self.decode_tail(ids[:-count]) for count in range(1, _MOST_BYTES) if count < len(ids)
         )
@@ -208,10 +210,10 @@ class ChatCodec:
     def _render(
         self, chat_format: str, candidate_set: CandidateSet, drop_turns: int, mark: str = ""
     ) -> str | None:
-        """The text after dropping turns from the left; None where no more turns can be dropped.
+        """Render a set without its first turns; None if no turn would be left.
 
-        With a mark, special tokens in the messages are enclosed by it, so that `_encode_template`
-        can tell them from the template's own.
+        If a mark is given, it encloses each special token in the messages, so that
+        `_encode_template` can tell these tokens from the template's own.
         """
         text_only = candidate_set.messages is None or candidate_set.is_plain
         if drop_turns == 0 and (chat_format == "raw" or (chat_format == "hh" and text_only)):
@@ -245,7 +247,7 @@ class ChatCodec:
     def _encode_template(self, text: str, mark: str) -> list[int]:
         ids: list[int] = []
         for position, piece in enumerate(text.split(mark)):
-            if position % 2:  # what stood between two marks: a special token as a user's words
+            if position % 2:  # between two marks: a special token, to be read as plain text
                 ids += self._encode_in_context(piece)
             elif position == 0 or not self._anchor_ids:
                 ids += self.tokenizer(piece, add_special_tokens=False).input_ids
@@ -267,7 +269,7 @@ class ChatCodec:
         )
 
     def _find_anchor(self) -> tuple[str, list[int]]:
-        """Text after which this tokenizer adds no blank of its own; empty where it never does."""
+        """Find a text after which this tokenizer adds no blank; empty if none is needed."""
         word = self._encode("x")
         if self._decode([*word, *word]) == "xx":
             return "", []
@@ -277,11 +279,11 @@ class ChatCodec:
             plain = self._encode(anchor + "x")
             if joined[: len(ids)] == ids == plain[: len(ids)] and joined != plain:
                 return anchor, ids
-        logger.warning("no text keeps this tokenizer from adding a blank before a response")
+        logger.warning("no way was found to keep this tokenizer from adding a blank to responses")
         return "", []
 
     def _find_end_id(self) -> int:
-        """The special token after the assistant's words in the template, else EOS."""
+        """The id of the token that ends the assistant's turn in the template, else EOS."""
         eos = int(self.tokenizer.eos_token_id)
         if self._conversation_format != "chat_template":
             return eos

@@ -1,9 +1,10 @@
-"""Encoded prompts and responses as one batch of tensors, ragged in every direction.
+"""Collate encoded prompts and responses of any number and length into one batch of tensors.
 
-B prompts, N rows (every response of every prompt), P prompt tokens, R response tokens. Prompts are
-stored once each and padded on the left, responses padded on the right, so that every response
-begins at the same column of a full row `[prompt | response]` and a head need only be applied to the
-last R + 1 columns. Masks come from lengths alone: a pad id may be a real token elsewhere.
+B prompts, N rows (every response of every prompt), P prompt tokens, R response tokens. Each prompt
+is stored once. Prompts are padded on the left and responses on the right, so that every response
+begins at the same column of a full row `[prompt | response]`, and a head need only be applied to
+the last R + 1 columns. Masks are made from lengths alone, because the pad id may also be a real
+token.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class TokenExperience:
     Attributes:
         old_logprobs: nats, under the policy that sampled.
         advantages: as estimated by the online method.
-        old_values: the critic's at sampling time, of the state before each token; None without a
-            critic.
-        returns: targets of the critic; None without one.
+        old_values: the critic's values at sampling time, for the state before each token; None
+            without a critic.
+        returns: the critic's targets; None without a critic.
         reference_logprobs: nats, under the reference policy; None if no loss needs them.
     """
 
@@ -51,9 +52,10 @@ class EncodedSet:
     Attributes:
         prompt_ids: at least one id.
         response_ids: one list for each row; each at least one id.
-        scores: one number for each row, or None where the task has none.
+        scores: one number for each row, or None if the task uses no scores.
         weight: 0 makes the prompt a filler that adds nothing to any sum.
-        experience: of each row, as long as the response; None where no rollout made the rows.
+        experience: one entry for each row, as long as its response; None if the rows do not come
+            from a rollout.
     """
 
     prompt_ids: Sequence[int]
@@ -64,14 +66,14 @@ class EncodedSet:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the padded-rows form: each row carries its prompt."""
+        """The number of tokens if each row repeats its prompt, without padding."""
         rows = len(self.response_ids)
         return rows * len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the one forward interface of every model takes.
+    """A batch, as the forward interface of every model takes it.
 
     Attributes:
         prompt_ids: [B, P] int64, padded on the left.
@@ -80,8 +82,8 @@ class TokenBatch:
         response_lengths: [N] int64.
         prompt_index: [N] int64, ascending: the prompt of each row.
         prompt_weights: [B] float32; 0 for a filler prompt.
-        scores: [N] float32, finite; None where the task has none.
-        experience: [N, R] each; None where no rollout made the rows.
+        scores: [N] float32, finite; None if the task uses no scores.
+        experience: tensors [N, R]; None if the rows do not come from a rollout.
     """
 
     prompt_ids: Tensor
@@ -112,7 +114,7 @@ class TokenBatch:
         return self.prompt_weights[self.prompt_index]
 
     def full_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows `[prompt | response]` in full.
+        """Build the rows `[prompt | response]`, each with its own copy of the prompt.
 
         Returns:
             ids [N, P + R], attention mask [N, P + R] int64, position ids [N, P + R] counted from
@@ -140,7 +142,7 @@ class TokenBatch:
 
 
 def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
-    """Encoded sets as one batch; scores are kept only where every set has them."""
+    """Pad encoded sets into one batch; scores are kept only if every set has them."""
     assert sets, "a batch needs at least one prompt"
     assert all(s.prompt_ids and s.response_ids for s in sets), "a set needs a prompt and a response"
     rows = [ids for s in sets for ids in s.response_ids]
@@ -162,7 +164,7 @@ def collate(sets: Sequence[EncodedSet], pad_id: int) -> TokenBatch:
 
 
 def padded_groups(values: Tensor, prompt_index: Tensor, num_prompts: int) -> tuple[Tensor, Tensor]:
-    """Row values as a grid of prompts by candidates.
+    """Arrange the values of rows in a grid of prompts by candidates.
 
     Args:
         values: [N] or [N, ...].
@@ -170,7 +172,8 @@ def padded_groups(values: Tensor, prompt_index: Tensor, num_prompts: int) -> tup
         num_prompts: B.
 
     Returns:
-        [B, K, ...] with zeros where a prompt has fewer than K rows, and [B, K] True where a row is.
+        [B, K, ...] with zeros where a prompt has fewer than K rows, and [B, K] True where there is
+        a row.
     """
     counts = torch.bincount(prompt_index, minlength=num_prompts)
     width = int(counts.max()) if len(prompt_index) else 0
@@ -182,7 +185,7 @@ def padded_groups(values: Tensor, prompt_index: Tensor, num_prompts: int) -> tup
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> Tensor:
-    """[N, T] int64, the rows of ids padded on one side."""
+    """Pad rows of ids on one side: [N, T] int64."""
     ids = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
 
@@ -190,7 +193,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") ->
 def _collated_experience(
     experience: Sequence[TokenExperience], rows: Sequence[Sequence[int]]
 ) -> TokenExperience | None:
-    """Aligned with the padded responses."""
+    """Pad experience to the shape of the padded responses; None if there is no experience."""
     if not experience:
         return None
     stored = [one.tensors() for one in experience]

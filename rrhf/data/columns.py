@@ -1,8 +1,8 @@
-"""What a file's columns are called: the names that are known, and those that a user maps to them.
+"""Names of columns: those that are known, and a user's mapping of other names to known ones.
 
 `--columns prompt=question,response=reply` reads the column `question` as `prompt`; `unread=NAME`
-leaves a column out. A row remembers which of its columns were read, so that the others can be
-named, and a file whose replies would be left unread is refused.
+leaves a column out. Each row records which of its columns were read. Columns that were not read are
+reported, and a file whose replies would not be read is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from rrhf.errors import UserError
 from rrhf.seals import EditedFiles
 
-# In each family the names mean the same; the first one that a row has is read.
+# The names in one tuple mean the same; the first of them that a row has is read.
 PROMPTS = ("prompt", "query", "question", "instruction", "input")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt")
@@ -37,20 +37,20 @@ KNOWN = (
 )
 _REPLY_NAMES = {*REPLIES, *REPLY_LISTS, *SCORE_LISTS, "chosen", "rejected", "ranking", "ranks"}
 _REPLY_WORDS = _REPLY_NAMES - {"input", "ranks"}
-# Lists of objects in which a name given as a column may be a key.
+# Columns with lists of objects; a name in --columns may be a key of these objects.
 _NESTED_IN = (*REPLY_LISTS, "ranking")
 UNREAD = "unread"
 
 
 @dataclass
 class ColumnOptions:
-    """Names of columns."""
+    """Options for the names of columns."""
 
-    # Set where the command has other data that `columns` may be meant for; not a user's setting.
+    # True if `columns` may be meant for other data of the same command. Not a user's setting.
     columns_may_miss = False
 
     columns: str | None = field(default=None, kw_only=True)
-    """Names of the data's columns where they are not recognised, such as
+    """The data's own names for columns that are not recognised, such as
     prompt=question,response=reply; unread=NAME leaves a column out."""
 
 
@@ -59,7 +59,7 @@ class DataOptions(EditedFiles, ColumnOptions):
     """How the files and columns of data are read."""
 
     def for_other_data(self) -> DataOptions:
-        """Options for further data of a command: a missing mapped column only gives a warning."""
+        """The same options for a command's other data: a missing column gives only a warning."""
         others = DataOptions(accept_edited_files=self.accept_edited_files, columns=self.columns)
         others.columns_may_miss = True
         return others
@@ -70,7 +70,7 @@ class ColumnNames:
     """A user's mapping of columns.
 
     Attributes:
-        source: known name -> what the data call it.
+        source: known name -> the data's own name.
         unread: columns to leave out.
         seen: the columns of the rows read so far, and the keys renamed in their objects.
     """
@@ -83,13 +83,13 @@ class ColumnNames:
         return bool(self.source or self.unread)
 
     def rename(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The row under known names.
+        """Rename the columns of a row to the known names.
 
-        A name may also be that of a key in the objects of a list (`completions`); it is renamed
-        there.
+        A mapped name may also be a key in the objects of a list (such as `completions`); the key is
+        then renamed in these objects.
 
         Raises:
-            UserError: the row has no such column, and none of the known name either.
+            UserError: the row has neither the mapped column nor one of the known name.
         """
         if not self:
             return row
@@ -114,10 +114,10 @@ class ColumnNames:
         return renamed
 
     def never_seen(self, data: str) -> list[str]:
-        """A message for each name that no row had; to be called after the last row.
+        """Error messages, one for each mapped name that no row had; call it after the last row.
 
         Args:
-            data: what was read.
+            data: what the messages call the data.
         """
         given = [*self.source.items(), *((UNREAD, name) for name in sorted(self.unread))]
         return [
@@ -130,7 +130,7 @@ class ColumnNames:
 
 
 def _rename_nested(row: dict[str, Any], ours: str, theirs: str) -> bool:
-    """Rename a key in the objects of the row's lists of replies; whether there was one."""
+    """Rename a key in the objects of the row's lists of replies; return whether it was found."""
     found = False
     for name in _NESTED_IN:
         items = row.get(name)
@@ -146,15 +146,15 @@ def _rename_nested(row: dict[str, Any], ours: str, theirs: str) -> bool:
 
 
 def columns_flag(text: str | None) -> list[str]:
-    """The words with which another command reads the same data."""
+    """The arguments for another command that reads the same data."""
     return ["--columns", text] if text else []
 
 
 def parse_columns(text: str | None) -> ColumnNames:
-    """Read `known=theirs,known=theirs,unread=theirs`.
+    """Parse `known=theirs,known=theirs,unread=theirs`.
 
     Raises:
-        UserError: it is not of that form, or a name is not known.
+        UserError: the text is not of that form, or a name is not known.
     """
     source: dict[str, str] = {}
     unread: set[str] = set()
@@ -171,8 +171,8 @@ def parse_columns(text: str | None) -> ColumnNames:
             unread.add(theirs)
         elif ours not in KNOWN:
             raise UserError(
-                f"--columns {text}: {ours!r} is no name that is known here"
-                f"{near_hint(ours, KNOWN)}; known are {', '.join(KNOWN)} and {UNREAD}"
+                f"--columns {text}: {ours!r} is not a known name"
+                f"{near_hint(ours, KNOWN)}; the known names are {', '.join(KNOWN)} and {UNREAD}"
             )
         elif ours in source:
             raise UserError(f"--columns {text}: names {ours!r} twice; give one column for it")
@@ -184,7 +184,7 @@ def parse_columns(text: str | None) -> ColumnNames:
         if len(names) > 1:
             raise UserError(
                 f"--columns {text}: gives the column {theirs!r} to {' and to '.join(names)}; a "
-                "column is one thing, so name another for all but one"
+                "column can have only one of these names, so remove the others"
             )
     return ColumnNames(source, frozenset(unread))
 
@@ -210,7 +210,7 @@ class TrackedRow(Mapping[str, Any]):
         return name in self._row
 
     def only(self, names: Iterable[str]) -> dict[str, Any]:
-        """These columns alone, where they are there, as a plain row."""
+        """A plain row of those of the named columns that exist; they count as read."""
         return {name: self[name] for name in names if name in self._row}
 
     @property
@@ -219,7 +219,7 @@ class TrackedRow(Mapping[str, Any]):
         return [name for name in self._row if name not in self.read]
 
     def unread_replies(self) -> list[str]:
-        """Unread columns that look as if they held replies or scores, with something in them."""
+        """Unread columns that are not empty and are named like replies or scores."""
         return [
             name
             for name in self.unread
@@ -230,13 +230,13 @@ class TrackedRow(Mapping[str, Any]):
 
 
 def first_of(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of some columns that a row has and that is not null there."""
+    """The first of the named columns that is in the row and not null; None if there is none."""
     return next((name for name in names if name in row and row[name] is not None), None)
 
 
 @lru_cache(maxsize=4096)
 def looks_like_replies(name: str) -> bool:
-    """Whether a column's name is one of replies or scores, holds such a word, or is nearly one."""
+    """Whether a column's name has a word for replies or scores in it, or nearly is such a word."""
     plain = str(name).strip().lower()
     words = set(re.split(r"[^a-z]+", plain))
     return bool(words & _REPLY_WORDS) or bool(
@@ -245,14 +245,14 @@ def looks_like_replies(name: str) -> bool:
 
 
 def near_hint(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Words that name the nearest known name; empty where none is near."""
+    """A hint, for a message, at the known name nearest to a name; empty if none is near."""
     names = [str(one) for one in known]
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
     return "" if name in names or not near else f" (did you mean {near[0]!r}?)"
 
 
 def replies_not_read(row: TrackedRow, where: str) -> str | None:
-    """The message for a row whose replies were not read; None if it seems to hold none."""
+    """The error message for a row with unread replies; None if the row seems to have none."""
     names = row.unread_replies()
     if not names:
         return None
@@ -262,7 +262,7 @@ def replies_not_read(row: TrackedRow, where: str) -> str | None:
     ]
     look, them = ("looks", "it") if len(names) == 1 else ("look", "them")
     return (
-        f"{where}: row: only the prompt can be read of it, but {', '.join(hints)} {look} like "
+        f"{where}: row: only its prompt can be read, but {', '.join(hints)} {look} like "
         f"replies or scores{_missing_partner(row, names)}; name the columns (--columns "
         f"response=..., responses=..., scores=..., chosen=..., rejected=...), or leave {them} out: "
         f"--columns {','.join(f'{UNREAD}={name}' for name in names)}"
@@ -270,10 +270,10 @@ def replies_not_read(row: TrackedRow, where: str) -> str | None:
 
 
 def _missing_partner(row: TrackedRow, names: list[str]) -> str:
-    """Words that name the column missing from a pair or from a list of scores."""
+    """The part of a message that names the missing half of a pair, or the missing replies."""
     if ("chosen" in names) != ("rejected" in names):
         return f"; column {'rejected' if 'chosen' in names else 'chosen'!r} is missing"
     lists = [name for name in names if name in (*SCORE_LISTS, "ranking")]
     if lists and not any(name in row for name in REPLY_LISTS):
-        return f"; column 'responses', which {lists[0]!r} would belong to, is missing"
+        return f"; column {lists[0]!r} needs a column 'responses', which is missing"
     return ""

@@ -109,7 +109,7 @@ def _score(reading: Reading, column: str) -> float:
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         fault = f"must be a number, is {kind_of(score)}; fix it"
     elif not is_finite(score):
-        fault = f"is {score!r:.30}, no finite number; give the score"
+        fault = f"is {score!r:.30}, not a finite number; give the score"
     else:
         return float(score)
     raise reading.wrong(column, f"{fault}, or leave the column out: --columns unread={column}")

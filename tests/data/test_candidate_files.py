@@ -109,7 +109,7 @@ def test_an_id_that_is_taken_is_stepped_over():
 
 def test_an_own_id_that_repeats_is_a_mistake(tmp_path: Path):
     path = write_lines(tmp_path / "f.json", {**GOOD, "id": "x"}, {**GOOD, "id": "x"})
-    with pytest.raises(UserError, match=r"f\.json:2: id: 'x' stands in an earlier row"):
+    with pytest.raises(UserError, match=r"f\.json:2: id: 'x' is used in an earlier row"):
         CandidateFile(path)
 
 

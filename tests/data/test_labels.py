@@ -34,7 +34,7 @@ def test_the_score_of_one_reply_is_finite(
     for words in (["validate", str(path)], ["convert", str(path), str(out)]):
         assert main(["data", *words]) == 2
         error = capsys.readouterr().err
-        assert f"{path}:2: score: is " in error and "no finite number" in error
+        assert f"{path}:2: score: is " in error and "not a finite number" in error
     assert not out.exists()
 
 

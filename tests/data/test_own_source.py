@@ -118,7 +118,7 @@ def test_it_is_given_the_split_and_the_path_that_are_named(place: Path) -> None:
         ("mine:numbers_as_columns", "mine:numbers_as_columns[0]: row: the column 1 is not a text"),
         ("mine:a_set", "mine:a_set[1]: row: JSON cannot hold it (Object of type set is not"),
         ("mine:endless", "mine:endless[0]: row: JSON cannot hold it (Circular reference"),
-        ("mine:not_a_number", "mine:not_a_number[0]: scores[1]: is nan, no finite number"),
+        ("mine:not_a_number", "mine:not_a_number[0]: scores[1]: is nan, not a finite number"),
         ("mine:wrong_column", "mine:wrong_column[1]: response: must be a text, is the number 3"),
         ("mine:raises", "mine:raises[1]: raised LookupError: gone (PLACE, line "),
         ("mine:leaves", "mine:leaves: called sys.exit(3) (PLACE, line "),

@@ -125,7 +125,7 @@ def test_a_later_row_with_replies_that_the_first_lacks_is_a_mistake(
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "p"}\n{"prompt": "q", "responses": ["a", "b"]}\n')
     assert main(["data", "validate", str(path)]) == 2
-    assert f"{path}:2: row: only the prompt can be read of it, but 'responses'" in (
+    assert f"{path}:2: row: only its prompt can be read, but 'responses'" in (
         capsys.readouterr().err
     )
 
