@@ -1,11 +1,11 @@
-"""Conversations as text: how their turns are read from a transcript, and rendered as a prompt.
+"""Read a transcript into turns, and render turns as the text of a prompt.
 
-- `hh`: "\\n\\nHuman: ...\\n\\nAssistant:", the reply follows after one blank.
-- `alpaca`: Stanford Alpaca's two instruction texts; the first line of a prompt without messages is
-  the instruction, the rest its input, as Wombat reads it.
+- `hh`: "\\n\\nHuman: ...\\n\\nAssistant:", followed by one blank and the reply.
+- `alpaca`: Stanford Alpaca's two instruction texts, for the last user turn: its first line is the
+  instruction, the rest is the input, as in Wombat.
 - `chat_template`: the tokenizer's own template.
 
-Token ids are `rrhf.data.chat_format`'s.
+`rrhf.data.chat_format` converts texts to token ids.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _ALPACA_WITHOUT_INPUT = (
 
 
 def parse_hh_transcript(text: str) -> tuple[Message, ...]:
-    """Read an HH transcript into turns; the blank after each cue is the format's, not the turn's.
+    """Read an HH transcript into turns, leaving out the blank after each cue.
 
     Args:
         text: "\\n\\nHuman: ...\\n\\nAssistant: ..."; an empty last assistant turn is the generation
             cue and is left out. Text before the first turn becomes a system message.
 
     Raises:
-        ValueError: no "\\n\\nHuman:" turn in the text.
+        ValueError: the text has no "\\n\\nHuman:" turn.
     """
     normalised = text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n")
     marks = list(_HH_TURN.finditer(normalised))
@@ -64,10 +64,10 @@ def parse_hh_transcript(text: str) -> tuple[Message, ...]:
 def render_messages(
     chat_format: str, messages: Sequence[Message], tokenizer: Any | None = None
 ) -> str:
-    """The prompt as text, ending in the cue after which the assistant speaks.
+    """Render turns as the text of a prompt, which ends with the assistant's cue.
 
     Raises:
-        UserError: the format is unknown, or needs a tokenizer's template that is not there.
+        UserError: the format is unknown, or the tokenizer lacks the chat template.
     """
     if chat_format == "hh":
         system = "".join(m.content for m in messages if m.role == "system")
@@ -97,7 +97,7 @@ def _render_alpaca(asked: str) -> str:
 
 
 def conversation_of(candidate_set: CandidateSet) -> tuple[Message, ...]:
-    """The set's messages, else its query read as an HH transcript, else as one user turn."""
+    """The set's messages; without messages, its query as an HH transcript or as one user turn."""
     if candidate_set.messages is not None:
         return candidate_set.messages
     try:

@@ -1,8 +1,8 @@
-"""From any source to a file: candidate rows, TRL's preference rows, or prompts.
+"""Convert any data source to a file of candidate rows, TRL's preference rows, or prompts.
 
-With `parts`, the rows are split by first human turn and each part becomes a file of its own. Files
-are written whole or not at all; each gets a manifest with its counts, what was dropped and why, and
-the hashes of the local files that it was made from.
+With `parts`, the rows are split by first human turn and each part is written to a separate file.
+A file is written completely or not at all. Each file gets a manifest with the counts of rows kept
+and dropped, the reasons for dropping rows, and the hashes of the local source files.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ class ConvertConfig(DataOptions):
     so that rows with the same first human turn stay together."""
 
     data: str = field(metadata={"names": "data", "positional": True})
-    """What to read: a path, a known name, package.module:name of a function of your own that yields
-    rows, owner/name of the hub, or a mixture of such (name[:proportion[:path]], separated by
-    commas)."""
+    """The data source: a path, a known name, package.module:name for your own function that yields
+    rows, owner/name for a dataset of the hub, or a mixture of these (name[:proportion[:path]],
+    separated by commas)."""
     output: str = field(metadata={"names": "output", "positional": True})
-    """The file to write; with --parts, a folder for one file per part."""
+    """The file to write; with --parts, the folder in which to write one file per part."""
     to: Form = "candidates"
-    """candidates: RRHF's rows query, responses, scores; preference: TRL's rows prompt, chosen,
-    rejected; prompts: rows with prompt alone, each prompt once."""
+    """The form of the rows. candidates: RRHF's columns query, responses, scores; preference: TRL's
+    columns prompt, chosen, rejected; prompts: only the column prompt, each prompt once."""
     split: str | None = None
     """The split of a named dataset; none = train, or the only one there is."""
     parts: dict[str, float] | None = None
     """Split by first human turn into parts with these shares, such as
     '{reward: 0.4, policy: 0.4, heldout: 0.2}'."""
     new_ids: bool = False
-    """Replace all ids by new ones made from the prompts, for instance after joining files by
+    """Replace all ids with new ones made from the prompts, for instance after joining files by
     hand."""
     seed: int = 0
-    """Seed of the rows that a proportion draws, and of the split by --parts."""
+    """Random seed for drawing the rows of a proportion, and for the split by --parts."""
 
     def __post_init__(self) -> None:
         if self.parts is not None:
@@ -71,8 +71,8 @@ class ConvertConfig(DataOptions):
         kind = Path(self.output.lower().removesuffix(".gz")).suffix
         if not self.parts and kind in _OTHER_FORMATS:
             raise UserError(
-                f"output {self.output}: JSON lines are written, which {kind} is no name for; "
-                "name it .jsonl or .jsonl.gz"
+                f"output {self.output}: would hold JSON lines, but its name ends in {kind}; "
+                "choose a name that ends in .jsonl or .jsonl.gz"
             )
 
     def _check_parts(self, parts: dict[str, float]) -> None:
@@ -83,8 +83,8 @@ class ConvertConfig(DataOptions):
         for name, share in parts.items():
             if isinstance(name, bool) or not _PART_NAME.fullmatch(str(name)):
                 raise UserError(
-                    f"--parts: {name!r} cannot name a part, which becomes a file of the output "
-                    "folder; use letters, digits, blanks, - _ + and dots inside; put yes, no, true "
+                    f"--parts: {name!r} cannot name a part, because the name becomes a file "
+                    "name; use letters, digits, blanks, - _ + and dots inside; put yes, no, true "
                     "and false in quotes"
                 )
             is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
@@ -106,10 +106,10 @@ class ConvertConfig(DataOptions):
 
 
 def convert(config: ConvertConfig) -> dict[str, int]:
-    """Convert a source; returns the number of rows written, by file.
+    """Convert a source; return the number of rows written to each file.
 
     Raises:
-        UserError: the data cannot be read, or nothing of them can be written; no file is changed.
+        UserError: the data cannot be read, or a file would get no rows; no file is changed.
     """
     counts = SourceCounts()
     sets = load_sets(config.data, config.seed, config.split, counts, config, new_ids=config.new_ids)
@@ -155,10 +155,10 @@ def _input_hashes(data: str) -> dict[str, str]:
 
 
 def _view(config: ConvertConfig, path: str, sets: Sets) -> tuple[Sets, SourceCounts]:
-    """The sets to write to a file, and the count of those left out.
+    """Choose the sets to write to a file, and count those left out.
 
     Raises:
-        UserError: nothing of it can be written.
+        UserError: there is no set to write.
     """
     counts = SourceCounts()
     if not sets:
@@ -180,7 +180,7 @@ def _view(config: ConvertConfig, path: str, sets: Sets) -> tuple[Sets, SourceCou
 
 
 def preference_row(pair: CandidateSet) -> dict[str, Any]:
-    """A pair in TRL's columns: conversations where the messages are known, texts where not."""
+    """Turn a pair into a row of TRL: conversations if the set has messages, else texts."""
     replies: list[Any] = [candidate.response for candidate in pair.candidates]
     if not _is_text(pair):
         replies = [[{"role": "assistant", "content": text}] for text in replies]
@@ -188,7 +188,7 @@ def preference_row(pair: CandidateSet) -> dict[str, Any]:
 
 
 def prompt_row(item: CandidateSet) -> dict[str, Any]:
-    """A prompt in TRL's column: a conversation where the messages are known, a text where not."""
+    """Turn a prompt into a row of TRL: a conversation if the set has messages, else a text."""
     turns = [{"role": m.role, "content": m.content} for m in item.messages or ()]
     return {"prompt": item.query if _is_text(item) else turns}
 

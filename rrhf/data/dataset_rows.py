@@ -1,4 +1,4 @@
-"""Rows through the `datasets` library: data of the hub, saved folders, parquet and arrow."""
+"""Read rows with the `datasets` library: from the hub, saved folders, parquet and arrow files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ DEFAULT_SPLIT = "train"
 def dataset_rows(
     path: str, split: str | None, name: str, **options: Any
 ) -> Iterator[tuple[str, Any]]:
-    """Rows through the `datasets` library: a hub name, a local folder, or a kind of table.
+    """Read the rows of a hub dataset, a local folder, or a file of a given kind, with their places.
 
     Raises:
-        UserError: it cannot be loaded (no network, no such dataset or split).
+        UserError: the data cannot be loaded (no network, no such dataset or split).
     """
     import datasets
 
     if not sys.stderr.isatty():  # progress bars would fill a log with pieces of lines
         datasets.disable_progress_bars()
         if not options and not os.path.isdir(path):
-            logger.info("%s: loading from the hub, or from its copy on this machine", name)
+            logger.info("%s: loading from the hub, or from the cache on this machine", name)
     marks = (os.path.join(path, mark) for mark in ("state.json", "dataset_dict.json"))
     is_here = os.path.exists(name)
     verbosity = datasets.logging.get_verbosity()
-    if is_here:  # the message below says what is wrong, once
+    if is_here:  # the error below already says what is wrong
         datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         if any(map(os.path.exists, marks)):
@@ -46,7 +46,7 @@ def dataset_rows(
             fix = "check the name and the network, or give a local copy: "
             fix += f"{name}:1:/path/to/file.jsonl"
         raise UserError(
-            f"{name}: cannot be had through `datasets` ({type(error).__name__}: {reason}); {fix}"
+            f"{name}: cannot be loaded with `datasets` ({type(error).__name__}: {reason}); {fix}"
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
@@ -68,7 +68,7 @@ def _choose_split(found: Any, split: str | None, name: str) -> Any:
 
 
 def _choice(name: str, splits: list[str]) -> str:
-    """How to name a split: in a saved dataset by its folder, which every command takes."""
+    """The advice on naming a split; a split of a saved dataset is named by its folder."""
     folders = [os.path.join(name, split) for split in splits]
     if all(os.path.isdir(folder) for folder in folders):
         return f"choose one of {', '.join(splits)} (as {folders[0]})"

@@ -1,25 +1,25 @@
-"""Which columns make which kind of row: one table, and what reads each of its formats.
+"""Find the format of a file from its columns, and read its rows in that format.
 
-The columns of a file's first row decide its format; the rest of the file must follow it. A row that
-does not (a column is missing, a type is wrong) is a mistake, reported with its place. A row that
-reads well but is of no use is dropped by a rule stated here, and counted:
+The columns of a file's first row decide the format of the whole file. A later row that does not fit
+(a column is missing, a type is wrong) is reported as a mistake with its place. A row that is valid
+but useless is dropped and counted, for one of these reasons:
 
-- `prompts_differ`: the two transcripts of a pair do not share their prompt, so that the pair says
-  nothing about the replies;
-- `prompt_ends_with_assistant`: the turn before the reply is the assistant's own, so that there is
+- `prompts_differ`: the two transcripts of a pair have different prompts, so that their replies
+  cannot be compared;
+- `prompt_ends_with_assistant`: the turn before the reply is also the assistant's, so that there is
   no user's turn to answer;
-- `empty_reply`: a reply of a pair or demonstration is empty or white space, as happens where an
-  annotator's tool lost it (in a candidate file, where a policy may have written it, it is kept);
+- `empty_reply`: a reply of a pair or demonstration is empty or white space, which is usually an
+  annotation error (in a candidate file an empty reply is kept: a policy may have written it);
 - `equal_replies`: both replies of a pair are the same text, so that neither is preferred;
-- `empty_prompt`: nothing is asked;
-- `unwanted_reply`: a single reply that its row labels as a bad one.
+- `empty_prompt`: the prompt is empty or white space;
+- `unwanted_reply`: the row labels its single reply as a bad one.
 
-A column that is not read is named. Where only a prompt can be read of a row that seems to hold
-replies, that is a mistake: no reply is lost in silence.
+Columns that are not read are reported. A row that seems to hold replies, but of which only the
+prompt can be read, is a mistake: no reply is lost silently.
 
-Neighbouring turns of one speaker are joined by a blank line and counted (`joined_turns`), because
-many chat templates insist on turns that alternate. In a conversation, the last turn of the
-assistant is the response; earlier ones are part of the prompt.
+Consecutive turns of one speaker are joined by a blank line and counted (`joined_turns`), because
+many chat templates require alternating turns. In a conversation, the assistant's last turn is the
+response; its earlier turns are part of the prompt.
 
 Left out on purpose: where rows come from (`rrhf.data.sources`).
 """
@@ -64,12 +64,12 @@ CANDIDATES = "candidates"
 
 
 def _read_candidates(reading: Reading) -> CandidateSet:
-    """A candidate row: `query`, `responses`, and what else it may have."""
+    """Read a candidate row: `query`, `responses` and the optional columns."""
     return _parsed(reading, reading.row.only(CANDIDATE_COLUMNS))
 
 
 def _read_query(reading: Reading) -> CandidateSet:
-    """`query` alone: a candidate row that has no responses yet."""
+    """Read a candidate row that has a `query` but no responses yet."""
     if "responses" in reading.row:
         raise reading.wrong(
             "responses", "is missing in the file's first row; give it in every row, or in none"
@@ -81,7 +81,7 @@ def _read_query(reading: Reading) -> CandidateSet:
 
 
 def _read_scored_prompts(reading: Reading) -> CandidateSet:
-    """RRHF's scored files: `prompt`, `response` (a list), `scores`."""
+    """Read a row of RRHF's scored files: `prompt`, `response` (a list), `scores`."""
     names = {"query": "prompt", "responses": "response", "scores": "scores"}
     return _parsed(reading, {ours: reading.row.get(theirs) for ours, theirs in names.items()})
 
@@ -96,10 +96,10 @@ class RowFormat:
     """A kind of row.
 
     Attributes:
-        name: as tables and messages call it.
-        columns: those that it needs, "a|b" where one of several will do.
-        read: makes a record of a row.
-        without: columns with which a row is of another format.
+        name: the name in tables and messages.
+        columns: the required columns; "a|b" means that one of a and b is required.
+        read: reads a row into a record.
+        without: a row with one of these columns has another format.
     """
 
     name: str
@@ -117,14 +117,14 @@ class RowFormat:
         """Whether a row has the columns of this format."""
         if self.missing_in(row) or any(name in row for name in self.without):
             return False
-        # The responses of a candidate file are texts; objects with texts are `replies`.
+        # In a candidate file, responses are texts. Objects or lists belong to the format `replies`.
         replies = row["responses"] if self.name == CANDIDATES else None
         return not (isinstance(replies, list) and any(isinstance(x, (dict, list)) for x in replies))
 
 
 _ANY_PROMPT = "|".join((*PROMPTS, *CONVERSATIONS))
 
-# In this order: a row may have the columns of several, the first one counts.
+# The order matters: if a row has the columns of several formats, the first one is used.
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(CANDIDATES, ("query", "responses"), _read_candidates, OTHER_SCORES),
     RowFormat(
@@ -147,10 +147,10 @@ FORMATS: tuple[RowFormat, ...] = (
 
 
 def find_format(row: Any, where: str) -> RowFormat:
-    """The format of a file that begins with this row.
+    """Find the format of a file from its first row.
 
     Raises:
-        UserError: the row is no object, or has the columns of no format.
+        UserError: the row is not an object, or its columns fit no format.
     """
     if not isinstance(row, Mapping):
         raise UserError(
@@ -165,8 +165,8 @@ def find_format(row: Any, where: str) -> RowFormat:
     missing = f"; a column with the prompt is missing next to {replies[0]!r}" if replies else ""
     known = "; ".join(", ".join(row_format.columns) for row_format in FORMATS)
     raise UserError(
-        f"{where}: row: its columns ({named}) are none that can be read{missing}; say which is "
-        f"which (--columns prompt=YOURS,response=YOURS), or rename them to one of: {known}"
+        f"{where}: row: its columns ({named}) are none that can be read{missing}; map them with "
+        f"--columns prompt=YOURS,response=YOURS, or rename them to one of: {known}"
     )
 
 
@@ -178,17 +178,17 @@ def is_candidate_row(row: Any) -> bool:
 def read_row(
     row_format: RowFormat, row: Any, where: str, counts: SourceCounts, source: str = ""
 ) -> CandidateSet | None:
-    """The record of a row in a known format; None if it is dropped.
+    """Read a row in a known format into a record; None if the row is dropped.
 
     Args:
-        row_format: of the file.
-        row: as it is in the file.
-        where: its place, which begins every message.
-        counts: counts what became of it.
-        source: key of the unread columns in `counts`.
+        row_format: the format of the file.
+        row: the row as it is in the file.
+        where: the row's place, which begins every message.
+        counts: updated with whether the row was kept, dropped or changed.
+        source: the source under which `counts` records unread columns.
 
     Raises:
-        RowError: with a line for each mistake.
+        RowError: the row has mistakes; the message has one line for each.
     """
     if not isinstance(row, Mapping):
         raise RowError([f"{where}: row: must be an object, is {kind_of(row)}; fix it"])

@@ -1,7 +1,7 @@
-"""Ids of many prompts in little memory: about 30 bytes each instead of a dictionary's 200.
+"""Store the ids of many prompts in little memory: about 30 bytes per id, where a dict takes 200.
 
-An id is represented by 64 bits of its hash. In a file of a million rows, two different ids collide
-with a probability of about 1 in 40 million; they would then count as a repeated id.
+An id is represented by 64 bits of its hash. In a file of a million rows, the probability that two
+different ids collide is about 1 in 40 million; such ids would count as one repeated id.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FEWEST_SLOTS = 1 << 10
 
 
 class IdTable:
-    """Numbers ids in the order of their first appearance."""
+    """Numbers ids from 0 in the order in which they are added."""
 
     def __init__(self) -> None:
         self._hashes = array("q")
@@ -66,14 +66,14 @@ class IdTable:
 
 
 class SeenIds:
-    """The ids of a file so far, to give each row a unique one."""
+    """Makes the ids of a file's rows unique, by the ids seen so far."""
 
     def __init__(self) -> None:
         self._seen = IdTable()
-        self._times: dict[str, int] = {}  # of repeated ids
+        self._times: dict[str, int] = {}  # repeated id -> next number to try
 
     def give(self, candidate_set: CandidateSet) -> CandidateSet:
-        """The set, with an occurrence number in its id ("-1", "-2", ...) if it has been seen."""
+        """The set; if its id was seen before, an occurrence number ("-1", "-2") is added to it."""
         base = candidate_set.id
         if self._seen.add(base):
             return candidate_set

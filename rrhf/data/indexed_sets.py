@@ -1,4 +1,4 @@
-"""Candidate sets that are made on access, as an ordinary sequence."""
+"""Base class for sequences whose candidate sets are made only when they are accessed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rrhf.records import CandidateSet
 
 
 class IndexedSets(Sequence[CandidateSet]):
-    """A sequence whose subclass defines the length and the set at each place."""
+    """A sequence of sets; subclasses define the length and how to make the set at an index."""
 
     @abstractmethod
     def _at(self, number: int) -> CandidateSet:
-        """The set at a place, 0 <= number < len(self)."""
+        """The set at an index, 0 <= number < len(self)."""
 
     @overload
     def __getitem__(self, index: int) -> CandidateSet: ...

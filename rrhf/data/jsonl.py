@@ -10,10 +10,10 @@ _encoded = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def decode_row(line: bytes) -> Any:
-    """The value of a line that was valid JSON before.
+    """Decode one line of JSON Lines.
 
     Raises:
-        ValueError: it no longer is.
+        ValueError: the line is not one JSON value in UTF-8.
     """
     text = line.decode("utf-8").strip()
     value, end = _decoder.raw_decode(text)
@@ -23,10 +23,13 @@ def decode_row(line: bytes) -> Any:
 
 
 def encode_row(value: Any) -> bytes:
-    """A value as one line of JSON in UTF-8, newline included.
+    """Encode a value as one line of JSON in UTF-8, newline included.
 
-    The line marks that some readers break lines at (U+0085, U+2028, U+2029) are escaped; NaN is
-    refused. Half a surrogate pair, which UTF-8 cannot hold, makes the whole row ASCII escapes.
+    Characters that some readers take for line ends (U+0085, U+2028, U+2029) are escaped. A row with
+    half a surrogate pair, which UTF-8 cannot encode, is written in ASCII with escapes.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity.
     """
     text = _encoded(value)
     if text.isascii():
