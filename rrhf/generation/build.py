@@ -1,6 +1,6 @@
-"""The registry of engines: by name, or by the import path of a user's own.
+"""The registry of engines, which are named by a word or by the import path of a user's own engine.
 
-Nothing here imports torch until an engine is built, so that flags are read without it.
+Nothing here imports torch until an engine is built, so that flags can be read without torch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class EngineOptions:
     Attributes:
         model_name_or_path: the policy: its folder, or the name by which the engine knows it.
         model: loads the Hugging Face model of that folder onto its device.
-        codec: loads what turns its text into ids and back.
-        max_batch_rows: most responses generated at the same time.
-        max_prompt_tokens: most tokens of a prompt; None = as many as the model's window allows.
+        codec: loads the codec that turns the model's text into ids and back.
+        max_batch_rows: maximum number of responses generated at the same time.
+        max_prompt_tokens: maximum number of tokens of a prompt; None = as many as the model's
+            window allows.
         settings: an instance of the `settings` of the engine's spec, or None.
     """
 
@@ -45,8 +46,8 @@ class EngineSpec:
     Attributes:
         build: makes the engine.
         settings: a dataclass; its fields become flags when the engine is chosen. None = no flags.
-        has_model: whether --model_name_or_path names a model that can be loaded here, whose
-            tokenizer measures prompts and whose likelihoods can be computed; otherwise only the
+        has_model: whether --model_name_or_path names a model that can be loaded here. If so, its
+            tokenizer measures prompts and its likelihoods can be computed; otherwise only the
             engine understands the name.
     """
 
@@ -56,8 +57,8 @@ class EngineSpec:
 
 
 def build_local(options: EngineOptions) -> GenerationEngine:
-    """The model in this process."""
-    from rrhf.generation.local.engine import LocalEngine  # flags are read without it
+    """Build the engine that runs the model in this process."""
+    from rrhf.generation.local.engine import LocalEngine  # here, to read flags without torch
 
     return LocalEngine(
         options.model(), options.codec(), options.max_batch_rows, options.max_prompt_tokens

@@ -1,4 +1,4 @@
-"""What `rrhf generate` can be asked for; a field's docstring is its help text."""
+"""The settings of `rrhf generate`; a field's docstring is its help text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RANGES = {
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """Sampling: how responses are generated, for how many prompts, and what is kept."""
+    """Sampling: how responses are generated, for how many prompts, and which ones are kept."""
 
     num_return_sequences: int = 4
     """Responses for each prompt."""
@@ -64,8 +64,8 @@ class SamplingOptions:
     """Append the responses that come with the prompts (human:chosen, human:rejected) to the
     samples."""
     deduplicate: bool = False
-    """Keep only one of several equal responses to a prompt (white space aside). They are counted
-    either way."""
+    """Keep only one of several responses to a prompt that differ in white space at most. Duplicates
+    are counted either way."""
 
 
 @dataclass
@@ -83,11 +83,12 @@ class GenerateConfig(SamplingOptions, DataOptions):
     length_penalty: float = 1.0
     """Beam search ranks finished beams by score / length ** length_penalty."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     round: int = 0
-    """Number of the sampling round: each round samples other responses from the same seed."""
+    """Number of the sampling round: with the same seed, each round samples different responses."""
     chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How conversations become text; auto = by the tokenizer's chat template, else as hh."""
+    """How conversations become text; auto = the tokenizer's chat template, or hh if the tokenizer
+    has none."""
     split: str | None = None
     """Split of a named dataset."""
     policy: str = ""
@@ -116,14 +117,14 @@ class GenerateConfig(SamplingOptions, DataOptions):
             self.engine_settings = settings()
         if self.output_file.endswith(".gz"):
             raise UserError(
-                f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
+                f"output_file {self.output_file}: is written row by row, so it cannot be gzip; "
                 "drop the .gz of its name"
             )
         if prompt_text(self.prompts) is None:
             require_not_read(self.output_file, self.prompts)
 
     def sampling_params(self) -> SamplingParams:
-        """The settings of an engine.
+        """These settings as an engine takes them.
 
         Raises:
             UserError: values out of range, or settings that exclude each other.
@@ -135,12 +136,12 @@ class GenerateConfig(SamplingOptions, DataOptions):
 
     @property
     def engine_spec(self) -> EngineSpec:
-        """Of the engine that writes."""
+        """The registry's entry of the engine that generates the responses."""
         return ENGINES[self.engine]
 
     @property
     def source(self) -> str:
-        """What stands as the source of a sampled response."""
+        """The source that is recorded with a sampled response."""
         folder = Path(self.model_name_or_path)
         name = folder.parent.name if folder.name == "policy" else folder.name
         return f"policy:{self.policy or name or folder.name}"

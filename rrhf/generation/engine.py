@@ -1,10 +1,10 @@
-"""Engines generate responses: the protocol that all of them follow, and what callers may rely on.
+"""The interface of engines, which generate responses, and what their callers may rely on.
 
-An engine yields the N samples of each prompt as soon as they are finished, in any order; fewer than
-N is an error. Its `capabilities` say what it offers besides text: the local engine gives ids and
-log-probs, an endpoint may give neither. In an engine that takes a seed, the randomness of a sample
-derives from (seed, round, prompt id, sample index), so results do not depend on batches, order or
-processes. Nothing here imports torch.
+An engine yields the N samples of each prompt as soon as they are finished, with the prompts in any
+order; fewer than N samples are an error. The engine's `capabilities` say what it offers in addition
+to text: the local engine gives ids and log-probs, an endpoint may give neither. If an engine takes
+a seed, the randomness of a sample derives from (seed, round, prompt id, sample index), so results
+do not depend on batches, order or processes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class Sample:
     """One response as an engine yields it.
 
     Attributes:
-        prompt_ids: the prompt's ids as the engine read them; None if it does not report them.
+        prompt_ids: the prompt's ids as the engine read them; None if the engine does not report
+            them.
         token_ids: [T] sampled ids, with EOS if the response ended by itself; None from an engine
             that gives only text.
         logprobs: [T] float32, nats, of the sampled tokens at the sampling temperature, before
-            filters (top-k, top-p, repetition penalty); None where the engine gives none.
+            filters (top-k, top-p, repetition penalty); None if the engine reports no log-probs.
         finish_reason: "stop" (EOS or stop string), "length", or "unknown".
         text: the response as text, without EOS and without the stop string.
     """
@@ -52,14 +53,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine offers besides text.
+    """What an engine offers in addition to text.
 
     Attributes:
-        ids: samples carry `prompt_ids` and `token_ids`.
-        logprobs: samples carry `logprobs`.
-        beams: it can do beam search.
+        ids: samples have `prompt_ids` and `token_ids`.
+        logprobs: samples have `logprobs`.
+        beams: the engine can do beam search.
         seeds: the same seed gives the same responses.
-        live_weights: it uses the model's current weights, also while the model is trained.
+        live_weights: the engine uses the model's current weights, even while the model is trained.
     """
 
     ids: bool = False
@@ -83,10 +84,10 @@ class GenerationEngine(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides text."""
+        """What the engine offers in addition to text."""
 
     def describe(self) -> dict[str, Any]:
-        """A description for manifests; messages use its "engine" as the name."""
+        """Describe the engine for manifests; messages use the entry "engine" as its name."""
 
     def fits(self, prompt: CandidateSet, params: SamplingParams) -> bool:
         """Whether the prompt leaves room for a whole response."""
@@ -94,7 +95,7 @@ class GenerationEngine(Protocol):
     def generate(
         self, prompts: Sequence[CandidateSet], params: SamplingParams
     ) -> Iterator[tuple[int, list[Sample]]]:
-        """The index of each prompt with its samples, as they finish."""
+        """Yield the index of each prompt with its samples, as soon as they are finished."""
 
 
 def engine_name(engine: GenerationEngine) -> str:
@@ -105,11 +106,11 @@ def engine_name(engine: GenerationEngine) -> str:
 def responses(
     engine: GenerationEngine, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """What an engine yields, checked against what it promises.
+    """Generate with an engine, and check that it yields what it promises.
 
     Raises:
-        UserError: it leaves a prompt out, does not give N samples, or does not give what its
-            capabilities promise.
+        UserError: the engine leaves a prompt out, answers a prompt twice, does not give N samples,
+            or lacks something that its capabilities promise.
     """
     has, waiting = engine.capabilities, set(range(len(prompts)))
 
@@ -138,13 +139,13 @@ def responses(
 def answers(
     engine: GenerationEngine, prompts: Sequence[CandidateSet], params: SamplingParams
 ) -> list[list[Sample]]:
-    """As `responses`, but all at once and in the order of the prompts."""
+    """Like `responses`, but returns all samples at once, in the order of the prompts."""
     found = dict(responses(engine, prompts, params))
     return [found[place] for place in range(len(prompts))]
 
 
 def missing_capabilities(engine: GenerationEngine, *wanted: str) -> list[str]:
-    """Those of the wanted capabilities that the engine does not offer, in words."""
+    """Describe the wanted capabilities that the engine does not offer."""
     has = asdict(engine.capabilities)
     return [_WORDS[name] for name in wanted if not has[name]]
 
@@ -153,12 +154,12 @@ def require_capabilities(engine: GenerationEngine, purpose: str, *wanted: str) -
     """Refuse an engine that lacks a capability, before it generates anything.
 
     Args:
-        engine: any.
-        purpose: what needs the capabilities, for the message: "a rollout".
+        engine: the engine to check.
+        purpose: what needs the capabilities, for the message, such as "a rollout".
         wanted: names of capabilities.
 
     Raises:
-        UserError: with everything that is missing.
+        UserError: a capability is missing; the message lists all that are.
     """
     if missing := missing_capabilities(engine, *wanted):
         raise UserError(
@@ -168,7 +169,7 @@ def require_capabilities(engine: GenerationEngine, purpose: str, *wanted: str) -
 
 
 def check_decoding(engine: GenerationEngine, params: SamplingParams) -> None:
-    """Refuse beam search from an engine without it; warn if the engine ignores the seed.
+    """Refuse beam search if the engine has none; warn if the engine ignores the seed.
 
     Raises:
         UserError: as `require_capabilities`.

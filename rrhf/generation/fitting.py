@@ -19,12 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fit:
-    """How a prompt fits.
+    """Whether a prompt fits, and how long it is.
 
     Attributes:
-        length: tokens, or letters where tokens are not known; prompts are sorted by it.
-        misfit: why it is left out; "" where it fits.
-        is_cut: it loses its beginning.
+        length: number of tokens, or of characters if tokens are not known; prompts are sorted by
+            this length.
+        misfit: why the prompt is left out; "" if it fits.
+        is_cut: whether the prompt loses its beginning.
     """
 
     length: int
@@ -50,7 +51,7 @@ def fit_by_tokens(codec: ChatCodec, room: int | None) -> Callable[[CandidateSet]
 def fit_by_engine(
     engine: GenerationEngine, params: SamplingParams
 ) -> Callable[[CandidateSet], Fit]:
-    """Ask the engine, where only it knows what it can answer."""
+    """Ask the engine whether a prompt fits, for an engine whose tokenizer is not known here."""
     refusal = f"refused by the engine {engine_name(engine)}"
 
     def fit(prompt: CandidateSet) -> Fit:
@@ -64,15 +65,15 @@ class Fitting:
 
     Args:
         source: what messages call the prompts.
-        fit_of: how a prompt fits.
-        codec: how prompts become tokens; None where that is not known here.
-        room: tokens that a prompt may have, for messages.
-        fix: what helps prompts that do not fit, for messages.
+        fit_of: decides whether a prompt fits.
+        codec: turns prompts into tokens; None if the tokenizer is not known here.
+        room: maximum number of tokens of a prompt, for messages; None = no limit.
+        fix: advice for prompts that do not fit, for messages.
 
     Attributes:
         left_out: number of prompts left out, by reason.
         num_cut: number of prompts that lose their beginning.
-        formats: counts of what the prompts are: plain text, conversations, empty.
+        formats: counts the prompts that are plain text, conversations, or empty.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Fitting:
         self._first: dict[str, str] = {}  # reason -> id of a prompt
 
     def add(self, prompt: CandidateSet) -> Fit:
-        """Count one prompt."""
+        """Count one prompt, and return whether it fits."""
         self.formats.add(prompt)
         fit = self._fit_of(prompt)
         if fit.misfit:
@@ -112,7 +113,7 @@ class Fitting:
         return kept
 
     def report(self) -> None:
-        """Log how many prompts are left out, cut or empty, and how they reach the model.
+        """Log how many prompts are left out, cut or empty, and in which format the model gets them.
 
         Raises:
             UserError: not one prompt fits.

@@ -1,6 +1,6 @@
 """Settings of an engine, and which of them exclude each other.
 
-No import of torch: flags are checked before it is loaded.
+This module does not import torch, because flags are checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class SamplingParams:
 
     Attributes:
         num_return_sequences: N, the number of responses to each prompt.
-        max_new_tokens: most tokens of a response, EOS included.
+        max_new_tokens: maximum number of tokens of a response, EOS included.
         min_new_tokens: EOS is not allowed before a response has this many tokens.
         do_sample: False = greedy (or beam search, with num_beams > 1).
         temperature: divides the logits; must be positive.
@@ -25,11 +25,12 @@ class SamplingParams:
         repetition_penalty: 1.0 = off (Keskar et al. 2019).
         num_beams: beams of beam search; 1 = no beam search.
         num_beam_groups: groups of diverse beam search (Vijayakumar et al. 2016); 1 = plain beams.
-        diversity_penalty: subtracted per use of a token by earlier groups at the same step.
+        diversity_penalty: subtracted from the score of a token once for each beam of an earlier
+            group that chose the token at the same step.
         length_penalty: beam scores are divided by length ** length_penalty.
-        stop_strings: a response ends before the first of these.
-        seed: seed of everything random.
-        round: number of the sampling round in online training; each round samples anew.
+        stop_strings: a response ends before the first of these strings that occurs in it.
+        seed: seed of all random numbers.
+        round: number of the sampling round in online training; each round samples new responses.
     """
 
     num_return_sequences: int = 4
@@ -52,12 +53,12 @@ class SamplingParams:
 def prompt_room(
     window: int | None, params: SamplingParams, max_prompt_tokens: int | None
 ) -> int | None:
-    """Most tokens of a prompt that leave room for a whole response; None = no limit.
+    """The longest prompt, in tokens, that leaves room for a whole response; None = no limit.
 
     Args:
-        window: number of positions that the model knows, or None.
+        window: number of positions that the model supports; None = no limit.
         params: the settings; room for max_new_tokens is kept free.
-        max_prompt_tokens: a limit in addition to the window, or None.
+        max_prompt_tokens: a limit in addition to the window; None = no such limit.
 
     Raises:
         UserError: max_new_tokens alone fills the window.
@@ -74,7 +75,7 @@ def prompt_room(
 
 
 def check_params(params: SamplingParams) -> None:
-    """Refuse settings that cannot be honoured, before a model is loaded.
+    """Refuse settings that no engine can follow, before a model is loaded.
 
     Raises:
         UserError: a value out of range, or two settings that exclude each other.

@@ -22,8 +22,9 @@ from rrhf.records import CandidateSet, plain_prompt
 
 # Prompts are sorted by length within this many batches, so that a batch holds little padding.
 SORTED_BATCHES = 32
-# The engine is given this many batches at a time: when sampling, prompts of the next batch take the
-# places of finished ones. After a kill, an unfinished call is generated again as a whole.
+# The engine is given this many batches in one call: when sampling, prompts of the next batch take
+# the places of finished prompts. After a kill, all prompts of an unfinished call are generated
+# again.
 BATCHES_OF_A_CALL = 4
 
 
@@ -34,11 +35,11 @@ class Plan:
     Attributes:
         sets: everything the source holds.
         indices: places in `sets` of the prompts that fit.
-        ids: their ids.
+        ids: the ids of these prompts.
         batches: positions in `indices`; each batch is answered in one call of the engine.
         dropped: number of prompts left out, by reason.
         digest: SHA-256 of all prompts that were read.
-        counts: how many prompts are cut on the left, and how many ask nothing.
+        counts: how many prompts are cut on the left, and how many are empty.
     """
 
     sets: Sequence[CandidateSet]
@@ -54,11 +55,11 @@ class Plan:
 
 
 def plan_batches(lengths: Sequence[int], size: int, window: int) -> list[list[int]]:
-    """Positions of prompts in batches of similar length, whatever number of processes there is.
+    """Group prompts of similar length into batches, which do not depend on the number of processes.
 
     Args:
-        lengths: tokens of each prompt.
-        size: prompts of a batch; the last batch of a window may be smaller.
+        lengths: number of tokens of each prompt.
+        size: number of prompts in a batch; the last batch of a window may be smaller.
         window: number of prompts that are sorted together.
     """
     batches = []
@@ -75,13 +76,13 @@ def plan_prompts(
     codec: ChatCodec | None,
     engine: GenerationEngine | None = None,
 ) -> Plan:
-    """Read the source once: which prompts fit, how long they are, and the hash of all of them.
+    """Read the prompts once, choose those that fit, and divide them into batches.
 
     Args:
-        config: names the source and its limits.
-        counts: filled with what the source dropped.
-        codec: how prompts become tokens; None where only the engine knows.
-        engine: needed where there is no codec.
+        config: names the source of the prompts and their limits.
+        counts: filled with the number of rows that the source read, kept and dropped.
+        codec: turns prompts into tokens; None if only the engine can do that.
+        engine: needed if there is no codec.
 
     Raises:
         UserError: the source cannot be read, or no prompt fits.

@@ -1,12 +1,14 @@
-"""`rrhf generate`: prompts in, a candidate file out; it can be resumed and shared by processes.
+"""`rrhf generate`: writes a candidate file of responses to prompts.
 
-The file does not depend on how often the command was stopped or on how many processes wrote it:
-batches are formed once from the whole list of prompts, a batch that was only half written is
-generated again as a whole and only its missing rows are kept, and rows are merged in the order of
-the prompts. Continuing with other settings is refused with a list of differences; only the batch
-size may change, because it affects the responses only through rounding.
+The command can be resumed, and several processes can share the prompts. The file does not depend on
+how often the command was stopped or on how many processes wrote it: batches are formed once from
+the whole list of prompts, a batch that was only half written is generated again as a whole and only
+its missing rows are kept, and rows are merged in the order of the prompts. Continuing with other
+settings is refused with a list of differences; only the batch size may change, because it affects
+the responses only through rounding.
 
-Left out on purpose: scores (`rrhf.scoring`), and which process this is (the command line knows).
+Left out on purpose: scores (`rrhf.scoring`), and finding out which process this is (the command
+line does that).
 """
 
 from __future__ import annotations
@@ -54,12 +56,12 @@ _COUNTED = {
 def generate_file(
     config: GenerateConfig, rank: int = 0, world_size: int = 1, local_rank: int = 0
 ) -> Path:
-    """Write the candidate file, or go on where an earlier call stopped.
+    """Write the candidate file, or continue where an earlier call stopped.
 
     Every process returns when the whole file is complete.
 
     Args:
-        config: what to do.
+        config: the settings.
         rank: number of this process.
         world_size: number of processes that share the prompts.
         local_rank: number of this process on this machine.
@@ -78,7 +80,7 @@ def generate_file(
 
 
 class _Stage:
-    """The share of one process in one call."""
+    """The part of one call of `generate_file` that one process does."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class _Stage:
     # Before.
 
     def _settings(self, plan: Plan) -> dict[str, Any]:
-        """What the responses depend on; to resume with other values is refused."""
+        """The settings that the responses depend on; resuming with other values is refused."""
         config = self.config
         own: dict[str, Any] = {}
         if self.has_model:
@@ -152,7 +154,7 @@ class _Stage:
     # The work.
 
     def _prepare(self, plan: Plan) -> None:
-        """Load the model before anything on disk says that the file was begun."""
+        """Load the model before anything is written, so that an error leaves no file behind."""
         self.parts.read_on(is_start=True)
         if self._left(plan):
             self._engine()
@@ -230,7 +232,7 @@ class _Stage:
     def _part_row(
         self, prompt: CandidateSet, samples: Sequence[Sample], seconds: float
     ) -> dict[str, Any]:
-        """A row of this process' part: the candidate row with its counts."""
+        """Build a row of this process' part: the candidate row with its counts."""
         candidates = [
             Candidate(sample.text, self.config.source, None, sample.finish_reason)
             for sample in samples
@@ -289,7 +291,7 @@ class _Stage:
         self._tell(plan, counts, seconds)
 
     def _tell(self, plan: Plan, counts: Mapping[str, int], seconds: float) -> None:
-        """Log a summary; warn if not one response ends by itself."""
+        """Log a summary; warn if no response ends by itself."""
         samples, ended, tokens = (
             counts[name] for name in ("samples", "ended_by_themselves", "tokens")
         )

@@ -39,8 +39,8 @@ class Hypothesis:
     """A sequence, open or ended.
 
     Attributes:
-        tokens: its ids, the end included.
-        logprobs: of each token, nats.
+        tokens: ids of its tokens, the end included.
+        logprobs: log-prob of each token, nats.
         score: sum of the log-probs minus all diversity penalties; -inf = an empty place.
         finish_reason: "stop", or "length" if the last step ended it.
     """
@@ -51,7 +51,7 @@ class Hypothesis:
     finish_reason: FinishReason = "length"
 
     def ranking_score(self, length_penalty: float) -> float:
-        """score / length ** length_penalty, by which ended hypotheses are compared."""
+        """score / length ** length_penalty; ended hypotheses are compared by this number."""
         return self.score / len(self.tokens) ** length_penalty
 
 
@@ -87,7 +87,8 @@ class BeamSearch:
             num_prompts: number of prompts.
             settings: beams, groups, penalties and lengths.
             end_ids: tokens that end a hypothesis.
-            stops: whether a hypothesis ends, from the prompt's number and its tokens.
+            stops: decides whether a hypothesis ends at a stop string, given the number of its
+                prompt and its tokens.
         """
         assert settings.num_beams % settings.num_beam_groups == 0, "groups are equally wide"
         self._settings = settings
@@ -112,8 +113,8 @@ class BeamSearch:
         """Take one step.
 
         Args:
-            logprobs: [A * K, V] of the next token; the rows are those of the last call: for each
-                prompt of `searching`, its beams in the order of its groups.
+            logprobs: [A * K, V] of the next token, for the rows that the last call returned: for
+                each prompt of `searching`, its beams in the order of its groups.
 
         Returns:
             rows [A' * K] int64: which of the given rows each next row continues, and its token
@@ -160,10 +161,10 @@ class BeamSearch:
     def _propose(
         self, group: int, logprobs: Tensor, taken: Tensor
     ) -> tuple[list[list[float]], list[list[int]], list[list[float]]]:
-        """The best continuations of a group for each prompt, so many that W of them do not end.
+        """The best continuations of a group for each prompt: enough that at least W do not end.
 
         Returns:
-            their scores, their places beam * V + token, and the tokens' log-probs.
+            For each continuation, its score, its place beam * V + token, and its token's log-prob.
         """
         scores = torch.tensor(
             [[beam.score for beam in self._groups[p][group].open] for p in self.searching],
@@ -219,7 +220,7 @@ class BeamSearch:
         return beams + [0] * empty, next_tokens + [0] * empty
 
     def _cannot_improve(self, state: _Group) -> bool:
-        """Whether W have ended and the best open beam would not be among them if it ended now."""
+        """Whether W hypotheses have ended and the best open beam, ended now, would not beat them."""
         if len(state.ended) < self._width:
             return False
         return self._ranking_score(state.open[0]) <= self._ranking_score(state.ended[-1])

@@ -1,9 +1,10 @@
-"""How a model decodes: with rows that share their prompts if it can, else with plain rows.
+"""Chooses how a model decodes: with rows that share their prompts if it can, else with plain rows.
 
 A self-check compares the two once for each model on a few random tokens, with everything that can
-happen to rows: prompts of different lengths, several samples, a row that leaves, one that joins
-later. A model that cannot share prompts (its attention cannot be exchanged, its layers keep a state
-of their own or use position biases) fails it; this is logged once, and plain rows are used.
+happen to rows: prompts of different lengths, several samples, a row that leaves, and a row that
+joins later. A model that cannot share prompts (its attention cannot be replaced, or its layers keep
+a state of their own or use position biases) fails the check; this is logged once, and plain rows
+are used.
 
 Shapes: V vocabulary.
 """
@@ -28,27 +29,29 @@ from rrhf.models.forward.packed_trunk import declared_window
 logger = logging.getLogger(__name__)
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
-"""Largest difference as a share of the logits' spread: in float32, and in half precision."""
+"""Largest difference that passes the self-check, as a share of the logits' spread: in float32, and
+in half precision."""
 
 STEPS_WORTH_PACKING = 32
-"""If rows take this many tokens, weights are first copied into a faster layout."""
+"""If rows take at least this many tokens, weights are first copied into a faster layout."""
 
 
 class Decoder(Protocol):
-    """Takes tokens row by row; the prompt of a row is read before the row begins."""
+    """Runs a model one token at a time for a batch of rows, whose prompts are read beforehand."""
 
     @property
     def can_join(self) -> bool:
-        """Whether prompts may be read, and rows begin, while other rows are unfinished."""
+        """Whether prompts may be read and rows may begin while other rows are unfinished."""
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
-        """Handles of the prompts, and the logits of a first response token: [B, V]."""
+        """Read prompts; returns their handles and the logits [B, V] of the first response token."""
 
     def release(self, handles: Sequence[int]) -> None:
-        """No more rows will begin for these prompts."""
+        """Forget these prompts, for which no more rows will begin."""
 
     def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
-        """The next rows: which row each continues (None = a new one), and its prompt's handle."""
+        """Set the next rows: the row that each continues (None = a new row), and the handle of its
+        prompt."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add one token [R] to each row; returns the logits of the next: [R, V]."""
@@ -60,8 +63,8 @@ class Verdict:
 
     Attributes:
         misfit: why the model cannot share prompts; None if it can.
-        window: rows longer than this are plain rows: the config states a window that the layers do
-            not apply.
+        window: plain rows are used if a row may become longer than this number of tokens, because
+            the config states a window that the layers do not apply; None = no such limit.
     """
 
     misfit: str | None
@@ -80,8 +83,9 @@ def decoding(
     Args:
         model: a Hugging Face causal language model in eval mode; its weights are not changed.
         pad_id: pads plain rows.
-        longest: most tokens of a row, prompt included.
-        num_steps: about how many tokens a row will take; for many, more preparation pays.
+        longest: maximum number of tokens of a row, prompt included.
+        num_steps: approximate number of tokens that a row will take; if it is large, weights are
+            prepared for faster steps.
     """
     if model not in _VERDICTS:
         _VERDICTS[model] = verdict = _tried(model, pad_id)
@@ -126,8 +130,8 @@ def _random_texts(model: Any) -> list[list[int]]:
 
 
 def _joined_on_the_way(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
-    """The logits after each of three texts: [3, V]. A second row of the first text leaves on the
-    way, and the third text begins then."""
+    """The logits after each of three texts: [3, V]. Midway, a second row of the first text leaves
+    and the third text begins."""
     first, second, third = texts
     (one, two), begin = decoder.read([first[:5], second[:3]])
     device = begin.device

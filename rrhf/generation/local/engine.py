@@ -36,10 +36,11 @@ class LocalEngine:
     Attributes:
         model: the model; in eval mode and without gradients while it generates.
         codec: turns text into ids and back.
-        max_batch_rows: most responses generated at the same time.
+        max_batch_rows: maximum number of responses generated at the same time.
         max_prompt_tokens: longer prompts lose their oldest turns; None = as many tokens as the
             model's window allows.
-        chooser: makes what chooses tokens, from the settings and the ids that end a response.
+        chooser: makes the `Chooser` that picks tokens, from the settings and the ids that end a
+            response.
     """
 
     capabilities = Capabilities(ids=True, logprobs=True, beams=True, seeds=True, live_weights=True)
@@ -59,7 +60,7 @@ class LocalEngine:
         self.max_prompt_tokens = max_prompt_tokens
 
     def describe(self) -> dict[str, Any]:
-        """With the name of the model."""
+        """Describe the engine, with the name of its model."""
         return {"engine": "local", "model": self.model.config.name_or_path or "model"}
 
     def fits(self, prompt: CandidateSet, params: SamplingParams) -> bool:
@@ -67,7 +68,7 @@ class LocalEngine:
         return self.encode_prompt(prompt, params) is not None
 
     def prompt_room(self, params: SamplingParams) -> int | None:
-        """Most tokens of a prompt for this model; see `rrhf.generation.params.prompt_room`."""
+        """`rrhf.generation.params.prompt_room` for this model."""
         return prompt_room(context_window(self.model), params, self.max_prompt_tokens)
 
     def encode_prompt(self, prompt: CandidateSet, params: SamplingParams) -> list[int] | None:
@@ -96,7 +97,7 @@ class LocalEngine:
             jobs.append(Job(prompt, ids, stops, params.num_return_sequences))
         return self._write(jobs, params)
 
-    @torch.no_grad()  # of a generator: only while it runs
+    @torch.no_grad()  # on a generator, this holds only while the generator runs
     def _write(self, jobs: list[Job], params: SamplingParams) -> Iterator[tuple[int, list[Sample]]]:
         if not jobs:
             return
@@ -111,7 +112,7 @@ class LocalEngine:
     def _sample_rows(
         self, jobs: list[Job], params: SamplingParams
     ) -> Iterator[tuple[int, list[Written]]]:
-        """Sampling or greedy decoding; with half as many rows at a time where memory runs out."""
+        """Sampling or greedy decoding; if memory runs out, continues with half as many rows."""
         end_ids = frozenset(self.codec.end_ids)
         loop = RowLoop(jobs, params, end_ids, self._holds_any, self.chooser(params, end_ids))
         max_rows = self.max_batch_rows
@@ -132,7 +133,7 @@ class LocalEngine:
     def _search_beams(
         self, jobs: list[Job], params: SamplingParams
     ) -> Iterator[tuple[int, list[Written]]]:
-        """Beam search, with half as many prompts at a time where memory runs out."""
+        """Beam search; if memory runs out, continues with half as many prompts at a time."""
         count = max(1, self.max_batch_rows // params.num_beams)
         parts = [
             range(start, min(start + count, len(jobs))) for start in range(0, len(jobs), count)
@@ -194,7 +195,8 @@ class LocalEngine:
         if not starts:
             return Sample(job.ids, written.token_ids, written.logprobs, written.finish_reason, text)
         start = min(starts)
-        lead = 0 if text[:start] == raw[:start] else 1  # the format's blank, which raw still has
+        # 1 if `raw` still has the blank that the chat format puts before a response.
+        lead = 0 if text[:start] == raw[:start] else 1
         text = text[: max(0, start - lead)]
         kept = _tokens_before(start, ids, self.codec.decode_tail)
         return Sample(

@@ -1,6 +1,7 @@
-"""Plain rows: a causal language model that takes one token per row at a time and keeps its past.
+"""The decoder for plain rows: feeds a causal language model one token per row at a time.
 
-A prompt is computed once, and its past repeated for its responses; finished rows leave the batch.
+The past is the keys and values of earlier tokens. A prompt is computed once, and its past is
+repeated for its responses; finished rows leave the batch.
 Prompts are padded on the left; positions and mask are given explicitly, so that padding changes
 only the last bits of a float. The past of full-attention layers grows in place instead of being
 copied at every token.
@@ -30,7 +31,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [R, heads, new tokens, dim]; returns all of them."""
+        """Append keys and values [R, heads, new tokens, dim]; returns the whole past."""
         if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
@@ -39,7 +40,7 @@ class GrowingLayer(DynamicLayer):
         assert self.values is not None, "keys and values come together"
         length = self.keys.shape[-2]
         needed = length + key_states.shape[-2]
-        # Rows that were repeated or selected since are new tensors, outside the buffer.
+        # If rows were repeated or selected since, the keys are new tensors outside the buffer.
         in_place = self._buffers is not None and self.keys.data_ptr() == self._buffers[0].data_ptr()
         if self._buffers is None or not in_place or self._buffers[0].shape[-2] < needed:
             self._buffers = (
@@ -119,7 +120,7 @@ class IncrementalModel:
         """Does nothing: a prompt's past is part of its rows."""
 
     def arrange(self, sources: Sequence[int | None], handles: Sequence[int]) -> None:
-        """After `read`, the rows of the given prompts; later, the rows that go on.
+        """Set the next rows: after `read`, rows of the given prompts; later, the rows to keep.
 
         Raises:
             AssertionError: a row begins while others are unfinished.

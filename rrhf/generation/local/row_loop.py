@@ -1,10 +1,11 @@
 """The loop that generates responses, token by token, in a batch that is kept full.
 
-Finished rows leave, and new ones take their places while the others go on, if the decoder can begin
-rows at any time. The responses do not depend on that: a row's tokens follow from its own uniform
+If the decoder can begin rows at any time, new rows take the places of finished rows while the
+others continue. The responses do not depend on that: a row's tokens follow from its own uniform
 numbers and its own past.
 
-Left out on purpose: beams (`rrhf.generation.local.engine`), and what a stop string does to a text.
+Left out on purpose: beam search, and cutting texts at stop strings (both are in
+`rrhf.generation.local.engine`).
 
 Shapes: R rows, V vocabulary.
 """
@@ -25,24 +26,26 @@ from rrhf.generation.local.sampling import pick_tokens, sample_uniforms
 from rrhf.progress import pulse
 from rrhf.records import CandidateSet, FinishReason
 
-# Rows are searched for stop strings every so many tokens; what follows one is cut off later.
+# Rows are searched for stop strings once in this many tokens; the tokens after a stop string are
+# cut off later.
 STOP_CHECK_TOKENS = 8
-# Finished rows leave once they are this share of the batch: the past of the others is copied then.
+# Finished rows leave only once they are this share of the batch, because the past of the remaining
+# rows is copied when rows leave.
 LEAVING_FRACTION = 1 / 8
 # Admit new rows only when this share of the batch is free, so that prompts are read in batches.
 JOINING_FRACTION = 1 / 4
-# Prompts are read together if none is shorter than this share of the longest.
+# Prompts are read together if the shortest has at least this share of the tokens of the longest.
 SIMILAR_LENGTH = 1 / 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt with what is asked of it.
+    """A prompt, and how many samples of it to generate.
 
     Attributes:
-        prompt: the set.
+        prompt: the candidate set that holds the prompt.
         ids: the prompt's tokens.
-        stops: strings before which a response ends.
+        stops: strings that end a response and are not part of it.
         count: number of samples.
     """
 
@@ -67,10 +70,10 @@ class Row:
 
     Attributes:
         job: number of its prompt.
-        sample: number of the sample among those of the prompt.
-        uniforms: the numbers that decide its tokens; empty in greedy decoding.
-        token_ids, logprobs: so far.
-        is_done: it takes no more tokens.
+        sample: number of this sample among the samples of the prompt.
+        uniforms: the uniform numbers that decide its tokens; empty in greedy decoding.
+        token_ids, logprobs: tokens chosen so far, and their log-probs.
+        is_done: whether the response is finished.
     """
 
     job: int
@@ -91,7 +94,7 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class ByParams:
-    """Chooses by the settings; no `end_ids` before `min_new_tokens`."""
+    """Chooses tokens by the settings; forbids `end_ids` before `min_new_tokens`."""
 
     params: SamplingParams
     end_ids: frozenset[int]
@@ -99,7 +102,7 @@ class ByParams:
     def __call__(
         self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `pick_tokens`, from the model's logits [R, V]."""
+        """Call `pick_tokens` on the model's logits [R, V]."""
         uniforms = None
         if self.params.do_sample:
             now = [0.0 if row.is_done else row.uniforms[len(row.token_ids)] for row in rows]
@@ -110,13 +113,15 @@ class ByParams:
 
 
 class RowLoop:
-    """Generates the samples of some prompts; after a decoder failed, `put_back` lets it go on.
+    """Generates the samples of some prompts; after a decoder fails, `put_back` lets another decoder
+    continue.
 
     Args:
         jobs: the prompts, in the order in which they begin.
         params: the settings.
         end_ids: tokens that end a response.
-        is_stopped: whether the text of some ids contains one of the given strings.
+        is_stopped: takes ids and strings; returns whether the text of the ids contains one of the
+            strings.
         choose: chooses the next tokens.
     """
 
@@ -135,12 +140,12 @@ class RowLoop:
         )
         self._num_rows = len(self._waiting)
         self._rows: list[Row] = []  # in the decoder's order
-        self._beginning: list[Row] = []  # to be added to them
+        self._beginning: list[Row] = []  # new rows, which the decoder does not have yet
         self._finished: list[list[Row]] = [[] for _ in jobs]
         self._num_finished = 0
         self._whole: list[int] = []  # prompts whose samples are all finished, not yielded yet
         self._handles: dict[int, int] = {}  # of the prompts that the decoder holds
-        self._first: dict[int, Tensor] = {}  # the logits [V] of their first token
+        self._first: dict[int, Tensor] = {}  # logits [V] of the first response token, by prompt
         self._seen: Tensor | None = None
 
     @property
@@ -149,7 +154,7 @@ class RowLoop:
         return not self._waiting and not self._rows
 
     def put_back(self) -> int:
-        """Let unfinished rows begin again with another decoder; returns how many there were."""
+        """Let unfinished rows start over with another decoder; returns the number of these rows."""
         rows = [*self._rows, *self._beginning]
         unfinished = sorted((r.job, r.sample) for r in rows if not r.is_done)
         self._waiting.extendleft(Row(*one) for one in reversed(unfinished))
@@ -162,8 +167,8 @@ class RowLoop:
         """Generate everything; yields the samples of a prompt when all of them are finished.
 
         Args:
-            decoder: a new one.
-            max_rows: most rows at the same time.
+            decoder: a new decoder, which holds no prompts yet.
+            max_rows: maximum number of rows at the same time.
         """
         while True:
             self._change_rows(decoder, max_rows)
@@ -204,7 +209,7 @@ class RowLoop:
             decoder.arrange([place for place, _ in order], handles)
 
     def _begin(self, decoder: Decoder, free: int) -> None:
-        """Read the next prompts and take the first token of as many rows as there is room for."""
+        """Read the next prompts, and choose the first token of each row that there is room for."""
         if not decoder.can_join:
             self._handles.clear()
             self._first.clear()
@@ -230,7 +235,7 @@ class RowLoop:
                 return
 
     def _read(self, decoder: Decoder, jobs: list[int]) -> None:
-        """Read the prompts that the decoder does not hold yet, those of similar length together."""
+        """Read the prompts that the decoder does not hold; similar lengths are read together."""
         jobs = [job for job in jobs if job not in self._handles]
         while jobs:
             longest = len(self._jobs[jobs[0]].ids)
@@ -244,7 +249,7 @@ class RowLoop:
             jobs = [job for job in jobs if job not in self._handles]
 
     def _forget_prompts(self, decoder: Decoder) -> None:
-        """Release the prompts that have neither rows nor samples to come."""
+        """Release the prompts whose samples have all begun and whose rows have all left."""
         needed = {row.job for row in self._rows}
         needed |= {self._waiting[0].job} if self._waiting else set()
         gone = [job for job in self._handles if job not in needed]
@@ -253,7 +258,7 @@ class RowLoop:
             del self._first[job]
 
     def _take(self, logits: Tensor, rows: Sequence[Row], seen: Tensor | None) -> None:
-        """Choose a token for each row and note which rows it finishes."""
+        """Choose a token for each row, and mark the rows that are finished by their token."""
         tokens, logprobs = self._choose(logits, rows, seen)
         if seen is not None:
             seen[torch.arange(len(rows), device=seen.device), tokens] = True
@@ -279,7 +284,8 @@ class RowLoop:
         return bool(stops) and length % STOP_CHECK_TOKENS == 0 and self._holds_stop(row, stops)
 
     def _holds_stop(self, row: Row, stops: tuple[str, ...]) -> bool:
-        """Search the last tokens, since earlier ones were searched before; confirm on the whole."""
+        """Whether a row contains a stop string. Only its last tokens are searched, because earlier
+        tokens were searched before; a match is confirmed on the whole row."""
         tail_tokens = STOP_CHECK_TOKENS + max(len(stop.encode()) for stop in stops)
         if not self._is_stopped(row.token_ids[-tail_tokens:], stops):
             return False

@@ -1,10 +1,10 @@
-"""From logits to tokens: filters, and sampling that does not depend on the rest of the batch.
+"""Turns logits into tokens: filters, and sampling that does not depend on the rest of the batch.
 
 Every sample has a row of uniform numbers that follows from (seed, round, prompt id, sample index)
-alone; the t-th of them picks token t from the cumulative distribution. So a sample is the same
-alone, in a batch, in another order or in another process (up to the rounding of the model itself).
-The numbers come from SHAKE-256, not from a framework's generator: they are the same on every device
-and in every version, and do not collide as 32-bit seeds would.
+alone; the t-th number picks token t from the cumulative distribution. A sample is therefore the
+same alone, in a batch, in another order or in another process (up to the rounding of the model
+itself). The numbers come from SHAKE-256, not from a framework's generator: they are the same on
+every device and in every version, and do not collide as 32-bit seeds would.
 
 Filters change what is sampled, never the reported log-probs. Left out on purpose:
 beams (`rrhf.generation.local.beam_search`) and everything that needs a model.
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from rrhf.generation.params import SamplingParams
 
-# Sorting a whole vocabulary costs more than a small model's forward. The nucleus is nearly always
-# among this many tokens; rows where it is not are sorted in full.
+# Sorting a whole vocabulary costs more than a small model's forward pass. The nucleus is nearly
+# always among this many tokens; the other rows are sorted in full.
 _NUCLEUS_GUESS = 256
 
 
@@ -92,8 +92,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Make all but the nucleus impossible: the smallest set of likeliest tokens with mass >= p.
 
-    Holtzman et al. 2020, arXiv:1904.09751, section 3.1. A token stays if the likelier ones together
-    have less than p, so the likeliest always stays; ties with the last one stay too.
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1. A token stays if the likelier tokens
+    together have less than p, so the likeliest token always stays; ties with the last one stay too.
     """
     if p >= 1.0:
         return logits
@@ -116,10 +116,10 @@ def _nucleus_threshold(descending: Tensor, p: float) -> Tensor:
 
 
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample by inverting the cumulative distribution at given places.
+    """Sample tokens by inverting the cumulative distribution at given uniform numbers u.
 
-    Token i is drawn if the probability of all tokens below i is at most u, and that of all up to i
-    is above u; so an impossible token is never drawn.
+    Token i is drawn if the total probability of tokens 0 to i - 1 is at most u and that of tokens
+    0 to i is above u, so a token with probability 0 is never drawn.
 
     Args:
         probs: [R, V] float32, 0 where impossible.
@@ -146,16 +146,16 @@ def pick_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, and its log-prob at the sampling temperature, before filters.
 
-    In this order: repetition penalty, forbidden tokens, temperature, top-k, top-p, sampling; greedy
-    decoding takes the likeliest token after the first two.
+    Steps are applied in this order: repetition penalty, forbidden tokens, temperature, top-k,
+    top-p, sampling; greedy decoding takes the likeliest token after the first two steps.
 
     Args:
         logits: [R, V] of any float type, as the model returns them.
         params: the settings.
-        uniforms: [R] float64 for sampling; None for greedy.
-        seen: [R, V] bool for the repetition penalty; None where it is off.
-        forbidden: tokens that must not come yet (end ids before min_new_tokens).
-        forbidden_rows: the rows in which they must not.
+        uniforms: [R] float64 for sampling; None for greedy decoding.
+        seen: [R, V] bool for the repetition penalty; None if the penalty is off.
+        forbidden: tokens that may not be chosen yet (end ids before min_new_tokens).
+        forbidden_rows: the rows in which `forbidden` applies.
 
     Returns:
         tokens [R] int64 and their log-probs [R] float32.

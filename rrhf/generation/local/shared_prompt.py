@@ -1,14 +1,14 @@
-"""Rows that share their prompt's past, which is computed and kept once for all samples.
+"""The decoder whose rows share their prompt's past: it is computed and kept once for all samples.
 
-For each token of a row, attention scores are computed with the prompt's keys and with the row's
-own, and the softmax goes over both at once ("bifurcated attention", Athiwaratkun et al. 2024,
+For each token of a row, attention scores are computed with the prompt's keys and with the row's own
+keys, and the softmax goes over both at once ("bifurcated attention", Athiwaratkun et al. 2024,
 arXiv:2403.08845). Key heads are not repeated for grouped queries. When a row leaves or joins, only
 the short past of rows is moved; prompts are padded within attention only.
 
-An attention function replaces the model's own while it generates (`in_place`) and honours the
-scaling, sliding window and soft-capping of the layers. Models whose layers do not call this
-function, or carry other state from token to token, cannot be served:
-`rrhf.generation.local.decoders` finds out.
+While the model generates, an attention function replaces the model's own (`in_place`); it applies
+the scaling, sliding window and soft-capping of the layers. Models whose layers do not call this
+function, or carry other state from token to token, are not supported;
+`rrhf.generation.local.decoders` detects them.
 
 Shapes: S prompts held, B prompts read at a time, T their tokens, P longest prompt, R rows, C most
 rows of a prompt, L longest own past, G query heads for each of K key heads, D head width.
@@ -68,7 +68,7 @@ class SharedPromptModel:
         self._handles = 0
         self._lengths: list[int] = []  # of the S prompts
         self._rows = _Rows([], [])
-        # A mask of four dimensions is passed on unchanged, and its values are not used.
+        # transformers passes a mask of four dimensions on unchanged; its values are not used.
         self._no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self._device)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
@@ -100,9 +100,10 @@ class SharedPromptModel:
         """Set the next rows.
 
         Args:
-            sources: for each, the present row that it continues; None for a new one. A row may be
-                continued several times or not at all.
-            handles: for each, its prompt. Rows of one prompt are next to each other.
+            sources: for each next row, the present row that it continues; None for a new row. A
+                present row may be continued several times or not at all.
+            handles: for each next row, the handle of its prompt. Rows of one prompt are next to
+                each other.
         """
         self._drop_unused()
         before = self._rows
@@ -131,7 +132,7 @@ class SharedPromptModel:
         return logits
 
     def _make_room(self, reading: _Reading) -> list[int]:
-        """Places for the prompts that were read; free places are used first."""
+        """Find places for the prompts that were read; free places are used first."""
         if not self._place:
             self._lengths, self._past = [], {}
         used = set(self._place.values())
@@ -198,7 +199,10 @@ class _Reading:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: _Attention
     ) -> Tensor:
-        """Attention of [1, heads, T, D] each; keeps keys and values; returns [1, T, heads, D]."""
+        """Compute attention, and keep keys and values.
+
+        Takes query, key and value [1, heads, T, D]; returns [1, T, heads, D].
+        """
         keys, values = self._grid(key).contiguous(), self._grid(value).contiguous()
         self.states[layer] = keys, values
         self.windows.add(how.window)
@@ -207,13 +211,13 @@ class _Reading:
         return (out if self._slot is None else out.index_select(0, self._slot))[None]
 
     def _grid(self, states: Tensor) -> Tensor:
-        """[1, heads, T, D] to [heads, B, P, D], padded on the right."""
+        """Reshape [1, heads, T, D] to [heads, B, P, D], padded on the right."""
         flat = states[0] if self._source is None else states[0].index_select(1, self._source)
         return flat.unflatten(1, (self.count, self.width))
 
 
 class _Rows:
-    """Rows that take one token each, and what each of them sees."""
+    """Rows that take one token each, and the tokens that each row attends to."""
 
     def __init__(
         self,
@@ -254,7 +258,7 @@ class _Rows:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: _Attention
     ) -> Tensor:
-        """Attention of [R, heads, 1, D] each; returns [R, 1, heads, D]."""
+        """Compute attention of query, key and value [R, heads, 1, D]; returns [R, 1, heads, D]."""
         past, key_heads, width = self.past[layer], key.shape[1], self._width
         past.own_keys = self._with(past.own_keys, key)
         past.own_values = self._with(past.own_values, value)
@@ -315,19 +319,19 @@ class _Rows:
             self._to_rows = torch.tensor(flat, device=device)
 
     def _by_prompt(self, rows: Tensor) -> Tensor:
-        """[K, R, G, X] to [K * S, C * G, X]."""
+        """Reshape [K, R, G, X], one entry per row, to [K * S, C * G, X], one line per prompt."""
         if self._to_grid is not None:
             rows = rows.index_select(1, self._to_grid)
         key_heads, _, _, size = rows.shape
         return rows.reshape(key_heads * self._lines, -1, size)
 
     def _by_row(self, lines: Tensor, key_heads: int, group: int) -> Tensor:
-        """[K * S, C * G, X] to [K, R, G, X]."""
+        """Reshape [K * S, C * G, X] back to [K, R, G, X]: the inverse of `_by_prompt`."""
         rows = lines.view(key_heads, -1, group, lines.shape[-1])
         return rows if self._to_rows is None else rows.index_select(1, self._to_rows)
 
     def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """[R, 1, P + L], minus infinity where a row must not attend; None if it may everywhere."""
+        """[R, 1, P + L]: minus infinity where a row must not attend; None = no such place."""
         if window not in self._biases:
             self._biases[window] = self._make_bias(window, dtype)
         return self._biases[window]
@@ -414,7 +418,7 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """Attention of a layer, as transformers calls it."""
     if shared_prompt is None:
-        raise NotImplementedError("it does not hand its arguments on to its attention")
+        raise NotImplementedError("it does not pass its arguments on to its attention")
     for name in ("position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"its attention has a {name}")
