@@ -1,8 +1,8 @@
-"""Which scorer a word names: a registry of prefixes, and a folder for everything else.
+"""Builds the scorer that a name stands for:
 
 - `gold:NAME`: the true preference of a world, by its name or as `gold:package.module:name`;
 - `function:module:name`: a Python function;
-- `package.module:name`: a scorer of the user's own, a class or a function that makes it;
+- `package.module:name`: the user's own scorer: its class, or a function that makes it;
 - anything else: the folder or hub name of a reward model.
 """
 
@@ -29,7 +29,7 @@ SCORERS: Registry[ScorerMaker] = Registry(
         "function": "rrhf.scoring.function:FunctionScorer",
     },
 )
-"""By the prefix of what they are made for."""
+"""Scorers that code makes, by the prefix of their names."""
 
 
 def build_scorer(
@@ -77,7 +77,7 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
     """The part of `check_scorer` that needs neither torch nor a network.
 
     Raises:
-        UserError: as there.
+        UserError: as `check_scorer`.
     """
     prefix, target = made_by(spec)
     if prefix:
@@ -92,14 +92,14 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
 
 
 def is_made(spec: str) -> bool:
-    """Whether code makes the scorer, rather than a folder."""
+    """Whether the scorer is made by code, rather than loaded from a folder."""
     return bool(made_by(spec)[1])
 
 
 def made_by(spec: str) -> tuple[str, str]:
-    """The prefix of a scorer that code makes ("" = it is the user's own), and what is behind it.
+    """Split the name of a scorer that code makes into its prefix and its target.
 
-    Both are empty where `spec` is a reward model.
+    The prefix is "" for a user's own scorer. Both are "" if `spec` names a reward model.
     """
     prefix, _, rest = spec.partition(":")
     if rest and prefix in SCORERS:
@@ -108,6 +108,6 @@ def made_by(spec: str) -> tuple[str, str]:
 
 
 def users_target(spec: str) -> str | None:
-    """The import path in a scorer's name; None where it names no code of the user's."""
+    """The import path of the user's code in a scorer's name; None if the name holds none."""
     target = made_by(spec)[1]
     return target if is_import_path(target) else None

@@ -20,19 +20,21 @@ from rrhf.user_code import NOT_ITS_OWN, guarded, shown
 
 logger = logging.getLogger(__name__)
 
-# These can be gone through, but what comes out are keys, in any order, or bytes.
+# Types that can be iterated over, but yield keys, items in no fixed order, characters or bytes.
 NO_LISTS = (Mapping, Set, str, bytes, bytearray, memoryview)
 
 
 class CheckedScorer(Scorer):
-    """Calls the user's code, which finds its modules in the working directory.
+    """Calls the user's code, and checks what it returns.
+
+    The code is called with the current working directory importable.
 
     Args:
-        name: of the scorer.
-        kind: what the code is, for the reasons that are counted.
+        name: name of the scorer.
+        kind: what the code is, such as "function"; part of the reasons that are counted.
 
     Attributes:
-        unscored: why candidates got None, counted.
+        unscored: number of candidates without a score, by reason.
     """
 
     def __init__(self, name: str, kind: str) -> None:
@@ -41,9 +43,9 @@ class CheckedScorer(Scorer):
         self._folder = str(Path.cwd())
 
     def _listed(self, call: Callable[[], Any], wanted: str, count: int) -> list[Any]:
-        """The results of a call as a list; a generator runs, and may raise, here.
+        """The results of a call as a list; if the call returns a generator, it runs here.
 
-        Of an iterator, which may be endless, at most `count` + 1 results are taken.
+        At most `count` + 1 results are taken from an iterator, which may be endless.
         """
         cure = "fix it, and let it return None where a response cannot be scored"
         values = None
@@ -56,7 +58,7 @@ class CheckedScorer(Scorer):
         return values
 
     def _numbers(self, values: list[Any]) -> list[float | None]:
-        """Each value as a number; None if it cannot be ranked."""
+        """Convert values to numbers; None and numbers that are not finite become None."""
         if set(map(type, values)) <= {float} and all(map(math.isfinite, values)):
             return values  # the usual case
         return [self._number(value, place) for place, value in enumerate(values)]
@@ -74,7 +76,7 @@ class CheckedScorer(Scorer):
         except OverflowError:
             raise UserError(
                 f"{self.name}: result {place} is {shown(value)}, too large for a floating-point "
-                "number; return a smaller one, or None where a response cannot be scored"
+                "number; return a smaller number, or None where a response cannot be scored"
             ) from None
         except BaseException:
             raise self._no_number(value, place) from None

@@ -28,8 +28,8 @@ class RewardModelOptions:
     transformer.* and v_head.weight, such as Dahoas/gptj-rm-static)."""
 
     reward_base: str | None = field(default=None, metadata={"names": "place"})
-    """With trlx: folder of the base model's config.json and tokenizer, if the reward model's folder
-    has none."""
+    """With trlx: folder with the base model's config.json and tokenizer, if the reward model's
+    folder does not hold them."""
 
     score_at: Literal["last_token", "first_eos"] = "last_token"
     """The token whose score counts in a standard reward model; in trlx it is always the first
@@ -39,17 +39,17 @@ class RewardModelOptions:
     """Normalise scores with the reward model's own normaliser, if it has one."""
 
     reward_chat_format: Literal["auto", "raw", "hh", "alpaca", "chat_template"] = "auto"
-    """How the reward model reads conversations; auto: as it was trained."""
+    """How conversations become text for the reward model; auto = as in its training."""
 
     max_length: int = 0
     """Most tokens of prompt and response; 0 = the model's window (trlx: 1024)."""
 
     max_batch_tokens: int = 16384
-    """Tokens of one forward, padding included; lower it where memory runs out."""
+    """Maximum number of tokens of a forward pass, padding included; lower it if memory runs out."""
 
     layout: Layout = "auto"
-    """How rows pass a model that reads them: shared_prefix = each prompt once, auto = fastest that
-    serves it."""
+    """How a batch passes a model that scores responses: shared_prefix = each prompt once; auto =
+    the fastest layout that supports the model."""
 
     bf16: bool = False
     """Load the reward model in bfloat16: half the memory, scores differ in the third digit."""
@@ -103,7 +103,7 @@ class ScoreConfig(RewardModelOptions, DataOptions):
         check_ranges(self, SCORE_RANGES)
         if self.output_file.endswith(".gz"):
             raise UserError(
-                f"output_file {self.output_file}: is written as it comes, so it cannot be gzip; "
+                f"output_file {self.output_file}: is written row by row, so it cannot be gzip; "
                 "drop the .gz of its name"
             )
         if is_same_file(self.output_file, self.input_file):

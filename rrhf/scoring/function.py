@@ -1,9 +1,9 @@
-"""Scores from a Python function of the user's: `module:function`.
+"""Scores from a Python function that the user wrote: `module:function`.
 
     def score(prompts, responses, messages): -> one number for each response, or None
 
-Three lists of equal length, an entry a response: the prompt as text, the response as text, and the
-conversation as a list of {"role", "content"} (None where only text is known).
+The arguments are three lists with one entry for each response: the prompt as text, the response as
+text, and the conversation as a list of {"role", "content"} (None if only the text is known).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FunctionScorer(CheckedScorer):
         self._function = load_function(target)
         try:
             inspect.signature(self._function).bind([], [], [])
-        except ValueError:  # some built-in functions do not tell
+        except ValueError:  # some built-in functions have no signature
             return
         except TypeError as error:
             raise UserError(
@@ -44,8 +44,8 @@ class FunctionScorer(CheckedScorer):
         """The scores, in order; None where the function returned None, NaN or an infinity.
 
         Raises:
-            UserError: the function raised, or gave another number of results, or a result that is
-                no number.
+            UserError: the function raised, returned too many or too few results, or returned
+                something other than a number.
         """
         prompts, responses, messages = [], [], []
         for s in sets:

@@ -11,10 +11,10 @@ from rrhf.worlds import WORLDS, gold_of, make_world
 
 
 class GoldScorer(Scorer):
-    """`gold:NAME`, for any size and seed of a world.
+    """The scorer `gold:NAME`, for any size and seed of a world.
 
     Args:
-        target: as `rrhf.worlds.make_world` takes it.
+        target: name or import path of the world, as `rrhf.worlds.make_world` takes it.
 
     Raises:
         UserError: no such world.
@@ -24,8 +24,8 @@ class GoldScorer(Scorer):
         if target not in WORLDS and ":" not in target:
             known = ", ".join(f"gold:{name}" for name in WORLDS)
             raise UserError(
-                f"gold:{target}: there is no such world; choose one of {known}, or name one of "
-                "your own as gold:package.module:name"
+                f"gold:{target}: there is no such world; choose one of {known}, or name your own "
+                "world as gold:package.module:name"
             )
         self.name = f"gold:{target}"
         self._world = make_world(target)

@@ -19,11 +19,12 @@ class OwnScorer(CheckedScorer):
 
     Args:
         spec: the import path.
-        maker: what it names.
-        offered: `options` and `device`, for parameters of these names.
+        maker: the class or function that the path names.
+        offered: `options` and `device`, which are passed on if `maker` has parameters of these
+            names.
 
     Raises:
-        UserError: it cannot be made, or what is made is no `Scorer`.
+        UserError: the scorer cannot be made, or is not a `Scorer`.
     """
 
     def __init__(self, spec: str, maker: ScorerMaker, **offered: Any) -> None:
@@ -47,7 +48,7 @@ class OwnScorer(CheckedScorer):
         """The scores, in order; None where the scorer returned None, NaN or an infinity.
 
         Raises:
-            UserError: the scorer raised, or gave other than a number or None for each candidate.
+            UserError: the scorer raised, or did not return a number or None for each candidate.
         """
         rows = self._listed(
             lambda: map(list, self._own.score(sets)),
@@ -65,11 +66,11 @@ class OwnScorer(CheckedScorer):
         return [[next(results) for _ in s.candidates] for s in sets]
 
     def describe(self) -> dict[str, Any]:
-        """For manifests."""
+        """Describe the scorer for manifests."""
         return super().describe() | self._own.describe() | {"name": self.name}
 
     def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
-        """As the user's scorer says."""
+        """Whether a candidate fits, according to the user's scorer."""
         return self._own.fits(s, candidate)
 
 
@@ -77,7 +78,7 @@ def require_maker(spec: str, maker: ScorerMaker) -> None:
     """Check that a scorer can be built, without building it.
 
     Raises:
-        UserError: it needs what is not offered.
+        UserError: the scorer has required parameters other than `options` and `device`.
     """
     _given(spec, maker, {"options": None, "device": None})
 
@@ -85,7 +86,7 @@ def require_maker(spec: str, maker: ScorerMaker) -> None:
 def _given(spec: str, maker: ScorerMaker, offered: dict[str, Any]) -> dict[str, Any]:
     try:
         signature = inspect.signature(maker)
-    except ValueError:  # some built-in ones do not tell
+    except ValueError:  # some built-in classes have no signature
         return {}
     given = {name: value for name, value in offered.items() if name in signature.parameters}
     try:

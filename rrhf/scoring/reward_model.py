@@ -1,11 +1,11 @@
-"""Scores from a reward model that runs here: text in, numbers out.
+"""Scores responses with a reward model that runs in this process.
 
-A scorer renders each prompt by the reward model's own template and tokenizer, never the policy's,
-so the two may differ in everything. What rows have in common at their beginning is computed once
-(`row_groups`), and batches are made by tokens; the other rows of its batch change a score by
-rounding alone. A prompt that is too long loses whole turns on its left. A response is never cut;
-one that alone fills the window is not scored (None) but counted. The normaliser that was learnt in
-training is applied here and nowhere else.
+A scorer renders each prompt with the reward model's own template and tokenizer, never the policy's,
+so policy and reward model may differ in both. Common prefixes of rows are computed once
+(`row_groups`), and the size of a batch is limited by its tokens; a score depends on the other rows
+of its batch only through rounding. A prompt that is too long loses its oldest turns. A response is
+never cut; a response that alone fills the window gets no score (None) and is counted. The
+normaliser learnt in training is applied here and nowhere else.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _QUESTION = (Message("user", "a question"),)
 
 
 class RowScorer:
-    """The part that every local reward model shares: rows of ids in, raw scores out.
+    """Computes raw scores of rows of ids, for all kinds of local reward models.
 
     Args:
-        model: behind the one forward interface, on its device. One of `build_reward_model`'s
-            faster layouts gets rows in groups.
-        pad_id: filler.
-        max_batch_tokens: tokens of one forward, padding included.
+        model: the reward model, behind the forward interface and on its device. In a faster layout
+            of `build_reward_model`, it gets rows in groups.
+        pad_id: pads rows.
+        max_batch_tokens: maximum number of tokens of a forward pass, padding included.
     """
 
     def __init__(self, model: RewardModel, pad_id: int, max_batch_tokens: int = 16384) -> None:
@@ -85,13 +85,13 @@ class RowScorer:
         return scores
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], TokenBatch]]:
-        """Batches with the places of their rows.
+        """Yield batches with the indices of their rows: first the padded rows, then the groups.
 
-        Of each kind the longest come first, so that what does not fit in memory fails at once.
+        In both, the longest rows come first, so that a lack of memory shows at once.
         """
         plain, grouped = list(range(len(rows))), []
         if self._layout is not None:
-            # Rows longer than the window of the layers go padded.
+            # Rows longer than the window of the layers are padded.
             window = math.inf if self._window is None else self._window
             plain = [place for place in plain if len(rows[place]) > window]
             grouped = [place for place, row in enumerate(rows) if len(row) <= window]
@@ -117,9 +117,9 @@ class RowScorer:
 
 
 def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> TokenBatch:
-    """Whole rows as a batch: each begins at column 0, so that all padding is on the right.
+    """Make a batch of whole rows: each begins at column 0, so that all padding is on the right.
 
-    Made here and not by `collate`, because a row's only token may be its end.
+    `collate` cannot do this, because a row may consist of its end token alone.
     """
     assert all(rows), "a row has at least one id"
     padded = pad_rows(rows, pad_id)
@@ -133,23 +133,24 @@ def row_batch(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     ).to(device)
 
 
-# A prompt's ids by the room that they have; None: no limit, or it does not fit.
+# Ids of a prompt by the number of tokens that it may have. The key None means no limit; the value
+# None means that the prompt does not fit.
 Prompts = dict[int | None, list[int] | None]
 
 
 class LocalScorer(Scorer):
-    """A reward model on this machine: each candidate becomes a row of ids, rows become scores.
+    """Scores candidates with a reward model on this machine, as rows of ids.
 
     Args:
-        path: its folder or hub name, or one weight file of trlX.
-        options: how it reads and computes; those for another kind of model are ignored.
-        device: where; by default the first GPU or the CPU.
+        path: folder or hub name of the reward model, or one weight file of trlX.
+        options: settings of the reward model; those for another kind of model are ignored.
+        device: where the model runs; by default the first GPU or the CPU.
 
     Attributes:
-        unscored: why candidates got None, counted.
+        unscored: number of candidates without a score, by reason.
 
     Raises:
-        UserError: no such reward model there, or an impossible setting.
+        UserError: `path` holds no such reward model, or a setting is impossible.
     """
 
     def __init__(
@@ -171,14 +172,15 @@ class LocalScorer(Scorer):
 
     @abstractmethod
     def _load(self, path: str | Path, options: RewardModelOptions) -> tuple[Any, int, int | None]:
-        """The model, its pad id, and the end id at which it is read, None = at the last token."""
+        """Load the model; returns it, its pad id, and the end id at whose first place the score is
+        read (None = at the last token)."""
 
     @abstractmethod
     def _row(self, s: CandidateSet, candidate: Candidate, prompts: Prompts) -> list[int] | str:
-        """The row of a candidate, or why it has none; `prompts` keeps what the set has encoded."""
+        """The row of a candidate, or why it has none; `prompts` caches the ids of its prompt."""
 
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """Scores in order; None where a response alone does not fit, or a score is not finite."""
+        """The scores, in order; None if a candidate does not fit, or its score is not finite."""
         scores: list[list[float | None]] = [[None] * len(s.candidates) for s in sets]
         rows: list[list[int]] = []
         places: list[tuple[int, int]] = []
@@ -237,7 +239,7 @@ class RewardModelScorer(LocalScorer):
         return model, self.codec.pad_id, first_end_id
 
     def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
-        """Whether the response fits into the window behind at least the prompt's last turn."""
+        """Whether the response fits into the window after at least the prompt's last turn."""
         return not isinstance(self._row(s, candidate, {}), str)
 
     def describe(self) -> dict[str, Any]:
@@ -250,13 +252,17 @@ class RewardModelScorer(LocalScorer):
         }
 
     def _first_end_id(self, path: str | Path) -> int:
-        """The id of the end at which a row is read; refused where every prompt already holds it."""
+        """The id of the end at which a row's score is read.
+
+        Raises:
+            UserError: every prompt contains this id, so no score would depend on a response.
+        """
         asked = CandidateSet("", render_messages("hh", _QUESTION), _QUESTION)
         if self.codec.end_id in (self.codec.encode_prompt(asked) or ()):
             raise UserError(
-                f"--score_at first_eos: the chat template of {path} ends the user's turn by the "
-                "same token, so all responses would be read in the prompt and get one score; use "
-                "last_token"
+                f"--score_at first_eos: the chat template of {path} ends the user's turn with the "
+                "same token, so the score would be read in the prompt and be the same for all "
+                "responses; use last_token"
             )
         return self.codec.end_id
 
@@ -268,7 +274,7 @@ class RewardModelScorer(LocalScorer):
 
         response = self.codec.encode_response(s, candidate.response, candidate.finish_reason)
         if not response:
-            # Cut before its first token: nothing was said, which is scored as an empty response.
+            # Cut before its first token: scored as an empty response.
             response = self.codec.encode_response(s, "", "stop")
         room = self.window - len(response)
         ids = prompt(None)
@@ -280,12 +286,13 @@ class RewardModelScorer(LocalScorer):
 
 
 class TrlxScorer(LocalScorer):
-    """A reward model in trlX's published layout, scored as it was when RRHF was published.
+    """A reward model in trlX's published layout, read as when RRHF was published.
 
-    The text is query + " " + response + EOS (no second blank where the response begins with one).
-    The score is read at the first EOS; a text longer than 1024 tokens, or the model's window, loses
-    its first ones. EOS is always there, because such models were trained with it. Conversations are
-    rendered as HH has them. `trlx_double_blank` reproduces the released numbers.
+    The text is query + " " + response + EOS (no second blank if the response begins with a blank).
+    The score is read at the first EOS; a text longer than 1024 tokens, or than the model's window,
+    loses its first tokens. EOS is always added, because such models were trained with it.
+    Conversations are rendered in the format of HH. `trlx_double_blank` reproduces the released
+    numbers.
     """
 
     def _load(self, path: str | Path, options: RewardModelOptions) -> tuple[Any, int, int | None]:

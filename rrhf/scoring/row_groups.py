@@ -1,12 +1,11 @@
-"""Groups rows of ids by their common beginnings, whatever their tokenizer.
+"""Groups rows of ids by their common prefixes, so that each prefix passes the network once.
 
-What the rows of a group have in common passes the network once. Nothing is taken on trust: a common
-beginning is found by comparing ids, so a prompt that was cut, or whose last token has merged with
-the response, is just a beginning of another length.
+Prefixes are found by comparing ids, with any tokenizer. If a prompt was cut, or its last token has
+merged with the response, its rows simply share a prefix of another length.
 
-Beginnings are tried from the longest down, and groups become one where that leaves fewer tokens: so
-the rows of a prompt stay together even where all prompts begin with the same system message, and
-prompts with one row each share that message.
+Prefixes are tried from the longest to the shortest, and groups are merged if that leaves fewer
+tokens. The rows of a prompt therefore stay together even if all prompts begin with the same system
+message, and prompts with one row each share that message.
 """
 
 from __future__ import annotations
@@ -19,27 +18,30 @@ import torch
 from rrhf.data.collate import TokenBatch
 
 WORTH = 0.95
-"""Rows share a beginning only if that leaves at most this share of their tokens."""
+"""Groups are merged only if at most this share of their tokens is left."""
 
 MASK_TOKENS, MASK_ROWS = 700, 2
-"""Under a mask of all tokens by all tokens: what fills a batch, and how many times its longest row
-a group may have; beyond that, what the mask hides costs more than calls and beginnings do."""
+"""Limits if attention uses a mask of all tokens by all tokens: the tokens of a batch, and the
+tokens of a group as a multiple of its longest row. In larger batches the masked attention costs
+more than further calls and repeated prefixes."""
 
 ENOUGH_TOKENS = {"cpu": 2048}
-"""What fills a batch on a kind of device: more would leave its caches. A group may have more."""
+"""Tokens of a batch by kind of device; more would not fit into its caches. One group may have
+more."""
 
 Rows = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that share a beginning.
+    """Rows that share a prefix.
 
     Attributes:
-        shared: how many tokens they begin with; for `group_rows` all, in a row that is alone.
-        places: of the rows, longest first.
-        tokens: that pass the network.
-        longest: tokens of the longest row.
+        shared: number of tokens of the shared prefix; `group_rows` counts a whole row as its prefix
+            if the row is alone.
+        places: indices of the rows, longest row first.
+        tokens: number of tokens that pass the network, the prefix counted once.
+        longest: number of tokens of the longest row.
     """
 
     shared: int
@@ -49,16 +51,16 @@ class RowGroup:
 
     @property
     def whole(self) -> int:
-        """Tokens of the rows, each with its beginning."""
+        """Number of tokens of the rows, with the prefix counted in each row."""
         return self.tokens + (len(self.places) - 1) * self.shared
 
 
 def group_by(rows: Rows, shared: Sequence[int]) -> list[RowGroup]:
-    """Group the rows whose beginnings of given lengths are equal.
+    """Group the rows whose prefixes of given lengths are equal.
 
     Args:
-        rows: not empty.
-        shared: how long each row's beginning is; 1 or more.
+        rows: rows of ids, none of them empty.
+        shared: length of each row's prefix; 1 or more.
     """
     found: dict[tuple[int, ...], list[int]] = {}
     for place, (row, length) in enumerate(zip(rows, shared, strict=True)):
@@ -67,7 +69,7 @@ def group_by(rows: Rows, shared: Sequence[int]) -> list[RowGroup]:
 
 
 def group_rows(rows: Rows) -> list[RowGroup]:
-    """Group all rows, each in one group; no row is empty."""
+    """Put each row into the group with which it shares a prefix; no row may be empty."""
     open_nodes = [_Node(0)]
     before: Sequence[int] = ()
     for place in sorted(range(len(rows)), key=lambda place: tuple(rows[place])):
@@ -91,11 +93,13 @@ def batches_of(
     """Batches of groups for one forward each, longest rows first.
 
     Args:
-        groups: of all rows.
-        rows: as `group_rows` got them.
-        max_tokens: of one batch, unless one row alone has more; larger groups are parted.
-        by_mask: attention goes by a mask of all tokens by all tokens, so batches are kept small.
-        device: where they will be computed; None = not known.
+        groups: the groups of all rows.
+        rows: the rows that were grouped.
+        max_tokens: maximum number of tokens of a batch; a group with more is split, and only a
+            single row may exceed it.
+        by_mask: whether attention uses a mask of all tokens by all tokens; if so, batches are kept
+            small.
+        device: where the batches will be computed; None = not known.
     """
     parts: list[RowGroup] = []
     for group in groups:
@@ -118,9 +122,9 @@ def batches_of(
 def group_batch(
     groups: Sequence[RowGroup], rows: Rows, pad_id: int, device: torch.device
 ) -> TokenBatch:
-    """A batch with the shared beginnings as prompts and the rests, maybe empty, as responses.
+    """Make a batch with the shared prefixes as prompts and the rest of each row as response.
 
-    `collate` cannot do this, since a row may end where its shared beginning ends.
+    `collate` cannot do this, because a row may end where its shared prefix ends.
     """
     prompts = [rows[group.places[0]][: group.shared] for group in groups]
     tails = [rows[place][group.shared :] for group in groups for place in group.places]
@@ -143,11 +147,11 @@ class _Node:
     groups: list[RowGroup] = field(default_factory=list)
 
     def merge(self, rows: Rows) -> None:
-        """Join the groups that save tokens by it, if any."""
+        """Merge the groups for which that saves tokens, if there are any."""
         gaining: list[RowGroup] = []
         others: list[RowGroup] = []
         for group in self.groups:
-            # What it needs at this depth is all but what is shared here.
+            # Merged, the group's rows each need only their tokens after the shared prefix.
             is_gaining = group.whole - len(group.places) * self.depth < group.tokens
             (gaining if is_gaining else others).append(group)
         if len(gaining) < 2:
@@ -158,7 +162,7 @@ class _Node:
 
 
 def _close(open_nodes: list[_Node], depth: int, rows: Rows) -> None:
-    """Decide the deeper nodes, since no further row begins like them."""
+    """Merge and close the nodes below `depth`, because no further row shares their prefixes."""
     while open_nodes[-1].depth > depth:
         node = open_nodes.pop()
         node.merge(rows)

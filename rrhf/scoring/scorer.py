@@ -1,6 +1,6 @@
-"""The interface of every source of preference.
+"""The interface of scorers, which give responses their scores.
 
-A scorer of your own derives from `Scorer` and writes `score`; it is named as `package.module:name`.
+Your own scorer derives from `Scorer` and implements `score`; it is named as `package.module:name`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from rrhf.records import Candidate, CandidateSet
 class Scorer(Protocol):
     """Gives each candidate a score; higher is better.
 
-    Sets arrive grouped, so that a prompt can be computed once. A scorer sees text, messages and
-    `finish_reason`, and applies its own tokenizer and template.
+    Candidates arrive grouped by prompt, so that a scorer can process each prompt once. A scorer
+    sees text, messages and `finish_reason`, and applies its own tokenizer and template.
 
     Attributes:
-        name: for manifests and tables, such as "reward_model:<folder>".
+        name: name in manifests and tables, such as "reward_model:<folder>".
         normalized: True if scores were normalised (mean 0, deviation 1 on the training data).
-        quantity: what the numbers are.
-        unit: of that; "" = none.
-        window: most tokens of prompt and response together; None = any number.
-        model: the frozen module that runs in this process, whose weights may be elsewhere between
-            two calls of `score`; None = there is none.
+        quantity: what the numbers are called in messages, such as "score".
+        unit: unit of the numbers; "" = none.
+        window: maximum number of tokens of prompt and response together; None = no limit.
+        model: the frozen module that computes the scores in this process; callers may move its
+            weights elsewhere between two calls of `score`. None = no such module.
     """
 
     name: str = ""
@@ -38,17 +38,18 @@ class Scorer(Protocol):
 
     @abstractmethod
     def score(self, sets: Sequence[CandidateSet]) -> list[list[float | None]]:
-        """A list for each set, a score for each candidate, in order; None = could not be scored."""
+        """For each set, a list with the score of each candidate; None = could not be scored."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """For manifests: `name`, `normalized`, and what else the scores depend on."""
+        """Describe the scorer for manifests: `name`, `normalized`, and all else that the scores
+        depend on."""
         return {"name": self.name, "normalized": self.normalized}
 
     def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
-        """Whether the response fits into the window behind at least the prompt's last turn.
+        """Whether the response fits into the window after at least the prompt's last turn.
 
-        What does not has no score, and that is no fault of the scorer.
+        A response that does not fit gets no score, which does not count as a failure of the scorer.
         """
         return True
 
@@ -57,9 +58,9 @@ class Scorer(Protocol):
 class ScorerMaker(Protocol):
     """A class, or a function, that makes a scorer.
 
-    It is given, of these, what its parameters name: `options`, an
-    `rrhf.scoring.config.RewardModelOptions`; `device`, where a model belongs; and behind a prefix
-    (`gold:TARGET`) the `target`.
+    It is called with those of the following arguments that its signature names: `options`, an
+    `rrhf.scoring.config.RewardModelOptions`; `device`, where a model runs; and, for a scorer with a
+    prefix (`gold:TARGET`), `target`.
     """
 
     def __call__(self, *args: Any, **named: Any) -> Scorer: ...

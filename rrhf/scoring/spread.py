@@ -15,13 +15,13 @@ class ScoreSpread:
     """Collects scores, one prompt after the other; None = no score.
 
     Args:
-        quantity: what the scores are.
-        unit: of that; "" = none.
+        quantity: what the scores are called in messages.
+        unit: unit of the scores; "" = none.
 
     Attributes:
-        num_scores: scores that are known.
-        num_compared: prompts with at least two of them.
-        num_tied: of these, the prompts whose scores are all equal.
+        num_scores: number of scores, those that are None left out.
+        num_compared: number of prompts with at least two scores.
+        num_tied: number of these prompts whose scores are all equal.
     """
 
     def __init__(self, quantity: str = "score", unit: str = "") -> None:
@@ -46,7 +46,10 @@ class ScoreSpread:
         self._squares += mean * mean
 
     def __str__(self) -> str:
-        """ "mean score 0.42 [0.38, 0.46], from -1.2 to 2.3": the interval is over prompts."""
+        """A summary such as "mean score 0.42 [0.38, 0.46], from -1.2 to 2.3".
+
+        The interval is over prompts.
+        """
         if not self.num_scores:
             return f"no {self.quantity}"
         n = self._prompts

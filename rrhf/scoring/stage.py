@@ -1,12 +1,12 @@
-"""Scores a candidate file: rows are written as scores come, and a killed run is continued.
+"""Scores a candidate file, row by row; a run that was killed can be continued.
 
-What is written does not depend on how often it was stopped or on how many processes wrote it: the
-scorer is called for chunks of prompts that are cut once over the whole file, a chunk that was half
-written is scored again as a whole and only its missing rows are kept, and rows are merged in the
-file's order. A scorer that fails too often stops the stage: a file of missing scores is no result.
-What exceeds the window of a reward model is no failure: it has no score, and is counted apart.
+The output does not depend on how often the command was stopped or on how many processes wrote it:
+the scorer is called for chunks of prompts that are cut once over the whole file, a chunk that was
+half written is scored again as a whole and only its missing rows are kept, and rows are merged in
+the file's order. The stage stops with an error if the scorer fails too often. A candidate that
+exceeds the window of a reward model is not a failure: it gets no score, and is counted separately.
 
-Left out on purpose: what scores mean (`rrhf.scoring.build` names who gives them).
+Left out on purpose: the scorers themselves (`rrhf.scoring.build` makes them).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from rrhf.user_code import source_file
 
 logger = logging.getLogger(__name__)
 
-# What only says how the work is cut, and reaches scores through the rounding of sums alone.
+# Settings that only divide the work, and affect scores only through the rounding of sums.
 _ADJUSTABLE = ("prompts_per_chunk", "max_batch_tokens", "layout")
-# What the manifest counts, in its order.
+# Names of the manifest's counts, in the manifest's order.
 _COUNTS = (*("candidates", "scored_candidates", "scores_kept", "unscored", "too_long_to_score"),)
 _NOT_SETTINGS = (
     *_ADJUSTABLE,
@@ -73,17 +73,17 @@ def score_file(
     Every process returns when the whole file is written.
 
     Args:
-        config: what to do.
-        rank: which of the processes this is.
-        world_size: how many processes share the prompts.
-        local_rank: which of this machine's processes this is.
-        make_scorer: makes a scorer that no name stands for; `config.scorer` must then say all that
-            its scores depend on.
+        config: the settings.
+        rank: number of this process.
+        world_size: number of processes that share the prompts.
+        local_rank: number of this process on this machine.
+        make_scorer: makes a scorer that has no name; `config.scorer` must then describe everything
+            that its scores depend on. None = the scorer that `config.scorer` names.
 
     Raises:
         UserError: something is missing or does not fit; the file was begun with other settings;
             too many candidates could not be scored.
-        StoppedBySignal: SIGTERM or SIGINT came; what is done is on disk.
+        StoppedBySignal: SIGTERM or SIGINT was received; finished rows are on disk.
     """
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     output = Path(config.output_file)
@@ -96,8 +96,8 @@ class Input:
     """The rows to score.
 
     Attributes:
-        sets: by index.
-        to_score: candidates that need a score.
+        sets: the prompts with their candidates.
+        to_score: number of candidates that need a score.
     """
 
     sets: CandidateFile | Mixture
@@ -105,13 +105,14 @@ class Input:
 
     @property
     def file(self) -> CandidateFile | None:
-        """The file whose lines the output copies with scores; None if rows are encoded anew."""
+        """The file whose lines are copied, with scores, to the output; None if rows are encoded
+        anew."""
         sets = self.sets
         return sets if isinstance(sets, CandidateFile) and sets.is_as_written else None
 
 
 class _Stage:
-    """One process' share of one call."""
+    """The part of one call of `score_file` that one process does."""
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class _Stage:
         return Input(sets, to_score)
 
     def _settings(self, found: Input) -> dict[str, Any]:
-        """The settings that scores depend on: continuing with others is refused."""
+        """The settings that scores depend on; resuming with other values is refused."""
         options = {
             item.name: getattr(self.config, item.name)
             for item in fields(self.config)
@@ -183,7 +184,7 @@ class _Stage:
     # The work.
 
     def _chunks(self, found: Input) -> list[range]:
-        """Places of this process' prompts, in chunks that are scored together."""
+        """Positions of this process' prompts, in chunks that are scored together."""
         size, total = self.config.prompts_per_chunk, len(found.sets)
         starts = range(0, total, size)[self.share]
         return [range(start, min(start + size, total)) for start in starts]
@@ -229,7 +230,7 @@ class _Stage:
     def _score_chunk(
         self, scorer: Scorer, sets: Sequence[CandidateSet]
     ) -> list[list[float | None]]:
-        """The scores of the sets; known scores that are kept are not computed again."""
+        """Score the sets; with `only_missing`, existing scores are kept and not computed again."""
         asked = sets
         if self.config.only_missing:
             asked = [
@@ -249,7 +250,7 @@ class _Stage:
     def _part_row(
         self, scorer: Scorer, s: CandidateSet, scores: Sequence[float | None]
     ) -> dict[str, Any]:
-        """A row of the part: the scores, with the counts that they do not show."""
+        """Build a row of the part: the scores, and how many were kept or exceed the window."""
         row: dict[str, Any] = {"scores": scores}
         if self.config.only_missing:
             row["kept"] = len(scores) - s.scores.count(None)
@@ -269,14 +270,14 @@ class _Stage:
             begun = [manifest_path(self.output), *self.parts.paths()]
             raise UserError(
                 f"{self.output}: {failed} of {found.to_score} candidates could not be scored, more "
-                f"than --max_unscored_fraction {allowed}. Fix what the log says of them and begin "
-                f"anew, without {', '.join(path.name for path in begun)}; or go on without them "
-                "(what is done is kept; --only_missing scores them later, from the output): "
+                f"than --max_unscored_fraction {allowed}. Fix the cause, which is in the log, remove "
+                f"{', '.join(path.name for path in begun)} and begin anew; or continue without "
+                "these scores (--only_missing can add them to the output later): "
                 + command_of("rrhf score", self.config, max_unscored_fraction=1.0)
             )
 
     def _require_scores(self, counts: Mapping[str, int], found: Input) -> None:
-        """Refuse a file without any score, whatever the reason."""
+        """Refuse to finish a file in which no candidate has a score."""
         is_wanted = found.to_score and self.config.max_unscored_fraction < 1
         if is_wanted and counts["unscored"] == counts["candidates"]:
             why = "look for the reason in the log"
@@ -381,7 +382,7 @@ class _Stage:
 
 
 def _failed(rows: Iterable[Mapping[str, Any]]) -> int:
-    """How many candidates of these part rows the scorer failed on."""
+    """Number of candidates in these part rows on which the scorer failed."""
     return sum(row["scores"].count(None) - row.get("too_long", 0) for row in rows)
 
 
@@ -395,7 +396,8 @@ def _row_of_part(
 ) -> bytes:
     """The output line of a part row.
 
-    A call for which the input still had its manifest wrote scores alone.
+    The part row may hold only scores, if an earlier call wrote it while the input still had its
+    manifest.
     """
     row = part_row.get("row")
     if row is None:
@@ -404,9 +406,9 @@ def _row_of_part(
 
 
 def _with_scores_of_parts(file: CandidateFile) -> Callable[[Mapping[str, Any], bytes], bytes]:
-    """A function that gives the next line of the input with the scores of its part row.
+    """Make a function that returns the next line of the input with the scores of its part row.
 
-    It raises a `UserError` if the file was changed since it was opened.
+    The function raises a `UserError` if the input was changed after it was opened.
     """
     lines = file.lines()
 
@@ -429,10 +431,10 @@ def _window_of(scorer: Scorer) -> str:
 
 
 def scorer_fingerprint(spec: str) -> str:
-    """A hash that changes with the scorer: of a model's files, or of the user's source.
+    """A hash that changes with the scorer: of a model's files, or of the user's source code.
 
     Raises:
-        UserError: it names code that is not there.
+        UserError: the scorer's name names code that does not exist.
     """
     path = with_home_folder(spec)
     if path.is_file():
@@ -444,5 +446,5 @@ def scorer_fingerprint(spec: str) -> str:
 
 
 def _input_manifest(input_file: str) -> Mapping[str, Any] | None:
-    """The input's own manifest, which continues the history of the file."""
+    """The input's own manifest, which the output's manifest includes; None if there is none."""
     return read_manifest(input_file) if Path(input_file).is_file() else None

@@ -1,4 +1,4 @@
-"""Whether a stage that is continued is still the same: its model's files, and its settings."""
+"""Detects whether a stage that is continued has changed: its model's files, or its settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rrhf.manifests import MANIFEST
 from rrhf.model_paths import model_folder
 
-# Enough of a weight file to notice that it was trained on since.
+# Enough of a weight file to notice that the model was trained further.
 _FINGERPRINT_BYTES = 1 << 20
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".pt", ".bin")
 
@@ -37,7 +37,10 @@ def fingerprint(model_name_or_path: str) -> str:
 
 
 def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
-    """The differences as lines with name, value there and value now; nested names are dotted."""
+    """Lines with the name, the old value and the new value of each setting that differs.
+
+    The name of a nested setting is its path, joined by dots.
+    """
     if not isinstance(before, Mapping):
         return ["settings: none are recorded there"]
     flat_before, flat_now = dict(_flat(before)), dict(_flat(now))

@@ -1,7 +1,7 @@
 """A part file: the rows that a process has made so far, each with a checksum.
 
-A part begins with a line that marks it, and grows by appending; a kill at any moment loses no row
-that was handed over. `rrhf.stages.parts` merges the parts of an output.
+A part begins with a line that marks it as a part, and grows by appending; a kill at any moment
+loses no row that was passed to `append`. `rrhf.stages.parts` merges the parts of an output.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _CHECKSUM_DIGITS = 16
 
 START_AGAIN = "start the same command again: what is missing is made again"
 SYNC_EVERY_SECONDS = 1.0
-_SURE_BYTES = 20  # of a first line that was cut, to know it by
+_SURE_BYTES = 20  # this much of a first line that was cut is enough to recognise it
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 def encode_part_row(value: dict[str, Any]) -> bytes:
-    """A row of a part as a line: JSON whose last key is a checksum of all before it."""
+    """Encode a row of a part as a line: JSON whose last key is a checksum of the text before it."""
     body = encode_row(value).removesuffix(b"}\n")
     return body + _CHECKSUM + _checksum(body) + b'"}\n'
 
 
 def decode_part_row(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None if the line is damaged."""
+    """Decode a line of a part; None if the line is damaged."""
     body, found, rest = line.rpartition(_CHECKSUM)
     if not found or rest != _checksum(body) + b'"}\n':
         return None
@@ -46,14 +46,14 @@ def decode_part_row(line: bytes) -> dict[str, Any] | None:
 
 
 def whole_row(part_row: Mapping[str, Any], line: bytes) -> bytes:
-    """The output line of a part row: its "row"."""
+    """The output line of a part row: the value of its key "row"."""
     return _row_in(line) or encode_row(part_row["row"])
 
 
 def _row_in(line: bytes) -> bytes | None:
     """The JSON text of "row" in a line, found without parsing; None if it cannot be found.
 
-    The search cannot match within a text, since quotes in texts are escaped.
+    The search cannot match inside a JSON string, because quotes in strings are escaped.
     """
     before, found, rest = line.partition(b', "row": ')
     row, ended, _ = rest.rpartition(b', "counts": {')
@@ -65,7 +65,7 @@ def _checksum(body: bytes) -> bytes:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is a part, by its first line; a link is not."""
+    """Whether a file is a part, judged by its first line; a symbolic link is not a part."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -93,19 +93,20 @@ class PartAppender:
     """The part of this process, open for appending.
 
     Each row is written at once (a killed process loses nothing) and synced to the disk every second
-    (a power cut loses little). One process at a time; if another removes the file or changes its
-    size, the next row or sync notices. Symbolic links are not followed.
+    (a power cut loses little). Only one process may write a part; if another process removes the
+    file or changes its size, the next row or sync raises an error. Symbolic links are not followed.
 
     Args:
-        path: of the part, which is made if it is not there.
-        wrote: called with the rows written: the path, its size before, the rows, their lines.
+        path: path of the part, which is made if it does not exist.
+        wrote: called after each write with the path, the size of the file before the write, the
+            rows, and their lines.
 
     Attributes:
-        path: of the part.
-        bytes_cut: how many bytes of an unfinished last line were cut on opening.
+        path: path of the part.
+        bytes_cut: number of bytes of an incomplete last line that were cut off on opening.
 
     Raises:
-        UserError: it is not a part, is a link, or another process writes it.
+        UserError: the file is not a part, is a link, or is being written by another process.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class PartAppender:
             except BaseException:
                 os.close(handle)
                 raise
-            os.close(handle)  # its writer ended and removed it meanwhile
+            os.close(handle)  # the process that wrote the file has removed it in the meantime
 
     def _make(self) -> int | None:
         """Make the file; None if another process was first."""
@@ -163,7 +164,7 @@ class PartAppender:
             if error.errno not in _NO_LINKS or os.path.lexists(self.path):
                 os.close(handle)
                 raise
-            os.rename(temporary, self.path)  # a disk without hard links
+            os.rename(temporary, self.path)  # the disk has no hard links
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(self.path.parent)
@@ -192,8 +193,8 @@ class PartAppender:
         """Append rows, each with its checksum, in one write.
 
         Raises:
-            UserError: the disk is full; the file then ends with the row before. Or somebody else
-                changed the file.
+            UserError: the disk is full (the file then ends with the last complete row), or another
+                program changed the file.
         """
         lines = [encode_part_row(value) for value in values]
         start = self._size
@@ -215,7 +216,7 @@ class PartAppender:
             self.flush()
 
     def flush(self) -> None:
-        """Sync what was appended to the disk.
+        """Sync the appended rows to the disk.
 
         Raises:
             UserError: another program removed the file or changed its size.
@@ -242,7 +243,7 @@ class PartAppender:
             )
 
     def remove_if_bare(self) -> None:
-        """Remove the file if it has no rows and is still the one that was opened."""
+        """Remove the file if it has no rows and was not replaced after it was opened."""
         if self._handle is None or not is_at(self.path, self._handle):
             return
         if os.fstat(self._handle).st_size <= len(FIRST_LINE):

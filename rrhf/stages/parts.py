@@ -1,14 +1,15 @@
-"""Parts: rows that several processes write to disk, and their merging in the order of the prompts.
+"""Reads and merges parts: files to which several processes write the rows of one output.
 
 While `X.jsonl` is being made, process r appends its rows to `X.rank<r>.jsonl` next to it, each with
-the id of its prompt and what is counted about it. A part survives a kill at any moment; the parts
-of all processes together show what is done, even if a different number of processes continues.
-Once they hold every prompt, one process writes the whole `X.jsonl`, then its manifest, and removes
-the parts.
+the id of its prompt and its counts. A part survives a kill at any moment; the parts of all
+processes together show which prompts are done, even if a different number of processes continues.
+Once the parts hold every prompt, one process writes the whole `X.jsonl` in the order of the
+prompts, then its manifest, and removes the parts.
 
-A part begins with a line that marks it: any other file of the same name is the user's and is
-neither read nor removed. Each row ends with a checksum of itself. A row that does not match it is
-made again by the next call; a row that is damaged during a call ends that call.
+A part begins with a line that marks it as a part; any other file of the same name belongs to the
+user and is neither read nor removed. Each row ends with its checksum. If a row does not match its
+checksum, the next run of the command makes it again; a row that is damaged during a run is an
+error.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from rrhf.stages.part_file import (
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-# A part that has not grown for so long belongs to a process that will never end it: the default.
+# By default, processes count as lost if no part has grown for this long.
 STALLED_SECONDS = 3600.0
 
 Key = str | int
-"""What a row of a part is known by: the id of its prompt, or its place in the input."""
+"""What identifies a row of a part: the id of its prompt, or its position in the input."""
 
 
 class Places:
@@ -75,7 +76,7 @@ class Places:
         return len(self._ids)
 
     def of(self, ids: Iterable[Key]) -> Iterator[tuple[Key, Path, int, int]]:
-        """Of each id, which is known: the id, the part, the row's first byte and its length."""
+        """For each id, the id, its part, and the row's first byte and length; all ids are known."""
         parts = list(self._parts)
         for prompt_id in ids:
             number = self._ids.find(prompt_id)
@@ -96,9 +97,9 @@ class Parts:
     """The part files of one output.
 
     Attributes:
-        output: the file that they become.
-        wait_seconds: other processes count as lost if none has written for this long.
-        output_digest: of that file, once `merge` has ended.
+        output: the file into which the parts are merged.
+        wait_seconds: the other processes count as lost if none has written for this many seconds.
+        output_digest: digest of the output, after `merged` has written it.
         places: the place of each prompt's row, by its key, as far as the parts have been read.
     """
 
@@ -130,8 +131,8 @@ class Parts:
         """Open this process' part, locked, with an incomplete last line cut off.
 
         Raises:
-            UserError: another process is writing it; it cannot be written; or its name belongs to
-                a file of the user's, or a link.
+            UserError: another process is writing the part; the part cannot be written; or a file
+                of the user's, or a link, has its name.
         """
         return PartAppender(self.path_of(rank), self._note_own)
 
@@ -142,7 +143,7 @@ class Parts:
 
         Args:
             path: the part.
-            start: its size before.
+            start: size of the part before the rows were written.
             rows: the rows written.
             lines: their lines.
         """
@@ -155,15 +156,16 @@ class Parts:
         reached.lines += len(lines)
 
     def read_on(self, is_start: bool = False) -> int:
-        """Read what was appended since the last call; returns how many rows are known.
+        """Read the rows that were appended since the last read; returns the number of known rows.
 
         An incomplete last line is left for later: its process is writing it, or was killed.
 
         Args:
-            is_start: leave out damaged rows with a warning; this call makes them again.
+            is_start: whether no row has been made yet in this run. If so, damaged rows are left out
+                with a warning, and are made again.
 
         Raises:
-            UserError: a row was damaged, or a part was cut or removed, while this call ran.
+            UserError: a row was damaged, or a part was cut or removed, during this run.
         """
         parts = self.paths()
         for path in self._reached.keys() - set(parts):
@@ -199,10 +201,10 @@ class Parts:
         """Return once the parts of all processes hold all the ids.
 
         Args:
-            ids: of all prompts.
-            own: those of this process' share, which are already written.
+            ids: ids of all prompts.
+            own: ids of this process' prompts, whose rows are already written.
             stop: signals received.
-            what_stands: for the message of a signal.
+            what_stands: what is on disk, for the message if a signal arrives.
 
         Raises:
             StoppedBySignal: a signal came first.
@@ -241,10 +243,12 @@ class Parts:
         return total
 
     def rows(self, ids: Iterable[Key]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """The rows of these prompts and their lines, in this order, one in memory at a time.
+        """Yield the row of each prompt and its line, in the order of `ids`.
+
+        Only one row is in memory at a time.
 
         Raises:
-            UserError: a part was removed or damaged since it was read.
+            UserError: a part was removed or damaged after it was read.
         """
         with ExitStack() as opened:
             files: dict[Path, BinaryIO] = {}
@@ -269,14 +273,14 @@ class Parts:
         ids: Iterable[Key],
         line_of: Callable[[dict[str, Any], bytes], bytes] = whole_row,
     ) -> Iterator[Iterator[dict[str, Any]]]:
-        """Context manager: writes the output, and yields the part rows while it does.
+        """Context manager: yields an iterator of part rows, each of which it writes to the output.
 
-        The output is in place when the body ends after going through all rows; if it raises, the
-        old file is kept.
+        The body must go through all rows; the output is in place when the body ends. If the body
+        raises, the old file is kept.
 
         Args:
-            ids: of all rows, in the order of the output.
-            line_of: gives a line of the output, from a part row and its line.
+            ids: ids of all rows, in the order of the output.
+            line_of: makes a line of the output from a part row and its line.
         """
         with replaced_file(self.output) as file:
 
@@ -289,11 +293,12 @@ class Parts:
         self.output_digest = file.digest
 
     def remove(self, rank: int) -> None:
-        """Remove the parts of this process and of ended ones; a running process, which may not have
-        noticed yet that all is done, removes its own.
+        """Remove the parts of this process and of processes that have ended.
+
+        A process that is still running removes its own part when it sees that the file is complete.
 
         Args:
-            rank: this process, whose part is open here.
+            rank: number of this process, whose part is open.
         """
         own = self.path_of(rank)
         for path in self.paths():
@@ -301,7 +306,7 @@ class Parts:
                 path.unlink(missing_ok=True)
 
     def remove_half_written(self) -> None:
-        """Remove temporary files that killed processes left of output, manifest and parts."""
+        """Remove the temporary files of output, manifest and parts that killed processes left."""
         pattern = re.compile(r"\.(" + re.escape(self._stem) + r"\.rank\d+\.jsonl)\..*\.tmp")
         matches = (pattern.fullmatch(path.name) for path in self.output.parent.iterdir())
         parts = {self.output.with_name(match.group(1)) for match in matches if match}
@@ -318,10 +323,10 @@ def _damage(path: Path, line: int) -> str:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process has locked a part; False if the disk cannot lock files."""
+    """Whether a process has locked a part; False if the disk does not support locks."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:  # gone meanwhile
+    except OSError:  # removed in the meantime
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

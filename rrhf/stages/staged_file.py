@@ -1,9 +1,9 @@
-"""A file that several processes make together, once, and continue after kills.
+"""Lets several processes make one file together, and continue it after they were killed.
 
-Generation and scoring share it: the manifest has the settings of the file, parts hold what is done
-(`rrhf.stages.parts`), process 0 begins and ends, the others wait for it. Continuing with other
-settings is refused with a list of differences; settings that affect the rows only through the
-rounding of sums may change, with a warning.
+Generation and scoring use this module. The manifest records the settings of the file, and parts
+hold the finished rows (`rrhf.stages.parts`). Process 0 begins and completes the file; the other
+processes wait for process 0. Continuing with other settings is refused with a list of differences;
+settings that affect the rows only through the rounding of sums may change, with a warning.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class StagedFile:
     Args:
         output: the file.
         stage: the name of the work in the manifest, such as "generate".
-        rank: of this process.
-        stop: signals that came.
+        rank: number of this process.
+        stop: signals received.
         accept_edited: accept a finished file even if it differs from its manifest.
-        wait_seconds: other processes count as lost if none has written for this long.
+        wait_seconds: the other processes count as lost if none has written for this many seconds.
 
     Attributes:
-        parts: what is done so far.
+        parts: the parts, which hold the finished rows.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StagedFile:
         self._part: PartAppender | None = None
 
     def what_stands(self, done: int, total: int) -> str:
-        """What is on disk when a signal stops this process, for the message."""
+        """Say what is on disk, for the message if a signal stops this process."""
         return f"{done} of {total} prompts are in {self.parts.path_of(self._rank).name}; {GO_ON}"
 
     def make(
@@ -88,12 +88,12 @@ class StagedFile:
 
         Args:
             settings, adjustable, prepare: as in `begin`.
-            work: appends what is missing to this process' part, which is open.
-            finish: merges the parts of all processes; process 0 calls it.
+            work: appends the missing rows to this process' part, which is open.
+            finish: merges the parts of all processes; called by process 0 only.
 
         Raises:
             UserError: as in `begin`, or another process was lost.
-            StoppedBySignal: a signal came.
+            StoppedBySignal: a signal was received.
         """
         if self.begin(settings, adjustable, prepare):
             logger.info("%s: is complete already; nothing to do", self.output)
@@ -109,12 +109,13 @@ class StagedFile:
 
     @contextmanager
     def opened_part(self) -> Iterator[PartAppender]:
-        """This process' part, which is also its lock: keep it open until the whole file is written.
+        """Open and lock this process' part; the body must not end before the file is complete.
 
-        The parts are removed when the work is done; after an error, only a part without rows is.
+        Parts are removed when the body ends. If the body raises, this process' part is removed only
+        if it has no rows.
 
         Raises:
-            UserError: another process is writing it, or it is a file of the user's.
+            UserError: another process is writing the part, or a file of the user's has its name.
         """
         with self.parts.open_own(self._rank) as part:
             self._part = part
@@ -143,9 +144,9 @@ class StagedFile:
                 nothing behind.
 
         Raises:
-            UserError: the name belongs to another file, it was begun with other settings, or
-                changed since it was finished.
-            StoppedBySignal: a signal came while this process waited for process 0.
+            UserError: the name belongs to another file, or the file was begun with other settings
+                or changed after it was finished.
+            StoppedBySignal: a signal was received while this process waited for process 0.
         """
         if not self._is_first:
             return self._wait_for_beginning(settings)
@@ -206,7 +207,7 @@ class StagedFile:
         warn_accepted(self.output, difference)
 
     def _is_untouched(self, manifest: Mapping[str, Any]) -> bool:
-        """Whether no row was made yet, as after an error in a setting: nothing can be lost."""
+        """Whether no row was made yet, as after an error in a setting, so that nothing is lost."""
         is_begun = self.parts.with_rows() or self.output.exists()
         return manifest["status"] == UNFINISHED and not is_begun
 
@@ -214,8 +215,8 @@ class StagedFile:
         """Wait until process 0 has merged all parts into the output file.
 
         Raises:
-            StoppedBySignal: a signal came first.
-            UserError: for `wait_seconds` no part has grown and the file is not finished.
+            StoppedBySignal: a signal was received first.
+            UserError: no part has grown for `wait_seconds`, and the file is not finished.
         """
         known, grown_at = self.parts.num_bytes(), time.monotonic()
         while True:
@@ -237,7 +238,7 @@ class StagedFile:
                 known, grown_at = now_known, time.monotonic()
 
     def _wait_for_beginning(self, settings: Mapping[str, Any]) -> bool:
-        """Wait until process 0 has accepted the same settings; True if all is already done."""
+        """Wait until process 0 has accepted the same settings; True if the file is complete."""
         patience = min(_BEGINNING_SECONDS, self.parts.wait_seconds)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:

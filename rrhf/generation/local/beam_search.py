@@ -220,7 +220,7 @@ class BeamSearch:
         return beams + [0] * empty, next_tokens + [0] * empty
 
     def _cannot_improve(self, state: _Group) -> bool:
-        """Whether W hypotheses have ended and the best open beam, ended now, would not beat them."""
+        """Whether W hypotheses have ended and the best open beam, ended now, beats none of them."""
         if len(state.ended) < self._width:
             return False
         return self._ranking_score(state.open[0]) <= self._ranking_score(state.ended[-1])
