@@ -270,9 +270,9 @@ class _Stage:
             begun = [manifest_path(self.output), *self.parts.paths()]
             raise UserError(
                 f"{self.output}: {failed} of {found.to_score} candidates could not be scored, more "
-                f"than --max_unscored_fraction {allowed}. Fix the cause, which is in the log, remove "
-                f"{', '.join(path.name for path in begun)} and begin anew; or continue without "
-                "these scores (--only_missing can add them to the output later): "
+                f"than --max_unscored_fraction {allowed}. Fix the cause (see the log), remove "
+                f"{', '.join(path.name for path in begun)} and begin anew; or go on without these "
+                "scores (--only_missing can add them to the output later): "
                 + command_of("rrhf score", self.config, max_unscored_fraction=1.0)
             )
 
