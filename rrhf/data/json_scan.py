@@ -1,7 +1,7 @@
-"""JSON files: rows with the place they came from, however broken the file is.
+"""Read the rows of JSON files with their line numbers, and report what cannot be read.
 
-Reads `.jsonl` and `.json`, plain or gzip. Of JSON lines one row is in memory at a time; a JSON
-array is read whole, up to `MAX_ARRAY_BYTES`. Lines end at b"\\n" alone (a U+2028 inside a text is
+Reads `.jsonl` and `.json`, plain or gzip. JSON lines are read one row at a time; a JSON array is
+read whole, up to `MAX_ARRAY_BYTES`. Lines end at b"\\n" alone (a U+2028 inside a text is
 text), a leading byte-order mark and carriage returns are accepted. What cannot be read becomes a
 `Fault` with its line, so that a reader can report all faults of a file at once.
 
@@ -58,10 +58,10 @@ class Row(NamedTuple):
     """One JSON value of a file.
 
     Attributes:
-        line: the line it begins on, from 1.
-        offset: the byte it begins at, in the decompressed file.
-        length: its bytes.
-        value: what it says.
+        line: the line on which the value begins, from 1.
+        offset: the byte at which the value begins, in the decompressed file.
+        length: the number of bytes.
+        value: the decoded value.
     """
 
     line: int
@@ -137,7 +137,7 @@ def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
 
     Args:
         path: the file.
-        digest: is given the bytes of the file as they are read from the disk.
+        digest: updated with the file's bytes as they are read from the disk, still compressed.
 
     Raises:
         UserError: there is no such file, it may not be read, or it is a pipe or a device.
@@ -221,14 +221,14 @@ def scan_rows(
 ) -> Iterator[Row | Fault]:
     """Every row and every fault of a JSON Lines file or JSON array, in order.
 
-    A faulty line does not end a file of lines; a fault in an array, a cut gzip or a text that is
-    not UTF-8 at all does, because nothing behind it can be trusted.
+    In JSON lines, reading goes on after a faulty line. It ends at a fault in an array, at a damaged
+    gzip file and in a UTF-16 file, because nothing after such a fault can be trusted.
 
     Args:
         path: the file.
-        manifest: of the file; where it names rows, bytes or a SHA-256 that the file does not have,
-            an `Edited` is the last item.
-        digest: is given the bytes of the file as they are read from the disk.
+        manifest: the file's manifest; if its rows, bytes or SHA-256 do not match the file, the last
+            item is an `Edited`.
+        digest: updated with the file's bytes as they are read from the disk, still compressed.
 
     Raises:
         UserError: there is no such file.
@@ -414,7 +414,7 @@ def _scan_array(start: bytes, file: BinaryIO, line: int, offset: int) -> Iterato
 def _read_text(
     start: bytes, file: BinaryIO, offset: int
 ) -> tuple[str, Callable[[int], Fault] | None]:
-    """The text, as far as it can be read; and if that is not the end, what makes the fault."""
+    """The text, as far as it can be read, and a function that makes the fault if it is cut off."""
     data = bytearray(start)
     broken: Callable[[int], Fault] | None = None
     try:

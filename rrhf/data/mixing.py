@@ -1,4 +1,4 @@
-"""Mixtures: several sources, each in its proportion, as one sequence that depends on a seed.
+"""Mix several sources, each in its own proportion, into one sequence; a seed decides the draws.
 
 A mixture is written `name[:proportion[:path]]`, several separated by commas. A name is any
 source of `rrhf.data.sources`; a path that exists is used whole, with its colons and commas. The
@@ -49,7 +49,7 @@ from rrhf.user_code import is_import_path
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 10**8
-"""So many rows can be made of a smaller source by repeating it."""
+"""The most rows that are made from a smaller source by repeating its rows."""
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _PROPORTION = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?")
@@ -73,7 +73,7 @@ class SourceSpec:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether no row of it is taken; it need not exist then."""
+        """Whether no row of the source is taken; the source need not exist then."""
         return self.count == 0 or self.proportion == 0
 
     def number_of_rows(self, size: int) -> int:
@@ -111,10 +111,10 @@ def require_not_read(output: str, specs: str, name: str = "output_file") -> None
     Args:
         output: the file that is to be written.
         specs: the mixture.
-        name: of the setting that gives the output.
+        name: the setting that gives the output.
 
     Raises:
-        UserError: it is.
+        UserError: the output is an input file.
     """
     try:
         parts = parse_mixture(specs)
@@ -193,14 +193,14 @@ class Mixture(IndexedSets):
     """Chosen rows of several files as one sequence; repeated rows get ids of their own.
 
     Attributes:
-        digest: differs for other files or other choices of rows.
+        digest: a hash of the files and of the choice of rows.
     """
 
     def __init__(self, parts: Sequence[CandidateFile], rows: Sequence[Sequence[int]]) -> None:
         """
         Args:
-            parts: where rows are.
-            rows: for each part, which of its rows, in order.
+            parts: the files.
+            rows: for each file, the indices of the rows to use, in order.
         """
         self._parts = parts
         self._part = array("L")
@@ -249,14 +249,13 @@ def load_sets(
         seed: decides which rows are drawn where a proportion is no whole number.
         split: the split of named datasets.
         counts: filled with what was read and dropped.
-        options: whether changed files are read, what the columns are called, and whether a name
-            that no row has is only warned of, because these are not the only data.
-        new_ids: forget the ids that candidate files give, which may repeat; make them from the
-            prompts.
+        options: whether changed files are read, the names of columns, and whether a mapped column
+            that no row has gives only a warning.
+        new_ids: ignore the ids in candidate files and make new ones from the prompts.
 
     Raises:
-        UserError: as `rrhf.data.sources.read_sets`, no row has a column that `columns` names, or
-            nothing is left.
+        UserError: in the cases of `rrhf.data.sources.read_sets`, if no row has a column that
+            `columns` names, or if no rows are left.
     """
     counts = SourceCounts() if counts is None else counts
     options = options or DataOptions()
@@ -317,7 +316,7 @@ def _open_part(
 
 
 def _first_candidate_row(path: str) -> dict[str, Any] | None:
-    """The first readable row if it is a candidate file's; else None."""
+    """The first readable row of a candidate file; None for any other file."""
     if not os.path.isfile(path) or not path.lower().endswith(JSON_SUFFIXES):
         return None
     for item in scan_rows(path):

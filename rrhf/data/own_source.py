@@ -1,4 +1,4 @@
-"""A source of data of the user's own: a function, `package.module:name`, that yields rows.
+"""Read rows from a user's Python function, given as `package.module:name`.
 
     def rows(split=None):
         yield {"prompt": "How do I boil an egg?", "response": "Eight minutes in boiling water."}
@@ -52,7 +52,7 @@ def own_rows(target: str, path: str | None, split: str | None) -> Iterator[tuple
     given = {name: value for name, value in named.items() if value is not None}
     try:
         inspect.signature(function).bind(**given)
-    except ValueError:  # some built-in functions do not tell
+    except ValueError:  # some built-in functions have no signature to inspect
         pass
     except TypeError as error:
         raise UserError(

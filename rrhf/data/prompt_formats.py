@@ -31,10 +31,10 @@ _AS_THEY_STAND = (
 
 
 class PromptFormats:
-    """Counts prompts by what is known of their turns.
+    """Counts conversations, plain texts and other prompts, to log how they are formatted.
 
     Args:
-        codec: how they become tokens; None where that is not known here.
+        codec: converts the prompts to tokens; None = log nothing.
 
     Attributes:
         counts: "prompts", "plain" (a text without turns), "as_they_stand" (a query

@@ -15,8 +15,9 @@ MARK = "text:"
 def prompt_text(spec: str) -> str | None:
     """The prompt that a command-line word contains, or None where it names data.
 
-    `text:` marks a prompt. Any other prompt holds a blank, and has a part between commas that can
-    name no data: no path, no known name or near miss, no import path, no owner/name.
+    `text:` marks a prompt. A word without this mark is a prompt if it has white space and if at
+    least one of its parts between commas cannot name data: the part is not a path, a known or
+    nearly known name, an import path or owner/name.
     """
     if spec.startswith(MARK):
         return spec.removeprefix(MARK)

@@ -1,4 +1,4 @@
-"""Read one row into a record, and count what became of all rows.
+"""Read one row into a record, and count the rows that are kept, changed and dropped.
 
 A row records which of its columns were read (`rrhf.data.columns`). This module defines how a prompt
 is found in it, for all formats: a conversation; a text in HH's form, which is read into
@@ -29,7 +29,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model
 
 
 class Dropped(Exception):
-    """Ends the reading of a valid row that is of no use; it has been counted."""
+    """Raised when a valid row is dropped; the row has already been counted."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SourceCounts:
         formats: rows read, by format.
         scores_from: rows whose scores were read, by their source.
         unread: columns that were not read, by source.
-        is_quiet: only count.
+        is_quiet: count dropped rows without logging them.
     """
 
     read: int = 0
@@ -127,7 +127,7 @@ class Reading:
         return RowError(self.reader.faults)
 
     def dropped(self, reason: str) -> Dropped:
-        """The exception for a row that is of no use, which is counted."""
+        """Count a row that is dropped, and return the exception to raise."""
         self.counts.drop(reason, self.where)
         return Dropped(reason)
 
@@ -248,7 +248,7 @@ class Reading:
         return (Message("system", system), *turns) if system.strip() else turns
 
     def _context(self) -> str:
-        """What an instruction is about."""
+        """The text that an instruction refers to, from the column `input` or `context`."""
         return self.reader.text(first_of(self.row, ("input", "context")) or "input", default="")
 
 

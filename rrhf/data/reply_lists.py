@@ -147,7 +147,7 @@ def _scores(reading: Reading, column: str, entries: Sequence[Any]) -> Sequence[f
                 f"score that all have: --columns {key}=KEY",
             )
     nested = [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
-    # Read under the name that a message must show.
+    # The reader uses this name in its messages.
     inner = RowReader({f"{column}[].{key}": nested}, reading.where)
     values = _numbers(inner, len(entries), f"{column}[].{key}", is_rank=key == "rank")
     reading.reader.faults += inner.faults

@@ -55,9 +55,9 @@ def path_rows(path: str, split: str | None) -> Rows:
 
 
 def _folder_rows(path: str, split: str | None) -> Rows:
-    """A folder's rows: `<split>.jsonl` or its like, as HH comes, else as `datasets` has it."""
+    """Read a folder: the file `<split>.jsonl` or similar, as in HH; else through `datasets`."""
     stem = split or DEFAULT_SPLIT
-    names = sorted(os.listdir(path), reverse=True)  # of two that differ in case, the small one
+    names = sorted(os.listdir(path), reverse=True)  # if only case differs, prefer lower case
     for suffix in (*JSON_SUFFIXES, *SEPARATORS, TEXT_SUFFIX):
         for name in names:
             file = os.path.join(path, name)

@@ -37,7 +37,7 @@ def require_wanted(reading: Reading) -> None:
     """Leave out a row whose `label` calls its one reply a bad one.
 
     Raises:
-        Dropped: it does.
+        Dropped: the label calls the reply bad.
         RowError: the label is neither 0 or 1 nor true or false.
     """
     value = reading.row.get("label")

@@ -181,8 +181,8 @@ def read_sets(
         split: which split of a dataset; None = "train", or the only one there is.
         counts: filled while reading.
         path: a local copy of the named source.
-        accept_edited: read a file also where it is not as its manifest describes it.
-        columns: what the columns are called, where not as they are known.
+        accept_edited: read a file even if it does not match its manifest.
+        columns: the user's mapping of column names.
 
     Raises:
         UserError: there is no such source, it is empty, unfinished or changed since it was written,
@@ -222,7 +222,7 @@ def read_sets(
 
 
 def _marked(found: CandidateSet, origin: str, row_format: RowFormat) -> CandidateSet:
-    """The set with its origin; rows of a candidate file keep theirs, or have none."""
+    """Add the origin to a set, unless the set has one or comes from a candidate file."""
     if found.origin or row_format.name == CANDIDATES:
         return found
     return CandidateSet(found.id, found.query, found.messages, found.candidates, origin)

@@ -44,10 +44,11 @@ def table_rows(path: str, separator: str) -> Iterator[tuple[int, TextCells | Fau
 
     Args:
         path: the file.
-        separator: that of its suffix; its first line may show another, or say so (`sep=;`).
+        separator: the usual separator of the file's suffix. Another one is used if the first line
+            states it (`sep=;`) or its column names show it.
 
     Raises:
-        UserError: it is no UTF-8, or a quote is not closed.
+        UserError: the file is not UTF-8, or a quote is not closed.
     """
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     lines = _lines(path)  # cells may hold line breaks, so that rows are the csv module's to find

@@ -18,7 +18,7 @@ _MARKS = (CHOSEN_SOURCE, REJECTED_SOURCE)
 
 
 def count_uses(sets: Iterable[CandidateSet]) -> Counter[str]:
-    """Counts of prompts, conversations, replies and scores, and of what each view would show."""
+    """Count prompts, replies and scores, and the prompts that each kind of training can use."""
     found: Counter[str] = Counter()
     ignored = SourceCounts(is_quiet=True)
     seen: set[bytes] = set()  # hashes: prompts may be more than fit into memory

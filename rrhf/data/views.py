@@ -47,10 +47,10 @@ class View(IndexedSets):
     ) -> None:
         """
         Args:
-            sets: what is viewed.
-            entries: (row, first candidate, second candidate), -1 for none; both -1 = what `shown`
-                leaves of them.
-            shown: what is shown of a row of which no candidate is chosen.
+            sets: the sequence below.
+            entries: (row, first candidate, second candidate), -1 for no candidate; if both are -1,
+                the entry is the result of `shown`.
+            shown: makes the entry from a row for which no candidate is chosen.
         """
         self._sets = sets
         self._shown = shown
@@ -193,7 +193,7 @@ def prompts(sets: Sets, unique: bool = True, counts: SourceCounts | None = None)
 
 
 def prompt_key(found: CandidateSet) -> bytes:
-    """A hash that two sets share if they ask the same."""
+    """A hash of the prompt; sets with the same prompt have the same hash."""
     asked = found.query if found.messages is None else repr(found.messages)
     return hashlib.blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
@@ -217,7 +217,7 @@ def split_by_first_turn(
         sets: any.
         fractions: part name -> its share, such as {"reward": .4, "policy": .4, "heldout": .2}; if
             they add up to less than 1, the rest is in no part.
-        seed: another seed, another split.
+        seed: a different seed gives a different split.
     """
     total = math.fsum(fractions.values())
     assert fractions and total <= 1 + 1e-9, "shares add up to at most 1"
