@@ -1,13 +1,13 @@
-"""Keeps the best model so far, by a metric of the evaluations, in `best/` next to the last.
+"""Keeps the best model so far, by an evaluation metric, in `best/` next to the last model.
 
-`best/` holds the models that were measured and a manifest with step, measure and value; it is
-staged and moved into place. A checkpoint records the step of the best model. So that a resumed run
-finds that model again, the previous best is kept, hidden, until a checkpoint records the new one;
-it replaces a best model of steps that are undone on resuming.
+`best/` holds the models that were measured and a manifest with step, metric and value; it is staged
+and moved into place. A checkpoint records the step of the best model. So that a resumed run finds
+that model again, the previous best model is kept, hidden, until a checkpoint records the new one.
+If resuming undoes the steps of the new best model, the previous one takes its place again.
 
-The number of evaluations without improvement also ends a run early. Names and meaning are Hugging
-Face's: `metric_for_best_model`, `greater_is_better`, `load_best_model_at_end`,
-`early_stopping_patience`.
+This module also decides when a run ends early: after a number of evaluations without improvement.
+The settings have Hugging Face's names and meaning: `metric_for_best_model`, `greater_is_better`,
+`load_best_model_at_end`, `early_stopping_patience`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class BestModel:
     """Judges each evaluation, and keeps the models of the best one.
 
     Args:
-        folder: of the run.
-        models: of the trainer.
-        config: measure, direction and patience.
-        parallel: ranks; every one of them must make every call.
+        folder: the run folder.
+        models: the trainer's models.
+        config: provides the metric, its direction, and the patience.
+        parallel: the ranks; every rank must make every call.
 
     Attributes:
         step: of the best evaluation; None before the first.
-        value: its metric.
-        evaluations_without_gain: number of evaluations since then.
+        value: the metric in that evaluation.
+        evaluations_without_gain: number of evaluations since the last improvement.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class BestModel:
         """Keep the models if this evaluation is the best one; returns whether it is.
 
         Raises:
-            UserError: the evaluation has no such metric.
+            UserError: the evaluation does not contain the metric.
         """
         if self.metric not in evaluation:
             raise UserError(
@@ -92,7 +92,7 @@ class BestModel:
         gain = self._sign * (value - self.value) if self.step is not None else math.inf
         is_best = math.isfinite(value) and gain > 0
         counts = is_best and gain > self._config.early_stopping_threshold
-        # Agreed, so that no rank goes on alone where sums differ in their last bit.
+        # All ranks must decide alike, but their values may differ in the last bit.
         is_best, counts = self._parallel.any(is_best), self._parallel.any(counts)
         before = self.step, self.value, self.evaluations_without_gain
         self.evaluations_without_gain = 0 if counts else self.evaluations_without_gain + 1
@@ -123,14 +123,14 @@ class BestModel:
         self._parallel.barrier()
 
     def settle(self) -> None:
-        """Remove the hidden previous best, once a checkpoint or a finished run has the new one."""
+        """Remove the hidden previous best; called when a checkpoint or manifest has the new one."""
         self._in_checkpoint = self.step
         if self._parallel.is_main:
             for path in self._overtaken():
                 _remove(path)
 
     def describe(self) -> dict[str, Any] | None:
-        """The entry of the run's manifest; None without a best model."""
+        """The entry for the run's manifest; None if there is no best model."""
         if self.step is None:
             return None
         return {
@@ -141,13 +141,13 @@ class BestModel:
         }
 
     def copy_to(self, folder: Path) -> bool:
-        """Replace the last models by the best ones; False if there are none.
+        """Replace the last models by the best ones; returns False if there is no best model.
 
         Args:
-            folder: of the run.
+            folder: the run folder.
 
         Raises:
-            UserError: no space, or the place cannot be written; on every rank.
+            UserError: the disk is full, or the folder cannot be written; raised on every rank.
         """
         is_there = self.step is not None and self._is_there(self.step)
         failure: Exception | None = None
@@ -158,7 +158,9 @@ class BestModel:
             except Exception as error:
                 failure = error
         if self._parallel.any(failure is not None):
-            raise failure or UserError(f"{folder}: process 0 could not write a model; it says why")
+            raise failure or UserError(
+                f"{folder}: process 0 could not write a model; see its message"
+            )
         return is_there
 
     def _replace(self, overtaken: int | None) -> None:
@@ -224,7 +226,7 @@ class BestModel:
 
 
 def forget_hidden(run: Path) -> None:
-    """Remove the hidden models of a finished run that earlier calls left."""
+    """Remove the hidden models that earlier calls left in the folder of a finished run."""
     for path in _hidden_ones(run):
         _remove(path)
 
@@ -235,10 +237,10 @@ def _hidden_ones(run: Path) -> list[Path]:
 
 
 def copy_sealed(source: Path, target: Path) -> None:
-    """Copy a model folder, checked, so that the copy is whole or not there.
+    """Check and copy a model folder; the copy is either complete or absent.
 
     Raises:
-        UserError: the source is not as it was written; no space.
+        UserError: the source changed since it was written, or the disk is full.
     """
 
     def copy(staged: Path) -> None:

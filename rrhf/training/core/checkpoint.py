@@ -2,11 +2,12 @@
 
 A checkpoint is a folder `step-<n>` with the trained weights, the optimiser, the random state and
 `trainer_state.json`; its `manifest.json` is written last and lists size and hash of every file.
-Resuming takes the newest one that is whole; if there are checkpoints but none is whole, it stops
-instead of starting over. An older checkpoint is deleted only after the newer one is complete. Order
-is by step number, never by clock.
+A run resumes from its newest undamaged checkpoint; if all of its checkpoints are damaged, it stops
+with an error instead of starting over. An older checkpoint is deleted only after the newer one is
+complete. Checkpoints are ordered by step number, never by time.
 
-Weights and optimiser of one process (or DDP) are written by rrhf; sharded ones by accelerate.
+With one process or DDP, rrhf writes weights and optimiser state; if they are sharded, accelerate
+does.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Checkpointer:
         keep: int = 2,
     ) -> None:
         if keep < 1:
-            raise UserError(f"--save_total_limit {keep}: at least one checkpoint must stay")
+            raise UserError(f"--save_total_limit {keep}: at least one checkpoint must be kept")
         self.folder = folder
         self._parallel = parallel
         self._model = model
@@ -79,8 +80,8 @@ class Checkpointer:
         """Write checkpoint `step`.
 
         Args:
-            step: its number.
-            state: plain values: stream, scheduler, metrics.
+            step: number of optimiser steps done.
+            state: plain values, such as the states of stream and scheduler.
             tensors: the stream's tensors, the same on every rank.
         """
         target = self.folder / f"step-{step}"
@@ -102,10 +103,10 @@ class Checkpointer:
         return target
 
     def _fill(self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Write the parts of all ranks and seal them; after a failure on one rank, all raise.
+        """Write the parts of all ranks and seal them; if one rank fails, all ranks raise.
 
         Raises:
-            UserError: no space, or the place cannot be written.
+            UserError: the disk is full, or the folder cannot be written.
         """
         failure: BaseException | None = None
         try:
@@ -130,8 +131,8 @@ class Checkpointer:
         self._parallel.barrier()
         if failure is None:
             raise UserError(
-                f"{self.folder}: another process could not write its part of a checkpoint; it says "
-                "why"
+                f"{self.folder}: another process could not write its part of a checkpoint; see "
+                "its message"
             )
         raise told_failure(failure, staged) from failure
 
@@ -161,7 +162,8 @@ class Checkpointer:
         """Load the newest complete checkpoint.
 
         Returns:
-            its state, with the stream's tensors as "tensors"; None if there is none.
+            the checkpoint's state, with the stream's tensors as "tensors"; None if there is no
+            checkpoint.
 
         Raises:
             UserError: there are checkpoints but none is whole; or the newest was written under
@@ -180,7 +182,7 @@ class Checkpointer:
                 torch.load(newest / OPTIMIZER, map_location="cpu", weights_only=True)
             )
         random = newest / self._random_file(self._parallel.rank)
-        if not random.exists():  # earlier checkpoints, and those of fewer ranks
+        if not random.exists():  # written by an earlier version, or by fewer ranks
             random = newest / RANDOM
         _set_random_state(torch.load(random, weights_only=True))
         tensors = newest / STREAM
@@ -189,7 +191,7 @@ class Checkpointer:
         return state
 
     def _newest_whole(self) -> Path | None:
-        """The newest whole checkpoint, as the main rank finds it; damaged ones are logged.
+        """Find the newest undamaged checkpoint on the main rank; damaged ones are logged.
 
         Raises:
             UserError: there are checkpoints but none is whole.
@@ -208,7 +210,7 @@ class Checkpointer:
         return None
 
     def _require_same_launch(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Refuse sharded weights of another launch, whose format would differ.
+        """Refuse a checkpoint that was written in the format of another launch.
 
         Raises:
             UserError: the checkpoint was written under another launch.
@@ -219,7 +221,7 @@ class Checkpointer:
         if was_sharded != self._parallel.is_sharded or (was_sharded and mine != its):
             raise UserError(
                 f"resume: {checkpoint} was written under {its if was_sharded else 'no sharding'}, "
-                f"and this launch runs {mine}; start with the launch that the checkpoint had"
+                f"and this launch runs {mine}; start with the launch that wrote the checkpoint"
             )
 
     @staticmethod
@@ -252,7 +254,7 @@ class Checkpointer:
                 weight.copy_(file.get_tensor(name))
 
     def _delete_old(self) -> None:
-        """Delete all but the newest whole ones, and those that were found damaged."""
+        """Delete damaged checkpoints, and complete ones except for the newest `keep`."""
         complete = [path for path in checkpoints_by_step(self.folder) if is_complete(path)]
         complete = [path for path in complete if path not in self._passed_over]
         for path in {*complete[: -self._keep], *(p for p in self._passed_over if p.exists())}:
@@ -261,7 +263,7 @@ class Checkpointer:
 
 
 def _save_torch(value: Any, path: Path) -> None:
-    # Into an open file: where torch opens it, a full disk comes out as an error without a reason.
+    # Into an open file: if torch opens the file itself, its error for a full disk gives no reason.
     with open(path, "wb") as file:
         torch.save(value, file)
 

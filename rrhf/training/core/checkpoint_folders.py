@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and which of a run's checkpoints are whole."""
+"""Names the files of a checkpoint, and finds the undamaged checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checkpoints_by_step(folder: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether its manifest says complete; `checkpoint_damage` compares the files."""
+    """Whether the manifest says that it is complete; `checkpoint_damage` also checks the files."""
     try:
         manifest = load_manifest(checkpoint / MANIFEST)
     except DamagedManifest:
@@ -58,7 +58,7 @@ def checkpoint_damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest whole checkpoint, and the damage of newer ones by name."""
+    """The newest undamaged checkpoint, and what is wrong with each newer one, by name."""
     damaged: dict[str, str] = {}
     for path in reversed(checkpoints_by_step(folder)):
         problem = checkpoint_damage(path)
@@ -73,6 +73,6 @@ def none_is_whole(folder: Path, damaged: dict[str, str]) -> UserError:
     """The error for a run that cannot continue from any of its checkpoints."""
     told = "\n".join(f"  {name}: {problem}" for name, problem in damaged.items())
     return UserError(
-        f"{folder}: none of the checkpoints is whole:\n{told}\nCopy one of them again from where "
-        "it is whole; to train from the beginning, choose another --output_dir"
+        f"{folder}: none of the checkpoints is whole:\n{told}\nRestore one of them from an "
+        "undamaged copy; to train from the beginning, choose another --output_dir"
     )

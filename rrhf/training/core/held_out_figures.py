@@ -17,7 +17,7 @@ def held_out_figures(evaluation: Mapping[str, Any], num_held_out: int = 0) -> st
 
     Args:
         evaluation: name -> value; "accuracy_low" and "accuracy_high" are the interval of accuracy.
-        num_held_out: prompts behind a ranking accuracy, 0 = unknown.
+        num_held_out: number of prompts behind a ranking accuracy; 0 = unknown.
     """
     forms = {"loss": "loss {:.4g}", "perplexity": "perplexity {:.4g}"}
     low, high = evaluation.get("accuracy_low"), evaluation.get("accuracy_high")
@@ -33,7 +33,7 @@ def held_out_figures(evaluation: Mapping[str, Any], num_held_out: int = 0) -> st
 def fraction_interval(value: float, n: int) -> str:
     """Wilson's 95 % interval of a fraction, " [0.39, 0.74]"; empty where `n` is 0.
 
-    The sample is one of prompts, so n counts prompts, not pairs; the interval is never too narrow.
+    Prompts were sampled, not pairs, so `n` counts prompts; the interval is never too narrow.
     """
     if n < 1:
         return ""

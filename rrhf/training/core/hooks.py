@@ -1,6 +1,6 @@
-"""Hooks: what happens between optimiser steps, such as averages, early ends, tables of samples.
+"""Hooks: extra work between optimiser steps, such as weight averages and tables of samples.
 
-A hook is called at every step and may have a state; streams do not know about it. The loop calls
+A hook is called at every step and may have a state. The loop calls
 hooks on every rank, in the given order.
 """
 
@@ -17,31 +17,31 @@ from rrhf.training.core.tracking import Tracker
 
 
 class Hook:
-    """Does nothing; a subclass overrides what it needs.
+    """Base class of hooks: each method does nothing until a subclass overrides it.
 
     Attributes:
-        name: key of its state and tensors in a checkpoint; "" = it has none.
+        name: key of the hook's state and tensors in a checkpoint; "" = the hook has none.
     """
 
     name: str = ""
 
     def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
-        """Before the first step of this process, after a checkpoint was restored.
+        """Called before the first step of this process, after a checkpoint was restored.
 
         Args:
-            tracker: of the run.
+            tracker: the run's tracker.
             optimizer: the prepared optimiser.
         """
 
     def before_step(self, step: int) -> None:
-        """Before optimiser step number `step`, counted from 1."""
+        """Called before optimiser step number `step`, counted from 1."""
 
     def batches(self) -> list[TokenBatch]:
         """Additional micro-batches for the coming step."""
         return []
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """After that step, with its metrics."""
+        """Called after optimiser step number `step`, with its metrics."""
 
     def metrics(self) -> dict[str, float]:
         """Metrics to add to the row of the step just done."""
@@ -52,18 +52,18 @@ class Hook:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to the state of a checkpoint; an empty state: to the beginning."""
+        """Return to the state of a checkpoint; an empty state = the beginning of the run."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint, the same on every rank."""
         return {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore them; called after `load_state_dict`."""
+        """Restore the tensors of a checkpoint; called after `load_state_dict`."""
 
 
 class Hooks:
-    """The hooks of a run, and their part of a checkpoint.
+    """Calls all hooks of a run, and saves and restores their states.
 
     Args:
         hooks: in the order in which they are called.
@@ -94,8 +94,8 @@ class Hooks:
         return {name: hook.state_dict() for name, hook in self._named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore all hooks from the state of a checkpoint; an empty state: to the beginning."""
-        # Version 0.1 kept these states next to the stream's, or among its own.
+        """Restore all hooks from a checkpoint; an empty state = the beginning of the run."""
+        # Version 0.1 kept these states next to the stream's state, or inside it.
         places = [state["hooks"]] if "hooks" in state else [state, state.get("stream", {})]
         for name, hook in self._named.items():
             hook.load_state_dict(next((place[name] for place in places if name in place), {}))
@@ -108,7 +108,7 @@ class Hooks:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give each hook its tensors; returns those of the stream."""
+        """Give each hook its tensors; returns the others, which belong to the stream."""
         left = dict(tensors)
         for name, hook in self._named.items():
             keys = [key for key in left if key.startswith(f"{name}.")]

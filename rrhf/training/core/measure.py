@@ -1,7 +1,7 @@
-"""An objective's losses and metrics over held-out examples, without a step.
+"""Measures an objective's losses and metrics on held-out examples, without optimiser steps.
 
-The same sums over the same global counts as in training, so a held-out loss and a training loss
-mean the same.
+The sums and global counts are defined as in training, so held-out and training losses are
+comparable.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def measure(
     cut: StepCut,
     parallel: Parallel,
 ) -> dict[str, float]:
-    """Go through all examples once; every rank must call it and gets the same result.
+    """Measure an objective on all examples; every rank must call this, and gets the same result.
 
     Args:
-        model: the prepared root, in eval mode.
+        model: the prepared module, in eval mode.
         objective: gives the terms and metrics.
         examples: held-out data.
-        cut: of the training's steps; each forward is as large as theirs.
+        cut: how training steps are cut; each forward pass is as large as in training.
         parallel: ranks.
 
     Returns:
         "loss", "<term>_loss" for each term, and the terms' metrics.
     """
-    # By tokens, a longer stretch is cut better.
+    # Cutting by tokens works better with more examples to choose from.
     accumulation = 1 if cut.budget is None else GROUPING_STEPS
     cut = replace(cut, gradient_accumulation_steps=accumulation)
     losses: dict[str, Tensor] = {}
@@ -47,7 +47,7 @@ def measure(
     told = 0
     with Progress("evaluate", len(examples), "example") as progress:
         for batch in (batch for batches in OfflineStream(examples, cut) for batch in batches):
-            # Counted where it was collated; a filler of another rank is no example.
+            # Counted before the batch moves to the device. Fillers of other ranks do not count.
             examples_done = int((batch.prompt_weights > 0).sum()) * parallel.world_size
             examples_done = min(examples_done, len(examples) - told)
             told += examples_done

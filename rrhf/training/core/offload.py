@@ -1,10 +1,11 @@
-"""Weights and optimiser state in the host's memory while the GPU does not need them.
+"""Keeps weights and optimiser state in the host's memory while the GPU does not need them.
 
 In PPO not every tensor is needed all the time: the reference model, the reward model and the
-optimiser's moments are idle while responses are sampled. `Offload` is given the phases in
-which each tensor is needed. When a phase begins, it first moves out what that phase does not need,
-then brings back what it does. A tensor keeps its shape and its bits and can be read in either
-place, so checkpoints and saved models do not depend on what is off the device.
+optimiser's moments are idle while responses are sampled. Callers tell `Offload` the phases in which
+each tensor is needed. When a phase begins, `Offload` first moves the tensors that the phase does
+not need off the GPU, then brings back those that it needs. A tensor keeps its shape and its bits
+and can be read in either place, so checkpoints and saved models do not depend on what is off the
+device.
 
 Left out on purpose: weights that are sharded over ranks (FSDP and DeepSpeed have offloading of
 their own), gradients (there are none between two steps), and machines without a GPU, where there
@@ -27,14 +28,14 @@ DEVICES = ("cuda",)
 """Kinds of device with memory separate from the host's."""
 
 TRAIN = "train"
-"""The phase that changes what is trained."""
+"""Name of the phase that changes the trained weights."""
 
 
 def require_device_memory(levels: Collection[str], device: torch.device) -> None:
     """Refuse offloading on a machine without separate device memory.
 
     Raises:
-        UserError: something is to be offloaded, and training runs on the CPU.
+        UserError: `levels` is not empty, and training runs on the CPU.
     """
     if levels and device.type not in DEVICES:
         raise UserError(
@@ -56,7 +57,7 @@ class HostStore:
         self._copies: dict[str, Tensor] = {}
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
-        """Keep a tensor's bits under a name; returns the copy."""
+        """Copy a tensor into the store under a name; returns the copy."""
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             pinned = self._device.type == "cuda"
@@ -69,7 +70,7 @@ class HostStore:
         return self._copies[name]
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """A new tensor on the device with these bits."""
+        """Copy a tensor to the device."""
         return tensor.to(self._device, copy=True)
 
     def close(self) -> None:
@@ -83,9 +84,9 @@ class _Held:
 
     Attributes:
         name: its name in the store.
-        tensor: the parameter or state; its data are replaced.
-        is_constant: it is never trained.
-        is_stored: the store has its current bits.
+        tensor: the parameter or optimiser state; its `data` are replaced when it moves.
+        is_constant: the tensor is never trained.
+        is_stored: the copy in the store is up to date.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Offload(Hook):
         store: holds what is off the device.
 
     Attributes:
-        levels: as given.
+        levels: the levels that are moved.
     """
 
     def __init__(self, levels: Collection[str], store: HostStore) -> None:
@@ -119,7 +120,7 @@ class Offload(Hook):
         self._optimizer_state = _Group(frozenset({TRAIN}))
 
     def add_frozen(self, module: nn.Module, needed_in: Collection[str]) -> None:
-        """Keep a frozen model off the device, from now on, except in these phases."""
+        """From now on, keep a frozen model off the device except in the phases `needed_in`."""
         if "freeze_model" in self.levels:
             group = self._add(module.parameters(), needed_in)
             for held in group.held:
@@ -127,7 +128,7 @@ class Offload(Hook):
             self._put_off(group)
 
     def add_trained(self, module: nn.Module, needed_in: Collection[str]) -> None:
-        """Keep a trained model, or a part of one, off the device except in these phases."""
+        """Keep a trained model, or part of it, off the device except in the phases `needed_in`."""
         if "train_model" in self.levels:
             self._add(module.parameters(), needed_in)
 
@@ -140,7 +141,7 @@ class Offload(Hook):
     def enter(self, phase: str) -> None:
         """Move what a phase needs onto the device, and everything else off it."""
         if self._optimizer is not None and not self._optimizer_state.is_off:
-            # It appears with the first step, or with a checkpoint.
+            # The state exists after the first step, or after a checkpoint was restored.
             states = self._optimizer.state.values()
             values = [value for state in states for value in state.values()]
             found = [value for value in values if isinstance(value, Tensor) and value.ndim]
@@ -166,7 +167,7 @@ class Offload(Hook):
         known = {id(held.tensor) for group in self._groups for held in group.held}
         group = _Group(frozenset(needed_in))
         for tensor in tensors:
-            # Tied weights move once; an unusual memory layout would be lost in the copy.
+            # Tied weights move once; copying a non-contiguous tensor would lose its memory layout.
             if id(tensor) not in known and tensor.is_contiguous() and tensor.numel():
                 name = f"{len(self._groups)}-{len(group.held)}"
                 group.held.append(_Held(name, tensor, not tensor.requires_grad))

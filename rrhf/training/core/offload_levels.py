@@ -1,4 +1,4 @@
-"""Names of what may be moved off the GPU while it is not needed; `.offload` moves it."""
+"""Names what can be moved off the GPU while it is not needed; `.offload` does the moving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LEVELS = ("freeze_model", "optimizer", "train_model")
 
 
 def parse_levels(words: Collection[str]) -> frozenset[str]:
-    """The levels named in any order, in one string or several; "none" is the empty set.
+    """Parse names of levels, in any order and in one string or several; "none" = no level.
 
     Raises:
         UserError: a word is not a level.
@@ -20,8 +20,8 @@ def parse_levels(words: Collection[str]) -> frozenset[str]:
         if word not in (*LEVELS, "none"):
             raise UserError(
                 f"--offload_level {word}: choose any of {', '.join(LEVELS)}, in one string with "
-                "blanks between, or none"
+                "spaces between them, or none"
             )
     if "none" in asked and len(asked) > 1:
-        raise UserError(f"--offload_level {' '.join(asked)}: none goes with nothing else")
+        raise UserError(f"--offload_level {' '.join(asked)}: none cannot be combined with a level")
     return frozenset(asked) - {"none"}

@@ -1,12 +1,12 @@
 """The only module that knows how the model is distributed: one process, DDP, FSDP2 or DeepSpeed.
 
-All of it is accelerate's work, started by `accelerate launch` or `torchrun`. The loop sets the
-step boundaries itself (accumulation is 1 for accelerate and DeepSpeed). It multiplies each loss by
-the number of ranks, because both average gradients over them while our losses are already divided
-by global counts.
+accelerate does the distribution; training is started by `accelerate launch` or `torchrun`. The loop
+sets the step boundaries itself (accumulation is 1 for accelerate and DeepSpeed). `backward`
+multiplies each loss by the number of ranks: accelerate and DeepSpeed average gradients over ranks,
+but our losses are already divided by global counts.
 
-accelerate can silently do less than it was asked for, so the request is checked: against its state
-before anything is prepared, and against the model afterwards.
+accelerate can silently distribute less than the launch requested. The request is therefore compared
+with accelerate's state before anything is prepared, and with the model afterwards.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SIGNS_OF_A_LOST_RANK = (
     "Broken pipe",
     "Socket closed",
 )
-"""Parts of the messages of gloo and its store."""
+"""Parts of the error messages of gloo and its store when a rank is lost."""
 
 
 class Parallel:
@@ -50,10 +50,10 @@ class Parallel:
 
     Args:
         bf16: mixed precision in bfloat16.
-        timeout_seconds: how long a rank waits for another before it treats it as lost.
+        timeout_seconds: how long a rank waits for another before it considers that rank lost.
 
     Raises:
-        UserError: the launcher asked for sharding that would silently not happen on this machine.
+        UserError: the launch requests a distribution that accelerate would silently not provide.
     """
 
     def __init__(self, bf16: bool = False, timeout_seconds: float = 1800.0) -> None:
@@ -82,7 +82,9 @@ class Parallel:
                 "FSDP needs GPUs here: choose another launch file"
             )
         if self.kind == "FSDP" and not self.accelerator.is_fsdp2:
-            raise UserError("launch: this is FSDP's first version; set fsdp_version: 2 in its file")
+            raise UserError(
+                "launch: FSDP version 1 is not supported; set fsdp_version: 2 in its file"
+            )
         if deepspeed and self.kind != "DEEPSPEED":
             raise UserError(f"launch: DeepSpeed was asked for, but accelerate runs {self.kind}")
         if self.world_size != (started := int(os.environ.get("WORLD_SIZE", "1"))):
@@ -91,8 +93,8 @@ class Parallel:
                 "so that each would train alone: choose another launch file"
             )
         if self.kind == "DEEPSPEED":
-            # Weights are cut when the training begins. Left alone, transformers would cut those of
-            # every model that it reads under stage 3, frozen ones and copies too.
+            # DeepSpeed shards the weights when training begins. Without this call, transformers
+            # would, under stage 3, shard every model that it loads, even frozen models and copies.
             unset_hf_deepspeed_config()
         if bf16 and self.accelerator.is_fsdp2:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_bf16()
@@ -103,12 +105,12 @@ class Parallel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no rank holds all of weights and optimiser state."""
+        """Whether weights or optimiser state are spread over ranks (FSDP or DeepSpeed)."""
         return self.kind in ("FSDP", "DEEPSPEED")
 
     @property
     def weights_are_whole(self) -> bool:
-        """Whether each rank holds all weights, so that it can use parts of the module alone."""
+        """Whether each rank holds all weights, and can therefore run parts of the module alone."""
         return not self.is_sharded or (self.kind == "DEEPSPEED" and self._zero_stage < 3)
 
     @property
@@ -118,12 +120,12 @@ class Parallel:
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The trainable module and its optimiser, distributed as the launcher says."""
-        if self.kind == "DEEPSPEED":  # it clips by itself, so it must be told here
+        """Distribute the trainable module and its optimiser as the launch requests."""
+        if self.kind == "DEEPSPEED":  # DeepSpeed clips gradients itself
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
-        # FSDP2 cuts at the layers that the module names; ours stand inside it.
+        # FSDP2 shards by the layer names of the root; the models inside it have them.
         model._no_split_modules = sorted(layer_classes(model))  # type: ignore[assignment]
         self._root, spread_optimizer = self.accelerator.prepare(model, optimizer)
         self._require_spread(self._root)
@@ -146,7 +148,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def micro_step(self, model: nn.Module, is_last: bool) -> Iterator[None]:
-        """Context manager for one micro-batch; gradients are exchanged only on the last."""
+        """Context manager for one micro-batch; gradients are exchanged only in the last one."""
         self.accelerator.sync_gradients = is_last
         with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
             yield
@@ -154,7 +156,7 @@ class Parallel:
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a loss that is already divided by global counts."""
         loss = loss * self.world_size
-        if self.kind == "DEEPSPEED":  # accelerate's would take the optimiser's step as well
+        if self.kind == "DEEPSPEED":  # accelerate's would also do the optimiser's step
             self._root.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
             self._root.backward(loss)
         else:
@@ -163,13 +165,13 @@ class Parallel:
     def take_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
     ) -> float:
-        """Clip the gradients to the norm, update the weights, and clear the gradients.
+        """Clip the gradients to `max_norm`, update the weights, and clear the gradients.
 
         If gradients are not finite, the weights are not changed.
 
         Returns:
-            the norm before clipping, inf or nan if it is not finite; nan too if DeepSpeed does not
-            compute it.
+            the norm before clipping: inf or nan if gradients are not finite, and also nan if
+            DeepSpeed does not compute the norm.
         """
         if self.kind == "DEEPSPEED":
             return self._take_deepspeed_step(optimizer)
@@ -182,13 +184,13 @@ class Parallel:
         return norm
 
     def _take_deepspeed_step(self, optimizer: torch.optim.Optimizer) -> float:
-        """Check the gradients first: some ZeRO stages would use gradients that are not finite."""
+        """Take a step unless gradients are not finite, which some ZeRO stages do not check."""
         pieces = getattr(self._root.optimizer, "averaged_gradients", {}).values()
         gradients = [tensor for piece in pieces if piece is not None for tensor in piece]
         if self.any(not all(bool(g.isfinite().all()) for g in gradients)):
             return math.inf
         self._root.step()
-        optimizer.step()  # accelerate's wrapping, which does nothing; schedules look out for it
+        optimizer.step()  # accelerate's wrapper: does nothing, but schedules expect it
         norm = self._root.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
@@ -200,16 +202,16 @@ class Parallel:
         return summed.to(values.device)
 
     def gather(self, rows: list[Any]) -> list[Any]:
-        """The rows of every rank, in the order of the ranks, on every rank; they are pickled."""
+        """Collect the rows of all ranks on every rank, in the order of ranks; rows are pickled."""
         return rows if self.world_size == 1 else list(gather_object(rows))
 
     @contextlib.contextmanager
     def lost_ranks_told(self) -> Iterator[None]:
-        """Context manager: turns gloo's different errors about a lost rank into one.
+        """Context manager: turns gloo's different errors about a lost rank into `LostRank`.
 
         Raises:
             LostRank: another rank did not answer in time, or its end of the connection is closed.
-                On GPUs NCCL ends the process by itself, with a message of its own.
+                On GPUs, NCCL ends the process instead, with its own message.
         """
         try:
             yield
@@ -224,7 +226,7 @@ class Parallel:
             ) from error
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """The precision of training, for a forward pass outside the prepared root."""
+        """Context manager: training precision, for a forward pass outside the prepared module."""
         context: contextlib.AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
@@ -237,7 +239,7 @@ class Parallel:
         return float(self.sum(values).max())
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is True on one."""
+        """True on every rank if `flag` is True on any rank."""
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), dtype=torch.float64)) > 0)
@@ -254,10 +256,10 @@ class Parallel:
     def whole_weights(
         self, module: nn.Module, trained_only: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole weights of a part of the root one by one, trained ones in float32.
+        """Yield the complete weights of a part of the root one by one; trained weights in float32.
 
-        Every rank must iterate over all of them, since they are gathered. Without sharding they are
-        the model's own, not copies.
+        Sharded weights are gathered, so every rank must iterate to the end. Without sharding, the
+        tensors are the model's own, not copies.
         """
         self._reshard()
         for name, weight in module.named_parameters():
@@ -265,15 +267,14 @@ class Parallel:
                 yield name, self._whole(weight)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights of the module in full, on the main rank; every rank must call it.
+        """Gather all weights of the prepared module on the main rank; every rank must call this.
 
-        From the module as `prepare` gave it; trained weights are float32 even where the
-        forward computes with 16 bits.
+        Trained weights are float32, even if the forward pass computes with 16 bits.
         """
         if self.kind == "DEEPSPEED":
             return self._gathered_by_weight()
         state = dict(self.accelerator.get_state_dict(self._root))
-        if self.kind == "FSDP" and state:  # it makes copies of tied weights
+        if self.kind == "FSDP" and state:  # FSDP copies tied weights
             first = {id(w): n for n, w in self._root.named_parameters()}
             tied = self._root.named_parameters(remove_duplicate=False)
             state |= {name: state[first[id(weight)]] for name, weight in tied}
@@ -311,7 +312,7 @@ class Parallel:
         return weight.detach()
 
     def _reshard(self) -> None:
-        """Shard FSDP's outermost module again, which a forward without a backward leaves whole."""
+        """Shard FSDP's outermost module again: a forward without a backward leaves it unsharded."""
         if self.kind == "FSDP":
             for module in self._root.modules():
                 if isinstance(module, FSDPModule):
@@ -319,7 +320,7 @@ class Parallel:
 
 
 def sharded_bf16() -> MixedPrecisionPolicy:
-    """The bf16 policy of FSDP2: layers compute in it; sums over ranks and outputs stay float32.
+    """The bf16 policy of FSDP2: layers compute in bf16; outputs and sums over ranks stay float32.
 
     accelerate's default policy would also round the outputs of the root (log-probs and scores) and
     add up gradients in bfloat16.
@@ -347,8 +348,8 @@ def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
         ) from error
     PartialState(cpu=True)
     logger.info(
-        "DeepSpeed compiles a part of itself when it first runs on CPUs: minutes, once, with g++; "
-        "where it seems to wait forever, a killed run has left a file named lock in %s",
+        "DeepSpeed compiles an extension with g++ when it first runs on CPUs, which takes minutes; "
+        "if it seems to wait forever, delete the file named lock that a killed run left in %s",
         os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions"),
     )
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, timeout=timeout)

@@ -1,8 +1,9 @@
 """Measures time and memory of a run by phase: sampling, scoring, log-probs, training.
 
-The peak is reset when a phase begins. On a GPU it is the memory that tensors took; on Linux without
-a GPU the resident set of the process, including the interpreter and its libraries. Where the peak
-cannot be reset, it is the largest so far, and the table says so.
+The peak memory is reset when a phase begins. On a GPU, it is the memory allocated by tensors; on
+Linux without a GPU, the resident set of the process, which includes the interpreter and its
+libraries. On a system that cannot reset the peak, it is the largest value since the process
+started, and the table says so.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _KIB, _MIB = 1 << 10, 1 << 20
 
 OFFLOAD = "offload"
-"""The phase in which weights move."""
+"""Name of the phase in which weights move between the GPU and the host."""
 
 
 class PeakMeter:
     """Measures the peak of memory since the last reset, as far as the system can reset it.
 
-    This one is for systems that cannot.
+    This base class is for systems that cannot reset the peak.
 
     Attributes:
         what: the measured quantity, in words.
     """
 
-    what = "largest resident set since the start: this system cannot forget an earlier peak"
+    what = "largest resident set since the start: this system cannot reset the peak"
 
     def give_back(self) -> None:
         """Return unused reserved memory to the system."""
@@ -51,7 +52,7 @@ class PeakMeter:
 
 
 class GPUMeter(PeakMeter):
-    """GPU memory of tensors."""
+    """Measures the GPU memory allocated by tensors."""
 
     what = "GPU memory allocated by tensors"
 
@@ -66,12 +67,12 @@ class GPUMeter(PeakMeter):
 
 
 class ResidentMeter(PeakMeter):
-    """The resident set of this process (Linux)."""
+    """Measures the resident set of this process (Linux)."""
 
     what = "resident set of the process"
 
     def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda room: 0)  # glibc alone has it
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda room: 0)  # only glibc has it
 
     @staticmethod
     def is_supported() -> bool:
@@ -111,9 +112,9 @@ class Spent:
     """Time, memory and tokens of a phase.
 
     Attributes:
-        seconds: of the slowest rank.
-        peak_mib: of the rank with the most.
-        tokens: of all ranks.
+        seconds: wall time; merged over ranks, that of the slowest.
+        peak_mib: peak memory in MiB; merged over ranks, the largest.
+        tokens: number of tokens; merged over ranks, the sum.
     """
 
     seconds: float = 0.0
@@ -128,11 +129,12 @@ class Spent:
 
 
 class Phases:
-    """A clock and a meter for named phases, one at a time.
+    """Measures time and memory of named phases, one phase at a time.
 
     Args:
-        meter: of the memory.
-        prepare: called with the name of each new phase; measured as "offload".
+        meter: measures the memory.
+        prepare: called with the name of each new phase before that phase begins; the call itself is
+            measured as the phase "offload".
     """
 
     def __init__(self, meter: PeakMeter, prepare: Callable[[str], None] | None = None) -> None:
@@ -147,8 +149,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[Spent]:
         """Measure the time and memory of the body as one phase.
 
-        Yields a `Spent`: the body adds its tokens; the rest is filled in when it ends, even by an
-        exception.
+        Yields a `Spent`: the body adds its tokens; time and memory are filled in when the body
+        ends, even by an exception.
         """
         if name != self._last:
             if self._prepare is not None:
@@ -173,13 +175,13 @@ class Phases:
                 kept.setdefault(name, Spent()).add(spent)
 
     def take(self) -> dict[str, Spent]:
-        """Spent since the last call, by phase."""
+        """What each phase has spent since the last call."""
         taken, self._recent = self._recent, {}
         return taken
 
     @property
     def total(self) -> dict[str, Spent]:
-        """Spent since the beginning of this process, by phase."""
+        """What each phase has spent since the beginning of this process."""
         return self._total
 
     @property
@@ -189,7 +191,7 @@ class Phases:
 
 
 def over_ranks(parts: Iterable[Mapping[str, Spent]]) -> dict[str, Spent]:
-    """The slowest rank's seconds, the largest peak, all tokens."""
+    """Merge what all ranks spent: the slowest rank's seconds, the largest peak, all tokens."""
     merged: dict[str, Spent] = {}
     for part in parts:
         for name, spent in part.items():
@@ -201,23 +203,23 @@ def over_ranks(parts: Iterable[Mapping[str, Spent]]) -> dict[str, Spent]:
 
 
 def as_metrics(spent: Mapping[str, Spent]) -> dict[str, float]:
-    """A row's entries: seconds_<phase>, peak_mib_<phase>, tokens_per_second_<phase>."""
+    """Entries for a metrics row: seconds_<phase>, peak_mib_<phase>, tokens_per_second_<phase>."""
     row: dict[str, float] = {}
     for name, one in spent.items():
         row[f"seconds_{name}"] = one.seconds
         row[f"peak_mib_{name}"] = one.peak_mib
-        if one.tokens and name != "train":  # whose rate the loop knows over all ranks
+        if one.tokens and name != "train":  # the loop logs its rate
             row[f"tokens_per_second_{name}"] = one.tokens / max(one.seconds, 1e-9)
     return row
 
 
 def as_table(spent: Mapping[str, Spent], seconds: float, what: str) -> str:
-    """Phase, seconds, share of all, peak MiB and tokens per second, a line each.
+    """Format a table: for each phase its seconds, share of the time, peak MiB and tokens/s.
 
     Args:
         spent: by phase, in the order of the lines.
-        seconds: of everything; what no phase took is a line of its own.
-        what: the quantity of the peaks.
+        seconds: total time; time outside of all phases is shown in a separate line.
+        what: the quantity that the peaks measure, in words.
     """
     lines = [f"{'phase':<12}{'seconds':>10}{'share':>8}{'peak MiB':>11}{'tokens/s':>11}"]
     for name, one in spent.items():

@@ -1,16 +1,17 @@
 """Cuts a step into micro-batches by tokens, so that long and short prompts fill a device equally.
 
-The prompts of a step are chosen elsewhere. The cut depends only on their sizes, so all ranks and
-resumed runs find the same one. Losses are sums over counts that are known beforehand, so every cut
-gives the same update, up to rounding.
+This module does not choose the prompts of a step. The cut depends only on their sizes, so all ranks
+and resumed runs compute the same cut. Losses are divided by counts that are known beforehand, so
+every cut gives the same update, up to rounding.
 
-The cost of a batch depends on the layout. With padded rows it is rows times width: prompts are
-sorted so that similar ones are neighbours, and cut into stretches. With shared prompts or packed
-rows, tokens add up: the largest comes first, each into the fullest batch that has room (best fit,
-at most 11/9 of the smallest number of batches). In both cases the bound is then lowered as long as
-this needs no further batch, and the best result is kept (the idea of MULTIFIT, Coffman, Garey and
-Johnson 1978), so that ranks get about the same work. All ranks run equally many micro-batches; if
-some are missing, the largest ones are cut again.
+The cost of a batch depends on the layout. With padded rows, the cost is rows times width: prompts
+are sorted so that similar ones are neighbours, and the sorted list is cut into batches. With shared
+prompts or packed rows, the cost is the sum of tokens: starting with the largest, each prompt is
+added to the fullest batch that has room (best fit, at most 11/9 of the smallest number of batches).
+In both cases the budget is then lowered as long as this needs no further batch, and the best result
+is kept (the idea of MULTIFIT, Coffman, Garey and Johnson 1978), so that ranks get about the same
+work. All ranks run the same number of micro-batches; if some are missing, the largest batches are
+cut in two.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from rrhf.models.reward_model import RewardModel
 logger = logging.getLogger(__name__)
 
 SHARED, PACKED, PADDED = "shared", "packed", "padded"
-"""Layouts: each prompt once; rows with their prompts, end to end; rows padded to the longest."""
+"""Layouts: SHARED = each prompt once; PACKED = rows with their prompts, end to end; PADDED = rows
+padded to the longest."""
 
 STRIPS = (1, 2, 3, 4, 6, 8)
 """Numbers of strips that are tried when padded prompts are sorted."""
@@ -51,9 +53,9 @@ class Size:
     """The size of one prompt with its responses.
 
     Attributes:
-        prompt: tokens.
-        responses: tokens of each.
-        same_prompt: equal for sets with the same prompt; None = no other set has it.
+        prompt: number of tokens of the prompt.
+        responses: number of tokens of each response.
+        same_prompt: a key, equal for sets with the same prompt; None = no other set has it.
     """
 
     prompt: int
@@ -71,7 +73,7 @@ class TokenBudget:
     """The largest cost of a micro-batch.
 
     Attributes:
-        tokens: that the model computes, at most; a prompt with more is a batch of its own.
+        tokens: most tokens that the model computes; a prompt with more forms a batch alone.
         layout: `SHARED`, `PACKED` or `PADDED`.
     """
 
@@ -80,7 +82,7 @@ class TokenBudget:
 
 
 class SizeTable(Sequence[Size]):
-    """Many sizes in little memory."""
+    """A sequence of sizes that takes little memory."""
 
     def __init__(self) -> None:
         self._prompts, self._responses = array("I"), array("I")
@@ -107,11 +109,12 @@ class SizeTable(Sequence[Size]):
 
 
 def layout_of(root: nn.Module, longest: int) -> str:
-    """The layout in which a model computes a batch: the most expensive one of its parts.
+    """The layout that determines a batch's cost: the most expensive layout of a model's parts.
 
     Args:
         root: a policy, a reward model, or a module that holds several of them.
-        longest: tokens of the longest possible row; a part uses padded rows beyond its window.
+        longest: tokens of the longest possible row; if it exceeds a part's window,
+            that part uses padded rows.
     """
     ways = set()
     for part in root.modules():
@@ -144,19 +147,19 @@ def tokens_of(sizes: Iterable[Size], layout: str) -> int:
 
 
 def sizes_of(examples: Sequence[EncodedSet]) -> Sequence[Size]:
-    """The examples' own `sizes`, or a list computed from the examples."""
+    """The sizes of examples: their attribute `sizes` if they have it, else computed."""
     known: Sequence[Size] | None = getattr(examples, "sizes", None)
     return [Size.of(example) for example in examples] if known is None else known
 
 
 def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompts") -> bool:
-    """Log how many prompts alone exceed the budget; returns whether there are any."""
+    """Warn of prompts that alone exceed the budget; returns whether there are any."""
     costs = (tokens_of([size], budget.layout) for size in sizes)
     beyond = [cost for cost in costs if cost > budget.tokens]
     if beyond:
         logger.warning(
-            "--max_tokens_per_batch %d: %d of %d %s have more by themselves (up to %d tokens); "
-            "each is a micro-batch of its own",
+            "--max_tokens_per_batch %d: %d of %d %s alone exceed this (up to %d tokens); "
+            "each forms a micro-batch alone",
             budget.tokens,
             len(beyond),
             len(sizes),
@@ -167,7 +170,7 @@ def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompt
 
 
 def told(cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: TokenBudget) -> str:
-    """The figures of a cut step that help in choosing a budget."""
+    """Describe how a step was cut, with figures that help in choosing a budget."""
     batches = [[sizes[place] for place in places] for rank in cut for places in rank if places]
     computed = [tokens_of(batch, budget.layout) for batch in batches]
     needed = sum(computed)
@@ -181,7 +184,7 @@ def told(cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: 
 
 
 def even_batches(count: int, per_device: int, world_size: int = 1) -> list[list[list[int]]]:
-    """Cut a step by number, in the order of its prompts; returns the same as `micro_batches`."""
+    """Cut a step by number of prompts, in their order; returns indices as `micro_batches` does."""
     width = per_device * world_size
     places = list(range(count))
     return [
@@ -199,14 +202,14 @@ def micro_batches(
     """Cut a step by tokens.
 
     Args:
-        sizes: of the step's prompts (or of rows, each with its prompt).
-        budget: of a micro-batch.
+        sizes: sizes of the step's prompts (or of rows, each with its prompt).
+        budget: the largest cost of a micro-batch.
         world_size: ranks that share the step.
 
     Returns:
-        [rank][micro-batch] indices into `sizes`, ascending: equally many micro-batches for each
-        rank, the largest first, with about equally large ones at the same time. Some are empty if
-        there are fewer prompts than micro-batches.
+        [rank][micro-batch] indices into `sizes`, ascending. Every rank gets the same number of
+        micro-batches, the largest first, so that ranks compute about equally large ones at the same
+        time. Some are empty if there are fewer prompts than micro-batches.
     """
 
     if budget.layout != SHARED:
@@ -234,7 +237,7 @@ def micro_batches(
     bins = sorted((sorted(b) for b in bins), key=lambda b: (-cost(b), b))
     bins += [[] for _ in range(wanted - len(bins))]
     rounds = [bins[i : i + world_size] for i in range(0, wanted, world_size)]
-    # The first rank has the largest of one round, the last rank that of the next.
+    # The first rank gets the largest batch of one round, the last rank that of the next round.
     turned = [bins if number % 2 == 0 else bins[::-1] for number, bins in enumerate(rounds)]
     return [[bins[rank] for bins in turned] for rank in range(world_size)]
 
@@ -244,7 +247,7 @@ _Fill = Callable[[int], list[list[int]]]
 
 
 def _padded_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
-    """Cuts several orders of the prompts into batches; takes the order with least padding."""
+    """A function that cuts the prompts into batches, in the order that needs least padding."""
     prompts = [size.prompt for size in sizes]
     longest = [max(size.responses) for size in sizes]
     rows = [len(size.responses) for size in sizes]
@@ -266,8 +269,10 @@ def _padded_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
 
 
 def _orders(prompts: Sequence[int], longest: Sequence[int]) -> Iterator[list[int]]:
-    """Orders that put similar prompts side by side: by the longest row; or by one length in strips,
-    and within each strip by the other, in alternating direction.
+    """Yield orders of the prompts that put similar ones next to each other.
+
+    The first is by the longest row. The others sort by one length (prompt or response), cut the
+    result into strips, and sort each strip by the other length, in alternating direction.
     """
     count = len(prompts)
     yield sorted(range(count), key=lambda place: -(prompts[place] + longest[place]))
@@ -284,7 +289,7 @@ def _orders(prompts: Sequence[int], longest: Sequence[int]) -> Iterator[list[int
 
 
 def _fitting_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
-    """Fills batches by best fit; keeps the rows of a prompt together if they fit."""
+    """A function that fills batches by best fit; the rows of a prompt stay together if they fit."""
     whole = [(cost(places), places) for places in _by_prompt(range(len(sizes)), sizes)]
 
     def fill(limit: int) -> list[list[int]]:
@@ -293,7 +298,7 @@ def _fitting_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
             pieces = [places] if tokens <= limit else _pieces(places, sizes, limit)
             parts += [(tokens if len(pieces) == 1 else cost(piece), piece) for piece in pieces]
         bins: list[list[int]] = []
-        room: list[tuple[int, int]] = []  # tokens left, and in which bin, ascending
+        room: list[tuple[int, int]] = []  # (tokens left, index of the bin), ascending
         for tokens, places in sorted(parts, key=lambda part: (-part[0], part[1])):
             found = bisect.bisect_left(room, (tokens, -1))
             if found < len(room):
@@ -310,7 +315,7 @@ def _fitting_fill(sizes: Sequence[Size], cost: _Cost, budget: int) -> _Fill:
 
 
 def _pieces(places: Sequence[int], sizes: Sequence[Size], limit: int) -> list[list[int]]:
-    """Cut the rows of one prompt into few pieces, by first fit with the longest first."""
+    """Cut the rows of one prompt into few pieces, by first fit, the longest rows first."""
     pieces: list[list[int]] = []
     taken: list[int] = []
     for place in sorted(places, key=lambda place: (-sum(sizes[place].responses), place)):
@@ -325,13 +330,13 @@ def _pieces(places: Sequence[int], sizes: Sequence[Size], limit: int) -> list[li
 
 
 def _time(bins: Sequence[Sequence[int]], cost: _Cost, world_size: int) -> tuple[int, int]:
-    """The tokens that ranks compute in sequence, then the largest batch; for comparison."""
+    """Key to compare cuts: total tokens of the largest batches of all rounds; largest batch."""
     costs = sorted(map(cost, bins), reverse=True)
     return sum(costs[::world_size]), costs[0]
 
 
 def _halves(places: Sequence[int], sizes: Sequence[Size], cost: _Cost) -> list[list[int]]:
-    """Two halves of a batch; the rows of a prompt are separated only if necessary."""
+    """Cut a batch into halves; the rows of a prompt are separated only if necessary."""
     parts = _by_prompt(places, sizes)
     if len(parts) == 1:
         parts = [[place] for place in places]

@@ -19,9 +19,9 @@ LogTable = Callable[[str, Sequence[str], Sequence[Sequence[Any]], int], None]
 
 
 class Tracker:
-    """Sends rows to one tracker; without one it does nothing.
+    """Sends metrics to one tracking service, or does nothing if no service is set.
 
-    A call that fails is warned of, and not made again.
+    If a call fails, a warning is logged and calls of that kind are not made again.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Tracker:
     def log_table(
         self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], step: int
     ) -> None:
-        """Send rows of texts and numbers, if the tracker takes them."""
+        """Send rows of texts and numbers, if the tracker supports tables."""
         cells = [[row[column] for column in columns] for row in rows]
-        self._call("log_table", "takes no tables", name, columns, cells, step)
+        self._call("log_table", "does not accept tables", name, columns, cells, step)
 
     def close(self) -> None:
         """Let the tracker finish."""
@@ -53,7 +53,7 @@ class Tracker:
             return
         try:
             call(*arguments)
-        except Exception as error:  # the training is worth more than its curve
+        except Exception as error:  # a failed tracker must not stop the training
             logger.warning("the tracker %s: %s", failure, error)
             self._calls[name] = None
 
@@ -62,7 +62,7 @@ def build_tracker(config: TrainingConfig, folder: Path, is_main: bool) -> Tracke
     """The tracker of `--report_to`, on the main rank.
 
     Raises:
-        UserError: its package is not installed.
+        UserError: the tracker's package is not installed.
     """
     if not is_main or config.report_to == "none":
         return Tracker()
@@ -92,7 +92,7 @@ def build_tracker(config: TrainingConfig, folder: Path, is_main: bool) -> Tracke
     return Tracker(
         lambda row, step: module.log(row, step=step),
         module.finish,
-        # trackio's tables are made of data frames, which nothing else here needs.
+        # trackio makes tables from data frames, which nothing else in this package needs.
         table_to_run if config.report_to == "wandb" else None,
     )
 

@@ -1,10 +1,12 @@
 """Does one optimiser step, with losses that are divided by counts over all ranks.
 
-An `Objective` names the terms of a loss. Each is a sum with a weight, divided by a denominator that
-is known before the forward pass and summed over ranks and micro-batches first. Accumulation, uneven
-ranks and padding therefore cannot change a loss. A zero denominator makes its term zero.
+An `Objective` defines a loss as a sum of terms. Each term is a weighted total divided by a
+denominator, which is known before the forward pass and is first summed over ranks and
+micro-batches. Accumulation, uneven ranks and padding therefore cannot change a loss. A term with a
+zero denominator is zero.
 
-A loss or gradient that is not finite stops the run before the step, with the batch written out.
+If a loss or gradient is not finite, the batch is written to a file and the run stops before the
+weights change.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ class Term:
     """One named part of a loss: `weight * total / denominator` enters the gradient.
 
     Attributes:
-        total: scalar sum over this micro-batch, filler prompts at weight zero.
+        total: scalar sum over this micro-batch, in which filler prompts have weight zero.
         weight: of the term in the loss.
-        metrics: (total, count) scalars without gradient, averaged over everything for the log.
+        metrics: (total, count) pairs of scalars without gradient; the log shows their ratio, summed
+            over ranks and micro-batches.
     """
 
     total: Tensor
@@ -44,27 +47,26 @@ class Objective(Protocol):
     """What one training paradigm optimises."""
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """A scalar for each term name, from the batch alone."""
+        """The denominator of each term by name, scalars computed from the batch alone."""
         ...
 
     def __call__(self, outputs: Any, batch: TokenBatch) -> dict[str, Term]:
-        """The terms, under the same names."""
+        """The terms of the loss, under the same names as their denominators."""
         ...
 
 
 class Update:
-    """Forward, backward and step of the prepared module.
+    """Does an optimiser step: forward and backward passes, then the weight update.
 
     Args:
-        model, optimizer: as `Parallel.prepare` gave them.
+        model, optimizer: as returned by `Parallel.prepare`.
         objective: the terms of the loss.
         parallel: ranks, and how weights are spread over them.
-        max_grad_norm: gradients are scaled down to it; 0 = never.
-        folder: gets the batch of a step that was not finite.
+        max_grad_norm: gradients with a larger norm are scaled down to this norm; 0 = never.
+        folder: where the batch is written if a loss or gradient is not finite.
 
     Attributes:
-        left_non_finite: after the last step, some rank holds a trained weight that is NaN or
-            infinite.
+        left_non_finite: whether any rank holds a NaN or infinite trained weight after a step.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class Update:
         return dict(zip(names, stacked, strict=True))
 
     def _require_finite(self, loss: Tensor, batch: TokenBatch, step: int) -> None:
-        """Stop on all ranks if the loss of one is not finite, before the backward pass."""
+        """Stop all ranks before the backward pass if the loss of any rank is not finite."""
         value = float(loss.detach())
         if self.parallel.any(not math.isfinite(value)):
             self._stop(f"the loss is {value} on rank {self.parallel.rank}", batch, step)
@@ -144,13 +146,13 @@ class Update:
         denominators: dict[str, Tensor],
         batches: list[TokenBatch],
     ) -> tuple[dict[str, float], int]:
-        """Means over ranks and micro-batches; the loss as it entered the gradient."""
+        """The step's metrics as means over ranks and micro-batches, and its number of tokens."""
         names = sorted(totals)
         num_tokens = sum(_num_tokens(batch) for batch in batches)
         trained = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         stacked = [totals[name] for name in names]
         spoiled = has_non_finite(trained).to(stacked[0].device)
-        # All at once: each transfer makes a GPU's queue run empty, and each sum waits for ranks.
+        # All at once: each transfer drains the GPU's queue, and each sum waits for all ranks.
         on_host = torch.stack([*stacked, torch.stack([torch.zeros_like(spoiled), spoiled])]).cpu()
         on_host[-1, 0] = num_tokens
         summed = self.parallel.sum(on_host)
@@ -181,7 +183,7 @@ def _add(totals: dict[str, Tensor], terms: dict[str, Term]) -> None:
     """Add the totals of one micro-batch: each term's plain and weighted total, and each metric's
     (total, count).
 
-    They stay on the device.
+    The totals stay on the device.
     """
     for name, term in terms.items():
         weighted = term.total.detach().double() * term.weight

@@ -4,8 +4,8 @@
         round-2/candidates.jsonl (of round 1's policy) -> train_data.json -> rank/policy/ -> ...
         policy/ (the last round's), best/policy/ (by the score on held-out prompts), manifest.json
 
-Every stage makes the same call as `rrhf generate`, `rrhf score` or `rrhf train rank`, so each
-continues after a kill, and rounds that are made by hand with those commands give the same bits
+Every stage makes the same call as `rrhf generate`, `rrhf score` or `rrhf train rank`. Each stage
+therefore continues after a kill, and running those commands by hand gives bit-identical results
 (with `--seed`, and `--round 1` in the first round). Every round starts with a new optimiser.
 
 From the second round on, the KL divergence of the samples from the first policy is measured; with
@@ -85,7 +85,7 @@ def train(config: IterativeConfig) -> Path:
 
 
 class _Rounds:
-    """The state of one call in one process."""
+    """The state of one call of `train` in one process."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Rounds:
     # The stages of a round.
 
     def _candidates(self, number: int) -> None:
-        """Make `train_data.json`: sampled, scored, and with `kl_coeff` penalised by the KL."""
+        """Write `train_data.json`: sample, score, and with `kl_coeff` subtract the KL penalty."""
         folder, config = self.folder.round(number), self.config
         policy = self._policy_before(number)
         sampling = config.generation(policy, folder / "candidates.jsonl", number)
@@ -148,7 +148,7 @@ class _Rounds:
             where = f"round {number} of {self.config.num_rounds}, training"
             logger.info("%s from %s", where, start)
             self._do(where, lambda: rank.train(ranking))
-        if self.is_main:  # no later round goes on with this one's optimiser
+        if self.is_main:  # the next round starts with a new optimiser
             RunFolder(run).drop_checkpoints()
 
     def _evaluated(self, number: int) -> dict[str, Any] | None:
@@ -166,7 +166,7 @@ class _Rounds:
             self._do(where, lambda: self._log_ratios(sampling, folder))
         return evaluation_report(folder, number, self.config) if self.is_main else None
 
-    # Their parts.
+    # Parts of the stages.
 
     def _do(self, where: str, work: Callable[[], object]) -> None:
         """Do work that can be interrupted at any time, and free the memory of its models.
@@ -175,11 +175,11 @@ class _Rounds:
             StoppedBySignal: a signal was received; the message says where.
         """
         try:
-            self.stop.run(work, "what is done is on disk")
+            self.stop.run(work, "finished work is on disk")
         except StoppedBySignal as stopped:
             raise StoppedBySignal(
                 stopped.exit_code,
-                f"{where}: {stopped}; all of it goes on with --resume_from_checkpoint",
+                f"{where}: {stopped}; the run goes on with --resume_from_checkpoint",
             ) from None
         gc.collect()
         if torch.cuda.is_available():
@@ -202,12 +202,12 @@ class _Rounds:
         score_file(config, *self.place, make_scorer=ratio.scorer)
 
     def _policy_before(self, number: int) -> str:
-        """The policy that samples in a round."""
+        """The policy that samples in round `number`."""
         if number == 1:
             return self.config.model_name_or_path
         return str(self.folder.policy_after(number - 1))
 
-    # After.
+    # After the rounds.
 
     def _keep_policies(self) -> int | None:
         """Write `policy/` and, if rounds were evaluated, `best/`; returns the best round."""
@@ -236,11 +236,11 @@ def penalise(
     coefficient: float,
     accept_edited: bool = False,
 ) -> None:
-    """Write candidates with score - coefficient * log-ratio; None if either is missing.
+    """Subtract the KL penalty: score - coefficient * log-ratio, or None if either is missing.
 
     Args:
         scored: candidates with the scorer's scores.
-        log_ratios: the same candidates in the same order, log-ratios in nats as their scores.
+        log_ratios: the same candidates in the same order, whose scores are log-ratios in nats.
         output: the candidate file to write.
         coefficient: score units per nat.
         accept_edited: read files even if they differ from their manifests.
@@ -263,7 +263,7 @@ def penalise(
 
 
 def best_round(reports: Sequence[Mapping[str, Any]]) -> int | None:
-    """The round with the highest mean score on held-out prompts, the first of equals."""
+    """The round with the highest mean score on held-out prompts; the first one in a tie."""
     means = {
         int(report["round"]): report["evaluation"]["score"]["mean"]
         for report in reports

@@ -1,4 +1,4 @@
-"""The settings of `rrhf train iterative`, and those of each stage that follow from them."""
+"""The settings of `rrhf train iterative`, from which those of each stage are derived."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rrhf.scoring.config import RewardModelOptions, ScoreConfig
 from rrhf.training.methods.rank_config import RankConfig, RankSettings
 
 EVALUATION_ROUND = 1_000_000_000
-"""Round number of evaluations: unlike any round's, and the same for every policy."""
+"""Round number for all evaluations, larger than that of any round of sampling."""
 
 _OF_EVERY_SAMPLING = ("seed", "chat_format", "accept_edited_files", "columns")
 _OF_EVALUATIONS = (
@@ -36,30 +36,30 @@ class IterativeConfig(SamplingOptions, RankSettings):
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
     """What scores responses: folder, run folder or hub name of a reward model,
-    function:module:name, gold:WORLD, or package.module:name of a Scorer of your own."""
+    function:module:name, gold:WORLD, or package.module:name of a custom Scorer."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
     )
     """Prompts: a file, a registered name, package.module:name, as name[:proportion[:path]], several
-    separated by commas. Responses that come with them (human:chosen, human:rejected) are ranked
+    separated by commas. Responses in the data (human:chosen, human:rejected) are ranked
     with the samples of every round, unless add_dataset_responses is false."""
 
     num_rounds: int = 2
-    """Rounds of sampling, scoring and training. A finished run that is resumed with a larger number
-    continues."""
+    """Rounds of sampling, scoring and training. To continue a finished run, resume it with
+    a larger number."""
 
     train_from: Literal["previous", "first"] = "previous"
     """The weights from which a round's training starts: those of the round before, or always those
-    of model_name_or_path. The samples come from the round before either way."""
+    of model_name_or_path. In both cases the previous round's policy samples."""
 
     kl_coeff: float = 0.0
-    """From the second round on, this times log p - log p_first of a response, in nats, is
-    subtracted from its score (the paper's r - kl_coeff * KL; it uses 0.01)."""
+    """Coefficient of the KL penalty: from the second round on, kl_coeff * (log p - log p_first), in
+    nats, is subtracted from a response's score (the paper's r - kl_coeff * KL, with 0.01)."""
 
     measure_kl: bool = True
-    """Measure in every round how far the samples are from the first policy: one forward of two
-    models over all candidates. Needed with kl_coeff."""
+    """Measure the KL divergence of every round's samples from the first policy: one forward pass of
+    two models over all candidates. Required by kl_coeff."""
 
     eval_datasets: str | None = field(default=None, metadata={"names": "data"})
     """Held-out prompts, which every round's policy answers once, by sampling. The answers are
@@ -70,7 +70,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
     """Layout of the reward model, as in `rrhf score`."""
 
     reward_base: str | None = field(default=None, metadata={"names": "place"})
-    """With trlx: folder of the base model, as in `rrhf score`."""
+    """With reward_format trlx: folder of the base model, as in `rrhf score`."""
 
     max_unscored_fraction: float = 0.01
     """Stop if the scorer fails on more than this share of a round's candidates. Candidates that
@@ -90,7 +90,9 @@ class IterativeConfig(SamplingOptions, RankSettings):
                     "out"
                 )
         if self.load_best_model_at_end and self.eval_datasets is None:
-            raise UserError("--load_best_model_at_end: needs --eval_datasets, to choose by")
+            raise UserError(
+                "--load_best_model_at_end: needs --eval_datasets, to find the best round"
+            )
         if self.num_return_sequences < 2 and not self.add_dataset_responses:
             raise UserError(
                 f"--num_return_sequences {self.num_return_sequences}: ranking compares the "
@@ -104,9 +106,9 @@ class IterativeConfig(SamplingOptions, RankSettings):
         """Settings of `rrhf generate` in a round.
 
         Args:
-            policy: folder or hub name of the policy that writes them.
+            policy: folder or hub name of the policy that samples.
             output: the candidate file.
-            round_number: from 1; each round draws other responses.
+            round_number: from 1; each round draws different responses.
         """
         return self._drawn(
             policy,
@@ -118,7 +120,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
         )
 
     def evaluation(self, policy: str, output: Path, name: str) -> GenerateConfig:
-        """Settings by which a policy answers held-out prompts: one sample each, without filters."""
+        """Settings of `rrhf generate` for held-out prompts: one sample each, without filters."""
         assert self.eval_datasets is not None, "there is nothing to evaluate on"
         config = self._drawn(
             policy,
@@ -130,13 +132,13 @@ class IterativeConfig(SamplingOptions, RankSettings):
             num_return_sequences=1,
             add_dataset_responses=False,
         )
-        config.columns_may_miss = True  # they may be meant for the data to train on
+        config.columns_may_miss = True  # they may name columns of the training data
         return config
 
     def _drawn(
         self, model: str, output_file: str, same: Sequence[str], **values: Any
     ) -> GenerateConfig:
-        """Sampling whose fields `same` are as here."""
+        """Sampling settings; the fields named in `same` are copied from this config."""
         return GenerateConfig(
             model,
             output_file=output_file,
@@ -177,8 +179,8 @@ class IterativeConfig(SamplingOptions, RankSettings):
             "model_name_or_path": policy,
             "output_dir": str(output_dir),
             "resume_from_checkpoint": resume,
-            "load_best_model_at_end": False,  # of a round's steps; here rounds are compared
-            "columns": None,  # of the prompts; a round's candidates are called as they should be
+            "load_best_model_at_end": False,  # compares steps of a round; here rounds are compared
+            "columns": None,  # for the prompts; a round's candidates have standard names
         }
         return RankConfig(**settings, data_path=str(data))
 

@@ -20,13 +20,13 @@ def round_report(folder: Path, number: int, config: IterativeConfig) -> dict[str
     """The manifest entry of a finished round.
 
     Args:
-        folder: of the round.
-        number: of the round, from 1.
-        config: of the run.
+        folder: the folder of the round.
+        number: number of the round, from 1.
+        config: settings of the run.
 
     Returns:
-        Plain values; "score" (mean of a prompt's samples), "best_score" (their maximum) and "kl"
-        (nats per response, of the samples from the first policy) with intervals over prompts.
+        Plain values. "score" (the mean over a prompt's samples), "best_score" (their maximum) and
+        "kl" (from the first policy, nats per response) have intervals over prompts.
     """
     drawn, scored_path = _manifest(folder / "candidates.jsonl"), folder / "scored.jsonl"
     if not scored_path.exists():
@@ -61,9 +61,9 @@ def evaluation_report(folder: Path, number: int, config: IterativeConfig) -> dic
     """The manifest entry of a policy's answers to the held-out prompts.
 
     Args:
-        folder: of the evaluation.
-        number: of the round before it; 0 = the starting policy.
-        config: of the run.
+        folder: the folder of the evaluation.
+        number: number of the round whose policy was evaluated; 0 = the starting policy.
+        config: settings of the run.
     """
     drawn = _manifest(folder / "candidates.jsonl")
     return {
@@ -100,7 +100,7 @@ def _kl(folder: Path, has_moved: bool, config: IterativeConfig) -> dict[str, Any
 
 
 def _over_samples(path: Path, reduce: Reduce, config: IterativeConfig) -> dict[str, Any]:
-    """The mean over prompts of one value for each prompt's scored samples."""
+    """Reduce the scores of each prompt's samples to one value, and average over prompts."""
     sets = read_candidate_sets(path, config.accept_edited_files)
     return estimate(Measure(dict(_by_prompt(sets, reduce)))).as_dict()
 

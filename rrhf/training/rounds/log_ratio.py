@@ -1,11 +1,12 @@
 """The log-ratio of candidates to the starting policy: log p(y|x) - log p_first(y|x), in nats.
 
-It is a scorer, so that the scoring stage handles kills and several processes. Averaged over samples
-of the policy it is the KL divergence from the first one; multiplied by a coefficient and subtracted
-from the scores it is the penalty of RRHF's paper (Yuan et al. 2023, arXiv:2304.05302, section 4.6:
-r - coefficient * KL), which here applies to every candidate, human ones included.
+The log-ratio is a scorer, so that the scoring stage handles kills and several processes. Averaged
+over samples of the policy, the log-ratio is the KL divergence from the starting policy. Multiplied
+by a coefficient and subtracted from the scores, it is the penalty of RRHF's paper (Yuan et al.
+2023, arXiv:2304.05302, section 4.6: r - coefficient * KL). Here the penalty applies to every
+candidate, human responses included.
 
-Responses are read as training will read them: as text, after the prompt that sampling saw.
+Responses are encoded as in training: from their text, after the prompt that sampling used.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class LogRatio:
     """The two policies, and the settings for computing log-probs under both.
 
     Attributes:
-        sampling: settings of the sampling: its model is the policy, its temperature divides the
-            logits of both, its limits cut the prompts.
+        sampling: settings of the sampling. Their model is the policy, their temperature divides the
+            logits of both policies, and their limits truncate the prompts.
         first: folder or hub name of the starting policy.
     """
 
@@ -57,7 +58,7 @@ class LogRatio:
         return f"log_ratio:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
 
     def scorer(self, device: torch.device) -> LogRatioScorer:
-        """Both models, loaded."""
+        """Load both models; returns the scorer that uses them."""
         return LogRatioScorer(self, device)
 
 
@@ -65,8 +66,8 @@ class LogRatioScorer(Scorer):
     """A `Scorer` whose scores are log-ratios.
 
     Args:
-        ratio: which policies.
-        device: for both.
+        ratio: the two policies and their settings.
+        device: where both models are loaded.
     """
 
     quantity, unit = "log-ratio", "nats"

@@ -1,6 +1,6 @@
-"""The run folder of `rrhf train iterative`, whose resumable states are its rounds.
+"""The run folder of `rrhf train iterative`, which resumes from its rounds.
 
-Does not import torch, so that a folder in use is reported before torch is loaded.
+This module does not import torch, so that a folder in use is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rrhf.training.rounds.iterative_config import IterativeConfig
 
 _POLL_SECONDS = 0.05
 
-# What may differ when a run goes on: nothing here reaches the weights.
+# Settings that may change when a run is resumed, because they do not affect the weights.
 _ADJUSTABLE = (
     "num_rounds",
     "logging_steps",
@@ -29,14 +29,14 @@ _ADJUSTABLE = (
 
 
 class RoundsFolder(RunFolder):
-    """A run folder whose resumable states are its rounds."""
+    """A run folder that resumes from its rounds instead of from checkpoints."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self.checkpoints = self.round(1)
 
     def round(self, number: int) -> Path:
-        """The folder of a round; 0 = that of the starting policy's evaluation."""
+        """The folder of a round; number 0 holds the evaluation of the starting policy."""
         return self.path / f"round-{number}"
 
     def policy_after(self, number: int) -> Path:
@@ -45,7 +45,7 @@ class RoundsFolder(RunFolder):
 
     @property
     def is_bare(self) -> bool:
-        """Whether no stage of a round has written anything either."""
+        """Whether the run has written nothing yet, including all stages of its rounds."""
         return super().is_bare and not any(path.is_file() for path in self._of_rounds())
 
     def discard(self) -> None:
@@ -81,21 +81,22 @@ class RoundsFolder(RunFolder):
             raise UserError(
                 f"{self.path}: its rounds were begun with other settings:\n"
                 + told_changes(changed)
-                + "\nGive the same, or choose another --output_dir"
+                + "\nGive the same settings, or choose another --output_dir"
             )
         if self.round(config.num_rounds + 1).exists():
             raise UserError(
                 f"--num_rounds {config.num_rounds}: {self.path} has begun more rounds; the policy "
-                f"of that one is {self.policy_after(config.num_rounds)}"
+                f"of that round is {self.policy_after(config.num_rounds)}"
             )
 
     def wait_until_open(self, config: IterativeConfig, stop: StopRequest) -> None:
-        """Return once process 0 has opened the folder: before that, it would take the work of
-        another process for an earlier run.
+        """Wait until process 0 has opened the folder.
+
+        Before that, process 0 would mistake the work of another process for an earlier run.
 
         Raises:
             StoppedBySignal: a signal came first.
-            UserError: it was not opened within `ddp_timeout` seconds.
+            UserError: the folder was not opened within `ddp_timeout` seconds.
         """
         deadline = time.monotonic() + config.ddp_timeout
         while not self._is_open(config):
@@ -110,10 +111,10 @@ class RoundsFolder(RunFolder):
     def _is_open(self, config: IterativeConfig) -> bool:
         manifest = read_manifest(self.path) if self.path.is_dir() else None
         is_begun = manifest is not None and manifest.get("status") == UNFINISHED
-        return is_begun or self.is_finished(config)  # all that was left needed one process
+        return is_begun or self.is_finished(config)  # process 0 may have finished the rest alone
 
     def is_finished(self, config: IterativeConfig) -> bool:
-        """Whether all rounds are complete; asked before the folder is opened."""
+        """Whether all rounds are complete; called before the folder is opened."""
         manifest = read_manifest(self.path) if self.path.is_dir() else None
         return (
             manifest is not None
