@@ -1,4 +1,4 @@
-"""A model in eval mode for a while."""
+"""Switches a model to eval mode temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Put the model into eval mode inside, and back into the mode that it had."""
+    """Context manager: puts the model into eval mode and restores its previous mode at the end."""
     was_training = model.training
     model.eval()
     try:

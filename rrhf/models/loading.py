@@ -1,8 +1,8 @@
 """Loads models and tokenizers from folders or hub names, with clear messages on errors.
 
-Weights are safetensors only, code inside a model folder runs only when asked for, and trained
-weights are float32 (with all-bf16 weights one AdamW step at 2e-5 leaves nearly every weight as it
-was); bf16 is autocast, or a frozen model's own type.
+Weights are read from safetensors only, and code inside a model folder runs only if the user allows
+it. Trained weights are float32, because in bf16 an AdamW step at 2e-5 leaves nearly every weight
+unchanged; bf16 is used for autocast, and for the weights of frozen models.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if not sys.stderr.isatty():
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# transformers switches weight tying off for the whole process while it loads; two loads that
-# overlap in threads may leave it off for good.
+# While transformers loads a model, it switches weight tying off for the whole process; two loads
+# in different threads at the same time may leave weight tying off permanently.
 _LOADING = threading.Lock()
 
 
@@ -49,10 +49,10 @@ def resolve_device() -> torch.device:
 def load_tokenizer(
     name_or_path: str | Path, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer, unchanged; `ChatCodec` handles a missing pad token.
+    """Load a tokenizer without changing it; `ChatCodec` handles a missing pad token.
 
     Raises:
-        UserError: no tokenizer there.
+        UserError: there is no tokenizer, or it cannot be read.
     """
     check_model_path(name_or_path)
     folder = model_folder(name_or_path)
@@ -63,10 +63,10 @@ def load_tokenizer(
 
 
 def check_attention(attn_implementation: str) -> None:
-    """Check that this attention can run here, before a model is loaded.
+    """Check, before a model is loaded, that this attention can run on this machine.
 
     Raises:
-        UserError: flash attention needs its package and a GPU, and one is missing.
+        UserError: flash attention is requested, and its package or a GPU is missing.
     """
     flag = f"--attn_implementation {attn_implementation}"
     if not attn_implementation.startswith("flash_attention"):
@@ -81,7 +81,7 @@ def check_attention(attn_implementation: str) -> None:
 
 
 class LoadSettings(Protocol):
-    """Settings of a command that say how its models are loaded."""
+    """The settings of a command that affect how models are loaded."""
 
     @property
     def attn_implementation(self) -> str: ...
@@ -95,9 +95,9 @@ class LoadOptions:
     """How a model is loaded.
 
     Attributes:
-        dtype: of its weights, a key of `DTYPES`.
-        attn_implementation: as transformers spells it.
-        trust_remote_code: run code that the folder brings.
+        dtype: number format of the weights, a key of `DTYPES`.
+        attn_implementation: a name of an attention implementation in transformers.
+        trust_remote_code: run code from the model's folder.
     """
 
     dtype: str = "float32"
@@ -106,13 +106,13 @@ class LoadOptions:
 
     @classmethod
     def of(cls, settings: LoadSettings, bf16: bool = False) -> LoadOptions:
-        """The options of a command, with weights in float32 or bfloat16."""
+        """Build the options from a command's settings, with weights in float32 or bfloat16."""
         dtype = "bfloat16" if bf16 else "float32"
         return cls(dtype, settings.attn_implementation, settings.trust_remote_code)
 
 
 DEFAULT = LoadOptions()
-"""Float32, sdpa, and no code of the folder's own."""
+"""Float32 weights, sdpa attention, and no code from the model's folder."""
 
 
 def load_model(
@@ -123,11 +123,12 @@ def load_model(
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         name_or_path: a folder, or a hub name.
-        options: how it is loaded.
-        kwargs: handed on to `from_pretrained`.
+        options: how the model is loaded.
+        kwargs: passed on to `from_pretrained`.
 
     Raises:
-        UserError: no folder, no safetensors or damaged ones, an unknown dtype or attention.
+        UserError: there is no such folder, its safetensors are missing or damaged, or the dtype or
+            attention is unknown.
     """
     check_model_path(name_or_path)
     require_as_written(name_or_path)
@@ -146,8 +147,8 @@ def load_model(
             )
     except SafetensorError as error:
         raise UserError(
-            f"{name_or_path}: its weights are damaged ({error}); copy the folder again from where "
-            "it is whole, or train it again"
+            f"{name_or_path}: the weights are damaged ({error}); copy the folder again, or train "
+            "the model again"
         ) from error
     except (OSError, ValueError, ImportError) as error:
         if options.attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
@@ -159,14 +160,14 @@ def load_model(
 
 
 def load_causal_lm(name_or_path: str | Path, options: LoadOptions = DEFAULT) -> PreTrainedModel:
-    """A causal language model in eval mode; errors as in `load_model`."""
+    """Load a causal language model, in eval mode and without dropout; errors as in `load_model`."""
     model = load_model(AutoModelForCausalLM, name_or_path, options)
     disable_dropout(model)
     return model.eval()
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Turn dropout off for good: alignment compares log-probs of one policy over time."""
+    """Turn dropout off permanently, because training compares log-probs from different steps."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

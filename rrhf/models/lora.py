@@ -18,19 +18,20 @@ def add_lora(
     modules_to_save: list[str] | None = None,
     task_type: str = "CAUSAL_LM",
 ) -> Any:
-    """The model with trainable adapters and frozen weights.
+    """Add trainable LoRA adapters to a model and freeze its weights.
 
     Args:
         model: any Hugging Face model.
-        r: rank.
-        alpha: scale alpha / r.
-        dropout: inside the adapters.
-        target_modules: layer names; None = every linear layer but the head.
-        modules_to_save: layers that train in full, such as a new head.
-        task_type: peft's word for the kind of model.
+        r: rank of the adapters.
+        alpha: the adapters' output is scaled by alpha / r.
+        dropout: dropout rate inside the adapters.
+        target_modules: names of the layers that get adapters; None selects every linear layer
+            except the head.
+        modules_to_save: layers that are trained in full, such as a new head.
+        task_type: peft's name for the kind of model.
 
     Raises:
-        UserError: peft is not installed, or no layer has such a name.
+        UserError: peft is not installed, or no layer has one of the target names.
     """
     try:
         import peft

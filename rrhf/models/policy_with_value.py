@@ -1,13 +1,13 @@
-"""The actor-critic: policy and value model as one module, behind the one forward interface.
+"""The actor-critic: policy and value model as one module with one forward interface.
 
-A batch goes in; log-probs, values and entropies of its response tokens come out. The value of a
-token is that of the state *before* it, read at the position that predicts it, so the first value is
-that of the prompt alone.
+Its forward takes a batch and returns the log-probs, values and entropies of the response tokens.
+The value of a token is that of the state *before* the token, computed at the position that predicts
+the token; the first value therefore depends on the prompt only.
 
-The value model is a trunk of its own, made from a reward model, or a new head on the policy's own
-trunk, which begins at zero. Made from a reward model it keeps that model's normaliser as a fixed
-rescale, so that its first values are on the scale of the scores. Both read the same ids, so policy
-and value model must share their vocabulary. Methods without a critic leave it out of the root.
+The value model is either a separate model made from a reward model, or a new head on the policy's
+trunk, initialised to zero. A value model made from a reward model keeps the normaliser as a fixed
+rescaling, so that the first values are on the scale of the scores. Policy and value model read the
+same ids, so they must share a vocabulary. Critic-free methods have no value model.
 
 On disk there are two plain folders: `policy/`, and `value/`, a sequence classifier with one label
 that loads like a reward model.
@@ -40,13 +40,13 @@ VALUE_PREFIX = "value."
 
 @dataclass(frozen=True)
 class ActorCriticOutputs:
-    """What the forward interface returns.
+    """The outputs of the actor-critic's forward.
 
     Attributes:
-        logprobs: [N, R] float32, nats; 0 at padding, and everywhere if only values were asked for.
+        logprobs: [N, R] float32, nats; 0 at padding, and everywhere with `values_only`.
         values: [N, R] float32: V of the state before each response token; 0 at padding; None
             without a critic.
-        entropy: [N, R] float32, nats; 0 at padding; None unless the policy gives it.
+        entropy: [N, R] float32, nats; 0 at padding; None unless the policy computes it.
     """
 
     logprobs: Tensor
@@ -55,11 +55,12 @@ class ActorCriticOutputs:
 
 
 class ValueModel(nn.Module):
-    """A critic with a trunk of its own.
+    """A critic that does not share the policy's trunk.
 
     Args:
-        model: a sequence classifier with one label, bare or with adapters.
-        normalizer: whose mean and deviation put raw values on the scale of the scores; fixed.
+        model: a sequence classifier with one label, with or without adapters.
+        normalizer: rescales raw values to the scale of the scores; its mean and deviation are
+            fixed. None leaves the values as they are.
         layout: as in `rrhf.models.reward_layouts.build_reward_model`.
 
     Raises:
@@ -79,20 +80,21 @@ class ValueModel(nn.Module):
         return self.scorer.model
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """[N, R] float32, padding included."""
+        """[N, R] float32, the value before each response token, padding included."""
         values = self.scorer.scores_before(batch)
         return values if self._rescale is None else normalize(values, *self._rescale)
 
 
 class ValueHead(nn.Module):
-    """A linear layer on the policy's last hidden states, initialised to zero."""
+    """A critic that shares the policy's trunk: a linear layer on the last hidden states, zero at
+    the start."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, R, H] to [N, R] float32."""
+        """Compute values [N, R] float32 from hidden states [N, R, H]."""
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(hidden.float(), self.weight.float()).squeeze(-1)
 
@@ -103,7 +105,7 @@ class ActorCritic(nn.Module):
     Args:
         policy: the actor.
         value: a `ValueModel` (two trunks), a `ValueHead` (one trunk), or None (no critic).
-        detach_value_trunk: with one trunk, no gradient of the values reaches it.
+        detach_value_trunk: with a `ValueHead`, keep the gradient of the values out of the trunk.
     """
 
     def __init__(
@@ -123,8 +125,8 @@ class ActorCritic(nn.Module):
 
         Args:
             batch: prompts and responses.
-            values_only: skip the parts that only the policy needs (its trunk or its head); the
-                log-probs are zero then. Not for a forward that is trained on.
+            values_only: skip the computations that only log-probs need and return zeros for the
+                log-probs. Do not use this in a training step.
         """
         outputs = values = None
         if isinstance(self.value, ValueModel):
@@ -148,7 +150,7 @@ def as_reference(policy: Policy) -> Iterator[Policy]:
     """Context manager: the policy before training, with its adapters switched off.
 
     Args:
-        policy: with LoRA.
+        policy: a policy with LoRA adapters.
     """
     model: Any = policy.model
     assert hasattr(model, "disable_adapter"), "only adapters can be switched off"
@@ -157,16 +159,16 @@ def as_reference(policy: Policy) -> Iterator[Policy]:
 
 
 def new_value_head(policy_model: Any) -> ValueHead:
-    """A zero value head for the trunk of a causal language model.
+    """Make a value head, initialised to zero, for the trunk of a causal language model.
 
     Raises:
-        UserError: the model's config does not say how wide it is.
+        UserError: the model's config has no hidden_size.
     """
     width = getattr(policy_model.config.get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise UserError(
-            f"--share_trunk: {type(policy_model).__name__} does not tell its hidden_size; leave it "
-            "out and give a reward model for the critic"
+            f"--share_trunk: the config of {type(policy_model).__name__} has no hidden_size; leave "
+            "--share_trunk out and give a reward model for the critic"
         )
     return ValueHead(width)
 
@@ -177,7 +179,7 @@ def require_same_vocabulary(
     """Check that policy and critic, which read the same ids, have the same vocabulary.
 
     Raises:
-        UserError: they have not.
+        UserError: the vocabularies differ.
     """
     mine, its = policy.get_vocab(), critic.get_vocab()
     if mine == its:
@@ -201,12 +203,12 @@ def write_value_folder(
     """Write the critic as a plain folder of a sequence classifier with one label.
 
     Args:
-        folder: exists and is empty.
-        root: on whose critic it is.
-        policy_folder: the policy as it was saved; with one trunk its weights are the critic's too.
-        tokenizer: of both.
+        folder: the folder to write; it must exist and be empty.
+        root: the actor-critic that holds the critic.
+        policy_folder: the saved policy; a critic that shares the trunk takes its weights from it.
+        tokenizer: the tokenizer of policy and critic.
         pad_id: as in `init_reward_model`.
-        state_dict: the actor-critic's weights in full, where it holds shards only.
+        state_dict: the full weights of the actor-critic, if the module holds shards only.
     """
     value = root.value
     assert value is not None, "there is no critic to write"

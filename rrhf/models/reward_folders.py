@@ -1,6 +1,6 @@
-"""Checks of a reward model's folder before any weight is read.
+"""Checks the folder of a reward model before any weight is read.
 
-No import of torch: a mistake in a path is reported before it is loaded.
+This module does not import torch, so that a wrong path is reported at once.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ _SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 def require_score_head(name_or_path: str | Path) -> None:
-    """Refuse a folder whose config.json names a language model; a hub name passes.
+    """Refuse a folder whose config.json names a language model; hub names are not checked.
 
     Raises:
-        UserError: no folder, or no reward model in it.
+        UserError: there is no such folder, or it does not hold a reward model.
     """
     check_model_path(name_or_path)
     try:
         config = json.loads((Path(model_folder(name_or_path)) / MODEL_FILE).read_bytes())
         architectures = [str(name) for name in config["architectures"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # a hub name, or what transformers must judge
+        return  # a hub name, or a config that only transformers can read
     require_classifier(name_or_path, architectures)
 
 
 def require_classifier(name_or_path: str | Path, architectures: Sequence[str]) -> None:
-    """Refuse a model whose config names no sequence classifier in its `architectures`.
+    """Refuse a model whose config names no sequence classifier in `architectures`.
 
     Raises:
-        UserError: it does not.
+        UserError: no architecture is a sequence classifier.
     """
     if not names_classifier(architectures):
         named = ", ".join(architectures) or "a model of no stated architecture"
@@ -50,10 +50,10 @@ def names_classifier(architectures: Sequence[str]) -> bool:
 
 
 def config_folder(path: str | Path, base: str | Path | None) -> Path:
-    """The folder of config.json and tokenizer: next to the weights, or the base model's.
+    """Find the folder of config.json and tokenizer: `base` if given, else the weights' folder.
 
     Raises:
-        UserError: in neither place.
+        UserError: there is no config.json in this folder.
     """
     place = Path(model_folder(path))
     beside = place if place.is_dir() else place.parent

@@ -1,12 +1,12 @@
-"""Faster layouts behind the reward models' forward interface: every prompt once.
+"""Faster layouts for reward models, which compute every prompt only once.
 
-Scores are read at the very tokens that padded rows would be read at. A response's last token is fed
-where scores are read there, and left away where only the states before tokens are asked for.
+Scores are read at the same tokens as with padded rows. The last token of a response is fed only if
+a score is read there; `scores_before` needs only the states before each token.
 
-Losses that read scores behind a response's end (`reads_padding`) get those of the padding there: in
-padded rows all padding of a row comes to the same, so one token stands for it. Flash attention and
-windows of attention have no place for such a token; there responses of different lengths go as
-padded rows.
+Some losses read scores after a response's end (`reads_padding`). With padded rows, all padding
+tokens of a row have the same hidden state, so the layouts feed one padding token for each row.
+Flash attention and sliding windows cannot handle this token; with them, responses of different
+lengths are computed as padded rows.
 
 Legend: N rows, P prompt tokens, R response tokens, M response tokens of the whole batch.
 """
@@ -27,15 +27,15 @@ from rrhf.models.forward.shared_prefix import SharedPrefix
 from rrhf.models.reward_model import AT_THE_END, RewardModel, ScoreOptions
 
 LAYOUTS = ("shared_prefix", "varlen_attention", "flex_attention", "dense_mask")
-"""Padded rows of a `RewardModel` already apply the head where scores are read, and nowhere else."""
+"""The layout `rows` is not needed: `RewardModel` applies the head only where scores are read."""
 
 
 class FastRewardModel(PackedTrunk, RewardModel):
-    """A reward model on one of the faster layouts.
+    """A reward model that uses one of the faster layouts.
 
     Args:
-        model: a causal model for sequence classification, bare or with adapters. Its attention
-            implementation is exchanged for good where the layout has attention of its own.
+        model: a causal model for sequence classification, with or without adapters. If the layout
+            has its own attention, the model's attention implementation is replaced permanently.
         layout: one of `LAYOUTS`.
         options: as in `RewardModel`.
     """
@@ -49,7 +49,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
         self.has_blind = not has_kernel and declared_window(config) is None
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """As `RewardModel.forward`; without `reads_padding`, padding gets any number."""
+        """As `RewardModel.forward`; without `reads_padding`, scores at padding have no meaning."""
         reads_padding = self.options.per_token and self.options.reads_padding
         if reads_padding and not self.has_blind and not bool(batch.response_mask.all()):
             return super().forward(batch)
@@ -71,7 +71,7 @@ class FastRewardModel(PackedTrunk, RewardModel):
         return self._apply_head(hidden[packed.token_at(columns, width)])
 
     def scores_before(self, batch: TokenBatch) -> Tensor:
-        """As `RewardModel.scores_before`; padding gets any number."""
+        """As `RewardModel.scores_before`; scores at padding have no meaning."""
         packed = self.packed(batch)
         if packed is None:
             return super().scores_before(batch)
@@ -102,13 +102,13 @@ class FastRewardModel(PackedTrunk, RewardModel):
         )
 
     def _placed(self, hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:
-        """[N, R] the scores of [M, H]; 0 at padding."""
+        """Apply the head to hidden states [M, H] and place the scores in [N, R]; 0 at padding."""
         scores = self._apply_head(hidden)
         return scores.new_zeros(batch.response_ids.shape).index_put((row, column), scores)
 
 
 def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
-    """[N, R] the token at each column of the responses, or the one that stands for its padding."""
+    """[N, R] the token at each column of the responses; at padding, the row's padding token."""
     columns = torch.arange(batch.response_ids.shape[1], device=batch.response_ids.device)
     return packed.response_start[:, None] + columns.minimum(batch.response_lengths[:, None])
 
@@ -116,12 +116,12 @@ def _with_padding(packed: SharedPrefix, batch: TokenBatch) -> Tensor:
 def build_reward_model(
     model: Any, layout: str = "padded", options: ScoreOptions = AT_THE_END
 ) -> RewardModel:
-    """The reward model on the given layout, after a self-check on this model.
+    """Build a reward model with the given layout, after a self-check of the layout on this model.
 
     Args:
-        model: not yet spread over processes, where it will compute.
-        layout: `padded`; `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
-            `auto` = the first that supports the model.
+        model: not yet distributed over processes, on the device where it will compute.
+        layout: `padded`, `shared_prefix`, `varlen_attention`, `flex_attention` or `dense_mask`;
+            `auto` selects the first layout that supports the model.
         options: as in `RewardModel`.
 
     Raises:

@@ -1,13 +1,12 @@
-"""The reward model: a language model's trunk with a linear head, behind one forward interface.
+"""The reward model: a language model's trunk with a linear head and one forward interface.
 
-A batch goes in, one raw score for each response comes out. The score is read at the last token that
-belongs to the row, found from lengths and never from pad ids: where pad and EOS are one id, the
-heads of transformers itself read one token early. On disk it is a standard folder of
-`AutoModelForSequenceClassification` with one label, which any other program loads.
+Its forward takes a batch and returns one raw score for each response. The score is read at the
+row's last token, which is found from lengths and never from pad ids: if pad and EOS have the same
+id, the classifiers of transformers read the score one token too early. On disk, a reward model is a
+standard `AutoModelForSequenceClassification` folder with one label, which other programs can load.
 
-A score normaliser lives in the config as plain numbers and is never applied here: losses want raw
-scores, and a scorer gives normalised ones. Left out on purpose: more than one label,
-encoders.
+A score normaliser is stored in the config as plain numbers and never applied here: losses need raw
+scores, and the scorer returns normalised ones. Left out on purpose: several labels, and encoders.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ CHAT_FORMAT_KEY = "rrhf_chat_format"
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Where scores are read.
+    """The positions at which scores are read.
 
     Attributes:
-        per_token: `forward` gives a score at every response position, for token-wise losses.
-        first_end_id: read the score at the row's first token of this id (the convention of some
-            published models) instead of its last token; rows without one are read at the last.
-        reads_padding: with `per_token`, scores after a response's end are wanted too; where they
-            are not, a faster layout gives any number there.
+        per_token: `forward` returns a score at every response position, for token-wise losses.
+        first_end_id: read the score at the row's first token with this id (the convention of some
+            published models). Without such a token, or with None, the last token is used.
+        reads_padding: with `per_token`, also compute scores after a response's end; if False, the
+            scores there have no meaning.
     """
 
     per_token: bool = False
@@ -65,17 +64,17 @@ AT_THE_END = ScoreOptions()
 
 
 class RewardModel(nn.Module):
-    """A sequence classifier with one label behind the forward interface.
+    """A sequence classifier with one label that scores batches of responses.
 
     Args:
-        model: a causal model for sequence classification, bare or with adapters.
+        model: a causal model for sequence classification, with or without adapters.
         options: where scores are read.
     """
 
     def __init__(self, model: Any, options: ScoreOptions = AT_THE_END) -> None:
         super().__init__()
         self.model, self.options = model, options
-        # Scores in bfloat16 would be equal where they should just differ; the head is tiny.
+        # In bfloat16, scores that differ slightly would be equal; the head is tiny anyway.
         self._head().float()
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -113,12 +112,12 @@ class RewardModel(nn.Module):
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         head = self._head()
-        # Under sharding, weights may arrive in bfloat16, whatever they are kept in.
+        # With sharding, weights may arrive here in bfloat16, even if they are stored in float32.
         weight = cast(Tensor, head.weight).float()
         bias = None if head.bias is None else cast(Tensor, head.bias).float()
         with torch.autocast(hidden.device.type, enabled=False):
             scores = functional.linear(hidden.float(), weight, bias)
-        # No view of it: FSDP2 loses its hook where a caller changes one in place, and says so.
+        # A copy, not a view: if a caller changes a view in place, FSDP2 loses its hook and warns.
         return scores.squeeze(-1).clone()
 
     def _head(self) -> nn.Module:
@@ -127,10 +126,11 @@ class RewardModel(nn.Module):
 
 
 def load_reward_model(name_or_path: str | Path, options: LoadOptions = DEFAULT) -> PreTrainedModel:
-    """A trained reward model in eval mode; every weight must have been in the folder.
+    """Load a trained reward model in eval mode; every weight must be in the folder.
 
     Raises:
-        UserError: no folder, a language model, several labels, a head or other weight is missing.
+        UserError: there is no such folder, it holds a language model or a classifier with several
+            labels, or the head or another weight is missing.
     """
     config = require_reward_model(name_or_path, options.trust_remote_code)
     model: PreTrainedModel = _load(name_or_path, config, options, is_new=False)
@@ -140,10 +140,11 @@ def load_reward_model(name_or_path: str | Path, options: LoadOptions = DEFAULT) 
 def require_reward_model(
     name_or_path: str | Path, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The config of a reward model, without looking at its weights.
+    """Read and check the config of a reward model, without reading its weights.
 
     Raises:
-        UserError: no folder, a language model, several labels.
+        UserError: there is no such folder, or it holds a language model or a classifier with
+            several labels.
     """
     config = _read_config(name_or_path, trust_remote_code)
     require_classifier(name_or_path, config.architectures or ())
@@ -157,19 +158,21 @@ def init_reward_model(
     pad_id: int | None,
     options: LoadOptions = DEFAULT,
 ) -> PreTrainedModel:
-    """A reward model to train, in float32: a language model with a new head, or a trained one.
+    """Make a float32 reward model for training, from a language model or a trained reward model.
 
-    The new head is drawn from N(0, 1 / (H + 1)), as in Stiennon et al. 2020 (arXiv:2009.01325).
+    A language model gets a new head, drawn from N(0, 1 / (H + 1)) as in Stiennon et al. 2020
+    (arXiv:2009.01325).
 
     Args:
         name_or_path: a folder or hub name of a causal language model or of a reward model.
-        seed: of the new head alone; the global random state has no part in it.
-        pad_id: the pad id that the folder will name, None where it would be an end token too:
-            then transformers' own head refuses padded batches instead of reading them wrongly.
-        options: how it is loaded.
+        seed: seed of the new head; the global random state is not used.
+        pad_id: the pad id in the saved config. Pass None if the pad token is also an end token:
+            then the classifiers of transformers refuse padded batches instead of reading the wrong
+            token.
+        options: how the model is loaded.
 
     Raises:
-        UserError: no model there, or none that a score head can be put on.
+        UserError: there is no model, or it cannot have a score head.
     """
     assert options.dtype == "float32", "trained weights are float32"
     config = _read_config(name_or_path, options.trust_remote_code)
@@ -178,7 +181,7 @@ def init_reward_model(
         _require_one_label(name_or_path, config)
     config.num_labels = 1
     config.id2label, config.label2id = {0: HEAD}, {HEAD: 0}
-    config.problem_type = "regression"  # makes transformers' pipeline give the score as it is
+    config.problem_type = "regression"  # transformers' pipeline then returns the raw score
     config.pad_token_id = pad_id
     model: PreTrainedModel = _load(name_or_path, config, options, is_new=not has_head)
     if not has_head:
@@ -191,10 +194,10 @@ def init_reward_model(
 
 
 def score_normalizer(config: PreTrainedConfig) -> Normalizer | None:
-    """The normaliser that was learnt with a reward model, or None.
+    """Read the score normaliser from a reward model's config; None if the config has none.
 
     Raises:
-        UserError: the config's entry is not one.
+        UserError: the entry in the config is not a valid normaliser.
     """
     state = getattr(config, NORMALIZER_KEY, None)
     if state is None:
@@ -236,7 +239,7 @@ def _load(
     options: LoadOptions,
     is_new: bool,
 ) -> Any:
-    """Load, and check every key: a head that is silently new gives scores of pure noise."""
+    """Load a model and check every key, because a missing head would be random without notice."""
     with _quiet_transformers():
         model, info = load_model(
             AutoModelForSequenceClassification,
@@ -264,7 +267,7 @@ def _load(
         if names:
             raise UserError(
                 f"{name_or_path}: the folder {what} {len(names)} weights (first: {names[0]}); it "
-                "was cut, or belongs to another kind of model"
+                "is incomplete, or belongs to another kind of model"
             )
     disable_dropout(model)
     return model
@@ -272,7 +275,7 @@ def _load(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Context manager: silences its table of missing weights; `_load` reports each of them."""
+    """Context manager: silences transformers' table of missing weights; `_load` reports them."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

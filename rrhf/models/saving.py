@@ -1,4 +1,4 @@
-"""The policy folder: a plain Hugging Face folder that `from_pretrained` and vLLM load."""
+"""Writes models as plain Hugging Face folders, which `from_pretrained` and vLLM can load."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rrhf.os_errors import telling_need
 
-# How peft names what it wraps: the whole model, a layer with adapters, and a layer that is trained
-# in full (such as a new head) next to its original.
+# Parts of names in peft: the prefix of the whole model; a layer that has adapters; and, for a layer
+# that is trained in full (such as a new head), the original layer and the trained copy.
 _WHOLE = "base_model.model."
 _WRAPPED = ".base_layer"
 _ORIGINAL, _TRAINED = ".original_module.", ".modules_to_save.default."
@@ -28,11 +28,11 @@ def write_model_folder(
     """Write weights (safetensors), config, generation config, tokenizer and chat template.
 
     Args:
-        folder: exists and is empty.
-        model: the Hugging Face model; with LoRA the adapters are merged into a copy of the
-            weights, and saved alone in `adapter/` next to the model.
-        tokenizer: of the model.
-        state_dict: full weights, where the model itself holds shards only.
+        folder: the folder to write; it must exist and be empty.
+        model: the Hugging Face model. LoRA adapters are merged into a copy of the weights, and are
+            also saved separately in the subfolder `adapter/`.
+        tokenizer: the tokenizer of the model.
+        state_dict: the full weights, if the model holds shards only.
     """
     needed = sum(t.nbytes for t in (state_dict or dict(model.named_parameters())).values())
     with telling_need(needed):
@@ -48,7 +48,7 @@ def write_model_folder(
 
 
 def _name_precision(folder: Path, state_dict: dict[str, Tensor]) -> None:
-    """Correct the dtype in config.json: the saved weights may be finer than the model's own."""
+    """Correct the dtype in config.json: saved weights may be more precise than the model's."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     finest = max((t.dtype for t in state_dict.values()), key=lambda dtype: dtype.itemsize)
@@ -68,14 +68,14 @@ def weights_below(prefix: str, state_dict: dict[str, Tensor]) -> dict[str, Tenso
 
 @torch.no_grad()
 def merged_weights(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the plain model: W + scale * B A where a layer has adapters.
+    """Merge LoRA adapters into the weights: W + scale * B A for each layer with adapters.
 
-    From the weights as they are given, never from the model, which may hold shards of them; the
-    model is left as it is.
+    Weights are taken from `state_dict` and never from the model, which may hold shards only. The
+    model is not changed.
 
     Args:
         model: a peft model with LoRA.
-        state_dict: its weights in full.
+        state_dict: the full weights of this model.
 
     Returns:
         Weights on the CPU, under the plain model's names.
@@ -98,7 +98,7 @@ def merged_weights(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _change(layer: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
-    """scale * B A of one layer, in the shape of its weight: [out, in], or as the layer keeps it."""
+    """scale * B A of one layer, in the shape of the layer's weight ([out, in] or transposed)."""
     is_embedding = f"{name}.lora_embedding_A.default" in state_dict
     form = "lora_embedding_{}.default" if is_embedding else "lora_{}.default.weight"
     a, b = (state_dict[f"{name}.{form.format(side)}"].detach().cpu() for side in "AB")

@@ -1,10 +1,10 @@
 """Loads reward models in trlX's published layout (keys `transformer.*` and `v_head.weight`).
 
-That layout is a GPT-J (or GPT-2, GPT-Neo) trunk with a linear head under another name, so its
-weights fit transformers' own classifier of that family once the head is renamed; nothing needs a
-class of its own. Weights are read from `.safetensors`, `.pt` or `.bin`, whole or in shards, the
-latter with `weights_only=True`, so that a file cannot run code. The published folder holds weights
-alone: config and tokenizer then come from the base model's folder.
+That layout is a GPT-J (or GPT-2, GPT-Neo) trunk with a linear head under another name. Once the
+head is renamed, the weights fit the classifier that transformers has for that family, so no extra
+model class is needed. Weights are read from `.safetensors`, `.pt` or `.bin` files, whole or in
+shards; `.pt` and `.bin` are read with `weights_only=True`, so that a file cannot run code. If the
+published folder holds only weights, config and tokenizer come from the base model's folder.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from rrhf.models.reward_folders import config_folder, weight_files
 from rrhf.models.reward_model import HEAD
 
 PUBLISHED_HEAD = "v_head."
-# Masks that old versions of these models stored with their weights.
+# Attention masks that old versions of these models stored in the weight files.
 _STORED_BUFFERS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")
 
 
 def load_trlx_reward_model(
     path: str | Path, base: str | Path | None = None, dtype: str = "float32"
 ) -> Any:
-    """The published layout as a transformers classifier with one label, in eval mode.
+    """Load a published reward model as a transformers classifier with one label, in eval mode.
 
     Args:
-        path: the folder, or one weight file.
-        base: a folder with the base model's config.json, where `path` holds none.
+        path: the published folder, or one weight file.
+        base: a folder with the base model's config.json, if `path` holds none.
         dtype: a key of `DTYPES`.
 
     Raises:
-        UserError: no weights, no config, or weights that do not fit one another.
+        UserError: weights or config are missing, or the weights do not fit the config.
     """
     files = weight_files(path)
     config = AutoConfig.from_pretrained(str(config_folder(path, base)))
@@ -84,12 +84,12 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{file}: cannot be read as plain weights; what is not a tensor is refused, because it "
-            f"could run code ({str(error).splitlines()[0][:200]})"
+            f"{file}: cannot be read as plain weights; objects other than tensors are refused, "
+            f"because they could run code ({str(error).splitlines()[0][:200]})"
         ) from error
     weights = loaded.get("module", loaded.get("state_dict", loaded)) if loaded else loaded
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"{file}: holds no table of weights")
+        raise UserError(f"{file}: does not hold a dictionary of weights")
     return weights
 
 
