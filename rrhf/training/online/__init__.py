@@ -1,4 +1,4 @@
-"""Training on the policy's own responses: rollouts, experience, and the stream of it.
+"""Trains on the policy's own responses: rollouts, experience, and the stream of experience.
 
     rollout -> experience -> stream (-> ptx, ema) -> the loop -> the next rollout
 

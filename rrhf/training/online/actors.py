@@ -1,4 +1,4 @@
-"""Builds and saves the models of online training: policy, critic and average."""
+"""Builds and saves the models of online training: policy, critic and averaged policy."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from rrhf.training.online.ppo_config import PPOConfig
 
 
 def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
-    """The actor, with a critic if the method has one.
+    """Build the policy, with a critic if the method uses one.
 
     Raises:
-        UserError: a model is missing, or there is none to make a critic of.
+        UserError: a model is missing, or there is no model to make the critic from.
     """
     model = load_trainable_causal_lm(config)
     options = LogprobOptions(
@@ -58,7 +58,7 @@ def build_root(config: PPOConfig, bench: Workbench) -> ActorCritic:
 def model_folders(
     bench: Workbench, root: ActorCritic, average: WeightAverage | None
 ) -> ModelFolders:
-    """`policy`, with a critic `value`, with an average `policy_ema`."""
+    """The folders to save: `policy`; with a critic `value`; with an average `policy_ema`."""
     write_policy = model_writer(bench, root.policy.model, "policy.model.")
     writers: dict[str, WriteModel] = {"policy": write_policy}
     if root.value is not None:
@@ -95,13 +95,13 @@ def _critic(config: PPOConfig, bench: Workbench) -> ValueModel:
     if window is not None and config.model_max_length > window:
         raise UserError(
             f"{path}: as a critic it knows {window} positions, fewer than --model_max_length "
-            f"{config.model_max_length}; lower that"
+            f"{config.model_max_length}; lower --model_max_length"
         )
     model = on_device_of_trial(bench, prepare_trainable(bare, config, [HEAD], "SEQ_CLS"))
     return ValueModel(model, score_normalizer(bare.config), bench.config.layout)
 
 
 def _classifier_pad_id(bench: Workbench) -> int | None:
-    """The pad id of a reward model's folder; None if it would be an end token too."""
+    """The pad id to save with the critic; None if the pad token is also the end token."""
     pad_id = bench.tokenizer.pad_token_id
     return None if pad_id == bench.codec.end_id else pad_id

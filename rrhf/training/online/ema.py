@@ -1,7 +1,7 @@
 """A moving average of the policy's weights, often more stable than the last weights.
 
-average = beta * average + (1 - beta) * weights, after every optimiser step, in float32, whole on
-every rank. It does not affect the training.
+After every optimiser step, average = beta * average + (1 - beta) * weights, in float32. Each rank
+holds the whole average. The average does not affect the training.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class WeightAverage(Hook):
 
     Args:
         module: the policy inside the actor-critic.
-        beta: 0 = the last weights; the nearer to 1, the longer the memory.
+        beta: 0 = the last weights; the closer to 1, the more past steps are averaged.
         parallel: gathers the weights.
     """
 
     name = "average"
 
     def __init__(self, module: nn.Module, beta: float, parallel: Parallel) -> None:
-        assert 0 <= beta < 1, "the share of the old average lies in [0, 1)"
+        assert 0 <= beta < 1, "beta, the share of the old average, must lie in [0, 1)"
         self._module, self._beta, self._parallel = module, beta, parallel
         self._average: dict[str, Tensor] = {}
 
@@ -47,17 +47,17 @@ class WeightAverage(Hook):
         return {name: value.cpu() for name, value in self._average.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if tensors:  # else the run had no average until now
+        if tensors:  # empty if the run had no average when it was saved
             self._average = {n: tensors[n].to(weight.device) for n, weight in self._weights()}
 
     def averaged(self, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """All weights of the actor-critic, with the averages in place of the policy's.
+        """Replace the policy's weights by their averages.
 
         Args:
-            weights: of the actor-critic.
-            prefix: of the names of the policy's weights.
+            weights: all weights of the actor-critic, by name.
+            prefix: prefix of the names of the policy's weights.
         """
-        # A tied weight has several names, and its average the first of them.
+        # A tied weight has several names; its average is stored under the first of them.
         first = {id(weight): name for name, weight in self._module.named_parameters()}
         named = self._module.named_parameters(remove_duplicate=False)
         known = {prefix + name: self._average.get(first[id(weight)]) for name, weight in named}

@@ -1,4 +1,4 @@
-"""The advantages of each online method, and the targets of a critic, from a rollout's rewards.
+"""Computes each online method's advantages, and a critic's targets, from a rollout's rewards.
 
 Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
 """
@@ -18,11 +18,11 @@ from rrhf.training.online.ppo_settings import PPOSettings
 
 @dataclass(frozen=True)
 class Rewarded:
-    """A rollout's rewards as tables.
+    """The rewards of a rollout, as tables.
 
     Attributes:
-        rewards: [N, T] with the score on the last token.
-        values: [N, T] or None.
+        rewards: [N, T] reward of each token; the last token of a response also gets its score.
+        values: [N, T] the critic's values; None without a critic.
         mask: [N, T] True at response tokens.
         prompt_index: [N] ascending.
         num_prompts: B.
@@ -40,7 +40,7 @@ class Rewarded:
         return masked_sum(self.rewards, self.mask)
 
     def by_group(self, advantages_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """[N, T] advantages from a function of the rewards by prompt [B, K] and their mask."""
+        """[N, T] advantages from a function of the rewards per response [B, K] and their mask."""
         grid, valid = padded_groups(self.sequence_rewards, self.prompt_index, self.num_prompts)
         return estimators.spread_over_tokens(advantages_of(grid, valid)[valid], self.mask)
 

@@ -1,11 +1,12 @@
 """Turns a rollout into training examples: scores become rewards, rewards become advantages.
 
 A rollout's rows are gathered from all ranks first, so every mean, deviation and coefficient here is
-over the whole rollout, and the same on each rank. `rrhf.training.online.methods` says how a method
-uses the rewards.
+over the whole rollout, and the same on each rank. `rrhf.training.online.methods` defines how each
+method uses the rewards.
 
-An experience is a list of `EncodedSet`: one for each response, or, for online ranking, one for each
-prompt with its responses and their rewards as scores. It goes into a checkpoint as flat tensors.
+The training examples are a list of `EncodedSet`: one for each response, or, for online ranking, one
+for each prompt with its responses and their rewards as scores. A checkpoint stores the list as flat
+tensors.
 
 Legend: N rows (responses), T positions, B prompts, K responses of a prompt.
 """
@@ -38,18 +39,18 @@ from rrhf.training.online.ppo_settings import PPOSettings
 
 @dataclass
 class RolloutRow:
-    """One response of the live policy, on the CPU; filled in stage by stage during a rollout.
+    """One response of the current policy, on the CPU; filled in stage by stage during a rollout.
 
     Attributes:
         prompt: index of its prompt in the rollout.
         sample: index among the prompt's responses.
-        prompt_ids, token_ids: as the policy read and wrote them.
-        old_logprobs: [T] float32, nats, under the policy that sampled.
+        prompt_ids, token_ids: the ids that the policy read and sampled.
+        old_logprobs: [T] float32, nats, under the policy that sampled the response.
         reference_logprobs: [T] float32, nats; empty before the log-prob pass.
         values: [T] float32; None without a critic, and before the log-prob pass.
-        score: the scorer's raw score; NaN before.
-        is_finished: whether it ends in EOS or was cut at a stop token.
-        text: of the response.
+        score: the scorer's raw score; NaN before scoring.
+        is_finished: whether the response ends in EOS or was cut at a stop token.
+        text: the decoded response.
         finish: "stop" or "length", as the scorer saw it.
     """
 
@@ -71,11 +72,12 @@ class Experience:
     """Training examples and metrics from one rollout.
 
     Attributes:
-        sets: to train on.
-        metrics: of the whole rollout.
-        kl: nats per response, for the controller of the coefficient.
-        num_responses: behind that figure.
-        rewards, row_kl: of each response: score minus KL penalty; KL in nats (k1).
+        sets: the training examples.
+        metrics: metrics of the whole rollout.
+        kl: mean KL in nats per response, for the controller of the KL coefficient.
+        num_responses: number of responses over which `kl` is the mean.
+        rewards: score minus KL penalty, for each response.
+        row_kl: KL in nats (estimator k1), for each response.
     """
 
     sets: list[EncodedSet]
@@ -95,10 +97,10 @@ def build_experience(
     """Turn one rollout into training examples and metrics.
 
     Args:
-        rows: of all ranks, by prompt and sample; at least one.
+        rows: the rows of all ranks, sorted by prompt and sample; at least one.
         config: method, clips, penalties.
-        kl_coefficient: of this rollout.
-        normalizer: updated with the scores, then applied to them; None = not normalised.
+        kl_coefficient: KL coefficient of this rollout.
+        normalizer: updated with the scores, then applied to them; None = do not normalise scores.
     """
     assert rows, "a rollout has at least one response"
     lengths = torch.tensor([len(row.token_ids) for row in rows])
@@ -180,7 +182,7 @@ def _ranked_sets(rows: Sequence[RolloutRow], rewards: Sequence[float]) -> list[E
 
 
 def _by_row(stored: TokenExperience, lengths: Sequence[int]) -> list[TokenExperience]:
-    """The experience of each response, from tables [N, T]."""
+    """Split tables [N, T] into the experience of each response."""
     tables = stored.tensors().items()
     return [
         TokenExperience(**{name: table[row, :length] for name, table in tables})
@@ -189,18 +191,18 @@ def _by_row(stored: TokenExperience, lengths: Sequence[int]) -> list[TokenExperi
 
 
 def _table(rows: Sequence[Tensor], width: int) -> Tensor:
-    """[N, T] float32, padded with zeros."""
+    """Stack rows of different lengths: [N, T] float32, padded with zeros."""
     table = torch.zeros((len(rows), width))
     for target, row in zip(table, rows, strict=True):
         target[: len(row)] = row
     return table
 
 
-# To a checkpoint and back.
+# Conversion for checkpoints.
 
 
 def pack(sets: Sequence[EncodedSet]) -> dict[str, Tensor]:
-    """An experience as flat tensors, nothing rounded."""
+    """Convert training examples to flat tensors, without rounding."""
     responses = [ids for s in sets for ids in s.response_ids]
     packed = {
         "prompt_ids": torch.tensor([token for s in sets for token in s.prompt_ids]),
@@ -219,7 +221,7 @@ def pack(sets: Sequence[EncodedSet]) -> dict[str, Tensor]:
 
 
 def unpack(packed: dict[str, Tensor]) -> list[EncodedSet]:
-    """The inverse of `pack`."""
+    """Convert the tensors of `pack` back to training examples."""
     sizes = packed["group_sizes"].tolist()
     lengths = packed["response_lengths"].tolist()
     prompts = packed["prompt_ids"].split(packed["prompt_lengths"].tolist())

@@ -1,4 +1,4 @@
-"""Listeners that are called with each rollout: tables of samples, warnings of no learning."""
+"""The interface of listeners, such as the sample table, that are called with each rollout."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rrhf.training.online.experience import Experience, RolloutRow
 
 @dataclass(frozen=True)
 class MadeRollout:
-    """A rollout, before the first step that is trained on it.
+    """A finished rollout, as listeners see it before the first step that trains on it.
 
     Attributes:
-        steps_done: optimiser steps before it.
-        number: of the rollout, from 0.
-        prompts: of the rollout.
-        rows: its responses.
-        experience: made from them.
-        metrics: its row in the log.
+        steps_done: optimiser steps before the rollout.
+        number: number of the rollout, from 0.
+        prompts: the prompts of the rollout.
+        rows: the responses.
+        experience: the training examples made from the responses.
+        metrics: the rollout's row in the metrics log.
     """
 
     steps_done: int
@@ -32,6 +32,6 @@ class MadeRollout:
 
 
 class RolloutListener(Protocol):
-    """Is called with each rollout; does not affect the training."""
+    """An observer that is called with each rollout and does not affect the training."""
 
     def see_rollout(self, rollout: MadeRollout) -> None: ...

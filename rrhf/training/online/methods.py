@@ -1,8 +1,8 @@
-"""Online methods, a record each: what a method makes of the rewards of a rollout.
+"""The registry of online methods: how each method turns the rewards of a rollout into a loss.
 
-Everything else of online training (rollouts, scores, the KL penalty, the loop) is the same for all
-of them. Nothing here imports torch, so that flags are read without it: what computes is named by an
-import path, or given as the function itself.
+The rest of online training (rollouts, scores, the KL penalty, the loop) is shared by all methods.
+This module does not import torch, so that flags can be read without torch; a function that computes
+advantages is therefore named by its import path, or given as the function itself.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ class OnlineMethod:
     Exactly one of `advantages` and `objective` is given.
 
     Attributes:
-        advantages: (rewarded, settings) -> advantages [N, T] of every response token, and for a
-            critic its targets [N, T], else None; a function, or its import path. `rewarded` is an
-            `rrhf.training.online.estimators.Rewarded`, `settings` the `PPOSettings` of the run.
+        advantages: a function, or its import path: (rewarded, settings) -> [N, T] the advantages of
+            all response tokens, and [N, T] the critic's targets, or None without a critic.
+            `rewarded` is an `rrhf.training.online.estimators.Rewarded`, `settings` the
+            `PPOSettings` of the run.
         objective: the name of an objective of `rrhf train rank` that ranks the responses to each
             prompt by their rewards instead.
-        needs_group: it compares the responses to one prompt, so it needs two of them at least.
-        has_critic: a value model is trained along.
-        reduction: of the losses over tokens, where --loss_reduction is auto.
-        settings: a dataclass of its own settings, in `settings.method_settings`; its fields are
-            flags where the method is chosen.
-        shown: flags that it is tuned by, for its help page.
+        needs_group: whether the method compares the responses to one prompt, so that it needs at
+            least two.
+        has_critic: whether a value model is trained too.
+        reduction: how losses are averaged over tokens if --loss_reduction is auto.
+        settings: a dataclass of the method's own settings, found in `settings.method_settings`; its
+            fields become flags when the method is chosen.
+        shown: the flags by which the method is tuned, for its help page.
     """
 
     advantages: str | Callable[[Any, Any], tuple[Any, Any]] | None = None
@@ -52,11 +54,11 @@ class OnlineMethod:
 
     @property
     def ranks(self) -> bool:
-        """Whether it trains on ranked groups, a prompt with its responses, not on advantages."""
+        """Whether the method ranks the responses to each prompt instead of using advantages."""
         return bool(self.objective)
 
     def estimator(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """The function behind `advantages`."""
+        """The function that `advantages` gives or names."""
         assert self.advantages is not None, "a method that ranks has no advantages"
         if isinstance(self.advantages, str):
             found: Callable[[Any, Any], tuple[Any, Any]] = imported(self.advantages)

@@ -1,7 +1,7 @@
-"""Signs that a run cannot learn, said once each: with the figure, and the flag that helps.
+"""Warns once about each sign that a run cannot learn, with the number and the flag that helps.
 
-A sign is believed when it was seen in several rollouts in a row, or in every rollout of a shorter
-run, so that one odd rollout says nothing.
+A sign must be seen in several rollouts in a row, or in every rollout of a shorter run, so that a
+single unusual rollout causes no warning.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from rrhf.training.online.ppo_settings import PPOSettings
 logger = logging.getLogger(__name__)
 
 ROLLOUTS = {"endless": 3, "tied": 3, "blind": 8}
-"""Rollouts in a row that must show a sign. A critic begins blind, and is given more of them."""
+"""Sign -> number of rollouts in a row after which to warn. A new critic explains nothing at first,
+so "blind" needs more rollouts."""
 
 _TO_COMPARE = 2
 
 
 class NoLearning(Hook):
-    """Watches rollouts.
+    """Watches rollouts for signs that nothing can be learnt.
 
     Args:
-        config: what helps depends on it.
+        config: the settings; which signs apply, and which flags to suggest, depends on them.
     """
 
     name = "signs"
@@ -46,7 +47,7 @@ class NoLearning(Hook):
         }
 
     def see_rollout(self, rollout: MadeRollout) -> None:
-        """Look at the next rollout."""
+        """Check a rollout, and warn of a sign that has lasted long enough."""
         metrics, rows = rollout.metrics, rollout.rows
         self._last = metrics
         is_grouped = METHODS[self._config.method].needs_group
@@ -54,7 +55,7 @@ class NoLearning(Hook):
         signs = {
             "endless": metrics["finished_fraction"] == 0.0,
             "tied": nothing_compares(rows, is_grouped),
-            # A critic that learns alone is given time.
+            # No warning while only the critic is trained.
             "blind": metrics.get("explained_variance", 1.0) <= 0.0
             and not self._config.is_warm_up(rollout.steps_done),
         }
@@ -64,11 +65,11 @@ class NoLearning(Hook):
                 self._say(sign)
 
     def finish(self, rollouts: int, last: Mapping[str, float]) -> None:
-        """The run is over: say what every one of its rollouts has shown.
+        """At the end of the run, warn of the signs that every rollout has shown.
 
         Args:
-            rollouts: of the whole run.
-            last: the metrics of the last of them.
+            rollouts: number of rollouts in the whole run.
+            last: the metrics of the last rollout.
         """
         self._last = last
         for sign, times in self._in_a_row.items():
@@ -76,7 +77,7 @@ class NoLearning(Hook):
                 self._say(sign)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen and said so far."""
+        """The signs seen and the warnings given so far."""
         return {
             "in_a_row": dict(self._in_a_row),
             "said": sorted(self._said),
@@ -84,7 +85,7 @@ class NoLearning(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on watching; of what the state lacks, no sign is assumed to have been seen."""
+        """Restore the state of a checkpoint; a sign that the state lacks counts as not seen."""
         self._in_a_row |= state.get("in_a_row", {})
         self._said = set(state.get("said", ()))
         self._is_lone = bool(state.get("is_lone", False))
@@ -134,18 +135,19 @@ class NoLearning(Hook):
 
 
 def nothing_compares(rows: Sequence[RolloutRow], is_grouped: bool) -> bool:
-    """Whether nothing can be learnt from a rollout: no two of its responses differ in score.
+    """Whether nothing can be learnt from a rollout: no two compared responses differ in score.
 
     Args:
-        rows: of a rollout.
-        is_grouped: only responses to the same prompt are compared, and one alone teaches nothing.
+        rows: the responses of a rollout.
+        is_grouped: whether only responses to the same prompt are compared; then nothing can be
+            learnt from a prompt with a single response.
     """
     groups = compared(rows, is_grouped)
     return (is_grouped or bool(groups)) and all(len(set(scores)) == 1 for scores in groups)
 
 
 def compared(rows: Sequence[RolloutRow], is_grouped: bool) -> list[list[float]]:
-    """Scores that are compared with each other, two or more in each list."""
+    """Lists of scores that are compared with each other, two or more scores in each."""
     groups: dict[int, list[float]] = {}
     for row in rows:
         groups.setdefault(row.prompt if is_grouped else 0, []).append(row.score)

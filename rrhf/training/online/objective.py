@@ -1,8 +1,8 @@
-"""The terms of PPO's loss over one micro-batch of experience.
+"""Computes the terms of PPO's loss for one micro-batch of experience.
 
-`policy` (clipped ratio) for every method; `value`, `entropy` and `kl` where the settings give them
-a weight. All are sums over tokens or responses with counts that are known before the forward. What
-stands behind a row's length, and every token of a filler row, is never read.
+Every method has the term `policy` (clipped ratio); `value`, `entropy` and `kl` are added if the
+settings ask for them. Each term is a sum over tokens or responses, with a count that is known
+before the forward pass. Padding, and every token of a filler row, is never read.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rrhf.training.online.ppo_config import PPOConfig
 
 
 class PPOObjective:
-    """PPO and critic-free methods, which differ in their advantages alone.
+    """The loss of PPO and of the critic-free methods, which differ only in their advantages.
 
     Args:
         config: clips and weights.
-        controller: whose coefficient weighs the KL where it is in the loss.
+        controller: gives the coefficient of the KL term (--kl_in loss).
 
     Attributes:
-        policy_is_frozen: the critic learns alone; the policy's terms weigh nothing.
+        policy_is_frozen: True = train only the critic; the policy's terms have weight 0.
     """
 
     def __init__(self, config: PPOConfig, controller: KLController) -> None:
@@ -37,17 +37,17 @@ class PPOObjective:
         self._largest_ratio = torch.zeros(())
 
     def take_largest_ratio(self) -> float:
-        """Of this rank, since it was last asked."""
+        """Return the largest probability ratio on this rank since the last call, and reset it."""
         largest, self._largest_ratio = self._largest_ratio, torch.zeros(())
         return float(largest)
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Tokens or responses, as the reduction asks; the same for all terms."""
+        """The denominator of each term: tokens or responses, as the reduction asks."""
         count = ppo_losses.reduction_counts(_mask(batch), self.config.reduction).sum()
         return dict.fromkeys(self._names(), count)
 
     def __call__(self, outputs: ActorCriticOutputs, batch: TokenBatch) -> dict[str, Term]:
-        """The terms of one micro-batch, with what one watches of them."""
+        """The terms of one micro-batch, with metrics."""
         config, mask, stored = self.config, _mask(batch), batch.experience
         assert stored is not None, "a rollout made the batch"
         old, advantages = stored.old_logprobs, stored.advantages
@@ -87,7 +87,7 @@ class PPOObjective:
 
     @property
     def _scale(self) -> float:
-        """Sums over a response are measured by the longest that there may be."""
+        """1 / max_new_tokens if losses are summed over a response (sequence-sum), else 1."""
         return 1 / self.config.max_new_tokens if self.config.reduction == "sequence-sum" else 1.0
 
     def _names(self) -> list[str]:
@@ -107,7 +107,7 @@ class PPOObjective:
         weight: float,
         metrics: dict[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Term:
-        """A term of the policy's."""
+        """A term that trains the policy; its weight is 0 while the policy is frozen."""
         weight = 0.0 if self.policy_is_frozen else weight * self._scale
         return Term(self._total(token_losses, mask), weight, metrics or {})
 

@@ -1,14 +1,14 @@
-"""PPO with human feedback, and what runs on the same stream: critic-free methods, online RRHF.
+"""`rrhf train ppo`: PPO with human feedback, critic-free methods and online RRHF.
 
-The policy answers prompts, a scorer scores the answers, the score minus a penalty for leaving the
-reference becomes a reward, and a few passes of the common loop update policy and critic. The parts
-are in `rrhf.training.online`. Ouyang et al. 2022, arXiv:2203.02155, with the details that Huang
-et al. 2024, arXiv:2403.17031, found to matter.
+The policy answers prompts, and a scorer scores the answers. The score minus a penalty for moving
+away from the reference is the reward. A few passes of the common training loop then update policy
+and critic. The parts are in `rrhf.training.online`. Ouyang et al. 2022, arXiv:2203.02155, with the
+details that Huang et al. 2024, arXiv:2403.17031, found to matter.
 
-`--method rrhf` feeds the same rollouts to the ranking objective instead: the paper's OP-k, where
-the policy is refreshed every `rollout_size / batch` steps.
+`--method rrhf` trains on the same rollouts with the ranking objective instead: OP-k of the RRHF
+paper, where the policy that samples is refreshed every `rollout_size / batch` steps.
 
-Under FSDP2 and DeepSpeed the trained actor-critic is spread over the ranks. The frozen reference,
+Under FSDP2 and DeepSpeed the trained actor-critic is sharded over the ranks. The frozen reference,
 the reward model and a copy of the policy to sample from are whole on each rank.
 """
 
@@ -62,14 +62,14 @@ from rrhf.training.online.stream import PPOStream
 logger = logging.getLogger(__name__)
 
 EVALUATION_ROUND = 1_000_000_000
-"""Its draws must not be those of a rollout."""
+"""Number of the sampling round of evaluations, too large to share the draws of a rollout."""
 
 
 def train(config: PPOConfig) -> Path:
-    """Train on what the policy itself writes; returns the policy folder.
+    """Train the policy on its own responses; returns the policy folder.
 
     Raises:
-        UserError: the prompts, a model or a setting is not usable; the text says which and why.
+        UserError: the prompts, a model or a setting is not usable; the message says which and why.
     """
     scoring = RewardModelOptions(
         bf16=config.bf16,
@@ -90,7 +90,7 @@ def train(config: PPOConfig) -> Path:
             others = config.for_other_data()
             held_out = load_sets(config.eval_datasets, config.seed, options=others)
         root = build_root(config, bench)
-        # With LoRA the first policy is this one, adapters off.
+        # With LoRA, the reference is the trained policy with its adapters off.
         reference = None if config.use_lora else frozen_copy(bench, config.temperature)
         if reference is not None:
             offload.add_frozen(reference, {"reference"})
@@ -187,9 +187,9 @@ def _offload(config: PPOConfig, bench: Workbench) -> Iterator[Offload]:
     spread = levels - {"freeze_model"}
     if parallel.is_sharded and spread:
         raise UserError(
-            f"--offload_level {' '.join(sorted(spread))}: {parallel.kind} spreads what is trained "
-            "over the ranks and moves it itself: ask for it in the launch file "
-            "(fsdp_offload_params: true, or offload_optimizer_device: cpu); freeze_model goes "
+            f"--offload_level {' '.join(sorted(spread))}: {parallel.kind} shards the trained "
+            "models over the ranks and offloads them itself: ask for offloading in the launch file "
+            "(fsdp_offload_params: true, or offload_optimizer_device: cpu); freeze_model works "
             "with every launch"
         )
     require_device_memory(levels, parallel.device)
@@ -209,9 +209,10 @@ def _evaluation(
     stream: PPOStream,
     samples: SampleTable,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Answers held-out prompts once each, always by the same draws.
+    """Build the function that answers and scores each held-out prompt, always by the same draws.
 
-    Without enough scores there are no figures: that is no reason to lose what was trained.
+    If too few responses get a score, the function warns and returns no metrics, so that the
+    training goes on.
     """
     has_warned = False
 
@@ -240,8 +241,8 @@ def _evaluation(
 def _demonstrations(
     config: PPOConfig, bench: Workbench, total_steps: int, cut: StepCut
 ) -> OfflineStream:
-    """Batches of `--ptx_datasets`, of the same size as those of experience."""
-    assert config.ptx_datasets is not None, "there are no demonstrations"
+    """The stream of batches of `--ptx_datasets`, as large as the batches of experience."""
+    assert config.ptx_datasets is not None, "called only with --ptx_datasets"
     sets = demonstrations(
         load_sets(config.ptx_datasets, config.seed, options=config.for_other_data())
     )

@@ -1,4 +1,4 @@
-"""What is refused of the settings of `rrhf train ppo`, before anything is loaded."""
+"""Checks the settings of `rrhf train ppo` before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_settings import PPOSettings
 
 EVALUATION_MEASURES = ("score", "reward", "kl", "kl_k3", "finished_fraction", "response_length")
-"""What an evaluation on the way gives; logged as eval_<name>."""
+"""The metrics of an evaluation during training; logged as eval_<name>."""
 
 _RANGES = {
     "critic_learning_rate": ranges.NOT_NEGATIVE,
@@ -46,10 +46,10 @@ _RANGES = {
 
 
 def check_ranges(config: PPOSettings) -> None:
-    """Refuse numbers out of their range.
+    """Check that every number is in its range.
 
     Raises:
-        UserError: one is.
+        UserError: a number is out of its range.
     """
     ranges.check_ranges(config, _RANGES)
     if config.dual_clip and not config.dual_clip > 1:
@@ -62,10 +62,10 @@ def check_ranges(config: PPOSettings) -> None:
 
 
 def check_combinations(config: PPOSettings) -> None:
-    """Refuse settings that exclude each other, or are nothing without another.
+    """Check for settings that exclude each other, or have no effect without another setting.
 
     Raises:
-        UserError: there are some.
+        UserError: there are such settings.
     """
     if config.rollout_size % config.num_return_sequences:
         raise UserError(
@@ -81,7 +81,7 @@ def check_combinations(config: PPOSettings) -> None:
     if config.kl_in == "loss":
         if method.ranks:
             raise UserError(
-                f"--kl_in loss: with --method {config.method} the KL enters the scores only"
+                f"--kl_in loss: with --method {config.method} the KL is part of the rewards only"
             )
         if config.kl_estimator not in ("auto", *KL_LOSS_ESTIMATORS):
             raise UserError(
@@ -90,24 +90,24 @@ def check_combinations(config: PPOSettings) -> None:
             )
     if config.best_metric.removeprefix("eval_") not in EVALUATION_MEASURES:
         raise UserError(
-            f"--metric_for_best_model {config.best_metric}: no measure of the evaluations; "
+            f"--metric_for_best_model {config.best_metric}: not a metric of the evaluations; "
             f"choose one of {', '.join(EVALUATION_MEASURES)}"
         )
     if config.max_steps > 0 and config.num_rollouts > 0:
-        raise UserError("--max_steps and --num_rollouts both say when to end; give one")
+        raise UserError("--max_steps and --num_rollouts both say when to end; give only one")
     if (config.ptx_coeff > 0) != (config.ptx_datasets is not None):
         raise UserError(
-            f"--ptx_coeff {config.ptx_coeff} and --ptx_datasets {config.ptx_datasets}: one is "
-            "nothing without the other; give both or none"
+            f"--ptx_coeff {config.ptx_coeff} and --ptx_datasets {config.ptx_datasets}: neither "
+            "has an effect without the other; give both or none"
         )
     if config.ptx_datasets and method.ranks:
         raise UserError(
-            f"--ptx_datasets: --method {config.method} ranks, and has a likelihood term of its own"
+            f"--ptx_datasets: --method {config.method} has a likelihood term of its own"
         )
     if config.lora_dropout:
         raise UserError(
-            f"--lora_dropout {config.lora_dropout}: the update would not see the policy that "
-            "sampled; PPO trains without dropout"
+            f"--lora_dropout {config.lora_dropout}: with dropout, the updated policy would differ "
+            "from the one that sampled; leave out --lora_dropout"
         )
     if config.group_by_length:
         raise UserError("--group_by_length: a rollout is shuffled as a whole; leave it out")

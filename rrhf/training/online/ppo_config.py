@@ -15,13 +15,13 @@ from rrhf.training.online.ppo_settings import PPOSettings
 logger = logging.getLogger(__name__)
 
 GROUP_SIZE = 4
-"""Responses a prompt by default, where they are compared with each other."""
+"""Default number of responses to each prompt for methods that compare them."""
 
 
 @dataclass
 class PPOConfig(PPOSettings):
     """Train a policy on its own responses to prompts: PPO with a critic, methods without one
-    (RLOO, GRPO, ...), or RRHF on the samples of the live policy. Leaves OUTPUT_DIR/policy."""
+    (RLOO, GRPO, ...), or RRHF on its samples. Writes OUTPUT_DIR/policy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,24 +44,24 @@ class PPOConfig(PPOSettings):
         ):
             if getattr(self, name) != off:
                 logger.warning(
-                    "--%s %s: shapes what is sampled but no log-prob, so the KL will be biased and "
-                    "may turn negative; leave it at %s unless you mean it",
+                    "--%s %s: changes what is sampled but not the log-probs, so the KL is biased "
+                    "and may become negative; keep the default, %s, unless you want this",
                     name,
                     getattr(self, name),
                     off,
                 )
 
     def _needs_shared_trunk(self) -> bool:
-        """Whether no model is given that a critic could start from; logs it in that case."""
+        """Whether no model is given that a critic could start from; if so, a message is logged."""
         has_model = self.reward_critic_model_name_or_path or not is_made(
             self.reward_model_name_or_path
         )
         if has_model or not self.has_critic:
             return False
         logger.info(
-            "%s is no model that a critic could start from, so the critic is a value head on the "
-            "policy's own trunk (--share_trunk); --reward_critic_model_name_or_path MODEL gives it "
-            "a trunk of its own, and a --method such as rloo needs no critic",
+            "%s is not a model that a critic could start from, so the critic is a value head on "
+            "the policy's trunk (--share_trunk); --reward_critic_model_name_or_path MODEL gives "
+            "the critic its own trunk, and a --method such as rloo needs no critic",
             self.reward_model_name_or_path,
         )
         return True

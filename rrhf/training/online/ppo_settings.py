@@ -1,4 +1,4 @@
-"""The settings of `rrhf train ppo` and values derived from them; they are checked elsewhere."""
+"""The settings of `rrhf train ppo` and values derived from them; `ppo_checks` checks them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rrhf.training.online.methods import METHODS
 
 @dataclass
 class PPOSettings(TrainingConfig):
-    """Rollouts, rewards and the update of online training."""
+    """Settings of online training: rollouts, rewards and updates."""
 
     model_name_or_path: str = field(
         metadata={"names": "model", "aliases": ["model_name", "actor_model_name_or_path"]}
     )
-    """Folder, run folder or hub name of the policy to start from; it is the reference too."""
+    """Folder, run folder or hub name of the policy to start from, which is also the reference."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
@@ -29,12 +29,12 @@ class PPOSettings(TrainingConfig):
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
     """What scores responses: folder, run folder or hub name of a reward model (its tokenizer may
-    differ from the policy's), function:module:name, gold:WORLD, or package.module:name of a Scorer
-    of your own."""
+    differ from the policy's), function:module:name, gold:WORLD, or package.module:name of your
+    own Scorer."""
 
     method: str = field(default="ppo", metadata={"aliases": ["rl_algorithm"], "registry": METHODS})
-    """ppo has a critic, the others have none; rrhf ranks the responses of the live policy (OP-k);
-    or one of your own."""
+    """The online method. ppo has a critic, the others have none; rrhf ranks the responses of the
+    current policy (OP-k); package.module:name = your own OnlineMethod."""
 
     method_settings: Any = field(default=None, metadata={"settings_of": "method"})
 
@@ -44,7 +44,7 @@ class PPOSettings(TrainingConfig):
 
     share_trunk: bool | None = None
     """Put the critic's value head, zero at first, on the policy's own trunk, which saves the memory
-    of a second one. By default only where the scorer is not a model that a critic could start
+    of a second trunk. By default only if the scorer is not a model that a critic could start
     from."""
 
     detach_value_trunk: bool = False
@@ -73,7 +73,7 @@ class PPOSettings(TrainingConfig):
     per_device_prompt_batch_size: int = field(
         default=16, metadata={"aliases": ["rollout_mini_batch_size"]}
     )
-    """Prompts that one device samples for at a time; affects only memory and speed."""
+    """Prompts that one device answers at a time; affects only memory and speed."""
 
     per_device_train_batch_size: int = 8
     """Responses in one forward on one device (rrhf: prompts with all their responses)."""
@@ -92,25 +92,26 @@ class PPOSettings(TrainingConfig):
     """Passes over each rollout."""
 
     max_new_tokens: int = field(default=128, metadata={"aliases": ["max_dec_len"]})
-    """Most tokens of a response, EOS included."""
+    """Maximum number of tokens of a response, EOS included."""
 
     min_new_tokens: int = field(default=0, metadata={"aliases": ["min_dec_len"]})
-    """EOS is not allowed before this many tokens; above 0 the KL is biased."""
+    """Least number of tokens before EOS may be sampled; above 0 the KL is biased."""
 
     temperature: float = 1.0
     """Divides the logits, in sampling and in every log-prob."""
 
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with this mass; below 1 the KL is biased."""
+    """Sample from the smallest set of tokens with this total probability; below 1 the KL is
+    biased."""
 
     top_k: int = 0
     """Sample only from this many likeliest tokens; 0 = all; above 0 the KL is biased."""
 
     repetition_penalty: float = 1.0
-    """Penalty on tokens that were used before; with any value but 1 the KL is biased."""
+    """Penalty on tokens that already occur in the text; with any value but 1 the KL is biased."""
 
     kl_coeff: float = field(default=0.05, metadata={"aliases": ["init_kl_coeff"]})
-    """Weight of the KL from the reference, the policy as it was at the start."""
+    """Weight of the KL from the reference, which is the policy at the start of the run."""
 
     kl_in: Literal["reward", "loss"] = "reward"
     """Subtract the KL from the rewards, token by token, or add it to the loss."""
@@ -134,11 +135,11 @@ class PPOSettings(TrainingConfig):
     """Subtract the running mean of all scores so far and divide by their deviation."""
 
     missing_eos_penalty: float = 0.0
-    """Subtracted from the score of a response that ends neither in EOS nor at truncate_token."""
+    """Subtract this from the score of a response that ends neither in EOS nor at truncate_token."""
 
     truncate_token: str | None = field(default=None, metadata={"aliases": ["stop_token"]})
-    """Cut each response after the first token with this text, such as "."; it then counts as
-    finished, and no EOS is appended."""
+    """Cut each response after the first token with this text, such as "."; the response
+    then counts as finished, and no EOS is appended."""
 
     truncate_after: int = 0
     """Number of tokens at the start of a response where truncate_token is ignored."""
@@ -151,24 +152,24 @@ class PPOSettings(TrainingConfig):
     """Discount for each token."""
 
     gae_lambda: float = 0.95
-    """Lambda of GAE: 1 = advantages rest on the rewards alone, 0 = on the critic's next value
-    alone."""
+    """Lambda of GAE: 1 = the advantage uses all later rewards; 0 = only the next reward and the
+    critic's next value."""
 
     normalize_advantage: bool = field(default=True, metadata={"aliases": ["normalize_advantages"]})
     """ppo, reinforce_pp: shift and scale the advantages of a rollout to mean 0 and deviation 1."""
 
     clip_range_ratio: float = field(default=0.2, metadata={"aliases": ["clip_coeff"]})
-    """The probability ratio is clipped to between 1 - this and 1 + this."""
+    """Clip the probability ratio to [1 - clip_range_ratio, 1 + clip_range_ratio]."""
 
     clip_range_ratio_high: float | None = None
-    """The upper clip range, where it should differ from clip_range_ratio."""
+    """The upper clip range, if it should differ from clip_range_ratio."""
 
     dual_clip: float = 0.0
-    """Limit the loss of a token with a negative advantage to this times the advantage (usual: 3); 0
+    """Limit the loss of a token with a negative advantage to dual_clip * |advantage| (usual: 3); 0
     = no limit."""
 
     clip_range_value: float = 0.2
-    """Values are clipped to within this distance of the rollout's values; 0 = no clip."""
+    """Clip the critic's values to within this distance of the rollout's values; 0 = no clip."""
 
     vf_coeff: float = 0.1
     """Weight of the value loss."""
@@ -183,16 +184,16 @@ class PPOSettings(TrainingConfig):
 
     target_kl: float = 0.0
     """Begin the next rollout once an update has moved the policy this far from the one that sampled
-    (k3, nats per token); 0 = never. Not to be confused with kl_target, which belongs to
+    (k3, nats per token); 0 = never. Not to be confused with kl_target, the target of
     adaptive_kl."""
 
     ptx_datasets: str | None = field(default=None, metadata={"names": "data"})
-    """Demonstrations: each step also trains on a batch of them, so that the policy stays a good
-    language model."""
+    """Demonstrations; each step also trains on a batch of demonstrations, so that the policy stays
+    a good language model."""
 
     ptx_coeff: float = 0.0
-    """Weight of the cross-entropy on ptx_datasets: the mean over tokens, at the sampling
-    temperature."""
+    """Weight of the cross-entropy on ptx_datasets, averaged over tokens and computed at the
+    sampling temperature."""
 
     use_ema: bool = False
     """Also keep a moving average of the policy's weights, saved as policy_ema/."""
@@ -201,7 +202,7 @@ class PPOSettings(TrainingConfig):
     """average = beta * average + (1 - beta) * weights, after every optimiser step."""
 
     eval_datasets: str | None = field(default=None, metadata={"names": "data"})
-    """Prompts that are answered and scored at eval_steps and at the end."""
+    """Held-out prompts, which are answered and scored at eval_steps and at the end."""
 
     sample_table_steps: int = 1
     """Write a few responses to samples.jsonl and show them on a terminal: those of the first
@@ -212,9 +213,9 @@ class PPOSettings(TrainingConfig):
 
     offload_level: list[str] = field(default_factory=list)
     """What to move from the GPU to the host's memory while it is not needed: any of freeze_model
-    (reference, reward model), optimizer (its moments, while responses are sampled and scored) and
-    train_model (policy and critic, while frozen models run). Costs time, changes no result. Refused
-    on a machine without a GPU."""
+    (reference, reward model), optimizer (the moments, while responses are sampled and scored) and
+    train_model (policy and critic, while frozen models run). Costs time; does not change
+    results. An error on a machine without a GPU."""
 
     @property
     def counts_epochs(self) -> bool:
@@ -230,14 +231,14 @@ class PPOSettings(TrainingConfig):
 
     @property
     def token_kl_estimator(self) -> str:
-        """The estimator, `auto` resolved."""
+        """The estimator of a token's KL, with `auto` resolved."""
         if self.kl_estimator != "auto":
             return self.kl_estimator
         return "k1" if self.kl_in == "reward" else "k3_with_k2_gradient"
 
     @property
     def reduction(self) -> str:
-        """The reduction of the losses over tokens, `auto` resolved."""
+        """The reduction of the losses over tokens, with `auto` resolved."""
         if self.loss_reduction != "auto":
             return self.loss_reduction
         return METHODS[self.method].reduction

@@ -15,11 +15,13 @@ FIX = "raise --model_max_length, or lower --max_new_tokens"
 def fitting_prompts(
     prompts: Sequence[CandidateSet], writer: RolloutWriter, name: str
 ) -> tuple[list[CandidateSet], int]:
-    """Prompts that leave room for a response, without their candidates; and how many of them lose
-    their beginning.
+    """Select the prompts that leave room for a response.
+
+    Returns:
+        The prompts, with their candidates removed, and how many of them will be cut at the start.
 
     Raises:
-        UserError: none fits.
+        UserError: no prompt fits.
     """
     fitting = Fitting(name, writer.fit, writer.codec, writer.room, FIX)
     kept = [replace(prompt, candidates=()) for prompt in fitting.select(prompts)]

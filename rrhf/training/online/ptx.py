@@ -1,9 +1,9 @@
-"""PPO-ptx: demonstrations next to experience, so that the policy remains a good language model.
+"""PPO-ptx: also trains on demonstrations, so that the policy stays a good language model.
 
 Ouyang et al. 2022, arXiv:2203.02155, equation 2: every optimiser step adds a batch of
-demonstrations, whose cross-entropy is a further term. For such a batch, which has no experience,
-the terms of the wrapped objective are zero times the outputs of the actor-critic, so that every
-weight takes part in every backward pass.
+demonstrations, whose cross-entropy is a further loss term. A batch of demonstrations has no
+experience, so its other terms are zero times the outputs of the actor-critic; thus every weight
+takes part in every backward pass.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class PtxObjective:
     """The terms of PPO, and `ptx`: cross-entropy per token of demonstrations.
 
     Args:
-        inner: gives the terms of experience.
-        coefficient: weight of the new term.
+        inner: computes the terms of PPO.
+        coefficient: weight of the term `ptx`.
     """
 
     def __init__(self, inner: PPOObjective, coefficient: float) -> None:
         self._inner, self._coefficient = inner, coefficient
 
     def denominators(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Those of the inner objective, and the tokens of demonstrations."""
+        """The denominators of PPO's terms, and the number of tokens of demonstrations."""
         found = self._inner.denominators(batch)
         tokens = (batch.response_lengths * batch.row_weights).sum()
         none = torch.zeros_like(tokens)
@@ -44,7 +44,7 @@ class PtxObjective:
         return {**found, "ptx": none}
 
     def __call__(self, outputs: ActorCriticOutputs, batch: TokenBatch) -> dict[str, Term]:
-        """The terms of one micro-batch, of either kind."""
+        """The terms of one micro-batch, of experience or of demonstrations."""
         nothing = 0.0 * outputs.logprobs.sum()
         if outputs.values is not None:
             nothing = nothing + 0.0 * outputs.values.sum()
@@ -61,7 +61,7 @@ class Ptx(Hook):
     """Adds a batch of demonstrations to each step.
 
     Args:
-        demonstrations: batches for at least as many steps as the training has.
+        demonstrations: a stream with a batch for each step of the training.
     """
 
     name = "demonstrations"

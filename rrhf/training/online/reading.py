@@ -1,9 +1,10 @@
 """The log-prob pass over sampled responses: old log-probs, values, reference log-probs.
 
 In float32 the log-probs of sampling are used as the old log-probs, after a self-check: in every
-rollout the longest response of each rank also goes through the trainer's forward pass. If they
-differ on any rank, as they always do under bf16, the trainer's are used for all responses. Values
-come next (with a shared trunk, without computing the policy's head), then the reference.
+rollout the longest response of each rank also goes through the trainer's forward pass. If the two
+results differ on any rank, as they always do under bf16, the trainer computes the old log-probs of
+all responses. Values are computed next (with a shared trunk, without the policy's head), then the
+reference log-probs.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Reader:
 
     Args:
         root: the trained actor-critic, in eval mode during the pass.
-        reference: log-probs [N, R] of a batch under the reference policy.
-        codec: pad and end ids.
-        parallel: ranks.
+        reference: computes the log-probs [N, R] of a batch under the reference policy.
+        codec: gives the pad and end ids.
+        parallel: communicates between ranks.
         rows_at_a_time: rows in one forward pass.
         recompute: always use the trainer's log-probs.
     """
@@ -58,7 +59,7 @@ class Reader:
         if not recompute and self._root.value is None:
             return
         batches = list(self._batches(rows))
-        # Equally many on all ranks: where weights are spread, each is a call that all must join.
+        # All ranks run equally many forward passes; with sharded weights each pass needs all ranks.
         for place in range(int(self._parallel.max(len(batches)))):
             batch = batches[place] if place < len(batches) else []
             self._read_batch(batch, recompute)
@@ -75,7 +76,7 @@ class Reader:
     def _must_recompute(self, rows: Sequence[RolloutRow]) -> bool:
         """Whether to use the trainer's log-probs; the same on all ranks."""
         if self._recompute:
-            self._say("under bf16 they are the trainer's")
+            self._say("under bf16 those of sampling are too inexact")
             return True
         trial = sorted(rows, key=lambda d: -len(d.token_ids))[:1]
         read = self._root(self._collated(trial)).logprobs.cpu()
@@ -92,7 +93,7 @@ class Reader:
             logger.info("old log-probs are computed again by the trainer's own forward: %s", why)
 
     def _read_batch(self, rows: Sequence[RolloutRow], recompute: bool) -> None:
-        """Compute one batch; without rows, a forward pass of a filler."""
+        """Compute one batch; without rows, run the forward pass on a filler row."""
         outputs = self._root(self._collated(rows), values_only=not recompute)
         logprobs = outputs.logprobs.cpu()
         values = None if outputs.values is None else outputs.values.cpu()

@@ -1,4 +1,4 @@
-"""How sampled responses end: truncates at a stop token; counts degenerate responses.
+"""Truncates sampled responses at a stop token, and detects responses that repeat themselves.
 
 A response ends after the first token with a given text (a full stop, a newline) at or after a given
 position; the rest is dropped (Ziegler et al. 2019, arXiv:1909.08593, section 2.4). The cut does not
@@ -18,12 +18,12 @@ LONGEST_PERIOD, LEAST_REPEATS, LEAST_TOKENS = 16, 4, 12
 
 
 class StopToken:
-    """Where a response is cut.
+    """Finds where to cut a response: after the first token with a given text.
 
     Args:
-        tokenizer: of the policy.
-        text: of the token; spaces around it are ignored, so "." also matches the token " .".
-        after: number of first tokens that are never checked.
+        tokenizer: the tokenizer of the policy.
+        text: text of the token; spaces around it are ignored, so "." also matches the token " .".
+        after: number of tokens at the start of a response that are never checked.
 
     Raises:
         UserError: no token of the vocabulary has that text.
@@ -55,10 +55,10 @@ class StopToken:
 
 
 def is_loop(token_ids: Sequence[int]) -> bool:
-    """Whether a response ends in a repetition: at most 16 tokens, at least four times, 12 in all.
+    """Whether a response ends in at most 16 tokens repeated at least four times, 12 tokens in all.
 
     Args:
-        token_ids: of a response, without its EOS.
+        token_ids: the ids of a response, without its EOS.
     """
     for period in range(1, LONGEST_PERIOD + 1):
         needed = max(LEAST_REPEATS * period, LEAST_TOKENS)

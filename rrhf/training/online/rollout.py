@@ -5,14 +5,14 @@ whole rollout. If weights are sharded, a rank samples with a whole copy (`whole_
 rank waits for the longest response of another. The log-prob pass then goes through the actor-critic
 itself; ranks with fewer rows add fillers.
 
-The ids that were sampled are the ids that are trained on. `reading` asks the actor-critic and the
-reference for their log-probs.
+Training uses exactly the ids that were sampled. `reading` computes their log-probs under the
+actor-critic and the reference.
 
-Responses without a token (a stop string at once) and those that could not be scored are left out
-and counted. A signal to any rank drops the rollout on all ranks: at once, or after a step that
-ranks do together.
+Responses without a token (which begin with a stop string) and responses that could not be scored
+are left out and counted. A signal to any rank drops the rollout on all ranks, either at once or
+after the current step that all ranks do together.
 
-Any engine can be used that samples from the live weights and returns ids and log-probs.
+Any engine that samples from the current weights and returns ids and log-probs can be used.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 class UnusableRollout(UserError):
-    """Too many responses have no score, or none is left; raised on every rank.
+    """Too many responses have no score, or no response is left; raised on every rank.
 
     Attributes:
         reason: the message without the fix.
@@ -68,9 +68,9 @@ class Rollout:
     """The responses of all ranks.
 
     Attributes:
-        rows: by prompt and sample.
-        counts: responses sampled, and left out by reason.
-        spent: by phase, since the rollout or the training step before it.
+        rows: the responses, sorted by prompt and sample.
+        counts: number of responses sampled, and of those left out, by reason.
+        spent: time and memory by phase, including the training steps since the last rollout.
     """
 
     rows: list[RolloutRow]
@@ -79,23 +79,23 @@ class Rollout:
 
 
 class RolloutWriter:
-    """Samples responses of the policy with its present weights, scores them, computes log-probs.
+    """Samples responses from the policy's current weights, scores them and computes log-probs.
 
     Args:
         root: the trained actor-critic itself, before it is wrapped and distributed.
         reference: a frozen copy of the first policy, whole on each rank; None = the policy's own
             weights, adapters off.
-        scorer: any.
+        scorer: scores the responses.
         config: sampling and batch sizes.
         bench: of the run.
-        new_engine: makes the engine from the live model, the codec, the rows at a time and the
-            longest prompt.
+        new_engine: makes the engine from the policy's model, the codec, the number of rows to
+            sample at a time and the most tokens of a prompt.
 
     Raises:
         UserError: the engine lacks something that a rollout needs.
 
     Attributes:
-        room: most tokens of a prompt, so that a whole response still fits.
+        room: most tokens that a prompt may have so that a response of full length still fits.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class RolloutWriter:
         """Answer the prompts of a rollout; every rank must call it, with the same prompts.
 
         Args:
-            prompts: that fit; a repeated prompt gets different answers.
-            number: of the rollout, which enters the random seed.
-            samples_per_prompt: by default that of the settings.
+            prompts: prompts that fit; a repeated prompt gets different answers.
+            number: number of the rollout; the random seed depends on it.
+            samples_per_prompt: responses to each prompt; None = num_return_sequences.
 
         Raises:
             UnusableRollout: too many responses could not be scored, or all were left out.
-            StoppedBySignal: some rank received a signal; raised on all of them.
+            StoppedBySignal: a rank received a signal; raised on all ranks.
         """
         places = list(range(self._parallel.rank, len(prompts), self._parallel.world_size))
         renamed = _with_own_ids(prompts)
@@ -193,7 +193,7 @@ class RolloutWriter:
         samples_per_prompt: int | None,
         counts: Counter[str],
     ) -> list[RolloutRow]:
-        """Responses to the prompts at these indices, without empty ones."""
+        """Sample responses to the prompts at these indices; leave out empty responses."""
         params = self._config.sampling(number)
         if samples_per_prompt is not None:
             params = replace(params, num_return_sequences=samples_per_prompt)
@@ -219,7 +219,7 @@ class RolloutWriter:
         return kept
 
     def _row(self, place: int, number: int, sample: Sample) -> RolloutRow:
-        # An engine that gives no ids or log-probs was refused before the first rollout.
+        # `require_capabilities` has refused an engine that does not return ids and log-probs.
         assert sample.prompt_ids is not None, "the engine gives prompt ids"
         assert sample.token_ids is not None and sample.logprobs is not None, "it gives log-probs"
         ids = sample.token_ids.tolist()
@@ -282,7 +282,7 @@ class RolloutWriter:
     def _read(self, rows: Sequence[RolloutRow]) -> None:
         """Fill in old log-probs and values, then reference log-probs."""
         with self._phases("read") as spent, self._parallel.autocast():
-            # The actor-critic's forward may be one that all ranks must do together.
+            # With several ranks, a forward pass may need all of them: a signal must not stop it.
             if self._parallel.world_size == 1:
                 self._alone(lambda: self._reader.read(rows))
             else:
@@ -297,7 +297,7 @@ class RolloutWriter:
         failed = counts["unscored"] - too_long
         if failed > limit * counts["sampled"]:
             changes: dict[str, Any] = {"max_unscored_fraction": 1.0}
-            if not RunFolder(self._config.output_dir).is_bare:  # else it is discarded
+            if not RunFolder(self._config.output_dir).is_bare:  # a bare folder is discarded
                 changes["resume_from_checkpoint"] = True
             raise UnusableRollout(
                 f"{self._scorer.name}: {failed} of {counts['sampled']} responses could "
@@ -325,7 +325,7 @@ class RolloutWriter:
             raise UnusableRollout(
                 f"{self._scorer.name}: none of the {counts['sampled']} responses of a rollout fits "
                 "its window",
-                "; take a reward model with a longer one, or lower --model_max_length or "
+                "; take a reward model with a longer window, or lower --model_max_length or "
                 "--max_new_tokens",
             )
         if not rows:
@@ -337,12 +337,12 @@ class RolloutWriter:
 
 
 def _num_tokens(rows: Sequence[RolloutRow]) -> int:
-    """Tokens of prompts and responses."""
+    """Number of tokens of prompts and responses together."""
     return sum(len(row.prompt_ids) + len(row.token_ids) for row in rows)
 
 
 def _with_own_ids(prompts: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """Gives a repeated prompt an id of its own: equal ids would draw equal responses."""
+    """Give each repeated prompt a distinct id, since equal ids would draw equal responses."""
     seen: Counter[str] = Counter()
     renamed = []
     for prompt in prompts:

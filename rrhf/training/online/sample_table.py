@@ -1,8 +1,8 @@
-"""Tables of a few responses of a rollout or an evaluation, for the user to read.
+"""Writes a few responses of a rollout or an evaluation in a table, for the user to read.
 
-They are written to `samples.jsonl` of the run folder, one row per response, which is truncated on
-resuming like the metrics; a short table is also shown on a terminal and sent to a tracker that
-accepts text. An evaluation always shows the same prompts, a rollout its first ones.
+The rows go to `samples.jsonl` in the run folder, one per response; like the metrics, the file is
+truncated on resuming. A short table is also shown on a terminal and sent to trackers that accept
+text. An evaluation always shows the same prompts, a rollout shows its first prompts.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class SampleTable(Hook):
 
     Args:
         log: receives the rows; None on ranks that write nothing.
-        every: least number of steps between two tables of rollouts; 0 = no tables.
+        every: show the first rollout in each window of this many steps; 0 = show no tables.
         count: responses in a table.
-        is_terminal: show tables; by default if messages go to a terminal.
+        is_terminal: whether to show tables; None = only if stderr is a terminal.
     """
 
     name = "samples"
@@ -45,14 +45,14 @@ class SampleTable(Hook):
         self._log, self._every, self._count = log, every, count
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
         self._tracker = Tracker()
-        self._window = -1  # of `every` steps, that the last table of a rollout lies in
+        self._window = -1  # steps // every at the last table of a rollout
 
     def begin(self, tracker: Tracker, optimizer: torch.optim.Optimizer) -> None:
         """Also send tables to the tracker."""
         self._tracker = tracker
 
     def see_rollout(self, rollout: MadeRollout) -> None:
-        """Show a rollout, if one is due."""
+        """Show a rollout, if a table is due."""
         step = rollout.steps_done
         if self._every < 1 or step // self._every <= self._window:
             return
@@ -67,7 +67,7 @@ class SampleTable(Hook):
         rows: Sequence[RolloutRow],
         experience: Experience,
     ) -> None:
-        """Show an evaluation after a step; the rest is as in `MadeRollout`."""
+        """Show an evaluation after a step; for the other arguments, see `MadeRollout`."""
         if self._every > 0:
             self._show({"step": step, "source": "evaluation"}, prompts, rows, experience)
 
@@ -78,7 +78,7 @@ class SampleTable(Hook):
         return {"offset": 0 if self._log is None else self._log.offset, "window": self._window}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to the state of a checkpoint; an empty state: to the beginning."""
+        """Return to the state of a checkpoint; an empty state returns to the beginning."""
         self._window = state.get("window", -1)
         if self._log is not None:
             self._log.truncate_to(state.get("offset", 0))
@@ -115,7 +115,7 @@ class SampleTable(Hook):
 
 
 def as_text(table: Sequence[Mapping[str, Any]], width: int) -> str:
-    """A table as text, one line per row, cut to a width; of long texts the end is kept."""
+    """A table as text, one line per row; long prompts and responses are shortened to fit."""
     room = max((width - 30) // 2, 20)
     lines = [f"{'prompt':<{room}} {'response':<{room}} {'score':>7} {'KL':>6} finish"]
     lines += [
@@ -132,6 +132,6 @@ def _start(text: str, room: int) -> str:
 
 
 def _end(text: str, room: int) -> str:
-    """The end of a text, since the last question of a prompt is at its end."""
+    """Shorten a text at the start: the last question of a prompt is at the end."""
     flat = " ".join(text.split())
     return flat if len(flat) <= room else f"...{flat[3 - room :]}"

@@ -1,4 +1,4 @@
-"""Hooks of steps on experience: early ends of rollouts, critic warm-up, the largest ratio."""
+"""Hooks of online training: early ends of rollouts, critic warm-up, the largest ratio."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ UPDATE_KL = "approximate_kl_k3"
 
 
 class RolloutPasses(Hook):
-    """Starts the next rollout once an update moved the policy far enough; and records in each row
-    which rollout the step was trained on.
+    """Ends the passes over a rollout early once an update has moved the policy far enough.
+
+    Also records in each row of the metrics which rollout the step was trained on.
 
     Args:
-        stream: of experience.
+        stream: the stream of experience.
         target_kl: nats per token at which the passes over a rollout end; 0 = no limit.
 
     Attributes:
@@ -40,8 +41,8 @@ class RolloutPasses(Hook):
         if not self.rollouts_cut:
             logger.info(
                 "rollout %d: its updates moved the policy by a KL of %.3g, above --target_kl "
-                "%.3g; the %d steps that it had left are skipped, as in every rollout from now "
-                "on that goes as far",
+                "%.3g; its remaining %d steps are skipped; this is not logged again "
+                "for later rollouts",
                 self._stream.rollout_number,
                 kl,
                 self._target_kl,
@@ -56,7 +57,7 @@ class RolloutPasses(Hook):
 
 
 class LargestRatio(Hook):
-    """Adds the largest probability ratio of a step, over all ranks, to its row."""
+    """Adds the largest probability ratio of each step, over all ranks, to the metrics."""
 
     def __init__(self, objective: PPOObjective, parallel: Parallel) -> None:
         self._objective, self._parallel = objective, parallel
@@ -70,7 +71,7 @@ class LargestRatio(Hook):
 
 
 class CriticWarmUp(Hook):
-    """Sets in an objective whether the critic is trained alone in a step."""
+    """Freezes the policy in the objective during the steps in which only the critic is trained."""
 
     def __init__(self, objective: PPOObjective, config: PPOSettings) -> None:
         self._objective, self._config = objective, config

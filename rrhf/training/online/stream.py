@@ -1,14 +1,16 @@
-"""The stream of online training: a rollout, passes over it, the next rollout.
+"""Gives the training loop batches of experience: a rollout, passes over it, the next rollout.
 
-Nothing is prefetched past a step: a rollout begins when the loop asks for the step after the last
-one of the rollout before. A checkpoint can therefore follow any step, and holds the current
-experience, the position in it, the KL coefficient and the normaliser. A rollout that a signal cuts
-short has changed none of these: the state before it is saved, and resuming makes it again.
+Nothing is prefetched: a rollout begins only when the loop asks for the step after the last step of
+the previous rollout. A checkpoint can therefore follow any step; it holds the current experience,
+the position in the experience, the KL coefficient and the normaliser. A signal during a rollout
+leaves all of these unchanged: the state before the rollout is saved, and a resumed run repeats the
+rollout.
 
-The prompts of a rollout depend on (seed, its number), the order of a pass on (seed, its number, the
-pass). A rollout is cut into equally many minibatches, whether or not responses were
-left out; a minibatch is cut over ranks and micro-batches as in `rrhf.training.core.streams`, with
-the responses to one prompt side by side, since layouts that share prompts then compute it once.
+The prompts of a rollout depend on the seed and the rollout's number, and the order of a pass also
+on the number of the pass. Every rollout is divided into the same number of minibatches, whether or
+not responses were left out. A minibatch is divided over ranks and micro-batches as in
+`rrhf.training.core.streams`, with the responses to one prompt next to each other, so that layouts
+that share prompts compute each prompt once.
 """
 
 from __future__ import annotations
@@ -42,22 +44,22 @@ _SEED_STEP = 1_000_003
 
 
 class PPOStream:
-    """Gives the loop micro-batches of experience of the live policy.
+    """Gives the loop micro-batches of experience of the current policy.
 
     Args:
-        prompts: that fit.
-        writer: of rollouts.
+        prompts: the prompts that fit.
+        writer: makes the rollouts.
         config: sizes and passes.
-        controller: of the KL coefficient.
-        normalizer: of scores, or None.
-        cut: of each step.
+        controller: adapts the KL coefficient.
+        normalizer: normalises scores; None = do not normalise.
+        cut: how each step is divided over ranks and micro-batches.
         listeners: called with each rollout.
 
     Attributes:
         total_steps: optimiser steps; decreases if a rollout is cut short and the run ends after a
             number of rollouts.
-        counts: responses sampled and left out since the beginning.
-        rollout_metrics: of the current rollout.
+        counts: number of responses sampled and left out since the start of the run.
+        rollout_metrics: metrics of the current rollout.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class PPOStream:
         )
         self.counts: Counter[str] = Counter()
         self._step = 0
-        self._number = -1  # of the current rollout
-        self._place = self.steps_per_rollout  # steps done in it
+        self._number = -1  # number of the current rollout
+        self._place = self.steps_per_rollout  # steps done in the current rollout
         self._experience: list[EncodedSet] = []
         self._sizes: list[Size] = []
         self._has_warned = self._has_told = False
@@ -116,20 +118,20 @@ class PPOStream:
         return self.steps_per_rollout - self._place
 
     def skip_rest_of_rollout(self) -> None:
-        """Skip the steps that are left of the current rollout."""
+        """Skip the remaining steps of the current rollout."""
         if not self._ends_by_steps:
             self.total_steps -= self.steps_left_in_rollout
         self._place = self.steps_per_rollout
 
     def take_news(self) -> dict[str, float]:
-        """The log row of a rollout, returned once, before the first step that is trained on it."""
+        """The log row of a new rollout, returned once; empty until the next rollout."""
         if not self._has_news:
             return {}
         self._has_news = False
         return {"rollout": float(self._number), **self.rollout_metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the adapted values, and the settings on which their meaning depends."""
+        """The position, the adapted values, and the settings that must not change on resuming."""
         normalizer = self.normalizer
         return {
             **self._fixed(),
@@ -154,7 +156,7 @@ class PPOStream:
             if state[name] != mine:
                 raise UserError(
                     f"resume: {name} was {state[name]} in the checkpoint and is {mine} now; "
-                    "start with what the checkpoint had"
+                    "resume with the value of the checkpoint"
                 )
         self._step, self.total_steps = int(state["step"]), int(state["total_steps"])
         self._number, self._place = int(state["rollout"]), int(state["place"])
@@ -165,7 +167,7 @@ class PPOStream:
             self.normalizer = normalizer_from_state(state["normalizer"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The current experience, as long as steps are left in it."""
+        """The current experience as tensors; empty if no steps are left in the rollout."""
         return pack(self._experience) if self.steps_left_in_rollout else {}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -178,7 +180,7 @@ class PPOStream:
         return self._step
 
     def prompts_of(self, number: int) -> list[CandidateSet]:
-        """The prompts of a rollout: passes over all of them, each in an order of its own."""
+        """The prompts of a rollout: the next in passes over all prompts, each newly shuffled."""
         count = self._config.prompts_per_rollout
         orders: dict[int, list[int]] = {}
         chosen = []
@@ -207,7 +209,7 @@ class PPOStream:
         number = self._number + 1
         prompts = self.prompts_of(number)
         rollout = self._writer.write(prompts, number)
-        self._number, self._place = number, 0  # from here on nothing can stop it half way
+        self._number, self._place = number, 0  # from here on no signal can interrupt the rollout
         experience = build_experience(
             rollout.rows, self._config, self._controller.coefficient, self.normalizer
         )
@@ -242,8 +244,10 @@ class PPOStream:
             self._has_warned = warn_of_lone(self._sizes, self._cut.budget, what)
 
     def _minibatch(self) -> list[int]:
-        """The sets of the next step: an equal part of the pass's order, with the sets of one prompt
-        together, in the order in which prompts first occur.
+        """The indices of the next step's sets: the next equal part of the shuffled pass.
+
+        Sets of the same prompt are put next to each other, in the order in which prompts first
+        occur.
         """
         epoch, place = divmod(self._place, self._minibatches)
         count = len(self._experience)

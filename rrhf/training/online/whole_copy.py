@@ -1,9 +1,9 @@
-"""A whole copy of a policy with sharded weights, for sampling.
+"""Keeps an unsharded copy of a policy with sharded weights, for sampling.
 
-Sampling needs as many forward passes as the longest response has tokens, and under sharding all
-ranks would have to join each of them; so each rank samples from a copy of its own. It is updated
-before a rollout, one weight at a time. The price is memory: each rank holds its shard of weights,
-gradients and optimiser state, and the whole policy in addition (without gradients).
+Sampling needs as many forward passes as the longest response has tokens. With sharded weights, all
+ranks would have to take part in each pass, so each rank samples from a whole copy instead. The copy
+is updated before a rollout, one weight at a time. The cost is memory: each rank holds its shard of
+weights, gradients and optimiser state, and the whole policy in addition (without gradients).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class WholeCopy:
     """A copy of a policy that is updated on request.
 
     Args:
-        policy: inside the trained actor-critic, before it is distributed.
+        policy: the policy inside the trained actor-critic, before the latter is distributed.
         parallel: gathers its weights.
 
     Attributes:
@@ -33,7 +33,7 @@ class WholeCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the policy's present weights; every rank must call it."""
+        """Update the copy to the policy's current weights; every rank must call this method."""
         mine = dict(self.policy.named_parameters())
         for name, weight in self._parallel.whole_weights(self._live, trained_only=True):
             mine[name].copy_(weight)
