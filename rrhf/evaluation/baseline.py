@@ -1,7 +1,7 @@
 """The baseline of an evaluation, and whether its rows have been measured before.
 
-Several policies are usually evaluated into one folder against the same baseline. Its rows are
-measured along with the first policy and reused by later evaluations.
+Several policies are usually evaluated into one folder against the same baseline. The baseline's
+rows are measured together with the first policy, and reused by later evaluations.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ GIVEN: dict[str, Any] = {"kind": "written"}
 
 @dataclass(frozen=True)
 class Baseline:
-    """What policies are compared with.
+    """The policy, or the file of responses, with which policies are compared.
 
     Attributes:
         place: a policy's folder or hub name, or a candidate file.
-        name: name of its rows.
-        sets: the responses in the file; None for a policy.
+        name: name of the baseline's rows.
+        sets: the responses in the file; None if the baseline is a policy.
     """
 
     place: str
@@ -44,7 +44,7 @@ def name_of_responses(path: str) -> str:
 
 
 def policy_name(path: str) -> str:
-    """The name of a policy: that of its folder, or of the run that trained it."""
+    """The name of a policy: the name of its folder, or of the run that trained it."""
     folder = Path(path)
     name = folder.resolve().name if folder.exists() else folder.name
     if name == "policy" and folder.exists():
@@ -69,14 +69,17 @@ def standing_row(
     made_with: Mapping[str, Any],
     accept_edited: bool = False,
 ) -> tuple[dict[str, Any], Path] | None:
-    """An existing row of the baseline that was made in the same way, with its file, or None.
+    """Find an existing row of the baseline that was made in the same way; returns it and its file.
 
     Args:
         folder: folder of the rows.
-        baseline: the baseline. Its responses are part of `made_with`, so the row of a policy whose
-            weights have changed since does not match.
+        baseline: the baseline. Its responses are part of `made_with`, so a row that was measured
+            with other weights of the policy does not match.
         made_with: the `made_with` of a new row.
         accept_edited: read the row even if it was changed after it was written.
+
+    Returns:
+        The row and its file; None if there is no such row.
     """
     wanted = json.loads(json_text(made_with))
     for path in sorted(Path(folder).glob("*.json")):
@@ -90,12 +93,12 @@ def standing_row(
 
 
 def is_name_of_another(folder: str | Path, name: str, place: str) -> bool:
-    """Whether another row than the baseline's has the name that its rows would have.
+    """Whether a name for the baseline's rows is already taken by a row of something else.
 
     Args:
         folder: folder of the rows.
-        name: name of the baseline's rows.
-        place: the baseline.
+        name: name for the baseline's rows.
+        place: the baseline's folder, hub name or file.
     """
     rows = [try_json(Path(folder) / f"{file_stem(one)}.json") for one in (name, f"{name} greedy")]
     return any(is_row(row) and not same_place(_measured(row), place) for row in rows)

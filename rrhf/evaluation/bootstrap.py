@@ -1,4 +1,4 @@
-"""Bootstrap intervals over prompts: of a metric, and of the difference between two rows.
+"""Bootstrap intervals over prompts, for a metric and for the difference between two rows.
 
 Responses to one prompt are not independent of each other, so every metric is first gathered by
 prompt (`Measure`), and prompts are resampled. The intervals are percentile intervals whose
@@ -67,10 +67,10 @@ def paired_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """The metric minus that of the baseline, over the prompts that both have.
+    """The metric minus the baseline's metric, over the prompts that both have.
 
-    Both are resampled together. Prompts differ more than policies do, so this interval is often far
-    narrower than two separate intervals suggest.
+    The prompts are resampled once for both. Prompts differ more than policies do, so this interval
+    is often far narrower than two separate intervals suggest.
     """
     theirs = set(baseline.prompt_ids)
     ids = [i for i in measure.prompt_ids if i in theirs]

@@ -1,4 +1,4 @@
-"""What can be refused before an evaluation loads any weights."""
+"""Finds mistakes in the settings before an evaluation loads any weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rrhf.worlds import World
 
 
 def row_name(config: EvaluateConfig) -> str:
-    """What the row of the policy, or of the given responses, is called."""
+    """The name of the row that measures the policy, or the given responses."""
     if config.name:
         return config.name
     if config.responses:
@@ -24,10 +24,10 @@ def row_name(config: EvaluateConfig) -> str:
 
 
 def check_places(config: EvaluateConfig) -> None:
-    """Refuse models that are not there, and rows whose manifests would replace others.
+    """Refuse models that do not exist, and rows whose manifests would replace other manifests.
 
     Raises:
-        UserError: there is one of either.
+        UserError: there is such a model or such a row.
     """
     baseline = config.baseline
     for path in (
@@ -53,7 +53,7 @@ def check_metrics(config: EvaluateConfig, data: EvaluationData, world: World | N
     """Refuse chosen metrics that cannot be measured.
 
     Raises:
-        UserError: with everything that is missing.
+        UserError: inputs of a metric are missing; the message lists all of them.
     """
     if not config.metrics:
         return

@@ -48,8 +48,8 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
     """The policy to measure: a model folder, a run folder, or a hub name."""
 
     engine: str = field(default="local", metadata={"registry": ENGINES})
-    """What writes the policy's responses: local = the model in this process; package.module:name =
-    an engine of your own. A baseline's responses always come from local."""
+    """What generates the policy's responses: local = the model in this process; package.module:name
+    = your own engine. A baseline's responses are always generated with local."""
 
     engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
 
@@ -57,11 +57,12 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
     """Metrics to measure, separated by commas; empty = all whose inputs are given."""
 
     responses: str = field(default="", metadata={"names": "responses"})
-    """Measure these instead of a policy: a candidate file, or the word dataset for the responses
-    that come with the prompts."""
+    """Responses to measure instead of a policy: a candidate file, or the word dataset for the
+    responses that come with the prompts."""
 
     response_source: str = ""
-    """With responses: only those of this source, such as human:chosen; empty = all."""
+    """With responses: measure only responses from this source, such as human:chosen; empty =
+    all."""
 
     name: str = ""
     """Name of the row; empty = derived from the folder's name."""
@@ -71,27 +72,27 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
     """What gives the reward: a reward model's folder or run, function:module:name, gold:WORLD, or
-    package.module:name of a Scorer of your own; empty = no reward is measured."""
+    package.module:name of your own Scorer; empty = no reward is measured."""
 
     gold: str = "auto"
-    """The world whose true preference is measured: its name, or package.module:name of one of your
-    own; auto = the world that the prompts come from, if any; none."""
+    """The world whose true preference is measured: its name, or package.module:name of your own
+    world; auto = the world that the prompts come from, if any; none = no world."""
 
     reference_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The reference policy for ppl_reference and KL, usually the SFT model; empty = neither is
     measured."""
 
     baseline: str = field(default="", metadata={"names": "model or file"})
-    """The opponent of the win rates: a policy's folder or a candidate file. It is measured too,
-    once for each output_dir, so that `rrhf compare` can show what was gained."""
+    """What win rates compare the responses with: a policy's folder or a candidate file. The
+    baseline is measured too, once for each output_dir, so that `rrhf compare` can show gains."""
 
     decoding: Literal["both", "greedy", "sample"] = "both"
     """How a policy answers: by sampling, greedily or both, one row each; a greedy row has "greedy"
     in its name."""
 
     best_of_n: int = 1
-    """Above 1: measure the one of N samples that the scorer rates highest (sampled decoding
-    only)."""
+    """N: if above 1, of every N samples only the one with the highest score is measured (sampled
+    decoding only)."""
 
     num_prompts: int = 0
     """Use only this many prompts, the same ones for every policy; 0 = all."""
@@ -132,7 +133,7 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
     that come with the prompts."""
 
     num_human_responses: int = 500
-    """Rows to use of human_responses and of pairs, where they are given; 0 = all."""
+    """Number of rows to use of human_responses and of pairs, if they are given; 0 = all."""
 
     ppl_model_name_or_path: str = field(default="", metadata={"names": "model"})
     """The model of ppl_paper, such as openai-community/gpt2-medium; empty = no ppl_paper."""
@@ -149,7 +150,7 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
 
     max_unscored_fraction: float = MAX_UNSCORED_FRACTION
     """Stop if the scorer fails on more than this share of the responses. Responses that exceed a
-    reward model's window are left out and counted, whatever their share."""
+    reward model's window are not failures: they are left out and counted."""
 
     per_device_eval_batch_size: int = 32
     """Responses that are generated at the same time."""
@@ -170,17 +171,17 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
         self.stop_strings = tuple(self.stop_strings)
         self.metrics = tuple(name for one in self.metrics for name in one.split(",") if name)
         for name in self.metrics:
-            METRICS[name]  # or refused
+            METRICS[name]  # raises an error if there is no such metric
         settings = self.engine_spec.settings
         if self.engine_settings is None and settings is not None:
             self.engine_settings = settings()
         if bool(self.model_name_or_path) == bool(self.responses):
             raise UserError(
                 "give --model_name_or_path to measure a policy, or --responses to measure "
-                "responses that are there already: one of the two"
+                "existing responses: one of the two"
             )
         if self.gold not in ("auto", "none"):
-            WORLDS[self.gold]  # or refused
+            WORLDS[self.gold]  # raises an error if there is no such world
         if self.best_of_n > 1 and (not self.scorer or self.responses):
             raise UserError(
                 f"best_of_n {self.best_of_n}: needs a policy and a scorer that chooses; give "
@@ -203,11 +204,11 @@ class EvaluateConfig(RewardModelOptions, DataOptions):
 
     @property
     def decodings(self) -> tuple[bool, ...]:
-        """For each row of a policy, whether it is decoded greedily."""
+        """For each row of a policy, whether its responses are decoded greedily."""
         return {"greedy": (True,), "sample": (False,), "both": (False, True)}[self.decoding]
 
     def params(self, greedy: bool) -> SamplingParams:
-        """Settings of the engine for one of the rows."""
+        """The engine's settings for the greedy or the sampled row."""
         return SamplingParams(
             num_return_sequences=1 if greedy else self.samples_per_prompt,
             max_new_tokens=self.max_new_tokens,

@@ -1,9 +1,9 @@
-"""What a row cost: seconds, sequences through models, tokens.
+"""The cost of a row: seconds, sequences through models, tokens.
 
 Seconds depend on the machine and its load; passes and tokens do not. One pass is one sequence
-through one model (generating a response is one pass, scoring it another). What it costs to serve
-the policy (`serving_*`: everything generated and scored for each response that is kept; for
-best-of-N that is N of each) is separate from what this evaluation spent on measuring it.
+through one model (generating a response is one pass, scoring it is another). The cost of serving
+the policy is counted separately from the cost of measuring it: `serving_*` counts everything that
+is generated and scored for each response that is kept, so with best-of-N, N responses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class CostMeter:
     """Adds up one row's costs.
 
     Attributes:
-        seconds: by phase, such as "generation".
-        passes: sequences through a model, by model, such as "policy", "scorer", "reference".
+        seconds: seconds by phase, such as "generation".
+        passes: number of sequences through a model, by model, such as "policy", "scorer",
+            "reference".
         generated_tokens: tokens that the policy generated, also for responses that were not kept;
             None if its engine does not report them.
         prompt_tokens: tokens of the prompts, each counted once.
@@ -36,7 +37,7 @@ class CostMeter:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time inside to a phase."""
+        """Context manager: adds the time that its body takes to a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -48,7 +49,7 @@ class CostMeter:
         self.passes[model] = self.passes.get(model, 0) + count
 
     def as_dict(self) -> dict[str, Any]:
-        """For a row; rates are None if nothing was generated."""
+        """The costs as a row records them; rates are None if nothing was generated."""
         generation, written = self.seconds.get("generation", 0.0), self.generated_tokens
         kept = self.responses if self.passes.get("policy") else 0
         passes = self.passes.get("policy", 0) + self.passes.get("chooser", 0)

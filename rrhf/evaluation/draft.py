@@ -1,4 +1,4 @@
-"""A row that is being measured: what a metric sees of it, and what has been measured so far."""
+"""A row that is being measured: the inputs of its metrics, and the values measured so far."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from rrhf.records import Candidate, CandidateSet
 from rrhf.worlds import gold_scores
 
 Value = Measure | float | None
-"""Of a metric: values by prompt, or one number of the whole row; None = nothing to measure."""
+"""The result of a metric: values by prompt, or one number for the whole row; None = nothing to
+measure."""
 
 # Settings that do not change the distribution of responses.
 _NOT_DECODING = ("num_return_sequences", "seed", "round")
@@ -29,23 +30,23 @@ _NOT_DECODING = ("num_return_sequences", "seed", "round")
 
 @dataclass
 class Draft:
-    """A row so far: what to measure, and what has been measured.
+    """A row that is being measured.
 
     Attributes:
         name: name of the row.
-        shared: what all rows share.
+        shared: the prompts, models and data that all rows share.
         policy: computes likelihoods under the policy; None if that is not possible here.
         params: how the responses were decoded; None if they were given.
-        best_of: each response is the best of this many.
-        samples: the engine's samples of each prompt; empty if the responses were given, or if the
-            engine does not report ids and log-probs.
+        best_of: number of samples from which each response was chosen as the best.
+        samples: the engine's samples of each prompt; empty if the responses were given or chosen as
+            best of N, or if the engine does not report ids and log-probs.
         sets: the prompts with the responses of the row, scored if there is a scorer.
-        values: what metrics have measured; values by prompt get an interval, one number of the
-            whole row does not.
-        counts: what was left out, and why.
-        notes: what a reader of the numbers must know.
+        values: values measured so far; values by prompt get an interval, one number for the whole
+            row does not.
+        counts: number of things left out, by reason.
+        notes: remarks that a reader needs to understand the numbers.
         cost: seconds, passes, tokens.
-        reference_logprobs: log-probs under the reference at temperature 1, as far as computed.
+        reference_logprobs: log-probs under the reference at temperature 1 that have been computed.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Draft:
 
     @property
     def has(self) -> set[str]:
-        """Which of the needs of metrics are met."""
+        """The keys of `rrhf.evaluation.metrics.spec.NEEDS` that this row meets."""
         own = {"policy": self.policy is not None, "samples": bool(self.samples)}
         return self.shared.has | {need for need, is_there in own.items() if is_there}
 
@@ -89,7 +90,7 @@ class Draft:
         """Add the values of a metric.
 
         Raises:
-            UserError: they are not measures or numbers, or a name is taken.
+            UserError: a value is neither a `Measure` nor a number, or its name is taken.
         """
         for name, value in found.items():
             if name in self.values:
@@ -126,7 +127,7 @@ class Draft:
 
 
 def describe_decoding(params: SamplingParams, best_of: int = 1) -> dict[str, Any]:
-    """The decoding as a row records it: what must agree between rows decoded in the same way."""
+    """The settings of the decoding that a row records and that compared rows must share."""
     settings = asdict(params)
     for name in _NOT_DECODING:
         del settings[name]

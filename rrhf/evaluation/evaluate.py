@@ -1,9 +1,9 @@
 """`rrhf evaluate`: measures a policy, or given responses, on held-out prompts and writes rows.
 
 Each row is a JSON file with its responses next to it (`rrhf.evaluation.results`); `rrhf compare`
-puts the rows of several evaluations into a table. A baseline gets its own rows, so that a table
-shows before and after. Code with models in memory uses `rrhf.evaluation.evaluator.Evaluator`
-directly, as this module does after loading them.
+puts the rows of several evaluations into a table. A baseline gets its own rows, so that a table can
+show values before and after training. Code that has models in memory uses
+`rrhf.evaluation.evaluator.Evaluator` directly, as this module does after it has loaded the models.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ from rrhf.scoring.build import build_scorer
 
 logger = logging.getLogger(__name__)
 
-# A baseline is sampled with another seed than rows, or its own row would tie with itself.
+# The baseline's responses for win rates are sampled with another seed than rows are. With the same
+# seed, every response of the baseline's own row would tie with itself.
 BASELINE_SEED_STEP = 1_000_003
 
 
@@ -85,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationResult:
     check_places(config)
     with made_folder(config.output_dir):
         with explained_os_errors(config.output_dir):
-            tempfile.TemporaryFile(dir=config.output_dir).close()  # no name that a kill could leave
+            tempfile.TemporaryFile(dir=config.output_dir).close()  # a kill leaves no file behind
         return _Evaluation(config).run()
 
 
@@ -156,7 +157,7 @@ class _Evaluation:
         return engine
 
     def _fitting(self, engine: GenerationEngine) -> Fitting:
-        """What decides which prompts the policy can answer."""
+        """Make the object that decides which prompts the policy can answer."""
         config, params = self.config, self.config.params(greedy=False)
         fit_of, codec, room = fit_by_engine(engine, params), None, None
         if config.engine_spec.has_model:
@@ -168,7 +169,7 @@ class _Evaluation:
         return Fitting(config.prompts, fit_of, codec, room, fix)
 
     def _facts(self, config: EvaluateConfig, engine: GenerationEngine | None) -> dict[str, Any]:
-        """What a row contains besides measurements; `engine` generated its responses."""
+        """The entries of a row that are not measurements; `engine` generated its responses."""
         facts: dict[str, Any] = {"config": asdict(config), "rrhf_version": rrhf.__version__}
         if engine is not None:
             facts["prompts_that_do_not_fit"] = self.dropped
@@ -210,7 +211,7 @@ class _Evaluation:
         self._save(*rows)
 
     def _set_baseline(self) -> Baseline:
-        """Give the evaluator the baseline's responses; they are generated if it is a policy."""
+        """Give the evaluator the baseline's responses; those of a policy are generated first."""
         place, config = self.config.baseline, self.config
         is_policy = is_model_folder(place)
         if is_policy:
@@ -222,7 +223,7 @@ class _Evaluation:
             sets = list(CandidateFile(place, config.accept_edited_files))
             if not {s.id for s in sets} & {s.id for s in self.sets}:
                 raise UserError(
-                    f"{place}: answers none of the prompts; name a baseline on the same ones"
+                    f"{place}: answers none of the prompts; name a baseline with the same prompts"
                 )
         is_other = label == self.name and not same_place(place, config.measured)
         if is_other or is_name_of_another(config.output_dir, label, place):
@@ -278,7 +279,7 @@ class _Evaluation:
 
 
 def training_cost(config: EvaluateConfig) -> dict[str, Any] | None:
-    """Cost of the run that trained the policy, by its manifest; None if no run is known."""
+    """The cost of the run that trained the policy, from its manifest; None if no run is known."""
     folder = Path(model_folder(config.model_name_or_path))
     is_made_here = config.engine_spec.has_model and folder.is_dir()
     manifest = read_manifest(folder.parent) if is_made_here else None

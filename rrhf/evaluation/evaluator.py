@@ -1,14 +1,15 @@
-"""Measures rows on the same prompts and with the same models, so that they can be compared.
+"""Measures rows on the same prompts and with the same models, so that rows can be compared.
 
-A row is a policy with one decoding, best-of-N of a policy, or responses that already exist (in a
-data set or a file). Prompts, scorer, world, reference policy, baseline and human responses are
-loaded once for all rows; each row adds only its policy. A row is a dict, ready for JSON:
+A row holds the measurements of a policy with one decoding, of best-of-N of a policy, or of
+responses that already exist (in a data set or a file). Prompts, scorer, world, reference policy,
+baseline and human responses are loaded once for all rows; each row adds only its policy. A row is a
+dict, ready for JSON:
 
     {"name": "RRHF", "metrics": {"gold": {"mean": 0.47, "low": 0.40, "high": 0.54, "n": 200}, ...},
      "per_prompt": {...}, "made_with": {...}, "counts": {...}, "cost": {...}, "notes": [...]}
 
-`made_with` records what must agree between rows that are compared; paired differences are computed
-from `per_prompt`. Only `rrhf.evaluation.metrics` knows which metrics there are and what they need.
+`made_with` records what must be equal in rows that are compared; paired differences are computed
+from `per_prompt`. The metrics and their needs are defined in `rrhf.evaluation.metrics`.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ Values = Mapping[str, Value]
 
 
 class Evaluator:
-    """Measures rows; see the module text.
+    """Measures rows; the module's docstring describes them.
 
     Attributes:
-        shared: what all rows share.
-        metrics: the metrics to measure, by name; one whose needs are not met is left out.
+        shared: the prompts, models and data that all rows share.
+        metrics: the metrics to measure, by name; a metric whose needs are not met is left out.
         samples: row name -> the measured responses with their scores.
     """
 
@@ -57,8 +58,8 @@ class Evaluator:
         """Choose the metrics.
 
         Args:
-            shared: prompts, scorer, reference policy and what else all rows share.
-            metrics: names or import paths; empty = all that are listed.
+            shared: the prompts, models and data that all rows share.
+            metrics: names or import paths of metrics; empty = all listed metrics.
             confidence: confidence of the intervals.
             resamples: number of bootstrap resamples.
             max_unscored_fraction: the evaluation stops if the scorer fails on a larger share of the
@@ -89,10 +90,10 @@ class Evaluator:
             name: the row's name.
             engine: generates the responses.
             params: decoding; `num_return_sequences` responses to each prompt are kept.
-            best_of: each response that is kept is the best of this many by the scorer.
+            best_of: N: of every N samples, the one with the highest score is kept.
             policy: computes likelihoods under the policy; None if that is not possible here.
-            policy_measures: what the method `policy_measures` returned for this policy.
-            extra: further keys of the row, such as what training cost.
+            policy_measures: the values that the method `policy_measures` returned for this policy.
+            extra: further keys of the row, such as the cost of training.
         """
         scorer = self.shared.scorer
         assert best_of == 1 or scorer is not None, "the best of N is chosen by a scorer"
@@ -133,9 +134,9 @@ class Evaluator:
 
         Args:
             name: the row's name.
-            sets: responses; prompts of the evaluation without any are counted, and responses to
-                other prompts are left out.
-            kind: recorded as their decoding.
+            sets: the responses. Prompts of the evaluation that have no response are counted;
+                responses to other prompts are left out.
+            kind: recorded as the decoding of the responses.
             extra: further keys of the row.
         """
         draft, prompts = Draft(name, self.shared), self.shared.prompts
@@ -149,9 +150,10 @@ class Evaluator:
         return self._finished(draft, {"kind": kind}, extra)
 
     def set_baseline(self, name: str, sets: Sequence[CandidateSet]) -> None:
-        """Set the responses that later rows are compared with; they are scored here.
+        """Set, and score, the responses with which the win rates of later rows are computed.
 
-        Generate them with another seed than the baseline's own row, or that row ties with itself.
+        Generate them with another seed than the responses of the baseline's own row: with the same
+        seed, that row would be compared with itself, and every response would tie.
         """
         wanted = {s.id for s in self.shared.prompts}
         scorer, world = self.shared.scorer, self.shared.gold
@@ -166,12 +168,12 @@ class Evaluator:
     def sample(
         self, name: str, engine: GenerationEngine, params: SamplingParams
     ) -> list[CandidateSet]:
-        """Generate responses to the prompts without measuring them: for a baseline."""
+        """Generate responses to the prompts without measuring them; used for a baseline."""
         prompts = self.shared.prompts
         return as_sets(name, prompts, write_responses(name, engine, prompts, params))
 
     def policy_measures(self, policy: LikelihoodReader) -> tuple[Values, dict[str, int]]:
-        """Metrics that depend on the policy alone, and counts of what they left out."""
+        """Measure the metrics that depend on the policy alone; returns their values and counts."""
         draft = Draft("", self.shared, policy)
         self._measure_policy(draft)
         return draft.values, draft.counts
@@ -201,8 +203,8 @@ class Evaluator:
         return {**row, **self._own_columns(), **(extra or {})}
 
     def _own_columns(self) -> dict[str, Any]:
-        """For tables of the row: the columns of metrics that are not listed, and which of them are
-        measured on other data than the prompts."""
+        """Describe, for tables, the columns of metrics that are not listed, and name those columns
+        that depend on the policy alone."""
         own = [metric for name, metric in self.metrics.items() if name not in METRICS]
         columns = {n: asdict(column) for metric in own for n, column in metric.columns.items()}
         of_policy = [name for metric in own if metric.of == "policy" for name in metric.columns]
@@ -210,7 +212,7 @@ class Evaluator:
         return {key: value for key, value in told.items() if value}
 
     def made_with(self, decoding: Mapping[str, Any]) -> dict[str, Any]:
-        """What must agree between rows that are compared, for a row with this decoding."""
+        """The entries, for this decoding, that must be equal in rows that are compared."""
         metrics = self.metrics.values()
         own = {key: value for metric in metrics for key, value in metric.made_with.items()}
         return {
@@ -224,7 +226,7 @@ class Evaluator:
 
 
 def _values(name: str, metric: Metric, draft: Draft) -> Values:
-    """What a metric measures; each mistake in a user's own metric is one message."""
+    """Measure a metric; a mistake in a user's own metric becomes a `UserError`."""
     if name in METRICS:
         return metric.measure(draft)
     with guarded(f"metric {name}:"):
