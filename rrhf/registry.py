@@ -59,8 +59,8 @@ class Registry(Mapping[str, T], Generic[T]):
             raise UserError(f"{self.kind} {name!r}: {self._other_kinds[name]}")
         if is_users and ":" not in name:
             raise UserError(
-                f"unknown {self.kind} {name!r}: choose one of {', '.join(self._entries)}, or name "
-                f"one of your own as package.module:name"
+                f"unknown {self.kind} {name!r}: choose one of {', '.join(self._entries)}, or give "
+                f"your own as package.module:name"
             )
         target = self._entries.get(name, name)
         found = imported(target, self.kind)

@@ -1,7 +1,7 @@
 """`rrhf compare`: parse, call, print.
 
-Given rows it puts them into one table (`rrhf.report.compare`); given `--world` it makes the rows
-first, by training every method (`rrhf.studies.methods`).
+Given evaluation results (rows), the command prints them as one table (`rrhf.report.compare`). Given
+`--world`, it first trains and evaluates every method (`rrhf.studies.methods`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare_methods(argv: list[str]) -> int:
-    """Train the methods on a world, then compare them."""
+    """Train all methods on a world, then compare them."""
     from rrhf.studies.config import MethodsConfig
 
     config = read_settings(MethodsConfig, argv, PROG)

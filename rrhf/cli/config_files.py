@@ -1,4 +1,4 @@
-"""Files of settings: what `--config` names, YAML, JSON or a preset that comes with the package."""
+"""Reads what `--config` names: a YAML or JSON file, or a preset that comes with the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PRESETS = importlib.resources.files("rrhf.presets")
 
 
 class ConfigFiles(dict[str, dict[Any, Any]]):
-    """The contents of files of settings by their names; each is read once, for it may be a pipe."""
+    """File name -> its settings; reads each file only once, since the file may be a pipe."""
 
     def __missing__(self, config: str) -> dict[Any, Any]:
         self[config] = content = read_config(config)
@@ -27,16 +27,17 @@ class ConfigFiles(dict[str, dict[Any, Any]]):
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """The names of the presets that come with the package."""
     names = (item.name for item in _PRESETS.iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def read_config(config: str) -> dict[Any, Any]:
-    """The settings of a YAML or JSON file, or of a preset, under the names used there.
+    """The settings of a YAML or JSON file or of a preset, under the names used in the file.
 
     Raises:
-        UserError: there is no such file or preset, it cannot be read, or it holds no settings.
+        UserError: there is no such file or preset, the file cannot be read, or the file holds
+            something other than settings.
     """
     where = f"--config {config}"
     text = _text_of(config, where)
@@ -54,7 +55,10 @@ def read_config(config: str) -> dict[Any, Any]:
 
 
 def _text_of(config: str, where: str) -> str:
-    """It may come from a pipe, such as the shell's `<(...)`, which a single process reads once."""
+    """The text of a file, preset or pipe, such as the shell's `<(...)`.
+
+    A pipe can be read only once, and only by a single process.
+    """
     path = with_home_folder(config)
     kind = special_file(path)
     if kind and launched_place()[1] > 1:
@@ -62,7 +66,7 @@ def _text_of(config: str, where: str) -> str:
     if path.is_file() or kind:
         try:
             with open(path, encoding="utf-8") as file:
-                return file.read(MAX_BYTES + 1)  # one more, so that the parser can tell
+                return file.read(MAX_BYTES + 1)  # one more, so that the parser sees excess
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read: {error}") from error
     presets = preset_names()

@@ -1,9 +1,9 @@
-"""YAML and JSON that users write, parsed within bounds.
+"""Parses the YAML and JSON that users write, with limits on size and depth.
 
-A few lines of YAML can stand for a billion values (aliases of aliases), a number can have a million
+A few lines of YAML can expand to a billion values (aliases of aliases), a number can have a million
 digits, and a repeated key silently loses its first value. Settings need none of these, so each is
-refused with its kind and, in YAML, its line. Nothing here takes longer than reading the
-text.
+refused with a message that names the problem and, in YAML, the line. The time to parse grows only
+with the length of the text.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class ConfigTextError(ValueError):
-    """The text is beyond the bounds, or contradicts itself; says what it is and, if known, where.
+    """The text exceeds a limit or repeats a key; the message says which and, if known, the line.
 
-    What is only bad syntax is a `ValueError` or a `yaml.YAMLError` of the parser.
+    Bad syntax raises the parser's own `ValueError` or `yaml.YAMLError` instead.
     """
 
 
@@ -35,8 +35,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ConfigTextError: it is out of bounds, or a key is repeated.
-        yaml.YAMLError: it is not YAML.
+        ConfigTextError: the text exceeds a limit, or a key is repeated.
+        yaml.YAMLError: the text is not YAML.
     """
     _require_short(text)
     loader = yaml.SafeLoader(text)
@@ -60,8 +60,8 @@ def parse_json(text: str) -> Any:
     """The value of a JSON document.
 
     Raises:
-        ConfigTextError: it is out of bounds, or a key is repeated.
-        json.JSONDecodeError: it is not JSON.
+        ConfigTextError: the text exceeds a limit, or a key is repeated.
+        json.JSONDecodeError: the text is not JSON.
     """
     _require_short(text)
     try:
@@ -83,10 +83,10 @@ def _count_values(node: yaml.Node, depth: int, known: dict[int, int], above: set
     """The number of values that a node expands to, including its aliases.
 
     Args:
-        node: of the document.
-        depth: of the node, from 1.
-        known: counts of nodes that were seen already, by identity.
-        above: the nodes that contain this one.
+        node: a node of the document.
+        depth: the node's depth, counted from 1.
+        known: id(node) -> count, for the nodes counted so far.
+        above: ids of the nodes that contain this one.
     """
     if id(node) in above:
         raise ConfigTextError(f"{_line_of(node)} holds itself by an alias; write the value out")

@@ -19,7 +19,7 @@ ACTIONS = {
 }
 
 
-# Actions that people look for, and what does it.
+# Actions that people look for -> the command that does them.
 _CONVERTS = "`rrhf data convert {} OUT.jsonl`"
 SERVED = {
     **dict.fromkeys(("mix", "merge", "concat", "combine"), _CONVERTS.format("A.jsonl,B.jsonl:0.5")),
@@ -46,14 +46,14 @@ class StatsConfig(DataOptions):
     """Measure a data source: its rows, responses per prompt, ties, lengths and scores."""
 
     data: str = field(metadata={"names": "data", "positional": True})
-    """What to measure: a path, a known name, package.module:name of a function of your own that
-    yields rows, owner/name of the hub, or a mixture of such."""
+    """The data to measure: a path, a registered name, package.module:name of your own function that
+    yields rows, a hub name (owner/name), or a mixture of these."""
     split: str | None = None
-    """The split of a named dataset; none = train, or the only one there is."""
+    """The split of a named dataset; none = train, or the only split of the dataset."""
     json: bool = False
     """Print the figures as one JSON object."""
     seed: int = 0
-    """Seed of the rows that a proportion draws."""
+    """Seed for drawing rows when the data gives a proportion, such as FILE:0.1."""
 
 
 MENU = Menu(
@@ -112,10 +112,10 @@ def validate(argv: list[str]) -> int:
 
 
 def _require_whole_files(given: Sequence[str]) -> None:
-    """Shares and commas mean nothing to a check, which reads every row of each file.
+    """Refuse a mixture of sources, because the check reads every row of each file.
 
     Raises:
-        UserError: a mixture was given; the message ends with the command for its files.
+        UserError: a mixture was given; the message ends with the command that checks its files.
     """
     from rrhf.data.mixing import SourceSpec, parse_mixture
 

@@ -1,8 +1,8 @@
-"""What other programs have and this one does not: one sentence each, with what to use instead.
+"""Stages, commands and flags of other programs that rrhf lacks, with what to use instead.
 
-A flag's entry may hold several sentences, the most specific first. The first one whose flags the
-command has is shown, so that no sentence names a flag that is not there. A sentence may depend on a
-flag that it does not name; the entry is then a pair of both. If no sentence fits, none is shown.
+A flag's entry may hold several sentences, the most specific first. The message shows the first
+sentence whose flags all exist in the command. A sentence may also depend on a flag that it does not
+name; the entry is then a pair (flag, sentence). If no sentence fits, none is shown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def _by_word(table: Mapping[str, _T]) -> dict[str, _T]:
-    """The table with a key for each word, from one whose keys hold all words of an answer."""
+    """Split keys such as "serve deploy" into one key per word, each with the same value."""
     return {word: answer for words, answer in table.items() for word in words.split()}
 
 
@@ -42,21 +42,21 @@ STAGES = _by_word(
         "`rrhf train sft --use_lora`",
     }
 )
-"""Of `rrhf train`."""
+"""A stage that `rrhf train` lacks -> what to use instead."""
 
 _SERVER = (
-    "a run's policy is a plain Hugging Face folder, which any server of such folders takes, such "
-    "as `vllm serve RUN/policy`"
+    "a run's policy is a plain Hugging Face folder, which any server for Hugging Face models can "
+    "load: `vllm serve RUN/policy`"
 )
 COMMANDS = _by_word(
     {
         "chat": 'there is no chat; `rrhf generate --prompts "text"` answers, and ' + _SERVER,
         "serve deploy": f"there is no server; {_SERVER}",
         "infer inference predict sample": "it is `rrhf generate`",
-        "plan": "nothing is planned ahead; `rrhf data stats DATA` measures the data, and "
-        "`--max_steps 1` with any `rrhf train` tries the memory",
-        "estimate": "nothing is planned ahead; `--max_steps 1` with any `rrhf train` tries the "
-        "memory",
+        "plan": "there is no estimate of cost; `rrhf data stats DATA` measures the data, and "
+        "`--max_steps 1` with any `rrhf train` shows whether it fits in memory",
+        "estimate": "there is no estimate of cost; `--max_steps 1` with any `rrhf train` shows "
+        "whether it fits in memory",
         "export": "nothing needs to be exported: a run's policy is a plain Hugging Face folder",
         "merge": "nothing needs to be merged: a run with --use_lora leaves merged weights",
         "push upload": "nothing is uploaded; `hf upload OWNER/NAME RUN/policy` of huggingface_hub "
@@ -134,7 +134,7 @@ FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
             "nothing is trained here, so there is nothing to spread over devices",
         ),
         "fsdp_transformer_layer_cls_to_wrap": (
-            "the layers that FSDP wraps are found by themselves",
+            "the layers that FSDP wraps are found automatically",
         ),
         "local_rank num_processes nproc_per_node num_gpus devices gpus master_port": (
             "the launcher sets the number of processes: `bash ppo.sh` and `bash train.sh` take "
@@ -151,20 +151,20 @@ FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
             "the optimiser is AdamW; --adam_beta1, --adam_beta2, --adam_epsilon tune it",
         ),
         "warmup_steps lr_warmup_steps num_warmup_steps": (
-            "it is a share of the steps here: --warmup_ratio 0.03",
+            "give it as a fraction of the steps: --warmup_ratio 0.03",
         ),
         "eval_strategy evaluation_strategy do_eval": (
             ("num_rounds", "every round is evaluated at its end, on --eval_datasets"),
-            "--eval_steps N evaluates every N optimiser steps, 0 at the end only",
+            "--eval_steps N evaluates every N optimiser steps; 0 = only at the end",
         ),
-        "save_strategy": ("--save_steps N writes a checkpoint every N optimiser steps, 0 none",),
+        "save_strategy": ("--save_steps N writes a checkpoint every N optimiser steps; 0 = never",),
         "logging_strategy": ("--logging_steps N writes metrics every N optimiser steps",),
         "do_train": ("training needs no flag here",),
         "per_device_eval_batch_size": (
             "evaluation takes batches of --per_device_prompt_batch_size",
             "evaluation takes batches of --per_device_train_batch_size",
         ),
-        "min_learning_rate": ("it is a share of the peak here: --min_learning_rate_ratio",),
+        "min_learning_rate": ("give it as a fraction of the peak: --min_learning_rate_ratio",),
         "mini_batch_size train_batch_size ppo_mini_batch_size": (
             "responses in one forward are --per_device_train_batch_size, forwards in one optimiser "
             "step --gradient_accumulation_steps, responses in one rollout --rollout_size",
@@ -178,9 +178,9 @@ FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
             "it is --per_device_train_batch_size x --gradient_accumulation_steps x processes",
         ),
         "eval_iters": (
-            "a count behind the data says how much: --eval_data_path FILE:100/-1",
-            "a count behind the data says how much: --eval_datasets FILE:100/-1",
-            "a count behind the data says how much: --validation_datasets FILE:100/-1",
+            "give the number of rows after the file name: --eval_data_path FILE:100/-1",
+            "give the number of rows after the file name: --eval_datasets FILE:100/-1",
+            "give the number of rows after the file name: --validation_datasets FILE:100/-1",
         ),
         "disable_dropout dropout": ("dropout is always off",),
         "finetune_mode": ("all weights are trained; --use_lora trains adapters instead",),
@@ -217,15 +217,15 @@ _QUOTED = re.compile(r"`[^`]*`")
 
 
 def flags_named(sentence: str) -> set[str]:
-    """The flags that a sentence names as the command's own: those outside of quoted commands."""
+    """The flags that a sentence names outside of backquotes, which quote other commands."""
     return set(_NAMED.findall(_QUOTED.sub("", sentence)))
 
 
 def what_serves(flag: str, known: Collection[str]) -> str:
-    """The sentence for a flag of another program; "" where there is none for this command.
+    """The sentence that says what to use instead of another program's flag; "" if there is none.
 
     Args:
-        flag: with underscores.
+        flag: the flag's name, with underscores.
         known: the flags that the command has.
     """
     for sentence in FLAGS.get(flag, ()):

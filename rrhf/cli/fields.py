@@ -1,9 +1,13 @@
-"""The fields of a configuration class as flags; the docstring under each field is its help text.
+"""Reads the fields of a configuration class as flags; a field's docstring is its help text.
 
-A field's metadata may hold `positional` (a bare word, in the order of the fields), `aliases` (other
-spellings), `names` (what a path leads to: `rrhf.cli.places`) and `registry` (whose names it takes,
-or an import path of the user's own). A field with `settings_of` is no flag: it holds the settings
-of what another field chooses from a registry, and their fields are flags where that is chosen.
+A field's metadata may hold:
+
+    positional   the value may be given as a bare word, in the order of the fields
+    aliases      other spellings of the flag
+    names        what kind of path or name the value is (`rrhf.cli.places`)
+    registry     the registry from which the value is chosen by name or import path
+    settings_of  the field is not a flag; it holds the settings of the choice that another field
+                 makes from a registry, and the fields of those settings become flags
 """
 
 from __future__ import annotations
@@ -28,15 +32,15 @@ class Flag:
     Attributes:
         name: the field's name.
         hint: its resolved type.
-        default: what it is when nothing is given; MISSING = it must be given.
-        help: the docstring under the field, on one line; "" where there is none.
-        positional: it may be given as a bare word, in the order of the fields.
+        default: the value if the flag is not given; MISSING = the flag must be given.
+        help: the docstring under the field, on one line; "" if there is none.
+        positional: the value may be given as a bare word, in the order of the fields.
         aliases: other spellings.
-        names: what its value names (`rrhf.cli.places`); "" where it is no path.
+        names: the kind of path or name that the value is (`rrhf.cli.places`); "" = neither.
         owner: the class that defines the field.
-        registry: names that it takes; None where it takes no such names.
-        part_of: the field that holds the chosen settings to which this belongs, and their class;
-            None for one of the configuration's own.
+        registry: the registry from which the value is chosen; None = not chosen from a registry.
+        part_of: for a setting of a registry choice, the field that holds these settings and their
+            class; None for the configuration's own fields.
     """
 
     name: str
@@ -56,7 +60,7 @@ def flags_of(config_class: type, chosen: Mapping[str, str] | None = None) -> dic
 
     Args:
         config_class: a dataclass.
-        chosen: field with a registry -> its value, where that is not the default.
+        chosen: field with a registry -> its value; fields left out have their default.
 
     Raises:
         UserError: the registry has nothing of the chosen name.
@@ -75,7 +79,7 @@ def flags_of(config_class: type, chosen: Mapping[str, str] | None = None) -> dic
 
 
 def choices_of(config_class: type) -> dict[str, str]:
-    """The field that holds the settings of a choice -> the field that chooses."""
+    """Field that holds the settings of a registry choice -> field that makes the choice."""
     return {
         item.name: item.metadata["settings_of"]
         for item in dataclasses.fields(config_class)
@@ -84,7 +88,7 @@ def choices_of(config_class: type) -> dict[str, str]:
 
 
 def own_flags(config_class: type) -> dict[str, Flag]:
-    """The flags of a configuration without the settings of its choices."""
+    """The flags of a configuration, without the settings of its registry choices."""
     assert dataclasses.is_dataclass(config_class), f"{config_class} is a dataclass"
     hints = typing.get_type_hints(config_class)
     docs = field_docs(config_class)
@@ -133,7 +137,7 @@ def field_docs(config_class: type) -> dict[str, str]:
 
 
 def spellings(flags: Mapping[str, Flag]) -> dict[str, Flag]:
-    """Every name of the flags and their aliases, with underscores -> the flag."""
+    """Name or alias, with underscores -> flag."""
     names = dict(flags)
     for flag in flags.values():
         for alias in flag.aliases:
@@ -147,12 +151,12 @@ def normalise(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant, or None."""
+    """The known name that the user probably meant, or None."""
     return next(iter(near(name, known)), None)
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that were probably meant, at most three; none where a guess would mislead.
+    """The known names that the user probably meant, at most three; empty if a guess would mislead.
 
     First come typing errors: one letter missing, added, wrong or swapped with its neighbour in
     names of four letters or more, two from eight on, three from twelve on. In a name of three
@@ -160,8 +164,9 @@ def near(name: str, known: Iterable[str]) -> list[str]:
     with the typed text or contain its words in order (`--learn`, `--max_tokens` for
     max_new_tokens), unless more than three do.
 
-    Of 89 flags of other programs without a counterpart in `rrhf train ppo`, `difflib` at a likeness
-    of 0.6 guesses at 29, this function at 5; it finds 99.8 % of single slips in our own names.
+    For 89 flags of other programs without a counterpart in `rrhf train ppo`, `difflib` with a
+    cutoff of 0.6 suggests a flag for 29, this function for 5. It finds 99.8 % of single typing
+    errors in rrhf's own names.
     """
     known = list(dict.fromkeys(known))
     allowed = min(3, len(name) // 4)
@@ -181,7 +186,8 @@ def near(name: str, known: Iterable[str]) -> list[str]:
 def edits(left: str, right: str) -> int:
     """Count the letters to insert, delete, change or swap with a neighbour to get the other word.
 
-    Optimal string alignment: Damerau 1964, doi:10.1145/363958.363994, no letter touched twice.
+    Optimal string alignment: Damerau 1964, doi:10.1145/363958.363994, where no letter is edited
+    twice.
     """
     before: list[int] = []
     row = list(range(len(right) + 1))

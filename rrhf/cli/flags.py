@@ -1,12 +1,12 @@
-"""A configuration is a dataclass; this module turns command-line words and YAML files into one.
+"""Turns command-line words and YAML or JSON files into a configuration, which is a dataclass.
 
-Every field is a flag of the same name (dashes and underscores are the same), its help text is the
-docstring under the field, its type decides what is accepted (`rrhf.cli.values`). `--config` names a
-YAML or JSON file, or a preset, whose values flags override. An unknown name, be it a flag or a key,
-is an error that names the nearest one: nothing that a user wrote is ignored. Abbreviations are not
-accepted on purpose, so that a new flag can never change what an old command means.
+Every field is a flag of the same name (dashes and underscores are the same). The docstring under
+the field is its help text, and its type decides which values are accepted (`rrhf.cli.values`).
+`--config` names a YAML or JSON file, or a preset; flags override its values. An unknown flag or key
+is an error that names the nearest known one, so nothing that a user wrote is ignored. Abbreviations
+are not accepted on purpose, so that a new flag can never change what an old command means.
 
-What a class offers is read by `rrhf.cli.fields`. Left out: environment variables.
+`rrhf.cli.fields` reads the flags from the class. Left out: environment variables.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def parse_config(
     Args:
         config_class: a dataclass whose fields carry docstrings.
         argv: the words after the command's name.
-        prog: how the command is called, for the usage line.
-        fixed: choices that follow from how it is called, such as the method of `rrhf train grpo`.
+        prog: the command, such as "rrhf score", for the usage line.
+        fixed: values that the command's name sets, such as the method in `rrhf train grpo`.
 
     Raises:
         UserError: an unknown or doubled name, a value of the wrong type, a missing value.
@@ -98,9 +98,9 @@ def asks_for_all(argv: Sequence[str]) -> bool:
 def glimpsed(
     flag: Flag, flags: Mapping[str, Flag], argv: Sequence[str], files: ConfigFiles
 ) -> str | None:
-    """The value of a flag in the words, or in the files that they name; None if it is not set.
+    """Look up one flag in the words and `--config` files before the full parse; None if not set.
 
-    Errors in the words are left to the full parse.
+    Errors in the words are not reported here but by the full parse.
     """
     names = spelt_out(flags)
     configs = [word for word in argv[:1] if is_config_file(word)]
@@ -117,14 +117,14 @@ def glimpsed(
 
 
 def is_config_file(word: str) -> bool:
-    """Whether a bare word, where a command takes none, can only be a file of settings."""
+    """Whether a bare word looks like a settings file, so that it may be given without --config."""
     return not word.startswith("--") and word.endswith((".yaml", ".yml", ".json"))
 
 
 def read_values(
     flags: Mapping[str, Flag], argv: Sequence[str], prog: str, files: ConfigFiles | None = None
 ) -> dict[str, Any]:
-    """What words and the files that they name give, by field name; words override files."""
+    """Field name -> value, from the words and the `--config` files; words override files."""
     files = ConfigFiles() if files is None else files
     values, configs = read_words(flags, argv, prog)
     from_files: dict[str, Any] = {}
@@ -140,7 +140,11 @@ def read_values(
 def build(
     config_class: type[T], flags: Mapping[str, Flag], values: Mapping[str, Any], prog: str
 ) -> T:
-    """The configuration of these values; a missing or refused value is reported."""
+    """Build the configuration from values by field name.
+
+    Raises:
+        UserError: a value is missing, or the class refuses one.
+    """
     missing = [
         flag for flag in flags.values() if flag.default is MISSING and flag.name not in values
     ]
@@ -160,12 +164,12 @@ def build(
 
 
 class _Given:
-    """Values by field name, as the words of a command or the lines of a file give them.
+    """Collects the values that a command line or a settings file gives, by field name.
 
     Args:
-        flags: of the command.
-        where: the command, or the file, for messages.
-        mark: two dashes before the name of a flag, nothing before a key.
+        flags: the command's flags.
+        where: the command or the file, for messages.
+        mark: the prefix of names in messages: "--" for flags, "" for keys of a file.
     """
 
     def __init__(self, flags: Mapping[str, Flag], where: str, mark: str = "") -> None:
@@ -182,10 +186,10 @@ class _Given:
         return flag
 
     def take(self, flag: Flag, name: str, given: Any, from_words: bool = True) -> None:
-        """Note a value.
+        """Check and store the value of a flag.
 
         Raises:
-            UserError: the flag has one already, or the value does not fit.
+            UserError: the flag already has a value, or the value does not fit.
         """
         if flag.name in self.values:
             raise UserError(
@@ -194,10 +198,10 @@ class _Given:
         self.values[flag.name] = checked(given, flag, f"{self._where}: {name}", from_words)
 
     def complete(self) -> dict[str, Any]:
-        """All values.
+        """All values, once every name has been read.
 
         Raises:
-            UserError: some names are unknown; all of them are reported at once.
+            UserError: some names are unknown; the message lists all of them.
         """
         if self._mistakes:
             raise UserError("\n".join(self._mistakes))
@@ -207,7 +211,7 @@ class _Given:
 def read_words(
     flags: Mapping[str, Flag], argv: Sequence[str], prog: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """The values that the words give by field name, and the files or presets that they name."""
+    """(field name -> value, names of `--config` files and presets), from the words alone."""
     given = _Given(flags, prog, mark="--")
     positionals = [flag for flag in flags.values() if flag.positional]
     configs: list[str] = []
@@ -236,7 +240,7 @@ def read_words(
 
 
 def following(words: list[str], flag: Flag, name: str, prog: str) -> Any:
-    """Take the words that belong to a flag; a bare boolean flag is true."""
+    """Remove and return the value that follows a flag; a bare boolean flag is "true"."""
     if is_boolean(flag.hint):
         takes = bool(words) and words[0] in TRUE_WORDS + FALSE_WORDS
         return words.pop(0) if takes else "true"
@@ -245,7 +249,7 @@ def following(words: list[str], flag: Flag, name: str, prog: str) -> Any:
 
 
 def bare_words(words: list[str]) -> list[str]:
-    """Take the words up to the next flag."""
+    """Remove and return the words up to the next flag."""
     taken = []
     while words and not words[0].startswith("--"):
         taken.append(words.pop(0))
@@ -260,10 +264,10 @@ def one_word(words: list[str], name: str, what: str, prog: str) -> str:
 
 
 def checked(given: Any, flag: Flag, where: str, from_words: bool = True) -> Any:
-    """The value as the flag's type has it, with home folders filled in.
+    """Convert a value to the flag's type, and expand `~` in paths.
 
     Raises:
-        UserError: it does not fit.
+        UserError: the value does not fit the type.
     """
     try:
         value = convert(given, flag.hint, from_words)
@@ -278,7 +282,7 @@ def checked(given: Any, flag: Flag, where: str, from_words: bool = True) -> Any:
 
 
 def is_prompt(flag: Flag, value: Any) -> bool:
-    """Whether the value is a prompt itself, in place of what names data."""
+    """Whether the value of a flag for prompts is the text of a prompt rather than a data source."""
     if flag.names != "prompts" or not isinstance(value, str):
         return False
     from rrhf.data.prompt_text import prompt_text
@@ -287,10 +291,10 @@ def is_prompt(flag: Flag, value: Any) -> bool:
 
 
 def with_home(value: Any) -> Any:
-    """A path with the home folder in place of its `~`, also behind the marks of a mixture of data.
+    """Expand `~` in a path, also after the commas and colons of a data mixture.
 
-    A shell fills in a `~` only at the beginning of a word, so neither in `--output_dir=~/x` nor in
-    a file of settings.
+    A shell expands `~` only at the start of a word, so not in `--output_dir=~/x` and not in a
+    settings file.
     """
     if isinstance(value, (list, tuple)):
         return type(value)(with_home(item) for item in value)
@@ -298,6 +302,6 @@ def with_home(value: Any) -> Any:
         return value
     home = os.path.expanduser("~")
     if value.startswith("~"):
-        with_home_folder(value)  # or refused
+        with_home_folder(value)  # raises for an unknown user
         value = os.path.expanduser(value)
     return re.sub(r"(?<=[,:])(\s*)~(?=/|$)", lambda found: found.group(1) + home, value)

@@ -1,7 +1,7 @@
 """The pages that `--help` and `--help all` show.
 
-The first fits on one screen: what must be given, what people change, an example. `rrhf.cli.pages`
-lists these flags; a command without an entry shows all of its few flags at once.
+The short page fits on one screen: the required flags, the flags that people often change, and an
+example. `rrhf.cli.pages` lists these flags; a command without an entry there shows all its flags.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rrhf.cli.values import is_sequence, placeholder
 
 HELP_WIDTH = 96
 TEXT_COLUMN = 36
-"""Where the text of a flag begins on the short page."""
+"""The column at which the text of a flag begins on the short page."""
 SENTENCE_END = re.compile(r"\. (?=[A-Z])")
 
 
@@ -32,15 +32,15 @@ def help_page(
     chosen: Mapping[str, str] | None = None,
     is_fixed: bool = False,
 ) -> str:
-    """What `--help` shows.
+    """The text that `--help` or `--help all` prints.
 
     Args:
-        prog: how the command is called.
-        config_class: says what it is for.
-        flags: what the command takes, also of other classes.
-        every_flag: show all of them.
-        chosen: field that chooses from a registry -> its value, where not the default.
-        is_fixed: the command's name makes that choice, so that there are no others.
+        prog: the command, such as "rrhf score".
+        config_class: the configuration; its docstring says what the command is for.
+        flags: the command's flags; some may belong to other classes.
+        every_flag: show all flags.
+        chosen: field that chooses from a registry -> its value, if not the default.
+        is_fixed: the command's name sets that choice, so the page does not offer others.
     """
     page = PAGES.get(config_class.__name__)
     if page is None or every_flag:
@@ -73,9 +73,9 @@ def help_page(
 
 
 def row(flag: Flag) -> list[str]:
-    """A flag in few lines: its first sentence, and its default where that is not off."""
+    """The lines of a flag on the short page: the first sentence of its help, and its default."""
     head = f"  --{flag.name}"
-    if flag.default is not False:  # as a bare word it is true
+    if flag.default is not False:  # a flag that is off by default needs no value
         head += f" {shown_placeholder(flag)}"
     text = first_sentence(flag.help) + listed_names(flag)
     if flag.default is not MISSING and (flag.default or type(flag.default) in (int, float)):
@@ -92,7 +92,7 @@ def first_sentence(text: str) -> str:
 
 
 def heading(prog: str, config_class: type, flags: Mapping[str, Flag]) -> list[str]:
-    """The usage line, and what the command is for."""
+    """The usage line, and a paragraph on what the command is for."""
     about = first_paragraph(config_class)
     bare = [shown_word(flag) for flag in flags.values() if flag.positional]
     lines = [" ".join([f"usage: {prog}", *bare, "[--flag value ...]"]), ""]
@@ -100,12 +100,12 @@ def heading(prog: str, config_class: type, flags: Mapping[str, Flag]) -> list[st
 
 
 def full_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
-    """All flags: those that must be given, then the others by the class that defines them.
+    """The page with all flags: the required flags, then the others by the class that defines them.
 
     Args:
-        prog: how the command is called.
-        config_class: its own flags come first, those that it inherits next.
-        flags: what the command takes, also of other classes.
+        prog: the command, such as "rrhf score".
+        config_class: the configuration; its own flags come first, then the flags it inherits.
+        flags: the command's flags; some may belong to other classes.
     """
     lines = heading(prog, config_class, flags)
     required = [flag for flag in flags.values() if flag.default is MISSING]
@@ -130,7 +130,7 @@ def full_page(prog: str, config_class: type, flags: Mapping[str, Flag]) -> str:
 
 
 def shown_word(flag: Flag) -> str:
-    """A positional flag in the usage line; brackets where it may be left out."""
+    """A positional flag in the usage line; brackets mean that the flag may be left out."""
     word = flag.name.upper() + (" ..." if is_sequence(flag.hint) else "")
     return word if flag.default is MISSING else f"[{word}]"
 
@@ -168,7 +168,7 @@ def names_are_long(registry: Collection[str]) -> bool:
 
 
 def listed_names(flag: Flag) -> str:
-    """The names that a flag takes, where they do not stand in its placeholder."""
+    """The names that a flag accepts, if they are too long for its placeholder; else ""."""
     if flag.registry is None or not names_are_long(flag.registry):
         return ""
     return f" (one of {', '.join(flag.registry)})"

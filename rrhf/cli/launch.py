@@ -1,8 +1,9 @@
-"""`python -m rrhf.cli.launch COMMAND...`: starts a launcher of ranks and ends as its ranks did.
+"""`python -m rrhf.cli.launch COMMAND...`: runs a launcher and returns the exit code of its ranks.
 
-torchrun and `accelerate launch` end with 1 however a rank ended, and after a signal leave 30 s for
-what may be a checkpoint of many gigabytes. Here a signal is passed on once, the ranks get ten
-minutes, their exit codes become one, and no process outlives the command. Standard library only.
+torchrun and `accelerate launch` return 1 however a rank ended, and after a signal they give the
+ranks 30 s, too little for a checkpoint of many gigabytes. This module passes a signal on once,
+gives the ranks ten minutes, combines their exit codes into one, and leaves no process running.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ from rrhf.process_end import END_FOLDER
 from rrhf.signals import EXIT_CODES
 
 SHUTDOWN_SECONDS = 600
-"""What ranks have for their last checkpoint, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says more or
-less."""
+"""Seconds that ranks get for their last checkpoint after a signal; the environment variable
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT overrides it."""
 
 FAILED_SECONDS = 20
-"""What the other ranks have to end once one has failed, before all are killed."""
+"""Seconds that the other ranks get to end after one rank failed; then all are killed."""
 
 _LOOK_SECONDS = 0.05
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def launch(command: Sequence[str]) -> int:
-    """Run a launcher to its end.
+    """Run a launcher until it ends.
 
-    SIGTERM and SIGINT are handed on to it, which hands them to its ranks; a second one kills all.
+    SIGTERM and SIGINT are passed to the launcher, which passes them to its ranks. A second signal
+    kills all of them.
 
     Returns:
-        0 where all ranks ended so; else, in this order, the code of a user's mistake, of a fault,
-        of a signal.
+        0 if all ranks returned 0. Otherwise the first that applies: the exit code of a user's
+        mistake, of a fault, of a signal.
     """
     _adopt_orphans()
     received: list[int] = []
@@ -60,7 +62,7 @@ def launch(command: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="rrhf-ranks-") as folder:
             environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ}
             environment[END_FOLDER] = folder
-            # A session of its own: a terminal's Ctrl-C comes through here, once.
+            # In a new session, so that Ctrl-C reaches the launcher only through `hand_on`, once.
             started = subprocess.Popen(command, env=environment, start_new_session=True)
             signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
             process = started
@@ -70,7 +72,7 @@ def launch(command: Sequence[str]) -> int:
                 started.send_signal(received[0])
             failed_at = math.inf
             while (status := started.poll()) is None:
-                time.sleep(_LOOK_SECONDS)  # a wait that a signal just missed would not hear of it
+                time.sleep(_LOOK_SECONDS)  # a blocking wait could miss a signal
                 if failed_at == math.inf and _has_failed(Path(folder)):
                     failed_at = time.monotonic()
                 if time.monotonic() - failed_at > FAILED_SECONDS:
@@ -87,13 +89,16 @@ def launch(command: Sequence[str]) -> int:
 
 
 def _has_failed(folder: Path) -> bool:
-    """Whether a rank ended in a way in which the others cannot save any more."""
+    """Whether a rank failed, after which the other ranks cannot write a checkpoint."""
     failures = {str(EXIT_FAULT), str(EXIT_USER_ERROR)}
     return any(path.read_text() in failures for path in folder.iterdir())
 
 
 def _code_of(codes: Sequence[int], status: int, received: Sequence[int]) -> int:
-    """One code of the ranks' (a killed one has a fault's), the launcher's and the signals."""
+    """Combine the exit codes of the ranks and the launcher's status into one exit code.
+
+    A rank that was killed counts as a fault.
+    """
     for code in (EXIT_USER_ERROR, EXIT_FAULT):
         if code in codes:
             return code
@@ -101,20 +106,25 @@ def _code_of(codes: Sequence[int], status: int, received: Sequence[int]) -> int:
         if code != EXIT_DONE:
             return code
     if codes and received:
-        return EXIT_DONE  # they had come to their end before it reached them
+        return EXIT_DONE  # the ranks had finished before the signal reached them
     if status != EXIT_DONE and received:
         return EXIT_CODES[received[0]]
     return status if 0 <= status <= 255 else EXIT_FAULT
 
 
 def _adopt_orphans() -> None:
-    """On Linux, processes whose parent dies become children of this one."""
+    """Become the parent of descendants whose own parent dies (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _end_orphans(number: int, patience_seconds: float) -> None:
-    """End what the launcher left behind, for instance because it was killed itself."""
+    """End the processes that the launcher left behind, for instance because it was killed.
+
+    Args:
+        number: the signal to send first.
+        patience_seconds: the time until processes that still run are killed.
+    """
     asked: set[int] = set()
     deadline = time.monotonic() + patience_seconds
     while left := _children():
@@ -140,8 +150,8 @@ def main() -> int:
         return EXIT_USER_ERROR
     try:
         code = launch(sys.argv[1:])
-        if code != EXIT_DONE:  # a launcher ends with a long account of itself
-            said = "what the ranks said stands above the launcher's own account"
+        if code != EXIT_DONE:  # a launcher ends with a long report of its own
+            said = "the messages of the ranks are above the launcher's own report"
             print(f"the ranks have ended with exit code {code}; {said}", file=sys.stderr)
         return code
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The `rrhf` command: finds the command that was named, runs it, and returns its exit code.
+"""The `rrhf` program: runs the command that its first word names, and returns an exit code.
 
 Commands are imported only when they are called, so that `rrhf --help` answers at once. Exit codes:
 0 done, 2 a mistake that the user can fix (one message, no traceback), 75 or 130 stopped by a
@@ -42,7 +42,7 @@ COMMANDS = {
     "compare": "put evaluations into one table; --world: train and compare all methods",
     "data": "check, convert, split or measure data files",
 }
-"""Command -> what it does; its module in `rrhf.cli` has the same name."""
+"""Command -> what it does. The command's module in `rrhf.cli` has the same name."""
 
 MENU = Menu(
     "rrhf",
@@ -58,7 +58,7 @@ MENU = Menu(
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Run one command; errors pass through."""
+    """Run one command and return its exit code; exceptions are not caught."""
     if MENU.is_shown(argv):
         return EXIT_DONE
     name, rest = argv[0], list(argv[1:])
@@ -72,7 +72,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
-    """The command that is meant by another name, and its words: `rrhf grpo`, `rrhf response_gen`.
+    """Resolve another name of a command, such as `rrhf grpo`, to (command, its words).
 
     Raises:
         UserError: there is no such command; the message names an alternative or a similar name.
@@ -96,12 +96,12 @@ def meant_by(word: str, rest: list[str]) -> tuple[str, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and say how it ended; returns the exit code."""
+    """Run one command, print its error if it fails, and return the exit code."""
     return exit_code_of(lambda: run_command(sys.argv[1:] if argv is None else argv))
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
-    """Call a command; what it raises becomes one message and an exit code."""
+    """Call a command; turn an exception into one message and an exit code."""
     configure_logging()
     try:
         with sigterm_interrupts():
@@ -120,7 +120,7 @@ def _called(command: Callable[[], int]) -> int:
             return command()
         finally:
             tell_repeats()
-            sys.stdout.flush()  # --help ends by SystemExit; at the interpreter's end it is too late
+            sys.stdout.flush()  # here a failed flush is still caught, even after --help
     except (UserError, NonFiniteError, LostRank) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT

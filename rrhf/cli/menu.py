@@ -1,5 +1,5 @@
-"""The first word of `rrhf`, `rrhf train` and `rrhf data`: the page that lists the choices, and the
-message for any other word."""
+"""Menus for the first word after `rrhf`, `rrhf train` and `rrhf data`: the page that lists the
+choices, and the error for any other word."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Menu:
     """Words to choose from.
 
     Attributes:
-        prog: the words before it, such as "rrhf train".
+        prog: the words before the choice, such as "rrhf train".
         kind: what is chosen, such as "stage".
-        about: what the command is for.
+        about: a sentence on what the command is for.
         entries: word -> what it does.
-        notes: lines below.
+        notes: lines to print below the entries.
     """
 
     prog: str
@@ -48,11 +48,11 @@ class Menu:
         return True
 
     def unknown(self, word: str, more: Iterable[str] = ()) -> UserError:
-        """The error for a word that is not an entry; it names the entries that were probably meant.
+        """The error for a word that is not an entry; suggests the entries that come close.
 
         Args:
-            word: what was typed.
-            more: further words that would do.
+            word: the word that the user typed.
+            more: further accepted words, for the suggestions.
         """
         from rrhf.cli.fields import near
 

@@ -1,7 +1,8 @@
-"""What the short help of a command shows: the flags that people change, and an example.
+"""The content of each command's short help: the flags that people often change, and an example.
 
-One table, by class of settings. The settings of what is chosen, such as an objective, are shown
-below these flags. A command that is not in the table has so few flags that its help shows them all.
+The table is indexed by the name of the configuration class. The help page adds the settings of a
+registry choice, such as an objective, below these flags. A command that is not in the table has few
+flags, and its help shows them all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class Page:
 
     Attributes:
         common: fields that people change, in the order in which they are shown.
-        example: a call of the command, `{prog}`, that works.
+        example: a command line that works; `{prog}` stands for the command.
     """
 
     common: tuple[str, ...]

@@ -1,23 +1,24 @@
-"""Paths and names that a command line gives: looked for before anything slow is loaded.
+"""Checks the paths and names in a command's settings before anything slow is loaded.
 
-A field says in its metadata what it `names`:
+The `names` entry of a field's metadata says what the field's value is:
 
     model          a model folder, a run folder or a hub name
-    engine's model as `model` where the engine that writes loads one, else any name
+    engine's model a `model` if the engine loads one, otherwise any name
     scorer         a reward model, or `gold:...`, `function:...`
-    data           a file, a registered name, `package.module:name` of the user's own, all as
-                   `name[:proportion[:path]]`, several with commas
-    prompts        as `data`, or a prompt itself
+    data           a file, a registered name, or `package.module:name` of the user's own code, each
+                   as `name[:proportion[:path]]`; several are separated by commas
+    prompts        as `data`, or the text of a prompt
     responses      a candidate file, or the word `dataset`
-    model or file  a model, or a file where there is one
-    row            what `rrhf evaluate` wrote, or a folder of it
+    model or file  an existing file, otherwise a model
+    row            a result of `rrhf evaluate`, or a folder of results
     run            the folder that a training writes
-    output file, output folder
-    output         a file, or a folder where the configuration has parts
+    output file    a file to write
+    output folder  a folder to write
+    output         a folder to write if the configuration has parts, otherwise a file
     place          any other path
 
-Nothing here imports torch. What only transformers or a network can judge (a hub name, a config of
-an unknown kind) passes, and is judged later.
+Nothing here imports torch. Values that only transformers or a network can check (a hub name, a
+config of an unknown kind) pass here and are checked later.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def read_settings(
     prog: str,
     fixed: Mapping[str, Any] | None = None,
 ) -> T:
-    """The settings that the words give, after a check of every path in them.
+    """Parse a command line into settings, and check every path in them.
 
     Args: as in `parse_config`.
 
@@ -67,16 +68,16 @@ def read_settings(
 
 
 def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
-    """Look for every path and name of a configuration.
+    """Check every path and name in a configuration.
 
-    A finished run that is to be resumed needs nothing more and is left to the command.
+    If a finished run is resumed, nothing will be trained, so its inputs are not checked.
 
     Args:
-        config: of any command.
-        made_later: fields whose files an earlier stage of the same command writes.
+        config: the settings of any command.
+        made_later: fields whose files an earlier stage of the same command will write.
 
     Raises:
-        UserError: something is not there, is not what it should be, or cannot be written.
+        UserError: a path is missing, is of the wrong kind, or cannot be written.
     """
     for item in fields(config):
         is_required = item.default is MISSING and item.default_factory is MISSING
@@ -107,7 +108,7 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
 
 
 def _require_name(text: str) -> None:
-    """Refuse a path that the libraries for models and data cannot open."""
+    """Refuse a path with a NUL character, or one that is not UTF-8; libraries cannot open them."""
     if "\0" in text:
         raise UserError(f"{text!r}: holds a NUL character, which no path can; remove it")
     try:
@@ -117,7 +118,7 @@ def _require_name(text: str) -> None:
 
 
 def _require_reachable(path: str) -> None:
-    """Refuse a path that the system does not let us look at; a missing one passes."""
+    """Refuse a path that exists but may not be read; a missing path passes."""
     place = os.path.expanduser(path)
     try:
         is_folder = stat.S_ISDIR(os.stat(place).st_mode)
@@ -130,7 +131,7 @@ def _require_reachable(path: str) -> None:
 
 
 def _check_packages(config: Any) -> None:
-    """Packages that a flag asks for; the modules that import them have the same messages."""
+    """Refuse a flag that needs an optional package that is not installed."""
     if getattr(config, "use_lora", False):
         _require_package("peft", "--use_lora", "install rrhf[peft]")
     attention = getattr(config, "attn_implementation", "")
@@ -214,7 +215,11 @@ def _check_row(path: str, config: Any) -> None:
 
 
 def _check_run(path: str, config: Any) -> None:
-    """Only the first process looks: when the others come, it may have begun the run already."""
+    """Check that a run can be written.
+
+    Only the first process checks that the folder is free, because it may have begun the run before
+    the others check.
+    """
     from rrhf.runs import RunFolder
     from rrhf.training.rounds.iterative_config import IterativeConfig
     from rrhf.training.rounds.rounds_folder import RoundsFolder
@@ -226,7 +231,7 @@ def _check_run(path: str, config: Any) -> None:
 
 
 def _check_output(path: str, is_folder: bool) -> None:
-    """Find what would keep the command from writing there, without writing anything."""
+    """Refuse an output that could not be written; nothing is written to find out."""
     place = Path(path)
     if not is_folder:
         if path.endswith("/"):

@@ -1,8 +1,9 @@
 """`rrhf response-gen MODEL OUT_DIR [true|false]`: `rrhf generate`, then `rrhf score`, in one go.
 
-It takes the flags of both. A name that both know, such as `bf16`, goes to both; `generate_bf16` and
-`score_bf16` reach one of them. Prompts and sampling are by default those of RRHF's
-published script: Dahoas/rm-static, diverse beam search, four responses next to the data set's two.
+The command takes the flags of both. A flag that both have, such as `bf16`, applies to both;
+`generate_bf16` and `score_bf16` apply to one of them. The default prompts and search are those of
+RRHF's published script: Dahoas/rm-static and diverse beam search with four responses, in addition
+to the two responses of the data set.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ GENERATED = "generated.jsonl"
 TRAIN_DATA = "train_data.json"
 
 PROMPTS = "rm-static"
-# The published script: 4 beams in 4 groups; its temperature was never in effect.
+# As in the published script: 4 beams in 4 groups. Its temperature had no effect.
 DIVERSE_BEAMS = {"do_sample": False, "num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0}
 PLAIN_BEAMS = {"do_sample": False, "num_beams": 4}
-# Whoever gives one of these asks for something else than the published search.
+# If any of these flags is given, the published search is not used.
 SEARCH_FLAGS = ("do_sample", "num_beams", "num_beam_groups", "diversity_penalty")
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         print_once(help_page(PROG, ResponseGenConfig, flags, asks_for_all(argv)))
         sys.exit(EXIT_DONE)
     own, generate, score = stage_values(flags, GenerateConfig, ScoreConfig, argv)
-    # Both are built before the first stage starts, so that a mistake in the second costs nothing.
+    # Both are built before the first stage starts, so that a mistake in the second shows at once.
     score_config = build(ScoreConfig, flags_of(ScoreConfig), score, PROG)
     generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
     check_places(own)
@@ -85,10 +86,10 @@ def main(argv: list[str]) -> int:
 
 
 def all_flags(generate: type, score: type) -> dict[str, Flag]:
-    """The flags of both stages, except those that this command sets itself."""
+    """The flags of both stages, except the flags that this command sets itself."""
     ours = flags_of(ResponseGenConfig)
     stages = {"generate": flags_of(generate), "score": flags_of(score)}
-    stages["score"].pop("columns", None)  # of the prompts; what was generated has known names
+    stages["score"].pop("columns", None)  # applies to prompts; generated files have known names
     flags = dict(ours)
     for stage, found in stages.items():
         for name, flag in found.items():
@@ -112,7 +113,7 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
 def stage_values(
     flags: Mapping[str, Flag], generate: type, score: type, argv: Sequence[str]
 ) -> tuple[ResponseGenConfig, dict[str, Any], dict[str, Any]]:
-    """What the words say, for this command and for each stage."""
+    """Parse the words into (this command's settings, generate's values, score's values)."""
     values = read_values(flags, argv, PROG)
     ours = flags_of(ResponseGenConfig)
     own = build(ResponseGenConfig, ours, {k: v for k, v in values.items() if k in ours}, PROG)
@@ -123,7 +124,7 @@ def stage_values(
     to_generate = {"prompts": PROMPTS, **search, **_share(values, "generate", flags_of(generate))}
     to_generate |= {"model_name_or_path": own.model_name_or_path, "output_file": generated}
     to_score = _share(values, "score", flags_of(score))
-    to_score.pop("columns", None)  # of the prompts, as in `all_flags`
+    to_score.pop("columns", None)  # applies to prompts, as in `all_flags`
     to_score |= {
         "input_file": generated,
         "output_file": str(Path(own.output_dir) / TRAIN_DATA),
@@ -132,7 +133,7 @@ def stage_values(
 
 
 def _share(values: Mapping[str, Any], stage: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
-    """The values that a stage takes; its own spelling of a shared name rules."""
+    """The values for one stage; `generate_bf16` overrides `bf16` for the stage "generate"."""
     shared = {name: value for name, value in values.items() if name in flags}
     own = {name: values[f"{stage}_{name}"] for name in flags if f"{stage}_{name}" in values}
     return shared | own

@@ -1,4 +1,4 @@
-"""Controls what reaches the terminal, for any number of processes.
+"""Controls what is printed on the terminal, for any number of processes.
 
 A message is shown once; repeated warnings are counted and reported at the end. Warnings of
 libraries about their own code are hidden, because users of a command cannot act on them; Python's
@@ -18,17 +18,17 @@ from rrhf.process_end import launched_place
 
 _PROGRESS = "rrhf.progress"
 _OWN_SHARE = ("rrhf.generation.local.engine", "rrhf.scoring.function", "rrhf.scoring.reward_model")
-# What torch.cuda warns of is the machine's, such as a driver that is too old.
+# Warnings of torch.cuda are shown: they concern the machine, such as a driver that is too old.
 _LIBRARIES = r"(?!torch\.cuda)(accelerate|datasets|deepspeed|peft|torch|transformers)(\.|$)"
 
 
 def is_first_process() -> bool:
-    """True in a single process, and in the first of those that a launcher started."""
+    """True for a single process, and for the first of the processes that a launcher started."""
     return launched_place()[0] == 0
 
 
 def print_once(text: str) -> None:
-    """Print a result on stdout and flush it; other processes than the first print nothing."""
+    """Print a result on stdout and flush it; only the first process prints."""
     if is_first_process():
         print(text, flush=True)
 
@@ -58,7 +58,7 @@ class Voice(logging.StreamHandler[Any]):
             super().emit(record)
 
     def tell_repeats(self) -> None:
-        """Report which warnings came more than once, and how often; then reset the counts."""
+        """Print each warning that came more than once, with its count; then reset the counts."""
         for text, times in self._warned.items():
             if times > 1:
                 self.stream.write(f"this warning came {times} times: {text}\n")
@@ -67,12 +67,12 @@ class Voice(logging.StreamHandler[Any]):
 
 
 def configure_logging() -> None:
-    """The package's own messages go to stderr, one line each.
+    """Send the package's own messages to stderr, one line each.
 
     In processes other than the first, only modules that report on their own share of the work may
     warn; the other warnings would repeat those of the first process.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, handlers=[Voice()])
     logging.getLogger("rrhf").setLevel(logging.INFO if is_first_process() else logging.ERROR)
@@ -84,13 +84,13 @@ def configure_logging() -> None:
 
 
 def show_progress_alone() -> None:
-    """Show only warnings and progress of the stages, for a study that prints lines of its own."""
+    """Show only warnings and progress of the stages; for studies, which print their own lines."""
     logging.getLogger("rrhf").setLevel(logging.WARNING)
     logging.getLogger(_PROGRESS).setLevel(logging.INFO)
 
 
 def tell_repeats() -> None:
-    """Report which warnings came more than once, at the end of a command."""
+    """Print each warning that came more than once; call this at the end of a command."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Voice):
             handler.tell_repeats()

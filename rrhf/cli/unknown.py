@@ -11,13 +11,13 @@ from rrhf.cli.words import meanings
 
 
 def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") -> str:
-    """The message for an unknown name: what it may mean, what to use instead, or what is near.
+    """The message for an unknown name: its likely meaning, what to use instead, or similar names.
 
     Args:
-        name: as it was typed.
-        flags: of the command.
-        where: the command, or the file.
-        mark: two dashes for a flag, nothing for a key.
+        name: the name as the user typed it.
+        flags: the command's flags.
+        where: the command or the file.
+        mark: "--" for a flag, "" for a key of a file.
     """
     word = normalise(name)
     kind = "flag" if mark else "key"
@@ -37,7 +37,7 @@ def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") ->
 
 
 def chosen_elsewhere(word: str, flags: Mapping[str, Flag]) -> str:
-    """The choice that would make a word a flag, such as "objective dpo"; "" if none would."""
+    """The registry choice that has this setting, such as "objective dpo"; "" if none has it."""
     for flag in flags.values():
         for name, entry in (flag.registry or {}).items():
             settings = getattr(entry, "settings", None)

@@ -1,8 +1,8 @@
-"""What a configuration field accepts: its type turned into checks, conversions and words.
+"""Checks and converts values by the type of their configuration field.
 
-Values come from two places. Command-line words are text, so "3" may be a number and "none" nothing;
-YAML and JSON values have types already, but YAML reads `2e-5` as text, so text that spells a number
-is taken where a number is expected. NaN is never a number.
+Values come from two places. Command-line words are text, so "3" may mean a number and "none" may
+mean None. YAML and JSON values already have types, but YAML reads `2e-5` as text; where a number is
+expected, text that spells a number is therefore accepted. NaN is never accepted.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ PREFERENCE = {type(None): 0, bool: 1, int: 2, float: 3, str: 5, Path: 5}
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, the strictest first; any other type alone."""
+    """The types in a union, the strictest first; for any other type, only that type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(sorted(typing.get_args(hint), key=lambda member: PREFERENCE.get(member, 4)))
     return (hint,)
 
 
 def is_boolean(hint: Any) -> bool:
-    """True where a bare flag means true."""
+    """Whether a field is boolean, so that its flag without a value means true."""
     return bool in members(hint)
 
 
 def is_sequence(hint: Any) -> bool:
-    """True where a flag takes several words."""
+    """Whether a field is a list or tuple, so that its flag takes several words."""
     return any(
         member in SEQUENCES or typing.get_origin(member) in SEQUENCES for member in members(hint)
     )
@@ -54,7 +54,7 @@ def fixed_length(member: Any) -> int | None:
 
 
 def expected(hint: Any) -> str:
-    """What a value may be, in words for a message."""
+    """Describe the values that a type accepts, for a message."""
     words = []
     for member in members(hint):
         arguments = typing.get_args(member)
@@ -75,7 +75,7 @@ def expected(hint: Any) -> str:
 
 
 def placeholder(hint: Any) -> str:
-    """The placeholder of a value in the help."""
+    """The placeholder for a value of this type on a help page, such as INT."""
     words = []
     for member in members(hint):
         arguments = typing.get_args(member)
@@ -90,19 +90,19 @@ def placeholder(hint: Any) -> str:
 
 
 class Unfit(Exception):
-    """A value is nothing that a type accepts."""
+    """A value does not fit a type."""
 
 
 def convert(value: Any, hint: Any, from_words: bool) -> Any:
-    """The value as the first alternative that it fits.
+    """Convert a value to a field's type; for a union, to the first member that the value fits.
 
     Args:
-        value: a word or a list of words of the command line, or a value read from a file.
+        value: a word or a list of words from the command line, or a value from a file.
         hint: the field's type.
-        from_words: True for the command line, where everything is text.
+        from_words: True for the command line, where every value is text.
 
     Raises:
-        Unfit: it fits none.
+        Unfit: the value does not fit the type.
     """
     for member in members(hint):
         with contextlib.suppress(Unfit):

@@ -1,8 +1,8 @@
 """Other words for flags, stages and commands: short names, and names from other programs.
 
-A word stands for a flag only if it can mean just one flag of the command; if it can mean several,
-the message names all of them (`--batch_size` of `rrhf train ppo`). What this program does not have
-at all is in `rrhf.cli.elsewhere`.
+A word is accepted for a flag only if it can mean just one flag of the command. If it can mean
+several, such as `--batch_size` of `rrhf train ppo`, the error names all of them. Features that rrhf
+does not have are in `rrhf.cli.elsewhere`.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ _SPELLINGS = {
     "gae_lambda": "lam lambd",
     "ppo_epochs": "num_ppo_epochs",
 }
-"""Flags -> the words that may mean one of them."""
+"""Flags, separated by spaces -> other words, each of which may mean any of these flags."""
 
 SHORT_NAMES: dict[str, tuple[str, ...]] = {
     word: tuple(flags.split()) for flags, words in _SPELLINGS.items() for word in words.split()
 }
-"""A word -> the flags that it may mean; a command has none, one or several of them."""
+"""Word -> the flags that it may mean; a command has none, one or several of these flags."""
 
 
 def meanings(word: str, flags: Mapping[str, Flag]) -> list[Flag]:
@@ -80,8 +80,8 @@ def meanings(word: str, flags: Mapping[str, Flag]) -> list[Flag]:
 
 
 def spelt_out(flags: Mapping[str, Flag]) -> dict[str, Flag]:
-    """Every name that a command accepts, with underscores: the flags, their other spellings, and
-    the short names that mean one of them."""
+    """Name, with underscores -> flag, for every name that a command accepts: flags, aliases, and
+    the short names that can mean only one flag of the command."""
     found = spellings(flags)
     for word in SHORT_NAMES:
         meant = meanings(word, flags)
@@ -99,11 +99,11 @@ STAGE_WORDS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "rrhf": ("rank", {}),
     **dict.fromkeys(("rm", "reward_model"), ("reward", {})),
 }
-"""Another name of a stage of `rrhf train` -> the stage, and the settings that go with the name."""
+"""Other name of a stage of `rrhf train` -> the stage, and the settings that the name implies."""
 
 
 def stage_meant(word: str, stages: Sequence[str]) -> tuple[str, Mapping[str, Any]] | None:
-    """The stage that a word names, with the settings that follow from it; None for no stage."""
+    """The stage that a word names, and the settings that it implies; None if it names no stage."""
     if word in stages:
         return word, {}
     word = normalise(word).lower()
@@ -117,4 +117,4 @@ COMMAND_WORDS: dict[str, tuple[str, ...]] = {
     "stats": ("data", "stats"),
     "convert": ("data", "convert"),
 }
-"""Another name of a command -> the command; names of stages work without `train` too."""
+"""Other name of a command -> the command. Names of stages also work without `train`."""
