@@ -1,8 +1,8 @@
-"""Whether rows were measured in the same way; only then can their numbers be compared.
+"""Checks that evaluation rows were measured in the same way, so that their numbers are comparable.
 
-Prompts, scorer, decoding, reference, baseline, human responses and perplexity model must agree.
-Greedy rows may be compared with sampled ones, since each row says which it is; so may responses
-that were not decoded here (those of a data set).
+Prompts, scorer, decoding, reference, baseline, human responses and perplexity model must agree. Two
+differences are allowed: greedy rows may be compared with sampled rows, since each row records its
+decoding; and rows of a data set's responses, which were not decoded at all, with any row.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rrhf.evaluation.results import measure_from_json
 Row = dict[str, Any]
 
 MAY_DIFFER = frozenset({"decoding", "num_prompts"})
-"""Settings that may differ between rows; those of decoding are compared one by one."""
-# Settings by which a decoding may differ from another kind of decoding.
+"""Settings that may differ between rows; the settings in "decoding" are compared one by one."""
+# Decoding settings that may differ between a greedy row and a sampled row.
 _KIND_KEYS = frozenset(
     {"kind", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "best_of"}
 )
@@ -28,7 +28,7 @@ _KIND_KEYS = frozenset(
 def mixed(rows: Sequence[Row]) -> list[str]:
     """The settings that differ between rows, one line each; empty if all agree.
 
-    A row without a scorer (or baseline) agrees with any: it only has no values in those columns.
+    A row without a scorer (or baseline) agrees with any row; it only lacks values in those columns.
     """
     differences = []
     made_with = [row["made_with"] for row in rows]
@@ -64,10 +64,10 @@ def _difference(key: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[Row]:
-    """The rows, recomputed on the prompts that all of them have.
+    """Recompute the metrics of rows on the prompts that all rows have in common.
 
-    Metrics of a policy alone (`ppl_human`, `pi_accuracy`) are measured on other data and kept;
-    those without values by prompt (distinct-n) are left out.
+    Metrics of the policy alone (`ppl_human`, `pi_accuracy`) are measured on other data and kept
+    unchanged. Metrics without a value per prompt (distinct-n) are left out.
 
     Raises:
         UserError: the rows have no prompt in common.
@@ -97,7 +97,7 @@ def on_common_prompts(rows: Sequence[Row], resamples: int = RESAMPLES) -> list[R
             estimated = estimate(measure_from_json(kept[name]), confidence, resamples)
             metrics[name] = estimated.as_dict()
         made_with = {**row["made_with"], "prompts": "common", "num_prompts": len(common)}
-        # Which responses the baseline gave to the other prompts no longer matters.
+        # The part after "#" identifies the baseline's responses to all prompts.
         if made_with.get("baseline"):
             made_with["baseline"] = made_with["baseline"].partition("#")[0]
         again.append({**row, "metrics": metrics, "per_prompt": kept, "made_with": made_with})

@@ -1,11 +1,11 @@
-"""`rrhf compare`: rows of several evaluations in one table, and their gains over a baseline row.
+"""`rrhf compare`: puts evaluation rows into one table, with their gains over a baseline row.
 
 Rows that were not measured in the same way (`rrhf.report.agreement`) are refused with a message
 that lists the differences; `allow_mixed` shows them anyway.
 
 Gains are paired: the same prompts are resampled for both rows, so that differences between prompts
-cancel. They are measured from the row of the baseline that the rows were evaluated against, else
-from that of their reference policy (`base_of`), whatever the order of the files.
+cancel. The baseline row is the row of the baseline that the others were evaluated against, or else
+the row of their reference policy (`base_of`), whatever the order of the files.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Comparison:
     """Attributes:
-    rows: in the order of the table.
+    rows: the rows in the order of the table.
     gains: row name -> metric -> {"mean", "low", "high", "n"}: the row minus the baseline row.
-    baseline: name of that row; "" where there is only one.
-    markdown: the whole page.
-    text: the same for a terminal.
+    baseline: name of the baseline row; "" if there are no gains.
+    markdown: the whole page as Markdown.
+    text: the same page for a terminal.
     """
 
     rows: list[Row]
@@ -61,8 +61,8 @@ def compare(config: CompareConfig) -> Comparison:
     """Read the rows, check them, and write the table.
 
     Raises:
-        UserError: a file is no row, two rows have the same name, or rows were not measured in the
-            same way.
+        UserError: a file does not hold a row, two rows have the same name, or rows were not
+            measured in the same way.
     """
     rows = read_rows(config.rows, config.accept_edited_files)
     if config.only_common_prompts:
@@ -80,7 +80,7 @@ def compare(config: CompareConfig) -> Comparison:
     if base is None and names_files:
         base = rows[0]["name"]
     if not names_files:
-        rows.sort(key=lambda row: row["name"] != base)  # before, then after
+        rows.sort(key=lambda row: row["name"] != base)  # the baseline first
     comparison = compare_rows(
         rows, base, config.columns, config.bootstrap_resamples, config.width, differences
     )
@@ -99,14 +99,14 @@ def compare_rows(
     width: int = 120,
     warnings: Sequence[str] = (),
 ) -> Comparison:
-    """The table of rows in memory.
+    """Compare rows that are in memory: their table, and their gains over a baseline row.
 
     Args:
-        rows: as the evaluator returns them.
-        baseline: name of the row that gains are measured from; empty = the first; None = no gains.
-        columns: metrics; empty = the usual ones.
-        resamples: of the paired bootstrap.
-        width: of the terminal.
+        rows: rows as the evaluator returns them.
+        baseline: name of the baseline row; empty = the first row; None = no gains.
+        columns: the metrics to show; empty = `default_columns`.
+        resamples: number of resamples of the paired bootstrap.
+        width: width of the terminal in characters.
         warnings: differences between the rows, to be printed under the table.
     """
     if not rows:
@@ -146,11 +146,11 @@ def compare_rows(
 
 
 def base_of(rows: Sequence[Row]) -> str | None:
-    """Name of the row that others are compared with; None where no row is a baseline.
+    """Find the row that the others should be compared with; returns its name, or None.
 
-    It is the row of the baseline that others were evaluated against, else of their reference
-    policy: by the model or file that it measured, else by its name; a sampled row before a greedy
-    one.
+    This is the row of the baseline that the other rows were evaluated against, or else the row of
+    their reference policy. A row is recognised by the model or file that it measured, or else by
+    its name. A sampled row is preferred to a greedy row.
     """
     baselines = [str(row.get("config", {}).get("baseline") or "") for row in rows]
     names = [str(row["made_with"].get("baseline") or "").partition("#")[0] for row in rows]
@@ -169,7 +169,7 @@ def base_of(rows: Sequence[Row]) -> str | None:
 
 
 def measured(row: Row) -> str:
-    """The model or file whose responses a row measured; empty where unknown, and for best-of-N."""
+    """The model or file whose responses a row measured; "" if unknown, and for best-of-N."""
     config = row.get("config", {})
     if config.get("best_of_n", 1) > 1 or config.get("response_source"):
         return ""
@@ -177,10 +177,10 @@ def measured(row: Row) -> str:
 
 
 def chosen_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """The metrics to show.
+    """The columns to show: the given ones, or the default columns if none are given.
 
     Raises:
-        UserError: a column that no row has.
+        UserError: no row has a given column.
     """
     known = [*columns_of(rows), *FACT_COLUMNS]
     known += sorted({metric for row in rows for metric in row["metrics"]} - {*known, "kl_bound"})
@@ -193,7 +193,7 @@ def chosen_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 
 
 def row_gains(row: Row, baseline: Row, resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
-    """Metric -> row minus baseline, for every metric that both have by prompt."""
+    """Metric -> gain (row minus baseline), for metrics that both rows have for each prompt."""
     confidence = row["made_with"].get("confidence", CONFIDENCE)
     gains = {}
     for metric, value in row["per_prompt"].items():
@@ -219,15 +219,15 @@ def gain_cells(
 
 
 def read_rows(places: Sequence[str], accept_edited: bool = False) -> list[Row]:
-    """Rows of files and folders, in order; names are unique.
+    """Read rows from files and folders, in the given order.
 
     Args:
         places: files and folders.
         accept_edited: read rows even if they do not match their manifests.
 
     Raises:
-        UserError: a file is no row, a folder has none, two rows have the same name, or a row was
-            changed since it was written.
+        UserError: a file does not hold a row, a folder holds no rows, two rows have the same name,
+            or a row was changed after it was written.
     """
     rows: list[Row] = []
     seen: dict[str, Path] = {}
@@ -245,7 +245,7 @@ def read_rows(places: Sequence[str], accept_edited: bool = False) -> list[Row]:
 
 
 def _row_files(place: Path) -> list[Path]:
-    """The file itself, or the rows of a folder in the order in which they were made."""
+    """The given file, or the row files of a folder in the order in which they were written."""
     if not place.is_dir():
         return [place]
     found = [path for path in place.glob("*.json") if is_row(try_json(path))]
@@ -256,10 +256,10 @@ def _row_files(place: Path) -> list[Path]:
 
 
 def _written_rows(folder: Path) -> Iterator[Path]:
-    """The rows that manifests list, readable or not, so that none is left out silently.
+    """The row files that manifests in a folder name, even unreadable ones, so that none is skipped.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: a row file that a manifest names is missing.
     """
     for place in sorted(folder.glob("*.manifest.json")):
         path = place.with_name(place.name.replace(".manifest.json", ".json"))

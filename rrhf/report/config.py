@@ -23,11 +23,11 @@ class CompareConfig(EditedFiles):
 
     baseline: str = ""
     """Name of the row from which gains are measured; empty = the row of the baseline that the
-    others were evaluated against, else the row of their reference policy, else the first of the
-    given files."""
+    others were evaluated against, or else the row of their reference policy, or else the first
+    file given."""
 
     columns: list[str] = field(default_factory=list)
-    """Metrics to show, in order; empty = the usual ones; all = everything. Costs
+    """Metrics to show, in order; empty = the default columns; all = everything. Costs
     (generation_seconds, serving_passes_per_response, training_seconds), weight_distance and parts
     of a gold preference (part_myth) can be named too."""
 
@@ -35,7 +35,7 @@ class CompareConfig(EditedFiles):
     """Restrict every row to the prompts that all rows have in common."""
 
     allow_mixed: bool = False
-    """Put rows into one table even if they were not measured alike."""
+    """Put rows into one table even if they were not measured in the same way."""
 
     bootstrap_resamples: int = RESAMPLES
     """How often the prompts are resampled for an interval."""

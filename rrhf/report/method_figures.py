@@ -1,6 +1,7 @@
-"""Two pictures of what each method gained and cost during training (needs the extra `report`).
+"""Draws two figures: learned reward against KL, and gold against learned reward, for each method.
 
-A method has the same colour in both. Each curve is labelled at its end, so there is no legend.
+Needs the extra `report`. A method has the same colour in both figures. Each curve is labelled at
+its end, so there is no legend.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rrhf.report.over_optimization import Row, kl_of
 
 INK, FAINT, UNTRAINED = "#222222", "#d9d9d9", "#777777"
 COLOURS = ("#d55e00", "#009e73", "#0072b2", "#b5539c", "#a07800", "#7a4a2b", "#5b4bb5")
-"""After Okabe and Ito; colours too light for text on white are darkened."""
+"""The palette of Okabe and Ito, with the colours darkened that are too light for text on white."""
 
 SIZE = (7.2, 4.8)
 LABEL_GAP = 0.052
@@ -53,8 +54,8 @@ def draw(
 
     Args:
         curves: name -> rows, beginning with SFT.
-        axes: what is drawn against what.
-        target: the picture's file.
+        axes: the two metrics to draw.
+        target: the file to write.
         untrained: names of curves that are drawn dashed and grey.
 
     Raises:
@@ -114,7 +115,7 @@ def _value(row: Row, metric: str) -> float:
 def _name_the_ends(
     axis: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]
 ) -> None:
-    """Label the curves at the right margin; thin lines lead from labels that had to be moved."""
+    """Label the curves at the right margin; a thin line connects each label with its curve."""
     low, high = axis.get_ylim()
     left, right = axis.get_xlim()
     order = sorted(ends, key=lambda name: ends[name][1])
@@ -131,10 +132,10 @@ def _name_the_ends(
 
 
 def apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending heights, moved as little as needed so that neighbours are at least `gap` apart.
+    """Move ascending heights as little as possible so that neighbours are at least `gap` apart.
 
-    Groups that touch are spread evenly around their own middle; all stay within [low, high] if
-    they fit.
+    Heights that are too close form a group, which is spread evenly around its mean. All heights
+    stay within [low, high] if they fit.
     """
     groups: list[list[float]] = []
     for height in heights:

@@ -1,4 +1,4 @@
-"""The page that compares methods: what each gained, what it cost, and where it went wrong."""
+"""Tables for the page that compares methods: gains, costs, and gold by seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COSTS = {
 
 
 def gains_table(rows: Mapping[str, Row], greedy: Mapping[str, Row]) -> str:
-    """Metrics of sampled responses, with intervals, and gold of greedy ones.
+    """Table of each method's metrics on sampled responses, and its gold on greedy responses.
 
     Args:
         rows: method -> row, in order.
@@ -40,13 +40,13 @@ def gains_table(rows: Mapping[str, Row], greedy: Mapping[str, Row]) -> str:
 def cost_table(
     titles: Mapping[str, str], costs: Mapping[str, TrainingCost], per_answer: Mapping[str, int]
 ) -> str:
-    """What each method cost, in addition to SFT and reward model.
+    """Table of what each method cost, in addition to SFT and reward model.
 
     Args:
         titles: method -> its name.
         costs: method -> the cost of its training.
-        per_answer: method -> responses that are drawn (and scored, if there are several) for
-            each answer.
+        per_answer: method -> number of responses drawn for each answer at inference; several are
+            also scored.
     """
     headings = ["", *(heading for heading, _, _ in _COSTS.values()), "responses an answer"]
     lines = []
@@ -60,8 +60,8 @@ def cost_table(
 
 
 def by_seed_table(seeds: Sequence[int], rows: Iterable[Sequence[Row]]) -> str:
-    """Gold by seed, with mean and standard deviation; `rows` holds a row of the table for each
-    seed."""
+    """Table of gold by seed, with mean and standard deviation; each item of `rows` holds the rows
+    of one method, a row for each seed."""
     headings = ["", *(f"seed {seed}" for seed in seeds), "mean", "sd"]
     lines = []
     for of_seeds in rows:
@@ -72,7 +72,7 @@ def by_seed_table(seeds: Sequence[int], rows: Iterable[Sequence[Row]]) -> str:
 
 
 def apart_from(baseline: Row, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Names of the rows whose gold interval lies above the baseline's, and of the others."""
+    """(names of rows whose gold interval lies above the baseline's interval, all other names)."""
     high = baseline["metrics"]["gold"]["high"]
     above: list[str] = []
     others: list[str] = []

@@ -1,10 +1,10 @@
-"""Finds the point of a curve from which on gold no longer follows the reward model.
+"""Finds the point on a curve after which gold no longer rises with the learned reward.
 
-A policy that is trained on a reward model raises its score for as long as it is trained; the true
-preference follows for a while and then may not (Gao et al. 2022, arXiv:2210.10760). A curve is the
-rows of one method in the order of its training, each with `reward` and `gold` by prompt. All
-differences are paired over prompts, and only those whose interval excludes zero count. The pace of
-gold up to a point, its gain per unit of reward, is treated as exact.
+Training on a reward model keeps raising the learned reward. Gold, the true preference, rises with
+it at first, but may later stall or fall (Gao et al. 2022, arXiv:2210.10760). A curve is the rows of
+one method in the order of its training, each with `reward` and `gold` for every prompt. All
+differences are paired over prompts, and a difference counts only if its interval excludes zero.
+The pace of gold up to a point is its gain per unit of reward; the pace is treated as exact.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Parting:
     """What happened to gold while the learned reward rose.
 
     Attributes:
-        kind: falls: gold falls after its peak while reward rises; stalls: from some point on gold
-            does not rise measurably, at less than half of its pace if it had one; slows: it rises,
-            but below its pace; follows: none of these; flat: the reward itself does not rise
-            measurably.
-        reward, gold, kl: at the point from which on gold no longer follows; at the last point where
-            it follows to the end. kl is None where no policy of its own has one.
-        reward_gain, gold_gain: from there to the last point; from the first to the last point where
-            it follows.
-        gold_at_pace: what gold would have gained at the pace that it had up to there; None where it
-            follows, and where it never did.
+        kind: "falls": gold falls after its peak while the reward rises. "stalls": after some point
+            gold does not rise measurably, and gains less than half of what its earlier pace would
+            give. "slows": after some point gold rises, but below its earlier pace. "follows": none
+            of these. "flat": the reward does not rise measurably.
+        reward, gold, kl: values at the parting point; for "follows" and "flat", at the last point.
+            kl is None if the row has none.
+        reward_gain, gold_gain: gains from the parting point to the last point; for "follows" and
+            "flat", from the first point to the last.
+        gold_at_pace: the gain of gold after the parting point if it had kept its earlier pace; None
+            for "follows" and "flat", and if gold never rose.
     """
 
     kind: Kind
@@ -50,10 +50,10 @@ class Parting:
 
 
 def parting(rows: Sequence[Row]) -> Parting:
-    """Find where gold and reward part on one curve.
+    """Find where gold stops rising with the reward on one curve.
 
     Args:
-        rows: two or more; the first is that of the starting policy.
+        rows: two or more; the first is the row of the starting policy.
     """
     assert len(rows) >= 2, "a curve has two points"
     first, last = rows[0], rows[-1]
@@ -124,7 +124,7 @@ def _parting(kind: Kind, place: Row, start: Row, end: Row, pace: float | None = 
 
 
 def kl_of(row: Row) -> float | None:
-    """Nats per response; a bound if the row is the best of several samples."""
+    """The KL of a row in nats per response; for best-of-N, its upper bound; None if unknown."""
     metrics = row["metrics"]
     value: float | None = (metrics.get("kl") or metrics.get("kl_bound") or {}).get("mean")
     return value
@@ -146,7 +146,7 @@ def _falls(start: Row, end: Row, metric: str) -> bool:
 
 
 def _goes_slower(start: Row, end: Row, pace: float) -> bool:
-    """Whether gold gains less than `pace` per unit of reward."""
+    """Whether gold measurably gains less than `pace` per unit of reward."""
     gold, reward = (
         [measure_from_json(row["per_prompt"][metric]).values for row in (start, end)]
         for metric in ("gold", "reward")

@@ -1,4 +1,4 @@
-"""Rows of several seeds as one row each."""
+"""Pools the evaluation rows of several seeds into one row for each policy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Row = dict[str, Any]
 def pooled_rows(
     by_seed: Sequence[Sequence[Row]], metrics: Collection[str] | None = None
 ) -> list[Row]:
-    """Pool the prompts of all seeds, with new intervals over all of them.
+    """Pool the prompts of all seeds, and compute new intervals over all these prompts.
 
-    Metrics with one number per row (distinct-n, the KL bound of best-of-N) are averaged.
+    Metrics without a value per prompt (distinct-n, the KL bound of best-of-N) are averaged.
 
     Args:
-        by_seed: the same rows of every seed.
-        metrics: which to keep; None = all.
+        by_seed: for each seed its rows, in the same order.
+        metrics: the metrics to keep; None = all.
     """
     if len(by_seed) == 1:
         return list(by_seed[0])
@@ -45,7 +45,7 @@ def _pooled(rows: Sequence[Row], wanted: Collection[str] | None) -> Row:
 
 
 def _merged(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One measure over the prompts of all seeds, each identified by its seed's index and its id."""
+    """Merge one measure over the prompts of all seeds; keys become "<seed index>/<prompt id>"."""
     merged: dict[str, Any] = {"values": {}, "weights": {}, "scale": values[0].get("scale", "mean")}
     for seed, told in enumerate(values):
         weights = told.get("weights") or dict.fromkeys(told["values"], 1.0)

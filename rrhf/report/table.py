@@ -1,7 +1,7 @@
-"""Rows as a table: Markdown for a page, aligned columns for a terminal.
+"""Formats evaluation rows as a table: Markdown for a page, aligned columns for a terminal.
 
-A cell is "0.47 [0.40, 0.54]", mean and interval. Columns that no row fills are left out. An arrow
-in a heading says which direction is better, if one is.
+A cell is "0.47 [0.40, 0.54]", mean and interval. Columns that are empty in every row are left out.
+If higher or lower values are better, an arrow in the heading says which.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rrhf.evaluation.metrics.spec import Column
 Row = Mapping[str, Any]
 
 
-# Not estimates: what a row cost, and what is known of its policy.
+# Columns that are not estimates: costs of a row, and facts about its policy.
 FACT_COLUMNS: dict[str, Column] = {
     "generation_seconds": Column("seconds", 1),
     "serving_passes_per_response": Column("passes/response", 1),
@@ -32,11 +32,11 @@ NOTHING = "-"
 def format_estimate(
     value: Mapping[str, Any] | None, digits: int = 2, with_sign: bool = False
 ) -> str:
-    """ "0.47 [0.40, 0.54]"; without an interval "0.47"; "-" where nothing was measured.
+    """Format as "0.47 [0.40, 0.54]", or "0.47" without an interval, or "-" without a value.
 
     Args:
-        value: with "mean", "low", "high".
-        digits: after the point.
+        value: a mapping with "mean", "low" and "high".
+        digits: number of digits after the decimal point.
         with_sign: put a plus before a positive mean, as for differences.
     """
     if value is None or value.get("mean") is None:
@@ -51,7 +51,7 @@ def format_estimate(
 
 
 def format_number(value: float, digits: int) -> str:
-    """Fixed digits without a minus before zero; scientific notation for very large numbers."""
+    """Format with fixed digits, never as "-0"; from 1e6 on in scientific notation."""
     if abs(value) >= 1e6:
         return f"{value:.2e}"
     text = f"{value:.{digits}f}"
@@ -59,12 +59,12 @@ def format_number(value: float, digits: int) -> str:
 
 
 def default_columns(rows: Sequence[Row]) -> list[str]:
-    """The columns of a table if none are chosen."""
+    """The columns of a table if the user chooses none."""
     return [name for name, column in columns_of(rows).items() if column.shown]
 
 
 def column_of(metric: str, rows: Sequence[Row] = ()) -> Column:
-    """The column of a metric; parts of gold are headed by their name."""
+    """The column of a metric; the heading of a part of gold is the part's name."""
     columns = columns_of(rows)
     if metric in columns:
         return columns[metric]
@@ -74,7 +74,7 @@ def column_of(metric: str, rows: Sequence[Row] = ()) -> Column:
 
 
 def cell(row: Row, metric: str) -> str:
-    """The cell of a metric or fact; for best-of-N, which has no sampled KL, the bound."""
+    """The cell of a metric or fact; for best-of-N, which has no sampled KL, the KL's bound."""
     column = column_of(metric, [row])
     if metric in FACT_COLUMNS:
         value = fact_of(row, metric)
@@ -101,8 +101,8 @@ def table_cells(
     """Headings and cells; columns that are empty in every row are left out.
 
     Args:
-        rows: of evaluations.
-        columns: metrics and facts; empty = those of `default_columns`.
+        rows: evaluation rows.
+        columns: metrics and facts; empty = `default_columns`.
     """
     columns = columns or default_columns(rows)
     body = [[cell(row, metric) for row in rows] for metric in columns]
@@ -131,7 +131,7 @@ def terminal_table(rows: Sequence[Row], columns: Sequence[str] = (), width: int 
 
 
 def markdown_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Any cells as a Markdown table."""
+    """Format headings and cells as a Markdown table."""
     rule = ["---", *("---:" for _ in headings[1:])]
     escaped = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in [headings, rule, *escaped])
@@ -140,7 +140,10 @@ def markdown_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> s
 def terminal_lines(
     headings: Sequence[str], lines: Sequence[Sequence[str]], width: int = 120
 ) -> str:
-    """Any cells as aligned text; the first column is repeated in every block."""
+    """Format headings and cells as aligned text.
+
+    Columns beyond `width` continue in a block below, which repeats the first column.
+    """
     widths = [
         max(len(line[place]) for line in [headings, *lines]) for place in range(len(headings))
     ]
@@ -164,5 +167,5 @@ def terminal_lines(
 
 
 def notes_of(rows: Sequence[Row]) -> str:
-    """Notes of the rows on their own numbers, one line each."""
+    """The notes that rows carry about their numbers, one line each."""
     return "".join(f"{row['name']}: {note}\n" for row in rows for note in row.get("notes", ()))

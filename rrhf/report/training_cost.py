@@ -1,7 +1,7 @@
 """What a method cost in addition to SFT and reward model, read from its run folders.
 
-The cost is the responses drawn (each is scored once), their tokens, the tokens that went forward
-and backward (once for each network that learns), processor seconds, and the number of networks in
+The cost consists of the responses drawn (each is scored once), their tokens, the tokens trained on
+(counted once for each network that is trained), processor seconds, and the number of networks in
 memory at the same time. Evaluation is not counted.
 """
 
@@ -16,17 +16,17 @@ from typing import Any
 from rrhf.manifests import read_manifest
 
 FROZEN_ONLINE = 2
-"""In addition to what they train, online methods hold the reference policy and the reward model."""
+"""Networks that online methods hold but do not train: reference policy and reward model."""
 
 
 @dataclass(frozen=True)
 class TrainingCost:
     """Attributes:
-    responses: drawn from policies, and scored.
-    drawn_tokens: in these responses.
-    trained_tokens: prompts included; a critic's count as well as the policy's.
-    cpu_seconds: of one thread.
-    networks: most in memory at the same time in training; 0 = nothing was trained.
+    responses: number of responses drawn from policies and scored.
+    drawn_tokens: tokens in these responses.
+    trained_tokens: tokens trained on, prompts included; for a critic, they are counted again.
+    cpu_seconds: processor seconds of one thread.
+    networks: the most networks in memory at the same time in training; 0 = nothing was trained.
     """
 
     responses: float = 0.0
@@ -49,11 +49,11 @@ class TrainingCost:
 
 
 def cost_of(folders: Sequence[Path], stage_file: str) -> TrainingCost:
-    """The sum over stages.
+    """Sum the costs of a method's stages.
 
     Args:
-        folders: candidates, offline rankings or online trainings, finished.
-        stage_file: where a stage's folder notes its `cpu_seconds`.
+        folders: folders of finished stages: candidates, offline rankings or online trainings.
+        stage_file: name of the file in each folder that records `cpu_seconds`.
     """
     return sum((_cost_of_stage(folder, stage_file) for folder in folders), TrainingCost())
 
@@ -73,7 +73,7 @@ def _cost_of_stage(folder: Path, stage_file: str) -> TrainingCost:
     manifest: dict[str, Any] | None = read_manifest(folder)
     assert manifest is not None, f"{folder} holds no finished stage"
     responses = manifest["data"].get("responses")
-    if responses is None:  # nothing was drawn while it trained
+    if responses is None:  # offline: no responses were drawn
         return TrainingCost(0, 0, manifest["tokens"], seconds, 1)
     trained = 1 + (folder / "value").is_dir()
     drawn = responses["sampled"]

@@ -17,8 +17,8 @@ class DemoConfig:
     each method gained; takes minutes on a CPU."""
 
     output_dir: str = field(default="runs/demo", metadata={"names": "output folder"})
-    """Folder for the policies, samples and table; a demonstration that was stopped resumes from
-    it."""
+    """Folder for the policies, samples and table; the same command resumes a stopped
+    demonstration."""
 
     seeds: int = 1
     """Number of repetitions, each with its own data and weights."""
@@ -39,7 +39,7 @@ class MethodsConfig:
     that compares what each gained and cost."""
 
     world: str = field(default=DEFAULT, metadata={"registry": WORLDS})
-    """The world to compare the methods on, or package.module:name of one of your own
+    """The world to compare the methods on, or package.module:name of your own world
     (rrhf.worlds.protocol)."""
 
     seeds: int = 3
@@ -53,7 +53,7 @@ class MethodsConfig:
     ppo, rloo, grpo. SFT is always included."""
 
     output_dir: str = field(default="runs/compare", metadata={"names": "output folder"})
-    """Folder for the runs; a comparison that was stopped resumes from it."""
+    """Folder for the runs; the same command resumes a stopped comparison."""
 
     into: str = field(default="", metadata={"names": "output folder"})
     """Folder for the page, its pictures and its numbers; empty = output_dir."""
@@ -66,12 +66,12 @@ class MethodsConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"seeds": COUNT, "first_seed": INDEX, "jobs": INDEX})
-        WORLDS[self.world]  # or refused
+        WORLDS[self.world]  # raises if there is no such world
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"--methods {method}: unknown; choose from {', '.join(METHODS)}")
 
     @property
     def draws_pictures(self) -> bool:
-        """Whether some method has a curve, so that the report needs the extra `report`."""
+        """Whether a method has a curve, so that pictures are drawn (needs the extra `report`)."""
         return any(METHODS[method].curve for method in self.methods or METHODS)

@@ -1,9 +1,9 @@
 """The demonstration: a small language model becomes measurably better by RRHF, in minutes.
 
 Nothing is downloaded: data, gold preference and model come from the embedded world. Seeds run one
-after the other, or side by side on several cores, and are reported together: every prompt of every
-seed counts once in an interval, so the intervals cover prompts, not the variation between so few
-seeds (`table.md` has the spread over seeds next to them).
+after the other, or in parallel on several cores, and are reported together. The intervals are over
+the prompts of all seeds, so they do not show the variation between seeds; `table.md` also gives
+gold by seed.
 """
 
 from __future__ import annotations

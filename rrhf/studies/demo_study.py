@@ -1,4 +1,4 @@
-"""One seed of the demonstration: ranking offline, twice, and PPO to compare with.
+"""One seed of the demonstration: two rounds of offline ranking, with PPO for comparison.
 
 SFT and reward model -> round-1/ -> best-of-n/ and rrhf/ -> round-2/ -> rrhf-2/ -> evaluation/
                      -> ppo/ ------------------------------------------------------^
@@ -11,7 +11,7 @@ from rrhf.studies.rows import Row, RowPlan, evaluate_rows
 from rrhf.studies.stages import Stages
 
 _STAGES_OF = {method.policy: method.stages for method in METHODS.values()}
-"""The stages behind each policy after SFT and reward model, its candidates included."""
+"""Policy -> the stages that it needs after SFT and reward model, including its candidates."""
 
 
 class DemoStudy(Stages):

@@ -1,4 +1,4 @@
-"""The methods that are compared: the stages that each needs, and the policy that it ends with."""
+"""The table of methods to compare: the stages that each method needs, and its last policy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ ROUNDS = 4
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One method of the comparison.
 
     Attributes:
-        title: its name there.
-        stages: after SFT and reward model, in order.
-        online: `--method` of `rrhf train ppo`; "" if it trains offline or not at all.
-        best_of: its answers are the best of this many samples of SFT.
-        curve: the title of its curve; "" = it has none.
+        title: the method's name in tables.
+        stages: the stages after SFT and reward model, in order.
+        online: `--method` of `rrhf train ppo`; "" if the method trains offline or not at all.
+        best_of: number of SFT samples from which each answer is chosen; 1 = no choice.
+        curve: the title of the method's curve; "" = no curve.
     """
 
     title: str
@@ -27,7 +27,7 @@ class Method:
 
     @property
     def policy(self) -> str:
-        """The stage that holds its last policy."""
+        """The stage that holds the method's last policy."""
         return self.stages[-1] if self.stages else "sft"
 
 
@@ -39,7 +39,7 @@ def _rounds(count: int) -> tuple[str, ...]:
 
 
 def rounds_policy(number: int) -> str:
-    """The stage of a round of RRHF, counted from 1; round 0 is SFT."""
+    """The stage that trains round `number` of RRHF, counted from 1; round 0 is SFT."""
     return ("sft", "rrhf")[number] if number < 2 else f"rrhf-{number}"
 
 

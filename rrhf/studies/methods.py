@@ -1,9 +1,9 @@
-"""Compares all methods on one world, under one budget: which should one use, at what cost?
+"""Compares all methods on one world: what each gains and costs with the same number of responses.
 
-From one SFT policy and one reward model per seed: best-of-N, fine-tuning on the best of N, RRHF
-offline, in rounds (IP) and online (OP), PPO, RLOO and GRPO. Each method of one round and each
-online method draws and scores the same number of responses. The page, its two pictures and the
-numbers behind them are written from the run folders alone, so a second call rewrites them.
+For each seed, all methods start from the same SFT policy and reward model: best-of-N, fine-tuning
+on the best of N, RRHF offline, in rounds (IP) and online (OP), PPO, RLOO and GRPO. Methods with one
+round and online methods draw and score equally many responses. The page, its two pictures and their
+numbers are made from the run folders alone, so a second call writes them again without training.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def write_report(
     """Write page, pictures and numbers from the results of the seeds; returns the page's path.
 
     Args:
-        by_seed: the results of every seed, with the same methods.
-        seeds: their numbers.
+        by_seed: the result of every seed, with the same methods.
+        seeds: the numbers of the seeds.
         target: the folder to write to.
-        about: how they were made.
+        about: how the results were made.
     """
     target.mkdir(parents=True, exist_ok=True)
     rows = _pooled([result.rows for result in by_seed])

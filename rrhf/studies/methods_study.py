@@ -1,7 +1,6 @@
 """One seed of the comparison of methods, stage by stage, from one SFT policy and one reward model.
 
-Each method is one line of `METHODS`: the stages that it needs, the policy that it ends with, and
-the folders of the policies along its way.
+Each method is one entry of `METHODS`: its stages, its last policy, and the title of its curve.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ BEST_OF_ON_CURVE = (2, 4, 8, 16)
 @dataclass(frozen=True)
 class SeedResult:
     """Attributes:
-    rows: method -> its row, sampled.
-    greedy: method -> its row under greedy decoding, where a policy has one.
-    curves: title -> rows from SFT on, in the order of the training.
-    costs: method -> what it cost.
+    rows: method -> its row with sampled responses.
+    greedy: method -> its row with greedy responses; best-of-N has none.
+    curves: title -> rows in the order of the training, beginning with SFT.
+    costs: method -> the cost of its training.
     """
 
     rows: dict[str, Row]
@@ -57,7 +56,7 @@ class MethodsStudy(Stages):
         self.num_stages = 5 + len(self._stages) + 2
 
     def run(self) -> SeedResult:
-        """All stages."""
+        """Run all stages; returns the results of this seed."""
         self.prepare()
         for name in self._stages:
             self.method_stage(name, POINTS)
@@ -88,9 +87,9 @@ class MethodsStudy(Stages):
         )
 
     def _curve_plans(self) -> dict[str, list[RowPlan]]:
-        """The points between SFT and a method's last policy, by curve.
+        """Title of a curve -> its points, from SFT to the method's last policy.
 
-        A point that is a row of the table has the name of that row.
+        A point that is also a row of the table is that row's plan, so it is measured only once.
         """
         known = {(plan.policy, plan.best_of): plan for plan in self._row_plans().values()}
         curves: dict[str, list[RowPlan]] = {}
@@ -113,7 +112,7 @@ class MethodsStudy(Stages):
         return curves
 
     def _policies_of(self, stage: str) -> list[tuple[int, str]]:
-        """Steps and folders of the policies that were kept during training, except the last one."""
+        """(step, folder) of the policies that were saved during training, without the last one."""
         found = []
         for path in (self.folder / stage / "policies").glob("step-*"):
             number = re.fullmatch(r"step-(\d+)", path.name)
@@ -126,13 +125,13 @@ class MethodsStudy(Stages):
         return evaluate_rows(self, self._between(), folder, samples=1, has_likelihoods=False)
 
     def _between(self) -> list[RowPlan]:
-        """Points of curves that are not rows of the table, each once."""
+        """The points of curves that are not rows of the table, without duplicates."""
         rows = set(self._row_plans().values())
         points = [point for curve in self._curve_plans().values() for point in curve]
         return [point for point in dict.fromkeys(points) if point not in rows]
 
     def _result(self) -> SeedResult:
-        """What the folders hold; everything has been measured."""
+        """Collect the results of this seed from the folders, once everything is measured."""
         plans, greedy = self._row_plans(), self._greedy_plans()
         measured = self._measured_rows()
         by_plan = dict(zip([*plans.values(), *greedy.values()], measured, strict=True))

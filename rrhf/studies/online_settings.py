@@ -1,4 +1,4 @@
-"""Settings of `rrhf train ppo` in a study: those of the world's recipe, and its length."""
+"""Builds the settings of `rrhf train ppo` in a study from the world's recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.worlds.recipe import OnlineRecipe
 
 POINTS = 5
-"""Number of policies kept during an online training, for its curve."""
+"""Number of policies saved during an online training, as points of its curve."""
 
 
 def online_config(
@@ -25,8 +25,8 @@ def online_config(
         method: a key of `recipe.methods`.
         recipe: the world's settings.
         shared: settings of every training of the study, the run folder included.
-        files: the policy to start from, prompts and reward model, under their settings' names.
-        points: number of policies to keep, evenly spread over the training; 0 = none.
+        files: setting -> path, for the starting policy, the prompts and the reward model.
+        points: number of policies to save, evenly spread over the training; 0 = none.
     """
     record = METHODS[method]
     samples = recipe.samples_per_prompt if record.needs_group else 1

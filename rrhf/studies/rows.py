@@ -1,6 +1,6 @@
-"""The rows of a study: all with the same prompts, judges, reference and opponent.
+"""Measures the rows of a study, all with the same prompts, scorers, reference and opponent.
 
-Each row is saved once it is measured, so a killed evaluation continues with the next one.
+Each row is saved as soon as it is measured, so a killed evaluation continues with the next row.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class RowPlan:
     """One row to measure.
 
     Attributes:
-        name: in the table.
-        policy: the stage, or the subfolder of the seed, whose policy answers.
-        is_greedy: one greedy response instead of samples.
+        name: the row's name in the table.
+        policy: the stage, or the subfolder of the seed, whose policy writes the responses.
+        is_greedy: measure one greedy response per prompt instead of samples.
         best_of: each response is the best of this many samples.
     """
 
@@ -49,15 +49,15 @@ def evaluate_rows(
     has_likelihoods: bool = True,
     extra: Callable[[RowPlan], dict[str, Any]] = lambda _: {},
 ) -> list[Row]:
-    """Measure and save the rows that are missing; returns all in the plan's order.
+    """Measure and save the rows that are missing; returns all rows in the order of the plan.
 
     Args:
-        study: its SFT policy is reference and opponent, and its reward model scores.
-        plan: the rows.
-        folder: where they go.
+        study: provides the SFT policy, which is both reference and opponent, and the reward model.
+        plan: the rows to measure.
+        folder: the folder for the rows.
         samples: responses per prompt in sampled rows.
         has_likelihoods: also measure the policies' likelihoods of good replies and of pairs.
-        extra: keys to add to a row.
+        extra: returns further entries for a row.
     """
     world = study.world
     missing = [row for row in plan if not is_row(try_json(_row_file(folder, row)))]

@@ -1,6 +1,6 @@
-"""The seeds of a study: one after the other, or side by side on several cores.
+"""Runs the seeds of a study, one after the other or in parallel on several cores.
 
-Each runs on one thread: at the size of the embedded world a second thread only slows it down.
+Each seed uses one thread: at the size of the embedded world, a second thread only slows it down.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ RunSeed = Callable[[int, Callable[[str], None]], Any]
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
-    """The folder of a seed's stages."""
+    """The folder that holds the stages of a seed."""
     return folder / f"seed-{seed}"
 
 
 def run_seeds(
     run: RunSeed, seeds: Sequence[int], jobs: int, say: Callable[[str], None]
 ) -> list[Any]:
-    """The result of each seed, in the order of the seeds.
+    """Run every seed; returns their results in the order of the seeds.
 
     Args:
-        run: picklable if several run side by side: a function, or a `partial` of one.
+        run: runs one seed; must be picklable if seeds run in parallel.
         seeds: at least one.
-        jobs: seeds at the same time; 0 = one for each core.
+        jobs: number of seeds to run at the same time; 0 = one for each core.
         say: called with lines of progress.
     """
     num_jobs = min(jobs or _num_cores(), len(seeds))
@@ -48,20 +48,20 @@ def run_seeds(
     done: dict[int, Any] = {}
     with ProcessPoolExecutor(num_jobs, mp_context=context, initializer=_quiet_worker) as pool:
         try:
-            with caught_signals() as stop:  # so that each worker is started whole
+            with caught_signals() as stop:  # no signal interrupts the start of workers
                 waiting = {
                     pool.submit(_on_one_thread, run, seed, len(seeds), _say_line): seed
                     for seed in seeds
                 }
             stop.raise_if_received("finished work is kept, and the same command makes the rest")
             while waiting:
-                # Not for ever: a signal that comes just before would be answered after it only.
+                # With a timeout: a signal just before the call would not end an endless wait.
                 ended, _ = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
                 for future in ended:
                     seed = waiting.pop(future)
                     done[seed] = future.result()
                     say(f"seed {seed} is done ({len(done)} of {len(seeds)})")
-        except BaseException:  # nobody waits for the other seeds, least of all after a signal
+        except BaseException:  # end the other seeds at once
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
@@ -80,7 +80,7 @@ def _on_one_thread(run: RunSeed, seed: int, num_seeds: int, say: Callable[[str],
 
 
 def _quiet_worker() -> None:
-    """Print lines instead of bars: those of several processes would overwrite each other."""
+    """Turn off progress bars, since bars of several processes would overwrite each other."""
     os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)

@@ -1,12 +1,12 @@
-"""The stages of a study: each is a folder that is made once and continued after a kill.
+"""The stages of a study. Each stage writes one folder; finished stages are not run again.
 
     world/ -> start/ -> sft/ -> pairs/ -> reward/ -> round-1/ (candidates) -> rrhf/, best-of-n/
                                                      round-2/ (candidates of rrhf/) -> rrhf-2/ ...
                                                      ppo/, rloo/, ... (online, from sft/)
 
-Every stage makes the same call as a user's command, on the same files; the world provides the data
-and the settings (`rrhf.worlds.recipe`). The study decides which stages there are and what is
-measured.
+Every stage makes the same call as the command that a user would run, on the same files. The world
+provides the data and the settings (`rrhf.worlds.recipe`). The study (a subclass) decides which
+stages to run and what to measure.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _EARLIER_STAGE_FILE = "stage.json"
 
 class Stages:
     """Attributes:
-    folder: of this seed.
+    folder: the folder of this seed.
     world: the world at this size and seed.
-    recipe: its settings.
-    seconds: duration of each stage, by name, also of those done in an earlier call.
+    recipe: the world's settings for the stages.
+    seconds: stage -> its duration, including stages finished in an earlier call.
     num_stages: number of stages, for the lines of progress.
     """
 
@@ -79,7 +79,7 @@ class Stages:
         self._num_begun = 0
 
     def prepare(self) -> None:
-        """Make what every method starts from: a fine-tuned policy and a reward model.
+        """Train the SFT policy and the reward model, from which every method starts.
 
         Raises:
             UserError: the folder holds a study of another world.
@@ -98,7 +98,7 @@ class Stages:
         self.stage("reward", "train the reward model", self._train_reward)
 
     def stage(self, name: str, what: str, do: Callable[[], object]) -> None:
-        """Run a stage unless its folder is complete."""
+        """Run a stage unless it is already finished, and record its duration."""
         folder = self.folder / name
         done = folder / STAGE_FILE
         self._num_begun += 1
@@ -112,7 +112,7 @@ class Stages:
         self.say(f"{what} ...")
         started, cpu_started = time.monotonic(), time.process_time()
         folder.mkdir(parents=True, exist_ok=True)
-        # A kill between the end of a training and the note below leaves the training finished.
+        # After a kill between the end of a training and `write_json` below, the run is complete.
         with suppress(AlreadyFinished):
             do()
         self.seconds[name] = round(time.monotonic() - started, 1)
@@ -178,12 +178,13 @@ class Stages:
         )
 
     def method_stage(self, name: str, points: int = 0) -> None:
-        """One stage of a method, from the SFT policy on.
+        """Run one stage of a method; SFT policy and reward model must be ready.
 
         Args:
-            name: "round-N", candidates of the policy of the round before; "rrhf" and "rrhf-N",
-                ranking on them; "best-of-n"; or the stage of an online method.
-            points: for an online method: how many policies to keep during training.
+            name: "round-N": sample and score candidates with the policy of the previous round;
+                "rrhf" or "rrhf-N": train on these candidates by RRHF; "best-of-n": train on the
+                best of round 1 alone; or the stage of an online method.
+            points: for an online method, the number of policies to save during training.
         """
         number = int(name.rpartition("-")[2]) if re.search(r"-\d+$", name) else 1
         before = rounds_policy(number - 1)
@@ -201,7 +202,7 @@ class Stages:
         self.stage(name, what, do)
 
     def finish(self) -> None:
-        """Write the manifest of the seed, last."""
+        """Write the manifest of the seed's folder; call it after everything else."""
         facts = {"seed": self.seed, "size": self.size, "seconds": self.seconds}
         write_manifest(self.folder, {"status": COMPLETE, **facts})
 
@@ -217,10 +218,10 @@ class Stages:
             )
         )
 
-    # What stages share.
+    # Used by several stages.
 
     def _shared(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of every training, with those of a stage; a stopped training is continued."""
+        """The settings of every training and of this stage; a stopped training is resumed."""
         folder = self.folder / name
         return {
             "output_dir": str(folder),
@@ -234,7 +235,7 @@ class Stages:
         }
 
     def _train_rank(self, name: str, number: int, start: str) -> None:
-        """Train on the candidates of a round, from the policy of a stage."""
+        """Train on the candidates of round `number`, starting from the policy of stage `start`."""
         recipe = self.recipe
         objective = RRHFSettings(**recipe.rrhf)
         if name == "best-of-n":
@@ -279,7 +280,7 @@ class Stages:
         )
 
     def engine(self, policy: str) -> LocalEngine:
-        """An engine with the policy of a stage, or of a subfolder of the seed."""
+        """An engine that samples from the policy of a stage or of a subfolder of the seed."""
         folder = self.folder / policy
         if (folder / "policy").is_dir():
             folder /= "policy"
