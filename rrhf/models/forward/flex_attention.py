@@ -39,7 +39,7 @@ def block_mask(layout: SharedPrefix, window: int | None = None) -> BlockMask:
         return seen if reach is None else seen & (distance < reach)
 
     count, device = len(group), group.device
-    # Uncompiled it would hold a number for every token by every token, several times.
+    # Uncompiled, create_block_mask would hold several tensors of all tokens by all tokens.
     create = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     found: BlockMask = create(sees, None, None, count, count, device=device)
     return found

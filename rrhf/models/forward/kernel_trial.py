@@ -1,9 +1,10 @@
 """Tries a kernel of varlen attention on the GPU while the model is still on the CPU.
 
-Weights that will be spread over processes wait on the CPU: the layout's self-check runs there, over
-SDPA, because the card may be too small for all of them. What it cannot see, the kernel, is tried
-meanwhile: of each kind of attention that the model has (heads, scale, window), its own queries,
-keys and values go through the kernel on the card, forward and backward, and are compared with SDPA.
+Weights that will be distributed over processes are still on the CPU, because one GPU may be too
+small for all of them. The layout's self-check therefore runs on the CPU with SDPA and cannot test
+the kernel. So for each kind of attention in the model (heads, scale, window), the model's queries,
+keys and values also go through the kernel on the GPU, forward and backward, and the results are
+compared with SDPA.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class KernelTrial:
         device: that it runs on.
 
     Attributes:
-        failure: how it differs from SDPA; None where it does not.
-        kinds: of attention that were tried.
+        failure: how the kernel differs from SDPA; None if no difference was found.
+        kinds: the kinds of attention that were tried.
     """
 
     def __init__(self, load: Callable[[], Any], device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Faster layouts behind the policies' forward interface.
 
-A layout is how a batch passes the network: `padded` is the reference (`Policy`), the others use
-a layout of `packed_trunk`, each tried on the model before it is used. All of them but the reference
-apply the head in chunks, at response positions alone.
+A layout is how a batch passes the network. `padded` is the reference (`Policy`); the others are
+those of `packed_trunk`, and each is checked on the model before use. All layouts except the
+reference apply the head in chunks, at response positions only.
 
 Legend: N rows, R response tokens, M response tokens of the whole batch, H hidden, V vocabulary.
 """

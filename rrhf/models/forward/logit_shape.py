@@ -1,7 +1,7 @@
-"""What a model does to its logits after the last linear layer, and the slope of that.
+"""How a model transforms its logits after the last linear layer, and the derivative of that.
 
-Known: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma 2), and the sampling temperature.
-A model that is not known here is found out by the self-check, and its layout is then not used.
+Supported: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma 2), and the sampling
+temperature. The self-check detects models with any other transformation and rejects the layout.
 """
 
 from __future__ import annotations

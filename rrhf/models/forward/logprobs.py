@@ -43,7 +43,7 @@ class LogprobOptions:
         temperature: the sampling temperature; it divides the logits here too.
         with_entropy: also return the entropy of each position.
         with_mean_logprobs: also return the mean log-prob over the vocabulary.
-        entropy_has_gradient: False where the entropy is only looked at.
+        entropy_has_gradient: False if the entropy is only a metric.
     """
 
     temperature: float = 1.0
@@ -128,7 +128,7 @@ def padded_arguments(
 ) -> dict[str, Any]:
     """What a model or its trunk is called with for padded rows."""
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    # Some place tokens by the mask alone, which says the same.
+    # Some models take no position ids and derive the same positions from the mask.
     if "position_ids" in inspect.signature(module.forward).parameters:
         arguments["position_ids"] = position_ids
     return arguments

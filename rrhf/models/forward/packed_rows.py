@@ -6,8 +6,8 @@ two-dimensional mask (with either, rows would silently see each other), and only
 attention transformers builds; `require_packing` checks it on the model. The log-probs of a batch
 are those of padded rows.
 
-For SFT, where every row has a prompt of its own. Groups of responses to one prompt would carry the
-prompt once for each of them.
+This layout is for SFT, where every row has a different prompt. With several responses to one
+prompt, it would compute the prompt once for each response.
 
 Legend: N rows, R response tokens, M response tokens of the whole batch, W width of a bin.
 """
@@ -72,11 +72,11 @@ def fill_bins(lengths: Sequence[int], width: int) -> list[list[int]]:
 def pack_rows(batch: TokenBatch, width: int) -> PackedRows:
     """Lay the rows `[prompt | response]` of a batch end to end.
 
-    A response's last token is left away: nothing is predicted from it.
+    The last token of each response is left out, because nothing is predicted from it.
 
     Args:
-        batch: any.
-        width: tokens of a bin, where no row is longer.
+        batch: prompts and responses.
+        width: tokens of a bin; a row that is longer gets a bin to itself.
     """
     prompt_lengths = batch.prompt_lengths.tolist()
     response_lengths = batch.response_lengths.tolist()

@@ -180,8 +180,9 @@ def lay_out(batch: TokenBatch, whole: bool = False, with_padding: bool = False) 
         whole: feed each response's last token too, from which nothing is predicted: for scores that
             are read there.
         with_padding: behind a response that is shorter than the batch is wide, feed the padding
-            too, once. All of it comes to the same in padded rows: at the position of the
-            response's last token it sees the whole row but no padding, so not itself either.
+            too, once. In padded rows, all padding tokens of a row have the same hidden state: each
+            has the position of the response's last token and sees the whole row but no padding,
+            not even itself.
     """
     device = batch.response_ids.device
     groups, first_of = _groups(batch, 0 if whole or with_padding else 1, with_padding)
