@@ -89,7 +89,7 @@ class SourceCounts:
         self.mended[reason] += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """For a manifest or a table."""
+        """The counts as entries of a manifest or a table."""
         unread = {source: columns for source, columns in self.unread.items() if columns}
         return {
             "rows_read": self.read,
@@ -145,7 +145,7 @@ class Reading:
         """The turns as a prompt, consecutive turns of one speaker joined.
 
         Raises:
-            Dropped: the user does not have the last word.
+            Dropped: the last turn is not the user's.
         """
         if not turns or turns[-1].role != "user":
             raise self.dropped("prompt_ends_with_assistant")
@@ -195,7 +195,7 @@ class Reading:
         return self.prompt(parse_hh_transcript(text)) if is_hh_prompt(text) else text
 
     def turns(self, column: str) -> tuple[Message, ...]:
-        """A conversation, whoever speaks last; ShareGPT's `from` and `value` are read too."""
+        """A column's conversation, which may end with any role; ShareGPT's keys are read too."""
         value = self.row.get(column)
         if isinstance(value, list):
             value = [as_turn(turn) for turn in value]
@@ -253,7 +253,7 @@ class Reading:
 
 
 def as_turn(turn: Any) -> Any:
-    """A turn under the keys `role` and `content`, which ShareGPT names otherwise; parts joined."""
+    """Give a turn (ShareGPT's too) keys `role` and `content`, and join the parts of its text."""
     if not isinstance(turn, dict):
         return turn
     if "from" in turn and "value" in turn:

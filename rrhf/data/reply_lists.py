@@ -31,7 +31,7 @@ def read_reply_list(reading: Reading) -> CandidateSet:
 
 
 def read_replies_of(reading: Reading, column: str) -> CandidateSet:
-    """As `read_reply_list`, with the list in a given column."""
+    """Read a prompt and the list of replies in a given column, like `read_reply_list`."""
     if reading.row.get("ranking") is not None:
         raise reading.wrong(
             "ranking",

@@ -116,7 +116,7 @@ def _score(reading: Reading, column: str) -> float:
 
 
 def _read_without_reply(reading: Reading) -> CandidateSet:
-    """A row whose reply is null: an instruction without output is a prompt."""
+    """Read a row whose reply is null; this is a fault, except after an instruction."""
     if "instruction" in reading.row:
         return read_prompt(reading)
     column = next(name for name in REPLIES if name in reading.row)

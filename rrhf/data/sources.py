@@ -1,6 +1,6 @@
-"""Where data come from: registered names, own files and folders, and the Hugging Face hub.
+"""Find a source of data by its name and read its rows: files, known names, functions, the hub.
 
-Rows arrive as dictionaries with their place; their columns decide how they are read
+Each row is a dictionary and comes with its place; its columns decide how it is read
 (`rrhf.data.formats`). `read_sets` yields records one at a time and counts what it leaves out. The
 known names are one dictionary; `register_source` adds to it.
 

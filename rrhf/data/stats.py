@@ -1,7 +1,7 @@
-"""Figures of a data source: candidates per prompt, ties, lengths, scores.
+"""Statistics of a data source: candidates per prompt, ties, lengths, scores.
 
-Lengths are in characters and words, since no model is named whose tokens could be counted. Texts
-pass through one at a time, and only their lengths are kept.
+Lengths are in characters and words, because no tokenizer is given. Texts are read one at a time,
+and only their lengths are kept in memory.
 """
 
 from __future__ import annotations

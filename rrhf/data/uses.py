@@ -1,4 +1,4 @@
-"""What a file can be used for: how many demonstrations, ordered groups and prompts it holds.
+"""Report what a file can be used for: its numbers of demonstrations, ordered groups and prompts.
 
 `rrhf data validate` reports it before anything is trained.
 """

@@ -187,7 +187,7 @@ def test_a_damaged_table_is_one_message(tmp_path: Path) -> None:
     ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and not ended.stdout
     [line] = ended.stderr.splitlines()
-    assert line.startswith("error: bad.parquet: cannot be had") and line.endswith(
+    assert line.startswith("error: bad.parquet: cannot be loaded") and line.endswith(
         "or make it again"
     )
 
