@@ -1,8 +1,8 @@
 """The data of an evaluation: held-out prompts and human responses to them.
 
-Prompts are chosen by a hash of their id, not by their position, so that a sorted file gives a fair
-sample, and every policy the same prompts. Human responses and pairs come with the prompts unless
-other data is named.
+Prompts are chosen by a hash of their id, not by their position, so that even a sorted file gives a
+fair sample, and every policy gets the same prompts. Human responses and pairs are those that come
+with the prompts, unless other data is named.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def choose(sets: Sequence[CandidateSet], count: int) -> list[CandidateSet]:
 
 
 def own_references(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """The sets with only their human responses, without rejected ones; sets without any go."""
+    """Keep only the human responses that were not rejected; sets without such a response are left
+    out."""
     kept = []
     for s in sets:
         human = tuple(
@@ -127,15 +128,15 @@ def given_responses(
 
 
 def find_world(gold: str, sets: Sequence[CandidateSet]) -> World | None:
-    """The world that knows how good responses are.
+    """Find the world whose true preference is measured; None if there is none.
 
     Args:
-        gold: its name or import path; "auto" = the registered world that all prompts come from, if
-            there is one; "none".
+        gold: name or import path of the world; "auto" = the registered world that all prompts come
+            from, if there is one; "none" = no world.
         sets: the prompts.
 
     Raises:
-        UserError: there is no such world, or no prompt is of it.
+        UserError: there is no such world, or no prompt comes from the world.
     """
     if gold == "none":
         return None

@@ -1,8 +1,9 @@
 """Log-probs of given responses under a model: the basis of perplexity, KL and p_i accuracy.
 
-Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`), those of one prompt
-together, so that its tokens pass through the network once. A model that needs padded rows gets
-batches of similar length; their size depends on the vocabulary, because logits fill the memory.
+Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`). Rows with the same
+prompt go together, so that the prompt's tokens pass through the network once. A model that needs
+padded rows gets batches of similar length, whose size depends on the vocabulary, because logits
+fill the memory.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ def read_logprobs(
     """log P(token | prompt, earlier tokens) of every response token.
 
     Args:
-        model: a Hugging Face causal language model; in eval mode meanwhile.
+        model: a Hugging Face causal language model; it is put into eval mode during the call.
         rows: prompts (at least one id) and responses (possibly empty).
         pad_id: pads rows.
         temperature: divides the logits.
         layout: as in `rrhf.models.forward.layouts.build_policy`.
-        max_logits: most numbers in the logits of a batch of padded rows.
+        max_logits: maximum number of elements in the logits of a batch of padded rows.
 
     Returns:
         For each row [T] float32 on the CPU, nats.
@@ -72,7 +73,7 @@ def read_logprobs(
 
 
 _found: WeakKeyDictionary[Any, dict[str, tuple[str, int | None]]] = WeakKeyDictionary()
-"""Layout and window of each model, so that it is checked and reported only once."""
+"""Layout and window of each model, so that each model is checked and reported only once."""
 
 
 def _policy(model: Any, temperature: float, asked: str) -> Policy:
@@ -108,7 +109,7 @@ def _frozen(model: Any) -> Iterator[None]:
 def _batches(
     policy: Policy, rows: Sequence[Row], pad_id: int, max_logits: int
 ) -> Iterator[tuple[Sequence[int], TokenBatch]]:
-    """The rows with a response, in batches, with their places."""
+    """Yield batches of the rows that have a response, with the indices of these rows."""
     places = [place for place, (_, response) in enumerate(rows) if len(response)]
     window = 0.0
     if isinstance(policy, FastPolicy) and policy.layout != "rows":
@@ -164,8 +165,8 @@ class LikelihoodReader:
 
     Attributes:
         model: the Hugging Face model.
-        codec: turns its text into ids and back.
-        name: its name in results.
+        codec: turns the model's text into ids and back.
+        name: the model's name in results.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class LikelihoodReader:
         """Prompt and response as ids; the prompt loses its oldest turns if the window is too short.
 
         Returns:
-            None if they do not fit even so.
+            The ids of both; None if they do not fit even without the oldest turns.
         """
         response = self.codec.encode_response(s, candidate.response, candidate.finish_reason)
         room = None if self._window is None else self._window - len(response)
@@ -204,7 +205,7 @@ class LikelihoodReader:
         temperature: float = 1.0,
         known: dict[RowKey, Tensor] | None = None,
     ) -> list[Tensor]:
-        """As `read_logprobs`; equal rows are computed once.
+        """Like `read_logprobs`, but equal rows are computed once.
 
         Args:
             rows: prompts and responses.
@@ -220,5 +221,6 @@ class LikelihoodReader:
         return [known[key] for key in keys]
 
     def has_vocabulary_of(self, codec: ChatCodec) -> bool:
-        """Whether the ids of both mean the same tokens, so that log-probs can be compared."""
+        """Whether both codecs give the same ids to the same tokens, so that log-probs can be
+        compared."""
         return bool(self.codec.tokenizer.get_vocab() == codec.tokenizer.get_vocab())

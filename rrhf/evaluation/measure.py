@@ -20,7 +20,7 @@ class Measure:
     The metric is f(sum of values / sum of weights); f is the identity or exp.
 
     Attributes:
-        values: prompt id -> value: the mean over its responses, or the sum of their nats.
+        values: prompt id -> the mean value of the prompt's responses, or the sum of their nats.
         weights: prompt id -> weight, such as a number of tokens; None = each prompt counts once.
         scale: "exp" for a perplexity.
     """
@@ -38,6 +38,7 @@ class Measure:
 
 
 def mean_measure(values: Mapping[str, Sequence[float | None]]) -> Measure:
-    """The mean of each prompt's values that are not None; prompts without any are left out."""
+    """The mean of each prompt's values, without those that are None; prompts without a value are
+    left out."""
     known = {key: [x for x in found if x is not None] for key, found in values.items()}
     return Measure({key: sum(found) / len(found) for key, found in known.items() if found})

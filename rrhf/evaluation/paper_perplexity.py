@@ -1,4 +1,7 @@
-"""Perplexity of bare texts under a language model, as in the RRHF paper; see the metric."""
+"""Perplexity of texts without their prompts, as in the RRHF paper.
+
+`rrhf.evaluation.metrics.paper_perplexity` gives the definition.
+"""
 
 from __future__ import annotations
 
@@ -79,5 +82,5 @@ def paper_measures(mean_nats: Mapping[str, Sequence[float]]) -> dict[str, Measur
 
 
 def clean_for_paper(text: str) -> str:
-    """Line breaks as blanks, ends stripped."""
+    """Replace line breaks by blanks, and strip white space at both ends."""
     return text.replace("\n", " ").strip()

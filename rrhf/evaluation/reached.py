@@ -14,10 +14,10 @@ _MOST_FIGURES = 3
 
 
 def reached(rows: Sequence[Row]) -> str:
-    """The policy's first row in one sentence, next to the baseline's.
+    """Summarise the policy's first row in one sentence, with the baseline's values for comparison.
 
     Args:
-        rows: rows of an evaluation, those of the baseline first.
+        rows: rows of an evaluation, the baseline's rows first.
     """
     row = _first_of_policy(rows)
     before = None if row is rows[0] else rows[0]

@@ -49,22 +49,22 @@ def measure_from_json(value: Mapping[str, Any]) -> Measure:
 
 
 def file_stem(name: str) -> str:
-    """A row's name as the beginning of a file name."""
+    """Turn a row's name into the beginning of a file name."""
     return re.sub(r"[^\w.+-]+", "_", name.strip()).strip("._") or "row"
 
 
 def require_free_place(
     name: str, folder: PathLike, fix: str = "choose another name or folder"
 ) -> None:
-    """Refuse a row whose manifest would replace that of another file.
+    """Refuse a row whose manifest would replace the manifest of another file.
 
     Args:
         name: name of the row.
-        folder: folder of its file.
-        fix: what helps, for the message.
+        folder: folder of the row's file.
+        fix: the fix, for the message.
 
     Raises:
-        UserError: such a file is there.
+        UserError: there is such a file.
     """
     path = Path(folder) / f"{file_stem(name)}.json"
     if owner := manifest_owner(path):

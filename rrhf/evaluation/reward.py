@@ -28,11 +28,11 @@ def score_sets(
     sets: Sequence[CandidateSet],
     max_unscored_fraction: float = MAX_UNSCORED_FRACTION,
 ) -> list[CandidateSet]:
-    """The sets with the scorer's scores in place of any they had.
+    """Score the candidates of all sets; existing scores are replaced.
 
     Raises:
-        UserError: the scorer failed on more than `max_unscored_fraction` of the candidates, or not
-            one of them has a score.
+        UserError: the scorer failed on more than `max_unscored_fraction` of the candidates, or no
+            candidate has a score.
     """
     scored: list[CandidateSet] = []
     too_long = 0
@@ -91,7 +91,7 @@ def _finite_or_none(score: float | None) -> float | None:
 
 
 def keep_best(sets: Sequence[CandidateSet], n: int) -> list[CandidateSet]:
-    """Of every n successive candidates, the one with the highest score, the first among equals.
+    """Keep, of every n successive candidates, the one with the highest score (the first, if equal).
 
     Args:
         sets: prompts with a multiple of n candidates each; candidates without a score lose.

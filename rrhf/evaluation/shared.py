@@ -1,4 +1,4 @@
-"""What all rows of an evaluation share."""
+"""The prompts, models and data that all rows of an evaluation share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BaselineScores:
 
 @dataclass
 class Shared:
-    """What all rows of an evaluation share; None or empty = not there.
+    """The prompts, models and data that all rows of an evaluation share; None or empty = not given.
 
     Attributes:
         prompts: held-out prompts with unique ids; their candidates are dropped.
@@ -41,7 +41,7 @@ class Shared:
         human: sets whose candidates are all human references.
         pairs: sets of two candidates, the better one first.
         paper: the model of `ppl_paper`.
-        baseline: what win rates compare with.
+        baseline: scores of the responses that win rates are measured against.
     """
 
     prompts: Sequence[CandidateSet]
@@ -61,7 +61,7 @@ class Shared:
 
     @property
     def has(self) -> set[str]:
-        """Which of the needs of metrics are met in every row."""
+        """The keys of `rrhf.evaluation.metrics.spec.NEEDS` that every row meets."""
         there = {name for name, value in vars(self).items() if value is not None and value != []}
         return there | {"judge"} if there & {"scorer", "gold"} else there
 
@@ -88,7 +88,8 @@ def _by_prompt_id(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
 
 
 def fingerprint(sets: Sequence[CandidateSet]) -> str:
-    """16 hex digits that identify prompts and responses in any order."""
+    """16 hex digits that identify prompts and responses; the order of the prompts does not
+    matter."""
     digest = hashlib.sha256()
     for s in sorted(sets, key=lambda s: s.id):
         for text in (s.id, s.query, *(c.response for c in s.candidates)):

@@ -30,7 +30,8 @@ def stored_weight_distance(folder: str | Path, reference: str | Path) -> float |
     """`weight_distance` of two model folders, reading the stored weights one at a time.
 
     Returns:
-        As `weight_distance`; None also if one of the two is not a folder with safetensors.
+        The distance; None if the names or shapes of the weights differ, or if one of the two is not
+        a folder with safetensors.
     """
     with ExitStack() as opened:
         return _distance(_StoredWeights(folder, opened), _StoredWeights(reference, opened))

@@ -32,7 +32,7 @@ METRICS: Registry[Metric] = Registry(
         "parts": f"{_HERE}.gold:PARTS",
     },
 )
-"""In the order of their columns in a table."""
+"""The listed metrics, in the order of their columns in a table."""
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
@@ -45,10 +45,10 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
 
 
 def chosen_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics with these names or import paths, each once; all listed ones if there is no name.
+    """The metrics with these names or import paths, each once; all listed metrics if none is named.
 
     Raises:
-        UserError: there is no such metric, or two have a column of one name.
+        UserError: there is no such metric, or two metrics have a column of the same name.
     """
     metrics = {name: METRICS[name] for name in names or METRICS}
     owners: dict[str, str] = {}

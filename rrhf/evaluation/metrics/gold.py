@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HARMFUL = "harmful"
 REFUSED = "refused"
-# Parts about the whole response, for which a share says nothing new.
+# Parts about the whole response, for which the share of responses is of no use.
 _NOT_SHARED = frozenset({HARMFUL, REFUSED, "sentences", "finished"})
 
 
@@ -50,7 +50,7 @@ def measure(draft: Draft) -> Mapping[str, Measure]:
 
 
 def measure_parts(draft: Draft) -> Mapping[str, Measure]:
-    """The parts of a row's gold."""
+    """The shares of responses that show the parts of the world's utility."""
     assert draft.shared.gold is not None
     return part_measures(draft.shared.gold, draft.sets)
 

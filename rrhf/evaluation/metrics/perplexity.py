@@ -1,13 +1,13 @@
-"""Perplexity given the prompt: of responses under the reference, and of people's under the policy.
+"""Perplexity of responses, given their prompts: exp(nats / tokens) over all responses.
 
-- `ppl_reference`: the policy's responses under the reference policy, given the prompt:
-  exp(nats / tokens) over all responses. How natural its responses still are.
-- `ppl_human`: held-out human responses under the policy, given the prompt, likewise. How
-  much of the language the policy has kept.
+- `ppl_reference`: of the policy's responses under the reference policy. It shows how natural the
+  policy's responses still are.
+- `ppl_human`: of held-out human responses under the policy. It shows how much of the language the
+  policy has kept.
 
-They are not comparable with each other, nor with `ppl_paper` (`paper_perplexity`). A response is
-its text as the codec encodes it, so that sampled and written responses are read alike; its EOS is a
-token like the others, and a response without any token counts nowhere.
+The two are not comparable with each other, nor with `ppl_paper` (`paper_perplexity`). The text of a
+response is encoded by the codec, so that sampled and written responses are treated alike. EOS
+counts as a token, and a response without any token is left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a metric is: its columns, what it needs, and how it is measured.
 
-A metric is one file. It is given a row that is being measured (`rrhf.evaluation.draft.Draft`) and
+A metric is one file. It takes a row that is being measured (`rrhf.evaluation.draft.Draft`) and
 returns values by prompt, from which means, intervals and paired differences are computed. Nothing
-here imports torch or numpy, so that flags are read without them.
+here imports torch or numpy, so that flags can be read without them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Column:
     """How a value appears in tables and in the summary.
 
     Attributes:
-        title: its heading.
-        digits: digits after the point.
+        title: heading of the column.
+        digits: digits after the decimal point.
         better: "↑" or "↓", the direction that is better; "" = neither.
-        shown: it appears in tables for which no columns are chosen.
-        gain: it also appears in tables of gains.
-        summary: its name in the one-line summary of an evaluation; "" = it is not mentioned.
+        shown: whether the column appears in tables for which no columns are chosen.
+        gain: whether the column also appears in tables of gains.
+        summary: the value's name in the one-line summary of an evaluation; "" = not mentioned.
         summary_rank: the summary mentions the columns with the lowest ranks.
-        is_relative: it compares with the baseline or the reference, so the summary does not give
-            the baseline's value next to it.
+        is_relative: whether the value is a comparison with the baseline or the reference; if so,
+            the summary does not show the baseline's value next to it.
     """
 
     title: str
@@ -69,11 +69,11 @@ class Metric:
         measure: takes a row; returns name -> values by prompt, or a plain number, which has no
             interval, or None if there is nothing to measure. It adds what it leaves out to the
             row's `counts`, and may add `notes`.
-        needs: keys of `NEEDS`; the metric is measured if all of them are there.
-        of: what it depends on: the responses of a row, the tokens of its samples, or the policy
-            alone, in which case it is measured once for all decodings.
-        phase: the phase to which its time is added; "" = none.
-        made_with: what else must agree between rows that are compared by this metric.
+        needs: keys of `NEEDS`; the metric is measured if all these needs are met.
+        of: what the metric depends on: the responses of a row, the tokens of its samples, or the
+            policy alone. In the last case, it is measured once for all decodings.
+        phase: the phase to which the time of measuring is added; "" = none.
+        made_with: further entries that must be equal in rows that are compared by this metric.
     """
 
     columns: Mapping[str, Column]

@@ -17,7 +17,7 @@ from rrhf.evaluation.metrics.spec import Column, Metric
 if TYPE_CHECKING:
     from rrhf.evaluation.draft import Draft
 
-# The score of a text depends, by rounding, on the other texts of its batch.
+# Through rounding, the score of a text depends on the other texts of its batch.
 TIE_MARGIN = 1e-5
 
 
@@ -26,7 +26,7 @@ class WinRate:
     """Attributes:
     win: wins plus half the ties, 0..1, by prompt.
     tie: ties, 0..1, by prompt.
-    skipped: number of prompts to which one side has no scored response.
+    skipped: number of prompts for which the row or the baseline has no scored response.
     """
 
     win: Measure
@@ -44,7 +44,7 @@ def win_rate(
     Args:
         scores: prompt id -> the score of each response; None = not scored, left out.
         baseline: likewise, for the baseline.
-        tie_margin: scores that differ by no more than this are equal.
+        tie_margin: scores that differ by at most this much count as equal.
     """
     wins: dict[str, float] = {}
     ties: dict[str, float] = {}
