@@ -100,7 +100,7 @@ def test_the_resident_set_of_a_phase_is_its_own() -> None:
 def test_where_a_peak_cannot_be_forgotten_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases_room, "_FORGET", Path("/nowhere/clear_refs"))
     meter = peak_meter(torch.device("cpu"))
-    assert type(meter) is PeakMeter and "cannot forget" in meter.what
+    assert type(meter) is PeakMeter and "cannot reset" in meter.what
     assert meter.peak_mib() > 1
 
 
