@@ -133,7 +133,7 @@ def _as_grid(hidden: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> 
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether it is a linear layer whose weights may be read outside its own forward."""
+    """Whether a head is a linear layer whose weights may be used without calling its forward."""
     is_watched = bool(head._forward_pre_hooks or head._forward_hooks)
     return (
         type(head) in (nn.Linear, OneDnnLinear)

@@ -5,7 +5,7 @@ are not Intel's; oneDNN, which comes with PyTorch as well, does. There a large l
 half the time, forward and backward, and on the few rows of a decoding step even less with weights
 that were brought into oneDNN's own order before. The sums are those of MKL up to the last bits.
 
-`fast_linears` is for a model that is read from for a while, `exchange_linears` for one that is
+`fast_linears` is for inference with a fixed model, `exchange_linears` for a model that is
 trained. The processor alone decides whether they do anything, so that one machine always rounds
 alike. Left out on purpose: weights that are sharded by DeepSpeed, other types, autocast, compiled
 models, and small products.

@@ -111,7 +111,7 @@ def pack_rows(batch: TokenBatch, width: int) -> PackedRows:
 
 
 class PackedPolicy(Policy):
-    """A causal language model that reads packed rows; otherwise as `Policy`.
+    """A `Policy` that computes packed rows instead of padded ones.
 
     Args:
         model: a Hugging Face causal language model.

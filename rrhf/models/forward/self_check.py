@@ -97,7 +97,7 @@ def first_that_fits(
     is_flash = base == varlen_attention.FLASH
     is_on_gpu = inner.device.type in varlen_attention.DEVICES
     is_away = is_flash and not is_on_gpu
-    # Flash attention knows no float32; all else is best tried in the weights' own precision.
+    # Flash attention does not support float32; all else is checked in the weights' dtype.
     is_half = (is_flash or is_torch_varlen) and is_on_gpu
     needs_half = is_half and inner.dtype == torch.float32
     trial = None

@@ -152,7 +152,7 @@ class _Group:
 
     @property
     def alone(self) -> list[_Response]:
-        """Its only response, which shares the prompt's row; empty if it has several."""
+        """The group's only response, which shares the prompt's row; empty if there are several."""
         return self.responses if len(self.responses) == 1 else []
 
     @property

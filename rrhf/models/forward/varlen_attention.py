@@ -287,7 +287,7 @@ def in_one_precision(*tensors: Tensor) -> list[Tensor]:
 def ordinary_flash(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Flash attention by transformers, where no prompt is shared.
 
-    It looks up its kernels by the name in the module's config, which must be a name that it knows.
+    transformers looks up the kernel by the name in the module's config, so the name must be FLASH.
     """
     config = _Instead(module.config, _attn_implementation=FLASH)
     found: tuple[Tensor, Tensor | None] = flash_attention_forward(
