@@ -63,10 +63,10 @@ class ScoreWatch(Hook):
         """
         if state == {}:
             return
-        saved = _NONE if state is None else dict(state)  # version 0.1 saved None for no normaliser
+        saved = _NONE if state is None else dict(state)  # None: as version 0.1 wrote it
         if saved["type"] != self.state_dict()["type"]:
             raise UserError(
-                "resume: --normalizer_type differs from the checkpoint's; resume with the same type"
+                "resume: --normalizer_type is not what the checkpoint had; start with the same"
             )
         if saved != _NONE:
             self.normalizer = normalizer_from_state(saved)

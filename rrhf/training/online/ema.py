@@ -47,7 +47,7 @@ class WeightAverage(Hook):
         return {name: value.cpu() for name, value in self._average.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if tensors:  # empty if the run had no average when it was saved
+        if tensors:  # else the run had no average until now
             self._average = {n: tensors[n].to(weight.device) for n, weight in self._weights()}
 
     def averaged(self, weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class PPOConfig(PPOSettings):
         ):
             if getattr(self, name) != off:
                 logger.warning(
-                    "--%s %s: changes what is sampled but not the log-probs, so the KL is biased "
+                    "--%s %s: changes sampling but not the log-probs, so the KL will be biased "
                     "and may become negative; keep the default, %s, unless you want this",
                     name,
                     getattr(self, name),
