@@ -1,6 +1,6 @@
-"""Worlds: made-up tasks whose true preference is known, each a folder.
+"""Worlds: synthetic tasks whose true preference is known.
 
-Everything about a world is in its folder; nothing above this package names a world.
+Each world is one folder of this package; code outside of the package does not name a world.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DEFAULT = "help_desk"
 
 
 def make_world(name: str, **size_and_seed: Any) -> World:
-    """The world of that name.
+    """Make the world of a name.
 
     Args:
-        name: of a registered world, or `package.module:name` of the user's own.
-        size_and_seed: as `WorldMaker` takes them; none if only the preference is needed.
+        name: a registered name, or `package.module:name` of the user's own world.
+        size_and_seed: `size` and `seed` for `WorldMaker`; omit both if only gold is needed.
 
     Raises:
-        UserError: there is no such world, or it is no `World`.
+        UserError: there is no such world, or the object made is not a `World`.
     """
     maker = WORLDS[name]
     words = ", ".join(f"{key}={value!r}" for key, value in size_and_seed.items())
@@ -47,10 +47,10 @@ def make_world(name: str, **size_and_seed: Any) -> World:
 
 
 def gold_of(world: World, s: CandidateSet, candidate: Candidate) -> float | None:
-    """`World.gold`, with failures of a user's world turned into one message.
+    """Call `World.gold`, and turn errors of a user's world into one message.
 
     Raises:
-        UserError: it raised an exception, or returned neither a finite number nor None.
+        UserError: `gold` raised an exception, or returned neither a finite number nor None.
     """
     with guarded(f"world {world.name}: gold()"):
         found = world.gold(s, candidate)

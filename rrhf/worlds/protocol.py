@@ -1,8 +1,8 @@
-"""What a world is: prompts with a true preference, known as a function.
+"""The interface of a world: prompts, and a function that gives the true worth of a response.
 
-To judge responses (`--scorer gold:NAME`, `--gold NAME`) a world needs only `gold`. A study, which
-takes its data from the world and trains on them, needs all methods. A world of your own derives
-from `World` and overrides what it has; its name is `package.module:name`.
+To score responses (`--scorer gold:NAME`, `--gold NAME`), a world needs only `gold`. A study, which
+takes its training data from the world, needs all methods. To add a world, derive a class from
+`World`, override the methods that are needed, and name the class by `package.module:name`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class World(Protocol):
 
     @abstractmethod
     def gold(self, s: CandidateSet, candidate: Candidate) -> float | None:
-        """The true worth of a response, higher is better; None = the prompt is of another world."""
+        """The true worth of a response, higher is better; None for a prompt of another world."""
         ...
 
     def parts(self, s: CandidateSet, candidate: Candidate) -> Mapping[str, float | bool]:
         """The parts that make up the worth, by name; empty if unknown.
 
-        Counts are floats. `harmful` and `refused` together give the rates of refusals; of any other
-        part, the share of responses that show it is reported.
+        Counts are floats. From `harmful` and `refused` the rates of refusals are computed; for any
+        other part, the share of responses in which it is not zero is reported.
         """
         return {}
 
@@ -75,7 +75,7 @@ class World(Protocol):
 class WorldMaker(Protocol):
     """A class, or a function, that makes a world.
 
-    It is called without arguments if only the preference is needed; a study gives both.
+    It is called without arguments if only `gold` is needed; a study passes both arguments.
     """
 
     def __call__(self, size: str = ..., seed: int = ...) -> World: ...

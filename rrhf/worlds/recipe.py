@@ -1,7 +1,7 @@
 """The settings of a study on a world, as plain values under the names of the stages' settings.
 
-A world is small, and so is the model that learns from it; settings that suit both belong to the
-world as its texts do. The types are plain because worlds are on a floor below training.
+Each world brings settings that suit its small data and small model. The types are plain because
+this package must not import the training code.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Recipe:
         model: the model that is trained from scratch.
         chat_format: how prompts are rendered; the tokenizer that is made has no template.
         max_new_tokens: longest response.
-        samples_per_prompt: N of the candidates, and of best-of-N.
+        samples_per_prompt: number of candidates per prompt, and N of best-of-N.
         test_samples: sampled responses to each test prompt.
         training: settings of every training.
         sft, reward, rank: further settings of these trainings.
-        later_rounds: what differs in `rank` from the second round on.
+        later_rounds: settings that replace those of `rank` from the second round on.
         rrhf: settings of the ranking objective.
         online: settings of the online methods.
         choice: how the settings were chosen, for reports.

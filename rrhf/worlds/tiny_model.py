@@ -1,8 +1,8 @@
 """A tokenizer and a Llama small enough to train from scratch in a minute on one core.
 
-Byte-level BPE learnt from the world's own texts, so any text can be encoded; and a model of 0.4M
-weights. Both are ordinary Hugging Face objects, used like large ones. No BOS is
-prepended, and no chat template is set, so conversations are rendered as HH has them.
+The tokenizer is byte-level BPE trained on the world's texts, so it can encode any text. The model
+has 0.4M weights. Both are ordinary Hugging Face objects. No BOS is prepended, and no chat template
+is set, so conversations are rendered in the format of HH.
 """
 
 from __future__ import annotations

@@ -53,16 +53,18 @@ class ReplyParts:
     """What was found in a reply; counts of sentences, unless said otherwise.
 
     Attributes:
-        right, myth, off, harm: different tips that are good for the topic, its myth, tips (good or
-            not) for another topic, and steps towards something harmful; one that is said again
-            counts only as repeated.
+        right: different tips that are good for the topic.
+        myth: the topic's myth, 0 or 1.
+        off: different tips (good or not) for another topic.
+        harm: different steps towards something harmful. In these four counts, a repeated sentence
+            counts only once.
         rude: rude openings and closings.
         garbled: sentences that are not found, an unfinished last one included.
         refused: refusals.
         right_reason: True if a refusal gives this topic's reason.
         alternatives: offers of something else to do.
         right_alternative: True if there is one alternative, and it is this topic's.
-        polite_openings, neutral_openings, polite_closings: such sentences.
+        polite_openings, neutral_openings, polite_closings: sentences of that kind.
         opening_is_first, closing_is_last: True if the first / last sentence is a polite one.
         repeated: sentences whose content occurred earlier in the reply.
         sentences: the number of all sentences.
@@ -130,7 +132,7 @@ _SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
 
 
 def read_request(prompt: str) -> Request:
-    """Parse what a prompt asks for, in any chat format; the last problem in it counts.
+    """Parse what a prompt in any chat format asks for; the last problem in the text counts.
 
     Raises:
         ValueError: the text has no problem of this world, or no question that fits it.
@@ -147,7 +149,7 @@ def read_request(prompt: str) -> Request:
 
 
 def read_reply(request: Request, response: str, finished: bool) -> ReplyParts:
-    """Look every sentence of a reply up; see `ReplyParts` for what is counted.
+    """Look up every sentence of a reply; see `ReplyParts` for what is counted.
 
     Args:
         response: the reply's content; what follows the last full stop is garbled.

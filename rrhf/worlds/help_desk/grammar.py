@@ -1,10 +1,10 @@
 """Writes prompts and replies of the Tiny Help Desk, by profiles, and damages replies.
 
 A profile holds independent probabilities of each quality (manners, right count, true or false tips,
-refusing what should be refused). WEB is what a model learns first: mixed, with a likeliest text
-that is not its best (one tip, whatever was asked, and that the myth); otherwise greedy decoding
-would look like alignment. GOOD is what the desk should say. Every function draws only from the
-`random.Random` that it is given.
+refusing what should be refused). The WEB profile writes the demonstrations: mixed replies, of which
+the likeliest (a single tip that is the myth) is not the best; otherwise greedy decoding alone would
+look like alignment. The GOOD profile writes what the desk should say. Every function draws only
+from the `random.Random` that is passed to it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Profile:
     """Probabilities by which replies are written.
 
     Attributes:
-        opening: of a polite, no, a neutral and a rude opening.
-        closing: of a polite, no and a rude closing.
-        right_count: that as many tips are given as were asked for, if that is one and if it is two.
-        tip: that a tip is good, the topic's myth, or good for another topic.
-        repeat: that one tip is said again.
-        refuse_harmful, refuse_benign: that such a request is refused.
+        opening: probabilities of a polite opening, none, a neutral and a rude one.
+        closing: probabilities of a polite closing, none and a rude one.
+        right_count: probability of the right number of tips if one is asked for, and if two are.
+        tip: probabilities that a tip is good, is the topic's myth, or is good for another topic.
+        repeat: probability that a tip is repeated.
+        refuse_harmful, refuse_benign: probability that a request of this kind is refused.
     """
 
     opening: tuple[float, float, float, float]
@@ -94,7 +94,7 @@ class Grammar:
         self.names = tuple(names)
 
     def draw_request(self, rng: random.Random, topics: frozenset[str]) -> Request:
-        """Draw a request on one of `topics`; of both kinds, a fixed share is harmful."""
+        """Draw a request on one of `topics`; a fixed share is harmful if both kinds are given."""
         harmful = [name for name in self.harmful if name in topics]
         benign = [name for name in self.benign if name in topics]
         if harmful and (not benign or rng.random() < HARMFUL_FRACTION):

@@ -13,9 +13,10 @@ class WorldSize:
 
     Attributes:
         name: "full" or "smoke".
-        num_benign_topics, num_harmful_topics, num_names: how many of the texts are used, from the
-            first.
-        held_out_topics: in demonstrations and pairs, never in alignment or test prompts.
+        num_benign_topics, num_harmful_topics, num_names: the number of texts of each kind that are
+            used, counted from the first.
+        held_out_topics: topics that occur in demonstrations and pairs, but never in alignment or
+            test prompts.
         num_demonstrations, num_static_pairs, num_on_policy_pairs: training data.
         num_alignment_prompts, num_test_prompts, num_ood_prompts: different prompts.
     """

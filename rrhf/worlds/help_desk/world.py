@@ -1,12 +1,12 @@
-"""Tiny Help Desk: a whole alignment task in a box, with the true preference known.
+"""Tiny Help Desk: a complete synthetic alignment task whose true preference is known.
 
 Customers ask a help desk for one or two tips, or for something that the desk should refuse. The
 world writes demonstrations, preference pairs, prompts and references, and judges any reply by a
 gold utility (`rrhf.worlds.help_desk.gold`). A study of minutes on one core can therefore show what
 no real data set can: whether a method raised the *true* preference or only the learned one.
 
-Everything is drawn from streams named by (seed, purpose), so that no part depends on which others
-were drawn, and the first n of a stream are the same however many are asked for. Prompts for
+Everything is drawn from random streams named by (seed, purpose), so no part depends on which other
+parts were drawn, and the first n items of a stream are the same for any length. Prompts for
 alignment and tests are all different, and none occurs in a demonstration or a pair. The held-out
 topics occur in demonstrations and pairs but never in alignment prompts.
 """
@@ -53,7 +53,7 @@ _PROMPT_PURPOSES = {
 
 
 class HelpDesk(World):
-    """The world at one size and seed; the module text says what it guarantees."""
+    """The world at one size and seed; see the module docstring for its guarantees."""
 
     name = "help_desk"
 
@@ -142,7 +142,7 @@ class HelpDesk(World):
 
         Args:
             profile: "GOOD" (how the desk should speak) or "WEB" (as in the demonstrations).
-            count: beyond the number of test prompts, they are answered again.
+            count: number of replies; beyond the number of test prompts, prompts are used again.
         """
         if profile not in PROFILES:
             raise UserError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
@@ -213,8 +213,8 @@ class HelpDesk(World):
                 yield content, tuple(Candidate(t, finish_reason="stop") for t in (first, second))
 
     def _two_replies(self, rng: random.Random, request: Request) -> Iterator[str]:
-        """Two written replies; without off-topic and damaged ones a reward model would only learn
-        that myths and rude words are bad."""
+        """Write two replies, some of them off-topic or damaged; otherwise a reward model would only
+        learn that myths and rude words are bad."""
         for is_second in (False, True):
             profile = PROFILES[rng.choice(sorted(PROFILES))]
             answered = request
@@ -237,8 +237,7 @@ def _judged(s: CandidateSet, candidate: Candidate) -> tuple[Request, ReplyParts]
 def _as_sets(
     purpose: str, rows: Iterable[tuple[str, tuple[Candidate, ...]]]
 ) -> Iterator[CandidateSet]:
-    """What customers ask, with replies, as candidate sets; a prompt that comes again gets its own
-    id."""
+    """Make candidate sets from (customer's text, replies); a repeated prompt gets a new id."""
     occurrences: Counter[str] = Counter()
     for content, candidates in rows:
         messages = (Message("user", content),)
