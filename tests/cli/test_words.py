@@ -196,6 +196,7 @@ def test_help_by_the_name_of_a_method_shows_it_as_the_value(
     with pytest.raises(SystemExit):
         main(["train", method, *asked])
     page = capsys.readouterr().out.partition("  --method ")[2].partition("\n  --")[0]
+    page = " ".join(page.split())
     assert f"[{method}]" in page or f"[default: {method}]" in page
 
 
@@ -238,7 +239,7 @@ def test_a_function_as_scorer_shares_the_trunk_and_says_so(
     line += " --max_new_tokens 4 --max_length 100 --chat_format raw"
     assert main(line.split()) == 0
     told = [r.getMessage() for r in caplog.records if "--share_trunk" in r.getMessage()]
-    assert len(told) == 1 and told[0].startswith("function:ppo_cases:has_e is no model")
+    assert len(told) == 1 and told[0].startswith("function:ppo_cases:has_e is not a model")
     assert settings_of(tmp_path / "run")["share_trunk"] is True
     assert (tmp_path / "run" / "value" / "config.json").is_file()
 

@@ -33,8 +33,8 @@ class PPOSettings(TrainingConfig):
     own Scorer."""
 
     method: str = field(default="ppo", metadata={"aliases": ["rl_algorithm"], "registry": METHODS})
-    """The online method. ppo has a critic, the others have none; rrhf ranks the responses of the
-    current policy (OP-k); package.module:name = your own OnlineMethod."""
+    """ppo has a critic, the others have none; rrhf ranks the responses of the current policy
+    (OP-k); or your own OnlineMethod."""
 
     method_settings: Any = field(default=None, metadata={"settings_of": "method"})
 

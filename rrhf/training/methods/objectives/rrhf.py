@@ -39,17 +39,15 @@ class RRHFSettings:
     """Weight of the rank term; 0 = only fine-tuning on the best candidate."""
 
     length_penalty: float = 1.0
-    """Candidates are ranked by log-prob / tokens ** length_penalty; a larger value favours longer
-    responses."""
+    """Candidates are ranked by log-prob / tokens ** this; larger values favour longer responses."""
 
     rank_reduction: Literal["prompt", "pair"] = "prompt"
     """How the rank term is averaged: prompt = sum over the pairs of each prompt, then mean over
     prompts; pair = mean over all pairs."""
 
     sft_reduction: SFTReduction = "prompt"
-    """How the cross-entropy of the best responses is averaged: prompt = sum over the tokens of
-    each, then mean over prompts; response = mean over the tokens of each, then mean over prompts;
-    token = mean over all their tokens."""
+    """Cross-entropy of the best responses: prompt = sum over the tokens of each, response = mean
+    over them, both averaged over prompts; token = mean over all their tokens."""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"rrhf_weight": NOT_NEGATIVE})
