@@ -279,7 +279,7 @@ def test_names_of_other_formats_are_refused(
     hh_file: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["data", "convert", str(hh_file), str(tmp_path / name)]) == 2
-    assert "name it .jsonl" in capsys.readouterr().err
+    assert "ends in .jsonl or .jsonl.gz" in capsys.readouterr().err
     assert not (tmp_path / name).exists()
 
 

@@ -243,7 +243,7 @@ def test_a_failing_scorer_stops_the_stage_whatever_is_too_long(
     config = config_of(str(tmp_path / "raw.jsonl"), tmp_path / "out.jsonl", model, max_length=40)
     with pytest.raises(UserError, match="1 of 8 candidates could not be scored") as told:
         score_file(config)
-    command = str(told.value).rpartition("from the output): ")[2]
+    command = str(told.value).rpartition("to the output later): ")[2]
     assert run_command(shlex.split(command)[1:]) == 0  # the exact command to go on
     assert len(list(read_candidate_sets(tmp_path / "out.jsonl"))) == 5
 

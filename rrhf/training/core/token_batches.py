@@ -158,8 +158,8 @@ def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompt
     beyond = [cost for cost in costs if cost > budget.tokens]
     if beyond:
         logger.warning(
-            "--max_tokens_per_batch %d: %d of %d %s alone exceed this (up to %d tokens); "
-            "each forms a micro-batch alone",
+            "--max_tokens_per_batch %d: %d of %d %s have more tokens than that (up to %d); "
+            "each of them is a micro-batch of its own",
             budget.tokens,
             len(beyond),
             len(sizes),

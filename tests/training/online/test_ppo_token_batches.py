@@ -104,7 +104,7 @@ def test_rows_beyond_the_budget_are_said_once(caplog: pytest.LogCaptureFixture) 
         made = stream(TokenBudget(14, SHARED))
         made._take(made._experience)
     (said,) = [r.message for r in caplog.records if "max_tokens_per_batch" in r.message]
-    assert "4 of 24 samples of rollout 0 (with their prompts) have more" in said
+    assert "4 of 24 samples of rollout 0 (with their prompts)" in said
 
 
 @pytest.mark.parametrize(
