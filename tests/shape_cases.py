@@ -57,7 +57,7 @@ class Shape:
         plain: the prompt is a plain text; else a conversation, or a text taken as it stands.
         unread: columns that must be named.
         suffix: of the file.
-        flags: what the user must say beside the path.
+        flags: what the user must give in addition to the path.
     """
 
     row: dict[str, Any]

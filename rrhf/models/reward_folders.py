@@ -56,8 +56,8 @@ def config_folder(path: str | Path, base: str | Path | None) -> Path:
         UserError: there is no config.json in this folder.
     """
     place = Path(model_folder(path))
-    beside = place if place.is_dir() else place.parent
-    folder = beside if base is None else Path(model_folder(base))
+    own = place if place.is_dir() else place.parent
+    folder = own if base is None else Path(model_folder(base))
     if (folder / MODEL_FILE).is_file():
         return folder
     if base is not None:

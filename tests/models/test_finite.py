@@ -100,7 +100,7 @@ def test_what_is_written_is_looked_at_too(tmp_path: Path) -> None:
     """Merging or averaging may leave the range though the trained weights are in it."""
 
     def write(value: float) -> ModelFolders:
-        def fill(folder: Path, beside: Path, weights: Weights) -> None:
+        def fill(folder: Path, earlier: Path, weights: Weights) -> None:
             save_file({"w": torch.tensor([value])}, folder / "model.safetensors")
 
         return ModelFolders({"policy": fill})

@@ -65,7 +65,7 @@ class ModelFolders:
             try:
                 for name, write in self.writers.items():
                     saved_folder(
-                        into / name, partial(write_finite, write, beside=into, weights=weights)
+                        into / name, partial(write_finite, write, earlier=into, weights=weights)
                     )
             except Exception as error:
                 failure = error
@@ -102,7 +102,7 @@ class PolicyHistory:
             self.folder.mkdir(exist_ok=True)
             saved_folder(
                 self.folder / f"step-{step:06d}",
-                partial(write_finite, write, beside=self.folder, weights=weights),
+                partial(write_finite, write, earlier=self.folder, weights=weights),
             )
         self._parallel.barrier()
 
@@ -117,15 +117,15 @@ class PolicyHistory:
                 remove_folder(path)
 
 
-def write_finite(write: WriteModel, folder: Path, beside: Path, weights: Weights) -> None:
+def write_finite(write: WriteModel, folder: Path, earlier: Path, weights: Weights) -> None:
     """Fill a model folder, and check that the weights in it are finite.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
     """
-    write(folder, beside, weights)
+    write(folder, earlier, weights)
     if (found := non_finite_in_folder(folder)) is not None:
         raise NonFiniteError(
-            f"{beside}: a model is not kept, because its weights are not finite (first: {found}); "
+            f"{earlier}: a model is not kept, because its weights are not finite (first: {found}); "
             "lower --learning_rate"
         )

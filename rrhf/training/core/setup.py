@@ -174,7 +174,7 @@ def model_writer(bench: Workbench, model: Any, prefix: str = "model.") -> WriteM
         prefix: how the names of the model's parameters begin within the trained module.
     """
 
-    def write(folder: Path, beside: Path, weights: Weights) -> None:
+    def write(folder: Path, earlier: Path, weights: Weights) -> None:
         inner = None if weights is None else weights_below(prefix, weights)
         write_model_folder(folder, model, bench.tokenizer, inner)
 

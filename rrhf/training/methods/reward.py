@@ -217,10 +217,10 @@ def train(config: RewardConfig) -> Path:
         objective = RewardObjective(config, watch)
         write = model_writer(bench, model.model)
 
-        def write_scorer(folder: Path, beside: Path, weights: Weights) -> None:
+        def write_scorer(folder: Path, earlier: Path, weights: Weights) -> None:
             setattr(bare.config, CHAT_FORMAT_KEY, config.chat_format)
             set_score_normalizer(bare.config, watch.normalizer)
-            write(folder, beside, weights)
+            write(folder, earlier, weights)
 
         models = ModelFolders({"reward_model": write_scorer})
         outcome = run_training(

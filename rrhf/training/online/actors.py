@@ -63,17 +63,17 @@ def model_folders(
     writers: dict[str, WriteModel] = {"policy": write_policy}
     if root.value is not None:
 
-        def write_value(folder: Path, beside: Path, weights: Weights) -> None:
+        def write_value(folder: Path, earlier: Path, weights: Weights) -> None:
             pad_id = _classifier_pad_id(bench)
-            write_value_folder(folder, root, beside / "policy", bench.tokenizer, pad_id, weights)
+            write_value_folder(folder, root, earlier / "policy", bench.tokenizer, pad_id, weights)
 
         writers["value"] = write_value
     if average is not None:
         averaged = average
 
-        def write_average(folder: Path, beside: Path, weights: Weights) -> None:
+        def write_average(folder: Path, earlier: Path, weights: Weights) -> None:
             found = root.state_dict() if weights is None else weights
-            write_policy(folder, beside, averaged.averaged(found, "policy."))
+            write_policy(folder, earlier, averaged.averaged(found, "policy."))
 
         writers["policy_ema"] = write_average
     return ModelFolders(writers, unmeasured=("policy_ema",))

@@ -2,8 +2,9 @@
 
 Customers ask a help desk for one or two tips, or for something that the desk should refuse. The
 world writes demonstrations, preference pairs, prompts and references, and judges any reply by a
-gold utility (`rrhf.worlds.help_desk.gold`). A study of minutes on one core can therefore show what
-no real data set can: whether a method raised the *true* preference or only the learned one.
+gold utility (`rrhf.worlds.help_desk.gold`). A study that takes minutes on one core can therefore
+show what no real data set can: whether a method raised the *true* preference or only the learned
+one.
 
 Everything is drawn from random streams named by (seed, purpose), so no part depends on which other
 parts were drawn, and the first n items of a stream are the same for any length. Prompts for

@@ -350,7 +350,7 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None
 
 
 def models(model_of: Callable[[], float] = lambda: 0.0) -> ModelFolders:
-    def write(folder: Path, beside: Path, weights: Any) -> None:
+    def write(folder: Path, earlier: Path, weights: Any) -> None:
         (folder / "weights").write_text("some")
 
     return ModelFolders({"policy": write})

@@ -34,7 +34,7 @@ class APOSettings(PairSettings):
 
 
 def build(settings: APOSettings) -> RankLoss:
-    """The term `apo`."""
+    """Build the loss with its term `apo`."""
     from rrhf.algorithms.pair_losses import (  # flags are read without torch
         apo_down_loss,
         apo_zero_loss,

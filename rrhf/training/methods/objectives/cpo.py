@@ -43,7 +43,7 @@ class CPOSettings(PairSettings):
 
 
 def build(settings: CPOSettings) -> RankLoss:
-    """The terms `cpo` and `sft`."""
+    """Build the loss with its terms `cpo` and `sft`."""
     from rrhf.algorithms.pair_losses import logistic_loss  # flags are read without torch
 
     def measure(

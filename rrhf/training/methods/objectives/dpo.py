@@ -49,7 +49,7 @@ class DPOSettings(PairSettings):
 
 
 def build(settings: DPOSettings) -> RankLoss:
-    """The term `dpo`."""
+    """Build the loss with its term `dpo`."""
     from rrhf.algorithms.pair_losses import leads, logistic_loss  # flags are read without torch
 
     def measure(

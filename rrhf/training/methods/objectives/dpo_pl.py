@@ -32,7 +32,7 @@ class DPOPLSettings:
 
 
 def build(settings: DPOPLSettings) -> RankLoss:
-    """The term `dpo_pl`."""
+    """Build the loss with its term `dpo_pl`."""
     from rrhf.algorithms.list_losses import plackett_luce_loss  # flags are read without torch
 
     def measure(

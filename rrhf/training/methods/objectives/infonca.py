@@ -33,7 +33,7 @@ class InfoNCASettings:
 
 
 def build(settings: InfoNCASettings) -> RankLoss:
-    """The term `infonca`."""
+    """Build the loss with its term `infonca`."""
     from rrhf.algorithms.list_losses import listnet_loss  # flags are read without torch
 
     def measure(

@@ -35,7 +35,7 @@ class IPOSettings(PairSettings):
 
 
 def build(settings: IPOSettings) -> RankLoss:
-    """The term `ipo`."""
+    """Build the loss with its term `ipo`."""
     from rrhf.algorithms.pair_losses import ipo_loss  # flags are read without torch
 
     def measure(

@@ -45,7 +45,7 @@ class KTOSettings:
 
 
 def build(settings: KTOSettings) -> RankLoss:
-    """The term `kto`."""
+    """Build the loss with its term `kto`."""
     import torch  # flags are read without it
 
     from rrhf.algorithms.point_losses import deviations, kto_loss, log_ratio_of_others

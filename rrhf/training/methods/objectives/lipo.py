@@ -43,7 +43,7 @@ class LiPOSettings:
 
 
 def build(settings: LiPOSettings) -> RankLoss:
-    """The term `lipo`."""
+    """Build the loss with its term `lipo`."""
     from rrhf.algorithms.list_losses import lipo_loss  # flags are read without torch
 
     def measure(

@@ -29,7 +29,7 @@ class ListMLESettings:
 
 
 def build(settings: ListMLESettings) -> RankLoss:
-    """The term `listmle`."""
+    """Build the loss with its term `listmle`."""
     from rrhf.algorithms.list_losses import plackett_luce_loss  # flags are read without torch
     from rrhf.algorithms.rank_losses import sequence_scores
 

@@ -33,7 +33,7 @@ class ListNetSettings:
 
 
 def build(settings: ListNetSettings) -> RankLoss:
-    """The term `listnet`."""
+    """Build the loss with its term `listnet`."""
     from rrhf.algorithms.list_losses import listnet_loss  # flags are read without torch
     from rrhf.algorithms.rank_losses import sequence_scores
 

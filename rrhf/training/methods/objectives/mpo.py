@@ -33,7 +33,7 @@ class MPOSettings:
 
 
 def build(settings: MPOSettings) -> RankLoss:
-    """The term `mpo`."""
+    """Build the loss with its term `mpo`."""
     from rrhf.algorithms.list_losses import mpo_loss  # flags are read without torch
 
     def measure(

@@ -33,7 +33,7 @@ class NCASettings:
 
 
 def build(settings: NCASettings) -> RankLoss:
-    """The term `nca`."""
+    """Build the loss with its term `nca`."""
     from rrhf.algorithms.list_losses import nca_loss  # flags are read without torch
 
     def measure(

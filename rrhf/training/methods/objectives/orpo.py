@@ -41,7 +41,7 @@ class ORPOSettings(PairSettings):
 
 
 def build(settings: ORPOSettings) -> RankLoss:
-    """The terms `orpo` and `sft`."""
+    """Build the loss with its terms `orpo` and `sft`."""
     from rrhf.algorithms.pair_losses import log_odds, logistic_loss  # flags are read without torch
     from rrhf.algorithms.rank_losses import sequence_scores
 

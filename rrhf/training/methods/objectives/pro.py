@@ -39,7 +39,7 @@ class PROSettings:
 
 
 def build(settings: PROSettings) -> RankLoss:
-    """The terms `pro` and `sft`."""
+    """Build the loss with its terms `pro` and `sft`."""
     from rrhf.algorithms.list_losses import pro_loss  # flags are read without torch
     from rrhf.algorithms.rank_losses import sequence_scores
 

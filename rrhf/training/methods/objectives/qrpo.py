@@ -30,7 +30,7 @@ class QRPOSettings:
 
 
 def build(settings: QRPOSettings) -> RankLoss:
-    """The term `qrpo`."""
+    """Build the loss with its term `qrpo`."""
     from rrhf.algorithms.point_losses import qrpo_loss, quantiles  # flags are read without torch
     from rrhf.algorithms.rank_losses import ranked_candidates
 

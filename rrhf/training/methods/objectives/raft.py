@@ -32,7 +32,7 @@ class RAFTSettings:
 
 
 def build(settings: RAFTSettings) -> RankLoss:
-    """The term `sft`."""
+    """Build the loss with its term `sft`."""
     from rrhf.algorithms.rank_losses import sequence_scores  # flags are read without torch
 
     def counts(groups: RankedGroups) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class REBELSettings:
 
 
 def build(settings: REBELSettings) -> RankLoss:
-    """The term `rebel`."""
+    """Build the loss with its term `rebel`."""
     from rrhf.algorithms.pair_losses import all_pairs, rebel_loss  # flags are read without torch
 
     def measure(

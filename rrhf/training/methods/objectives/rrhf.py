@@ -60,7 +60,7 @@ class RRHFSettings:
 
 
 def build(settings: RRHFSettings) -> RankLoss:
-    """The terms `rank` and `sft`."""
+    """Build the loss with its terms `rank` and `sft`."""
     import torch  # flags are read without it
 
     from rrhf.algorithms import rank_losses

@@ -46,7 +46,7 @@ class SimPOSettings(PairSettings):
 
 
 def build(settings: SimPOSettings) -> RankLoss:
-    """The term `simpo`."""
+    """Build the loss with its term `simpo`."""
     from rrhf.algorithms.list_losses import plackett_luce_loss  # flags are read without torch
     from rrhf.algorithms.pair_losses import logistic_loss
     from rrhf.algorithms.rank_losses import sequence_scores

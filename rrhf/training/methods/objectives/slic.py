@@ -44,7 +44,7 @@ class SLiCSettings(PairSettings):
 
 
 def build(settings: SLiCSettings) -> RankLoss:
-    """The terms `slic` and `sft`."""
+    """Build the loss with its terms `slic` and `sft`."""
     from rrhf.algorithms.pair_losses import hinge_loss  # flags are read without torch
 
     def measure(

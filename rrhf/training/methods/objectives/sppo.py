@@ -35,7 +35,7 @@ class SPPOSettings:
 
 
 def build(settings: SPPOSettings) -> RankLoss:
-    """The term `sppo`."""
+    """Build the loss with its term `sppo`."""
     from rrhf.algorithms.point_losses import sppo_loss, win_shares  # flags are read without torch
     from rrhf.algorithms.rank_losses import ranked_candidates
 

@@ -35,7 +35,7 @@ class TOPRSettings:
 
 
 def build(settings: TOPRSettings) -> RankLoss:
-    """The term `topr`."""
+    """Build the loss with its term `topr`."""
     from rrhf.algorithms.point_losses import deviations, topr_loss  # flags are read without torch
     from rrhf.algorithms.rank_losses import ranked_candidates
 
