@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import is_first_process
 from rrhf.data.columns import ColumnOptions, parse_columns
-from rrhf.data.json_scan import require_plain_input
+from rrhf.data.compressed_files import require_plain_input
 from rrhf.ensemble_names import scorer_names
 from rrhf.errors import UserError
 from rrhf.manifests import COMPLETE, read_manifest

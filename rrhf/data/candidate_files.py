@@ -31,17 +31,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast, overload
 
 from rrhf.data.candidate_rows import RowError, candidate_set_to_row, parse_candidate_set
+from rrhf.data.compressed_files import READ_BYTES, UNREADABLE, is_compressed, open_bytes
+from rrhf.data.faults import Fault, Faults
 from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
-from rrhf.data.json_scan import (
-    READ_BYTES,
-    UNREADABLE,
-    Fault,
-    Faults,
-    Row,
-    open_bytes,
-    scan_rows,
-)
+from rrhf.data.json_scan import Row, scan_rows
 from rrhf.data.jsonl import decode_row, encode_row
 from rrhf.errors import UserError
 from rrhf.files import Digest, replaced_file
@@ -199,7 +193,7 @@ class CandidateFile(IndexedSets):
         if _identity(self.path) != before:
             self._file.close()
             raise self.was_changed()
-        self._is_copy = _is_gzip(self.path)
+        self._is_copy = is_compressed(self.path)
 
     def _start(self, name: PathLike, manifest: dict[str, Any] | None) -> None:
         self.path, self.manifest = Path(name), manifest
@@ -366,7 +360,7 @@ def _identity(path: PathLike) -> tuple[int, ...] | None:
 def _seekable(path: PathLike) -> BinaryIO:
     """Open a file for reading at any offset; a gzip file is unpacked to a temporary file."""
     file = open_bytes(path)
-    if not _is_gzip(path):
+    if not is_compressed(path):
         return file
     with file, _temporary_file(Path(path).name) as temporary:
         shutil.copyfileobj(file, temporary, 1 << 20)
@@ -389,11 +383,6 @@ def _temporary_file(name: str) -> Iterator[BinaryIO]:
             with suppress(OSError):  # what could not be written cannot be flushed
                 file.close()
             raise
-
-
-def _is_gzip(path: PathLike) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
 
 
 def write_candidate_sets(

@@ -1,9 +1,8 @@
 """Read the rows of JSON files with their line numbers, and report what cannot be read.
 
-Reads `.jsonl` and `.json`, plain or gzip. JSON lines are read one row at a time; a JSON array is
-read whole, up to `MAX_ARRAY_BYTES`. Lines end at b"\\n" alone (a U+2028 inside a text is
-text), a leading byte-order mark and carriage returns are accepted. What cannot be read becomes a
-`Fault` with its line, so that a reader can report all faults of a file at once.
+JSON lines are read one row at a time; a JSON array is read whole, up to `MAX_ARRAY_BYTES`. Lines
+end only at b"\\n" (a U+2028 inside a text is text); a leading byte-order mark and carriage returns
+are accepted.
 
 Left out on purpose: writing (`rrhf.data.jsonl`), and what a row must hold
 (`rrhf.data.candidate_rows`, `rrhf.data.formats`).
@@ -12,36 +11,32 @@ Left out on purpose: writing (`rrhf.data.jsonl`), and what a row must hold
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from json.decoder import JSONDecoder
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from rrhf.errors import UserError
+from rrhf.data.compressed_files import (
+    READ_BYTES,
+    UNREADABLE,
+    broken_bytes,
+    open_bytes,
+    packed_bytes,
+)
+from rrhf.data.faults import Edited, Fault
 from rrhf.files import Digest, unique_keys
-from rrhf.os_errors import PathLike, special_file
-from rrhf.seals import seal_difference, warn_accepted, what_to_do
+from rrhf.os_errors import PathLike
+from rrhf.seals import seal_difference
 
-MAX_FAULTS = 20
 MAX_ROW_BYTES = 256 << 20
 MAX_ARRAY_BYTES = 1 << 30
 """A JSON array is read whole, into some two to five times as much memory."""
 
-READ_BYTES = 1 << 18
-# A gzip file that unpacks to more than both limits (bytes, and a multiple of its size) is taken for
-# a decompression bomb. Texts compress to about a tenth of their size, similar rows to a hundredth.
-MAX_UNPACKED_BYTES = 64 << 20
-MAX_UNPACKED_RATIO = 200
-
 _BOM = codecs.BOM_UTF8
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_GZIP_MAGIC = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BLANKS = b" \t\r\n"
 _FIX_ROW = "fix the line, or remove it"
@@ -50,8 +45,6 @@ _LONG_ARRAY = (
     "the array is longer than {:,} bytes, and arrays are read whole; write it as JSON lines, one "
     "row a line (jq -c '.[]' FILE), which may be of any length"
 )
-UNREADABLE = (EOFError, OSError, zlib.error)
-"""The exceptions that reading raises if a gzip file is cut off or damaged, or if a disk fails."""
 
 
 class Row(NamedTuple):
@@ -68,152 +61,6 @@ class Row(NamedTuple):
     offset: int
     length: int
     value: Any
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A place that cannot be read, with the reason and the fix."""
-
-    line: int
-    reason: str
-
-    def place_in(self, path: PathLike) -> str:
-        """Return the file and the line, with which a message begins."""
-        return f"{path}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Edited(Fault):
-    """Reports that a file does not match its manifest; always the last item of the scan."""
-
-    def place_in(self, path: PathLike) -> str:
-        return f"{path}"
-
-
-class Faults:
-    """Collects the faults of an input, up to 20, for one `UserError`.
-
-    Args:
-        accept_edited: only warn of a file that does not match its manifest.
-    """
-
-    def __init__(self, accept_edited: bool = False) -> None:
-        self._lines: list[str] = []
-        self._more = False
-        self._accept_edited = accept_edited
-
-    def add_fault(self, place: str, fault: Fault) -> None:
-        """Add a fault that a scan found; `place` is the result of `Fault.place_in`."""
-        if not isinstance(fault, Edited):
-            self.add(f"{place}: {fault.reason}")
-        elif self._accept_edited:
-            warn_accepted(place, fault.reason)
-        else:
-            self.add(f"{place}: {what_to_do(fault.reason)}")
-
-    def add(self, text: str) -> None:
-        """Add one fault: `file:line: field: what is wrong, how to fix`."""
-        if len(self._lines) < MAX_FAULTS:
-            self._lines.append(text)
-        else:
-            self._more = True
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    @property
-    def is_full(self) -> bool:
-        """True if there are more than 20 faults, so that further faults will not be shown."""
-        return self._more
-
-    def raise_if_any(self) -> None:
-        if self._lines:
-            tail = [f"(and more: the first {MAX_FAULTS} are shown)"] if self._more else []
-            raise UserError("\n".join(self._lines + tail))
-
-
-def open_bytes(path: PathLike, digest: Digest | None = None) -> BinaryIO:
-    """Open a file's bytes, decompressed if its first bytes say gzip (the name does not matter).
-
-    Args:
-        path: the file.
-        digest: updated with the file's bytes as they are read from the disk, still compressed.
-
-    Raises:
-        UserError: there is no such file, it may not be read, or it is a pipe or a device.
-    """
-    require_plain_input(path)
-    try:
-        raw = _DigestedRead(path, digest)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: is a folder; name a .json or .jsonl file in it") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: may not be read; check its permissions") from error
-    except OSError as error:  # a link to itself, a file where a folder should be
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    file = io.BufferedReader(raw, max(READ_BYTES, io.DEFAULT_BUFFER_SIZE))
-    if file.peek(2)[:2] == _GZIP_MAGIC:
-        return cast(BinaryIO, io.BufferedReader(cast(Any, _Gunzip(file))))
-    return file
-
-
-def require_plain_input(path: PathLike) -> None:
-    """Refuse pipes and devices, such as a piped `/dev/stdin` or the shell's `<(...)`.
-
-    Raises:
-        UserError: the path leads to a pipe, a socket or a device.
-    """
-    if kind := special_file(path):
-        raise UserError(
-            f"{path}: is {kind}, and data is read more than once; write it to a file, and name "
-            "that file"
-        )
-
-
-class _DigestedRead(io.FileIO):
-    """A file that is hashed while it is read from beginning to end."""
-
-    def __init__(self, path: PathLike, digest: Digest | None) -> None:
-        super().__init__(path, "rb")
-        self._digest = digest
-
-    def readinto(self, buffer: Any) -> int | None:
-        size = super().readinto(buffer)
-        if self._digest is not None and size:
-            self._digest.update(memoryview(buffer)[:size])
-        return size
-
-    def seekable(self) -> bool:
-        return self._digest is None
-
-
-class _TooLarge(OSError):
-    """Raised if a gzip file unpacks to a size out of proportion, as a decompression bomb does."""
-
-
-class _Gunzip(gzip.GzipFile):
-    """A gzip reader that also closes the underlying file, and stops at a decompression bomb."""
-
-    def __init__(self, below: BinaryIO) -> None:
-        super().__init__(fileobj=below, mode="rb")
-        self._below = below
-        self._unpacked = 0
-
-    def readinto(self, buffer: Any) -> int:
-        size = super().readinto(buffer)
-        self._unpacked += size
-        if (
-            self._unpacked > MAX_UNPACKED_BYTES
-            and self._unpacked > MAX_UNPACKED_RATIO * self._below.raw.tell()  # type: ignore[attr-defined]
-        ):
-            raise _TooLarge
-        return size
-
-    def close(self) -> None:
-        super().close()
-        self._below.close()
 
 
 def scan_rows(
@@ -245,8 +92,8 @@ def scan_rows(
             yield item
         if digest is None:
             return
-        below = file.raw._below if isinstance(file.raw, _Gunzip) else file  # type: ignore[attr-defined]
-        while below.read(READ_BYTES):  # the rest of the file after a fault, for the digest
+        packed = packed_bytes(file)
+        while packed.read(READ_BYTES):  # the rest of the file after a fault, for the digest
             pass
     difference = seal_difference(path, manifest, digest, num_rows if is_whole else None)
     if difference is not None:
@@ -278,19 +125,6 @@ def _scan(file: BinaryIO) -> Iterator[Row | Fault]:
             offset += len(data)
     except UNREADABLE as error:
         yield broken_bytes(line + 1, error)
-
-
-def broken_bytes(line: int, error: Exception) -> Fault:
-    """Build the fault of the line after which nothing can be read."""
-    if isinstance(error, EOFError):
-        return Fault(line, "the gzip file is cut off here; copy or make it again")
-    if isinstance(error, _TooLarge):
-        return Fault(
-            line,
-            f"the gzip file unpacks to more than {MAX_UNPACKED_RATIO} times its size and is not "
-            "read further; if this is right, unpack it and name the unpacked file",
-        )
-    return Fault(line, f"cannot be read further ({error}); copy or make the file again")
 
 
 def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:

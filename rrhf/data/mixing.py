@@ -31,6 +31,7 @@ from typing import Any
 
 from rrhf.data.candidate_files import CandidateFile
 from rrhf.data.columns import ColumnNames, DataOptions, parse_columns
+from rrhf.data.faults import Fault
 from rrhf.data.formats import (
     CANDIDATE_COLUMNS,
     CANDIDATES,
@@ -39,7 +40,7 @@ from rrhf.data.formats import (
 )
 from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
-from rrhf.data.json_scan import Fault, scan_rows
+from rrhf.data.json_scan import scan_rows
 from rrhf.data.row_files import JSON_SUFFIXES
 from rrhf.data.sources import is_own, open_rows, read_sets
 from rrhf.errors import UserError

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.data.candidate_files import require_finished
+from rrhf.data.compressed_files import require_plain_input
 from rrhf.data.dataset_rows import DEFAULT_SPLIT, dataset_rows
-from rrhf.data.json_scan import Edited, Fault, require_plain_input, scan_rows
+from rrhf.data.faults import Edited, Fault
+from rrhf.data.json_scan import scan_rows
 from rrhf.data.tables import (
     SEPARATORS,
     TEXT_SUFFIX,

@@ -24,9 +24,9 @@ from rrhf.data.candidate_rows import RowError
 from rrhf.data.cells import TextCells, with_lists
 from rrhf.data.columns import ColumnNames, near_hint
 from rrhf.data.dataset_rows import dataset_rows
+from rrhf.data.faults import Fault, Faults
 from rrhf.data.formats import CANDIDATES, RowFormat, SourceCounts, find_format, read_row
 from rrhf.data.ids import SeenIds
-from rrhf.data.json_scan import Fault, Faults
 from rrhf.data.own_source import has_module, own_rows
 from rrhf.data.row_files import DATA_SUFFIXES, Rows, path_rows
 from rrhf.errors import UserError

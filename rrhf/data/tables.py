@@ -17,7 +17,8 @@ from typing import Any
 
 from rrhf.data.cells import TextCells
 from rrhf.data.columns import KNOWN
-from rrhf.data.json_scan import UNREADABLE, Fault, broken_bytes, open_bytes
+from rrhf.data.compressed_files import UNREADABLE, broken_bytes, open_bytes
+from rrhf.data.faults import Fault
 from rrhf.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rrhf.data import json_scan
-from rrhf.data.json_scan import Edited, Fault, Faults, Row, scan_rows
+from rrhf.data import compressed_files, json_scan
+from rrhf.data.faults import Edited, Fault, Faults
+from rrhf.data.json_scan import Row, scan_rows
 from rrhf.errors import UserError
 from rrhf.files import file_digest
 
@@ -53,13 +54,19 @@ FORMS = {
 }
 
 
+def read_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Read files in pieces of this many bytes."""
+    for module in (compressed_files, json_scan):
+        monkeypatch.setattr(module, "READ_BYTES", size)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
 def test_every_form_gives_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, packed: bool, chunk: int
 ):
-    monkeypatch.setattr(json_scan, "READ_BYTES", chunk)
+    read_pieces(monkeypatch, chunk)
     path = tmp_path / "f.json"  # gzip is told by its bytes, not by its name
     path.write_bytes(gzip.compress(FORMS[form]) if packed else FORMS[form])
     assert values(path) == ROWS
@@ -70,7 +77,7 @@ def test_every_form_gives_the_same_rows(
 def test_offset_and_length_cut_the_row_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, chunk: int
 ):
-    monkeypatch.setattr(json_scan, "READ_BYTES", chunk)
+    read_pieces(monkeypatch, chunk)
     path = tmp_path / "f.json"
     path.write_bytes(FORMS[form])
     for item in scan_rows(path):
@@ -97,7 +104,7 @@ def test_arrays_of_random_values_read_as_json_reads_them(
     path = tmp_path / "f.json"
     for case in range(150):
         rows = [value(3) for _ in range(draw.randrange(1, 6))]
-        monkeypatch.setattr(json_scan, "READ_BYTES", draw.randint(1, 9))
+        read_pieces(monkeypatch, draw.randint(1, 9))
         path.write_text(
             json.dumps(rows, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 1]))
         )
@@ -188,7 +195,7 @@ def test_a_row_beyond_the_limit_is_refused_before_it_fills_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(json_scan, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(json_scan, "READ_BYTES", 100)
+    read_pieces(monkeypatch, 100)
     path = tmp_path / "f.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 5000 + b'"}\n')
     fault = only_fault(path)
@@ -200,7 +207,7 @@ def test_an_array_beyond_the_limit_is_told_behind_what_was_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newline: str
 ):
     monkeypatch.setattr(json_scan, "MAX_ARRAY_BYTES", 1000)
-    monkeypatch.setattr(json_scan, "READ_BYTES", 100)
+    read_pieces(monkeypatch, 100)
     path = tmp_path / "f.json"
     path.write_text("[" + f",{newline}".join(['{"a": 1}'] * 1000) + "]")
     rows = [item for item in scan_rows(path) if isinstance(item, Row)]
@@ -281,7 +288,7 @@ def test_a_file_with_a_fault_is_compared_to_its_end(tmp_path: Path):
 def test_a_gzip_that_unpacks_to_far_too_much_is_not_read_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filling: bytes
 ):
-    monkeypatch.setattr(json_scan, "MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(compressed_files, "MAX_UNPACKED_BYTES", 1 << 20)
     path = tmp_path / "f.jsonl.gz"
     start = b'{"a": "' if filling == b"x" else b""
     path.write_bytes(gzip.compress(start + filling * (4_000_000 // len(filling)), 9))
