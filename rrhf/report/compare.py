@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from rrhf.report.compare_seeds import (
     rows_over_seeds,
 )
 from rrhf.report.config import CompareConfig
+from rrhf.report.corrected_wins import corrected_page, corrected_rows
+from rrhf.report.judge_correction import Corrected
 from rrhf.report.table import (
     FACT_COLUMNS,
     columns_of,
@@ -101,6 +104,9 @@ def compare(config: CompareConfig) -> Comparison:
     comparison = compare_rows(
         rows, base, config.columns, config.bootstrap_resamples, config.width, differences
     )
+    if config.judge_calibration:
+        calibration = load_row(config.judge_calibration, config.accept_edited_files)
+        comparison = with_corrected(comparison, corrected_rows(rows, calibration), config.width)
     if config.output:
         with replaced_file(config.output) as file:
             file.write(comparison.markdown.encode("utf-8"))
@@ -165,6 +171,18 @@ def compare_rows(
         pages.append(("".join(f"- {line}\n" for line in notes.splitlines()), notes))
     markdown, text = ("\n".join(parts) for parts in zip(*pages, strict=True))
     return Comparison(list(rows), gains, (name or "") if gains else "", markdown, text)
+
+
+def with_corrected(
+    comparison: Comparison, found: Mapping[str, Corrected], width: int
+) -> Comparison:
+    """Append corrected win rates to the page."""
+    table = partial(terminal_lines, width=width)
+    return replace(
+        comparison,
+        markdown=f"{comparison.markdown}\n{corrected_page(found, markdown_lines)}",
+        text=f"{comparison.text}\n{corrected_page(found, table)}",
+    )
 
 
 def base_of(rows: Sequence[Row]) -> str | None:

@@ -37,6 +37,11 @@ class CompareConfig(EditedFiles, Ranged):
     seeds and prompts, and gains paired by seed. The seed is the number after "seed" in a row's name
     ("PPO seed 3"), or else in its path (runs/seed-3/rows)."""
 
+    judge_calibration: str = field(default="", metadata={"names": "row"})
+    """Also show win rates by the scorer (win_reward) corrected by its mistakes, which this row
+    measured: a row of `rrhf evaluate` with --gold, or of `rrhf evaluate-reward`, with the same
+    scorer."""
+
     only_common_prompts: bool = False
     """Restrict every row to the prompts that all rows have in common."""
 
