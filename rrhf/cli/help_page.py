@@ -1,7 +1,7 @@
 """The pages that `--help` and `--help all` show.
 
 The short page fits on one screen: the required flags, the flags that people often change, and an
-example. `rrhf.cli.pages` lists these flags; a command without an entry there shows all its flags.
+example. They stand in `rrhf.cli.short_help`; a command without an entry there shows all its flags.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from rrhf.cli.config_files import preset_names
 from rrhf.cli.fields import Flag, choices_among
-from rrhf.cli.pages import PAGES
+from rrhf.cli.short_help import PAGES
 from rrhf.cli.values import is_sequence, placeholder
 
 HELP_WIDTH = 96

@@ -16,7 +16,7 @@ from rrhf.cli.fields import own_flags
 from rrhf.cli.flags import parse_config, read_words
 from rrhf.cli.help_page import help_page
 from rrhf.cli.main import main
-from rrhf.cli.pages import PAGES
+from rrhf.cli.short_help import PAGES
 from rrhf.errors import UserError
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.online.methods import METHODS

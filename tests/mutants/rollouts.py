@@ -5,13 +5,13 @@ from __future__ import annotations
 from .apply import Mutant
 
 ROLLOUT = "rrhf/training/online/rollout.py"
-READING = "rrhf/training/online/reading.py"
+LOGPROB_PASS = "rrhf/training/online/logprob_pass.py"
 ENDS = "rrhf/training/online/response_ends.py"
 REFERENCE = "rrhf/training/core/reference.py"
 EVAL_MODE = "rrhf/models/eval_mode.py"
 ROLLOUTS = (
     "test_rollout_edges.py",
-    "test_reading.py",
+    "test_logprob_pass.py",
     "test_response_ends.py",
     "test_rollout.py",
 )
@@ -152,42 +152,42 @@ ROLLOUT_FAULTS = [
     ),
     Mutant(
         "engine and trainer agree where the trainer is likelier",
-        READING,
+        LOGPROB_PASS,
         ".abs().max())",
         ".max())",
         ROLLOUTS,
     ),
     Mutant(
         "the shortest response is the trial",
-        READING,
+        LOGPROB_PASS,
         "key=lambda d: -len(d.token_ids))[:1]",
         "key=lambda d: len(d.token_ids))[:1]",
         ROLLOUTS,
     ),
     Mutant(
         "each rank decides by itself whose log-probs are taken",
-        READING,
+        LOGPROB_PASS,
         "gap = self._parallel.max(max(gaps, default=0.0))",
         "gap = max(gaps, default=0.0)",
         ROLLOUTS,
     ),
     Mutant(
         "the trainer's log-probs are computed and not taken",
-        READING,
+        LOGPROB_PASS,
         "row.old_logprobs = logprobs[place, tokens].clone()",
         "pass",
         ROLLOUTS,
     ),
     Mutant(
         "a rank with less to read does not join in",
-        READING,
+        LOGPROB_PASS,
         "range(int(self._parallel.max(len(batches))))",
         "range(len(batches))",
         ROLLOUTS,
     ),
     Mutant(
         "under bf16 the trainer's log-probs are not taken for granted",
-        READING,
+        LOGPROB_PASS,
         "        if self._recompute:\n",
         "        if False:\n",
         ROLLOUTS,

@@ -5,7 +5,7 @@ whole rollout. If weights are sharded, a rank samples with a whole copy (`whole_
 rank waits for the longest response of another. The log-prob pass then goes through the actor-critic
 itself; ranks with fewer rows add fillers.
 
-Training uses exactly the ids that were sampled. `reading` computes their log-probs under the
+Training uses exactly the ids that were sampled. `logprob_pass` computes their log-probs under the
 actor-critic and the reference.
 
 Empty responses (which begin with a stop string) and responses that could not be scored are left out
@@ -42,8 +42,8 @@ from rrhf.training.core.phases import Phases, Spent, over_ranks, peak_meter
 from rrhf.training.core.reference import Reference
 from rrhf.training.core.setup import Workbench
 from rrhf.training.online.experience import RolloutRow
+from rrhf.training.online.logprob_pass import LogprobPass
 from rrhf.training.online.ppo_config import PPOConfig
-from rrhf.training.online.reading import Reader
 from rrhf.training.online.response_ends import StopToken, is_loop
 from rrhf.training.online.whole_copy import WholeCopy
 
@@ -127,7 +127,7 @@ class RolloutWriter:
         self._engine = new_engine(self._policy.model, codec, rows_at_a_time, self.room)
         require_capabilities(self._engine, "a rollout", "ids", "logprobs", "seeds", "live_weights")
         first = Reference(reference, self._policy, parallel)
-        self._reader = Reader(root, first, codec, parallel, rows_at_a_time, config.bf16)
+        self._logprob_pass = LogprobPass(root, first, codec, parallel, rows_at_a_time, config.bf16)
 
     @property
     def codec(self) -> ChatCodec:
@@ -285,12 +285,12 @@ class RolloutWriter:
         with self._phases("read") as spent, self._parallel.autocast():
             # With several ranks, a forward pass may need all ranks, so a signal must not stop it.
             if self._parallel.world_size == 1:
-                self._alone(lambda: self._reader.read(rows))
+                self._alone(lambda: self._logprob_pass.compute(rows))
             else:
-                self._reader.read(rows)
+                self._logprob_pass.compute(rows)
             spent.tokens = _num_tokens(rows)
         with self._phases("reference") as spent, self._parallel.autocast():
-            self._alone(lambda: self._reader.read_reference(rows))
+            self._alone(lambda: self._logprob_pass.compute_reference(rows))
             spent.tokens = _num_tokens(rows)
 
     def _check(self, rows: Sequence[RolloutRow], counts: Counter[str]) -> None:

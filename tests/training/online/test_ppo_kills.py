@@ -19,7 +19,7 @@ NUM_RANDOM_KILLS = 20
 
 SAMPLE = "rrhf.generation.local.row_loop:pick_tokens"
 SCORE = "rrhf.scoring.reward_model:RowScorer.score_rows"
-READ = "rrhf.training.online.reading:Reader._read_batch"
+READ = "rrhf.training.online.logprob_pass:LogprobPass._compute_batch"
 BACKWARD = "rrhf.training.core.parallel:Parallel.backward"
 BEFORE_STEP = "rrhf.training.core.parallel:Parallel.take_step"
 AFTER_STEP = "rrhf.training.core.update:Update._metrics"

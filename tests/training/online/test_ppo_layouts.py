@@ -130,7 +130,7 @@ def test_the_gradient_of_an_entropy_bonus_is_there_where_it_is_asked_for() -> No
         assert float((with_it - without).norm() / with_it.norm()) > 1e-3
 
 
-def test_reading_goes_by_the_engine_with_adapters_on_and_off() -> None:
+def test_the_logprob_pass_uses_the_layout_with_adapters_on_and_off() -> None:
     padded, fast = (root("llama", "lora", layout, False).eval() for layout in ("padded", "auto"))
     assert isinstance(fast.policy, FastPolicy) and fast.policy.layout == "shared_prefix"
     batch = experience()

@@ -20,7 +20,7 @@ from trainer_cases import metrics_of, same_weights
 from rrhf.errors import StoppedBySignal
 from rrhf.generation.local import row_loop
 from rrhf.scoring.reward_model import RewardModelScorer
-from rrhf.training.online import ppo, reading
+from rrhf.training.online import logprob_pass, ppo
 
 SETTINGS: dict[str, Any] = {
     "normalize_reward": True,
@@ -73,7 +73,7 @@ def signalled_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
     [
         (row_loop, "pick_tokens", 3, 0),
         (RewardModelScorer, "score", 2, 4),
-        (reading.Reader, "_read_batch", 6, 4),
+        (logprob_pass.LogprobPass, "_compute_batch", 6, 4),
         (RewardModelScorer, "score", 4, 8),
     ],
     ids=["first-rollout", "evaluation", "second-rollout", "last-evaluation"],

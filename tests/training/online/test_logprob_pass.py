@@ -13,7 +13,7 @@ from rrhf.data.collate import TokenBatch
 from rrhf.models.policy_with_value import ActorCriticOutputs
 from rrhf.training.core.parallel import Parallel
 from rrhf.training.online.experience import RolloutRow
-from rrhf.training.online.reading import Reader
+from rrhf.training.online.logprob_pass import LogprobPass
 
 
 class Codec:
@@ -51,13 +51,13 @@ def sampled() -> list[RolloutRow]:
     ]
 
 
-def reader(root: Any, parallel: Parallel | None = None, recompute: bool = False) -> Reader:
+def a_pass(root: Any, parallel: Parallel | None = None, recompute: bool = False) -> LogprobPass:
     codec: Any = Codec()
 
     def reference(batch: TokenBatch) -> Tensor:
         return -2 * batch.response_ids.float()
 
-    return Reader(root, reference, codec, parallel or Parallel(), 2, recompute)
+    return LogprobPass(root, reference, codec, parallel or Parallel(), 2, recompute)
 
 
 def logprobs(read: list[RolloutRow]) -> list[list[float]]:
@@ -74,7 +74,7 @@ def shifted(gap: float) -> list[Any]:
 def test_where_both_agree_those_of_sampling_stay() -> None:
     for root, read in ((Root(0.5e-4), True), (Root(0.5e-4, has_critic=False), False)):
         made = sampled()
-        reader(root).read(made)
+        a_pass(root).compute(made)
         assert logprobs(made) == SAMPLED
         trial, *others = root.read
         assert trial == ([[4, 6, 8]], False)  # the longest
@@ -84,7 +84,7 @@ def test_where_both_agree_those_of_sampling_stay() -> None:
 @pytest.mark.parametrize("gap", [0.5, -0.5, 2e-4, -2e-4])
 def test_where_they_differ_either_way_the_trainers_are_taken(gap: float) -> None:
     made, root = sampled(), Root(gap)
-    reader(root).read(made)
+    a_pass(root).compute(made)
     assert logprobs(made) == shifted(gap)
     for one, tokens in zip(made, ([3], [4, 6, 8], [5, 7]), strict=True):
         assert one.values is not None and one.values.tolist() == [2.0 * t for t in tokens]
@@ -92,20 +92,20 @@ def test_where_they_differ_either_way_the_trainers_are_taken(gap: float) -> None
 
 def test_a_gap_late_in_a_long_response_is_found() -> None:
     made = sampled()
-    reader(Root(0.5, at=8)).read(made)
+    a_pass(Root(0.5, at=8)).compute(made)
     assert made[1].old_logprobs.tolist() == [-4.0, -6.0, -7.5]
 
 
 def test_under_bf16_nothing_is_tried() -> None:
     made, root = sampled(), Root()
-    reader(root, recompute=True).read(made)
+    a_pass(root, recompute=True).compute(made)
     assert [values_only for _, values_only in root.read] == [False, False]
     assert logprobs(made) == SAMPLED
 
 
 def test_the_reference_is_read_row_by_row() -> None:
     made = sampled()
-    reader(Root()).read_reference(made)
+    a_pass(Root()).compute_reference(made)
     assert [one.reference_logprobs.tolist() for one in made] == [
         [2 * x for x in row] for row in SAMPLED
     ]
@@ -117,7 +117,7 @@ def test_ranks_decide_together(gaps: tuple[float, float]) -> None:
 
     def work(rank: int, parallel: Parallel) -> list[list[float]]:
         made = sampled()
-        reader(roots[rank], parallel).read(made)
+        a_pass(roots[rank], parallel).compute(made)
         assert {values_only for _, values_only in vars(roots[rank])["read"][1:]} == {False}
         return logprobs(made)
 
@@ -131,7 +131,7 @@ def test_ranks_with_less_to_read_join_in(counts: tuple[int, int]) -> None:
 
     def work(rank: int, parallel: Parallel) -> list[Tensor | None]:
         made = sampled()[: counts[rank]]
-        reader(roots[rank], parallel).read(made)
+        a_pass(roots[rank], parallel).compute(made)
         return [one.values for one in made]
 
     for outcome, count in zip(on_ranks(roots, work), counts, strict=True):

@@ -27,7 +27,7 @@ LOGPROB_TOLERANCE = 1e-4
 """Engine and trainer agree if no token's log-prob differs by more than this."""
 
 
-class Reader:
+class LogprobPass:
     """Computes log-probs and values of the rows of a rollout.
 
     Args:
@@ -53,7 +53,7 @@ class Reader:
         self._rows_at_a_time, self._recompute = rows_at_a_time, recompute
         self._said = False
 
-    def read(self, rows: Sequence[RolloutRow]) -> None:
+    def compute(self, rows: Sequence[RolloutRow]) -> None:
         """Fill in old log-probs and, with a critic, values. Every rank must call this."""
         recompute = self._must_recompute(rows)
         if not recompute and self._root.value is None:
@@ -63,10 +63,10 @@ class Reader:
         # all ranks.
         for place in range(int(self._parallel.max(len(batches)))):
             batch = batches[place] if place < len(batches) else []
-            self._read_batch(batch, recompute)
+            self._compute_batch(batch, recompute)
             pulse(f"{place + 1} of {len(batches)} batches of log-probs")
 
-    def read_reference(self, rows: Sequence[RolloutRow]) -> None:
+    def compute_reference(self, rows: Sequence[RolloutRow]) -> None:
         """Fill in log-probs under the reference; each rank works alone."""
         for number, batch in enumerate(self._batches(rows), 1):
             pulse(f"batch {number} of reference log-probs")
@@ -93,7 +93,7 @@ class Reader:
             self._said = True
             logger.info("old log-probs are computed again by the trainer's own forward: %s", why)
 
-    def _read_batch(self, rows: Sequence[RolloutRow], recompute: bool) -> None:
+    def _compute_batch(self, rows: Sequence[RolloutRow], recompute: bool) -> None:
         """Compute one batch; without rows, run the forward pass on a filler row."""
         outputs = self._root(self._collated(rows), values_only=not recompute)
         logprobs = outputs.logprobs.cpu()
