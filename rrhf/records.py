@@ -9,9 +9,11 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 from json.encoder import encode_basestring_ascii
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "unknown"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "unknown")
@@ -49,6 +51,32 @@ class Candidate:
     finish_reason: FinishReason = "unknown"
 
 
+class Columns(NamedTuple):
+    """The messages and candidates of a set as a row holds them, checked but not made yet.
+
+    Attributes:
+        roles, contents: the turns of `messages`; None if the set has none.
+        responses: the responses.
+        sources, scores, finish_reasons: an entry for each response; None or empty = the default.
+    """
+
+    roles: Sequence[str] | None
+    contents: Sequence[str]
+    responses: Sequence[str]
+    sources: Sequence[str] | None
+    scores: Sequence[float | None] | None
+    finish_reasons: Sequence[FinishReason] | None
+
+    def messages(self) -> tuple[Message, ...] | None:
+        return None if self.roles is None else tuple(map(Message, self.roles, self.contents))
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        sources = self.sources or repeat("")
+        scores = self.scores or repeat(None)
+        reasons: Iterable[FinishReason] = self.finish_reasons or repeat("unknown")
+        return tuple(map(Candidate, self.responses, sources, scores, reasons))
+
+
 @dataclass(frozen=True)
 class CandidateSet:
     """A prompt and its candidates.
@@ -64,22 +92,49 @@ class CandidateSet:
 
     id: str
     query: str
-    messages: tuple[Message, ...] | None = None
-    candidates: tuple[Candidate, ...] = ()
+    # A default of these two would be found where `__getattr__` has to make the value.
+    messages: tuple[Message, ...] | None = field(default_factory=type(None))
+    candidates: tuple[Candidate, ...] = field(default_factory=tuple)
     origin: str = ""
+
+    _columns: ClassVar[Columns | None] = None
 
     if not TYPE_CHECKING:  # or a type checker would accept any misspelt attribute
 
-        def __getattr__(self, name: str) -> str:
-            if name != "id":
+        def __getattr__(self, name: str) -> Any:
+            """Make what `set_of_columns` left out, when it is first read."""
+            if name == "id":
+                found = set_id(self.query, self.messages)
+            elif name in ("messages", "candidates") and self._columns is not None:
+                found = getattr(self._columns, name)()
+            else:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            found = set_id(self.query, self.messages)
-            object.__setattr__(self, "id", found)
+            object.__setattr__(self, name, found)
             return found
+
+    @property
+    def responses(self) -> Sequence[str]:
+        """The texts of the candidates."""
+        if self._columns is not None:
+            return self._columns.responses
+        return [candidate.response for candidate in self.candidates]
 
     @property
     def scores(self) -> tuple[float | None, ...]:
         return tuple([candidate.score for candidate in self.candidates])
+
+    @property
+    def conversation(self) -> list[dict[str, str]] | None:
+        """The messages as new dictionaries {"role", "content"}; None if the set has none."""
+        if self._columns is not None:
+            roles, contents = self._columns.roles, self._columns.contents
+        elif self.messages is not None:
+            roles, contents = [m.role for m in self.messages], [m.content for m in self.messages]
+        else:
+            roles = None
+        if roles is None:
+            return None
+        return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
 
     @property
     def is_plain(self) -> bool:
@@ -90,19 +145,21 @@ class CandidateSet:
         return _is_plain(self.query, self.messages)
 
 
-def set_with_own_id(
-    query: str,
-    messages: tuple[Message, ...] | None,
-    candidates: tuple[Candidate, ...],
-    origin: str = "",
-) -> CandidateSet:
-    """Make a set whose id is computed from its prompt when first read: few readers need the id."""
+def set_of_columns(query: str, columns: Columns, origin: str, own_id: str) -> CandidateSet:
+    """Make a set whose messages and candidates are made when first read: few readers need both.
+
+    Args:
+        query, origin: see `CandidateSet`.
+        columns: the messages and candidates.
+        own_id: the id; "" = computed from the prompt when first read.
+    """
     record = object.__new__(CandidateSet)
     assign = object.__setattr__  # as the constructor of a frozen class does
     assign(record, "query", query)
-    assign(record, "messages", messages)
-    assign(record, "candidates", candidates)
     assign(record, "origin", origin)
+    assign(record, "_columns", columns)
+    if own_id:
+        assign(record, "id", own_id)
     return record
 
 

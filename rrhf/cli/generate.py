@@ -31,5 +31,5 @@ def _responses(output: Path) -> str:
     """Format the responses to a prompt that was given on the command line."""
     from rrhf.data.candidate_files import read_candidate_sets
 
-    written = [c.response for s in read_candidate_sets(output) for c in s.candidates]
+    written = [text for s in read_candidate_sets(output) for text in s.responses]
     return "\n".join(f"[{number}] {text}" for number, text in enumerate(written, start=1))

@@ -36,7 +36,7 @@ from rrhf.data.faults import Fault, Faults
 from rrhf.data.ids import SeenIds
 from rrhf.data.indexed_sets import IndexedSets
 from rrhf.data.json_scan import Row, scan_rows
-from rrhf.data.jsonl import decode_row, encode_row
+from rrhf.data.jsonl import decode_rows, encode_row
 from rrhf.errors import UserError
 from rrhf.files import Digest, replaced_file
 from rrhf.manifests import COMPLETE, forget_manifest, manifest_path, read_manifest, write_manifest
@@ -329,19 +329,20 @@ class CandidateFile(IndexedSets):
         ]
 
     def _read(self, first: int, end: int) -> list[CandidateSet]:
-        found = []
         place = str(self.path)
-        for number, line in enumerate(self._bytes(first, end), start=first):
-            try:
-                parsed = parse_candidate_set(decode_row(line), f"{place}, row {number + 1}")
-            except ValueError as error:
-                raise UserError(
-                    f"{self.path}: row {number + 1} no longer reads as it did when the file was "
-                    f"opened ({error}); do not change a file while it is used"
-                ) from error
-            if number in self._numbered:
-                parsed = replace(parsed, id=self._numbered[number])
-            found.append(parsed)
+        found: list[CandidateSet] = []
+        number = first
+        try:
+            for number, value in enumerate(decode_rows(self._bytes(first, end)), start=first):
+                parsed = parse_candidate_set(value, f"{place}, row {number + 1}")
+                if number in self._numbered:
+                    parsed = replace(parsed, id=self._numbered[number])
+                found.append(parsed)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: row {number + 1} no longer reads as it did when the file was "
+                f"opened ({error}); do not change a file while it is used"
+            ) from error
         return found
 
     def close(self) -> None:

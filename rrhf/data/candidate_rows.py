@@ -9,19 +9,18 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import Any, cast
 
 from rrhf.errors import UserError
 from rrhf.records import (
     FINISH_REASONS,
     ROLES,
-    Candidate,
     CandidateSet,
+    Columns,
     FinishReason,
     Message,
     set_id,
-    set_with_own_id,
+    set_of_columns,
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -275,7 +274,8 @@ def _record(row: dict[str, Any]) -> CandidateSet | None:
             return None
     origin = "" if origin is None else origin
     texts = [query, "" if given_id is None else given_id, origin, *responses]
-    messages: tuple[Message, ...] | None = None
+    roles: list[str] | None = None
+    contents: list[str] = []
     try:
         if turns is not None:
             roles = [turn["role"] for turn in turns]
@@ -283,7 +283,6 @@ def _record(row: dict[str, Any]) -> CandidateSet | None:
             if type(turns) is not list or not _ROLES.issuperset(roles) or roles[-1:] != ["user"]:
                 return None
             texts += contents
-            messages = tuple(map(Message, roles, contents))
         if scores:
             scores = [None if x is None else _plain_number(x) for x in scores]
         if sources:
@@ -296,16 +295,8 @@ def _record(row: dict[str, Any]) -> CandidateSet | None:
         return None
     if not joined.isascii() and _SURROGATE.search(joined):
         return None
-    candidates = map(
-        Candidate,
-        responses,
-        sources or repeat(""),
-        scores or repeat(None),
-        reasons or repeat("unknown"),
-    )
-    if given_id:
-        return CandidateSet(given_id, query, messages, tuple(candidates), origin)
-    return set_with_own_id(query, messages, tuple(candidates), origin)
+    columns = Columns(roles, contents, responses, sources, scores, reasons)
+    return set_of_columns(query, columns, origin, given_id or "")
 
 
 def _plain_number(value: Any) -> float:
@@ -393,13 +384,13 @@ def candidate_set_to_row(candidate_set: CandidateSet) -> dict[str, Any]:
     candidates = candidate_set.candidates
     row: dict[str, Any] = {
         "query": candidate_set.query,
-        "responses": [candidate.response for candidate in candidates],
+        "responses": list(candidate_set.responses),
     }
     scores = [candidate.score for candidate in candidates]
     if scores.count(None) < len(scores):
         row["scores"] = scores
     if candidate_set.messages is not None:
-        row["messages"] = [{"role": m.role, "content": m.content} for m in candidate_set.messages]
+        row["messages"] = candidate_set.conversation
     if candidate_set.id != set_id(candidate_set.query, candidate_set.messages):
         row["id"] = candidate_set.id
     if candidate_set.origin:

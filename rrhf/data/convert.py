@@ -180,7 +180,7 @@ def _view(config: ConvertConfig, path: str, sets: Sets) -> tuple[Sets, SourceCou
 
 def preference_row(pair: CandidateSet) -> dict[str, Any]:
     """Turn a pair into a row of TRL: conversations if the set has messages, else texts."""
-    replies: list[Any] = [candidate.response for candidate in pair.candidates]
+    replies: list[Any] = list(pair.responses)
     if not _is_text(pair):
         replies = [[{"role": "assistant", "content": text}] for text in replies]
     return {**prompt_row(pair), "chosen": replies[0], "rejected": replies[1]}
@@ -188,8 +188,7 @@ def preference_row(pair: CandidateSet) -> dict[str, Any]:
 
 def prompt_row(item: CandidateSet) -> dict[str, Any]:
     """Turn a prompt into a row of TRL: a conversation if the set has messages, else a text."""
-    turns = [{"role": m.role, "content": m.content} for m in item.messages or ()]
-    return {"prompt": item.query if _is_text(item) else turns}
+    return {"prompt": item.query if _is_text(item) else item.conversation}
 
 
 def _is_text(item: CandidateSet) -> bool:

@@ -63,7 +63,7 @@ def measure_sets(sets: Iterable[CandidateSet]) -> dict[str, Any]:
         figures["prompts_with_ties"] += len(set(scores)) < len(scores)
         figures["prompts_with_all_scores_equal"] += len(set(scores)) == 1 < len(scores)
         figures["ordered_pairs"] += _ordered_pairs(scores)
-        texts = [candidate.response for candidate in item.candidates]
+        texts = item.responses
         figures["prompts_with_repeated_responses"] += len(set(texts)) < len(texts)
     figures["first_turns"] = len(opened)
     return {

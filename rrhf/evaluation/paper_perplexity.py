@@ -69,7 +69,7 @@ class PaperPerplexity:
     def measures(self, sets: Sequence[CandidateSet]) -> dict[str, Measure]:
         """Compute `ppl_paper` (base 2) and `ppl_paper_e`, averaged over the texts of each
         prompt."""
-        nats = iter(self.mean_nats([c.response for s in sets for c in s.candidates]))
+        nats = iter(self.mean_nats([response for s in sets for response in s.responses]))
         found = {s.id: [next(nats) for _ in s.candidates] for s in sets}
         known = {key: [x for x in values if x is not None] for key, values in found.items()}
         return paper_measures({key: values for key, values in known.items() if values})

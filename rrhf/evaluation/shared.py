@@ -92,7 +92,7 @@ def fingerprint(sets: Sequence[CandidateSet]) -> str:
     prompts."""
     digest = hashlib.sha256()
     for s in sorted(sets, key=lambda s: s.id):
-        for text in (s.id, s.query, *(c.response for c in s.candidates)):
+        for text in (s.id, s.query, *s.responses):
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "big") + data)
         digest.update(b"\n")

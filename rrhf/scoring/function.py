@@ -48,15 +48,11 @@ class FunctionScorer(CheckedScorer):
             UserError: the function raised, returned too many or too few results, or returned
                 something other than a number.
         """
-        turns = [
-            None
-            if s.messages is None
-            else [{"role": m.role, "content": m.content} for m in s.messages]
-            for s in sets
-        ]
-        prompts = [s.query for s in sets for _ in s.candidates]
-        responses = [candidate.response for s in sets for candidate in s.candidates]
-        messages = [own for own, s in zip(turns, sets, strict=True) for _ in s.candidates]
+        sizes = [len(s.responses) for s in sets]
+        prompts = [s.query for s, size in zip(sets, sizes, strict=True) for _ in range(size)]
+        responses = [response for s in sets for response in s.responses]
+        turns = [s.conversation for s in sets]
+        messages = [own for own, size in zip(turns, sizes, strict=True) for _ in range(size)]
         wanted = len(prompts)  # the function may change its lists
         values = self._listed(
             lambda: self._function(prompts, responses, messages),
@@ -70,4 +66,4 @@ class FunctionScorer(CheckedScorer):
                 "return one for each, in order"
             )
         results = iter(self._numbers(values))
-        return [list(islice(results, len(s.candidates))) for s in sets]
+        return [list(islice(results, size)) for size in sizes]

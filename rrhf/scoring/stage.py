@@ -248,8 +248,8 @@ class _Stage:
                 replace(s, candidates=tuple(c for c in s.candidates if c.score is None))
                 for s in sets
             ]
-        answers = iter(scorer.score([s for s in asked if s.candidates]))
-        given = [next(answers) if s.candidates else [] for s in asked]
+        answers = iter(scorer.score([s for s in asked if s.responses]))
+        given = [next(answers) if s.responses else [] for s in asked]
         assert next(answers, None) is None, f"{scorer.name} gave a score too many"
         if not is_kept:
             return given

@@ -206,7 +206,7 @@ class Stages:
         pairs = [
             self.world.label_pair(s, rng)
             for s in read_candidate_sets(sampled)
-            if len({c.response for c in s.candidates}) == 2
+            if len(set(s.responses)) == 2
         ]
         write_candidate_sets(folder / "on_policy_pairs.jsonl", pairs, {"labelled": len(pairs)})
 

@@ -7,7 +7,7 @@ import json
 import pickle
 import random
 import re
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from typing import Any
 
 import pytest
@@ -285,3 +285,48 @@ def test_an_id_that_is_made_when_it_is_read_is_an_id_as_any_other() -> None:
         _ = found().ids  # type: ignore[attr-defined]
     with pytest.raises(FrozenInstanceError):
         known.id = "x"  # type: ignore[misc]
+
+
+def _lazy_and_made(**more: object) -> tuple[CandidateSet, CandidateSet]:
+    """A set as a row gives it, and the same set made by its constructor."""
+    turns = (Message("user", "hi"), Message("assistant", "yes?"), Message("user", "why?"))
+    row = {"query": "q", "responses": ["a", "b"], "scores": [1, None], "sources": ["x", None]}
+    row |= {"messages": [{"role": m.role, "content": m.content} for m in turns]}
+    made = CandidateSet(
+        set_id("q", turns), "q", turns, (Candidate("a", "x", 1.0), Candidate("b")), "o"
+    )
+    return parse_candidate_set(row | {"origin": "o"} | more, "f:1"), made
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda s: s,
+        lambda s: s.candidates,
+        lambda s: s.messages,
+        lambda s: (s.responses, s.conversation, s.scores, s.is_plain),
+        lambda s: pickle.loads(pickle.dumps(s)),
+        lambda s: copy.deepcopy(s),
+        lambda s: replace(s, candidates=s.candidates[:1]),
+        lambda s: replace(s, messages=None).conversation,
+        lambda s: replace(s, candidates=()).responses,
+        hash,
+        repr,
+        asdict,
+    ],
+)
+def test_a_set_read_from_a_row_is_like_one_made_by_its_constructor(use):
+    lazy, made = _lazy_and_made()
+    assert use(lazy) == use(made)
+    assert lazy == made
+
+
+def test_conversations_are_new_dictionaries():
+    lazy, made = _lazy_and_made()
+    lazy.conversation[0]["content"] = "changed"
+    assert lazy.messages == made.messages
+
+
+def test_a_misspelt_attribute_is_refused():
+    with pytest.raises(AttributeError, match="candidate_sets"):
+        _ = _lazy_and_made()[0].candidate_sets

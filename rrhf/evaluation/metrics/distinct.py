@@ -33,7 +33,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
 def measure(draft: Draft) -> Mapping[str, float | None]:
     """Compute distinct-1 and distinct-2."""
-    texts = [candidate.response for s in draft.sets for candidate in s.candidates]
+    texts = [response for s in draft.sets for response in s.responses]
     return {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
 
 
