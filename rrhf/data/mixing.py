@@ -278,7 +278,8 @@ def load_sets(
                 f"at most {MOST_ROWS:,} are made by copying, so lower its proportion"
             )
         is_whole = wanted == len(part)
-        draw = f"{seed}/{position}/{spec.name}"
+        # Not by the name: a file that was moved gives the same rows.
+        draw = f"{seed}/{position}"
         rows.append(range(wanted) if is_whole else choose_rows(len(part), wanted, draw))
     for told in names.never_seen(str(specs)) if parts else ():
         if not options.columns_may_miss:

@@ -28,7 +28,7 @@ from typing import Any, Self
 from rrhf.data.candidate_files import read_candidate_sets, write_candidate_sets
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import AlreadyFinished, UserError
-from rrhf.files import make_folder, write_json
+from rrhf.files import write_json
 from rrhf.generation.local.engine import LocalEngine
 from rrhf.generation.stage import GenerateConfig, generate_file
 from rrhf.manifests import COMPLETE, read_manifest, write_manifest
@@ -215,27 +215,15 @@ class Stages:
             self.place("world") / "static_pairs.jsonl",
             self.place("pairs") / "on_policy_pairs.jsonl",
         ]
-        if (share := self.change.pairs_share) != 1:
-            files = [self._first_share(path, share) for path in files]
+        share = "" if self.change.pairs_share == 1 else f":{self.change.pairs_share}"
         reward.train(
             reward.RewardConfig(
-                data_path=",".join(str(path) for path in files),
+                data_path=",".join(f"{path}{share}" for path in files),
                 validation_datasets=str(self.place("world") / "held_out_pairs.jsonl"),
                 model_name_or_path=str(self.place(base) / "policy"),
                 **self._shared("reward", self.recipe.reward),
             )
         )
-
-    def _first_share(self, path: Path, share: float) -> Path:
-        """Write the first rows of a file for the reward model of this branch.
-
-        `PATH:SHARE` as data would draw rows by the path, so that a study elsewhere had others.
-        """
-        sets = [*read_candidate_sets(path)]
-        target = self.place("reward-pairs") / path.name
-        make_folder(target.parent)
-        write_candidate_sets(target, sets[: max(1, round(share * len(sets)))])
-        return target
 
     def method_stage(self, name: str, points: int = 0) -> None:
         """Run one stage of a method; SFT policy and reward model must be ready.

@@ -145,6 +145,9 @@ def test_parts_of_a_mixture_are_drawn_apart(tmp_path: Path):
     assert both[:30] != both[30:] and 5 < len(set(both[:30]) & set(both[30:])) < 25
     assert places_of(f"{one}:0.5,{two}:0.5") == [first, second]
     assert places_of(f"{one}:0.5,{two}:0.5", seed=1)[0] != first
+    (tmp_path / "elsewhere").mkdir()
+    moved = one.rename(tmp_path / "elsewhere" / "other.jsonl")
+    assert places_of(f"{moved}:0.5,{two}:0.5") == [first, second]
 
 
 def test_rows_of_nothing():
