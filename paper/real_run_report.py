@@ -54,7 +54,7 @@ LIMITS = """\
 - One seed of everything: intervals cover held-out prompts, not the luck of training and sampling.
 - The reward is that of the small reward model above, which agrees with people only as often as its
   held-out accuracy says. A higher reward is not yet a better answer: no person and no stronger
-  judge has read these responses, and no gold preference exists here as it does in the embedded
+  judge has read these responses, and no gold preference exists here as it does in the built-in
   world (`rrhf demo`).
 - The base is an instruction-tuned model of 135 M parameters; nothing is said about larger ones.
 - Responses were cut after 96 tokens and prompts with more than 160 tokens lost their oldest turns;

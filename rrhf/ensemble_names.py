@@ -78,7 +78,7 @@ def parse_ensemble(name: str) -> EnsembleName | None:
     """Parse the name of an ensemble; None if the name does not begin with a rule.
 
     Raises:
-        UserError: the name begins with a rule, but the rest does not fit.
+        UserError: the name begins with a rule, but the rest is malformed.
     """
     rule, colon, rest = name.partition(":")
     if not colon or rule not in RULES:

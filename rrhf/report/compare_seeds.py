@@ -180,8 +180,8 @@ def _gain(ours: Measure | None, theirs: Measure | None) -> Estimate | None:
 
 
 def _metric(measure: Measure, ids: Sequence[str]) -> Estimate | None:
-    """Compute f(sum of values / sum of weights), and its derivative in the weight of each
-    prompt."""
+    """Compute f(sum of values / sum of weights), and its derivative with respect to the weight of
+    each prompt."""
     if not ids:
         return None
     weights = measure.weights or dict.fromkeys(ids, 1.0)

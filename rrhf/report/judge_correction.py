@@ -1,8 +1,8 @@
 """Corrects win rates that an imperfect judge measured, by what the judge gets wrong.
 
-A judge finds a truly better response better with probability *sensitivity*, and a truly worse one
-worse with probability *specificity*. The share p of comparisons that it says a method wins is
-therefore not the true win rate theta, but p = theta * sensitivity + (1 - theta) * (1 -
+A judge prefers a truly better response with probability *sensitivity*, and rejects a truly worse
+one with probability *specificity*. The share p of comparisons that a method wins according to the
+judge is therefore not the true win rate theta, but p = theta * sensitivity + (1 - theta) * (1 -
 specificity). With both probabilities measured on calibration items, whose truth is known,
 
     theta = (p + specificity - 1) / (sensitivity + specificity - 1)
@@ -18,10 +18,11 @@ whose truth is a tie are left out.
 
 **Interval.** All theta for which |p - (1 - theta) * (1 - specificity) - theta * sensitivity| is at
 most z times its standard error, to which the evaluated and the calibration items contribute
-(Fieller 1954). In contrast to an error of theta by linearisation, this holds for weak judges too:
-where the judge cannot be told from chance, the interval is 0..1. Each mean is computed with z^2/2
-added wins and as many losses (Agresti and Coull 1998, doi:10.1080/00031305.1998.10480550; one of
-each for the calibration, as in arXiv:2511.21140), so that unanimous verdicts have an error too.
+(Fieller 1954). Unlike an error of theta by linearisation (the delta method), this is valid for weak
+judges too: if a judge cannot be distinguished from chance, the interval is 0..1. Each mean is
+computed with z^2/2 added wins and as many losses (Agresti and Coull 1998,
+doi:10.1080/00031305.1998.10480550; one of each for the calibration, as in arXiv:2511.21140), so
+that unanimous verdicts have an error too.
 
 **Limit.** The judge must make the same mistakes on both kinds of items. Calibrate it on responses
 of the same kinds, and on prompts that are not evaluated.
@@ -124,14 +125,14 @@ def calibrate(verdicts: Sequence[float], truth: Sequence[float]) -> Calibration:
         if not found:
             raise UserError(
                 f"in none of {len(both)} calibration items is the method truly {kind}, so the "
-                "judge's mistakes cannot be measured; add items in which it is"
+                "judge's mistakes cannot be measured; add such items"
             )
     ties = len(both) - len(better) - len(worse)
     return Calibration(Share.of(better, 1), Share.of(worse, 1), ties)
 
 
 def calibrate_pairs(is_right: Sequence[float]) -> Calibration:
-    """Measure a judge on pairs of which one response is truly better; the pairs have no side.
+    """Measure a judge on pairs in which one response is truly better; no side is the method's.
 
     Args:
         is_right: for each item, 1 = the judge finds the better response better, 0 = worse, 1/2 = a
@@ -157,7 +158,7 @@ class Corrected:
         low, high: ends of the interval.
         n: number of evaluated items.
         judged: the win rate by the judge, uncorrected.
-        sensitivity, specificity: the judge's, on the calibration items.
+        sensitivity, specificity: those of the judge on the calibration items.
         calibration_items: number of calibration items, without true ties.
     """
 

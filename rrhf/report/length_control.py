@@ -13,8 +13,8 @@ A longer response often wins because it is longer. Two ways to take this out of 
   of about the same length. It assumes no form of the effect of length, but compares only where
   the methods' lengths overlap.
 
-If length is part of what makes a response good, both remove that part too. They answer a different
-question from the plain difference, so report them in addition to it.
+If length is part of what makes a response good, both methods remove that part too. They answer a
+different question from the plain difference; report them in addition to it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The final policy of a method depends on where its training happens to end. To compare methods
 fairly, their checkpoints are treated as curves gold(x), one for each seed, and interpolated at the
-same x: KL to the starting policy (in sqrt(KL), in which gold bends least), responses scored, or
-processor seconds. The result has values by prompt, which `two_level.paired` compares:
+same x: KL to the starting policy (in sqrt(KL), in which gold is closest to linear), responses
+scored, or processor seconds. The result has values by prompt, which `two_level.paired` compares:
 
     paired(at_kl(curves_of_ppo, 2.0), at_kl(curves_of_rrhf, 2.0))
 

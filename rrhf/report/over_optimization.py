@@ -21,19 +21,19 @@ Kind = Literal["falls", "stalls", "slows", "follows", "flat"]
 
 
 @dataclass(frozen=True)
-class Parting:
-    """What happened to gold while the learned reward rose.
+class Divergence:
+    """Where gold diverges from the rising learned reward, and how.
 
     Attributes:
         kind: "falls": gold falls after its peak while the reward rises. "stalls": after some point
             gold does not rise measurably, and gains less than half of the gain at its earlier pace.
             "slows": after some point gold rises, but more slowly than before. "follows": none of
             these. "flat": the reward does not rise measurably.
-        reward, gold, kl: values at the parting point; for "follows" and "flat", at the last point.
+        reward, gold, kl: values where gold diverges; for "follows" and "flat", at the last point.
             kl is None if the row has no KL.
-        reward_gain, gold_gain: gains from the parting point to the last point; for "follows" and
+        reward_gain, gold_gain: gains from there to the last point; for "follows" and
             "flat", from the first point to the last.
-        gold_at_pace: the gain of gold after the parting point at its earlier pace; None for
+        gold_at_pace: the gain of gold after the divergence at its earlier pace; None for
             "follows" and "flat", and if gold never rose.
     """
 
@@ -49,7 +49,7 @@ class Parting:
         return asdict(self)
 
 
-def parting(rows: Sequence[Row]) -> Parting:
+def find_divergence(rows: Sequence[Row]) -> Divergence:
     """Find where gold stops rising with the reward on one curve.
 
     Args:
@@ -59,9 +59,9 @@ def parting(rows: Sequence[Row]) -> Parting:
     first, last = rows[0], rows[-1]
     peak = max(rows, key=lambda row: _mean(row, "gold"))
     if peak is not last and _rises(peak, last, "reward") and _falls(peak, last, "gold"):
-        return _parting("falls", peak, peak, last, _pace(first, peak))
+        return _diverged("falls", peak, peak, last, _pace(first, peak))
     if _rises(first, last, "reward") and not _rises(first, last, "gold"):
-        return _parting("stalls", first, first, last)
+        return _diverged("stalls", first, first, last)
     between = [
         row
         for row in rows[1:-1]
@@ -73,8 +73,8 @@ def parting(rows: Sequence[Row]) -> Parting:
             pace = _pace(first, row)
             is_slower = _goes_slower(row, last, share * pace)
             if is_slower and (kind == "slows" or not _rises(row, last, "gold")):
-                return _parting(kind, row, row, last, pace)
-    return _parting("follows" if _rises(first, last, "reward") else "flat", last, first, last)
+                return _diverged(kind, row, row, last, pace)
+    return _diverged("follows" if _rises(first, last, "reward") else "flat", last, first, last)
 
 
 _SENTENCES = {
@@ -93,7 +93,7 @@ _SENTENCES = {
 }
 
 
-def sentence(name: str, found: Parting) -> str:
+def sentence(name: str, found: Divergence) -> str:
     """Describe what was found for a method in one sentence, with the numbers."""
     place = f"reward {found.reward:.2f}"
     if found.kl is not None:
@@ -109,10 +109,12 @@ def sentence(name: str, found: Parting) -> str:
     )
 
 
-def _parting(kind: Kind, place: Row, start: Row, end: Row, pace: float | None = None) -> Parting:
+def _diverged(
+    kind: Kind, place: Row, start: Row, end: Row, pace: float | None = None
+) -> Divergence:
     reward_gain = _gain(start, end, "reward")
     assert reward_gain.mean is not None, "rows of a curve share their prompts"
-    return Parting(
+    return Divergence(
         kind,
         _mean(place, "reward"),
         _mean(place, "gold"),

@@ -1,8 +1,8 @@
 """Formats tables of a study's curves: gold at equal KL, gold at equal cost, Gao et al.'s curves.
 
-A training's curve is the policies kept on its way, from SFT to the last one, one curve for each
-seed. Methods are compared where they have drawn equally much, not where their trainings happen to
-end (`rrhf.report.matching`, `rrhf.report.gao`).
+A training's curve consists of the policies that it saved, from SFT to the last one; there is one
+curve for each seed. Methods are compared after equally many responses, not where their trainings
+happen to end (`rrhf.report.matching`, `rrhf.report.gao`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def gao_table(trainings: Sequence[Training]) -> str:
 
 
 def gao_fits(trainings: Sequence[Training]) -> dict[str, GaoFit]:
-    """Return title -> fitted curve; methods without training have the form of best-of-N."""
+    """Return title -> fitted curve; methods without training are fitted with the form of
+    best-of-N."""
     return {
         training.title: fit_gao(training.against_kl(), "rl" if training.responses else "best-of-n")
         for training in trainings
@@ -131,7 +132,8 @@ def curve_numbers(trainings: Sequence[Training]) -> dict[str, Any]:
 def _table(
     points: Mapping[str, Sequence[Sequence[Values | None]]], headings: Sequence[str], other: str
 ) -> str:
-    """Format two columns for each place, gold and gold minus that of `other`, unless empty."""
+    """Format two columns for each place on the axis: gold, and gold minus that of `other`. Empty
+    columns are left out."""
     columns = []
     for place, heading in enumerate(headings):
         theirs = points[other][place]

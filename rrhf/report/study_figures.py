@@ -1,4 +1,4 @@
-"""Draws what each method of a study gained over one of them, a panel for each world.
+"""Draws how much each method of a study gained over a baseline method, a panel for each world.
 
 Needs the extra `report`.
 """
@@ -22,7 +22,7 @@ def draw_differences(worlds: Sequence[WorldResults], baseline: str, target: Path
     orange: below; grey: it contains zero. These are intervals of single comparisons.
 
     Args:
-        worlds: one or more.
+        worlds: the results of one or more worlds.
         baseline: key of the method that the others are compared with.
         target: the file to write.
 

@@ -31,7 +31,7 @@ class WorldResults:
         name: the world's name.
         seeds: numbers of the seeds.
         num_prompts: number of held-out prompts on each seed.
-        series: key -> method, SFT first.
+        series: key of a method -> its results by seed, SFT first.
         trainings: the methods' curves.
         trials: method -> its trials, as in the log of the tuning.
         covariates: name -> a value for each seed.
@@ -143,7 +143,7 @@ def gains_table(series: Mapping[str, Series], first: Series, second: Series) -> 
 
 
 def claims(series: Mapping[str, Series], other: Series) -> list[str]:
-    """Return claims about each method against one method, corrected for the number of claims."""
+    """Return a claim about each method against one method, corrected for multiple comparisons."""
     differences = {one.title: one.minus(other) for one in series.values() if one is not other}
     adjusted = holm([found.p_value for found in differences.values()])
     groups: dict[str, list[str]] = {"above": [], "below": [], "": []}
@@ -174,7 +174,7 @@ def axis_table(series: Mapping[str, Mapping[str, Series]]) -> str:
     """Format a table of gold with a row for each value of an axis and a column for each method.
 
     If fine-tuning on the best is among the methods, a last column gives what the ranking term adds:
-    RRHF minus it.
+    RRHF minus that method.
 
     Args:
         series: value -> method -> series.
@@ -220,8 +220,8 @@ def _cell(found: Difference) -> str:
 
 
 def _number(one: Series, metric: str) -> str:
-    """Return the mean of a metric; for best-of-N, whose KL cannot be sampled, the bound of
-    the KL."""
+    """Return the mean of a metric; for best-of-N, whose KL cannot be sampled, the bound on its
+    KL."""
     found, digits = one.mean(metric).mean, column_of(metric).digits
     if found is None and metric == "kl" and (bound := one.mean("kl_bound").mean) is not None:
         return f"≤ {format_number(bound, digits)}"

@@ -1,8 +1,8 @@
 """Finds what correlates with the differences between seeds: the reward model, and parts of gold.
 
 Every quantity here has one value for each seed, and the tables hold Pearson correlations over the
-seeds, with intervals by Fisher's transformation. With few seeds these intervals are wide, and a
-correlation is no cause: the tables say where to look.
+seeds, with intervals by Fisher's transformation. With few seeds these intervals are wide, and
+correlation is not causation: the tables only say where to look.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def spread_table(
     """Format a row for each method: the deviation of gold over seeds, and what it correlates with.
 
     Args:
-        series: key -> method.
+        series: key of a method -> its results by seed.
         covariates: name -> a value for each seed, such as the accuracy of the reward model.
     """
     lines = []

@@ -78,7 +78,7 @@ def numbers(series: Mapping[str, Series], against: Sequence[str]) -> dict[str, A
     """Return everything that the tables show, as JSON values.
 
     Args:
-        series: key -> method.
+        series: key of a method -> its results by seed.
         against: keys of the methods that all others are compared with.
     """
     found: dict[str, Any] = {}

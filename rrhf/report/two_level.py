@@ -4,7 +4,7 @@ A study trains every method with several seeds, and measures each on prompts. If
 repeated, both the seeds and the prompts would differ. Rows that are pooled over the prompts of all
 seeds (`rrhf.report.pooling`) have intervals that ignore the variation between seeds, and are too
 narrow for a claim about methods. Such a claim needs the *paired difference*: the methods of one
-seed share data, SFT policy, reward model and prompts, so effects that all methods share cancel.
+seed share data, SFT policy, reward model and prompts, so effects common to all methods cancel out.
 
 **Estimate.** theta_s is the statistic of seed s (for `paired`: the mean over prompts of the
 difference of two methods); the claim is about the mean of theta_s over the population of seeds.
@@ -13,14 +13,13 @@ Every seed counts once, however many prompts it has.
 **Interval.** mean +- t * sqrt(V), with V = V_seed + V_shared.
 
 - V_seed = variance of theta_s / S, with S - 1 degrees of freedom. V_seed holds everything that
-differs between seeds: training, the method's interaction with the seed, sampled responses, and
-prompts,
-  if each seed has its own. If no prompt occurs in two seeds, this is Student's interval of the S
-  values.
-- V_shared = the covariance of two seeds' estimates that comes from prompts that both have. V_shared
-is the mean over pairs of seeds of sum_p u_sp * u_s'p, where u_sp is the influence of prompt p on
-  theta_s; values below 0 count as 0. With the same prompts in every seed, V is the variance of the
-  grand mean in the two-way random-effects model (seed x prompt).
+  differs between seeds: training, the method's interaction with the seed, sampled responses, and
+  prompts, if each seed has its own. If no prompt occurs in two seeds, this is Student's interval of
+  the S values.
+- V_shared = the part of the covariance of two seeds' estimates that is due to prompts that both
+  have: the mean over pairs of seeds of sum_p u_sp * u_s'p, where u_sp is the influence of prompt p
+  on theta_s; values below 0 count as 0. With the same prompts in every seed, V is the variance of
+  the grand mean in the two-way random-effects model (seed x prompt).
 
 The degrees of freedom of V are Satterthwaite's (1946). With u the influences, M = the sum over
 prompts of (mean over seeds of u)^2 and E = M - V_shared:
@@ -29,13 +28,13 @@ df = V^2 / (V_seed^2 / (S - 1) + M^2 / (P - 1) + E^2 / ((S - 1)(P - 1))).
 **Why not resample.** In simulated studies with 5 to 12 seeds and 200 prompts, percentiles of a
 nested bootstrap (seeds, then prompts) cover the truth in .85 to .93 of the studies. Widened for
 small samples they cover .94 to .95, but .98 with 40 prompts, because they count the noise of
-prompts twice. Bootstrap-t covers as well as Student's t, but its intervals are half as wide again
+prompts twice. Bootstrap-t covers as well as Student's t, but its intervals are 1.5 times as wide
 for 5 seeds.
 
 **Limit.** The effect of a seed on a difference is assumed to be roughly normal. If the effect is
-skewed like an exponential variable, the interval covers .91. If a method has an effect on three
-seeds in ten and none on the others, it covers .82 with 5 seeds and .93 with 9 or 12. Always look at
-the values by seed.
+skewed like an exponential variable, the interval covers the truth in .91 of the studies. If a
+method has an effect on three seeds in ten and none on the others, the coverage is .82 with 5 seeds
+and .93 with 9 or 12. Always look at the values by seed.
 
 For statistics that are not means, `rrhf.report.matching`, `gao` and `length_control` pass the
 estimate of each seed and the influences of its prompts to `over_seeds`.

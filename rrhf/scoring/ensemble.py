@@ -104,7 +104,7 @@ def require_scale(member: Member, is_normalized: bool, normalize: bool = True) -
         )
     if member.scale is None and not is_normalized and normalize:
         raise UserError(
-            f"{member.scorer}: has no normaliser, so its scores may have another scale than the "
-            "other members'; state it as NAME@MEAN/DEVIATION (`rrhf evaluate-reward` shows the "
-            "mean and deviation of its scores), or write NAME@0/1 to use its scores unchanged"
+            f"{member.scorer}: has no normaliser, so its scores may not be on the scale of the "
+            "other members; give their mean and deviation as NAME@MEAN/DEVIATION (`rrhf "
+            "evaluate-reward` shows both), or write NAME@0/1 to use the scores unchanged"
         )

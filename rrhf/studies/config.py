@@ -17,7 +17,7 @@ TUNING_SEEDS = (10, 11)
 
 @dataclass
 class DemoConfig(Ranged):
-    """Align a tiny model on an embedded task, from data to evaluation, and print a table of what
+    """Align a tiny model on a built-in task, from data to evaluation, and print a table of what
     each method gained; takes minutes on a CPU."""
 
     output_dir: str = field(default="runs/demo", metadata={"names": "output folder"})
@@ -112,7 +112,7 @@ class StudyConfig(Ranged):
     always included."""
 
     long_seeds: int = 5
-    """Number of seeds on which some methods are trained on until gold falls."""
+    """Number of seeds on which some methods continue training until gold falls."""
 
     axis_seeds: int = 0
     """Number of seeds on which one thing at a time is varied: number of candidates, noise of the

@@ -1,9 +1,9 @@
 """The demonstration: a small language model becomes measurably better by RRHF, in minutes.
 
-Nothing is downloaded: data, gold preference and model come from the embedded world. Seeds run one
-after the other, or in parallel on several cores, and are reported together. The intervals are over
-the prompts of all seeds, so they do not show the variation between seeds; `table.md` also gives
-gold by seed.
+Nothing is downloaded: data, gold preference and model come from the built-in help desk. Seeds run
+one after the other, or in parallel on several cores, and are reported together. The intervals are
+over the prompts of all seeds, so they do not show the variation between seeds; `table.md` also
+gives gold by seed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _run_seed(folder: Path, size: str, seed: int, say: Callable[[str], None]) ->
 def _as_page(config: DemoConfig, by_seed: Sequence[Sequence[Row]], rows: Sequence[Row]) -> str:
     num_prompts = rows[0]["made_with"]["num_prompts"]
     lines = [
-        "# RRHF on the embedded world\n",
+        "# RRHF on the Tiny Help Desk\n",
         f"`rrhf demo --seeds {config.seeds} --size {config.size}`: {num_prompts} held-out prompts "
         f"a seed, {config.seeds} seed(s); mean [95 % bootstrap interval over prompts]. gold is the "
         "world's true preference, reward what the reward model learnt of it, win against "

@@ -8,7 +8,7 @@ from typing import Any
 
 ROUNDS, MANY_ROUNDS = 4, 8
 LONGER = 5
-"""How many times as long as usual the trainings are that go on until gold falls."""
+"""Factor on the usual length for trainings that continue until gold falls."""
 
 
 @dataclass(frozen=True)

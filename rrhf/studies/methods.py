@@ -26,14 +26,14 @@ from rrhf.report.methods_page import (
     gains_table,
     gold_claims,
 )
-from rrhf.report.over_optimization import kl_of, parting, sentence
+from rrhf.report.over_optimization import find_divergence, kl_of, sentence
 from rrhf.report.pooling import pooled_rows
 from rrhf.report.training_cost import TrainingCost, mean_cost
 from rrhf.studies.config import MethodsConfig
 from rrhf.studies.method_table import COMPARED, METHODS
 from rrhf.studies.methods_study import MethodsStudy, SeedResult
 from rrhf.studies.seeds import run_seeds, seed_folder
-from rrhf.worlds import DEFAULT, make_world
+from rrhf.worlds import make_world
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class About:
     """
 
     command: str
-    world: str = "the embedded world"
+    world: str = "the world help_desk"
     choice: str = ""
 
 
@@ -103,7 +103,7 @@ def write_report(
         title: pooled_rows([result.curves[title] for result in by_seed], ON_CURVES)
         for title in titles
     }
-    partings = {title: parting(points) for title, points in curves.items()}
+    divergences = {title: find_divergence(points) for title, points in curves.items()}
     if curves:
         untrained = {m.curve for m in METHODS.values() if m.best_of > 1}
         draw(curves, REWARD_AGAINST_KL, target / REWARD_KL, untrained)
@@ -134,10 +134,10 @@ def write_report(
                 ]
                 for title, points in curves.items()
             },
-            "over_optimization": {title: found.as_dict() for title, found in partings.items()},
+            "over_optimization": {title: found.as_dict() for title, found in divergences.items()},
         },
     )
-    sentences = [sentence(title, found) for title, found in partings.items()]
+    sentences = [sentence(title, found) for title, found in divergences.items()]
     page = target / PAGE
     with replaced_file(page) as file:
         file.write(_page(by_seed, seeds, about, rows, greedy, costs, sentences).encode())
@@ -234,6 +234,5 @@ def _about(config: MethodsConfig) -> About:
         words += f" --methods {' '.join(config.methods)}"
     if config.size != "full":
         words += f" --size {config.size}"
-    world = "the embedded world" if config.world == DEFAULT else f"the world {config.world}"
     recipe = make_world(config.world, size=config.size, seed=config.first_seed).recipe()
-    return About(f"{words} --output_dir RUNS", world, recipe.choice)
+    return About(f"{words} --output_dir RUNS", f"the world {config.world}", recipe.choice)

@@ -44,11 +44,11 @@ class MethodsStudy(Stages):
     Args:
         methods: keys of `METHODS`, including SFT.
         others: as in `Stages`.
-        settings: see `Change`; a method that has none here takes those of the world's recipe.
+        settings: see `Change`; a method without settings here uses those of the world's recipe.
 
     Attributes:
-        is_brief: measure sampled responses alone: no greedy rows and no likelihoods of given texts.
-        num_points: policies that an online training keeps, as points of its curve.
+        is_brief: measure only sampled responses: no greedy rows and no likelihoods of given texts.
+        num_points: number of policies that an online training saves, as points of its curve.
     """
 
     is_brief = False

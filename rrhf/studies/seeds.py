@@ -1,6 +1,6 @@
 """Runs the seeds of a study, one after the other or in parallel on several cores.
 
-Each seed uses one thread: at the size of the embedded world, a second thread only slows it down.
+Each seed uses one thread: at the size of the worlds' models, a second thread only slows it down.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def _on_one_thread(run: RunSeed, seed: int, num_seeds: int, say: Callable[[str],
 
 def _quiet_worker() -> None:
     """Turn off progress bars, since bars of several processes would overwrite each other, and end
-    the worker when the study is killed, so that a second call finds no stage at work."""
+    the worker when the study is killed, so that no stage is still running when the command is
+    repeated."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -34,7 +34,7 @@ from rrhf.studies.tuning import LOG, Settings, chosen_settings, tuned
 logger = logging.getLogger(__name__)
 
 ALWAYS = ("sft", "rrhf", "ppo")
-"""Methods that every study has: the claims are differences to these."""
+"""Methods that every study includes, since the claims compare the others with these."""
 
 
 PAGE, NUMBERS, PICTURE = "objectives.md", "objectives.json", "objectives.png"

@@ -94,7 +94,8 @@ def _run(
     jobs: int,
     say: Callable[[str], None],
 ) -> dict[str, Trial]:
-    """Run the trials of some methods and add them to the log; return the best of each method."""
+    """Run the trials of some methods and add them to the log; return the best trial of each
+    method."""
     run = partial(_seed_trials, folder, world, size, grids, settings)
     by_seed = run_seeds(run, TUNING_SEEDS, jobs, say)
     best = {}

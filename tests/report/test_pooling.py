@@ -7,7 +7,7 @@ from method_rows import around, row
 
 from rrhf.evaluation.bootstrap import paired_difference
 from rrhf.evaluation.results import measure_from_json
-from rrhf.report.over_optimization import parting
+from rrhf.report.over_optimization import find_divergence
 from rrhf.report.pooling import pooled_rows
 
 
@@ -27,5 +27,5 @@ def test_every_prompt_of_every_seed_counts_in_means_and_in_paired_differences() 
 def test_gold_that_stalls_on_the_first_seed_alone_has_not_stalled() -> None:
     start = [[row("a", around(0.0), around(0.0))] for _ in range(3)]
     end = [[row("b", around(gold), around(1.0))] for gold in (0.0, 0.5, 0.5)]
-    assert parting([*pooled_rows(start[:1]), *pooled_rows(end[:1])]).kind == "stalls"
-    assert parting([*pooled_rows(start), *pooled_rows(end)]).kind == "follows"
+    assert find_divergence([*pooled_rows(start[:1]), *pooled_rows(end[:1])]).kind == "stalls"
+    assert find_divergence([*pooled_rows(start), *pooled_rows(end)]).kind == "follows"

@@ -33,8 +33,8 @@ class EvaluateRewardConfig(RewardModelOptions, DataOptions):
     name[:proportion[:path]]. Scores in the data, where there are any, give the order."""
 
     output_dir: str = field(metadata={"names": "output folder"})
-    """Folder for the results: for each scorer NAME.json and its scores in NAME.samples.jsonl; and
-    table.md."""
+    """Folder for the results: table.md and, for each scorer, NAME.json and NAME.samples.jsonl (its
+    scores)."""
 
     names: list[str] = field(default_factory=list)
     """Names of the scorers in tables and files, in the same order; by default derived from the
@@ -47,14 +47,14 @@ class EvaluateRewardConfig(RewardModelOptions, DataOptions):
     """Use only this many rows of the data, the same ones for every scorer; 0 = all."""
 
     calibration_bins: int = 10
-    """How many intervals of equal width between 0.5 and 1 the predicted probabilities are put into,
-    to be compared with the accuracy in each."""
+    """Number of bins for the calibration error. The bins divide the predicted probabilities, 0.5 to
+    1, evenly; in each bin, the mean probability is compared with the accuracy."""
 
     confidence: float = CONFIDENCE
     """Confidence level of the intervals."""
 
     bootstrap_resamples: int = RESAMPLES
-    """How often the prompts are resampled for an interval."""
+    """Number of times that the prompts are resampled for an interval."""
 
     max_unscored_fraction: float = MAX_UNSCORED_FRACTION
     """Stop if a scorer fails on more than this share of the responses. Responses that exceed a

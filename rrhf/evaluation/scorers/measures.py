@@ -15,9 +15,9 @@ or over its rows. Responses with equal truth form no pair. Pairs with equal scor
   probability sigmoid(lead) that the response with the higher score is the better one, in bins of
   equal width between 0.5 and 1. Leads are turned into log-odds by `Scorer.logits_per_unit`.
 - length_correlation: of scores with lengths in characters, both as deviations from the row's mean,
-  so that differences between prompts do not count. `truth_length_correlation`: of the truth.
+  so that differences between prompts do not count. `truth_length_correlation` is that of the truth.
 - ties_score: the score of RewardBench 2's subset of ties; `subset_mean`: the mean over subsets of
-  best_of_k, or of the ties_score, as its leaderboard has it.
+  best_of_k, or of the ties_score, as on its leaderboard.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class RankedSet:
 
     @property
     def leads(self) -> np.ndarray:
-        """[M] by how much the better response of each pair scores higher."""
+        """[M] score of the better response minus that of the worse, for every pair."""
         worse, better = self.pairs
         return self.scores[better] - self.scores[worse]
 

@@ -62,7 +62,8 @@ def kept_logprobs(batch: TokenBatch) -> Tensor:
 
 
 class KeptReference:
-    """Adds the log-probs of the starting policy to examples; reads them from a file, or makes it.
+    """Adds the log-probs of the starting policy to examples, read from a file, or computed and
+    saved.
 
     Every rank must build and call the object, before the policy is distributed or trained.
 
@@ -113,7 +114,7 @@ class KeptReference:
 
 
 def _described(examples: EncodedExamples, indices: Sequence[int]) -> tuple[str, list[int]]:
-    """Return a hash of the token ids of these examples, and each example's response tokens."""
+    """Return a hash of these examples' token ids, and each example's number of response tokens."""
     if len(indices) == len(examples) and examples.sizes is not None:
         return examples.ids_sha256, [sum(size.responses) for size in examples.sizes]
     digest, counts = hashlib.sha256(), []
@@ -160,7 +161,7 @@ class _Pass:
         """Wait while another run, for example with another learning rate, makes the same file."""
         part = staged.parts.path_of(0)
         if is_held(part):
-            logger.info("%s: another run is computing it; waiting", staged.output)
+            logger.info("%s: another run is computing this file; waiting", staged.output)
         while is_held(part):
             self._bench.stop.raise_if_received("nothing was begun")
             time.sleep(POLL_SECONDS)
@@ -174,7 +175,8 @@ class _Pass:
         return [range(start, min(start + size, len(self._indices))) for start in starts]
 
     def _batches(self, places: Sequence[int]) -> Iterator[dict[int, EncodedSet]]:
-        """Yield the examples at these places, by place, in batches of the size used in training."""
+        """Yield the examples at these places in batches of training's size, each as place ->
+        example."""
         sets = {place: self._examples[self._indices[place]] for place in places}
         if self._cut.budget is None:
             cut = even_batches(len(places), self._cut.per_device_train_batch_size)
@@ -203,7 +205,7 @@ class _Pass:
         self._policy.to(home)
 
     def _rows(self, sets: Mapping[int, EncodedSet], logprobs: Tensor) -> list[dict[str, Any]]:
-        """Return the part rows of a batch: each holds an example's place and log-probs."""
+        """Return a row of the part file for each example of a batch: its place and log-probs."""
         rows, padded = [], iter(logprobs)
         for place, one in sets.items():
             numbers = torch.cat([next(padded)[: len(ids)] for ids in one.response_ids])

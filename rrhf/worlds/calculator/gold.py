@@ -21,7 +21,7 @@ LOWEST, HIGHEST = -2.0, 1.0
 
 @dataclass(frozen=True)
 class ReplyParts:
-    """What was found in a reply. Numbers are numbers of sentences.
+    """What was found in a reply; integers count sentences.
 
     Attributes:
         right: True if there is an answer, and every answer is the right result.

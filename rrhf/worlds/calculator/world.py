@@ -140,7 +140,7 @@ class Calculator(WrittenWorld):
         return {name: v if isinstance(v, bool) else float(v) for name, v in found.items()}
 
     def _asked(self, rng: random.Random, split: str) -> Iterator[tuple[Problem, str]]:
-        """Yield problems with the numbers of a split, and their prompts, without end."""
+        """Yield endless problems whose numbers belong to a split, each with its prompt."""
         while True:
             problem = self._problem(rng, split)
             yield problem, write_prompt(rng, problem)

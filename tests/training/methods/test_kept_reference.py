@@ -432,7 +432,7 @@ def test_a_run_waits_for_another_that_computes_the_same(
         ends.start()
         assert keep(model, data, tmp_path / "two").name == wanted
         ends.join()
-    assert "another run is computing it; waiting" in caplog.text
+    assert "another run is computing this file; waiting" in caplog.text
 
 
 def test_a_reference_that_is_not_finite_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
