@@ -34,8 +34,9 @@ class EvaluateConfig(FilterOptions, RewardModelOptions, DataOptions):
     """The policy to measure: a model folder, a run folder, or a hub name."""
 
     engine: str = field(default="local", metadata={"registry": ENGINES})
-    """What generates the policy's responses: local = the model in this process; package.module:name
-    = your own engine. A baseline's responses are always generated with local."""
+    """What generates the policy's responses: local = the model in this process; vllm = a vLLM
+    server that is running; package.module:name = your own engine. A baseline's responses are
+    always generated with local."""
 
     engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
 

@@ -59,5 +59,6 @@ class Models:
                 config.per_device_eval_batch_size,
                 config.max_prompt_tokens or None,
                 config.engine_settings,
+                config.temperature,
             )
         )

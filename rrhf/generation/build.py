@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.generation.engine import GenerationEngine
@@ -29,6 +30,10 @@ class EngineOptions:
         max_prompt_tokens: maximum number of tokens in a prompt; None = as many as the model's
             window allows.
         settings: an instance of the dataclass `settings` in the engine's `EngineSpec`, or None.
+        temperature: the sampling temperature.
+        is_live: whether `model` returns a policy in training, whose weights change between calls of
+            the engine.
+        folder: where the engine may write what it passes to another process; None = anywhere.
     """
 
     model_name_or_path: str
@@ -37,6 +42,9 @@ class EngineOptions:
     max_batch_rows: int = 32
     max_prompt_tokens: int | None = None
     settings: Any = None
+    temperature: float = 1.0
+    is_live: bool = False
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,15 @@ class EngineSpec:
         has_model: whether --model_name_or_path names a model that can be loaded here. If so, its
             tokenizer measures prompts and its likelihoods can be computed; otherwise only the
             engine understands the name.
+        check: called with the settings, and whether the engine will serve a policy in training,
+            before any model is loaded; raises a UserError if the engine cannot work. None = no
+            check.
     """
 
     build: Callable[[EngineOptions], GenerationEngine]
     settings: type | None = None
     has_model: bool = True
+    check: Callable[[Any, bool], None] | None = None
 
 
 def build_local(options: EngineOptions) -> GenerationEngine:
@@ -69,5 +81,8 @@ LOCAL = EngineSpec(build_local)
 
 _LAYOUT = "that is a layout (how a batch passes the network), and its flag is --layout"
 ENGINES: Registry[EngineSpec] = Registry(
-    "engine", EngineSpec, {"local": f"{__name__}:LOCAL"}, dict.fromkeys(LAYOUTS, _LAYOUT)
+    "engine",
+    EngineSpec,
+    {"local": f"{__name__}:LOCAL", "vllm": "rrhf.generation.vllm.spec:VLLM"},
+    dict.fromkeys(LAYOUTS, _LAYOUT),
 )

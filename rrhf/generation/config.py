@@ -86,8 +86,8 @@ class GenerateConfig(SamplingOptions, DataOptions):
     """Name of the policy in the sources of its responses; empty = derived from its folder's
     name."""
     engine: str = field(default="local", metadata={"registry": ENGINES})
-    """What writes the responses: local = the model in this process; package.module:name = your own
-    engine."""
+    """What writes the responses: local = the model in this process; vllm = a vLLM server that is
+    running; package.module:name = your own engine."""
     engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
     bf16: bool = False
     """Load the weights in bfloat16."""

@@ -224,6 +224,7 @@ class _Stage:
                 config.per_device_prompt_batch_size * rows_each,
                 config.max_prompt_tokens,
                 config.engine_settings,
+                config.temperature,
             )
         )
         check_decoding(engine, self.params)

@@ -14,11 +14,11 @@ from hh_reward import HHRewardConfig
 
 import rrhf
 from rrhf.cli.main import main
-from rrhf.endpoints.settings import EndpointSettings
 from rrhf.errors import UserError
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.scorers.config import EvaluateRewardConfig
 from rrhf.generation.config import GenerateConfig
+from rrhf.generation.vllm.settings import VLLMSettings
 from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
@@ -45,7 +45,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     CompareConfig: {"rows": ["r"]},
     **{spec.settings: {} for spec in OBJECTIVES.values() if spec.settings},
     RankMethodSettings: {},
-    EndpointSettings: {"base_url": ("http://127.0.0.1:1/v1",)},
+    VLLMSettings: {},
     DemoConfig: {},
     MethodsConfig: {},
     StudyConfig: {},

@@ -236,5 +236,5 @@ def test_a_rollout_encodes_no_prompt_again(world: Path, monkeypatch: pytest.Monk
 
 
 def test_engines_are_listed() -> None:
-    assert list(ENGINES) == ["local"] and ENGINES["local"].has_model
+    assert list(ENGINES) == ["local", "vllm"] and ENGINES["local"].has_model
     assert local().describe()["engine"] == "local"

@@ -23,6 +23,7 @@ from rrhf.generation.local.beam_search import BeamSearch, Hypothesis
 from rrhf.generation.local.decoders import Decoder, decoding
 from rrhf.generation.local.row_loop import ByParams, Chooser, Job, RowLoop, Written
 from rrhf.generation.params import check_params, prompt_room
+from rrhf.generation.samples import sample_of
 from rrhf.models.eval_mode import eval_mode
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
@@ -187,39 +188,8 @@ class LocalEngine:
         ]
 
     def _sample_of(self, job: Job, written: Written) -> Sample:
-        """Cut a response at its first stop string, and decode its text."""
-        ids = written.token_ids.tolist()
-        text = self.codec.decode_response(job.prompt, ids)
-        raw = self.codec.decode_tail(ids)
-        starts = [place for stop in job.stops if (place := raw.find(stop)) >= 0]
-        if not starts:
-            return Sample(job.ids, written.token_ids, written.logprobs, written.finish_reason, text)
-        start = min(starts)
-        # 1 if `raw` still has the blank that the chat format puts before a response.
-        lead = 0 if text[:start] == raw[:start] else 1
-        text = text[: max(0, start - lead)]
-        kept = _tokens_before(start, ids, self.codec.decode_tail)
-        return Sample(
-            job.ids,
-            written.token_ids[:kept],
-            written.logprobs[:kept],
-            "stop",
-            text if text.strip() else "",
-        )
-
-
-def _tokens_before(
-    position: int, ids: Sequence[int], decode: Callable[[Sequence[int]], str]
-) -> int:
-    """Count the tokens that lie wholly before a position of the decoded text."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(decode(ids[:middle])) <= position:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        ended = written.token_ids, written.logprobs, written.finish_reason
+        return sample_of(self.codec, job.prompt, job.ids, job.stops, ended)
 
 
 def _enough(hypotheses: list[Hypothesis], job: Job) -> list[Hypothesis]:
