@@ -1,4 +1,4 @@
-"""Turns command-line words and YAML or JSON files into a configuration, which is a dataclass.
+"""Turns command-line arguments and YAML or JSON files into a configuration, which is a dataclass.
 
 Every field is a flag of the same name (dashes and underscores are the same). The docstring under
 the field is its help text, and its type decides which values are accepted (`rrhf.cli.values`).
@@ -50,11 +50,11 @@ def parse_config(
     prog: str,
     fixed: Mapping[str, str] | None = None,
 ) -> T:
-    """Make a configuration from command-line words.
+    """Make a configuration from command-line arguments.
 
     Args:
         config_class: a dataclass whose fields carry docstrings.
-        argv: the words after the command's name.
+        argv: the arguments after the command's name.
         prog: the command, such as "rrhf score", for the usage line.
         fixed: values that the command's name sets, such as the method in `rrhf train grpo`.
 
@@ -101,9 +101,10 @@ def asks_for_all(argv: Sequence[str]) -> bool:
 def glimpsed(
     flag: Flag, flags: Mapping[str, Flag], argv: Sequence[str], files: ConfigFiles
 ) -> str | None:
-    """Look up one flag in the words and `--config` files before the full parse; None if not set.
+    """Look up one flag in the arguments and `--config` files before the full parse; None if not
+    set.
 
-    Errors in the words are not reported here but by the full parse.
+    Errors in the arguments are not reported here but by the full parse.
     """
     names = spelt_out(flags)
     configs = [word for word in argv[:1] if is_config_file(word)]
@@ -120,14 +121,14 @@ def glimpsed(
 
 
 def is_config_file(word: str) -> bool:
-    """Whether a bare word looks like a settings file, so that it may be given without --config."""
+    """Whether a bare argument looks like a settings file, which needs no --config."""
     return not word.startswith("--") and word.endswith((".yaml", ".yml", ".json"))
 
 
 def read_values(
     flags: Mapping[str, Flag], argv: Sequence[str], prog: str, files: ConfigFiles | None = None
 ) -> dict[str, Any]:
-    """Read field name -> value from the words and the `--config` files; words override files."""
+    """Read field name -> value from the arguments and the `--config` files, which they override."""
     files = ConfigFiles() if files is None else files
     values, configs = read_words(flags, argv, prog)
     from_files: dict[str, Any] = {}
@@ -219,7 +220,7 @@ class _Given:
 def read_words(
     flags: Mapping[str, Flag], argv: Sequence[str], prog: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Parse words; return (field name -> value, names of `--config` files and presets)."""
+    """Parse arguments; return (field name -> value, names of `--config` files and presets)."""
     given = _Given(flags, prog, mark="--")
     positionals = [flag for flag in flags.values() if flag.positional]
     configs: list[str] = []
@@ -257,7 +258,7 @@ def following(words: list[str], flag: Flag, name: str, prog: str) -> Any:
 
 
 def bare_words(words: list[str]) -> list[str]:
-    """Remove and return the words up to the next flag."""
+    """Remove and return the arguments up to the next flag."""
     taken = []
     while words and not words[0].startswith("--"):
         taken.append(words.pop(0))

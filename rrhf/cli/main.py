@@ -53,7 +53,7 @@ MENU = Menu(
     COMMANDS,
     (
         "",
-        "`rrhf COMMAND --help` shows what a command must be given and what people change,",
+        "`rrhf COMMAND --help` shows the flags that a command needs or that people often change,",
         "`--help all` every flag; `rrhf --version` shows the version.",
     ),
 )

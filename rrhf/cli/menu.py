@@ -35,10 +35,10 @@ class Menu:
         return "\n".join([*lines, *self.notes])
 
     def is_shown(self, argv: Sequence[str]) -> bool:
-        """Print the page if the words ask for it; return whether they do.
+        """Print the page if the arguments ask for help; return whether they do.
 
         Raises:
-            UserError: there are no words.
+            UserError: there are no arguments.
         """
         if not argv:
             raise UserError(f"{self.prog}: no {self.kind} given\n\n{self.page()}")

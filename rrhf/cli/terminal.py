@@ -99,7 +99,8 @@ def tell_repeats() -> None:
 def _to_stderr(record: logging.LogRecord) -> bool:
     """Redirect DeepSpeed's messages to stderr, since stdout is for results.
 
-    DeepSpeed's message that no GPU was found is hidden: DeepSpeed may merely be installed.
+    DeepSpeed's message that no GPU was found is hidden, since DeepSpeed may be installed but not
+    used.
     """
     if "Setting accelerator to CPU" not in record.getMessage():
         logging.getLogger().handle(record)

@@ -57,7 +57,7 @@ MENU = Menu(
         ),
         f"  {', '.join(METHODS_BY_NAME)}: ppo with that --method",
         "",
-        "`rrhf train STAGE --help` shows what people change, `--help all` every flag.",
+        "`rrhf train STAGE --help` shows flags that people often change, `--help all` every flag.",
     ),
 )
 

@@ -1,8 +1,8 @@
 """Checks and converts values by the type of their configuration field.
 
-Values come from two places. Command-line words are text, so "3" may mean a number and "none" may
-mean None. YAML and JSON values already have types, but YAML reads `2e-5` as text; where a number is
-expected, text that spells a number is therefore accepted. NaN is never accepted.
+Values come from two places. Command-line arguments are text, so "3" may mean a number and "none"
+may mean None. YAML and JSON values already have types, but YAML reads `2e-5` as text; where a
+number is expected, text that spells a number is therefore accepted. NaN is never accepted.
 """
 
 from __future__ import annotations

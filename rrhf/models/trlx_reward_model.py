@@ -61,9 +61,9 @@ def load_trlx_reward_model(
         for name, value in _renamed(_read_weights(file)):
             if name not in wanted:
                 raise UserError(
-                    f"{file}: --reward_format trlx: holds {name!r}, which a reward model of "
-                    f"type {config.model_type} with keys transformer.* and v_head.weight does not; "
-                    "leave out --reward_format if transformers wrote the folder"
+                    f"{file}: --reward_format trlx: holds {name!r}, a key that a trlx reward "
+                    f"model of type {config.model_type} does not have (its keys are transformer.* "
+                    "and v_head.weight); leave out --reward_format if transformers wrote the folder"
                 )
             _copy(model, name, value, file)
             found.add(name)

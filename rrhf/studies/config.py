@@ -89,8 +89,8 @@ class MethodsConfig(Ranged):
 
 @dataclass
 class StudyConfig(Ranged):
-    """Choose the settings of every method in the same number of trials, then train all methods on
-    both worlds over many seeds, and write the pages that compare them; takes hours."""
+    """Choose the settings of every method in the same number of trials, then train all methods with
+    many seeds on each world, and write the pages that compare them; takes hours."""
 
     output_dir: str = field(default="runs/study", metadata={"names": "output folder"})
     """Folder for the runs; the same command resumes a stopped study and adds what is missing."""

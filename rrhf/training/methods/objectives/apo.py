@@ -25,8 +25,9 @@ class APOSettings(PairSettings):
     """Scale of the implicit rewards, beta * (log p - log p_reference)."""
 
     apo_form: Literal["zero", "down"] = "zero"
-    """zero = raise the better response and lower the worse, for data whose better responses beat
-    the policy's own; down = lower both, the worse more, for data whose better responses do not."""
+    """zero = raise the likelihood of the better response and lower that of the worse one, for data
+    whose better responses beat the policy's own; down = lower both, the worse one more, for other
+    data."""
 
     RANGES: ClassVar = {"beta": POSITIVE}
 
