@@ -44,3 +44,7 @@ class StoppedBySignal(Exception):
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class NothingSent(Exception):
+    """Raised by a dry run before it would send anything; the message says what it would send."""

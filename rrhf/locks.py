@@ -1,8 +1,8 @@
 """File locks (flock) that allow one writer at a time.
 
-The operating system releases a lock when its process ends, even if it is killed. On a disk without
-locks, work continues unlocked, with a warning. A file whose mere presence is the lock would not do,
-because a killed process would leave the file behind. Standard library only.
+The operating system releases a lock when its process ends, even if it is killed. On a file system
+that does not support locks, work continues unlocked, with a warning. A file whose mere presence is
+the lock would not do, because a killed process would leave it behind. Standard library only.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from rrhf.errors import (
     EXIT_USER_ERROR,
     LostRank,
     NonFiniteError,
+    NothingSent,
     StoppedBySignal,
     UserError,
 )
@@ -126,6 +127,9 @@ def _called(command: Callable[[], int]) -> int:
     except (UserError, NonFiniteError, LostRank) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT
+    except NothingSent as told:
+        print(told)
+        return EXIT_DONE
     except StoppedBySignal as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code

@@ -13,7 +13,8 @@ from rrhf.studies.rows import Row
 
 
 def trainings(results: Sequence[SeedResult], methods: Sequence[str], first: str) -> list[Training]:
-    """Return the curve of every method; the curve of an offline objective is SFT and its policy.
+    """Return the curve of every method; that of an offline objective has two points, SFT and the
+    trained policy.
 
     Args:
         results: the results of the seeds.

@@ -288,8 +288,8 @@ class Stages:
     # Used by several stages.
 
     def _shared(self, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings that all trainings share, with those of this stage; a stopped
-        training is resumed."""
+        """Return the settings that all trainings share, and those of this stage. They let a
+        repeated call resume a stopped training."""
         folder = self.place(name)
         return {
             "output_dir": str(folder),

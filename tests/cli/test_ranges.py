@@ -14,6 +14,7 @@ from hh_reward import HHRewardConfig
 
 import rrhf
 from rrhf.cli.main import main
+from rrhf.endpoints.settings import EndpointSettings
 from rrhf.errors import UserError
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.scorers.config import EvaluateRewardConfig
@@ -45,6 +46,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     CompareConfig: {"rows": ["r"]},
     **{spec.settings: {} for spec in OBJECTIVES.values() if spec.settings},
     RankMethodSettings: {},
+    EndpointSettings: {"base_url": ("http://127.0.0.1:1/v1",)},
     VLLMSettings: {},
     DemoConfig: {},
     MethodsConfig: {},

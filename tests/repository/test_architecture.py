@@ -51,7 +51,7 @@ def test_arrows_go_down() -> None:
 
 def test_a_room_without_a_place_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [layer for layer in architecture.floors() if "algorithms" not in layer]
-    with pytest.raises(SystemExit, match="give algorithms a place in ROOMS"):
+    with pytest.raises(SystemExit, match="give algorithms, endpoints a place in ROOMS"):
         architecture.picture(architecture.imports(), layers)
 
 

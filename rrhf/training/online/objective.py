@@ -117,5 +117,5 @@ class PPOObjective:
 
 
 def _mask(batch: TokenBatch) -> Tensor:
-    """Return [N, R], True at response tokens of rows that count."""
+    """Return [N, R], True at response tokens of rows with a weight above 0."""
     return batch.response_mask & (batch.row_weights > 0)[:, None]
