@@ -11,6 +11,7 @@ from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.scorers.config import EvaluateRewardConfig
 from rrhf.generation.config import GenerateConfig
 from rrhf.scoring.config import ScoreConfig
+from rrhf.scoring.http.server_config import ServeRewardConfig
 from rrhf.training.methods.rank_config import RankConfig
 from rrhf.training.methods.reward_config import RewardConfig
 from rrhf.training.methods.sft_config import SFTConfig
@@ -20,6 +21,7 @@ from rrhf.training.rounds.iterative_config import IterativeConfig
 COMMANDS: dict[str, type] = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "serve-reward": ServeRewardConfig,
     "response-gen": response_gen.ResponseGenConfig,
     "evaluate": EvaluateConfig,
     "evaluate-reward": EvaluateRewardConfig,

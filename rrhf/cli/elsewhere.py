@@ -49,7 +49,8 @@ _SERVER = (
 COMMANDS = _by_word(
     {
         "chat": 'there is no chat; `rrhf generate --prompts "text"` answers, and ' + _SERVER,
-        "serve deploy": f"there is no server; {_SERVER}",
+        "serve deploy": f"there is no server of policies (of scores, it is "
+        f"`rrhf serve-reward`); {_SERVER}",
         "infer inference predict sample": "it is `rrhf generate`",
         "plan": "there is no estimate of cost; `rrhf data stats DATA` measures the data, and "
         "`--max_steps 1` with any `rrhf train` shows whether it fits in memory",

@@ -164,12 +164,14 @@ def _check_engines_model(name: str, config: Any) -> None:
 
 
 def _check_scorer(spec: str, config: Any) -> None:
-    from rrhf.scoring.build import check_scorer_place
+    from rrhf.scoring.build import check_scorer_place, probe_scorer
     from rrhf.scoring.config import RewardModelOptions
 
     names = (item.name for item in fields(RewardModelOptions))
     given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    check_scorer_place(spec, RewardModelOptions(**given))
+    options = RewardModelOptions(**given)
+    check_scorer_place(spec, options)
+    probe_scorer(spec, options)
 
 
 def _check_data(specs: str, config: Any, may_be_prompt: bool = False) -> None:

@@ -137,6 +137,21 @@ PAGES: dict[str, Page] = {
         "{prog} --model_name_or_path runs/rank --prompts heldout.jsonl --scorer runs/reward \\\n"
         "  --reference_model_name_or_path runs/sft --baseline runs/sft --output_dir rows",
     ),
+    "ServeRewardConfig": Page(
+        (
+            "host",
+            "port",
+            "token_env",
+            "max_request_megabytes",
+            "reward_format",
+            "reward_chat_format",
+            "normalize",
+            "max_length",
+            "max_batch_tokens",
+            "bf16",
+        ),
+        "{prog} runs/reward",
+    ),
     "EvaluateRewardConfig": Page(
         (
             "names",

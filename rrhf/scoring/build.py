@@ -4,6 +4,7 @@ The forms of a name are:
 
 - `gold:NAME`: the true preference of a world, by its name or as `gold:package.module:name`;
 - `function:module:name`: a Python function;
+- `http://HOST:PORT/PATH`, `https://...`: a server;
 - `package.module:name`: the user's own scorer, as a class or as a function that makes the scorer;
 - `mean:A,B`, `minimum:A,B`, `mean_minus_deviation:A,B`, `sum:0.7*A,0.3*B`: an ensemble
   (`rrhf.ensemble_names`);
@@ -12,8 +13,9 @@ The forms of a name are:
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rrhf.ensemble_names import RULES, parse_ensemble, scorer_names
 from rrhf.models.reward_folders import config_folder, require_score_head, weight_files
@@ -32,6 +34,8 @@ SCORERS: Registry[ScorerMaker] = Registry(
     {
         "gold": "rrhf.scoring.gold:GoldScorer",
         "function": "rrhf.scoring.function:FunctionScorer",
+        "http": "rrhf.scoring.http.scorer:HttpScorer",
+        "https": "rrhf.scoring.http.scorer:HttpScorer",
     },
 )
 """Prefix of a scorer's name -> the class that makes the scorer."""
@@ -60,7 +64,7 @@ def build_scorer(
         return EnsembleScorer(ensemble, scorers, options.normalize)
     prefix, target = made_by(spec)
     if prefix:
-        return SCORERS[prefix](target=target)
+        return _with_prefix(prefix, name=spec, target=target, options=options, device=device)
     if target:
         return OwnScorer(spec, SCORERS[spec], options=options, device=device)
     from rrhf.scoring.reward_model import RewardModelScorer, TrlxScorer
@@ -96,7 +100,7 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
         return
     prefix, target = made_by(spec)
     if prefix:
-        SCORERS[prefix](target=target)
+        _with_prefix(prefix, name=spec, target=target, options=options, device=None)
     elif target:
         require_maker(spec, SCORERS[spec])
     elif options.reward_format == "trlx":
@@ -104,6 +108,25 @@ def check_scorer_place(spec: str, options: RewardModelOptions) -> None:
         config_folder(spec, options.reward_base)
     else:
         require_score_head(spec)
+
+
+def probe_scorer(spec: str, options: RewardModelOptions) -> None:
+    """Check that the servers that a scorer asks are there; call it after `check_scorer_place`.
+
+    Raises:
+        UserError: a server cannot be reached, or does not answer as it should.
+    """
+    for name in scorer_names(spec):
+        prefix, target = made_by(name)
+        if prefix:
+            _with_prefix(prefix, name=name, target=target, options=options, device=None).probe()
+
+
+def _with_prefix(prefix: str, **offered: Any) -> Scorer:
+    """Make a scorer with those of the offered arguments that its maker has."""
+    maker = SCORERS[prefix]
+    parameters = inspect.signature(maker).parameters
+    return maker(**{name: value for name, value in offered.items() if name in parameters})
 
 
 def is_made(spec: str) -> bool:

@@ -12,8 +12,17 @@ from rrhf.models.forward.names import Layout
 from rrhf.ranges import COUNT, INDEX, POSITIVE, SHARE, Ranged
 
 
+@dataclass(kw_only=True)
+class RemoteScorerOptions:
+    """Where scorers on other machines may be."""
+
+    scorer_hosts: tuple[str, ...] = ()
+    """Hosts, other than this machine, that prompts and responses may be sent to for their scores
+    (--scorer https://..., judge:...), such as scores.example.org."""
+
+
 @dataclass
-class RewardModelOptions(Ranged):
+class RewardModelOptions(RemoteScorerOptions, Ranged):
     """How reward models in this process are loaded and run; your own scorer may use these settings
     too."""
 
@@ -80,8 +89,9 @@ class ScoreConfig(RewardModelOptions, DataOptions):
     )
     """What scores: folder, run folder or hub name of a reward model; function:module:name, a Python
     function; package.module:name, a class of your own derived from rrhf.scoring.scorer.Scorer;
-    gold:WORLD, a world's true preference; or several as one: mean:A,B, minimum:A,B,
-    mean_minus_deviation:A,B or sum:0.7*A,0.3*B."""
+    gold:WORLD, a world's true preference; http://HOST:PORT/PATH, a server such as
+    `rrhf serve-reward`; or several as one: mean:A,B, minimum:A,B, mean_minus_deviation:A,B or
+    sum:0.7*A,0.3*B."""
 
     only_missing: bool = False
     """Keep existing scores and score only the other candidates."""

@@ -51,6 +51,15 @@ class Scorer(Protocol):
         scores depend."""
         return {"name": self.name, "normalized": self.normalized}
 
+    def probe(self) -> None:
+        """Check that what scores is there, if it is not in this process; called before any model is
+        loaded.
+
+        Raises:
+            UserError: it cannot be reached, or does not answer as it should.
+        """
+        return
+
     def fits(self, s: CandidateSet, candidate: Candidate) -> bool:
         """Whether the response fits into the window after at least the prompt's last turn.
 
@@ -65,7 +74,7 @@ class ScorerMaker(Protocol):
 
     Of the following arguments, it gets those that its signature names: `options`, an
     `rrhf.scoring.config.RewardModelOptions`; `device`, the device on which a model runs; and, for a
-    scorer with a prefix (`gold:TARGET`), `target`.
+    scorer with a prefix (`gold:TARGET`), `target`, and `name`, the whole name.
     """
 
     def __call__(self, *args: Any, **named: Any) -> Scorer: ...

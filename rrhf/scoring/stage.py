@@ -67,6 +67,7 @@ _NOT_SETTINGS = (
     "accept_edited_files",
     "columns",
     "wait_seconds",
+    "scorer_hosts",
 )
 
 

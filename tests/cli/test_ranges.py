@@ -23,6 +23,8 @@ from rrhf.generation.vllm.settings import VLLMSettings
 from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
+from rrhf.scoring.http.scorer import HttpScorerSettings
+from rrhf.scoring.http.server_config import ServeRewardConfig
 from rrhf.studies.config import DemoConfig, MethodsConfig, StudyConfig
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.rank_config import RankConfig
@@ -44,6 +46,8 @@ CONFIGS: dict[type, dict[str, Any]] = {
     EvaluateConfig: {"model_name_or_path": "m", "prompts": "p", "output_dir": "o"},
     EvaluateRewardConfig: {"scorers": ["s"], "data_path": "d", "output_dir": "o"},
     CompareConfig: {"rows": ["r"]},
+    ServeRewardConfig: {"scorer": "s"},
+    HttpScorerSettings: {},
     **{spec.settings: {} for spec in OBJECTIVES.values() if spec.settings},
     RankMethodSettings: {},
     EndpointSettings: {"base_url": ("http://127.0.0.1:1/v1",)},

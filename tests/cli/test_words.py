@@ -145,7 +145,7 @@ def test_words_of_other_programs_get_no_misleading_name():
             if word not in spellings(flags) and (command, word) != MEANT:
                 assert near(word, spellings(flags)) == [], (command, word)
     assert near("dpo", STAGES) == near("kto", STAGES) == near("chat", ALL_COMMANDS) == []
-    assert near("plan", ALL_COMMANDS) == near("serve", ALL_COMMANDS) == []
+    assert near("plan", ALL_COMMANDS) == near("server", ALL_COMMANDS) == []
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def train(config: PPOConfig) -> Path:
         layout=config.layout,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        scorer_hosts=config.scorer_hosts,
     )
     check_scorer(config.reward_model_name_or_path, scoring)
     with opened_workbench(config) as opened, _offload(config, opened) as offload:

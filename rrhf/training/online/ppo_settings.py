@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from rrhf.generation.params import FilterOptions, SamplingParams
 from rrhf.ranges import BELOW_ONE, COUNT, INDEX, NOT_NEGATIVE, SHARE
+from rrhf.scoring.config import RemoteScorerOptions
 from rrhf.training.core.config import GroupSettings, TrainingConfig
 from rrhf.training.online.methods import METHODS, RankMethodSettings
 
 
 @dataclass
-class PPOSettings(FilterOptions, TrainingConfig):
+class PPOSettings(RemoteScorerOptions, FilterOptions, TrainingConfig):
     """Settings of online training: rollouts, rewards and updates."""
 
     model_name_or_path: str = field(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from rrhf.errors import UserError
 from rrhf.generation.config import GenerateConfig, SamplingOptions
 from rrhf.ranges import COUNT, NOT_NEGATIVE, SHARE
-from rrhf.scoring.config import RewardModelOptions, ScoreConfig
+from rrhf.scoring.config import RemoteScorerOptions, RewardModelOptions, ScoreConfig
 from rrhf.training.methods.rank_config import RankConfig, RankSettings
 
 EVALUATION_ROUND = 1_000_000_000
@@ -28,7 +28,7 @@ _OF_EVALUATIONS = (
 
 
 @dataclass
-class IterativeConfig(SamplingOptions, RankSettings):
+class IterativeConfig(RemoteScorerOptions, SamplingOptions, RankSettings):
     """Train a policy by RRHF in rounds (the paper's IP-n): each round samples with the policy of
     the round before, scores the samples, and trains on their ranking."""
 
@@ -164,6 +164,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             max_unscored_fraction=self.max_unscored_fraction,
             reward_format=self.reward_format,
             reward_base=self.reward_base,
+            scorer_hosts=self.scorer_hosts,
             **self._model_options(),
             accept_edited_files=self.accept_edited_files,
             wait_seconds=self.ddp_timeout,
@@ -175,6 +176,7 @@ class IterativeConfig(SamplingOptions, RankSettings):
             reward_format=self.reward_format,
             reward_base=self.reward_base,
             trust_remote_code=self.trust_remote_code,
+            scorer_hosts=self.scorer_hosts,
         )
 
     def ranking(self, policy: str, data: Path, output_dir: Path, resume: bool) -> RankConfig:

@@ -1,0 +1,218 @@
+"""Sends JSON to a server and reads its JSON answer, within limits of time and size.
+
+Redirects are not followed, proxies not used, and compressed answers refused. Standard library only.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import logging
+import os
+import socket
+import ssl
+import threading
+import time
+from typing import Any, NoReturn
+
+from rrhf.errors import UserError
+from rrhf.scoring.http.addresses import Address, Resolver, resolved
+
+logger = logging.getLogger(__name__)
+
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may succeed."""
+_FIRST_WAIT, _LONGEST_WAIT, _ATTEMPTS = 0.5, 30.0, 8
+_CHUNK = 1 << 16
+
+
+class Busy(Exception):
+    """A failure after which the same request may succeed.
+
+    Attributes:
+        wait: how many seconds the server asks to wait; None if it does not say.
+    """
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class JsonClient:
+    """Posts JSON to one address.
+
+    Args:
+        address: where to.
+        token_env: environment variable with the token that is sent as `Authorization: Bearer`;
+            "" = none.
+        resolver: finds the host's addresses; None = as the system does.
+
+    Raises:
+        UserError: the variable is not set, or the token would be sent unencrypted.
+    """
+
+    def __init__(
+        self, address: Address, token_env: str = "", resolver: Resolver | None = None
+    ) -> None:
+        self.address = address
+        self._resolver = resolver
+        self._ip: str | None = None
+        self._token = ""
+        if token_env:
+            self._token = os.environ.get(token_env, "").strip()
+            if not self._token:
+                raise UserError(
+                    f"{address.url}: the environment variable {token_env}, which should hold the "
+                    "server's token, is not set"
+                )
+            if not self._token.isascii() or not self._token.isprintable():
+                raise UserError(f"{token_env}: holds letters that no token has; set it again")
+            if address.scheme == "http" and not address.is_own:
+                raise UserError(
+                    f"{address.url}: the token in {token_env} would be sent to {address.host} "
+                    "unencrypted; use https"
+                )
+
+    def redacted(self, text: str) -> str:
+        """Replace the token in a text that came from the server."""
+        return text.replace(self._token, "[token]") if self._token else text
+
+    def post(self, body: Any, max_bytes: int, seconds: float, retries: bool = True) -> Any:
+        """Send a value and return the answer.
+
+        Args:
+            body: any JSON value.
+            max_bytes: a longer answer is refused.
+            seconds: time for everything together: connecting, waiting, repeating, reading.
+            retries: repeat the request while the server is away or busy.
+
+        Raises:
+            UserError: the server does not answer in time, or not as it should.
+        """
+        deadline = time.monotonic() + seconds
+        data = json.dumps(body, allow_nan=False).encode()
+        wait = _FIRST_WAIT
+        for attempt in itertools.count(1):
+            try:
+                return self._sent(data, max_bytes, deadline)
+            except Busy as error:
+                pause = wait if error.wait is None else max(error.wait, 0.0)
+                left = deadline - time.monotonic()
+                if not retries or left <= pause or attempt == _ATTEMPTS:
+                    raise UserError(
+                        f"{self.address.url}: does not answer: {error} (attempt {attempt}, limit "
+                        f"{seconds:g} seconds); check that the server is running"
+                    ) from None
+                logger.warning("%s: %s; trying again", self.address.url, error)
+                time.sleep(pause)
+                wait = min(2 * wait, _LONGEST_WAIT)
+        raise AssertionError("the loop ends by returning or raising")
+
+    def _sent(self, data: bytes, max_bytes: int, deadline: float) -> Any:
+        if self._ip is None:
+            self._ip = resolved(self.address, self._resolver)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Busy("no time is left")
+        connection = _Connection(self.address, self._ip, left)
+        timer = threading.Timer(left, connection.cut)
+        timer.daemon = True
+        timer.start()
+        headers = {
+            "Host": self.address.authority,
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            **({"Authorization": f"Bearer {self._token}"} if self._token else {}),
+        }
+        try:
+            connection.request("POST", self.address.path, data, headers)
+            response = connection.getresponse()
+            self._check_status(response)
+            content = self._content(response, max_bytes)
+            if connection.was_cut:
+                raise OSError("no answer in time")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            if isinstance(error, ssl.SSLCertVerificationError):
+                self._refuse(f"its certificate is not valid ({error.verify_message})")
+            said = "no answer in time" if connection.was_cut else str(error) or type(error).__name__
+            raise Busy(self.redacted(said)) from error
+        finally:
+            timer.cancel()
+            connection.close()
+        return self._parsed(content)
+
+    def _check_status(self, response: http.client.HTTPResponse) -> None:
+        status = response.status
+        if status == 200:
+            return
+        said = self.redacted(" ".join(response.read(2000).decode("utf-8", "replace").split()))[:300]
+        told = f"status {status} {response.reason}{': ' if said else ''}{said}"
+        if status in BUSY:
+            after = response.headers.get("Retry-After", "")
+            raise Busy(self.redacted(told), float(after) if after.isdecimal() else None)
+        if 300 <= status < 400:
+            self._refuse(f"redirects (status {status}), which is not followed; name the final URL")
+        if status in (401, 403):
+            self._refuse(f"{told}; check the token, #token_env=NAME names its variable")
+        self._refuse(told)
+
+    def _content(self, response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            self._refuse("the answer is compressed, which was not asked for")
+        if (response.length or 0) > max_bytes:
+            self._refuse(f"the answer has {response.length} bytes, more than {max_bytes}")
+        content = b""
+        while part := response.read(min(_CHUNK, max_bytes + 1 - len(content))):
+            content += part
+            if len(content) > max_bytes:
+                self._refuse(f"the answer has more than {max_bytes} bytes")
+        if response.length:
+            raise OSError(f"the answer ended {response.length} bytes early")
+        return content
+
+    def _parsed(self, content: bytes) -> Any:
+        def refuse_constant(name: str) -> NoReturn:
+            self._refuse(f"the answer holds {name}, which is no number; use null")
+
+        try:
+            return json.loads(content, parse_constant=refuse_constant)
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            begin = self.redacted(content[:200].decode("utf-8", "replace"))
+            self._refuse(f"the answer is not JSON ({error}): {begin!r}")
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise UserError(f"{self.address.url}: {self.redacted(why)}")
+
+
+class _Connection(http.client.HTTPConnection):
+    """Connects to an IP address that was checked before, and can be cut off at any moment."""
+
+    def __init__(self, address: Address, ip: str, seconds: float) -> None:
+        super().__init__(address.host, address.port, timeout=seconds)
+        self._address, self._ip = address, ip
+        self._raw: socket.socket | None = None
+        self.was_cut = False
+
+    def connect(self) -> None:
+        self._raw = socket.create_connection((self._ip, self._address.port), self.timeout)
+        self.sock = self._raw
+        if self._address.scheme == "https":
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self._raw, server_hostname=self._address.host)
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        self.was_cut = True
+        for sock in (self.sock, self._raw):
+            try:
+                if sock is not None:
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                continue
