@@ -104,7 +104,7 @@ def measure(path: Path, rounds: int, score: bool) -> dict[str, list[float]]:
     return seconds
 
 
-def told(form: str, rows: int, size: int, seconds: dict[str, list[float]]) -> str:
+def report_line(form: str, rows: int, size: int, seconds: dict[str, list[float]]) -> str:
     lines = [f"{form}: {rows:,} rows of {size // rows} bytes"]
     for name, own in seconds.items():
         ratios = [one / base for one, base in zip(own, seconds[BASELINE], strict=True)]
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             path = write(Path(folder) / f"{form}.jsonl", form, given.rows)
             seconds = measure(path, given.rounds, not given.without_score)
-            print(told(form, given.rows, path.stat().st_size, seconds))
+            print(report_line(form, given.rows, path.stat().st_size, seconds))
 
 
 if __name__ == "__main__":

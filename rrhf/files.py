@@ -52,8 +52,8 @@ def with_home_folder(path: PathLike) -> Path:
     found = Path(os.path.expanduser(text))
     if found.parts and found.parts[0].startswith("~") and not found.exists():
         raise UserError(
-            f"{text}: {found.parts[0]} is no home folder here; write the whole path, or ./{text} "
-            "if the name itself begins with ~"
+            f"{text}: {found.parts[0]} is not a home folder here; write the whole path, or "
+            f"./{text} if the name itself begins with ~"
         )
     return found
 

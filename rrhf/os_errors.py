@@ -185,7 +185,7 @@ def _free_bytes(path: PathLike) -> str:
 
 
 class FullDisk(Exception):
-    """A write failed for lack of space; `told_failure` turns this into a message.
+    """A write failed for lack of space; `explained_failure` turns this into a message.
 
     Attributes:
         needed_bytes: the total size of the data to be written.
@@ -197,7 +197,7 @@ class FullDisk(Exception):
 
 
 @contextmanager
-def telling_need(needed_bytes: int) -> Iterator[None]:
+def explained_full_disk(needed_bytes: int) -> Iterator[None]:
     """Context manager: raise `FullDisk` with the bytes needed if the disk is full."""
     try:
         yield
@@ -219,7 +219,7 @@ def full_disk(error: BaseException | None) -> str | None:
     return None
 
 
-def told_failure(error: BaseException, staged: Path, written: int = 0) -> BaseException:
+def explained_failure(error: BaseException, staged: Path, written: int = 0) -> BaseException:
     """Turn a failure to write a folder into a `UserError`; return any other error unchanged.
 
     Args:

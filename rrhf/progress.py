@@ -29,7 +29,7 @@ LINE_SECONDS = 5.0
 T = TypeVar("T")
 _active: list[Progress] = []
 # Time of the last line of any work; before the first line, the time when the first work began.
-_last_told: float | None = None
+_last_line: float | None = None
 
 
 class Progress:
@@ -47,7 +47,7 @@ class Progress:
         self._done = self._done_before = done
         self._figures = ""
         self._started = _now()
-        _told_since(self._started)
+        _last_line_time(self._started)
         self._bar: Any = None
         if logger.isEnabledFor(logging.INFO) and _can_draw():
             from tqdm import tqdm
@@ -67,10 +67,10 @@ class Progress:
 
     def _tell(self, detail: str) -> None:
         """Write the line, unless one was written in the last `LINE_SECONDS`."""
-        global _last_told
-        if (now := _now()) - _told_since(now) < LINE_SECONDS:
+        global _last_line
+        if (now := _now()) - _last_line_time(now) < LINE_SECONDS:
             return
-        _last_told = now
+        _last_line = now
         logger.info("%s", self._line(now, detail))
 
     def _line(self, now: float, detail: str) -> str:
@@ -93,13 +93,13 @@ class Progress:
             self._bar.close()
 
 
-def _told_since(now: float) -> float:
+def _last_line_time(now: float) -> float:
     """Return the time of the last line, whichever work wrote it: many short pieces of work then
     share a line instead of printing one line each."""
-    global _last_told
-    if _last_told is None:
-        _last_told = now
-    return _last_told
+    global _last_line
+    if _last_line is None:
+        _last_line = now
+    return _last_line
 
 
 def pulse(detail: str) -> None:

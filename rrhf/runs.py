@@ -63,7 +63,7 @@ def are_settings(path: Path) -> bool:
     return "output_dir" in (json_object(path) or {})
 
 
-def told_changes(changed: Sequence[tuple[str, Any, Any]]) -> str:
+def describe_changes(changed: Sequence[tuple[str, Any, Any]]) -> str:
     """List changed settings as text, at most ten; each is (name, value before, value now)."""
     lines = [f"  {name} was {was!r} and is {now!r}" for name, was, now in changed[:_MOST_CHANGES]]
     if (left_out := len(changed) - len(lines)) > 0:
@@ -111,7 +111,8 @@ class RunFolder:
         changed = self._changed_settings(config)
         if changed:
             raise UserError(
-                f"{self.path}: holds a finished run with other settings:\n{told_changes(changed)}\n"
+                f"{self.path}: holds a finished run with other settings:\n"
+                f"{describe_changes(changed)}\n"
                 "Use the same settings, or choose another --output_dir"
             )
         return model

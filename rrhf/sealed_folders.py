@@ -109,7 +109,7 @@ def _difference(folder: Path, name: str, seal: Any, deep: bool) -> str | None:
     """Describe how one file differs from its entry in the manifest; None if it does not."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or name in ("", MANIFEST):
-        return f"{MANIFEST} names {name!r}, which is no file of the folder"
+        return f"{MANIFEST} names {name!r}, which is not a file of the folder"
     if not _is_seal(seal):
         return f"{MANIFEST} says of {name} {json.dumps(seal)[:60]}, not its bytes and SHA-256"
     try:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rrhf.files import sync_folder
-from rrhf.os_errors import explained_os_errors, told_failure
+from rrhf.os_errors import explained_failure, explained_os_errors
 from rrhf.sealed_folders import damage_of, seal_folder
 
 STAGED, DOOMED = ".staged-", ".doomed-"
@@ -37,7 +37,7 @@ def no_trace_of_failure(staged: Path) -> Iterator[None]:
     except BaseException as error:
         written = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
         shutil.rmtree(staged, ignore_errors=True)
-        raise told_failure(error, staged, written) from error
+        raise explained_failure(error, staged, written) from error
 
 
 def saved_folder(target: Path, write: Callable[[Path], None]) -> None:

@@ -127,7 +127,7 @@ def guarded(what: str, cure: str = "fix it", folder: str | None = None) -> Itera
             f"{what} called sys.exit({shown(error.code)}) ({place_of(error)}); {cure}"
         ) from error
     except BaseException as error:
-        raise UserError(f"{what} raised {told_error(error)}; {cure}") from error
+        raise UserError(f"{what} raised {describe_error(error)}; {cure}") from error
 
 
 def shown(value: Any) -> str:
@@ -139,7 +139,7 @@ def shown(value: Any) -> str:
         return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind} that cannot be printed"
 
 
-def told_error(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an exception and the place where it was raised."""
     message = message_of(error)
     kind = type(error).__name__

@@ -221,7 +221,7 @@ def flags_named(sentence: str) -> set[str]:
     return set(_NAMED.findall(_QUOTED.sub("", sentence)))
 
 
-def what_serves(flag: str, known: Collection[str]) -> str:
+def replacement_for(flag: str, known: Collection[str]) -> str:
     """Return the sentence that says what to use instead of another program's flag; "" if there is
     none.
 

@@ -70,7 +70,7 @@ def parse_config(
         # What is chosen may bring a choice of its own, as an online method brings objectives.
         while fresh := [name for name in choices_among(config_class, flags) if name not in seen]:
             for name in fresh:
-                if value := fixed.get(name) or glimpsed(flags[name], flags, argv, files):
+                if value := fixed.get(name) or look_up(flags[name], flags, argv, files):
                     chosen[name] = value
             seen.update(fresh)
             flags = flags_of(config_class, chosen)
@@ -98,7 +98,7 @@ def asks_for_all(argv: Sequence[str]) -> bool:
     return argv[place] == "--help=all" or list(argv[place + 1 : place + 2]) == ["all"]
 
 
-def glimpsed(
+def look_up(
     flag: Flag, flags: Mapping[str, Flag], argv: Sequence[str], files: ConfigFiles
 ) -> str | None:
     """Look up one flag in the arguments and `--config` files before the full parse; None if not

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import rrhf
 from rrhf.cli.menu import Menu
-from rrhf.cli.terminal import configure_logging, tell_repeats
+from rrhf.cli.terminal import configure_logging, print_repeats
 from rrhf.errors import (
     EXIT_DONE,
     EXIT_FAULT,
@@ -123,7 +123,7 @@ def _called(command: Callable[[], int]) -> int:
         try:
             return command()
         finally:
-            tell_repeats()
+            print_repeats()
             sys.stdout.flush()  # here a failed flush is still caught, even after --help
     except (UserError, NonFiniteError, LostRank) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from rrhf.cli.fields import Flag, flags_of
 from rrhf.cli.flags import asks_for_all, asks_for_help, build, read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.places import check_places
-from rrhf.cli.terminal import print_once, tell_repeats
+from rrhf.cli.terminal import print_once, print_repeats
 from rrhf.commands import next_step
 from rrhf.errors import EXIT_DONE
 from rrhf.model_paths import require_models_as_written
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
     generate_file(generate_config, *launched_place())
     score_file(score_config, *launched_place())
-    tell_repeats()
+    print_repeats()
     ranked = Path(own.output_dir) / TRAIN_DATA
     words = ["--model_name_or_path", own.model_name_or_path, "--data_path", ranked]
     step = next_step("rrhf", "train", "rank", *words, "--output_dir", "RUN")

@@ -57,7 +57,7 @@ class Voice(logging.StreamHandler[Any]):
         with tqdm.external_write_mode(file=sys.stderr):
             super().emit(record)
 
-    def tell_repeats(self) -> None:
+    def print_repeats(self) -> None:
         """Print each warning that was repeated, with its count; then reset the counts."""
         for text, times in self._warned.items():
             if times > 1:
@@ -89,11 +89,11 @@ def show_progress_alone() -> None:
     logging.getLogger(_PROGRESS).setLevel(logging.INFO)
 
 
-def tell_repeats() -> None:
+def print_repeats() -> None:
     """Print each warning that was repeated, with its count; call this at the end of a command."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Voice):
-            handler.tell_repeats()
+            handler.print_repeats()
 
 
 def _to_stderr(record: logging.LogRecord) -> bool:

@@ -13,7 +13,7 @@ from rrhf.cli.fields import normalise
 from rrhf.cli.help_page import HELP_WIDTH
 from rrhf.cli.menu import Menu
 from rrhf.cli.places import read_settings
-from rrhf.cli.terminal import print_once, tell_repeats
+from rrhf.cli.terminal import print_once, print_repeats
 from rrhf.cli.words import METHODS_BY_NAME, STAGE_WORDS, stage_meant
 from rrhf.errors import EXIT_DONE, AlreadyFinished, UserError
 from rrhf.training.methods.objectives import OBJECTIVES
@@ -80,6 +80,6 @@ def main(argv: list[str]) -> int:
     except AlreadyFinished as finished:
         print_once("The run is complete already; nothing was changed.")
         model = finished.folder
-    tell_repeats()
+    print_repeats()
     print_once(f"Trained model: {model}")
     return EXIT_DONE

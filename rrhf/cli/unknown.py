@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rrhf.cli.elsewhere import what_serves
+from rrhf.cli.elsewhere import replacement_for
 from rrhf.cli.fields import Flag, near, normalise, spellings
 from rrhf.cli.help_page import first_sentence
 from rrhf.cli.words import meanings
@@ -27,7 +27,7 @@ def unknown(name: str, flags: Mapping[str, Flag], where: str, mark: str = "") ->
     if meant := meanings(word, flags):
         lines = (f"  {mark}{flag.name}: {first_sentence(flag.help)}" for flag in meant)
         return "\n".join([f"{where}: {kind} {name} may mean", *lines])
-    if served := what_serves(word, flags):
+    if served := replacement_for(word, flags):
         return f"{where}: unknown {kind} {name}: {served}."
     if owner := chosen_elsewhere(word, flags):
         return f"{where}: {kind} {name} is a setting of --{owner}, which is not chosen."

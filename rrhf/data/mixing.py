@@ -146,8 +146,8 @@ def _parse_part(text: str) -> SourceSpec:
     if match is None:
         own = f"; there is no module {name!r} here, for a function of your own start in its folder"
         raise UserError(
-            f"{text!r}: {proportion!r} is no proportion; write a number (0.5), a fraction (1/3), "
-            f"or a count (1000/-1){own if is_import_path(as_function) else ''}"
+            f"{text!r}: {proportion!r} is not a proportion; write a number (0.5), a fraction "
+            f"(1/3), or a count (1000/-1){own if is_import_path(as_function) else ''}"
         )
     above, below = Fraction(match.group(1)), Fraction(match.group(2) or "1")
     if below == 0:

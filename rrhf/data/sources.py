@@ -109,9 +109,9 @@ def known_names() -> list[str]:
 
 def _unknown(name: str) -> UserError:
     return UserError(
-        f"{name!r} is no file and no known source{near_hint(name, known_names(), 0.5)}; known are "
-        f"{', '.join(known_names())}; a dataset of the hub is named owner/name, a function of "
-        "your own package.module:name"
+        f"{name!r} is neither a file nor a known source{near_hint(name, known_names(), 0.5)}; "
+        f"known are {', '.join(known_names())}; a dataset of the hub is named owner/name, a "
+        "function of your own package.module:name"
     )
 
 

@@ -3,7 +3,7 @@
 Rows go through the forward interface (`rrhf.models.forward.logprobs.Policy`). Rows with the same
 prompt go together, so that the prompt's tokens pass through the network once. A model that needs
 padded rows gets batches of similar length, whose size depends on the vocabulary, because logits
-fill the memory.
+take most of the memory.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def require_classifier(name_or_path: str | Path, architectures: Sequence[str]) -
     if not names_classifier(architectures):
         named = ", ".join(architectures) or "a model of no stated architecture"
         raise UserError(
-            f"{name_or_path}: holds {named}, which is no reward model (it has no score head); "
+            f"{name_or_path}: holds {named}, which is not a reward model (it has no score head); "
             "train a reward model from it with `rrhf train reward`, or name a reward model's folder"
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rrhf.os_errors import telling_need
+from rrhf.os_errors import explained_full_disk
 
 # Parts of names in peft: the prefix of the whole model; a layer that has adapters; and, for a layer
 # that is trained in full (such as a new head), the original layer and the trained copy.
@@ -35,7 +35,7 @@ def write_model_folder(
         state_dict: the full weights, if the model holds shards only.
     """
     needed = sum(t.nbytes for t in (state_dict or dict(model.named_parameters())).values())
-    with telling_need(needed):
+    with explained_full_disk(needed):
         if hasattr(model, "merge_and_unload"):
             full = model.state_dict() if state_dict is None else state_dict
             model.save_pretrained(folder / "adapter", state_dict=full)

@@ -83,7 +83,7 @@ def test_a_flag_of_another_program_is_told_what_serves(command: str):
     for word in elsewhere.FLAGS:
         if word in taken:
             continue
-        if not (served := elsewhere.what_serves(word, flags)):
+        if not (served := elsewhere.replacement_for(word, flags)):
             silent.append(word)
             continue
         assert elsewhere.flags_named(served) <= set(flags), (word, served)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-START = "from rrhf.cli.terminal import configure_logging, tell_repeats; configure_logging()\n"
+START = "from rrhf.cli.terminal import configure_logging, print_repeats; configure_logging()\n"
 
 
 def run(code, **environment):
@@ -34,7 +34,7 @@ LOG = "import logging, warnings; log = logging.getLogger('rrhf.training.methods.
 def test_a_warning_is_shown_once_and_its_count_at_the_end():
     code = LOG + (
         "for _ in range(3): log.warning('3 prompts do not fit'); log.info('the engine is x')\n"
-        "log.warning('another'); tell_repeats(); tell_repeats()\n"
+        "log.warning('another'); print_repeats(); print_repeats()\n"
     )
     assert run(code) == [
         "3 prompts do not fit",

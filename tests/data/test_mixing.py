@@ -76,10 +76,10 @@ def test_a_path_that_exists_is_taken_as_it_stands(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a:half", "'half' is no proportion"),
-        ("a:1/2/3", "is no proportion"),
-        ("a:nan", "is no proportion"),
-        ("a:inf", "is no proportion"),
+        ("a:half", "'half' is not a proportion"),
+        ("a:1/2/3", "is not a proportion"),
+        ("a:nan", "is not a proportion"),
+        ("a:inf", "is not a proportion"),
         ("a:1/0", "divides by zero"),
         ("a:-0.5", "must be a whole number"),
         (":0.5", "names no source"),

@@ -128,7 +128,7 @@ def test_it_is_given_the_split_and_the_path_that_are_named(place: Path) -> None:
         ),
         ("mine:no_function", "mine:no_function: mine has no function 'no_function'"),
         ("mine:absent", "mine:absent: mine has no function 'absent'"),
-        ("nowhere:rows", "'nowhere:rows': 'rows' is no proportion; write"),
+        ("nowhere:rows", "'nowhere:rows': 'rows' is not a proportion; write"),
         (
             "mine:raises --split x",
             "mine:raises: cannot be called with {'split': 'x'}: got an unexpected",
@@ -155,7 +155,7 @@ def test_a_known_name_or_a_file_before_the_colon_is_no_module(place: Path) -> No
     Path("alpaca.py").write_text("half = 3")
     Path("train.py").write_text("half = 3")
     for words in ("alpaca:half", "train.jsonl:half", "mine:rows:half"):
-        with pytest.raises(UserError, match="'half' is no proportion"):
+        with pytest.raises(UserError, match="'half' is not a proportion"):
             parse_mixture(words)
     with pytest.raises(UserError, match=r"there is no module 'a\.b' here, .* start in its folder"):
         parse_mixture("a.b:rows")

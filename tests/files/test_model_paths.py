@@ -74,10 +74,10 @@ def test_the_home_folder_of_nobody_is_refused(
         assert main(words) == 2
         told = capsys.readouterr().err
         assert told.count("error: ") == 1 and "Traceback" not in told
-        assert "~nosuchuser/x: ~nosuchuser is no home folder here" in told
+        assert "~nosuchuser/x: ~nosuchuser is not a home folder here" in told
     assert not list(tmp_path.iterdir())
     for look in (model_folder, check_model_path, require_as_written, scorer_fingerprint):
-        with pytest.raises(UserError, match="~nosuchuser is no home folder here"):
+        with pytest.raises(UserError, match="~nosuchuser is not a home folder here"):
             look("~nosuchuser/x")
     (tmp_path / "~nosuchuser").mkdir()
     (tmp_path / "~nosuchuser" / "x").touch()  # a name of its own

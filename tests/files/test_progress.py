@@ -16,7 +16,7 @@ def clock(monkeypatch):
     """A clock that tests set."""
     now = [100.0]
     monkeypatch.setattr(progress, "_now", lambda: now[0])
-    monkeypatch.setattr(progress, "_last_told", None)
+    monkeypatch.setattr(progress, "_last_line", None)
     return now
 
 

@@ -17,7 +17,7 @@ import pytest
 from rrhf.errors import UserError
 from rrhf.manifests import read_manifest
 from rrhf.metrics_log import MetricsLog
-from rrhf.runs import RunFolder, told_changes
+from rrhf.runs import RunFolder, describe_changes
 from rrhf.sealed_folders import seal_folder
 
 
@@ -293,10 +293,10 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path):
 
 def test_of_many_changed_settings_the_first_are_told() -> None:
     changed = [(f"setting_{number}", number, None) for number in range(12)]
-    lines = told_changes(changed).splitlines()
+    lines = describe_changes(changed).splitlines()
     assert lines[0] == "  setting_0 was 0 and is None" and len(lines) == 11
     assert "and 2 more" in lines[-1]
-    assert told_changes(changed[:1]) == "  setting_0 was 0 and is None"
+    assert describe_changes(changed[:1]) == "  setting_0 was 0 and is None"
 
 
 def test_how_long_ranks_wait_is_no_setting_of_a_run(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from rrhf.errors import UserError
 from rrhf.files import sync_folder, write_json
-from rrhf.os_errors import telling_need, told_failure
+from rrhf.os_errors import explained_failure, explained_full_disk
 from rrhf.sealed_folders import seal_folder
 from rrhf.staged_folders import STAGED, no_trace_of_failure, remove_folder, remove_unfinished
 from rrhf.training.core.checkpoint_folders import (
@@ -113,7 +113,7 @@ class Checkpointer:
         """
         failure: BaseException | None = None
         try:
-            with telling_need(self._needed_bytes(tensors)):
+            with explained_full_disk(self._needed_bytes(tensors)):
                 self._write_parts(staged, state, tensors)
         except Exception as error:
             failure = error
@@ -137,7 +137,7 @@ class Checkpointer:
                 f"{self.folder}: another process could not write its part of a checkpoint; see "
                 "the message of that process"
             )
-        raise told_failure(failure, staged) from failure
+        raise explained_failure(failure, staged) from failure
 
     def _write_parts(
         self, staged: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]

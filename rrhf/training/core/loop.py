@@ -24,7 +24,7 @@ from rrhf.data.collate import TokenBatch
 from rrhf.errors import NonFiniteError, StoppedBySignal, UserError
 from rrhf.models.finite import first_non_finite
 from rrhf.progress import Progress, figures
-from rrhf.runs import told_changes
+from rrhf.runs import describe_changes
 from rrhf.signals import caught_signals
 from rrhf.training.core.best import BestModel
 from rrhf.training.core.checkpoint import Checkpointer
@@ -208,7 +208,7 @@ class _Loop:
             ]
             if changed:
                 raise UserError(
-                    f"resume: the optimiser's settings changed:\n{told_changes(changed)}\nA "
+                    f"resume: the optimiser's settings changed:\n{describe_changes(changed)}\nA "
                     "sharded optimiser keeps the settings of its checkpoint; use the same "
                     "settings, or begin a new run without sharding"
                 )
@@ -221,7 +221,7 @@ class _Loop:
     def _warn_of_unknown_settings(self) -> None:
         """Warn that a sharded optimiser keeps settings that its old checkpoint does not record."""
 
-        def told(groups: list[dict[str, Any]]) -> str:
+        def shown(groups: list[dict[str, Any]]) -> str:
             """Describe the settings of the groups, each combination once."""
             names = ("weight_decay", "betas", "eps")
             kinds = (", ".join(f"{name} {group.get(name)}" for name in names) for group in groups)
@@ -232,8 +232,8 @@ class _Loop:
             "optimiser, so rrhf cannot tell whether --weight_decay, --adam_beta1, --adam_beta2 or "
             "--adam_epsilon changed; the optimiser continues with %s (the flags give %s). Use "
             "the values of the run so far; to change them, begin a new run",
-            told(self.optimizer.param_groups),
-            told(self.settings),
+            shown(self.optimizer.param_groups),
+            shown(self.settings),
         )
 
     def cut_back(self, step: int, state: dict[str, Any]) -> None:

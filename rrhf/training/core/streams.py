@@ -30,11 +30,11 @@ from rrhf.training.core.token_batches import (
     Size,
     SizeTable,
     TokenBudget,
+    describe_cut,
     even_batches,
     micro_batches,
     sizes_of,
     tokens_of,
-    told,
 )
 
 logger = logging.getLogger(__name__)
@@ -203,10 +203,10 @@ class StepCut:
             batches.append(collate(mine, self.pad_id))
         return batches
 
-    def told(self, sizes: Sequence[Size]) -> str:
+    def describe(self, sizes: Sequence[Size]) -> str:
         """Describe how the budget cuts a step of examples with these sizes."""
         assert self.budget is not None, "there is no budget"
-        return told(micro_batches(sizes, self.budget, self.world_size), sizes, self.budget)
+        return describe_cut(micro_batches(sizes, self.budget, self.world_size), sizes, self.budget)
 
 
 class OfflineStream:
@@ -285,9 +285,9 @@ class OfflineStream:
         stream._examples = examples
         return stream
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Describe how the budget cuts the first step."""
-        return self._cut.told([self._sizes[i] for i in self._epoch_order(0)(0)])
+        return self._cut.describe([self._sizes[i] for i in self._epoch_order(0)(0)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, and the settings on which the order of the data

@@ -171,7 +171,9 @@ def warn_of_lone(sizes: Sequence[Size], budget: TokenBudget, what: str = "prompt
     return bool(beyond)
 
 
-def told(cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: TokenBudget) -> str:
+def describe_cut(
+    cut: Sequence[Sequence[Sequence[int]]], sizes: Sequence[Size], budget: TokenBudget
+) -> str:
     """Describe how a step was cut, with figures that help in choosing a budget."""
     batches = [[sizes[place] for place in places] for rank in cut for places in rank if places]
     computed = [tokens_of(batch, budget.layout) for batch in batches]

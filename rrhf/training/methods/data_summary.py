@@ -113,8 +113,8 @@ def encoded(
         examples = EncodedExamples(sets, encode_and_count, yields if is_quick else None, identity)
     except UserError as error:
         why = [
-            *told_rows(read),
-            *told_cases(encode.fitter),
+            *describe_rows(read),
+            *describe_cuts(encode.fitter),
             *_score_first(name, encode, read, columns),
         ]
         raise UserError(f"{name}: {error}" + (f": {'; '.join(why)}" if why else "")) from error
@@ -123,7 +123,7 @@ def encoded(
         if number := encode.fitter.counts[f"{what}s_used"]:
             used += f" with {counted(number, what)}"
     rows = f" from {counted(read.read, 'row')}" if read else ""
-    parts = [f"{purpose} on {used}{rows}", *told_rows(read), *told_cases(encode.fitter)]
+    parts = [f"{purpose} on {used}{rows}", *describe_rows(read), *describe_cuts(encode.fitter)]
     if is_quick:
         parts.append("--max_steps: encoded when they are used, so what is cut is not counted")
     logger.info("%s: %s", name, "; ".join(parts))
@@ -144,7 +144,7 @@ def _score_first(
     return [f"score the responses first: {step}"]
 
 
-def told_cases(fitter: RowFitter) -> list[str]:
+def describe_cuts(fitter: RowFitter) -> list[str]:
     """Return phrases for what was cut or left out, one for each reason."""
     told = []
     for case, number in fitter.counts.items():
@@ -157,7 +157,7 @@ def told_cases(fitter: RowFitter) -> list[str]:
     return told
 
 
-def told_rows(read: SourceCounts | None) -> list[str]:
+def describe_rows(read: SourceCounts | None) -> list[str]:
     """Return phrases for the rows that were left out or changed on loading, one for each reason."""
     if read is None:
         return []

@@ -45,9 +45,9 @@ from rrhf.training.methods.offline import step_cut
 from rrhf.training.methods.reference_files import (
     NUMBER,
     WithReference,
+    describe_others,
     folder_of,
     is_whole,
-    told_others,
 )
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class KeptReference:
         if parallel.gather([parallel.is_main and is_whole(file)])[0]:
             logger.info("%s: kept in %s", told, file)
         else:
-            others = told_others(file.parent, settings)
+            others = describe_others(file.parent, settings)
             logger.info("%s: computed now and kept in %s%s", told, file, others)
             _Pass(self._bench, self._policy, examples, indices, counts).write(file, settings)
             parallel.barrier()

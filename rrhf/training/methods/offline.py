@@ -96,7 +96,7 @@ def offline_stream(
             )
     if cut.budget is not None:
         warn_of_lone(sizes_of(examples), cut.budget)
-        logger.info("token batches: %s in the first step", stream.told())
+        logger.info("token batches: %s in the first step", stream.describe())
     return stream
 
 

@@ -68,7 +68,7 @@ def is_whole(file: Path) -> bool:
     return False
 
 
-def told_others(folder: Path, settings: Mapping[str, str]) -> str:
+def describe_others(folder: Path, settings: Mapping[str, str]) -> str:
     """Say in which settings the files of a folder differ from the wanted file.
 
     Args:

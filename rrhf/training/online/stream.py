@@ -271,7 +271,7 @@ class PPOStream:
         sizes = self._sizes
         if self._cut.budget is not None and not self._has_told:
             self._has_told = True
-            told = self._cut.told([sizes[i] for i in indices])
+            told = self._cut.describe([sizes[i] for i in indices])
             logger.info("token batches: %s in the first step", told)
 
         def filler() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rrhf.errors import UserError
 from rrhf.manifests import COMPLETE, UNFINISHED, read_manifest
-from rrhf.runs import RunFolder, told_changes
+from rrhf.runs import RunFolder, describe_changes
 from rrhf.signals import StopRequest
 from rrhf.training.rounds.iterative_config import IterativeConfig
 
@@ -81,7 +81,7 @@ class RoundsFolder(RunFolder):
         if changed and not self.is_bare:
             raise UserError(
                 f"{self.path}: its rounds were begun with other settings:\n"
-                + told_changes(changed)
+                + describe_changes(changed)
                 + "\nUse the same settings, or choose another --output_dir"
             )
         if self.round(config.num_rounds + 1).exists():

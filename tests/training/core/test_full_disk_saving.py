@@ -16,7 +16,7 @@ from trainer_cases import metrics_of, ranked_rows, same_weights, write_lines
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
-from rrhf.os_errors import FullDisk, full_disk, telling_need
+from rrhf.os_errors import FullDisk, explained_full_disk, full_disk
 from rrhf.sealed_folders import damage_of
 from rrhf.staged_folders import saved_folder
 from rrhf.training.core.checkpoint_folders import checkpoints_by_step
@@ -149,7 +149,7 @@ def test_an_older_model_stays_where_the_new_one_finds_no_room(tmp_path: Path) ->
 
     def fill(staged: Path) -> None:
         (staged / "weights").write_bytes(b"half")
-        with telling_need(5_000):
+        with explained_full_disk(5_000):
             raise RuntimeError("writing failed: No space left on device (os error 28)")
 
     with pytest.raises(UserError, match="the disk is full: 5,000 bytes needed"):
@@ -167,8 +167,8 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert full_disk(KeyError("os error 28")) is None
     assert full_disk(RuntimeError("I/O error (os error 5)")) is None
-    with pytest.raises(KeyError), telling_need(3):
+    with pytest.raises(KeyError), explained_full_disk(3):
         raise KeyError("x")
-    with pytest.raises(FullDisk) as told, telling_need(3):
+    with pytest.raises(FullDisk) as told, explained_full_disk(3):
         raise OSError(28, "No space left on device")
     assert told.value.needed_bytes == 3 and full_disk(told.value) == "the disk is full"

@@ -34,11 +34,11 @@ from rrhf.training.core.token_batches import (
     Size,
     SizeTable,
     TokenBudget,
+    describe_cut,
     even_batches,
     layout_of,
     micro_batches,
     tokens_of,
-    told,
     warn_of_lone,
 )
 from rrhf.training.methods import rank, reward, sft
@@ -192,10 +192,10 @@ def test_what_a_cut_comes_to_is_told() -> None:
     sizes = [Size(10, (10,)), Size(10, (6,)), Size(4, (6,))]
     budget = TokenBudget(40, PADDED)
     # Rows of 20, 20 and 10, of 46 tokens in all.
-    assert told([[[0, 1], [2]]], sizes, budget) == (
+    assert describe_cut([[[0, 1], [2]]], sizes, budget) == (
         "2 micro-batches a device, 25 tokens each (at most 40), 8% of them padding"
     )
-    assert told([[[0]], [[1, 2]]], sizes, TokenBudget(40, SHARED)) == (
+    assert describe_cut([[[0]], [[1, 2]]], sizes, TokenBudget(40, SHARED)) == (
         "1 micro-batches a device, 23 tokens each (at most 26), 0% of them padding"
     )
 
