@@ -5,7 +5,8 @@ prompt), in rollouts of a hundred, and make two passes over each rollout, as off
 over its candidates. Scores are normalised to deviation 1 during training, so that a KL coefficient
 means the same for every reward model. PPO's critic is made from a reward model that never saw an
 unfinished response, so its values are useless at first. Only the critic is therefore trained during
-the first two rollouts, and advantages do not use its next value (`gae_lambda` 1).
+the first two rollouts, and with `gae_lambda` 1 an advantage does not depend on the critic's values
+at later tokens.
 """
 
 from __future__ import annotations
