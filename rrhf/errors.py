@@ -18,6 +18,10 @@ class UserError(ValueError):
     """An error in the input, a flag or a setting that the user can fix; the message says how."""
 
 
+class Resumable(UserError):
+    """An error between training steps, raised on all ranks; a checkpoint is written first."""
+
+
 class AlreadyFinished(Exception):
     """Raised when a run that is to be resumed is already complete; nothing was changed.
 

@@ -262,7 +262,8 @@ class RunFolder:
         before = None if place is None else json_object(place)
         if before is None:
             return []
-        before = {_RENAMED.get(key, key): value for key, value in before.items()}
+        old = {key: new for key, new in _RENAMED.items() if new not in before}
+        before = {old.get(key, key): value for key, value in before.items()}
         now = json.loads(json_text(config))
         return [
             (key, before.get(key), now.get(key))

@@ -182,8 +182,8 @@ FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
         "disable_dropout dropout": ("dropout is always off",),
         "finetune_mode": ("all weights are trained; --use_lora trains adapters instead",),
         "use_vllm vllm_mode": (
-            "responses are sampled by the model in this process (--engine local); there is no vLLM",
-            "responses are sampled by the model in this process; there is no vLLM",
+            "it is --engine vllm",
+            "responses are sampled by the model in this process; `rrhf train ppo` can use vLLM",
         ),
         "use_flash_attention use_flash_attention_2 flash_attn flash_attention": (
             "it is --attn_implementation flash_attention_2",

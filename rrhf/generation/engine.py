@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rrhf.errors import UserError
@@ -96,6 +97,46 @@ class GenerationEngine(Protocol):
         self, prompts: Sequence[CandidateSet], params: SamplingParams
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yield the index of each prompt with its samples, as soon as they are finished."""
+
+
+class EngineFault(Exception):
+    """An engine in another process did not do what was asked, and may do so if asked again."""
+
+
+class SyncedEngine(GenerationEngine, Protocol):
+    """An engine in another process, which is given the policy's weights through a folder.
+
+    Its `generate` raises `EngineFault` if the process failed.
+    """
+
+    @property
+    def retries(self) -> int:
+        """How often work is repeated that failed because of the process."""
+
+    @property
+    def bound(self) -> float:
+        """Largest mean difference of log-probs between engine and policy, nats per token."""
+
+    def sync_folder(self) -> Path | None:
+        """Return the folder in which weights are passed; None = within the run folder."""
+
+    def load(self, policy_folder: Path) -> dict[str, float]:
+        """Take the weights of a folder, and check that they are the policy's; return measured
+        differences for the log.
+
+        Raises:
+            EngineFault: the process failed, or its weights are not the policy's.
+        """
+
+    def require_same(self) -> None:
+        """Check that the weights are still those of the last `load`; errors as there."""
+
+    def wait(self) -> None:
+        """Wait until the process answers again.
+
+        Raises:
+            UserError: it does not come back.
+        """
 
 
 def engine_name(engine: GenerationEngine) -> str:

@@ -22,6 +22,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ from rrhf.generation.vllm.canaries import (
     COARSE_BOUND,
     FLOAT32_BOUND,
     Canaries,
-    Differences,
     WrongWeights,
     canary_prompts,
 )
@@ -217,7 +217,23 @@ class VLLMEngine:
 
     # Weights.
 
-    def load(self, policy_folder: Path) -> Differences:
+    @property
+    def retries(self) -> int:
+        return self.settings.server_retries
+
+    def sync_folder(self) -> Path | None:
+        """Return the folder in which weights are passed; None = within the run folder."""
+        return Path(self.settings.sync_folder) if self.settings.sync_folder else None
+
+    def wait(self) -> None:
+        """Wait until the server answers again.
+
+        Raises:
+            UserError: it does not come back.
+        """
+        self._served = self.server.wait()
+
+    def load(self, policy_folder: Path) -> dict[str, float]:
         """Give the server the weights of a folder, and compare canaries with the live policy.
 
         Args:
@@ -234,7 +250,7 @@ class VLLMEngine:
         found = self._canaries.check(self._served)
         self._require_same_instance()
         self._checked = self._served
-        return found
+        return asdict(found)
 
     def require_same(self) -> None:
         """Check that the server still has the weights of the last `load`.

@@ -1,8 +1,8 @@
 """JSON requests to a server, with a total deadline, a limit on the answer's size, no redirects.
 
 A failure that a repetition may cure (no connection, a cut or late answer, status 5xx) is a
-`ServerFault`; an answer that says the request itself is wrong is a `UserError`. Standard library
-only.
+`ServerFault`; an answer that says the request itself is wrong is a `UserError`. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from rrhf.errors import UserError
+from rrhf.generation.engine import EngineFault
 
 _MAX_BYTES = 1 << 28
 _MAY_PASS = (408, 425, 429)
 """Statuses below 500 after which the same request may succeed later."""
 
 
-class ServerFault(Exception):
+class ServerFault(EngineFault):
     """The server did not do what was asked, and may do so if asked again."""
 
 

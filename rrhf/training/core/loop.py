@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rrhf.data.collate import TokenBatch
-from rrhf.errors import NonFiniteError, StoppedBySignal, UserError
+from rrhf.errors import NonFiniteError, Resumable, StoppedBySignal, UserError
 from rrhf.models.finite import first_non_finite
 from rrhf.progress import Progress, figures
 from rrhf.runs import describe_changes
@@ -254,6 +254,10 @@ class _Loop:
         started = time.monotonic()
         try:
             tokens = self._train()
+        except Resumable:
+            if self.step:
+                self._save()
+            raise
         except StoppedBySignal as stopped:
             self._save()
             raise StoppedBySignal(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
@@ -52,9 +53,24 @@ class LogprobPass:
         self._codec, self._parallel = codec, parallel
         self._rows_at_a_time, self._recompute = rows_at_a_time, recompute
         self._said = False
+        self._differences: list[Tensor] = []  # of compared tokens, in this rank's last pass
+
+    def gap(self) -> tuple[float, float]:
+        """Return how far the log-probs of sampling were from the trainer's in the last pass.
+
+        Every rank must call this.
+
+        Returns:
+            The mean over the compared tokens of the rank where it is largest, and the largest of
+            all: absolute differences, nats.
+        """
+        found = torch.cat([torch.zeros(1), *self._differences])
+        mean = float(found.sum()) / max(len(found) - 1, 1)
+        return self._parallel.max(mean), self._parallel.max(float(found.max()))
 
     def compute(self, rows: Sequence[RolloutRow]) -> None:
         """Fill in old log-probs and, with a critic, values. Every rank must call this."""
+        self._differences = []
         recompute = self._must_recompute(rows)
         if not recompute and self._root.value is None:
             return
@@ -82,6 +98,7 @@ class LogprobPass:
         trial = sorted(rows, key=lambda d: -len(d.token_ids))[:1]
         read = self._root(self._collated(trial)).logprobs.cpu()
         gaps = [float((read[0] - row.old_logprobs).abs().max()) for row in trial]
+        self._differences = [(read[0] - row.old_logprobs).abs() for row in trial]
         gap = self._parallel.max(max(gaps, default=0.0))
         if gap > LOGPROB_TOLERANCE:
             self._say(f"those of sampling differ from the trainer's by up to {gap:.2g}")
@@ -101,6 +118,7 @@ class LogprobPass:
         for place, row in enumerate(rows):
             tokens = slice(len(row.token_ids))
             if recompute:
+                self._differences.append((logprobs[place, tokens] - row.old_logprobs).abs())
                 row.old_logprobs = logprobs[place, tokens].clone()
             if values is not None:
                 row.values = values[place, tokens].clone()

@@ -19,16 +19,20 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from rrhf.algorithms.kl import KLController
 from rrhf.algorithms.normalizers import Normalizer, RunningMeanStd
+from rrhf.data.chat_format import ChatCodec
 from rrhf.data.formats import SourceCounts
 from rrhf.data.mixing import load_sets
 from rrhf.data.views import demonstrations
 from rrhf.errors import UserError
+from rrhf.generation.build import EngineOptions
+from rrhf.generation.engine import GenerationEngine
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import RewardModelOptions, build_scorer, check_scorer
 from rrhf.training.core.hooks import Hook
@@ -80,6 +84,8 @@ def train(config: PPOConfig) -> Path:
         scorer_hosts=config.scorer_hosts,
     )
     check_scorer(config.reward_model_name_or_path, scoring)
+    if config.engine_spec.check is not None:
+        config.engine_spec.check(config.engine_settings, True)
     with opened_workbench(config) as opened, _offload(config, opened) as offload:
         phases = Phases(
             peak_meter(opened.parallel.device), offload.enter if offload.levels else None
@@ -103,7 +109,7 @@ def train(config: PPOConfig) -> Path:
         offload.add_trained(root.policy, {"generate", *reading})
         if root.value is not None:
             offload.add_trained(root.value, {"read", TRAIN})
-        writer = RolloutWriter(root, reference, scorer, config, bench)
+        writer = RolloutWriter(root, reference, scorer, config, bench, partial(_engine, config))
         fitting, num_cut = fitting_prompts(prompts, writer, config.train_datasets)
         controller = KLController(
             config.kl_coeff or 0.0,
@@ -190,6 +196,24 @@ def train(config: PPOConfig) -> Path:
             },
             num_rollout_prompts=stream.prompts_per_rollout,
         )
+
+
+def _engine(
+    config: PPOConfig, model: nn.Module, codec: ChatCodec, max_batch_rows: int, room: int
+) -> GenerationEngine:
+    """Build the engine that writes the responses of rollouts with the weights of `model`."""
+    return config.engine_spec.build(
+        EngineOptions(
+            config.model_name_or_path,
+            lambda: model,
+            lambda: codec,
+            max_batch_rows,
+            room,
+            config.engine_settings,
+            config.temperature,
+            is_live=True,
+        )
+    )
 
 
 @contextlib.contextmanager

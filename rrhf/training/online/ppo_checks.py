@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from rrhf.algorithms.names import KL_LOSS_ESTIMATORS
 from rrhf.errors import UserError
+from rrhf.generation.params import FILTERS
 from rrhf.scoring.build import is_made
 from rrhf.training.online.methods import METHODS
 from rrhf.training.online.ppo_settings import PPOSettings
@@ -45,6 +46,8 @@ def check_combinations(config: PPOSettings) -> None:
             f"--rollout_size {config.rollout_size}: must be a multiple of --num_return_sequences "
             f"{config.num_return_sequences}, so that each prompt has all its responses"
         )
+    if config.engine != "local":
+        check_engine(config)
     method = METHODS[config.method]
     chosen = f"--method {config.method}"
     if config.ranking is not None and config.ranking is config.method_settings:
@@ -116,6 +119,21 @@ def check_combinations(config: PPOSettings) -> None:
                 raise UserError(f"--{name}: --method {config.method} has no critic; leave it out")
     if not config.refresh_steps:
         check_horizon(config, config.rollout_size)
+
+
+def check_engine(config: PPOSettings) -> None:
+    """Check the settings against an engine in another process.
+
+    Raises:
+        UserError: the settings filter tokens.
+    """
+    for name in FILTERS:
+        if getattr(config, name) != FILTERS[name]:
+            raise UserError(
+                f"--{name} {getattr(config, name)}: with --engine {config.engine}, responses must "
+                "come from the unfiltered policy, because its log-probs are compared with the "
+                "engine's; leave it out"
+            )
 
 
 def check_horizon(config: PPOSettings, responses: int) -> None:

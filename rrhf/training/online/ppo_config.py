@@ -31,6 +31,9 @@ class PPOConfig(PPOSettings):
         method = METHODS[self.method]
         if self.method_settings is None and method.settings is not None:
             self.method_settings = method.settings()
+        settings = self.engine_spec.settings
+        if self.engine_settings is None and settings is not None:
+            self.engine_settings = settings()
         if self.num_return_sequences == 0:
             self.num_return_sequences = GROUP_SIZE if method.needs_group else 1
         if self.kl_coeff is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from rrhf.generation.build import ENGINES, EngineSpec
 from rrhf.generation.params import FilterOptions, SamplingParams
 from rrhf.ranges import BELOW_ONE, COUNT, INDEX, NOT_NEGATIVE, SHARE
 from rrhf.scoring.config import RemoteScorerOptions
@@ -39,6 +40,13 @@ class PPOSettings(RemoteScorerOptions, FilterOptions, TrainingConfig):
     (OP-k), rank does so by any --objective; or your own OnlineMethod."""
 
     method_settings: Any = field(default=None, metadata={"settings_of": "method"})
+
+    engine: str = field(default="local", metadata={"registry": ENGINES})
+    """What writes the responses: local = the policy in this process; vllm = a vLLM server that is
+    running, and is given the policy's weights before each rollout; package.module:name = your own
+    engine."""
+
+    engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
 
     reward_critic_model_name_or_path: str | None = field(default=None, metadata={"names": "model"})
     """Folder, run folder or hub name of the reward model that the critic starts from; by default
@@ -283,6 +291,11 @@ class PPOSettings(RemoteScorerOptions, FilterOptions, TrainingConfig):
     def is_warm_up(self, steps_done: int) -> bool:
         """Whether only the critic is trained in the step that follows `steps_done` steps."""
         return self.groups()[0].is_frozen(steps_done)
+
+    @property
+    def engine_spec(self) -> EngineSpec:
+        """The registry's entry of the engine that writes the responses."""
+        return ENGINES[self.engine]
 
     @property
     def ranking(self) -> RankMethodSettings | None:

@@ -21,17 +21,24 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 import torch
 
 from rrhf.commands import command_of
 from rrhf.data.chat_format import ChatCodec
 from rrhf.errors import StoppedBySignal, UserError
-from rrhf.generation.engine import GenerationEngine, Sample, answers, require_capabilities
+from rrhf.generation.engine import (
+    GenerationEngine,
+    Sample,
+    SyncedEngine,
+    answers,
+    require_capabilities,
+)
 from rrhf.generation.fitting import Fit
 from rrhf.generation.local.engine import LocalEngine
+from rrhf.generation.params import SamplingParams
 from rrhf.models.eval_mode import eval_mode
 from rrhf.models.forward.logprobs import Policy
 from rrhf.models.policy_with_value import ActorCritic
@@ -45,6 +52,7 @@ from rrhf.training.online.experience import RolloutRow
 from rrhf.training.online.logprob_pass import LogprobPass
 from rrhf.training.online.ppo_config import PPOConfig
 from rrhf.training.online.response_ends import StopToken, is_loop
+from rrhf.training.online.weight_sync import WeightSync
 from rrhf.training.online.whole_copy import WholeCopy
 
 logger = logging.getLogger(__name__)
@@ -72,11 +80,13 @@ class Rollout:
         rows: the responses, sorted by prompt and sample.
         counts: number of sampled responses, and of left-out responses by reason.
         spent: time and memory by phase, including the training steps since the last rollout.
+        measures: of an engine in another process, for the metrics log.
     """
 
     rows: list[RolloutRow]
     counts: Counter[str]
     spent: dict[str, Spent]
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class RolloutWriter:
@@ -126,6 +136,12 @@ class RolloutWriter:
         rows_at_a_time = config.per_device_prompt_batch_size * config.num_return_sequences
         self._engine = new_engine(self._policy.model, codec, rows_at_a_time, self.room)
         require_capabilities(self._engine, "a rollout", "ids", "logprobs", "seeds", "live_weights")
+        self._sync: WeightSync | None = None
+        if hasattr(self._engine, "load"):  # it is in another process
+            engine = cast(SyncedEngine, self._engine)
+            self._sync = WeightSync(
+                engine, self._policy.model, config.temperature, bench.run.path, parallel, self._stop
+            )
         first = Reference(reference, self._policy, parallel)
         self._logprob_pass = LogprobPass(root, first, codec, parallel, rows_at_a_time, config.bf16)
 
@@ -169,6 +185,8 @@ class RolloutWriter:
             with contextlib.suppress(StoppedBySignal):
                 self._read(part.rows)
         self._stop_together(number)
+        if self._sync is not None:
+            self._sync.require_close(*self._logprob_pass.gap())
         part.spent.update(self._phases.take())
         parts = self._parallel.gather([part])
         rows = sorted((row for p in parts for row in p.rows), key=lambda r: (r.prompt, r.sample))
@@ -176,7 +194,8 @@ class RolloutWriter:
         for one in parts:
             counts.update(one.counts)
         self._check(rows, counts)
-        return Rollout(rows, counts, over_ranks(one.spent for one in parts))
+        measures = {} if self._sync is None else dict(self._sync.measures)
+        return Rollout(rows, counts, over_ranks(one.spent for one in parts), measures)
 
     def _stop_together(self, number: int) -> None:
         if code := int(self._parallel.max(self._stop.exit_code)):
@@ -200,7 +219,7 @@ class RolloutWriter:
             params = replace(params, num_return_sequences=samples_per_prompt)
         mine = [prompts[place] for place in places]
         with self._phases("generate") as spent, self._parallel.autocast():
-            answered = self._alone(lambda: answers(self._engine, mine, params))
+            answered = self._answers(mine, params)
             sampled = [
                 self._row(place, number, sample)
                 for place, samples in zip(places, answered, strict=True)
@@ -218,6 +237,13 @@ class RolloutWriter:
             looped=sum(is_loop([i for i in row.token_ids if i not in end_ids]) for row in rows),
         )
         return kept
+
+    def _answers(
+        self, prompts: Sequence[CandidateSet], params: SamplingParams
+    ) -> list[list[Sample]]:
+        if self._sync is not None:
+            return self._sync.answers(prompts, params)
+        return self._alone(lambda: answers(self._engine, prompts, params))
 
     def _row(self, place: int, number: int, sample: Sample) -> RolloutRow:
         # `require_capabilities` has refused an engine that does not return ids and log-probs.

@@ -234,6 +234,7 @@ class PPOStream:
                 for name in ("empty", "unscored", "unfinished", "looped", "cut")
             },
             **as_metrics(rollout.spent),
+            **rollout.measures,
         }
         made = MadeRollout(
             self._step, number, prompts, rollout.rows, experience, self.rollout_metrics
