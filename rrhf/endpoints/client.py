@@ -389,7 +389,7 @@ class _Asking:
             server.pauses.failed(now, wait)
         if failure.kind == "wrong" or (wait or 0) > MAX_RETRY_AFTER_SECONDS:
             asks = f"; it asks to wait {wait:.0f} s" if wait else ""
-            raise UserError(f"{failure}{asks}; {KEPT}, and the same command continues")
+            raise UserError(f"{failure}{asks}; {KEPT}, and the same command continues") from failure
         if task.num_failures > self._settings.max_retries or task.num_malformed >= MALFORMED_TRIES:
             self._give_up(task, failure)
             return

@@ -5,6 +5,7 @@ The forms of a name are:
 - `gold:NAME`: the true preference of a world, by its name or as `gold:package.module:name`;
 - `function:module:name`: a Python function;
 - `http://HOST:PORT/PATH`, `https://...`: a server;
+- `judge:PRESET`, `judge:FILE.yaml`: a language model that is asked for its judgement;
 - `package.module:name`: the user's own scorer, as a class or as a function that makes the scorer;
 - `mean:A,B`, `minimum:A,B`, `mean_minus_deviation:A,B`, `sum:0.7*A,0.3*B`: an ensemble
   (`rrhf.ensemble_names`);
@@ -36,6 +37,8 @@ SCORERS: Registry[ScorerMaker] = Registry(
         "function": "rrhf.scoring.function:FunctionScorer",
         "http": "rrhf.scoring.http.scorer:HttpScorer",
         "https": "rrhf.scoring.http.scorer:HttpScorer",
+        "judge": "rrhf.scoring.judges.scorer:JudgeScorer",
+        "openai": "rrhf.scoring.judges.scorer:no_scorer",
     },
 )
 """Prefix of a scorer's name -> the class that makes the scorer."""

@@ -90,8 +90,8 @@ class ScoreConfig(RewardModelOptions, DataOptions):
     """What scores: folder, run folder or hub name of a reward model; function:module:name, a Python
     function; package.module:name, a class of your own derived from rrhf.scoring.scorer.Scorer;
     gold:WORLD, a world's true preference; http://HOST:PORT/PATH, a server such as
-    `rrhf serve-reward`; or several as one: mean:A,B, minimum:A,B, mean_minus_deviation:A,B or
-    sum:0.7*A,0.3*B."""
+    `rrhf serve-reward`; judge:PRESET#model=NAME, a language model; or several as one: mean:A,B,
+    minimum:A,B, mean_minus_deviation:A,B or sum:0.7*A,0.3*B."""
 
     only_missing: bool = False
     """Keep existing scores and score only the other candidates."""

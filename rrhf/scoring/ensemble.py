@@ -51,6 +51,7 @@ class EnsembleScorer(Scorer):
             for weight, (_, deviation), scorer in zip(weights, self._scales, scorers, strict=True)
         ]
         self.logits_per_unit = sum(units) / sum(weights) if any(weights) else 1.0
+        self.is_relative = any(scorer.is_relative for scorer in scorers)
         windows = [scorer.window for scorer in scorers if scorer.window is not None]
         self.window = min(windows, default=None)
         models = [scorer.model for scorer in scorers if scorer.model is not None]

@@ -41,7 +41,7 @@ class OwnScorer(CheckedScorer):
         self.name = own.name or spec
         self.normalized, self.quantity, self.unit = own.normalized, own.quantity, own.unit
         self.window, self.model = own.window, own.model
-        self.logits_per_unit = own.logits_per_unit
+        self.logits_per_unit, self.is_relative = own.logits_per_unit, own.is_relative
         with guarded(f"{spec}: describe()", "let it return a dict that JSON can hold"):
             json.dumps(dict(own.describe()))
 

@@ -28,6 +28,8 @@ class Scorer(Protocol):
         logits_per_unit: what a difference of two scores is multiplied by to become the log-odds
             that the better one is preferred.
         window: maximum number of tokens of prompt and response together; None = no limit.
+        is_relative: True if a score compares a response with the others of its set, so that scores
+            of two sets, or of two policies, cannot be compared.
         model: the frozen module that computes the scores in this process; callers may move its
             weights elsewhere between two calls of `score`. None = no such module.
     """
@@ -38,6 +40,7 @@ class Scorer(Protocol):
     unit: str = ""
     logits_per_unit: float = 1.0
     window: int | None = None
+    is_relative: bool = False
     model: Any = None
 
     @abstractmethod

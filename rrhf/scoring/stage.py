@@ -34,7 +34,7 @@ from rrhf.model_paths import accept_edited_models
 from rrhf.models.loading import resolve_device
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
-from rrhf.scoring.build import build_scorer, check_scorer, users_target
+from rrhf.scoring.build import build_scorer, check_scorer, made_by, users_target
 from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.part_rows import (
     Scores,
@@ -412,6 +412,10 @@ def scorer_fingerprint(spec: str) -> str:
     names = scorer_names(spec)
     if names != [spec]:
         return ",".join(map(scorer_fingerprint, names))
+    if made_by(spec)[0] == "judge":
+        from rrhf.scoring.judges.scorer import judge_fingerprint
+
+        return judge_fingerprint(spec)
     path = with_home_folder(spec)
     if path.is_file():
         return sha256_file(path)

@@ -25,6 +25,7 @@ from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.http.scorer import HttpScorerSettings
 from rrhf.scoring.http.server_config import ServeRewardConfig
+from rrhf.scoring.judges.settings import JudgeSettings
 from rrhf.studies.config import DemoConfig, MethodsConfig, StudyConfig
 from rrhf.training.methods.objectives import OBJECTIVES
 from rrhf.training.methods.rank_config import RankConfig
@@ -48,6 +49,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     CompareConfig: {"rows": ["r"]},
     ServeRewardConfig: {"scorer": "s"},
     HttpScorerSettings: {},
+    JudgeSettings: {"model": "m", "base_url": ("http://127.0.0.1:1/v1",)},
     **{spec.settings: {} for spec in OBJECTIVES.values() if spec.settings},
     RankMethodSettings: {},
     EndpointSettings: {"base_url": ("http://127.0.0.1:1/v1",)},
