@@ -10,6 +10,7 @@ from rrhf.cli.main import main
 from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.scorers.config import EvaluateRewardConfig
 from rrhf.generation.config import GenerateConfig
+from rrhf.generation.vllm.start import StartVLLMConfig
 from rrhf.scoring.config import ScoreConfig
 from rrhf.scoring.http.server_config import ServeRewardConfig
 from rrhf.training.methods.rank_config import RankConfig
@@ -21,6 +22,7 @@ from rrhf.training.rounds.iterative_config import IterativeConfig
 COMMANDS: dict[str, type] = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "engine vllm start": StartVLLMConfig,
     "serve-reward": ServeRewardConfig,
     "response-gen": response_gen.ResponseGenConfig,
     "evaluate": EvaluateConfig,

