@@ -15,7 +15,7 @@ from typing import Any
 
 from rrhf.cli.config_files import preset_names
 from rrhf.cli.fields import Flag, choices_among
-from rrhf.cli.short_help import PAGES
+from rrhf.cli.short_help import PAGES, SETTINGS
 from rrhf.cli.values import is_sequence, placeholder
 
 HELP_WIDTH = 96
@@ -67,7 +67,11 @@ def help_page(
             title += hint
         own = [flag for flag in flags.values() if flag.part_of and flag.part_of[-1].choice == field]
         own += [flags[name] for name in getattr(registry[choice], "shown", ())]
-        sections[title] = own
+        few = SETTINGS.get(getattr(registry[choice].settings, "__name__", ""), ())
+        sections[title] = [flag for flag in own if not few or flag.name in few]
+        unused = getattr(registry[choice], "unused", ())
+        for name, found in sections.items():
+            sections[name] = [flag for flag in found if flag.name not in unused]
     for title, found in ((title, found) for title, found in sections.items() if found):
         lines += [f"{title}:", *(line for flag in found for line in row(flag)), ""]
     lines += ["example:", *(f"  {line}" for line in page.example.format(prog=prog).splitlines())]

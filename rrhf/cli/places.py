@@ -102,6 +102,9 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
     if resumes and any(kind == "run" and _is_finished(path) for kind, path in found):
         return
     _check_packages(config)
+    spec = getattr(config, "engine_spec", None)
+    if spec is not None and spec.check is not None:
+        spec.check(config.engine_settings, False)
     if isinstance(config, ColumnOptions):
         parse_columns(config.columns)
     for kind, one in found:
@@ -159,7 +162,8 @@ def _is_finished(run: str) -> bool:
 
 
 def _check_engines_model(name: str, config: Any) -> None:
-    if config.engine_spec.has_model:
+    spec = getattr(config, "engine_spec", None)  # `response-gen` leaves it to its first stage
+    if spec is not None and spec.has_model:
         check_model_path(name)
 
 

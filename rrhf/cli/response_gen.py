@@ -8,6 +8,7 @@ to the two responses of the data set.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rrhf.cli.fields import Flag, flags_of
-from rrhf.cli.flags import asks_for_all, asks_for_help, build, read_values
+from rrhf.cli.config_files import ConfigFiles
+from rrhf.cli.fields import Flag, choices_of, flags_of
+from rrhf.cli.flags import asks_for_all, asks_for_help, build, glimpsed, read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.places import check_places
 from rrhf.cli.terminal import print_once, print_repeats
 from rrhf.commands import next_step
-from rrhf.errors import EXIT_DONE
+from rrhf.errors import EXIT_DONE, UserError
 from rrhf.model_paths import require_models_as_written
 from rrhf.process_end import launched_place
 
@@ -33,7 +35,8 @@ PROMPTS = "rm-static"
 # As in the published script: 4 beams in 4 groups. Its temperature had no effect.
 DIVERSE_BEAMS = {"do_sample": False, "num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0}
 PLAIN_BEAMS = {"do_sample": False, "num_beams": 4}
-# If any of these flags is given, the published search is not used.
+LOCAL = "local"
+# If any of these flags is given, or another engine, the published search is not used.
 SEARCH_FLAGS = ("do_sample", "num_beams", "num_beam_groups", "diversity_penalty")
 
 
@@ -42,7 +45,7 @@ class ResponseGenConfig:
     """Sample responses to prompts, score them, and write OUTPUT_DIR/train_data.json."""
 
     model_name_or_path: str = field(
-        metadata={"names": "model", "positional": True, "aliases": ["base_model"]}
+        metadata={"names": "engine's model", "positional": True, "aliases": ["base_model"]}
     )
     """The policy that writes the responses."""
 
@@ -53,21 +56,22 @@ class ResponseGenConfig:
 
     diverse_beam: bool = field(default=True, metadata={"positional": True})
     """Diverse beam search (4 beams in 4 groups, penalty 1.0), or plain beam search with 4 beams;
-    do_sample, num_beams, num_beam_groups or diversity_penalty choose another search."""
+    do_sample, num_beams, num_beam_groups or diversity_penalty choose another search, and other
+    engines than local sample."""
 
 
 def main(argv: list[str]) -> int:
     from rrhf.generation.config import GenerateConfig
     from rrhf.scoring.config import ScoreConfig
 
-    flags = all_flags(GenerateConfig, ScoreConfig)
+    flags, chosen = chosen_flags(GenerateConfig, ScoreConfig, argv)
     if asks_for_help(argv):
         print_once(help_page(PROG, ResponseGenConfig, flags, asks_for_all(argv)))
         sys.exit(EXIT_DONE)
-    own, generate, score = stage_values(flags, GenerateConfig, ScoreConfig, argv)
+    own, generate, score = stage_values(flags, GenerateConfig, ScoreConfig, argv, chosen)
     # Both are built before the first stage starts, so that a mistake in the second shows at once.
-    score_config = build(ScoreConfig, flags_of(ScoreConfig), score, PROG)
-    generate_config = build(GenerateConfig, flags_of(GenerateConfig), generate, PROG)
+    score_config = build(ScoreConfig, flags_of(ScoreConfig, chosen), score, PROG)
+    generate_config = build(GenerateConfig, flags_of(GenerateConfig, chosen), generate, PROG)
     check_places(own)
     check_places(generate_config)
     check_places(score_config, made_later=("input_file",))
@@ -85,10 +89,27 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def all_flags(generate: type, score: type) -> dict[str, Flag]:
+def chosen_flags(
+    generate: type, score: type, argv: Sequence[str]
+) -> tuple[dict[str, Flag], dict[str, str]]:
+    """Return all flags, those of the chosen engine included, and the choices by field."""
+    flags, files = all_flags(generate, score), ConfigFiles()
+    chosen = {}
+    with contextlib.suppress(*[UserError] if asks_for_help(argv) else []):
+        for stage in (generate, score):
+            for name in choices_of(stage).values():
+                if value := glimpsed(flags[name], flags, argv, files):
+                    chosen[name] = value
+        flags = all_flags(generate, score, chosen)
+    return flags, chosen
+
+
+def all_flags(
+    generate: type, score: type, chosen: Mapping[str, str] | None = None
+) -> dict[str, Flag]:
     """Return the flags of both stages, except the flags that this command sets itself."""
     ours = flags_of(ResponseGenConfig)
-    stages = {"generate": flags_of(generate), "score": flags_of(score)}
+    stages = {"generate": flags_of(generate, chosen), "score": flags_of(score, chosen)}
     stages["score"].pop("columns", None)  # applies to prompts; generated files have known names
     flags = dict(ours)
     for stage, found in stages.items():
@@ -111,19 +132,27 @@ def all_flags(generate: type, score: type) -> dict[str, Flag]:
 
 
 def stage_values(
-    flags: Mapping[str, Flag], generate: type, score: type, argv: Sequence[str]
+    flags: Mapping[str, Flag],
+    generate: type,
+    score: type,
+    argv: Sequence[str],
+    chosen: Mapping[str, str] | None = None,
 ) -> tuple[ResponseGenConfig, dict[str, Any], dict[str, Any]]:
     """Parse the words into (this command's settings, generate's values, score's values)."""
     values = read_values(flags, argv, PROG)
     ours = flags_of(ResponseGenConfig)
     own = build(ResponseGenConfig, ours, {k: v for k, v in values.items() if k in ours}, PROG)
     search = DIVERSE_BEAMS if own.diverse_beam else PLAIN_BEAMS
-    if any(name in values for name in SEARCH_FLAGS):
+    if any(name in values for name in SEARCH_FLAGS) or (chosen or {}).get("engine", LOCAL) != LOCAL:
         search = {}
     generated = str(Path(own.output_dir) / GENERATED)
-    to_generate = {"prompts": PROMPTS, **search, **_share(values, "generate", flags_of(generate))}
+    to_generate = {
+        "prompts": PROMPTS,
+        **search,
+        **_share(values, "generate", flags_of(generate, chosen)),
+    }
     to_generate |= {"model_name_or_path": own.model_name_or_path, "output_file": generated}
-    to_score = _share(values, "score", flags_of(score))
+    to_score = _share(values, "score", flags_of(score, chosen))
     to_score.pop("columns", None)  # applies to prompts, as in `all_flags`
     to_score |= {
         "input_file": generated,

@@ -31,6 +31,12 @@ _OFFLINE = (
     "model_max_length",
 )
 _MACHINE = ("bf16", "use_lora", "resume_from_checkpoint")
+_ENDPOINT = (
+    *("base_url", "api_key_env", "send_prompts_to", "api", "dry_run", "max_requests", "max_cost"),
+    *("input_token_price", "output_token_price", "concurrency"),
+)
+SETTINGS: dict[str, tuple[str, ...]] = {"OpenAIServerSettings": _ENDPOINT}
+"""Settings of choices that have too many for the short help -> those that it shows."""
 PAGES: dict[str, Page] = {
     "SFTConfig": Page(
         (*_OFFLINE, "eval_data_path", "eval_steps", *_MACHINE),

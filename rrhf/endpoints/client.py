@@ -20,7 +20,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -162,7 +162,7 @@ class Client:
         for server in self.servers:
             server.close()
 
-    def ask(self, questions: Iterable[Question]) -> Iterator[Answer]:
+    def ask(self, questions: Iterable[Question]) -> Generator[Answer, None, None]:
         """Yield the answer of each question once all its choices are there.
 
         Choices that brought no response say why (`Choice.failure`).
@@ -193,8 +193,9 @@ class _Asking:
         self._cap = ""
         self._num_answered = 0
         self._is_exhausted = False
+        self._is_over = False  # then nothing more is written
 
-    def run(self) -> Iterator[Answer]:
+    def run(self) -> Generator[Answer, None, None]:
         """Yield the answers; see `Client.ask`."""
         patience = STOP_SECONDS
         try:
@@ -307,6 +308,8 @@ class _Asking:
                 attempt.outcome = reply
                 if reply.usage is not None:
                     attempt.cost = Spent(1, reply.usage.input_tokens, reply.usage.output_tokens)
+            if self._is_over:
+                return
             if isinstance(attempt.outcome, Reply):
                 cost = attempt.cost or bound
                 used = task.indices[: len(attempt.outcome.choices)]
@@ -327,7 +330,7 @@ class _Asking:
         for attempt in [one for one in self._flying if now - one.started > limit]:
             attempt.is_lost = True
             self._release(attempt)
-            self._retry(attempt, Failure("failed", f"{attempt.server.url}: sends without end"))
+            self._retry(attempt, Failure("failed", attempt.server.url, "sends without end"))
         try:
             attempt = self._landed.get(timeout=wait)
         except queue.Empty:
@@ -393,7 +396,7 @@ class _Asking:
         if task.num_failures > self._settings.max_retries or task.num_malformed >= MALFORMED_TRIES:
             self._give_up(task, failure)
             return
-        logger.info("%s; trying again (prompt %s)", failure, task.of.question.id)
+        logger.warning("%s; trying again", failure)
         pause = wait if wait is not None else 0.0
         if failure.kind != "busy" or wait is None:
             pause = backoff_seconds(self._settings.retry_wait_seconds, task.num_failures)
@@ -432,6 +435,7 @@ class _Asking:
                 attempt = self._landed.get(timeout=_POLL_SECONDS)
                 if not attempt.is_lost:
                     self._release(attempt)
+        self._is_over = True
         for attempt in list(self._flying):
             self._release(attempt)
 
@@ -444,5 +448,5 @@ def _as_reply(
     failure: Failure, question: Question, server: Server, indices: Sequence[int]
 ) -> Reply:
     """Return a refusal of the server as the outcome of every response that was asked for."""
-    choice = Choice("", failure=str(failure), model=question.model, server=server.url)
+    choice = Choice("", failure=failure.reason, model=question.model, server=server.url)
     return Reply([choice] * len(indices), None)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from rrhf.endpoints.settings import Api
 
@@ -110,7 +110,7 @@ class Choice:
     """
 
     text: str
-    finish_reason: str = "unknown"
+    finish_reason: Literal["stop", "length", "unknown"] = "unknown"
     failure: str = ""
     num_tokens: int | None = None
     model: str = ""

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rrhf.endpoints.questions import Choice
 from rrhf.endpoints.secrets import Secrets
@@ -147,7 +147,12 @@ def read_choice(
         raise BadReply(f"the content of a choice is not a text: {shown(json.dumps(data))}")
     elif reason not in ("stop", "length", None, "eos", "eos_token"):
         failure = f"finish_reason {shown(str(reason))}"
-    ended = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
+    ended: dict[str, Literal["stop", "length"]] = {
+        "stop": "stop",
+        "eos": "stop",
+        "eos_token": "stop",
+        "length": "length",
+    }
     return Choice(
         "" if failure else str(text),
         ended.get(str(reason), "unknown"),

@@ -44,7 +44,7 @@ def read_keys(settings: EndpointSettings) -> list[str]:
 
 
 class Secrets:
-    """Replaces keys in texts."""
+    """Replaces keys in texts, and halves of surrogate pairs, which no file can hold."""
 
     def __init__(self, keys: list[str]) -> None:
         secret = {key for key in keys if len(key) >= MIN_SECRET_LETTERS}
@@ -55,7 +55,7 @@ class Secrets:
         if isinstance(value, str):
             for key in self._keys:
                 value = value.replace(key, REPLACEMENT)
-            return value
+            return value.encode("utf-8", "replace").decode()
         if isinstance(value, dict):
             return {self.redacted(name): self.redacted(item) for name, item in value.items()}
         if isinstance(value, list):

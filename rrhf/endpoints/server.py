@@ -38,16 +38,19 @@ class Failure(Exception):
             answer no request like this one).
         wait_seconds: how long the server asks to wait; None = it does not say.
         is_free: whether the server certainly did not bill the request.
+        reason: the message without the server's address.
     """
 
     def __init__(
         self,
         kind: Kind,
-        message: str,
+        server: str,
+        reason: str,
         wait_seconds: float | None = None,
         is_free: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(f"{server}: {reason}")
+        self.reason = reason
         self.kind, self.wait_seconds, self.is_free = kind, wait_seconds, is_free
 
 
@@ -181,7 +184,7 @@ class Server:
             raise self._failure("malformed", str(error)) from None
 
     def _failure(self, kind: Kind, message: str, *words: Any) -> Failure:
-        return Failure(kind, f"{self.url}: {self._secrets.redacted(message)}", *words)
+        return Failure(kind, self.url, self._secrets.redacted(message), *words)
 
     def _lost(self, error: Exception) -> Failure:
         """Describe a request without a whole response."""

@@ -37,30 +37,31 @@ class EndpointSettings(Ranged):
     """How OpenAI-compatible servers are asked, and what that may cost."""
 
     base_url: tuple[str, ...] = (COMPANY_URL,)
-    """Address of the server, such as http://127.0.0.1:8000/v1; several servers of the same model
-    share the work."""
+    """Address of the server, such as http://127.0.0.1:8000/v1; several share the work. All must
+    serve the same model."""
     api_key_env: tuple[str, ...] = ()
-    """Environment variable that holds the server's key, one for each base_url or one for all; empty
+    """Environment variable that holds the server's key. One for each base_url or one for all; empty
     = OPENAI_API_KEY for the company's own server, no key for others."""
     send_prompts_to: tuple[str, ...] = ()
-    """Hosts, other than this machine, that the prompts may be sent to, such as api.openai.com."""
+    """Other machines that prompts may be sent to, such as api.openai.com."""
     api: Api = "chat"
-    """chat = the prompt's messages are sent, and the server applies its chat template; completions
-    = the prompt's text is sent as it is."""
+    """chat = send messages; completions = send the prompt's text as it is. With chat, the server
+    applies its chat template."""
     dry_run: bool = False
-    """Send nothing; print the number of requests, the estimated tokens and the highest cost."""
+    """Send nothing; print how many requests, tokens and costs to expect."""
     max_requests: int = 0
-    """Stop before sending more requests than this, over all runs of the command; 0 = no limit."""
+    """Stop before sending more requests than this; 0 = no limit. Limits hold over all runs of a
+    command, and for requests that are on their way."""
     max_total_tokens: int = 0
     """Stop before prompts and responses could have more tokens than this in all; 0 = no limit."""
     max_cost: float = 0.0
-    """Stop before the cost could exceed this, in the currency of the prices; 0 = no limit."""
+    """Stop before the cost could exceed this; 0 = no limit. In the currency of the prices."""
     input_token_price: float = 0.0
     """Price of a million tokens of prompts."""
     output_token_price: float = 0.0
     """Price of a million tokens of responses."""
     concurrency: int = 8
-    """Number of requests that each server answers at the same time."""
+    """Number of requests that a server answers at a time."""
     requests_per_minute: int = 0
     """Send each server at most this many requests a minute; 0 = no limit."""
     tokens_per_minute: int = 0

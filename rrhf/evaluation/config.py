@@ -9,7 +9,7 @@ from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
 from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES
 from rrhf.evaluation.metrics import METRICS
-from rrhf.generation.build import ENGINES, EngineSpec
+from rrhf.generation.build import ENGINES, EngineSpec, require_used
 from rrhf.generation.params import FilterOptions, SamplingParams, check_params
 from rrhf.ranges import COUNT, INDEX, SEED, SHARE
 from rrhf.scoring.config import RewardModelOptions
@@ -35,8 +35,8 @@ class EvaluateConfig(FilterOptions, RewardModelOptions, DataOptions):
 
     engine: str = field(default="local", metadata={"registry": ENGINES})
     """What generates the policy's responses: local = the model in this process; vllm = a vLLM
-    server that is running; package.module:name = your own engine. A baseline's responses are
-    always generated with local."""
+    server that is running; openai_server = any server of OpenAI's API; package.module:name = your
+    own engine. A baseline's responses are always generated with local."""
 
     engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
 
@@ -172,6 +172,7 @@ class EvaluateConfig(FilterOptions, RewardModelOptions, DataOptions):
         settings = self.engine_spec.settings
         if self.engine_settings is None and settings is not None:
             self.engine_settings = settings()
+        require_used(self, "max_prompt_tokens")
         if bool(self.model_name_or_path) == bool(self.responses):
             raise UserError(
                 "use either --model_name_or_path to measure a policy, or --responses to measure "

@@ -40,15 +40,18 @@ from rrhf.evaluation.inputs import (
 from rrhf.evaluation.likelihoods import LikelihoodReader
 from rrhf.evaluation.models import Models
 from rrhf.evaluation.reached import signs_of_nothing
-from rrhf.evaluation.results import save_row
+from rrhf.evaluation.results import file_stem, save_row
 from rrhf.evaluation.shared import Shared
 from rrhf.evaluation.weight_distance import stored_weight_distance, weight_distance
 from rrhf.files import made_folder
 from rrhf.generation.engine import (
     GenerationEngine,
+    announce,
     check_decoding,
     engine_name,
+    finish,
     missing_capabilities,
+    usage,
 )
 from rrhf.generation.fitting import Fitting, fit_by_engine, fit_by_tokens
 from rrhf.generation.params import prompt_room
@@ -109,6 +112,7 @@ class _Evaluation:
             fitting = self._fitting(self.engine)
             self.sets = fitting.select(data.sets)
             self.dropped = fitting.left_out.total()
+            self._announce(self.engine)
         reference, paper = config.reference_model_name_or_path, config.ppl_model_name_or_path
         shared = Shared(
             self.sets,
@@ -139,18 +143,30 @@ class _Evaluation:
         elif config.best_of_n > 1:
             params = config.params(greedy=False)
             row = self.evaluator.row(self.name, self.engine, params, config.best_of_n, extra=extra)
-            self._save(row)
+            self._save(row | usage(self.engine))
         else:
             path = config.model_name_or_path
             policy = self.models.reader(path) if config.engine_spec.has_model else None
             self._measure_policy(config, self.engine, policy, self.name)
+        if self.engine is not None:
+            finish(self.engine)
         for sign in signs_of_nothing(self.result.rows):
             logger.warning("%s", sign)
         return self.result
 
+    def _announce(self, engine: GenerationEngine) -> None:
+        """Tell an engine that costs money what it will be asked."""
+        config = self.config
+        params = [config.params(greedy) for greedy in config.decodings]
+        if config.best_of_n > 1:
+            drawn = config.samples_per_prompt * config.best_of_n
+            params = [replace(config.params(greedy=False), num_return_sequences=drawn)]
+        announce(engine, self.sets, *params)
+
     def _policy_engine(self) -> GenerationEngine:
         config = self.config
-        engine = self.models.engine(config.model_name_or_path, config.engine_spec)
+        answers = Path(config.output_dir) / f"{file_stem(self.name)}.answers.jsonl"
+        engine = self.models.engine(config.model_name_or_path, config.engine_spec, answers)
         check_decoding(engine, config.params(greedy=False))
         if lacks := ", ".join(missing_capabilities(engine, "ids", "logprobs")):
             logger.warning(
@@ -211,7 +227,7 @@ class _Evaluation:
             )
             for greedy in config.decodings
         ]
-        self._save(*rows)
+        self._save(*(row | usage(engine) for row in rows))
 
     def _set_baseline(self) -> Baseline:
         """Pass the baseline's responses to the evaluator; if the baseline is a policy, they are

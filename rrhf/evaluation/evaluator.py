@@ -14,6 +14,7 @@ from `per_prompt`. The metrics and their needs are defined in `rrhf.evaluation.m
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,6 +35,8 @@ from rrhf.generation.engine import GenerationEngine, SamplingParams
 from rrhf.records import CandidateSet
 from rrhf.user_code import guarded
 from rrhf.worlds import gold_scores
+
+logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Value]
 
@@ -105,9 +108,14 @@ class Evaluator:
         draft.cost.count_passes("policy", passes)
         draft.cost.prompt_tokens = sum(len(written[0].prompt_ids or ()) for written in samples)
         draft.cost.generated_tokens = None
-        if engine.capabilities.ids:
+        if all(sample.known_tokens is not None for one in samples for sample in one):
             draft.cost.generated_tokens = sum(x.num_tokens for one in samples for x in one)
         draft.sets = as_sets(name, self.shared.prompts, samples)
+        if failed := sum(bool(sample.failure) for one in samples for sample in one):
+            draft.sets = _answered(name, draft.sets, drawn.num_return_sequences, best_of)
+            draft.counts["responses_not_given"] = failed
+            draft.counts["prompts_without_response"] = len(samples) - len(draft.sets)
+            passes = sum(len(s.candidates) for s in draft.sets)
         if scorer is not None:
             with draft.cost.timed("scoring"):
                 draft.sets = score_sets(scorer, draft.sets, self.max_unscored_fraction)
@@ -223,6 +231,30 @@ class Evaluator:
             **own,
             "confidence": self.confidence,
         }
+
+
+def _answered(
+    name: str, sets: Sequence[CandidateSet], count: int, best_of: int
+) -> list[CandidateSet]:
+    """Keep the prompts with responses; to choose the best of N, those with all `count`.
+
+    Raises:
+        UserError: no prompt is left.
+    """
+    least = count if best_of > 1 else 1
+    kept = [s for s in sets if len(s.candidates) >= least]
+    missing = sum(count - len(s.candidates) for s in sets)
+    logger.warning(
+        "%s: %d responses were not given (refused, filtered or failed); %d of %d prompts are "
+        "measured",
+        name,
+        missing,
+        len(kept),
+        len(sets),
+    )
+    if not kept:
+        raise UserError(f"{name}: no prompt was answered, so there is nothing to measure")
+    return kept
 
 
 def _values(name: str, metric: Metric, draft: Draft) -> Values:

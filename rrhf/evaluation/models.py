@@ -49,7 +49,9 @@ class Models:
             self.config.layout,
         )
 
-    def engine(self, path: str, spec: EngineSpec = LOCAL) -> GenerationEngine:
+    def engine(
+        self, path: str, spec: EngineSpec = LOCAL, answers_file: Path | None = None
+    ) -> GenerationEngine:
         config = self.config
         return spec.build(
             EngineOptions(
@@ -60,5 +62,6 @@ class Models:
                 config.max_prompt_tokens or None,
                 config.engine_settings,
                 config.temperature,
+                answers_file=answers_file,
             )
         )

@@ -29,13 +29,14 @@ def write_responses(
 def as_sets(
     name: str, prompts: Sequence[CandidateSet], samples: Sequence[Sequence[Sample]]
 ) -> list[CandidateSet]:
-    """Return the prompts with their samples as candidates."""
+    """Return the prompts with their samples as candidates, without samples that failed."""
     return [
         replace(
             s,
             candidates=tuple(
                 Candidate(sample.text, f"policy:{name}", finish_reason=sample.finish_reason)
                 for sample in written
+                if not sample.failure
             ),
         )
         for s, written in zip(prompts, samples, strict=True)

@@ -6,10 +6,11 @@ Nothing here imports torch until an engine is built, so that flags can be read w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.errors import UserError
 from rrhf.generation.engine import GenerationEngine
 from rrhf.models.forward.names import LAYOUTS
 from rrhf.registry import Registry
@@ -34,6 +35,8 @@ class EngineOptions:
         is_live: whether `model` returns a policy in training, whose weights change between calls of
             the engine.
         folder: where the engine may write what it passes to another process; None = anywhere.
+        answers_file: where the engine may keep responses until they are in a finished file; None =
+            nowhere.
     """
 
     model_name_or_path: str
@@ -45,6 +48,7 @@ class EngineOptions:
     temperature: float = 1.0
     is_live: bool = False
     folder: Path | None = None
+    answers_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,38 @@ class EngineSpec:
         check: called with the settings, and whether the engine will serve a policy in training,
             before any model is loaded; raises a UserError if the engine cannot work. None = no
             check.
+        is_remote: whether the engine only sends prompts to servers: it is given all prompts at
+            once, answers each whatever the others are, and one process is enough.
+        unused: flags that the engine has no use for; values other than their defaults are refused.
+        author: what the sources of its responses begin with: policy, or teacher.
     """
 
     build: Callable[[EngineOptions], GenerationEngine]
     settings: type | None = None
     has_model: bool = True
     check: Callable[[Any, bool], None] | None = None
+    is_remote: bool = False
+    unused: tuple[str, ...] = ()
+    author: str = "policy"
+
+
+def require_used(config: Any, *names: str) -> None:
+    """Refuse values of flags that the chosen engine has no use for.
+
+    Args:
+        config: a configuration with the fields `engine` and `engine_spec`.
+        names: the fields to check; none = all.
+
+    Raises:
+        UserError: such a field does not have its default.
+    """
+    for item in fields(config):
+        is_unused = item.name in config.engine_spec.unused and (not names or item.name in names)
+        if is_unused and getattr(config, item.name) != item.default:
+            raise UserError(
+                f"--{item.name} {getattr(config, item.name)}: --engine {config.engine} has no use "
+                "for it; leave it out"
+            )
 
 
 def build_local(options: EngineOptions) -> GenerationEngine:
@@ -83,6 +113,10 @@ _LAYOUT = "that is a layout (how a batch passes the network), and its flag is --
 ENGINES: Registry[EngineSpec] = Registry(
     "engine",
     EngineSpec,
-    {"local": f"{__name__}:LOCAL", "vllm": "rrhf.generation.vllm.spec:VLLM"},
+    {
+        "local": f"{__name__}:LOCAL",
+        "vllm": "rrhf.generation.vllm.spec:VLLM",
+        "openai_server": "rrhf.generation.openai_server.spec:OPENAI_SERVER",
+    },
     dict.fromkeys(LAYOUTS, _LAYOUT),
 )

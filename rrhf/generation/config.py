@@ -10,7 +10,7 @@ from rrhf.data.columns import DataOptions
 from rrhf.data.mixing import require_not_read
 from rrhf.data.prompt_text import prompt_text
 from rrhf.files import require_unpacked_output
-from rrhf.generation.build import ENGINES, EngineSpec
+from rrhf.generation.build import ENGINES, EngineSpec, require_used
 from rrhf.generation.params import FilterOptions, SamplingParams, check_params
 from rrhf.ranges import COUNT, INDEX, POSITIVE, SEED
 
@@ -48,6 +48,9 @@ class SamplingOptions(FilterOptions):
     add_dataset_responses: bool = True
     """Append the responses that come with the prompts (human:chosen, human:rejected) to the
     samples."""
+    keep_candidates: bool = False
+    """Keep all responses that come with the prompts, such as those of another teacher, in front of
+    the new ones."""
     deduplicate: bool = False
     """Of responses to a prompt that differ only in white space, keep one. Duplicates are counted
     either way."""
@@ -64,7 +67,8 @@ class GenerateConfig(SamplingOptions, DataOptions):
     """Sample responses to prompts with a policy and write a candidate file."""
 
     model_name_or_path: str = field(metadata={"names": "engine's model"})
-    """The policy: a model folder, a run folder, or a hub name."""
+    """The policy: a model folder, a run folder, or a hub name; with a server, the model's name
+    there."""
     prompts: str = field(metadata={"names": "prompts"})
     """The prompts: a file, a registered name, a dataset or your own function (package.module:name),
     as name[:proportion[:path]], several separated by commas. Or one prompt as text: several words,
@@ -87,7 +91,7 @@ class GenerateConfig(SamplingOptions, DataOptions):
     name."""
     engine: str = field(default="local", metadata={"registry": ENGINES})
     """What writes the responses: local = the model in this process; vllm = a vLLM server that is
-    running; package.module:name = your own engine."""
+    running; openai_server = any server of OpenAI's API; package.module:name = your own engine."""
     engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
     bf16: bool = False
     """Load the weights in bfloat16."""
@@ -108,6 +112,7 @@ class GenerateConfig(SamplingOptions, DataOptions):
         settings = self.engine_spec.settings
         if self.engine_settings is None and settings is not None:
             self.engine_settings = settings()
+        require_used(self)
         require_unpacked_output(self.output_file)
         if prompt_text(self.prompts) is None:
             require_not_read(self.output_file, self.prompts)
@@ -124,6 +129,9 @@ class GenerateConfig(SamplingOptions, DataOptions):
     @property
     def source(self) -> str:
         """The source that is recorded with a sampled response."""
+        spec = self.engine_spec
+        if spec.author != "policy":  # a model's name on a server, not a folder
+            return f"{spec.author}:{self.policy or self.model_name_or_path}"
         folder = Path(self.model_name_or_path)
         name = folder.parent.name if folder.name == "policy" else folder.name
-        return f"policy:{self.policy or name or folder.name}"
+        return f"{spec.author}:{self.policy or name or folder.name}"

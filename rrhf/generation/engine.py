@@ -38,6 +38,9 @@ class Sample:
             filters (top-k, top-p, repetition penalty); None if the engine reports no log-probs.
         finish_reason: "stop" (EOS or stop string), "length", or "unknown".
         text: the response as text, without EOS and without the stop string.
+        failure: why there is no response, such as "refusal: ..."; "" if there is one. A sample with
+            a failure is counted, and used for nothing.
+        reported_tokens: number of tokens that the engine reports, if the ids are not known.
     """
 
     prompt_ids: Sequence[int] | None
@@ -45,11 +48,18 @@ class Sample:
     logprobs: Tensor | None
     finish_reason: FinishReason
     text: str
+    failure: str = ""
+    reported_tokens: int | None = None
+
+    @property
+    def known_tokens(self) -> int | None:
+        """Number of sampled tokens; None if it is not known."""
+        return self.reported_tokens if self.token_ids is None else len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
-        """Number of sampled tokens; 0 if the ids are not known."""
-        return 0 if self.token_ids is None else len(self.token_ids)
+        """Number of sampled tokens; 0 if it is not known."""
+        return self.known_tokens or 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,11 @@ _WORDS = {
 
 
 class GenerationEngine(Protocol):
-    """Generates responses, under the rules in the module's docstring."""
+    """Generates responses, under the rules in the module's docstring.
+
+    An engine that costs money may have three further methods, which are called by the functions
+    `announce`, `usage` and `finish` of this module.
+    """
 
     @property
     def capabilities(self) -> Capabilities:
@@ -137,6 +151,34 @@ class SyncedEngine(GenerationEngine, Protocol):
         Raises:
             UserError: it does not come back.
         """
+
+
+def announce(
+    engine: GenerationEngine, prompts: Sequence[CandidateSet], *params: SamplingParams
+) -> None:
+    """Tell an engine what it will be asked before it is asked anything, if it wants to know.
+
+    Args:
+        engine: the engine; its method `announce` takes the same arguments.
+        prompts: all prompts.
+        params: each way in which all prompts will be answered.
+
+    Raises:
+        NothingSent: the engine makes a dry run; the message is its result.
+    """
+    if tell := getattr(engine, "announce", None):
+        tell(prompts, *params)
+
+
+def usage(engine: GenerationEngine) -> dict[str, Any]:
+    """Return what an engine's work cost, for manifests; empty if it does not say."""
+    said: dict[str, Any] = getattr(engine, "usage", dict)()
+    return {"usage": said} if said else {}
+
+
+def finish(engine: GenerationEngine) -> None:
+    """Tell an engine that all its responses are in a finished file, if it wants to know."""
+    getattr(engine, "finish", lambda: None)()
 
 
 def engine_name(engine: GenerationEngine) -> str:

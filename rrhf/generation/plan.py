@@ -109,11 +109,18 @@ def plan_prompts(
             ids.append(prompt.id)
             lengths.append(fit.length)
     fitting.report()
-    size = config.per_device_prompt_batch_size
-    at_a_time = size if config.num_beams > 1 else size * BATCHES_OF_A_CALL
-    batches = plan_batches(lengths, at_a_time, size * SORTED_BATCHES)
+    if config.engine_spec.is_remote:
+        batches = [list(range(len(ids)))]
+    else:
+        batches = _plan_local(config, lengths)
     found = {"prompts_cut": fitting.num_cut, "prompts_empty": fitting.formats.counts["empty"]}
     return Plan(sets, indices, ids, batches, dict(fitting.left_out), digest.hexdigest(), found)
+
+
+def _plan_local(config: GenerateConfig, lengths: Sequence[int]) -> list[list[int]]:
+    size = config.per_device_prompt_batch_size
+    at_a_time = size if config.num_beams > 1 else size * BATCHES_OF_A_CALL
+    return plan_batches(lengths, at_a_time, size * SORTED_BATCHES)
 
 
 def _read(config: GenerateConfig, counts: SourceCounts) -> Sequence[CandidateSet]:

@@ -17,7 +17,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,19 @@ import torch
 from rrhf.data.candidate_rows import candidate_set_to_row
 from rrhf.data.chat_format import ChatCodec
 from rrhf.data.formats import SourceCounts
+from rrhf.errors import UserError
 from rrhf.files import made_folder
 from rrhf.generation.build import EngineOptions
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.engine import GenerationEngine, Sample, check_decoding, responses
+from rrhf.generation.engine import (
+    GenerationEngine,
+    Sample,
+    announce,
+    check_decoding,
+    finish,
+    responses,
+    usage,
+)
 from rrhf.generation.plan import Plan, plan_prompts
 from rrhf.manifests import COMPLETE, write_manifest
 from rrhf.model_paths import accept_edited_models, check_model_path
@@ -39,6 +48,7 @@ from rrhf.progress import Progress
 from rrhf.records import CHOSEN_SOURCE, REJECTED_SOURCE, Candidate, CandidateSet
 from rrhf.signals import StopRequest, caught_signals
 from rrhf.stages.fingerprint import fingerprint
+from rrhf.stages.journal import journal_path
 from rrhf.stages.part_file import PartAppender
 from rrhf.stages.staged_file import GO_ON, StagedFile
 
@@ -46,6 +56,7 @@ __all__ = ["GenerateConfig", "generate_file"]
 
 logger = logging.getLogger(__name__)
 
+_FAILED = "not_given:"
 _COUNTED = {
     "dataset_responses": "responses of the data added",
     "empty_responses": "samples are empty",
@@ -75,8 +86,18 @@ def generate_file(
     accept_edited_models(config)
     if config.engine_spec.has_model:
         check_model_path(config.model_name_or_path)
+    if config.engine_spec.is_remote and world_size > 1:
+        raise UserError(
+            f"--engine {config.engine}: sends many requests at once from one process, but "
+            f"{world_size} processes were started; start the command without a launcher"
+        )
     with made_folder(output.parent), caught_signals() as stop:
         return _Stage(config, rank, world_size, local_rank, stop).run()
+
+
+def _kind(failure: str) -> str:
+    """Return the first word of a failure: refusal, content_filter, too_long, failed, ..."""
+    return failure.partition(":")[0]
 
 
 class _Stage:
@@ -101,8 +122,10 @@ class _Stage:
         )
         self.parts = self.staged.parts
         self.params = config.sampling_params()
+        self.is_remote = config.engine_spec.is_remote
         self.counts = SourceCounts()
         self.has_model = config.engine_spec.has_model
+        self._first_failures: dict[str, str] = {}  # kind -> prompt and reason
         self._codec = cache(self._load_codec)
         self._engine = cache(lambda: stop.run(self._build, GO_ON))
 
@@ -123,6 +146,8 @@ class _Stage:
                 work=partial(self._answer, plan, part),
                 finish=partial(self._finish, plan, settings),
             )
+            if self.is_remote:
+                finish(self._engine())
         return self.output
 
     # Before.
@@ -144,6 +169,7 @@ class _Stage:
             **own,
             "max_prompt_tokens": config.max_prompt_tokens,
             "add_dataset_responses": config.add_dataset_responses,
+            **({"keep_candidates": True} if config.keep_candidates else {}),
             "deduplicate": config.deduplicate,
             "source": config.source,
             "engine": config.engine,
@@ -156,20 +182,37 @@ class _Stage:
     def _prepare(self, plan: Plan) -> None:
         """Load the model before anything is written, so that an error leaves no file behind."""
         self.parts.read_on(is_start=True)
-        if self._left(plan):
-            self._engine()
+        if left := self._left(plan):
+            engine = self._engine()
+            prompts = [p for batch in left for p in plan.prompts_of(batch)]
+            self._tell_repeated(prompts)
+            announce(engine, prompts, self.params)
+
+    def _tell_repeated(self, prompts: Sequence[CandidateSet]) -> None:
+        """Warn if the kept responses already hold some of the source whose responses are added."""
+        source = self.config.source
+        count = sum(any(c.source == source for c in prompt.candidates) for prompt in prompts)
+        if count and self.config.keep_candidates:
+            logger.warning(
+                "%s already has responses of %s to %d prompts; further ones are added",
+                self.config.prompts,
+                source,
+                count,
+            )
 
     def _batches(self, plan: Plan) -> list[list[int]]:
         """Return the batches of this process."""
         return plan.batches[self.share]
 
     def _left(self, plan: Plan) -> list[list[int]]:
-        """Return the batches of this process that are not complete on disk."""
-        return [
-            batch
-            for batch in self._batches(plan)
-            if any(plan.ids[position] not in self.parts.places for position in batch)
-        ]
+        """Return the batches of this process that are not complete on disk; a server is asked
+        for what is missing of them."""
+        known, left = self.parts.places, []
+        for batch in self._batches(plan):
+            missing = [position for position in batch if plan.ids[position] not in known]
+            if missing:
+                left.append(missing if self.is_remote else batch)
+        return left
 
     def _answer(self, plan: Plan, part: PartAppender) -> None:
         """Write the rows of this process that are not on disk yet."""
@@ -199,7 +242,7 @@ class _Stage:
                     if prompt.id not in self.parts.places:
                         part.append(self._part_row(prompt, written, seconds))
                         done += 1
-                        progress.advance(figures=rate if engine.capabilities.ids else "")
+                        progress.advance(figures=rate if tokens else "")
 
     def _load_codec(self) -> ChatCodec:
         tokenizer = load_tokenizer(self.config.model_name_or_path, self.config.trust_remote_code)
@@ -225,6 +268,7 @@ class _Stage:
                 config.max_prompt_tokens,
                 config.engine_settings,
                 config.temperature,
+                answers_file=journal_path(self.output),
             )
         )
         check_decoding(engine, self.params)
@@ -234,14 +278,20 @@ class _Stage:
         self, prompt: CandidateSet, samples: Sequence[Sample], seconds: float
     ) -> dict[str, Any]:
         """Build a row of this process' part: the candidate row with its counts."""
+        # Scores in the data, if any, are not on the scale of the scorer that comes next.
+        given = [replace(candidate, score=None) for candidate in prompt.candidates]
+        human = [c for c in given if c.source in (CHOSEN_SOURCE, REJECTED_SOURCE)]
+        failures = Counter(_kind(sample.failure) for sample in samples if sample.failure)
         candidates = [
             Candidate(sample.text, self.config.source, None, sample.finish_reason)
             for sample in samples
+            if not sample.failure
         ]
-        own = [c for c in prompt.candidates if c.source in (CHOSEN_SOURCE, REJECTED_SOURCE)]
-        if self.config.add_dataset_responses:
-            # Scores in the data, if any, are not on the scale of the scorer that comes next.
-            candidates += [Candidate(c.response, c.source, None, c.finish_reason) for c in own]
+        num_new = len(candidates)
+        if self.config.keep_candidates:
+            candidates = given + candidates
+        elif self.config.add_dataset_responses:
+            candidates += human
         first_of: dict[str, Candidate] = {}
         for candidate in candidates:
             first_of.setdefault(" ".join(candidate.response.split()), candidate)
@@ -253,24 +303,26 @@ class _Stage:
             tuple(kept if self.config.deduplicate else candidates),
             prompt.origin,
         )
-        reasons = Counter(sample.finish_reason for sample in samples)
-        unknown = any(sample.token_ids is None for sample in samples)
+        written = [sample for sample in samples if not sample.failure]
+        reasons = Counter(sample.finish_reason for sample in written)
+        unknown = any(sample.known_tokens is None for sample in written)
         return {
             "id": prompt.id,
             "row": candidate_set_to_row(row),
             "counts": {
                 "candidates": len(row.candidates),
-                "samples": len(samples),
-                **({} if unknown else {"tokens": sum(one.num_tokens for one in samples)}),
-                "empty_responses": sum(not sample.text.strip() for sample in samples),
+                "samples": num_new,
+                **({} if unknown else {"tokens": sum(one.num_tokens for one in written)}),
+                **{f"{_FAILED}{kind}": count for kind, count in failures.items()},
+                "empty_responses": sum(not sample.text.strip() for sample in written),
                 "ended_by_themselves": reasons["stop"],
                 "cut_at_max_new_tokens": reasons["length"],
-                "dataset_responses": len(candidates) - len(samples),
-                "dataset_candidates_left_out": len(prompt.candidates)
-                - (len(candidates) - len(samples)),
+                "dataset_responses": len(candidates) - num_new,
+                "dataset_candidates_left_out": len(given) - (len(candidates) - num_new),
                 "duplicates": len(candidates) - len(kept),
                 "duplicates_removed": len(candidates) - len(row.candidates),
             },
+            **({"failures": [one.failure for one in samples if one.failure]} if failures else {}),
             "seconds": seconds,
         }
 
@@ -288,6 +340,9 @@ class _Stage:
             for row, _ in rows:
                 counts.update(row["counts"])
                 seconds += row["seconds"]
+                for name in row["counts"]:
+                    if name.startswith(_FAILED):
+                        self._first_failures.setdefault(name, f"{row['id']}: {row['failures'][0]}")
         write_manifest(self.output, self._manifest(plan, settings, counts, seconds))
         self._tell(plan, counts, seconds)
 
@@ -306,6 +361,15 @@ class _Stage:
         for name, words in _COUNTED.items():
             if counts[name]:
                 parts.append(f"{counts[name]:,} {words}")
+        for name, count in counts.items():
+            if name.startswith(_FAILED):
+                logger.warning(
+                    "%d responses are missing (%s; first: prompt %s): they were not given, and "
+                    "nothing stands in their place",
+                    count,
+                    name.removeprefix(_FAILED),
+                    self._first_failures[name],
+                )
         if samples and not ended:
             logger.warning(
                 "no response ends: all %d were cut at --max_new_tokens %d; raise the limit, or use "
@@ -319,12 +383,18 @@ class _Stage:
         self, plan: Plan, settings: dict[str, Any], counts: Mapping[str, int], seconds: float
     ) -> dict[str, Any]:
         config = self.config
+        not_given = {
+            name.removeprefix(_FAILED): count
+            for name, count in counts.items()
+            if name.startswith(_FAILED)
+        }
         return {
             "status": COMPLETE,
             "stage": "generate",
             "rows": len(plan.ids),
             **self.parts.output_digest.as_dict(),
-            **counts,
+            **{name: count for name, count in counts.items() if not name.startswith(_FAILED)},
+            **({"not_given": not_given} if not_given else {}),
             "dropped_prompts": plan.dropped,
             **plan.counts,
             "input": {"prompts": config.prompts, "sha256": plan.digest, **self.counts.as_dict()},
@@ -336,5 +406,6 @@ class _Stage:
             "tokens_per_engine_second": round(counts["tokens"] / seconds, 1)
             if seconds and "tokens" in counts
             else None,
+            **(usage(self._engine()) if self.is_remote else {}),
             "scorer": None,
         }

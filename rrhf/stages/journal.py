@@ -24,7 +24,7 @@ def journal_path(output: Path) -> Path:
 
 
 class JournalFile:
-    """Keeps rows in a file, which is made when the first row is written or read.
+    """Keeps rows in a file, which is made and locked when the first row is written.
 
     Args:
         path: the file.
@@ -34,11 +34,6 @@ class JournalFile:
         self.path = path
         self._appender: PartAppender | None = None
 
-    def _opened(self) -> PartAppender:
-        if self._appender is None:
-            self._appender = PartAppender(self.path)
-        return self._appender
-
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of earlier runs; a damaged row is left out with a warning.
 
@@ -47,8 +42,7 @@ class JournalFile:
         """
         if not self.path.exists():
             return
-        self._opened()
-        with open(self.path, "rb") as file:
+        with PartAppender(self.path), open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 row = decode_part_row(line)
                 if row is not None:
@@ -58,12 +52,15 @@ class JournalFile:
 
     def append(self, value: dict[str, Any]) -> None:
         """Write a row; a kill afterwards does not lose it."""
-        self._opened().append(value)
+        if self._appender is None:
+            self._appender = PartAppender(self.path)
+        self._appender.append(value)
 
     def close(self) -> None:
+        """Release the file; it is opened again when a row is written."""
         if self._appender is not None:
-            self._appender.remove_if_bare()
             self._appender.close()
+            self._appender = None
 
     def remove(self) -> None:
         """Remove the file, once what it keeps is in a finished output."""

@@ -78,7 +78,7 @@ def test_an_engine_in_a_file_of_the_working_directory(
     ("words", "told"),
     [
         (["--engine", CANNED, "--num_beams=4", "--do_sample=false"], "does not offer beam search"),
-        (["--engine", "lokal"], "unknown engine 'lokal': choose one of local"),
+        (["--engine", "lokal"], "unknown engine 'lokal': choose one of local, vllm, openai_server"),
         (["--engine", "json:loads"], "every engine is a rrhf.generation.build.EngineSpec"),
         (["--text", "x"], "--text"),
         (["--engine", "local"], "a-teacher: no such model folder"),
@@ -236,5 +236,5 @@ def test_a_rollout_encodes_no_prompt_again(world: Path, monkeypatch: pytest.Monk
 
 
 def test_engines_are_listed() -> None:
-    assert list(ENGINES) == ["local", "vllm"] and ENGINES["local"].has_model
+    assert list(ENGINES) == ["local", "vllm", "openai_server"] and ENGINES["local"].has_model
     assert local().describe()["engine"] == "local"
