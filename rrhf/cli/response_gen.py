@@ -18,7 +18,7 @@ from typing import Any
 
 from rrhf.cli.config_files import ConfigFiles
 from rrhf.cli.fields import Flag, choices_of, flags_of
-from rrhf.cli.flags import asks_for_all, asks_for_help, build, glimpsed, read_values
+from rrhf.cli.flags import asks_for_all, asks_for_help, build, look_up, read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.places import check_places
 from rrhf.cli.terminal import print_once, print_repeats
@@ -98,7 +98,7 @@ def chosen_flags(
     with contextlib.suppress(*[UserError] if asks_for_help(argv) else []):
         for stage in (generate, score):
             for name in choices_of(stage).values():
-                if value := glimpsed(flags[name], flags, argv, files):
+                if value := look_up(flags[name], flags, argv, files):
                     chosen[name] = value
         flags = all_flags(generate, score, chosen)
     return flags, chosen

@@ -20,7 +20,7 @@ from rrhf.endpoints.settings import Api
 MAX_SHOWN = 200
 """Letters of a body that messages show."""
 
-_DATE = re.compile(r"-(\d{4}|\d{4}-\d{2}-\d{2}|\d{8})")
+_VERSION = re.compile(r"-(\d{4}|\d{4}-\d{2}-\d{2}|\d{8})|@[\w.-]+")
 
 
 class BadReply(ValueError):
@@ -102,10 +102,11 @@ def read_reply(value: Any, api: Api, asked: str, accepted: str, server: str) -> 
 
 
 def is_model(answered: str, asked: str, accepted: str = "") -> bool:
-    """Whether an answer's `model` is the one asked for: the same name, or the name and a date."""
+    """Whether an answer's `model` is the one asked for: the same name, alone or with a
+    date (-2026-08-01) or a revision (@main)."""
     if answered == asked or (accepted and answered == accepted):
         return True
-    return answered.startswith(asked) and bool(_DATE.fullmatch(answered[len(asked) :]))
+    return answered.startswith(asked) and bool(_VERSION.fullmatch(answered[len(asked) :]))
 
 
 def _usage(value: Any) -> Usage | None:

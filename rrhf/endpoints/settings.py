@@ -83,8 +83,8 @@ class EndpointSettings(Ranged):
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Name under which the server takes the maximum length of a response."""
     served_model: str = ""
-    """Name under which the server answers, if it is neither the name asked for nor that name with a
-    date."""
+    """Name under which the server answers, if it is not the name asked for, alone or with a date or
+    a revision."""
     straggler_factor: float = 4.0
     """With several servers: send a request to another server too once it takes this many times the
     median; the first answer counts, and both are paid for. 0 = never."""

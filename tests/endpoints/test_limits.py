@@ -82,6 +82,8 @@ def test_waits_double_within_bounds_and_start_again_after_an_answer() -> None:
         ("gpt-x", "gpt-x", "", True),
         ("gpt-x-2026-08-01", "gpt-x", "", True),
         ("gpt-x-0613", "gpt-x", "", True),
+        ("/models/llama@main", "/models/llama", "", True),
+        ("llama@main", "llama@v2", "", False),
         ("gpt-x-mini", "gpt-x", "", False),
         ("gpt", "gpt-x", "", False),
         ("gpt-x-2026-08-01", "gpt-x-2026-07-01", "", False),
