@@ -152,3 +152,24 @@ def test_a_window_that_layers_keep_to_themselves_sends_longer_rows_the_plain_way
         assert isinstance(new(), SharedPromptModel)
     with decoding(model, 0, 41) as new:
         assert isinstance(new(), IncrementalModel)
+
+
+def test_half_precision_does_not_hide_a_difference(monkeypatch):
+    """Rounding in bfloat16 makes a difference of its own, which is larger than this one."""
+    true_step = SharedPromptModel.step
+    monkeypatch.setattr(SharedPromptModel, "step", lambda *args: true_step(*args) * 1.01)
+    verdict = decoders._tried(model_of(CONFIGS["llama"]).bfloat16(), 0)
+    assert verdict.misfit is not None and "logits differ by 0.01" in verdict.misfit
+
+
+def test_a_gross_difference_in_half_precision_alone_is_found(monkeypatch):
+    model = model_of(CONFIGS["llama"]).bfloat16()
+    true_step = SharedPromptModel.step
+
+    def step(*args):
+        logits = true_step(*args)
+        return logits if logits.dtype == torch.float32 else -logits
+
+    monkeypatch.setattr(SharedPromptModel, "step", step)
+    verdict = decoders._tried(model, 0)
+    assert verdict.misfit is not None and "logits differ by 2" in verdict.misfit

@@ -3,9 +3,10 @@ rows.
 
 A self-check compares the two once for each model on a few random tokens, with everything that can
 happen to rows: prompts of different lengths, several samples, a row that leaves, and a row that
-joins later. A model that cannot share prompts (its attention cannot be replaced, or its layers keep
-a state of their own or use position biases) fails the check; this is logged once, and plain rows
-are used.
+joins later. A model in half precision computes in float32 for this comparison, because its rounding
+would hide mistakes. A model that cannot share prompts (its attention cannot be replaced, or its
+layers keep a state of their own or use position biases) fails the check; this is logged once, and
+plain rows are used.
 
 Shapes: V vocabulary.
 """
@@ -24,14 +25,16 @@ from torch import Tensor
 
 from rrhf.generation.local.incremental import IncrementalModel
 from rrhf.generation.local.shared_prompt import SharedPromptModel, in_place
+from rrhf.models.float32_mode import float32_mode
 from rrhf.models.forward.onednn_linear import fast_linears
 from rrhf.models.forward.packed_trunk import declared_window
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.4
 """Largest differences that pass the self-check, relative to the spread of the logits: in float32,
-and in half precision."""
+and, once the model has passed in float32, in half precision, where only gross errors of number
+formats are looked for (a model of 30 layers differs by 0.1 from rounding alone)."""
 
 STEPS_WORTH_PACKING = 32
 """If rows take at least this many tokens, weights are first copied into a faster layout."""
@@ -111,22 +114,35 @@ def decoding(
 
 @torch.no_grad()
 def _tried(model: Any, pad_id: int) -> Verdict:
+    weight = next(model.parameters())
+    is_half = weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type)
     try:
         texts = _random_texts(model)
-        expected = IncrementalModel(model, pad_id).read(texts)[1].float()
-        with in_place(model), fast_linears(model):
-            decoder = SharedPromptModel(model)
-            found = _joined_on_the_way(decoder, texts).float()
-        window = None if any(decoder.windows) else declared_window(model.config)
+        with float32_mode(model) if is_half else fast_linears(model):
+            windows, share = _difference(model, pad_id, texts)
+        if is_half and share <= TOLERANCE:
+            with fast_linears(model, pack=True):
+                half_share = _difference(model, pad_id, texts)[1]
+            share = share if half_share <= HALF_TOLERANCE else half_share
     # Any exception in the model's own code means that it cannot share prompts.
     except Exception as error:
         return Verdict(f"there is {type(error).__name__}: {error}")
-    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-12)
-    share = float(((found - expected).norm(dim=-1) / spread).max())
-    is_half = model.dtype.itemsize < 4 or torch.is_autocast_enabled(expected.device.type)
-    if not share <= (HALF_TOLERANCE if is_half else TOLERANCE):
+    if not share <= TOLERANCE:
         return Verdict(f"logits differ by {share:.2g} of their spread")
-    return Verdict(None, window)
+    return Verdict(None, None if any(windows) else declared_window(model.config))
+
+
+def _difference(
+    model: Any, pad_id: int, texts: Sequence[Sequence[int]]
+) -> tuple[set[int | None], float]:
+    """Return the windows of the layers, and the largest difference between the logits of shared and
+    of plain rows, as a share of the logits' spread."""
+    expected = IncrementalModel(model, pad_id).read(texts)[1].float()
+    with in_place(model):
+        decoder = SharedPromptModel(model)
+        found = _joined_on_the_way(decoder, texts).float()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-12)
+    return decoder.windows, float(((found - expected).norm(dim=-1) / spread).max())
 
 
 def _random_texts(model: Any) -> list[list[int]]:

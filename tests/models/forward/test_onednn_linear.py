@@ -86,8 +86,24 @@ def test_what_it_cannot_do_goes_the_usual_way(served):
             assert model(rows).dtype == torch.bfloat16
         with torch.no_grad():
             assert model(rows[:0]).shape == (0, 8)
-    with fast_linears(model.bfloat16()):
-        assert not any("forward" in vars(layer) for layer in model)
+    for other in (model.bfloat16(), model.half()):  # not copied, so PyTorch is as fast
+        with fast_linears(other):
+            assert not any("forward" in vars(layer) for layer in other)
+
+
+def test_copies_in_bfloat16_give_the_products_of_pytorch(served, calls):
+    if not onednn_linear.has_bfloat16():
+        pytest.skip("this processor does not multiply in bfloat16")
+    model = layers().bfloat16()
+    rows = torch.randn(8, 1, 512).bfloat16()
+    with torch.no_grad():
+        plain = model(rows)
+        with fast_linears(model, pack=True):
+            found = model(rows)
+            assert len(calls) == 2, "the third layer is too small to gain"
+            assert model(rows.float().half().bfloat16()).dtype == torch.bfloat16
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, plain, atol=0.02, rtol=0.02)
 
 
 def test_packed_copies_stay_within_their_room(served, monkeypatch):
