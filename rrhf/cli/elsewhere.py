@@ -183,7 +183,6 @@ FLAGS: dict[str, tuple[Sentence, ...]] = _by_word(
         "finetune_mode": ("all weights are trained; --use_lora trains adapters instead",),
         "use_vllm vllm_mode": (
             "it is --engine vllm, with a server that `rrhf engine vllm start` starts",
-            "responses are sampled by the model in this process; `rrhf train ppo` can use vLLM",
         ),
         "use_flash_attention use_flash_attention_2 flash_attn flash_attention": (
             "it is --attn_implementation flash_attention_2",

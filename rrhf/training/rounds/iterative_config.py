@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rrhf.errors import UserError
+from rrhf.generation.build import ENGINES
 from rrhf.generation.config import GenerateConfig, SamplingOptions
 from rrhf.ranges import COUNT, NOT_NEGATIVE, SHARE
 from rrhf.scoring.config import RemoteScorerOptions, RewardModelOptions, ScoreConfig
@@ -73,6 +74,12 @@ class IterativeConfig(RemoteScorerOptions, SamplingOptions, RankSettings):
     reward_base: str | None = field(default=None, metadata={"names": "place"})
     """With reward_format trlx: folder of the base model, as in `rrhf score`."""
 
+    engine: str = field(default="local", metadata={"registry": ENGINES})
+    """What writes the samples: local = the model in this process; vllm = a vLLM server that is
+    running, and is given each round's policy; package.module:name = your own engine."""
+
+    engine_settings: Any = field(default=None, metadata={"settings_of": "engine"})
+
     max_unscored_fraction: float = 0.01
     """Stop if the scorer fails on more than this share of a round's candidates. Candidates that
     exceed a reward model's window are left out and counted, whatever their share."""
@@ -85,6 +92,14 @@ class IterativeConfig(RemoteScorerOptions, SamplingOptions, RankSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        settings = ENGINES[self.engine].settings
+        if self.engine_settings is None and settings is not None:
+            self.engine_settings = settings()
+        if not getattr(self.engine_settings, "check_weights", True):
+            raise UserError(
+                "--check_weights false: every round samples from another policy, which the server "
+                "is given only after a comparison; leave it out"
+            )
         if self.kl_coeff and not self.measure_kl:
             raise UserError(f"--kl_coeff {self.kl_coeff} needs --measure_kl true")
         if self.only_use_provide:
@@ -152,6 +167,8 @@ class IterativeConfig(RemoteScorerOptions, SamplingOptions, RankSettings):
             **{name: getattr(self, name) for name in (*same, *_OF_EVERY_SAMPLING)},
             **self._model_options(),
             wait_seconds=self.ddp_timeout,
+            engine=self.engine,
+            engine_settings=self.engine_settings,
             **values,
         )
 
