@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from scripted_server import ScriptedServer, prompt_of
+
+from rrhf.endpoints.questions import Answer, Choice, Question
 
 _SHOWN = re.compile(r"<(conversation|reply)-([0-9a-f]{6})>\n(.*?)\n</\1-\2>", re.DOTALL)
 CRITERIA = ("relevance", "correctness", "coherence", "safety")
@@ -75,7 +77,7 @@ def imperfect(
     sensitivity: float,
     specificity: float,
     first: float,
-    is_ours: Callable[[str], bool],
+    is_ours: Callable[[str, str], bool],
 ) -> ScriptedServer:
     """A pairwise judge of known mistakes, with a preference for the reply that is shown first.
 
@@ -90,13 +92,38 @@ def imperfect(
         by_position, mistake = draws.random() < first, draws.random()
         if by_position:
             return json.dumps({"better": "A"})
-        ours = replies[0] if is_ours(replies[0]) else replies[1]
-        theirs = replies[1] if ours is replies[0] else replies[0]
+        ours, theirs = replies if is_ours(conversation, replies[0]) else replies[::-1]
         is_better = worth(conversation, ours) > worth(conversation, theirs)
         says_ours = (mistake < sensitivity) if is_better else (mistake >= specificity)
         return json.dumps({"better": "A" if (replies[0] is ours) == says_ours else "B"})
 
     return ScriptedServer(answer=answer)
+
+
+class Unwired:
+    """Takes the place of `rrhf.endpoints.client.Client`, and asks a judge without a network.
+
+    Args:
+        judge: what answers.
+    """
+
+    def __init__(self, judge: ScriptedServer) -> None:
+        self._judge = judge
+
+    def __call__(self, settings: Any, journal: Any) -> Unwired:
+        return self
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[Answer]:
+        for question in questions:
+            body = dict(question.body)
+            self._judge.bodies.append(body)
+            yield Answer(question, (Choice(self._judge.answer(body, 0), "stop"),))
+
+    def close(self) -> None:
+        return
+
+    def usage(self) -> dict[str, float]:
+        return {}
 
 
 def texts_of(bodies: Sequence[dict[str, Any]]) -> list[str]:

@@ -7,15 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
-from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES
+from rrhf.evaluation.measure import CONFIDENCE, MAX_UNSCORED_FRACTION, RESAMPLES
 from rrhf.evaluation.metrics import METRICS
 from rrhf.generation.build import ENGINES, EngineSpec, require_used
 from rrhf.generation.params import FilterOptions, SamplingParams, check_params
 from rrhf.ranges import COUNT, INDEX, SEED, SHARE
 from rrhf.scoring.config import RewardModelOptions
 from rrhf.worlds import WORLDS
-
-MAX_UNSCORED_FRACTION = 0.01
 
 
 @dataclass(kw_only=True)

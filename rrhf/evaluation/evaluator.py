@@ -25,11 +25,11 @@ from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import CONFIDENCE, RESAMPLES
 from rrhf.evaluation.draft import Draft, Value, describe_decoding
 from rrhf.evaluation.likelihoods import LikelihoodReader
-from rrhf.evaluation.measure import Measure
+from rrhf.evaluation.measure import MAX_UNSCORED_FRACTION, Measure
 from rrhf.evaluation.metrics import METRICS, chosen_metrics
 from rrhf.evaluation.metrics.spec import Metric
 from rrhf.evaluation.responses import as_sets, write_responses
-from rrhf.evaluation.reward import MAX_UNSCORED_FRACTION, keep_best, score_sets
+from rrhf.evaluation.reward import keep_best, score_sets
 from rrhf.evaluation.shared import BaselineScores, Shared, fingerprint
 from rrhf.generation.engine import GenerationEngine, SamplingParams
 from rrhf.records import CandidateSet
@@ -72,7 +72,13 @@ class Evaluator:
         self.metrics = chosen_metrics(metrics)
         self.confidence = confidence
         self.resamples = resamples
-        self.max_unscored_fraction = max_unscored_fraction
+        shared.max_unscored_fraction = self.max_unscored_fraction = max_unscored_fraction
+        if shared.only_compares and any("scorer" in self.metrics[m].needs for m in metrics):
+            assert shared.scorer is not None, "who compares is a scorer"
+            raise UserError(
+                f"--metrics {' '.join(metrics)}: {shared.scorer.name} compares the responses to "
+                "one prompt, so a mean of its scores says nothing; leave out reward"
+            )
         self.samples: dict[str, list[CandidateSet]] = {}
 
     # Rows.
@@ -116,7 +122,7 @@ class Evaluator:
             draft.counts["responses_not_given"] = failed
             draft.counts["prompts_without_response"] = len(samples) - len(draft.sets)
             passes = sum(len(s.candidates) for s in draft.sets)
-        if scorer is not None:
+        if scorer is not None and (best_of > 1 or not scorer.is_relative):
             with draft.cost.timed("scoring"):
                 draft.sets = score_sets(scorer, draft.sets, self.max_unscored_fraction)
             draft.cost.count_passes("scorer" if best_of == 1 else "chooser", passes)
@@ -151,7 +157,7 @@ class Evaluator:
         given = {s.id: s.candidates for s in sets}
         draft.sets = [replace(s, candidates=given[s.id]) for s in prompts if given.get(s.id)]
         draft.counts["prompts_without_response"] = len(prompts) - len(draft.sets)
-        if self.shared.scorer is not None:
+        if self.shared.scorer is not None and not self.shared.only_compares:
             with draft.cost.timed("scoring"):
                 draft.sets = score_sets(self.shared.scorer, draft.sets, self.max_unscored_fraction)
             draft.cost.count_passes("scorer", sum(len(s.candidates) for s in draft.sets))
@@ -167,11 +173,13 @@ class Evaluator:
         scorer, world = self.shared.scorer, self.shared.gold
         kept = [s for s in sets if s.id in wanted and s.candidates]
         rewards: dict[str, list[float | None]] = {}
-        if scorer is not None:
+        if scorer is not None and not scorer.is_relative:
             kept = score_sets(scorer, kept, self.max_unscored_fraction)
             rewards = {s.id: list(s.scores) for s in kept}
         gold = {} if world is None else gold_scores(world, kept)
-        self.shared.baseline = BaselineScores(f"{name}#{fingerprint(kept)}", rewards, gold)
+        self.shared.baseline = BaselineScores(
+            f"{name}#{fingerprint(kept)}", rewards, gold, {s.id: s for s in kept}
+        )
 
     def sample(
         self, name: str, engine: GenerationEngine, params: SamplingParams

@@ -10,6 +10,9 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 """Defaults of bootstrap intervals: the confidence level and the number of resamples."""
 
+MAX_UNSCORED_FRACTION = 0.01
+"""Default of the share of responses on which a scorer may fail."""
+
 Scale = Literal["mean", "exp"]
 
 

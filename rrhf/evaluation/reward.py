@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rrhf.errors import UserError
-from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
+from rrhf.evaluation.measure import MAX_UNSCORED_FRACTION
 from rrhf.progress import Progress
 from rrhf.records import CandidateSet
 from rrhf.scoring.scorer import Scorer

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rrhf.evaluation.likelihoods import LikelihoodReader
+from rrhf.evaluation.measure import MAX_UNSCORED_FRACTION
 from rrhf.evaluation.paper_perplexity import PaperPerplexity
 from rrhf.records import CandidateSet, set_id
 from rrhf.scoring.scorer import Scorer
@@ -22,11 +23,13 @@ class BaselineScores:
         name: the baseline's name in results.
         rewards: prompt id -> scores by the evaluation's scorer.
         gold: prompt id -> gold utilities.
+        sets: prompt id -> the responses.
     """
 
     name: str
     rewards: dict[str, list[float | None]]
     gold: dict[str, list[float | None]]
+    sets: dict[str, CandidateSet] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Shared:
         pairs: sets of two candidates, the better one first.
         paper: the model of `ppl_paper`.
         baseline: scores of the responses that win rates are measured against.
+        max_unscored_fraction: share of responses, or of comparisons, on which the scorer may fail.
     """
 
     prompts: Sequence[CandidateSet]
@@ -52,6 +56,7 @@ class Shared:
     pairs: Sequence[CandidateSet] = ()
     paper: PaperPerplexity | None = None
     baseline: BaselineScores | None = None
+    max_unscored_fraction: float = MAX_UNSCORED_FRACTION
 
     def __post_init__(self) -> None:
         assert self.prompts, "an evaluation needs prompts"
@@ -61,9 +66,18 @@ class Shared:
 
     @property
     def has(self) -> set[str]:
-        """What every row has, as keys of `rrhf.evaluation.metrics.spec.NEEDS`."""
+        """What every row has, as keys of `rrhf.evaluation.metrics.spec.NEEDS`.
+
+        A scorer that only compares the responses to a prompt is a judge, but gives no scores.
+        """
         there = {name for name, value in vars(self).items() if value is not None and value != []}
-        return there | {"judge"} if there & {"scorer", "gold"} else there
+        there |= {"judge"} if there & {"scorer", "gold"} else set()
+        return there - {"scorer"} if self.only_compares else there
+
+    @property
+    def only_compares(self) -> bool:
+        """Whether the scores of one policy's responses alone would mean nothing."""
+        return self.scorer is not None and self.scorer.is_relative
 
     def describe(self, needs: Collection[str]) -> dict[str, Any]:
         """Describe what must agree between compared rows: the scorer, and what the metrics need."""

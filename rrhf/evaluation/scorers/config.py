@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from rrhf.data.columns import DataOptions
 from rrhf.errors import UserError
-from rrhf.evaluation.config import MAX_UNSCORED_FRACTION
-from rrhf.evaluation.measure import CONFIDENCE, RESAMPLES
+from rrhf.evaluation.measure import CONFIDENCE, MAX_UNSCORED_FRACTION, RESAMPLES
 from rrhf.ranges import COUNT, INDEX, SHARE
 from rrhf.scoring.config import RewardModelOptions
 

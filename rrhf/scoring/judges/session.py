@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 PARSED, UNPARSED, REFUSED = "parsed", "unparsed", "refused"
 
 _FOLDER = "judge_answers"
+_EXAMPLE_RETRIES = 2
+"""A server that is away is found out about in seconds, before anything else is done."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ class Session:
         try:
             with _told_as_settings():
                 path.parent.mkdir(parents=True, exist_ok=True)
+                retries = min(settings.max_retries, _EXAMPLE_RETRIES)
+                self._client = Client(replace(settings, max_retries=retries), journal)
+                self._try(example)
+                self._client.close()
                 self._client = Client(settings, journal)
-            self._try(example)
         except BaseException:
             close()
             raise
