@@ -88,6 +88,7 @@ class Session:
                 self._client = Client(replace(settings, max_retries=retries), journal)
                 self._try(example)
                 self._client.close()
+                journal.close()
                 self._client = Client(settings, journal)
         except BaseException:
             close()
