@@ -60,6 +60,7 @@ class ScriptedServer:
     Attributes:
         bodies: the requests, in the order in which they came.
         keys: the values of their Authorization headers.
+        headers: all their headers.
         billed: number of responses that were made, by prompt.
         input_tokens, output_tokens: what the answers cost.
     """
@@ -78,6 +79,7 @@ class ScriptedServer:
         self.answer = answer or (lambda body, number: f"{number}: {prompt_of(body)}")
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.billed: Counter[str] = Counter()
         self.input_tokens = self.output_tokens = 0
         self.most_at_once = self._at_once = 0
@@ -134,6 +136,7 @@ class ScriptedServer:
         with self._lock:
             self.bodies.append(body)
             self.keys.append(key)
+            self.headers.append({name.lower(): value for name, value in to.headers.items()})
             fault = self.next_fault(body)
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)

@@ -18,12 +18,19 @@ from rrhf.endpoints.limits import Pauses, Rate, retry_after_seconds
 from rrhf.endpoints.questions import Question
 from rrhf.endpoints.replies import BadReply, Reply, parse_body, read_reply, shown
 from rrhf.endpoints.secrets import Secrets
-from rrhf.endpoints.settings import EndpointSettings, is_loopback
+from rrhf.endpoints.settings import COMPANY_URL, EndpointSettings, host_of, is_loopback
 from rrhf.errors import UserError
 
 CONNECT_SECONDS = 10.0
 
 Kind = Literal["busy", "unreachable", "failed", "malformed", "refused", "wrong"]
+# The package would also send facts of this machine, and to every server the organisation and further
+# headers that environment variables name. It reads the last of these again after the response.
+_HEADERS = (
+    *("host", "authorization", "content-type", "content-length", "transfer-encoding"),
+    *("accept", "accept-encoding", "connection", "x-stainless-raw-response"),
+)
+_COMPANY_HEADERS = ("openai-organization", "openai-project")
 _FILTERED = ("content_filter", "content_policy")
 _TOO_LONG = ("context_length", "context length", "maximum context", "max_model_len", "too long")
 
@@ -127,8 +134,14 @@ class Server:
             def close(self) -> None:
                 self._stream.close()
 
+        is_company = host_of(self.url) == host_of(COMPANY_URL)
+        sent = (*_HEADERS, *_COMPANY_HEADERS) if is_company else _HEADERS
+
         def started(request: Any) -> None:
             request.extensions["deadline"] = time.monotonic() + limit
+            for header in [one for one in request.headers if one.lower() not in sent]:
+                del request.headers[header]
+            request.headers["User-Agent"] = "rrhf"
 
         def bounded(response: Any) -> None:
             if response.headers.get("content-encoding", "identity") != "identity":

@@ -274,3 +274,27 @@ def test_a_dry_run_sends_nothing() -> None:
         assert "at most 320 tokens of responses" in said
         assert "cost at most about 0.0015" in said  # 240e-6 + 4 * 320e-6
         assert not server.bodies
+
+
+def test_no_header_tells_more_than_the_request_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Own: secret")
+    with ScriptedServer().running() as server:
+        asked(Client(settings(server)), question())
+        (headers,) = server.headers
+    assert set(headers) <= {
+        *("host", "authorization", "content-type", "content-length", "user-agent"),
+        *("accept", "accept-encoding", "connection", "x-stainless-raw-response"),
+    }
+    assert headers["user-agent"] == "rrhf" and "secret" not in str(headers)
+
+
+def test_a_proxy_of_the_environment_gets_nothing_that_is_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ScriptedServer().running() as server, ScriptedServer().running() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        monkeypatch.setenv("NO_PROXY", "")
+        asked(Client(settings(server)), question())
+        assert len(server.bodies) == 1 and not proxy.bodies
