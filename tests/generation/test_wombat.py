@@ -1,0 +1,138 @@
+"""Wombat's recipe: responses of a policy and two teachers, scored, trained on and evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai_server_cases import sets_of
+from scripted_server import ScriptedServer
+from tiny import byte_level_tokenizer, tiny_llama
+
+from rrhf.cli.main import main
+
+SERVING = "RRHF_SERVING_PYTHON"
+START_SECONDS = 120.0
+
+
+def rich_in_e(prompts: Sequence[str], responses: Sequence[str], messages: object) -> list[float]:
+    """A scorer: the share of letters that are an e."""
+    return [one.count("e") / max(len(one), 1) for one in responses]
+
+
+def model_in(folder: Path, seed: int) -> Path:
+    tokenizer = byte_level_tokenizer(chat=True)
+    tiny_llama(len(tokenizer), seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def scripted(folder: Path, names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """(address, model) of servers that repeat one word."""
+    with ExitStack() as opened:
+        found = []
+        for name, word in zip(names, ("eee ", "o e "), strict=True):
+            server = ScriptedServer(answer=lambda body, number, word=word: word * 4)
+            found.append((opened.enter_context(server.running()).url, name))
+        yield found
+
+
+@contextmanager
+def served(folder: Path, names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """(address, model) of servers of tiny models by `transformers serve`."""
+    python = os.environ.get(SERVING)
+    if not python:
+        pytest.skip(f"{SERVING} does not name a Python that has transformers[serving]")
+    with ExitStack() as opened:
+        found = []
+        for seed, name in enumerate(names):
+            model = model_in(folder / name, seed + 1)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            words = [python, "-m", "transformers.cli.transformers", "serve", str(model)]
+            words += ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+            clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+            log = opened.enter_context(open(folder / f"{name}.log", "wb"))
+            process = subprocess.Popen(
+                words, env=clean | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log, cwd=folder
+            )
+            opened.callback(process.wait, 30)
+            opened.callback(process.kill)
+            found.append((f"http://127.0.0.1:{port}", str(model)))
+        for address, _ in found:
+            _wait_for(f"{address}/health", folder)
+        yield [(f"{address}/v1", model) for address, model in found]
+
+
+def _wait_for(address: str, folder: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
+            assert time.monotonic() < until, f"no server at {address}:\n{logs}"
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    "servers", [scripted, pytest.param(served, marks=pytest.mark.slow)], ids=["scripted", "real"]
+)
+def test_responses_of_two_teachers_are_scored_trained_on_and_evaluated(
+    servers: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*words: object) -> None:
+        assert main([str(word) for word in words]) == 0, words
+
+    for name in ("train", "heldout"):
+        rows = ({"prompt": f"Human: say {name} {number}"} for number in range(8))
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    policy, path = model_in(tmp_path / "sft", 0), tmp_path / "policy.jsonl"
+    sampling = ("--max_new_tokens=12", "--num_return_sequences=1", "--keep_candidates")
+    generate = ("generate", *sampling, "--model_name_or_path")
+    run(*generate, policy, "--prompts", tmp_path / "train.jsonl", "--output_file", path)
+    with servers(tmp_path, ("first", "second")) as found:
+        for (url, model), out in zip(found, ("with_first", "all"), strict=True):
+            words = ("--engine", "openai_server", "--base_url", url)
+            output = tmp_path / f"{out}.jsonl"
+            run(*generate, model, "--prompts", path, "--output_file", output, *words)
+            path = output
+    authors = ["policy:sft", *(f"teacher:{model}" for _, model in found)]
+    for one in sets_of(path).values():
+        assert [c.source for c in one.candidates] == authors
+        assert len({c.response for c in one.candidates}) == 3
+    scored, scorer = tmp_path / "scored.jsonl", "--scorer=function:test_wombat:rich_in_e"
+    run("score", path, scored, scorer)
+    run(
+        *("train", "rank", "--model_name_or_path", policy, "--data_path", scored),
+        *("--output_dir", tmp_path / "run", "--learning_rate=1e-2", "--num_train_epochs=12"),
+        *(
+            "--per_device_train_batch_size=4",
+            "--gradient_accumulation_steps=1",
+            "--model_max_length=128",
+        ),
+    )
+    run(
+        *("evaluate", "--model_name_or_path", tmp_path / "run", "--baseline", policy, scorer),
+        *("--prompts", tmp_path / "heldout.jsonl", "--output_dir", tmp_path / "rows"),
+        *("--max_new_tokens=12", "--bootstrap_resamples=50", "--name=trained"),
+    )
+    rows = {
+        path.stem: json.loads(path.read_text())["metrics"]["reward"]["mean"]
+        for path in (tmp_path / "rows").glob("*.json")
+        if "manifest" not in path.name
+    }
+    # The scripted teachers' words are learnt; what two random models say may be hard to learn.
+    assert rows["trained"] > (rows["sft"] + 0.2 if servers is scripted else -1)
