@@ -24,8 +24,8 @@ from rrhf.errors import UserError
 CONNECT_SECONDS = 10.0
 
 Kind = Literal["busy", "unreachable", "failed", "malformed", "refused", "wrong"]
-# The package would also send facts of this machine, and to every server the organisation and further
-# headers that environment variables name. It reads the last of these again after the response.
+# The package would also send facts of this machine, and, to every server, the organisation and
+# further headers that environment variables name. It reads the last of these after the response.
 _HEADERS = (
     *("host", "authorization", "content-type", "content-length", "transfer-encoding"),
     *("accept", "accept-encoding", "connection", "x-stainless-raw-response"),

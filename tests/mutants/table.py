@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .core import MEASURE_FAULTS, PARALLEL_FAULTS, UPDATE_FAULTS
+from .endpoints import ENDPOINT_FAULTS
 from .experience import EXPERIENCE_FAULTS
 from .experience_stream import STREAM_FAULTS
 from .hooks import HOOK_FAULTS
@@ -38,4 +39,5 @@ MUTANTS = [
     *STUDY_FAULTS,
     *KEPT_REFERENCE_FAULTS,
     *REWARD_FAULTS,
+    *ENDPOINT_FAULTS,
 ]

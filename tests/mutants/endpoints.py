@@ -1,0 +1,83 @@
+"""Faults in the client of servers and in the engine that uses it."""
+
+from __future__ import annotations
+
+from .apply import Mutant
+
+ENDPOINTS = "rrhf/endpoints/"
+TESTS = "test_client.py::test_"
+CAPS = (TESTS + "caps_are_never_passed_and_hold_over_runs",)
+FAULTY = (TESTS + "after_a_fault_the_prompt_is_asked_again_and_answered_once",)
+
+ENDPOINT_FAULTS = [
+    Mutant(
+        "caps do not count requests that are on their way",
+        ENDPOINTS + "budget.py",
+        "for one in (self.spent, self.reserved, request):",
+        "for one in (self.spent, request):",
+        CAPS,
+    ),
+    Mutant(
+        "caps forget what earlier runs spent",
+        ENDPOINTS + "client.py",
+        "        self._budget.spent.add(self._ledger.spent)\n",
+        "",
+        CAPS,
+    ),
+    Mutant(
+        "a request without outcome counts as free",
+        ENDPOINTS + "client.py",
+        "self._budget.settle(bound, attempt.cost or bound)",
+        "self._budget.settle(bound, attempt.cost or Spent(1))",
+        FAULTY,
+    ),
+    Mutant(
+        "a request that a kill left without outcome counts as free",
+        ENDPOINTS + "ledger.py",
+        'sent[number] = Spent(1, *row["sent"])',
+        "sent[number] = Spent(1)",
+        (TESTS + "a_request_without_outcome_counts_at_its_most",),
+    ),
+    Mutant(
+        "any model may answer",
+        ENDPOINTS + "replies.py",
+        "    if answered == asked or (accepted and answered == accepted):\n",
+        "    if answered:\n",
+        FAULTY,
+    ),
+    Mutant(
+        "keys stay in what comes back",
+        ENDPOINTS + "secrets.py",
+        "value = value.replace(key, REPLACEMENT)",
+        "pass",
+        (TESTS + "keys_in_answers_are_replaced",),
+    ),
+    Mutant(
+        "a slow body has no deadline",
+        ENDPOINTS + "server.py",
+        "if time.monotonic() > self._deadline:",
+        "if False:",
+        FAULTY,
+    ),
+    Mutant(
+        "an answer is not written down",
+        ENDPOINTS + "ledger.py",
+        "        with self._lock:\n            self._append(row)\n",
+        "        pass\n",
+        (TESTS + "known_answers_cost_nothing_and_a_larger_number_asks_for_the_rest",),
+    ),
+    Mutant(
+        "all requests of a prompt have the same seed",
+        ENDPOINTS + "questions.py",
+        "json.dumps([seed, prompt, first])",
+        "json.dumps([seed, prompt])",
+        (TESTS + "fewer_choices_than_asked_are_completed_by_further_requests",),
+    ),
+    Mutant(
+        "responses that were not given stand in the file as empty ones",
+        "rrhf/generation/stage.py",
+        "            for sample in samples\n            if not sample.failure\n        ]\n        num",
+        "            for sample in samples\n        ]\n        num",
+        ("test_openai_server.py::test_a_prompt_without_any_response_keeps_its_row",),
+    ),
+]
