@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from scripted_server import ScriptedServer
 
 from rrhf.cli.main import main
 from rrhf.data.candidate_files import read_candidate_sets
+from rrhf.errors import StoppedBySignal
 from rrhf.records import CandidateSet
 
 KEY = "sk-canary/0123456789"
@@ -46,7 +46,7 @@ def generate_words(
 def run(words: list[str]) -> None:
     """A job of `kills.Zygote`: a command, as its process would do it."""
     if code := main(words):
-        sys.exit(code)
+        raise StoppedBySignal(code, "as the zygote reads a job's exit code")
 
 
 def sets_of(path: Path) -> dict[str, CandidateSet]:

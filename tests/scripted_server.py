@@ -46,6 +46,18 @@ def prompt_of(body: dict[str, Any]) -> str:
     return str(body["prompt"] if "prompt" in body else body["messages"][-1]["content"])
 
 
+def spread(faults: Sequence[str], prompts: Sequence[str]) -> Callable[[dict[str, Any]], str]:
+    """Return a `fault_of` that gives each prompt its share of the faults, then none: no prompt gets
+    so many replies without a response that a client gives it up."""
+    waiting = {prompt: list(faults[start :: len(prompts)]) for start, prompt in enumerate(prompts)}
+
+    def fault_of(body: dict[str, Any]) -> str:
+        left = waiting.get(prompt_of(body))
+        return left.pop(0) if left else ""
+
+    return fault_of
+
+
 class ScriptedServer:
     """Answers "NUMBER: PROMPT", where NUMBER counts the responses to this prompt.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,12 +18,15 @@ def write_responses(
 ) -> list[list[Sample]]:
     """Generate the samples of each prompt; progress is shown under the row's name."""
     samples: dict[int, list[Sample]] = {}
+    tokens, started = 0, time.monotonic()
     with Progress(f"responses of {name}", len(prompts), "prompt") as progress:
         for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
             part = prompts[start : start + _PROMPTS_AT_A_TIME]
             for place, written in responses(engine, part, params):
                 samples[start + place] = written
-                progress.advance()
+                tokens += sum(sample.num_tokens for sample in written)
+                rate = tokens / max(time.monotonic() - started, 1e-9)
+                progress.advance(figures=f"{rate:.4g} tokens/s" if tokens else "")
     return [samples[place] for place in range(len(prompts))]
 
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from scripted_server import FAULTS, ScriptedServer
+from scripted_server import FAULTS, ScriptedServer, spread
 
 from rrhf.endpoints.client import Client
 from rrhf.endpoints.questions import Answer, Question
@@ -77,7 +77,8 @@ def test_after_a_fault_the_prompt_is_asked_again_and_answered_once(
 
 
 def test_all_faults_at_once_on_several_requests() -> None:
-    with ScriptedServer(FAULTS).running() as server:
+    fault_of = spread(FAULTS, [f"prompt {n}" for n in range(8)])
+    with ScriptedServer(fault_of=fault_of).running() as server:
         client = Client(settings(server))
         answers = asked(client, *map(question, range(40)))
         assert all(text.endswith(f"prompt {name[1:]}") for name, (text,) in texts(answers).items())
@@ -118,6 +119,9 @@ def test_what_a_server_will_not_answer_is_recorded_and_not_asked_again(
         (["wrong model"] * 3, "'a-cheaper-model' answered, but 'teacher' was asked"),
         (["null"] * 3, "not a text"),
         (["500"] * 3, "status 500"),
+        (["hang"] * 3, "no answer within 0.6 s"),
+        (["drip"] * 3, "the response took more than 0.6 s"),
+        (["large"] * 3, "larger than 8388608 bytes"),
     ],
 )
 def test_what_cannot_pass_ends_the_run_with_one_message(faults: list[str], told: str) -> None:

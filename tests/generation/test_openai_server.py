@@ -21,7 +21,7 @@ from openai_server_cases import (
     server_words,
     sets_of,
 )
-from scripted_server import FAULTS, ScriptedServer, prompt_of
+from scripted_server import FAULTS, ScriptedServer, prompt_of, spread
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
@@ -40,7 +40,8 @@ def test_every_fault_leaves_each_prompt_answered_once_and_the_key_nowhere(
 ) -> None:
     prompts, out = prompts_in(tmp_path, 8), tmp_path / "out" / "o.jsonl"
     faults = [*FAULTS, "echo", "refusal", "filtered"]
-    with ScriptedServer(faults, most=2).running() as server:
+    fault_of = spread(faults, [f"question {n}" for n in range(8)])
+    with ScriptedServer(fault_of=fault_of, most=2).running() as server:
         words = generate_words(server, prompts, out, "--request_timeout_seconds=0.5")
         assert main([*words, "--num_return_sequences=3", "--max_requests=100"]) == 0
         sent = len(server.bodies)
@@ -274,6 +275,18 @@ def test_kills_lose_no_answer_and_pay_none_twice(kills: int, tmp_path: Path) -> 
     assert sent <= manifest_of(out)["usage"]["requests"] <= 4 * count
 
 
+def test_a_stopped_run_waits_for_answers_that_are_on_their_way(tmp_path: Path) -> None:
+    prompts, out = prompts_in(tmp_path, 40), tmp_path / "o.jsonl"
+    with ScriptedServer(seconds=0.5).running() as server:
+        words = generate_words(server, prompts, out, "--num_return_sequences=1", "--concurrency=4")
+        with Zygote("openai_server_cases:run", {"words": words}) as zygote:
+            end = zygote.run(kill_after_seconds=3.0, number=signal.SIGTERM)
+            assert end["exit"] == 75 and 0 < sum(server.billed.values()) < 40
+            server.seconds = 0.0
+            assert zygote.run()["exit"] == 0
+        assert len(sets_of(out)) == 40 and set(server.billed.values()) == {1}
+
+
 # Other commands
 
 
@@ -289,7 +302,10 @@ def test_response_gen_asks_a_server_and_scores(tmp_path: Path) -> None:
 
 
 def test_a_server_is_evaluated_and_a_stopped_evaluation_pays_no_answer_twice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts, out = prompts_in(tmp_path, 6), tmp_path / "rows"
 
@@ -314,4 +330,7 @@ def test_a_server_is_evaluated_and_a_stopped_evaluation_pays_no_answer_twice(
         }
         assert row["usage"]["requests"] == 12
     assert "responses were not given" in caplog.text
+    assert main([*words, "--dry_run"]) == 0 and "6 prompts to" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "openai", None)  # type: ignore[arg-type]
+    assert main(words) == 2 and 'pip install "rrhf[openai]"' in capsys.readouterr().err
     assert not files_with("canary", tmp_path)

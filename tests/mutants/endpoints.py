@@ -57,7 +57,7 @@ ENDPOINT_FAULTS = [
         ENDPOINTS + "server.py",
         "if time.monotonic() > self._deadline:",
         "if False:",
-        FAULTY,
+        (TESTS + "what_cannot_pass_ends_the_run_with_one_message",),
     ),
     Mutant(
         "an answer is not written down",
@@ -76,8 +76,8 @@ ENDPOINT_FAULTS = [
     Mutant(
         "responses that were not given stand in the file as empty ones",
         "rrhf/generation/stage.py",
-        "            for sample in samples\n            if not sample.failure\n        ]\n        num",
-        "            for sample in samples\n        ]\n        num",
+        "            if not sample.failure\n        ]\n        num",
+        "        ]\n        num",
         ("test_openai_server.py::test_a_prompt_without_any_response_keeps_its_row",),
     ),
 ]
