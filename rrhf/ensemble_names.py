@@ -80,6 +80,9 @@ def parse_ensemble(name: str) -> EnsembleName | None:
     Raises:
         UserError: the name begins with a rule, but the rest is malformed.
     """
+    if found := re.fullmatch(rf"({'|'.join(RULES)})\s*\((.*)\)", name, re.DOTALL):
+        inner = ",".join(part.strip() for part in found.group(2).split(","))
+        raise UserError(f"{name}: write an ensemble as {found.group(1)}:{inner}")
     rule, colon, rest = name.partition(":")
     if not colon or rule not in RULES:
         return None

@@ -4,6 +4,7 @@ The forms of a name are:
 
 - `gold:NAME`: the true preference of a world, by its name or as `gold:package.module:name`;
 - `function:module:name`: a Python function;
+- `length:WORDS`, `repetition:N`: a rule;
 - `http://HOST:PORT/PATH`, `https://...`: a server;
 - `judge:PRESET`, `judge:FILE.yaml`: a language model that is asked for its judgement;
 - `package.module:name`: the user's own scorer, as a class or as a function that makes the scorer;
@@ -35,6 +36,8 @@ SCORERS: Registry[ScorerMaker] = Registry(
     {
         "gold": "rrhf.scoring.gold:GoldScorer",
         "function": "rrhf.scoring.function:FunctionScorer",
+        "length": "rrhf.scoring.rules:LengthScorer",
+        "repetition": "rrhf.scoring.rules:RepetitionScorer",
         "http": "rrhf.scoring.http.scorer:HttpScorer",
         "https": "rrhf.scoring.http.scorer:HttpScorer",
         "judge": "rrhf.scoring.judges.scorer:JudgeScorer",
