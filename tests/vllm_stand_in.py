@@ -44,6 +44,7 @@ class StandIn:
         self.bodies: list[dict[str, Any]] = []
         self.on_completion: Callable[[int], None] = lambda number: None
         self._lock = threading.Lock()
+        self.runs = threading.Event()  # cleared while it is paused
         self.start()
 
     @property
@@ -55,6 +56,7 @@ class StandIn:
         self.model = load_causal_lm(self.root)
         self.instance, self.cache = str(time.time_ns()), dict[tuple[int, ...], Any]()
         self._live: set[socket.socket] = set()
+        self.runs.set()
         outer = self
 
         class Handler(_Handler):
@@ -189,7 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
             owner.reset()
             self.answer({"success": True})
         elif path in ("/pause", "/resume"):
+            (owner.runs.clear if path == "/pause" else owner.runs.set)()
             self.answer({"status": path})
+        elif not owner.runs.wait(30):
+            self.answer({"error": "paused"}, 500)
         elif "prompt_logprobs" in body or (body["max_tokens"] == 8 and body["n"] == 1):
             self.answer(owner.complete(body))  # a canary
         else:

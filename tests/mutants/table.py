@@ -17,6 +17,7 @@ from .runs import CHECKPOINT_FAULTS, LOOP_FAULTS
 from .settings import SETTING_FAULTS
 from .studies import STUDY_FAULTS
 from .terms import MODEL_FAULTS, TERM_FAULTS
+from .vllm import VLLM_FAULTS
 from .worlds import WORLD_FAULTS
 
 MUTANTS = [
@@ -40,4 +41,5 @@ MUTANTS = [
     *KEPT_REFERENCE_FAULTS,
     *REWARD_FAULTS,
     *ENDPOINT_FAULTS,
+    *VLLM_FAULTS,
 ]

@@ -24,8 +24,10 @@ from rrhf.data.chat_format import ChatCodec
 from rrhf.generation.vllm.http import ServerFault
 from rrhf.generation.vllm.server import Served, VLLMServer
 
-FLOAT32_BOUND, COARSE_BOUND = 1e-3, 0.05
-"""Largest difference that is accepted: with float32 weights on both sides, and otherwise."""
+FLOAT32_BOUND, COARSE_BOUND = 1e-3, 0.15
+"""Largest difference that is accepted: with float32 weights on both sides, and otherwise. With a
+server in bfloat16 (SmolLM2-135M, CPU), differences from the float32 policy were 0.03 to 0.08; in
+float32 they were below 2e-5."""
 
 _NEW_TOKENS = 8
 _LENGTHS = (24, 40, 72, 100, 136, 160, 200, 264)

@@ -245,6 +245,7 @@ class VLLMEngine:
         """
         self._checked = None
         self._served = self.server.describe()
+        self.server.resume()
         self._canaries.warm(self._served)
         self.server.load(policy_folder)
         found = self._canaries.check(self._served)
@@ -272,6 +273,8 @@ class VLLMEngine:
         if it has others."""
         if not self.settings.check_weights or self._checked == self._served:
             return
+        if self._served.takes_weights:
+            self.server.resume()
         try:
             self._canaries.check(self._served)
         except WrongWeights as wrong:

@@ -196,6 +196,10 @@ class VLLMServer:
 
     # New weights.
 
+    def resume(self) -> None:
+        """Let the server go on if a program that was killed left it paused."""
+        self.http.post("/resume", {}, _QUICK_SECONDS)
+
     def load(self, folder: Path) -> None:
         """Give the server the weights of a model folder, and let it forget what the old computed.
 
@@ -212,7 +216,7 @@ class VLLMServer:
             self.http.post("/collective_rpc", call, seconds)
             done = self.http.post("/reset_prefix_cache", {}, _QUICK_SECONDS)
         finally:
-            self.http.post("/resume", {}, _QUICK_SECONDS)
+            self.resume()
         if isinstance(done, dict) and done.get("success") is False:
             raise ServerFault("did not reset its prefix cache")
 

@@ -27,7 +27,7 @@ class VLLMSettings(Ranged):
     texts with the server's. In training they are always compared."""
     canary_tolerance: float = 0.0
     """Largest difference of these log-probs, in nats per token (mean over a text); 0 = 0.001 if
-    server and policy are float32, else 0.05."""
+    server and policy are float32, else 0.15."""
     sync_folder: str = field(default="", metadata={"names": "place"})
     """Folder in which policies are passed to the server, which must be able to read it; empty = in
     the output folder of a training, or the system's folder for temporary files. One in memory, such

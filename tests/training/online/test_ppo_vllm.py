@@ -218,13 +218,14 @@ def test_a_trainer_killed_in_a_rollout_in_a_sync_or_in_a_step_ends_equal(
         ("rrhf.generation.vllm.server:VLLMServer.load", 1),
         ("rrhf.training.core.parallel:Parallel.backward", 3),
         ("rrhf.training.online.weight_sync:write_untied_folder", 1),  # of the second rollout
+        ("rrhf.generation.vllm.http:JsonServer.post", 4),  # between pause and resume
         ("rrhf.generation.vllm.canaries:Canaries.check", 2),  # after the responses
         ("rrhf.training.core.parallel:Parallel.take_step", 3),
     ]
     with_kills = Zygote("vllm_cases:train_again", arguments)
     killed = [with_kills.run(kill_at_call=call)["signal"] for call in calls]
     assert with_kills.run()["exit"] == 0
-    assert killed == [9] * 6
+    assert killed == [9] * 7
     assert_same(tmp_path / "run", straight)
 
 
