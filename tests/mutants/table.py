@@ -7,6 +7,7 @@ from .endpoints import ENDPOINT_FAULTS
 from .experience import EXPERIENCE_FAULTS
 from .experience_stream import STREAM_FAULTS
 from .hooks import HOOK_FAULTS
+from .judges import JUDGE_FAULTS
 from .kept_reference import KEPT_REFERENCE_FAULTS
 from .losses import LOSS_FAULTS
 from .parts import PART_FAULTS
@@ -40,6 +41,7 @@ MUTANTS = [
     *STUDY_FAULTS,
     *KEPT_REFERENCE_FAULTS,
     *REWARD_FAULTS,
+    *JUDGE_FAULTS,
     *ENDPOINT_FAULTS,
     *VLLM_FAULTS,
 ]
