@@ -105,6 +105,15 @@ def test_every_help_page_is_shown_without_a_heavy_import():
         assert code == 0 and out.startswith("usage: ") and not err, (words, code, err)
 
 
+def test_settings_of_a_server_are_refused_without_a_heavy_import():
+    words = ["generate", "--model_name_or_path=m", "--prompts=p", "--output_file=o"]
+    words += ["--engine=openai_server"]
+    cases = [[*words, "--help"], words, [*words, "--base_url=http://127.0.0.1:9/v1", "--bf16"]]
+    told = ["--base_url", "--send_prompts_to api.openai.com", "--bf16 True"]
+    for part, (code, out, err) in zip(told, answers(cases), strict=True):
+        assert isinstance(code, int) and part in out + err, (code, out, err)
+
+
 @pytest.mark.parametrize("kind", ["unknown flag", "bad value", "missing required", "bad config"])
 def test_mistakes_in_flags_are_told_without_a_heavy_import(kind: str):
     cases = []
