@@ -339,7 +339,9 @@ class _Asking:
         if attempt.is_lost:
             return
         self._release(attempt)
-        outcome = attempt.outcome
+        outcome, server = attempt.outcome, attempt.server
+        is_unreachable = isinstance(outcome, Failure) and outcome.kind == "unreachable"
+        server.is_there = bool(server.is_there) or not is_unreachable
         if isinstance(outcome, Reply):
             self._take(attempt, outcome)
         elif isinstance(outcome, Failure):
@@ -390,6 +392,8 @@ class _Asking:
         wait = failure.wait_seconds
         if failure.kind in ("busy", "unreachable"):
             server.pauses.failed(now, wait)
+        if all(one.is_there is False for one in self._client.servers):
+            raise UserError(f"{failure}; start the server, or correct --base_url")
         if failure.kind == "wrong" or (wait or 0) > MAX_RETRY_AFTER_SECONDS:
             asks = f"; it asks to wait {wait:.0f} s" if wait else ""
             raise UserError(f"{failure}{asks}; {KEPT}, and the same command continues") from failure

@@ -88,6 +88,7 @@ class Server:
         requests, tokens: what was sent in the last minute.
         pauses: when it may be asked again after a failure.
         num_in_flight: number of requests that it is answering.
+        is_there: whether it ever answered; None = it was not asked yet.
     """
 
     def __init__(self, url: str, key: str, settings: EndpointSettings, secrets: Secrets) -> None:
@@ -97,6 +98,7 @@ class Server:
         self.tokens = Rate(settings.tokens_per_minute)
         self.pauses = Pauses(settings.retry_wait_seconds)
         self.num_in_flight = 0
+        self.is_there: bool | None = None
         self._client = self._new_client(key)
 
     def _new_client(self, key: str) -> Any:

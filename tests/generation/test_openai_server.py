@@ -97,7 +97,7 @@ def test_the_key_stays_out_of_what_a_failed_command_leaves(
         (["--base_url=http://example.com/v1"], "example.com is not this machine"),
         (["--base_url=http://127.0.0.1:9/v1", "--api_key_env=sk-x"], "not the name of an env"),
         (["--base_url=http://127.0.0.1:9/v1", "--max_cost=1"], "needs --input_token_price"),
-        (["--base_url=http://127.0.0.1:9/v1", "--max_retries=0"], "cannot be reached"),
+        (["--base_url=http://127.0.0.1:9/v1", "--api=chat"], "start the server, or correct --base"),
     ],
 )
 def test_mistakes_are_one_message_and_nothing_is_written(
