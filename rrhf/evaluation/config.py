@@ -57,8 +57,8 @@ class EvaluateConfig(FilterOptions, RewardModelOptions, DataOptions):
         metadata={"names": "scorer", "aliases": ["reward_model_name_or_path", "reward_model"]},
     )
     """What scores the responses: a reward model's folder or run, function:module:name, gold:WORLD,
-    package.module:name of your own Scorer, or several as one (mean:A,B); empty = no reward is
-    measured."""
+    package.module:name of your own Scorer, judge:PRESET#model=NAME, http://HOST:PORT/PATH, or
+    several as one (mean:A,B); empty = no reward is measured."""
 
     gold: str = "auto"
     """The world whose true preference is measured: its name, or package.module:name of your own

@@ -10,6 +10,7 @@ from test_compare import VALUES, row, save
 from rrhf.cli.main import main
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
+from rrhf.report.corrected_wins import corrected_rows
 from rrhf.report.judge_correction import (
     Calibration,
     Share,
@@ -192,6 +193,16 @@ def test_compare_refuses_a_calibration_that_does_not_fit(tmp_path, capsys, chang
     known_row = str(tmp_path / "known" / "known.json")
     assert main(["compare", rows, "--judge_calibration", known_row]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rows_of_several_seeds_are_refused():
+    known = {str(i): float(i < 8) for i in range(20)}
+    calibration = judged_row("known", known, {str(i): float(i < 10) for i in range(20)})
+    rows = [{**judged_row("rank", known), "by_seed": {}}]
+    with pytest.raises(UserError, match="leave out --over_seeds"):
+        corrected_rows(rows, calibration)
+    with pytest.raises(UserError, match="no row has a win rate"):
+        corrected_rows([row("gold only", VALUES)], calibration)
 
 
 def test_compare_calibrates_with_a_row_of_evaluate_reward(tmp_path, capsys):

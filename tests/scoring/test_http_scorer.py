@@ -138,7 +138,7 @@ def test_both_loopback_addresses_are_this_machine() -> None:
 )
 def test_a_wrong_answer_is_never_a_score(reply: Reply, message: str) -> None:
     with loopback(lambda asked: reply) as server:
-        scorer = build_scorer(f"{server.url}/score#timeout_seconds=2")
+        scorer = build_scorer(f"{server.url}/score#timeout_seconds=1")
         with pytest.raises(UserError, match=message):
             scorer.score(SETS)
 
@@ -345,4 +345,6 @@ def test_a_server_as_a_member_of_an_ensemble() -> None:
             f"sum:2*{server.url}/a#form=sets@0/1,function:score_cases:length_of@0/1"
         )
         assert scorer.score(SETS) == [[3.0, 6.0], [9.0], []]
-    assert json.dumps(scorer.describe())
+    assert json.dumps(scorer.describe()) and not scorer.is_relative
+    relative = build_scorer(f"sum:{server.url}#is_relative=true@0/1,length:5@0/1")
+    assert relative.is_relative

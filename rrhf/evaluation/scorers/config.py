@@ -24,7 +24,8 @@ class EvaluateRewardConfig(RewardModelOptions, DataOptions):
         }
     )
     """What to measure, one or more: reward models (folder, run or hub name),
-    function:module:name, gold:WORLD, package.module:name, or ensembles such as mean:A,B."""
+    function:module:name, gold:WORLD, package.module:name, judge:PRESET#model=NAME,
+    http://HOST:PORT/PATH, or ensembles such as mean:A,B."""
 
     data_path: str = field(metadata={"names": "data", "aliases": ["pairs", "prompts"]})
     """Responses with a known order: pairs, scored or ranked responses, or lists of chosen and

@@ -46,6 +46,10 @@ class HttpScorerSettings(Ranged):
     megabytes_per_request: float = 8.0
     """Maximum size of a request; more prompts are sent in several ones."""
 
+    is_relative: bool = False
+    """Whether the server's scores only compare the responses to one prompt, as those of
+    judge:pairwise do."""
+
     RANGES: ClassVar = {
         "timeout_seconds": POSITIVE,
         "sets_per_request": COUNT,
@@ -75,7 +79,7 @@ class HttpScorer(Scorer):
         url, given = split_settings(name)
         address = parse_address(url, (options or RewardModelOptions()).scorer_hosts)
         self.settings = made_settings(HttpScorerSettings, given, name)
-        self.name = url
+        self.name, self.is_relative = url, self.settings.is_relative
         self._client = JsonClient(address, self.settings.token_env, resolver)
         self._too_long: set[tuple[str, str]] = set()
 

@@ -35,7 +35,7 @@ from rrhf.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 _OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.1
 _READ_SECONDS, _CLOSE_SECONDS = 60.0, 5.0
 _MAX_WAITING = 64
 
@@ -97,7 +97,7 @@ class RewardServer(ThreadingHTTPServer):
 
     def serve(self, scorer: Scorer, stop: StopRequest) -> None:
         """Answer requests until a signal comes; the request that is being scored is finished."""
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(_POLL_SECONDS,), daemon=True).start()
         try:
             while stop.received is None:
                 try:

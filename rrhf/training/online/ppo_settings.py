@@ -31,9 +31,9 @@ class PPOSettings(RemoteScorerOptions, FilterOptions, TrainingConfig):
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
-    """What scores responses: folder, run folder or hub name of a reward model (its tokenizer may
-    differ from the policy's), function:module:name, gold:WORLD, package.module:name of your
-    own Scorer, or several as one (mean:A,B)."""
+    """What scores responses: a reward model (folder, run or hub name; its tokenizer may differ from
+    the policy's), function:module:name, gold:WORLD, package.module:name, judge:PRESET,
+    http://HOST/PATH, or several as one (mean:A,B)."""
 
     method: str = field(default="ppo", metadata={"aliases": ["rl_algorithm"], "registry": METHODS})
     """ppo has a critic, the others have none; rrhf ranks the responses of the current policy

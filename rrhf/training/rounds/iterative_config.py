@@ -36,9 +36,9 @@ class IterativeConfig(RemoteScorerOptions, SamplingOptions, RankSettings):
     reward_model_name_or_path: str = field(
         kw_only=True, metadata={"names": "scorer", "aliases": ["scorer"]}
     )
-    """What scores responses: folder, run folder or hub name of a reward model,
-    function:module:name, gold:WORLD, package.module:name of your own Scorer, or several as one
-    (mean:A,B)."""
+    """What scores responses: a reward model (folder, run or hub name), function:module:name,
+    gold:WORLD, package.module:name of your own Scorer, judge:PRESET, http://HOST/PATH, or several
+    as one (mean:A,B)."""
 
     train_datasets: str = field(
         kw_only=True, metadata={"names": "data", "aliases": ["prompts", "data_path", "prompt_file"]}
