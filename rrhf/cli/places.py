@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rrhf.cli.flags import parse_config
 from rrhf.cli.terminal import is_first_process
@@ -43,6 +43,9 @@ from rrhf.errors import UserError
 from rrhf.manifests import COMPLETE, read_manifest
 from rrhf.model_paths import accept_edited_models, check_model_path
 from rrhf.os_errors import explained_os_errors, require_plain_output
+
+if TYPE_CHECKING:
+    from rrhf.scoring.config import RewardModelOptions
 
 T = TypeVar("T")
 
@@ -110,6 +113,9 @@ def check_places(config: Any, made_later: Sequence[str] = ()) -> None:
     for kind, one in found:
         if check := CHECKS.get(kind):
             check(one, config)
+    for kind, one in found:  # last, because a judge that is asked may cost money
+        if kind == "scorer":
+            _probe_scorer(one, config)
 
 
 def _require_name(text: str) -> None:
@@ -168,14 +174,23 @@ def _check_engines_model(name: str, config: Any) -> None:
 
 
 def _check_scorer(spec: str, config: Any) -> None:
-    from rrhf.scoring.build import check_scorer_place, probe_scorer
+    from rrhf.scoring.build import check_scorer_place
+
+    check_scorer_place(spec, _scorer_options(config))
+
+
+def _probe_scorer(spec: str, config: Any) -> None:
+    from rrhf.scoring.build import probe_scorer
+
+    probe_scorer(spec, _scorer_options(config))
+
+
+def _scorer_options(config: Any) -> RewardModelOptions:
     from rrhf.scoring.config import RewardModelOptions
 
     names = (item.name for item in fields(RewardModelOptions))
     given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    options = RewardModelOptions(**given)
-    check_scorer_place(spec, options)
-    probe_scorer(spec, options)
+    return RewardModelOptions(**given)
 
 
 def _check_data(specs: str, config: Any, may_be_prompt: bool = False) -> None:

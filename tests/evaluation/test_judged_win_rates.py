@@ -143,8 +143,8 @@ def test_agreement_with_gold_is_measured_by_evaluate_reward(
     write_candidate_sets(Path("gold.jsonl"), sets, {})
     unwire(monkeypatch, duel.judge(0.92, 0.92, FIRST))
     words = ["evaluate-reward", "--data_path", "gold.jsonl", "--output_dir", "rows"]
-    assert main([*words, "--scorers", SCORER, "--names", "judge"]) == 0
-    row = json.loads(Path("rows/judge.json").read_text())
+    assert main([*words, "--scorers", SCORER]) == 0
+    row = json.loads(Path("rows/judge_pairwise_m.json").read_text())
     accuracy = row["metrics"]["accuracy"]
     assert accuracy["low"] <= 0.836 <= accuracy["high"]
     assert row["scorer"]["answers"] == {"parsed": 600}

@@ -369,6 +369,15 @@ def test_a_server_that_is_away_is_told_before_any_model_is_loaded(
     assert "127.0.0.1:9" in said and "cannot be reached" in said and "\n" not in said
 
 
+def test_other_mistakes_are_found_before_a_judge_is_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with judge(letters).running() as server:
+        words = ["evaluate-reward", "--scorers", name_of(server, "rubric"), "--data_path", "none"]
+        error_of(capsys, *words, "--output_dir", "o")
+        assert not server.bodies
+
+
 # Paid answers.
 
 

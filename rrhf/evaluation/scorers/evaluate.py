@@ -44,6 +44,7 @@ from rrhf.files import made_folder
 from rrhf.model_paths import accept_edited_models
 from rrhf.records import CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer, is_made
+from rrhf.scoring.settings_in_names import split_settings
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +103,14 @@ def row_names(config: EvaluateRewardConfig) -> list[str]:
 
 
 def scorer_label(spec: str) -> str:
-    """Return a short name for a scorer; for a reward model, the name of its run or folder."""
+    """Return a short name for a scorer, without its settings; for a reward model, the name of its
+    run or folder."""
     if ensemble := parse_ensemble(spec):
         members = (scorer_label(member.scorer) for member in ensemble.members)
         return f"{ensemble.rule} of {', '.join(members)}"
     if is_made(spec):
-        return spec
+        plain, settings = split_settings(spec)
+        return f"{plain}:{settings['model']}" if "model" in settings else plain
     name = policy_name(spec)
     folder = Path(spec)
     is_in_run = name == "reward_model" and folder.exists()
