@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from kills import child_environment
 from tiny import byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrhf.generation.vllm.start import HOST, free_port
+from rrhf.generation.vllm.start import HOST
 
 PYTHON = os.environ.get("RRHF_VLLM_PYTHON", "")
 needs_vllm = pytest.mark.skipif(
@@ -63,7 +64,9 @@ class RealServer:
     def __init__(
         self, model: Path, log: Path, command: Sequence[str] = (), more: Sequence[str] = ()
     ) -> None:
-        self.port, self.log = free_port(), log
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            self.port, self.log = int(probe.getsockname()[1]), log
         usual = [sys.executable, "-m", "rrhf.cli.main", "engine", "vllm", "start", str(model)]
         self._words = [*(command or usual), *more, "--port", str(self.port)]
         self.start()
