@@ -18,6 +18,7 @@ from openai_server_cases import sets_of
 from scripted_judge import judge
 from scripted_server import ScriptedServer
 from tiny import byte_level_tokenizer, tiny_llama
+from vllm_real import PYTHON, real_server, save_head_dim_32
 
 from rrhf.cli.main import main
 
@@ -76,6 +77,23 @@ def served(folder: Path, names: Sequence[str]) -> Iterator[list[tuple[str, str]]
         yield [(f"{address}/v1", model) for address, model in found]
 
 
+@contextmanager
+def served_by_both(folder: Path, names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """As `served`, the second one by vLLM."""
+    if not PYTHON:
+        pytest.skip("RRHF_VLLM_PYTHON names no Python of an environment with vLLM")
+    first, second = names
+    model = save_head_dim_32(folder / second)
+    byte_level_tokenizer(chat=True).save_pretrained(model)
+    with (
+        served(folder, [first]) as found,
+        real_server(model, folder / "vllm.log", more=("--max_model_len", "256")) as vllm,
+    ):
+        with urllib.request.urlopen(f"{vllm.url}/v1/models", timeout=10) as told:
+            name = json.load(told)["data"][0]["id"]
+        yield [*found, (f"{vllm.url}/v1", name)]
+
+
 def _wait_for(address: str, folder: Path) -> None:
     until = time.monotonic() + START_SECONDS
     while True:
@@ -89,7 +107,8 @@ def _wait_for(address: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "servers", [scripted, pytest.param(served, marks=pytest.mark.slow)], ids=["scripted", "real"]
+    "servers",
+    [scripted, *(pytest.param(one, marks=pytest.mark.slow) for one in (served, served_by_both))],
 )
 def test_responses_of_two_teachers_are_judged_trained_on_and_evaluated(
     servers: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,9 +126,9 @@ def test_responses_of_two_teachers_are_judged_trained_on_and_evaluated(
     generate = ("generate", *sampling, "--model_name_or_path")
     run(*generate, policy, "--prompts", tmp_path / "train.jsonl", "--output_file", path)
     with servers(tmp_path, ("first", "second")) as found:
-        for (url, model), out in zip(found, ("with_first", "all"), strict=True):
-            words = ("--engine", "openai_server", "--base_url", url)
-            output = tmp_path / f"{out}.jsonl"
+        for (url, model), api in zip(found, ("chat", "completions"), strict=True):
+            words = ("--engine", "openai_server", "--base_url", url, "--api", api)
+            output = tmp_path / f"with_{api}.jsonl"
             run(*generate, model, "--prompts", path, "--output_file", output, *words)
             path = output
     authors = ["policy:sft", *(f"teacher:{model}" for _, model in found)]
