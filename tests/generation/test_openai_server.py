@@ -25,6 +25,7 @@ from scripted_server import FAULTS, ScriptedServer, prompt_of, spread
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
+from rrhf.generation.build import ENGINES
 from rrhf.generation.config import GenerateConfig
 from rrhf.generation.openai_server.spec import OpenAIServerSettings
 from rrhf.generation.stage import generate_file
@@ -127,6 +128,11 @@ def test_without_the_package_there_is_one_message(
     told = 'the package openai is not installed; pip install "rrhf[openai]"'
     assert capsys.readouterr().err == f"error: --engine openai_server: {told}\n"
     assert not list(tmp_path.glob("o.*"))
+
+
+def test_a_policy_in_training_cannot_be_sampled_there() -> None:
+    with pytest.raises(UserError, match="use --engine local or vllm"):
+        ENGINES["openai_server"].check(None, True)  # type: ignore[misc]
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(

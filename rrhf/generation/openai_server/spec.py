@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rrhf.endpoints.server import require_openai
 from rrhf.endpoints.settings import EndpointSettings
+from rrhf.errors import UserError
 from rrhf.generation.build import EngineOptions, EngineSpec
 from rrhf.generation.engine import GenerationEngine
 
@@ -31,6 +32,11 @@ def check_openai_server(settings: OpenAIServerSettings, is_live: bool) -> None:
     Raises:
         UserError: one of these.
     """
+    if is_live:
+        raise UserError(
+            "--engine openai_server: gives text alone, but training on fresh samples needs token "
+            "ids, log-probs and the weights that are trained; use --engine local or vllm"
+        )
     require_openai("--engine openai_server")
 
 
