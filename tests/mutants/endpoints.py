@@ -20,13 +20,13 @@ ENDPOINT_FAULTS = [
     Mutant(
         "caps forget what earlier runs spent",
         ENDPOINTS + "client.py",
-        "        self._budget.spent.add(self._ledger.spent)\n",
+        "        budget.spent.add(ledger.spent)\n",
         "",
         CAPS,
     ),
     Mutant(
         "a request without outcome counts as free",
-        ENDPOINTS + "client.py",
+        ENDPOINTS + "asking.py",
         "self._budget.settle(bound, attempt.cost or bound)",
         "self._budget.settle(bound, attempt.cost or Spent(1))",
         FAULTY,
