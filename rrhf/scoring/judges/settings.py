@@ -1,4 +1,4 @@
-"""The settings of a judge, which follow its name or stand in a YAML file:
+"""The settings of a judge, which follow its name or stand in a YAML file.
 
 judge:rubric#model=MODEL#base_url=http://127.0.0.1:8000/v1
 judge:my_judge.yaml#seed=3
