@@ -235,7 +235,7 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
         ("train ppo", "reward_model_name_or_path"),
         ("train iterative", "reward_model_name_or_path"),
     ):
-        wrong(command, name, p.model, "no reward model")
+        wrong(command, name, p.model, "not a reward model")
         wrong(command, name, "gold:rome", "gold:help_desk")
         wrong(command, name, "function:nowhere:f", "nowhere")
         wrong(command, name, "nowhere:Scorer", "nowhere")

@@ -131,7 +131,10 @@ def test_members_that_do_not_fit_together_are_refused(
 
 def test_a_missing_member_is_found_before_weights_are_read(folders: list[Path]) -> None:
     check_scorer(f"mean:{folders[0]},{folders[1]}")
-    for wrong, told in (("./nowhere", "no such model folder"), (f"{folders[0]}-base", "no reward")):
+    for wrong, told in (
+        ("./nowhere", "no such model folder"),
+        (f"{folders[0]}-base", "not a reward model"),
+    ):
         with pytest.raises(UserError, match=told):
             check_scorer(f"mean:{folders[0]},{wrong}")
 

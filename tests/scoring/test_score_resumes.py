@@ -197,7 +197,7 @@ def test_mistakes_leave_no_file_behind(candidates: str, tmp_path: Path) -> None:
     cases = [
         (str(tmp_path / "none.jsonl"), gold, {}, r"none\.jsonl"),
         (str(raw), gold, {}, r"raw\.jsonl:1: scores\[0\]"),
-        (candidates, str(base), {}, "no reward model"),
+        (candidates, str(base), {}, "not a reward model"),
         (candidates, str(tmp_path / "none"), {}, "no such model folder"),
         (candidates, str(base), {"reward_format": "trlx"}, "v_head|transformer"),
         (candidates, str(tmp_path), {"reward_format": "trlx"}, "no weights here"),

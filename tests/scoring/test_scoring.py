@@ -351,7 +351,7 @@ def test_rows_may_be_a_single_token(folder: Path) -> None:
 
 def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
     base = language_model_folder(tmp_path / "lm")
-    with pytest.raises(UserError, match="no reward model"):
+    with pytest.raises(UserError, match="not a reward model"):
         build_scorer(str(base))
     with pytest.raises(UserError, match="has 256 positions"):
         RewardModelScorer(folder, RewardModelOptions(max_length=257))
