@@ -243,7 +243,7 @@ def path_mistakes(p: Places) -> list[tuple[list[str], str]]:
         wrong(command, name, "gold:nowhere:World", "nowhere")
         wrong(command, name, "function:json:nothing", "nothing")
     wrong("train rank", "eval_data_path", p.missing)
-    wrong("train rank", "data_path", f"rm-static:half:{p.data}", "no proportion")
+    wrong("train rank", "data_path", f"rm-static:half:{p.data}", "not a proportion")
     wrong("train rank", "data_path", "rm-statc", "rm-static")
     wrong("train reward", "validation_datasets", p.missing)
     wrong("train ppo", "reward_critic_model_name_or_path", p.missing)
