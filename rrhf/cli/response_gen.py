@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     score_file(score_config, *launched_place())
     print_repeats()
     ranked = Path(own.output_dir) / TRAIN_DATA
-    words = ["--model_name_or_path", own.model_name_or_path, "--data_path", ranked]
+    model = own.model_name_or_path if generate_config.engine_spec.has_model else "MODEL"
+    words = ["--model_name_or_path", model, "--data_path", ranked]
     step = next_step("rrhf", "train", "rank", *words, "--output_dir", "RUN")
     print_once(f"Ranked candidates: {ranked}; `{step}` trains on them")
     return EXIT_DONE

@@ -296,12 +296,15 @@ def test_a_stopped_run_waits_for_answers_that_are_on_their_way(tmp_path: Path) -
 # Other commands
 
 
-def test_response_gen_asks_a_server_and_scores(tmp_path: Path) -> None:
+def test_response_gen_asks_a_server_and_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = prompts_in(tmp_path)
     with ScriptedServer().running() as server:
         words = ["response-gen", "a-teacher", str(tmp_path / "out"), f"--prompts={prompts}"]
         scorer = "--scorer=function:openai_server_cases:length"
         assert main([*words, scorer, *server_words(server), "--max_new_tokens=8"]) == 0
+        assert "--model_name_or_path MODEL" in capsys.readouterr().out
         assert "n" in server.bodies[0] and server.bodies[0]["temperature"] == 1.0
     sets = sets_of(tmp_path / "out" / "train_data.json")
     assert all(len(one.candidates) == 4 and None not in one.scores for one in sets.values())
