@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +48,10 @@ class Loopback:
 
 
 @contextmanager
-def loopback(answer: Callable[[Asked], Reply]) -> Iterator[Loopback]:
-    """Run the server while the block runs."""
+def loopback(
+    answer: Callable[[Asked], Reply], tls: ssl.SSLContext | None = None
+) -> Iterator[Loopback]:
+    """Run the server while the block runs; `tls` makes it speak https."""
     asked: list[Asked] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -82,6 +85,8 @@ def loopback(answer: Callable[[Asked], Reply]) -> Iterator[Loopback]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import ssl
+import subprocess
 import time
 from pathlib import Path
 
@@ -260,6 +263,31 @@ def test_a_token_that_is_missing_or_would_travel_in_clear(monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="unencrypted; use https"):
         build_scorer("http://scores.example/#token_env=SCORER_TOKEN", options)
     build_scorer("https://scores.example/#token_env=SCORER_TOKEN", options)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https_asks_only_servers_whose_certificate_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate is of localhost, and trusted only where SSL_CERT_FILE names it."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    words += ["-keyout", str(key), "-out", str(certificate), "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(words, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SCORER_TOKEN", TOKEN)
+    with loopback(lengths, tls) as server:
+        url = f"https://localhost:{server.port}/score#token_env=SCORER_TOKEN#timeout_seconds=5"
+        with pytest.raises(UserError, match="its certificate is not valid"):
+            build_scorer(url).score(SETS)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert build_scorer(url).score(SETS) == LENGTHS
+        other = url.replace("localhost", "127.0.0.1")
+        with pytest.raises(UserError, match="its certificate is not valid"):
+            build_scorer(other).score(SETS)
+        assert len(server.asked) == 1
 
 
 # Commands.
