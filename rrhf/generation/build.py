@@ -34,7 +34,6 @@ class EngineOptions:
         temperature: the sampling temperature.
         is_live: whether `model` returns a policy in training, whose weights change between calls of
             the engine.
-        folder: where the engine may write what it passes to another process; None = anywhere.
         answers_file: where the engine may keep responses until they are in a finished file; None =
             nowhere.
     """
@@ -47,7 +46,6 @@ class EngineOptions:
     settings: Any = None
     temperature: float = 1.0
     is_live: bool = False
-    folder: Path | None = None
     answers_file: Path | None = None
 
 

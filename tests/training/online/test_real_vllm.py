@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -208,7 +207,7 @@ TRAINER_KILLS = [
 
 @pytest.mark.timeout(1200)
 def test_twenty_kills_of_trainer_and_server(
-    world: Path, server: RealServer, tmp_path: Path
+    world: Path, server: RealServer, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Sixteen of the trainer, four of the server: in a sync, while sampling, and in a step."""
     run = tmp_path / "run"
@@ -225,10 +224,19 @@ def test_twenty_kills_of_trainer_and_server(
     assert job.run()["exit"] == 0 and killed == [9] * len(TRAINER_KILLS)
     assert_right(run)
     straight = tmp_path / "straight"
-    threading.Timer(4.0, lambda: (server.kill(), server.start())).start()  # while it samples
+    plain, calls = VLLMEngine._sample, []
+
+    def killing(self: VLLMEngine, *words: Any) -> Any:
+        calls.append(words)
+        if len(calls) == 15:  # in the second rollout, while it samples
+            server.kill()
+            server.start()
+        return plain(self, *words)
+
+    monkeypatch.setattr(VLLMEngine, "_sample", killing)
     ppo.train(config(world, straight, server.url, **changes))
-    server.wait()
     assert_right(straight)
+    assert [row["sampler_redraws"] for row in rollouts(straight)] == [0, 1]
     mine, its = (load_causal_lm(path / "policy").state_dict() for path in (run, straight))
     for name, value in mine.items():  # vLLM's rounding depends on what it computes at a time
         torch.testing.assert_close(value, its[name], atol=1e-4, rtol=0)
