@@ -171,7 +171,7 @@ def _with_ends(logits: Tensor, ends: Sequence[bool]) -> Tensor:
     return logits
 
 
-class _Ids:
+class IdCodec:
     """A codec whose prompts are ids already, and whose texts are empty."""
 
     pad_id, end_ids = PAD, frozenset([END])
@@ -201,7 +201,7 @@ class Peers:
         self.model.generation_config.eos_token_id = END
         self.model.generation_config.pad_token_id = PAD
         self.params = SamplingParams(num_return_sequences=case.count, max_new_tokens=case.longest)
-        self.engine = LocalEngine(self.model, _Ids(self.prompts), case.max_rows)  # type: ignore[arg-type]
+        self.engine = LocalEngine(self.model, IdCodec(self.prompts), case.max_rows)  # type: ignore[arg-type]
         self.sets = [CandidateSet(str(place), "") for place in range(len(self.prompts))]
         self.paged: Any = None
 

@@ -30,6 +30,7 @@ from typing import Any
 NAMES = (
     "rrhf_step",
     "generation",
+    "sampler_vllm",
     "trl_head",
     "dpo_pair",
     "objective_step",
