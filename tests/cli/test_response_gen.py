@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
+from rrhf.cli import response_gen
 from rrhf.cli.fields import flags_of
 from rrhf.cli.flags import read_values
 from rrhf.cli.help_page import help_page
 from rrhf.cli.response_gen import ResponseGenConfig, all_flags, stage_values
 from rrhf.errors import UserError
+from rrhf.generation import stage
 from rrhf.generation.config import GenerateConfig
+from rrhf.models import precision
+from rrhf.scoring import stage as scoring_stage
 from rrhf.scoring.config import ScoreConfig
 
 
@@ -178,3 +184,38 @@ def test_an_engine_writes_and_a_layout_scores(tmp_path, capsys):
     _, generate, score = stage_values(FLAGS, GenerateConfig, ScoreConfig, words)
     assert generate["engine"] == "local" and "layout" not in generate
     assert score["layout"] == "padded" and "engine" not in score
+
+
+@pytest.fixture
+def sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Runs the command, and returns whether responses were to be sampled in bfloat16."""
+    LlamaConfig(hidden_size=256, vocab_size=8).save_pretrained(tmp_path / "wide")
+    LlamaConfig(hidden_size=128, vocab_size=8).save_pretrained(tmp_path / "narrow")
+    seen: list[Any] = []
+    monkeypatch.setattr(stage, "generate_file", lambda config, *place: seen.append(config))
+    monkeypatch.setattr(scoring_stage, "score_file", lambda config, *place: seen.append(config))
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(response_gen, "check_places", lambda *args, **named: None)
+    monkeypatch.setattr(response_gen, "require_models_as_written", lambda config: None)
+
+    def run(model: str, *words: str) -> bool:
+        seen.clear()
+        response_gen.main(
+            [str(tmp_path / model), str(tmp_path / "out"), "--scorer", "function:m:f", *words]
+        )
+        generate, score = seen
+        assert score.bf16 == (words == ("--bf16", "true")), "in float32 unless asked for"
+        return bool(generate.bf16)
+
+    return run
+
+
+def test_responses_are_sampled_in_the_faster_format(sampled, capsys, monkeypatch):
+    assert sampled("wide") and "sampled in bfloat16" in capsys.readouterr().out
+    assert not sampled("narrow")
+    assert not sampled("nowhere")
+    for words in (["--generate_bf16", "false"], ["--bf16", "false"]):
+        assert not sampled("wide", *words)
+    assert sampled("narrow", "--bf16", "true")
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
+    assert not sampled("wide")
