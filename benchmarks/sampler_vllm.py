@@ -6,10 +6,11 @@ copying weights into another layout before the first prompt are left out for vLL
 own copying, which each call does again, is counted. Before a time counts, the log-probs that each
 of the two reports must be those of a plain forward in the same number format, up to its rounding.
 
-vLLM runs in an environment of its own, whose Python `--vllm_python` names. It is given the block
-size that served it best here (32 tokens: with its default of 128, it computes more of a prompt
-again for every response). `vllm_compiled` also compiles the model, which takes minutes; it is
-measured with `--compiled yes`.
+vLLM runs in an environment of its own, whose Python `--vllm_python` names. `vllm` has its default
+settings but does not compile the model; `vllm_blocks_of_32` shares prompts in smaller blocks (by
+default they have 128 tokens, so more of a prompt is computed again for every response);
+`vllm_compiled` compiles the model as well, which takes minutes, and is measured with
+`--compiled yes`.
 """
 
 from __future__ import annotations
@@ -96,7 +97,11 @@ GOALS = {
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1}
 """How far reported log-probs may be from those of a plain forward, in nats a token on average."""
 
-_VLLM = {"enforce_eager": True, "block_size": 32, "max_model_len": 512}
+_SETTINGS = {
+    "vllm": {"enforce_eager": True},
+    "vllm_blocks_of_32": {"enforce_eager": True, "block_size": 32},
+    "vllm_compiled": {"enforce_eager": False, "block_size": 32},
+}
 
 
 class EndsAt:
@@ -183,15 +188,15 @@ class Vllm:
 def vllms(
     python: str, job: Job, folder: str, prompts: Sequence[list[int]], is_compiled: bool
 ) -> Iterator[dict[str, Vllm]]:
-    """Context manager: start vLLM, and perhaps another that compiles the model."""
+    """Context manager: start vLLM with each of the settings."""
     work = {"prompts": prompts, "lengths": job.lengths()}
-    settings = {"model": folder, "dtype": job.dtype, **_VLLM}
-    with ExitStack() as open_ones:
-        found = {"vllm": Vllm(python, settings, work)}
-        open_ones.callback(found["vllm"].close)
-        if is_compiled:
-            found["vllm_compiled"] = Vllm(python, {**settings, "enforce_eager": False}, work)
-            open_ones.callback(found["vllm_compiled"].close)
+    with ExitStack() as running:
+        found = {}
+        for name, settings in _SETTINGS.items():
+            if name != "vllm_compiled" or is_compiled:
+                every = {"model": folder, "dtype": job.dtype, "max_model_len": 512, **settings}
+                found[name] = Vllm(python, every, work)
+                running.callback(found[name].close)
         yield found
 
 
