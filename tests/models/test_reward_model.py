@@ -226,7 +226,7 @@ def test_a_normaliser_that_is_none_is_a_user_s_mistake(tmp_path: Path, state: ob
 
 def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
     base = language_model_folder(tmp_path / "lm")
-    with pytest.raises(UserError, match=r"LlamaForCausalLM.*no reward model.*rrhf train reward"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.*not a reward model.*rrhf train reward"):
         load_reward_model(base)
 
 

@@ -318,7 +318,7 @@ def test_a_critic_with_another_vocabulary_is_refused(world: Path, tmp_path: Path
 
 
 def test_a_language_model_is_no_reward_model(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no reward model"):
+    with pytest.raises(UserError, match="not a reward model"):
         ppo.train(settings(world, tmp_path / "run", reward_model_name_or_path=str(world / "model")))
 
 

@@ -70,7 +70,7 @@ def command(world: Path, output_dir: Path, **changes: Any) -> list[str]:
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a reward model without a head": (
         {"reward_model_name_or_path": "{world}/model"},
-        ["{world}/model", "no reward model"],
+        ["{world}/model", "not a reward model"],
     ),
     "no reward model there": (
         {"reward_model_name_or_path": "{world}/nothing"},
