@@ -22,11 +22,9 @@ os.environ.update(
 answers = os.dup(1)
 os.dup2(2, 1)  # what vLLM prints is no answer
 
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
-
 from vllm import LLM, SamplingParams, __version__  # noqa: E402
+
+import torch  # noqa: E402, I001
 
 
 def answer(value: object) -> None:

@@ -248,7 +248,7 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
 # Kills
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_lose_no_answer_and_pay_none_twice(kills: int, tmp_path: Path) -> None:
     count, in_flight = 10 * kills, 4
     prompts, out = prompts_in(tmp_path, count), tmp_path / "o.jsonl"
