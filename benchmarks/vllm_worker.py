@@ -22,9 +22,8 @@ os.environ.update(
 answers = os.dup(1)
 os.dup2(2, 1)  # what vLLM prints is no answer
 
-from vllm import LLM, SamplingParams, __version__  # noqa: E402
-
-import torch  # noqa: E402, I001
+from vllm import LLM, SamplingParams, __version__  # noqa: E402, I001
+import torch  # noqa: E402
 
 
 def answer(value: object) -> None:
