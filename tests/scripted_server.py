@@ -172,7 +172,7 @@ class ScriptedServer:
             self._drip(to, b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 2000)
             return
         if (
-            fault.split()[0] in ("400", "401", "404", "429", "500", "503", "302")
+            fault.split()[0] in ("400", "401", "403", "404", "429", "500", "503", "302")
             if fault
             else False
         ):
@@ -230,7 +230,8 @@ class ScriptedServer:
         elif rest.startswith("to "):
             headers["Location"] = rest.removeprefix("to ")
         message = {"error": {"message": f"no: {rest}", "code": rest or None}}
-        to.send(int(status), json.dumps(message).encode(), headers=headers)
+        data = rest if rest.startswith("{") else json.dumps(message)
+        to.send(int(status), data.encode(), headers=headers)
 
     def _drip(self, to: _Handler, data: bytes) -> None:
         to.close_connection = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +32,9 @@ _HEADERS = (
     *("accept", "accept-encoding", "connection", "x-stainless-raw-response"),
 )
 _COMPANY_HEADERS = ("openai-organization", "openai-project")
-_FILTERED = ("content_filter", "content_policy")
-_TOO_LONG = ("context_length", "context length", "maximum context", "max_model_len", "too long")
+_FILTERED = ("content_filter", "content_policy_violation")
+_TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")
+_TOO_LONG_WORDS = ("maximum context length", "max_model_len")  # vLLM has no code for it
 
 
 class Failure(Exception):
@@ -63,6 +65,26 @@ class Failure(Exception):
 
 class _OutOfBounds(Exception):
     """A response that is too large, or did not arrive in time."""
+
+
+def _refused(status: int, text: str) -> str:
+    """Return why a server will not answer one prompt, from a reply with an error: "content_filter",
+    "too_long", or "" if other prompts would meet the same error."""
+    if status not in (400, 413, 422):
+        return ""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    error = value.get("error", value) if isinstance(value, dict) else None
+    said = error if isinstance(error, dict) else {}
+    codes = (said.get("code"), said.get("type"))
+    if any(code in _FILTERED for code in codes):
+        return "content_filter"
+    has_words = any(word in str(said.get("message")).lower() for word in _TOO_LONG_WORDS)
+    is_coded = isinstance(codes[0], str) and codes[0]
+    is_too_long = any(code in _TOO_LONG for code in codes) or (has_words and not is_coded)
+    return "too_long" if status == 413 or is_too_long else ""
 
 
 def require_openai(place: str) -> None:
@@ -219,21 +241,19 @@ class Server:
             text = self._secrets.redacted(error.response.text)
         except Exception:  # the body was cut, or not read: the status says enough
             text = ""
-        said, message = text.lower(), f"status {status}: {shown(text) or 'an empty body'}"
+        message = f"status {status}: {shown(text) or 'an empty body'}"
         wait = retry_after_seconds(headers.get("retry-after"))
         if 300 <= status < 400:
             message = f"status {status}: redirects elsewhere; give the final address"
             return self._failure("wrong", message, None, True)
-        if status == 429 and "insufficient_quota" in said:
+        if status == 429 and "insufficient_quota" in text.lower():
             return self._failure("wrong", message, None, True)
         if status in (429, 503):
             return self._failure("busy", message, wait, True)
         if status >= 500 or status in (408, 409, 425):
             return self._failure("failed", message, wait)
-        if any(word in said for word in _FILTERED):
-            return self._failure("refused", f"content_filter: {message}")
-        if status == 413 or any(word in said for word in _TOO_LONG):
-            return self._failure("refused", f"too_long: {message}", None, True)
+        if why := _refused(status, text):
+            return self._failure("refused", f"{why}: {message}", None, why == "too_long")
         return self._failure("wrong", message, None, True)
 
     def close(self) -> None:

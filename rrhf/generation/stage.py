@@ -343,6 +343,12 @@ class _Stage:
                 for name in row["counts"]:
                     if name.startswith(_FAILED):
                         self._first_failures.setdefault(name, f"{row['id']}: {row['failures'][0]}")
+            if self._first_failures and not counts["samples"]:
+                raise UserError(
+                    f"{self.output}: no prompt got a response "
+                    f"(prompt {next(iter(self._first_failures.values()))}); correct the settings, "
+                    "and choose another --output_file, since this one keeps what failed"
+                )
         write_manifest(self.output, self._manifest(plan, settings, counts, seconds))
         self._tell(plan, counts, seconds)
 

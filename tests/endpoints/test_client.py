@@ -93,6 +93,10 @@ def test_all_faults_at_once_on_several_requests() -> None:
         ("refusal", "refusal: I will not."),
         ("400 content_filter", "content_filter: status 400"),
         ("400 context_length_exceeded", "too_long: status 400"),
+        (
+            '400 {"message": "This model\'s maximum context length is 64", "code": 400}',
+            "too_long: status 400",
+        ),
     ],
 )
 def test_what_a_server_will_not_answer_is_recorded_and_not_asked_again(
@@ -113,6 +117,10 @@ def test_what_a_server_will_not_answer_is_recorded_and_not_asked_again(
         (["401 invalid_api_key"], "status 401"),
         (["404 no_such_model"], "status 404"),
         (["400 bad_parameter"], "status 400"),
+        (["400 'stop': array too long. Expected maximum length 4"], "array too long"),
+        (["401 token too long"], "status 401"),
+        (["403 content_filter"], "status 403"),
+        (["404 context_length_exceeded"], "status 404"),
         (["429 insufficient_quota"], "insufficient_quota"),
         (["302 to http://127.0.0.1:9/"], "redirects elsewhere"),
         (["429 after 86400"], "asks to wait 86400 s"),

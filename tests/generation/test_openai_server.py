@@ -232,6 +232,17 @@ def test_a_prompt_without_any_response_keeps_its_row(tmp_path: Path) -> None:
     assert counts == [0, 4] and manifest_of(out)["not_given"] == {"too_long": 4}
 
 
+def test_a_file_without_any_response_is_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = prompts_in(tmp_path, 2), tmp_path / "o.jsonl"
+    with ScriptedServer(fault_of=lambda body: "400 context_length_exceeded").running() as server:
+        assert main(generate_words(server, prompts, out)) == 2
+    said = capsys.readouterr().err
+    assert "no prompt got a response (prompt " in said and "too_long: status 400" in said
+    assert not out.exists()
+
+
 def test_several_processes_are_refused(tmp_path: Path) -> None:
     settings = OpenAIServerSettings(base_url=("http://127.0.0.1:9/v1",))
     config = GenerateConfig(
