@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 MALFORMED_TRIES = 3
 STOP_SECONDS = 5.0
-"""How long a stopped run waits for answers that are on their way."""
+"""How long a run that a signal stops waits for answers that are on their way."""
 _LATE_SECONDS = 2.0  # a request may end this much after its deadline before it is left behind
 _POLL_SECONDS = 0.05
 _MIN_LATENCIES = 3
@@ -128,6 +128,7 @@ class Asking:
         self._cap = ""
         self._is_exhausted = False
         self._is_over = False  # then nothing more is written
+        self._writing = threading.Lock()
 
     def run(self) -> Generator[Answer, None, None]:
         """Yield the answers; see `Client.ask`."""
@@ -147,6 +148,17 @@ class Asking:
                 if self._cap and not self._flying:
                     raise self._budget.stop(self._cap, KEPT)
                 self._land(wait)
+        except UserError:
+            if self._flying:
+                limit = self._settings.request_timeout_seconds + _LATE_SECONDS
+                latest = max(attempt.started for attempt in self._flying)
+                patience = latest + limit - time.monotonic()
+                logger.warning(
+                    "the run ends; it waits up to %g s for the answers of %d requests",
+                    patience,
+                    len(self._flying),
+                )
+            raise
         finally:
             self._wait_for_flying(patience)
 
@@ -230,7 +242,10 @@ class Asking:
         """Send one request and note its answer; runs in the request's thread."""
         task, question = attempt.task, attempt.task.of.question
         try:
-            number = self._ledger.send(bound)
+            with self._writing:
+                if self._is_over:
+                    return
+                number = self._ledger.send(bound)
             try:
                 reply = attempt.server.ask(question, task.indices[0], len(task.indices))
             except Failure as failure:
@@ -243,14 +258,15 @@ class Asking:
                 attempt.outcome = reply
                 if reply.usage is not None:
                     attempt.cost = Spent(1, reply.usage.input_tokens, reply.usage.output_tokens)
-            if self._is_over:
-                return
-            if isinstance(attempt.outcome, Reply):
-                cost = attempt.cost or bound
-                used = task.indices[: len(attempt.outcome.choices)]
-                self._ledger.answer(number, question, used, attempt.outcome, cost)
-            else:
-                self._ledger.close(number, attempt.cost)
+            with self._writing:
+                if self._is_over:
+                    return
+                if isinstance(attempt.outcome, Reply):
+                    cost = attempt.cost or bound
+                    used = task.indices[: len(attempt.outcome.choices)]
+                    self._ledger.answer(number, question, used, attempt.outcome, cost)
+                else:
+                    self._ledger.close(number, attempt.cost)
         except BaseException as error:  # raised again by the thread that waits
             attempt.outcome = error
         attempt.seconds = time.monotonic() - attempt.started
@@ -367,14 +383,17 @@ class Asking:
         return f"{len(self._flying)} requests on their way{waiting}"
 
     def _wait_for_flying(self, patience: float) -> None:
-        """Give answers that are on their way some seconds to reach the ledger."""
+        """Give answers that are on their way so many seconds to reach the ledger."""
         until = time.monotonic() + patience
-        while self._flying and time.monotonic() < until:
-            with suppress(queue.Empty):
-                attempt = self._landed.get(timeout=_POLL_SECONDS)
-                if not attempt.is_lost:
-                    self._release(attempt)
-        self._is_over = True
+        try:
+            while self._flying and time.monotonic() < until:
+                with suppress(queue.Empty):
+                    attempt = self._landed.get(timeout=_POLL_SECONDS)
+                    if not attempt.is_lost:
+                        self._release(attempt)
+        finally:  # a signal may end the wait
+            with self._writing:
+                self._is_over = True
         for attempt in list(self._flying):
             self._release(attempt)
 

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from scripted_server import FAULTS, ScriptedServer, spread
 
+from rrhf.endpoints import asking
+from rrhf.endpoints.budget import Budget, Spent
 from rrhf.endpoints.client import Client
+from rrhf.endpoints.ledger import Ledger
 from rrhf.endpoints.questions import Answer, Question
 from rrhf.endpoints.settings import EndpointSettings
 from rrhf.errors import NothingSent, UserError
@@ -140,6 +143,33 @@ def test_what_cannot_pass_ends_the_run_with_one_message(faults: list[str], told:
         assert told in str(error.value) and "continues" in str(error.value)
         assert server.url in str(error.value)
         assert len(server.bodies) == len(faults)
+
+
+def test_an_error_waits_for_answers_that_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "STOP_SECONDS", 0.0)
+    journal = Memory()
+
+    def slow(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.15)
+        return "late"
+
+    def wrong_key(body: dict[str, Any]) -> str:
+        return "401 invalid_api_key" if "prompt 2" in str(body) else ""
+
+    with ScriptedServer(fault_of=wrong_key, answer=slow).running() as server:
+        with pytest.raises(UserError, match="status 401"):
+            asked(Client(settings(server), journal), *map(question, range(3)))
+        assert sum("choices" in row for row in journal) == 2 == sum(server.billed.values())
+
+
+def test_a_thread_that_is_left_behind_writes_nothing() -> None:
+    journal, limits = Memory(), EndpointSettings(base_url=("http://127.0.0.1:9/v1",))
+    session = asking.Session(limits, [], Ledger(journal), Budget(limits), 0)
+    ended = asking.Asking(session, [])
+    assert not list(ended.run())
+    task = asking._Task(asking._Open(question(), {}), (0,))
+    ended._attempt(asking._Attempt(task, None, 0.0), Spent(1))  # type: ignore[arg-type]
+    assert not journal
 
 
 def test_a_request_that_fails_for_good_may_be_recorded() -> None:
