@@ -224,7 +224,10 @@ class Asking:
         limit = factor * statistics.median(self._latencies)
         for attempt in self._flying:
             is_late = now - attempt.started > limit and not attempt.is_copied
-            if is_late and any(server is not attempt.server for server in free):
+            bound = attempt.task.bound
+            tokens = bound.input_tokens + bound.output_tokens
+            is_free = any(s is not attempt.server and not s.wait(tokens, now) for s in free)
+            if is_late and is_free and not self._budget.exceeded_by(bound):
                 attempt.is_copied = True
                 return replace(attempt.task, failed_at=attempt.server.url)
         return None
@@ -352,9 +355,10 @@ class Asking:
             self._give_up(task, failure)
             return
         logger.warning("%s; trying again", failure)
-        pause = wait if wait is not None else 0.0
+        pause = wait or 0.0
         if failure.kind != "busy" or wait is None:
-            pause = backoff_seconds(self._settings.retry_wait_seconds, task.num_failures)
+            first = self._settings.retry_wait_seconds
+            pause = max(pause, backoff_seconds(first, task.num_failures))
         heapq.heappush(self._later, (now + pause, next(self._order), task))
 
     def _give_up(self, task: _Task, failure: Failure) -> None:
@@ -369,7 +373,7 @@ class Asking:
         if self._session.num_failed > allowed:
             raise UserError(
                 f"{failure}; {where}; {KEPT}, and the same command continues; to go on without "
-                f"prompts that fail, raise --max_failed_requests {allowed}"
+                f"prompts that fail, raise --max_failed_requests above {allowed}"
             )
         logger.warning("%s; %s is recorded as failed", failure, where)
         for index in task.indices:

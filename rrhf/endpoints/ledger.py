@@ -50,7 +50,8 @@ class Ledger:
             self._num_sent = max(self._num_sent, number + 1)
             if "sent" in row:
                 sent[number] = Spent(1, *row["sent"])
-            elif number in sent:
+            else:
+                sent.setdefault(number, Spent(1))  # its row may be damaged
                 if row["cost"] is not None:
                     sent[number] = Spent(1, *row["cost"])
                 self._note(row)

@@ -8,6 +8,7 @@ here, and never becomes one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,10 +63,17 @@ def parse_body(body: bytes, secrets: Secrets) -> Any:
     """
     text = body.decode("utf-8", "replace")
     try:
-        return secrets.redacted(json.loads(text))
+        return secrets.redacted(
+            json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+        )
     except (ValueError, RecursionError):
         what = shown(secrets.redacted(text)) or "an empty body"
         raise BadReply(f"the body is not JSON: {what}") from None
+
+
+def _finite(text: str) -> float | None:
+    """Parse a number; None if it is too large, as for NaN, which no file here can hold."""
+    return number if math.isfinite(number := float(text)) else None
 
 
 def read_reply(value: Any, api: Api, asked: str, accepted: str, server: str) -> Reply:
@@ -113,7 +121,7 @@ def _usage(value: Any) -> Usage | None:
     """Read the numbers of tokens; None if a number is missing or wrong."""
     if not isinstance(value, dict):
         return None
-    inputs, outputs = value.get("prompt_tokens"), value.get("completion_tokens", 0)
+    inputs, outputs = value.get("prompt_tokens"), value.get("completion_tokens")
     if not (isinstance(inputs, int) and isinstance(outputs, int) and min(inputs, outputs) >= 0):
         return None
     return Usage(inputs, outputs)

@@ -6,8 +6,10 @@ comes back from a server before anything else sees it: some servers repeat the k
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
+from urllib.parse import quote
 
 from rrhf.endpoints.settings import EndpointSettings, host_of, is_loopback
 from rrhf.errors import UserError
@@ -43,12 +45,18 @@ def read_keys(settings: EndpointSettings) -> list[str]:
     return keys
 
 
+def forms_of(secret: str) -> set[str]:
+    """Return a key as it is, and as JSON and addresses may hold it."""
+    escaped = json.dumps(secret)[1:-1]
+    return {secret, escaped, escaped.replace("/", "\\/"), quote(secret), quote(secret, safe="")}
+
+
 class Secrets:
     """Replaces keys in texts, and halves of surrogate pairs, which no file can hold."""
 
     def __init__(self, keys: list[str]) -> None:
-        secret = {key for key in keys if len(key) >= MIN_SECRET_LETTERS}
-        self._keys = sorted(secret, key=len, reverse=True)
+        secret = [forms_of(key) for key in keys if len(key) >= MIN_SECRET_LETTERS]
+        self._keys = sorted(set().union(*secret), key=len, reverse=True)
 
     def redacted(self, value: Any) -> Any:
         """Return a text, or a parsed JSON value, with every key replaced."""

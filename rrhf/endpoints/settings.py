@@ -56,9 +56,9 @@ class EndpointSettings(Ranged):
     """Stop before prompts and responses could have more tokens than this in all; 0 = no limit."""
     max_cost: float = 0.0
     """Stop before the cost could exceed this; 0 = no limit. In the currency of the prices."""
-    input_token_price: float = 0.0
+    input_token_price: float | None = None
     """Price of a million tokens of prompts."""
-    output_token_price: float = 0.0
+    output_token_price: float | None = None
     """Price of a million tokens of responses."""
     concurrency: int = 8
     """Number of requests that a server answers at a time."""
@@ -74,8 +74,8 @@ class EndpointSettings(Ranged):
     """Wait before the first repetition; doubled each time, up to a minute, unless the server names
     a time (Retry-After)."""
     max_failed_requests: int = 0
-    """Go on after this many requests have failed for good; each is recorded with its reason and
-    never used as a response."""
+    """Go on after this many requests of a run have failed for good; each is recorded with its
+    reason and never used as a response."""
     max_response_bytes: int = 8 << 20
     """A longer response of the server is a failure."""
     max_samples_per_request: int = 0
@@ -131,10 +131,10 @@ class EndpointSettings(Ranged):
                 f"--api_key_env: names {len(self.api_key_env)} variables for "
                 f"{len(self.base_url)} servers; give one for all, or one for each"
             )
-        if self.max_cost and not (self.input_token_price or self.output_token_price):
+        if self.max_cost and None in (self.input_token_price, self.output_token_price):
             raise UserError(
                 f"--max_cost {self.max_cost}: needs --input_token_price and --output_token_price, "
-                "the prices of a million tokens"
+                "the prices of a million tokens, 0 where there is none"
             )
         self._require_consent()
 
@@ -159,8 +159,8 @@ class EndpointSettings(Ranged):
 
     def cost(self, input_tokens: float, output_tokens: float) -> float:
         """Return the price of so many tokens."""
-        per_token = (self.input_token_price, self.output_token_price)
-        return (input_tokens * per_token[0] + output_tokens * per_token[1]) / 1e6
+        of_input, of_output = self.input_token_price or 0.0, self.output_token_price or 0.0
+        return (input_tokens * of_input + output_tokens * of_output) / 1e6
 
 
 def _check_url(url: str) -> None:

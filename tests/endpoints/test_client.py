@@ -14,6 +14,8 @@ from rrhf.endpoints.budget import Budget, Spent
 from rrhf.endpoints.client import Client
 from rrhf.endpoints.ledger import Ledger
 from rrhf.endpoints.questions import Answer, Question
+from rrhf.endpoints.secrets import Secrets
+from rrhf.endpoints.server import Failure, Server
 from rrhf.endpoints.settings import EndpointSettings
 from rrhf.errors import NothingSent, UserError
 
@@ -142,6 +144,7 @@ def test_what_cannot_pass_ends_the_run_with_one_message(faults: list[str], told:
             asked(client, question())
         assert told in str(error.value) and "continues" in str(error.value)
         assert server.url in str(error.value)
+        assert "raise" not in str(error.value) or "_requests above 0" in str(error.value)
         assert len(server.bodies) == len(faults)
 
 
@@ -265,6 +268,49 @@ def test_a_request_without_outcome_counts_at_its_most() -> None:
             "input_tokens": bound[0],
             "output_tokens": bound[1],
         }
+
+
+def test_an_answer_counts_if_the_row_of_its_request_is_damaged() -> None:
+    journal = Memory()
+    with ScriptedServer().running() as server:
+        first = asked(Client(settings(server), journal), question())
+        usage = Client(settings(server), journal).usage()
+        del journal[0]
+        client = Client(settings(server), journal)
+        assert client.usage() == usage
+        assert asked(client, question()) == first and len(server.bodies) == 1
+
+
+def two_servers(**words: Any) -> tuple[asking.Asking, list[Server]]:
+    """Questions without any, to two servers that are not there."""
+    urls = ("http://127.0.0.1:9/v1", "http://127.0.0.1:10/v1")
+    limits = EndpointSettings(base_url=urls, **words)
+    servers = [Server(url, "none", limits, Secrets([])) for url in urls]
+    session = asking.Session(limits, servers, Ledger(None), Budget(limits), 0)
+    return asking.Asking(session, []), servers
+
+
+def test_a_slow_request_is_copied_only_to_another_server_that_is_free_now() -> None:
+    one, (slow, other) = two_servers(max_requests=5)
+    one._latencies.extend([1.0] * 3)
+    late = asking._Attempt(asking._Task(asking._Open(question(), {}), (0,)), slow, 0.0)
+    one._flying.append(late)
+    other.pauses.failed(10.0, 7.0)
+    assert one._straggler([slow, other], 10.0) is None and not late.is_copied
+    one._budget.spent.requests = 5
+    assert one._straggler([slow, other], 20.0) is None and not late.is_copied
+    one._budget.spent.requests = 0
+    copy = one._straggler([slow, other], 20.0)
+    assert copy is not None and copy.failed_at == slow.url and late.is_copied
+
+
+@pytest.mark.parametrize("kind", ["failed", "busy"])
+def test_every_server_error_may_ask_for_a_wait(kind: Any) -> None:
+    one, (server, _) = two_servers()
+    attempt = asking._Attempt(asking._Task(asking._Open(question(), {}), (0,)), server, 0.0)
+    now = time.monotonic()
+    one._retry(attempt, Failure(kind, server.url, "status 500", 7.0))
+    assert one._later[0][0] >= now + 7
 
 
 def test_concurrency_is_used_and_kept() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from rrhf.endpoints.limits import Pauses, Rate, backoff_seconds, retry_after_seconds
-from rrhf.endpoints.replies import is_model
-from rrhf.endpoints.secrets import read_keys
+from rrhf.endpoints.replies import is_model, parse_body, read_reply
+from rrhf.endpoints.secrets import Secrets, read_keys
 from rrhf.endpoints.settings import EndpointSettings, is_loopback
 from rrhf.errors import UserError
 
@@ -125,6 +126,10 @@ def test_what_is_this_machine(url: str, is_here: bool) -> None:
         ({"base_url": (LOCAL,), "api_key_env": ("sk-secret",)}, "is not the name"),
         ({"base_url": (LOCAL,), "api_key_env": ("A", "B")}, "2 variables for 1 servers"),
         ({"base_url": (LOCAL,), "max_cost": 1.0}, "needs --input_token_price"),
+        (
+            {"base_url": (LOCAL,), "max_cost": 1.0, "output_token_price": 1.0},
+            "needs --input_token_price",
+        ),
         ({"base_url": (LOCAL,), "straggler_factor": 0.5}, "straggler_factor"),
     ],
 )
@@ -148,3 +153,29 @@ def test_keys_go_only_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY: is not set"):
         read_keys(EndpointSettings(**both))
+
+
+def test_a_price_may_be_zero_if_it_is_given() -> None:
+    prices = {"input_token_price": 0.0, "output_token_price": 2.0}
+    assert EndpointSettings(base_url=(LOCAL,), max_cost=1.0, **prices).cost(9e9, 1e6) == 2.0
+
+
+@pytest.mark.parametrize(
+    "written", ["{}", "sk-canary\\/0123", "sk-canary%2F0123", 'sk-canary/0\\"1', "sk-canary/0%221"]
+)
+def test_a_key_is_replaced_however_it_is_written(written: str) -> None:
+    plain = "sk-canary/0123"
+    text = f"<{written.format(plain)}>"
+    assert Secrets([plain, 'sk-canary/0"1']).redacted(text) == "<[key]>"
+
+
+def test_numbers_that_json_does_not_have_are_read_as_missing() -> None:
+    value = parse_body(b'{"a": NaN, "b": [-Infinity, 1e999, 0.5]}', Secrets([]))
+    assert value == {"a": None, "b": [None, None, 0.5]}
+
+
+@pytest.mark.parametrize("tokens", [{}, {"completion_tokens": None}, {"completion_tokens": -1}])
+def test_usage_without_the_tokens_of_responses_is_not_known(tokens: dict[str, Any]) -> None:
+    choice = {"message": {"content": "yes"}, "finish_reason": "stop"}
+    value = {"model": "m", "choices": [choice], "usage": {"prompt_tokens": 5, **tokens}}
+    assert read_reply(json.loads(json.dumps(value)), "chat", "m", "", LOCAL).usage is None
