@@ -25,8 +25,9 @@ from scripted_server import FAULTS, ScriptedServer, prompt_of, spread
 
 from rrhf.cli.main import main
 from rrhf.errors import UserError
-from rrhf.generation.build import ENGINES
+from rrhf.generation.build import ENGINES, EngineOptions
 from rrhf.generation.config import GenerateConfig
+from rrhf.generation.openai_server.engine import OpenAIServerEngine
 from rrhf.generation.openai_server.spec import OpenAIServerSettings
 from rrhf.generation.stage import generate_file
 
@@ -241,6 +242,16 @@ def test_a_file_without_any_response_is_not_finished(
     said = capsys.readouterr().err
     assert "no prompt got a response (prompt " in said and "too_long: status 400" in said
     assert not out.exists()
+
+
+def test_names_that_a_server_takes_or_gives_may_change_between_runs() -> None:
+    """As the message about another model's answer advises."""
+    described = []
+    for words in ({}, {"served_model": "b", "max_tokens_field": "max_completion_tokens"}):
+        settings = OpenAIServerSettings(base_url=("http://127.0.0.1:9/v1",), **words)
+        options = EngineOptions("m", lambda: None, lambda: None, 8, 256, settings, 1.0)
+        described.append(OpenAIServerEngine(options).describe())
+    assert described[0] == described[1]
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ class OpenAIServerEngine:
         self._client = Client(self._settings, self._journal)
 
     def describe(self) -> dict[str, Any]:
-        """Describe what the responses depend on; where the servers are does not count."""
-        names = ("api", "max_tokens_field", "served_model", "send_seed")
+        """Describe what the responses depend on; names and addresses of servers do not count."""
+        names = ("api", "send_seed")
         own = {name: getattr(self._settings, name) for name in names}
         return {"engine": "openai_server", "model": self._model, **own}
 
