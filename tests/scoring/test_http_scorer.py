@@ -23,6 +23,7 @@ from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer_place
 from rrhf.scoring.config import RewardModelOptions
 from rrhf.scoring.http import client
+from rrhf.scoring.http.addresses import parse_address
 from rrhf.scoring.http.scorer import HttpScorer
 
 TOKEN = "canary-5f0c9e7d"
@@ -253,6 +254,12 @@ def test_the_token_is_sent_and_shown_nowhere(
     assert TOKEN not in shown.out + shown.err
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_token_is_replaced_in_raw_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORER_TOKEN", "canary/01234567")
+    asks = client.JsonClient(parse_address("http://127.0.0.1/"), "SCORER_TOKEN")
+    assert asks.redacted('{"key": "canary\\/01234567"}') == '{"key": "[token]"}'
 
 
 def test_a_token_that_is_missing_or_would_travel_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:

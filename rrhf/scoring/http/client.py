@@ -16,6 +16,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
+from rrhf.endpoints.secrets import forms_of
 from rrhf.errors import UserError
 from rrhf.scoring.http.addresses import Address, Resolver, resolved
 
@@ -76,7 +77,9 @@ class JsonClient:
 
     def redacted(self, text: str) -> str:
         """Replace the token in a text that came from the server."""
-        return text.replace(self._token, "[token]") if self._token else text
+        for form in sorted(forms_of(self._token), key=len, reverse=True) if self._token else ():
+            text = text.replace(form, "[token]")
+        return text
 
     def post(self, body: Any, max_bytes: int, seconds: float, retries: bool = True) -> Any:
         """Send a value and return the answer.
