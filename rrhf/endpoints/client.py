@@ -28,21 +28,23 @@ class Client:
         settings: servers and limits.
         journal: keeps what was asked and answered; None = nothing is kept.
 
-    Raises:
-        UserError: a key or the `openai` package is missing.
+    Keys are read when something is about to be sent.
     """
 
     def __init__(self, settings: EndpointSettings, journal: Journal | None = None) -> None:
-        keys = read_keys(settings)
-        secrets = Secrets(keys)
-        servers = [
-            Server(url, key, settings, secrets)
-            for url, key in zip(settings.base_url, keys, strict=True)
-        ]
         ledger, budget = Ledger(journal), Budget(settings)
         budget.spent.add(ledger.spent)
         most = settings.max_samples_per_request
-        self._session = Session(settings, servers, ledger, budget, most)
+        self._session = Session(settings, [], ledger, budget, most)
+
+    def _connect(self) -> None:
+        """Make the servers, if this is the first time that something is sent."""
+        session, settings = self._session, self._session.settings
+        if not session.servers:
+            keys = read_keys(settings)
+            secrets = Secrets(keys)
+            for url, key in zip(settings.base_url, keys, strict=True):
+                session.servers.append(Server(url, key, settings, secrets))
 
     def announce(self, questions: Sequence[Question], sends: str) -> None:
         """Say what will be sent where, and the most that it can cost; call it before `ask`.
@@ -53,6 +55,7 @@ class Client:
 
         Raises:
             NothingSent: this is a dry run; the message is its result.
+            UserError: a key or the `openai` package is missing.
         """
         settings = self._session.settings
         counts = [q.count - self._session.ledger.num_known(q) for q in questions]
@@ -64,7 +67,7 @@ class Client:
         ]
         output_tokens = sum(q.max_tokens * n for q, n in left)
         said = (
-            f"{sends} to {' and '.join(server.url for server in self._session.servers)}, model "
+            f"{sends} to {' and '.join(settings.base_url)}, model "
             f"{', '.join(dict.fromkeys(q.model for q in questions))}: "
             f"{_range(len(left), requests)} requests, about {_range(*tokens)} tokens of prompts "
             f"(estimated as one for {BYTES_PER_TOKEN} bytes), at most {output_tokens:,} tokens of "
@@ -80,6 +83,7 @@ class Client:
         if settings.dry_run:
             raise NothingSent(f"dry run, nothing was sent; the command would send {said}")
         if requests:
+            self._connect()
             logger.info("sending %s", said)
 
     def usage(self) -> dict[str, float]:
@@ -96,9 +100,10 @@ class Client:
         Choices that brought no response say why (`Choice.failure`).
 
         Raises:
-            UserError: a cap is reached, a server refuses every request, or a request failed too
-                often; everything that was answered is in the journal.
+            UserError: a key is missing, a cap is reached, a server refuses every request, or a
+                request failed too often; everything that was answered is in the journal.
         """
+        self._connect()
         return Asking(self._session, questions).run()
 
 

@@ -15,6 +15,7 @@ COMPANY_URL = "https://api.openai.com/v1"
 COMPANY_KEY = "OPENAI_API_KEY"
 Api = Literal["chat", "completions"]
 
+_KEY_LETTERS = 16  # a name so long has underscores
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
@@ -121,7 +122,8 @@ class EndpointSettings(Ranged):
         if len(set(self.base_url)) < len(self.base_url):
             raise UserError("--base_url: names a server twice; raise --concurrency instead")
         for name in self.api_key_env:
-            if not _VARIABLE.fullmatch(name):  # the value may be a key, so it is not shown
+            # The value may be a key, so it is not shown.
+            if not _VARIABLE.fullmatch(name) or ("_" not in name and len(name) >= _KEY_LETTERS):
                 raise UserError(
                     "--api_key_env: is not the name of an environment variable in capital letters; "
                     "put the key into a variable, and give the variable's name"

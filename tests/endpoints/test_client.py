@@ -364,6 +364,18 @@ def test_a_dry_run_sends_nothing() -> None:
         assert not server.bodies
 
 
+def test_a_key_is_needed_only_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEACHER_KEY")
+    words = {"base_url": ("http://127.0.0.1:9/v1",), "api_key_env": ("TEACHER_KEY",)}
+    client = Client(EndpointSettings(**words))
+    client.announce([], "nothing")
+    with pytest.raises(NothingSent):
+        Client(EndpointSettings(**words, dry_run=True)).announce([question()], "a prompt")
+    for send in (lambda: client.announce([question()], "a prompt"), lambda: asked(client)):
+        with pytest.raises(UserError, match="TEACHER_KEY: is not set"):
+            send()
+
+
 def test_no_header_tells_more_than_the_request_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "project-secret")
