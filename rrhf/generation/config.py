@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from rrhf.data.columns import DataOptions
 from rrhf.data.mixing import require_not_read
 from rrhf.data.prompt_text import prompt_text
+from rrhf.errors import UserError
 from rrhf.files import require_unpacked_output
 from rrhf.generation.build import ENGINES, EngineSpec, require_used
 from rrhf.generation.params import FilterOptions, SamplingParams, check_params
@@ -113,6 +114,11 @@ class GenerateConfig(SamplingOptions, DataOptions):
         if self.engine_settings is None and settings is not None:
             self.engine_settings = settings()
         require_used(self)
+        if self.keep_candidates and not self.add_dataset_responses:
+            raise UserError(
+                "--add_dataset_responses False: --keep_candidates keeps all responses that come "
+                "with the prompts; leave one of the two out"
+            )
         require_unpacked_output(self.output_file)
         if prompt_text(self.prompts) is None:
             require_not_read(self.output_file, self.prompts)

@@ -244,6 +244,14 @@ def test_a_file_without_any_response_is_not_finished(
     assert not out.exists()
 
 
+def test_responses_cannot_be_kept_and_left_out(tmp_path: Path) -> None:
+    out, words = str(tmp_path / "o.jsonl"), {"keep_candidates": True}
+    with pytest.raises(UserError, match="leave one of the two out"):
+        GenerateConfig(
+            "m", prompts="a prompt", output_file=out, **words, add_dataset_responses=False
+        )
+
+
 def test_names_that_a_server_takes_or_gives_may_change_between_runs() -> None:
     """As the message about another model's answer advises."""
     described = []
@@ -272,35 +280,35 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_lose_no_answer_and_pay_none_twice(kills: int, tmp_path: Path) -> None:
-    count, in_flight = 10 * kills, 4
+    count, in_flight, wanted = 4 * kills, 1, 4
     prompts, out = prompts_in(tmp_path, count), tmp_path / "o.jsonl"
     faults = random.Random(0)
 
     def fault_of(body: dict[str, Any]) -> str:
         return faults.choice(["", "", "", "", "", "", "429 after 0", "500"])
 
-    with ScriptedServer(fault_of=fault_of, seconds=0.05).running() as server:
-        words = generate_words(server, prompts, out, "--num_return_sequences=1")
-        words += [f"--concurrency={in_flight}", "--max_retries=100", f"--max_requests={4 * count}"]
+    with ScriptedServer(fault_of=fault_of, most=1).running() as server:
+        words = generate_words(server, prompts, out, f"--num_return_sequences={wanted}")
+        words += [f"--concurrency={in_flight}", "--max_retries=100"]
+        words += [f"--max_requests={4 * wanted * count}"]
         killed = 0
         with Zygote("openai_server_cases:run", {"words": words}) as zygote:
             while killed < kills:
-                seconds = random.Random(killed).uniform(0.3, 2.0)
-                end = zygote.run(kill_after_seconds=seconds)
-                if end["signal"] != signal.SIGKILL:
-                    break
+                end = zygote.run(
+                    kill_at_call=("rrhf.endpoints.ledger:Ledger.answer", 3 + killed % 9)
+                )
+                assert end["signal"] == signal.SIGKILL
                 killed += 1
             last = zygote.run()
         assert last["exit"] == 0, last
         sets, sent = sets_of(out), len(server.bodies)
         billed = sum(server.billed.values())
-    assert killed >= kills // 2
     assert list(sets) == [f"question {n}" for n in range(count)]
     for query, one in sets.items():
-        (candidate,) = one.candidates
-        assert candidate.response.endswith(query)
-    assert count <= billed <= count + killed * in_flight
-    assert sent <= manifest_of(out)["usage"]["requests"] <= 4 * count
+        assert len(one.candidates) == wanted
+        assert all(candidate.response.endswith(query) for candidate in one.candidates)
+    assert wanted * count <= billed <= wanted * count + killed * in_flight
+    assert sent <= manifest_of(out)["usage"]["requests"] <= 4 * wanted * count
 
 
 def test_a_stopped_run_waits_for_answers_that_are_on_their_way(tmp_path: Path) -> None:
