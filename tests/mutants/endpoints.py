@@ -80,4 +80,32 @@ ENDPOINT_FAULTS = [
         "        ]\n        num",
         ("test_openai_server.py::test_a_prompt_without_any_response_keeps_its_row",),
     ),
+    Mutant(
+        "an error in a request's own settings is recorded as a refusal",
+        ENDPOINTS + "server.py",
+        "    if status not in (400, 413, 422):\n",
+        "    if False:\n",
+        (TESTS + "what_cannot_pass_ends_the_run_with_one_message",),
+    ),
+    Mutant(
+        "an error drops answers that are on their way",
+        ENDPOINTS + "asking.py",
+        "patience = latest + limit - time.monotonic()",
+        "pass",
+        (TESTS + "an_error_waits_for_answers_that_are_on_their_way",),
+    ),
+    Mutant(
+        "a slow request is copied while the other server rests",
+        ENDPOINTS + "asking.py",
+        "s is not attempt.server and not s.wait(tokens, now)",
+        "s is not attempt.server",
+        (TESTS + "a_slow_request_is_copied_only_to_another_server_that_is_free_now",),
+    ),
+    Mutant(
+        "what another process wrote to the journal is overlooked",
+        "rrhf/stages/journal.py",
+        "if self.path.stat().st_size != self._size:",
+        "if False:",
+        ("test_journal.py::test_what_another_process_wrote_since_it_was_read_is_not_overlooked",),
+    ),
 ]
