@@ -90,9 +90,10 @@ def require_used(config: Any, *names: str) -> None:
     for item in fields(config):
         is_unused = item.name in config.engine_spec.unused and (not names or item.name in names)
         if is_unused and getattr(config, item.name) != item.default:
+            other = " (in response-gen, --score_bf16 is the scorer's alone)"
             raise UserError(
                 f"--{item.name} {getattr(config, item.name)}: --engine {config.engine} has no use "
-                "for it; leave it out"
+                f"for it; leave it out{other if item.name == 'bf16' else ''}"
             )
 
 

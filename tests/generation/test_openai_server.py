@@ -92,7 +92,11 @@ def test_the_key_stays_out_of_what_a_failed_command_leaves(
             "--num_beams 4",
         ),
         (["--base_url=http://127.0.0.1:9/v1", "--repetition_penalty=2"], "has no use for it"),
-        (["--base_url=http://127.0.0.1:9/v1", "--bf16"], "--bf16 True: --engine openai_server"),
+        (
+            ["--base_url=http://127.0.0.1:9/v1", "--bf16"],
+            "--bf16 True: --engine openai_server has no use for it; leave it out (in response-gen, "
+            "--score_bf16",
+        ),
         (["--base_url=http://127.0.0.1:9/v1", "--max_prompt_tokens=9"], "--max_prompt_tokens 9"),
         ([], "add --send_prompts_to api.openai.com"),
         (["--send_prompts_to=api.openai.com"], "OPENAI_API_KEY: is not set"),
