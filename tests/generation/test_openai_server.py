@@ -24,10 +24,11 @@ from openai_server_cases import (
 from scripted_server import FAULTS, ScriptedServer, prompt_of, spread
 
 from rrhf.cli.main import main
+from rrhf.endpoints.questions import Choice
 from rrhf.errors import UserError
 from rrhf.generation.build import ENGINES, EngineOptions
 from rrhf.generation.config import GenerateConfig
-from rrhf.generation.openai_server.engine import OpenAIServerEngine
+from rrhf.generation.openai_server.engine import OpenAIServerEngine, _sample
 from rrhf.generation.openai_server.spec import OpenAIServerSettings
 from rrhf.generation.stage import generate_file
 
@@ -184,8 +185,13 @@ def test_what_is_sent(tmp_path: Path) -> None:
             }
         ]
         (one,) = sets_of(out).values()
-        assert one.candidates[0].response in ("Hello!", " Hello!")
+        assert one.candidates[0].response == " Hello!"
         assert one.candidates[0].finish_reason == "stop"
+
+
+def test_the_blank_after_a_cue_is_removed() -> None:
+    lead = [_sample(Choice(" Hi!  You?"), ["You"], has_lead).text for has_lead in (True, False)]
+    assert lead == ["Hi!  ", " Hi!  "]
 
 
 def test_seeds_are_sent_if_asked_for_and_differ_by_prompt_and_request(tmp_path: Path) -> None:
