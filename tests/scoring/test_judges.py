@@ -328,6 +328,8 @@ def test_placeholders_are_checked_before_anything_is_sent(prompt: str | None, me
         ("judge:rubric#model=m#base_url=http://127.0.0.1/v1#api=completions", "asked by chat"),
         ("judge:none.yaml", "cannot be read"),
         ("judge:list.yaml", "must hold settings"),
+        ("judge:hosts.yaml", "judge:hosts.yaml: send_prompts_to is no setting.* --scorer_hosts"),
+        ("judge:rubric#model=m#send_prompts_to=far.example", "send_prompts_to is no setting"),
         ("openai:gpt-9", "judge:rubric#model=gpt-9 --scorer_hosts api.openai.com"),
     ],
 )
@@ -335,6 +337,8 @@ def test_mistakes_in_a_name_are_one_message_with_the_next_step(
     capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     Path("list.yaml").write_text("- rubric\n")
+    far = "model: m\nbase_url: https://far.example/v1\nsend_prompts_to: far.example\n"
+    Path("hosts.yaml").write_text(far)
     said = error_of(capsys, "score", candidates_in(Path.cwd()), "out.jsonl", "--scorer", name)
     assert re.search(message, said) and "\n" not in said
     assert not Path("out.jsonl").exists() and not Path("judge_answers").exists()

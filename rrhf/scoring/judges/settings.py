@@ -88,11 +88,15 @@ def judge_settings(name: str, hosts: Sequence[str] | None = ()) -> JudgeSettings
             "(judge:FILE.yaml)"
         )
     values |= given
+    if "send_prompts_to" in values:
+        raise UserError(
+            f"{plain}: send_prompts_to is no setting of a judge, since a settings file of somebody "
+            "else could name any host; leave it out and name the hosts with --scorer_hosts"
+        )
     if hosts is None:
         hosts = [host_of(url) for url in _texts(values.get("base_url", COMPANY_URL))]
-    allowed = [*_texts(values.get("send_prompts_to", ())), *hosts]
     try:
-        return made_settings(JudgeSettings, values | {"send_prompts_to": allowed}, plain)
+        return made_settings(JudgeSettings, values | {"send_prompts_to": list(hosts)}, plain)
     except UserError as error:
         raise UserError(as_settings(str(error))) from error
 
