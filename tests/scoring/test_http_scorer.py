@@ -262,6 +262,24 @@ def test_a_token_is_replaced_in_raw_json(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asks.redacted('{"key": "canary\\/01234567"}') == '{"key": "[token]"}'
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply({"scores": [["x" * 55 + TOKEN, 1], [3], []]}),
+        Reply({"scores": [[1, 2], [3], []], "too_long": [["x" * 55 + TOKEN, True], [True], []]}),
+        Reply(b"x" * 195 + TOKEN.encode()),
+        Reply(b" " * 1995 + TOKEN.encode() + b" " * 99, 404),
+    ],
+)
+def test_no_part_of_the_token_is_shown_where_a_text_is_cut(
+    reply: Reply, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORER_TOKEN", TOKEN)
+    with loopback(lambda asked: reply) as server, pytest.raises(UserError) as refused:
+        build_scorer(f"{server.url}/#token_env=SCORER_TOKEN").score(SETS)
+    assert TOKEN[:4] not in str(refused.value)
+
+
 def test_a_token_that_is_missing_or_would_travel_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"variable NO_TOKEN, which .* is not set"):
         build_scorer("http://127.0.0.1/#token_env=NO_TOKEN")

@@ -26,6 +26,7 @@ BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 _FIRST_WAIT, _LONGEST_WAIT, _ATTEMPTS = 0.5, 30.0, 8
 _CHUNK = 1 << 16
+_SAID_BYTES = 2000
 
 
 class Busy(Exception):
@@ -76,10 +77,20 @@ class JsonClient:
                 )
 
     def redacted(self, text: str) -> str:
-        """Replace the token in a text that came from the server."""
+        """Replace the token in a text that came from the server; call it before cutting the text,
+        since a part of the token is not found."""
         for form in sorted(forms_of(self._token), key=len, reverse=True) if self._token else ():
             text = text.replace(form, "[token]")
         return text
+
+    def _redacted_json(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.redacted(value)
+        if isinstance(value, list):
+            return [self._redacted_json(item) for item in value]
+        if isinstance(value, dict):
+            return {self.redacted(key): self._redacted_json(item) for key, item in value.items()}
+        return value
 
     def post(self, body: Any, max_bytes: int, seconds: float, retries: bool = True) -> Any:
         """Send a value and return the answer.
@@ -153,7 +164,11 @@ class JsonClient:
         status = response.status
         if status == 200:
             return
-        said = self.redacted(" ".join(response.read(2000).decode("utf-8", "replace").split()))[:300]
+        content = response.read(_SAID_BYTES + len(self._token))
+        said = self.redacted(content.decode("utf-8", "replace"))
+        if len(content) > _SAID_BYTES:  # it may end within the token
+            said = said[: len(said) - len(self._token)]
+        said = " ".join(said.split())[:300]
         told = f"status {status} {response.reason}{': ' if said else ''}{said}"
         if status in BUSY:
             after = response.headers.get("Retry-After", "")
@@ -183,11 +198,12 @@ class JsonClient:
             self._refuse(f"the answer holds {name}, which is no number; use null")
 
         try:
-            return json.loads(content, parse_constant=refuse_constant)
+            answer = json.loads(content, parse_constant=refuse_constant)
+            return self._redacted_json(answer) if self._token else answer
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
-            begin = self.redacted(content[:200].decode("utf-8", "replace"))
+            begin = self.redacted(content.decode("utf-8", "replace"))[:200]
             self._refuse(f"the answer is not JSON ({error}): {begin!r}")
 
     def _refuse(self, why: str) -> NoReturn:

@@ -139,7 +139,6 @@ class HttpScorer(Scorer):
         try:
             return decode_answer(form, answer, sets)
         except Malformed as error:
-            told = self._client.redacted(str(error))
             raise UserError(
-                f"{self.name}: {told}; the server must answer in the form {form}"
+                f"{self.name}: {error}; the server must answer in the form {form}"
             ) from None
