@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from rrhf.endpoints.settings import EndpointSettings, host_of, is_loopback
 from rrhf.errors import UserError
@@ -36,7 +36,7 @@ def read_keys(settings: EndpointSettings) -> list[str]:
             )
         if not key.isascii() or not key.isprintable():
             raise UserError(f"{variable}: holds letters that no key has; set it again")
-        if variable and url.startswith("http://") and not is_loopback(url):
+        if variable and urlsplit(url).scheme == "http" and not is_loopback(url):
             raise UserError(
                 f"--base_url {url}: the key in {variable} would travel to {host_of(url)} "
                 "unencrypted; use https"

@@ -148,9 +148,10 @@ def test_keys_go_only_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None
     assert read_keys(EndpointSettings(**both)) == ["company", "none"]
     own = EndpointSettings(**both, api_key_env=("OPENAI_API_KEY", "OTHER"))
     assert read_keys(own) == ["company", "other"]
-    plain = {"base_url": ("http://far.example/v1",), "send_prompts_to": ("far.example",)}
-    with pytest.raises(UserError, match="unencrypted"):
-        read_keys(EndpointSettings(**plain, api_key_env=("OTHER",)))
+    for scheme in ("http", "HTTP"):
+        plain = {"base_url": (f"{scheme}://far.example/v1",), "send_prompts_to": ("far.example",)}
+        with pytest.raises(UserError, match="unencrypted"):
+            read_keys(EndpointSettings(**plain, api_key_env=("OTHER",)))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY: is not set"):
         read_keys(EndpointSettings(**both))
