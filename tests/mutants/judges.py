@@ -36,7 +36,7 @@ JUDGE_FAULTS = [
     Mutant(
         "a host is resolved anew for every request",
         CLIENT,
-        "if self._ip is None:",
+        "if self._ips is None:",
         "if True:",
         HTTP_TESTS,
     ),

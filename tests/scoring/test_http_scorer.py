@@ -23,7 +23,7 @@ from rrhf.records import Candidate, CandidateSet
 from rrhf.scoring.build import build_scorer, check_scorer_place
 from rrhf.scoring.config import RewardModelOptions
 from rrhf.scoring.http import client
-from rrhf.scoring.http.addresses import parse_address
+from rrhf.scoring.http.addresses import parse_address, resolved
 from rrhf.scoring.http.scorer import HttpScorer
 
 TOKEN = "canary-5f0c9e7d"
@@ -82,6 +82,15 @@ def test_addresses_that_are_refused(url: str, message: str) -> None:
         ("scores.example", ["0.0.0.0"], "which must not be connected to"),
         ("scores.example", [], "has no address"),
         ("169.254.169.254", ["169.254.169.254"], "which must not be connected to"),
+        *[
+            ("scores.example", [ip], "which must not be connected to")
+            for ip in (
+                *("fd00:ec2::254", "64:ff9b::a9fe:a9fe", "2002:7f00:1::1", "::127.0.0.1"),
+                *("::ffff:0:127.0.0.1", "100.100.100.200", "64:ff9b::100.100.100.200"),
+                *("240.0.0.1", "255.255.255.255", "2001:0:1::80ff:fffe", "::1"),
+            )
+        ],
+        ("localhost", ["2002:7f00:1::1"], "which is not this machine's"),
         ("localhost", ["10.0.0.1"], "10.0.0.1, which is not this machine's"),
     ],
 )
@@ -105,6 +114,22 @@ def test_a_name_that_changes_its_address_changes_nothing() -> None:
         assert [scorer.score(SETS) for _ in range(3)] == [LENGTHS] * 3
         assert server.asked[0].headers["Host"] == f"localhost:{server.port}"
     assert len(answers) == 2
+
+
+def test_addresses_of_servers_are_allowed_also_behind_nat64() -> None:
+    address = parse_address("http://scores.example/", ("scores.example",))
+    found = ["10.0.0.1", "192.0.2.7", "fd12::1", "2001:db8::1", "64:ff9b::10.0.0.1", "2002:a00:1::"]
+    assert resolved(address, lambda *_: found) == found
+
+
+def test_the_address_that_answers_is_used_and_kept() -> None:
+    """Nothing listens at the first address of this machine."""
+    with loopback(lengths) as server:
+        url = f"http://localhost:{server.port}/score"
+        scorer = HttpScorer(url, resolver=lambda *_: ["127.0.0.2", "127.0.0.1"])
+        assert scorer.score(SETS) == LENGTHS
+        assert scorer._client._ips == ["127.0.0.1"]
+        assert scorer.score(SETS) == LENGTHS
 
 
 def test_both_loopback_addresses_are_this_machine() -> None:

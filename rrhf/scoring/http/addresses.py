@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 from rrhf.errors import UserError
@@ -24,6 +24,10 @@ Resolver = Callable[[str, int], Sequence[str]]
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 _PORTS = {"http": 80, "https": 443}
+_EMBEDDING = tuple(map(ip_network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
+"""IPv6 networks that stand for IPv4 addresses: NAT64, compatible, translated."""
+_METADATA = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
+"""Metadata services of clouds that are not link-local."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,14 @@ def parse_address(url: str, hosts: Sequence[str] = ()) -> Address:
     return Address(parts.scheme, host, port or _PORTS[parts.scheme], path, is_own)
 
 
-def resolved(address: Address, resolver: Resolver | None = None) -> str:
-    """Return the IP address to connect to.
+def resolved(address: Address, resolver: Resolver | None = None) -> list[str]:
+    """Return the IP addresses to connect to, the preferred one first.
 
     Raises:
         UserError: the host is unknown, or one of its addresses must not be connected to: one of
-            this machine for the name of another, or one that is no server's (link-local, such as
-            the metadata service of clouds, multicast, unspecified).
+            this machine for the name of another, or one that is no server's (link-local, multicast,
+            unspecified, reserved, a metadata service of clouds), also in an IPv6 address that
+            stands for an IPv4 one.
     """
     try:
         found = list((resolver or system_resolver)(address.host, address.port))
@@ -113,20 +118,39 @@ def resolved(address: Address, resolver: Resolver | None = None) -> str:
         raise UserError(f"{address.url}: the host has no address")
     for text in found:
         ip = _ip(text)
-        is_no_server = ip is None or ip.is_link_local or ip.is_multicast or ip.is_unspecified
-        if ip is None or is_no_server or ip.is_loopback != address.is_own:
+        inner = None if ip is None else _inner(ip)
+        if (
+            ip is None
+            or inner is None
+            or {ip.is_loopback, inner.is_loopback} != {address.is_own}
+            or _is_no_server(inner)
+        ):
             what = "is not this machine's" if address.is_own else "must not be connected to"
             raise UserError(
                 f"{address.url}: {address.host} has the address {text}, which {what}; name the "
                 "server's own address"
             )
-    return found[0]
+    return found
 
 
 def system_resolver(host: str, port: int) -> list[str]:
     """Resolve a host as the system does."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _inner(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """Return the IPv4 address that an IPv6 address stands for; else the address itself."""
+    if isinstance(ip, IPv4Address) or ip.is_loopback or ip.is_unspecified:
+        return ip
+    if any(ip in network for network in _EMBEDDING):
+        return IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.sixtofour or (ip.teredo[1] if ip.teredo else ip)
+
+
+def _is_no_server(ip: IPv4Address | IPv6Address) -> bool:
+    is_special = ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in _METADATA
+    return is_special or (ip.is_reserved and not ip.is_loopback)
 
 
 def _ip(text: str) -> IPv4Address | IPv6Address | None:

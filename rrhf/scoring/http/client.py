@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rrhf.endpoints.secrets import forms_of
@@ -59,7 +60,7 @@ class JsonClient:
     ) -> None:
         self.address = address
         self._resolver = resolver
-        self._ip: str | None = None
+        self._ips: list[str] | None = None
         self._token = ""
         if token_env:
             self._token = os.environ.get(token_env, "").strip()
@@ -124,12 +125,12 @@ class JsonClient:
         raise AssertionError("the loop ends by returning or raising")
 
     def _sent(self, data: bytes, max_bytes: int, deadline: float) -> Any:
-        if self._ip is None:
-            self._ip = resolved(self.address, self._resolver)
+        if self._ips is None:
+            self._ips = resolved(self.address, self._resolver)
         left = deadline - time.monotonic()
         if left <= 0:
             raise Busy("no time is left")
-        connection = _Connection(self.address, self._ip, left)
+        connection = _Connection(self.address, self._ips, left)
         timer = threading.Timer(left, connection.cut)
         timer.daemon = True
         timer.start()
@@ -143,6 +144,7 @@ class JsonClient:
         }
         try:
             connection.request("POST", self.address.path, data, headers)
+            self._ips = connection.ips
             response = connection.getresponse()
             self._check_status(response)
             content = self._content(response, max_bytes)
@@ -211,16 +213,32 @@ class JsonClient:
 
 
 class _Connection(http.client.HTTPConnection):
-    """Connects to an IP address that was checked before, and can be cut off at any moment."""
+    """Connects to IP addresses that were checked before, and can be cut off at any moment.
 
-    def __init__(self, address: Address, ip: str, seconds: float) -> None:
+    Attributes:
+        ips: the addresses, tried in this order; after connecting, the one that answered.
+    """
+
+    def __init__(self, address: Address, ips: Sequence[str], seconds: float) -> None:
         super().__init__(address.host, address.port, timeout=seconds)
-        self._address, self._ip = address, ip
+        self._address, self._seconds, self.ips = address, seconds, list(ips)
         self._raw: socket.socket | None = None
         self.was_cut = False
 
     def connect(self) -> None:
-        self._raw = socket.create_connection((self._ip, self._address.port), self.timeout)
+        for ip in list(self.ips):
+            try:
+                self._raw = socket.create_connection(
+                    (ip, self._address.port), self._seconds / len(self.ips)
+                )
+            except OSError as error:
+                failed = error
+            else:
+                self.ips = [ip]
+                break
+        else:
+            raise failed
+        self._raw.settimeout(self._seconds)
         self.sock = self._raw
         if self._address.scheme == "https":
             context = ssl.create_default_context()
