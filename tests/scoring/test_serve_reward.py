@@ -123,6 +123,11 @@ def test_scores_through_http_equal_the_local_ones_to_the_last_bit(tmp_path: Path
     assert there == here
 
 
+def test_another_loopback_address_is_answered() -> None:
+    with serving(Lengths(), host="127.0.0.2") as server:
+        assert build_scorer(server.url).score([conversation("q", "abc")]) == [[1.0]]
+
+
 def test_the_form_of_openrlhf_gives_the_scores_of_the_same_text(tmp_path: Path) -> None:
     folder = reward_model_folder(tmp_path / "rm")
     texts = [("Human: hi", " there"), ("Human: and", " now what?")]

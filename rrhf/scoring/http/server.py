@@ -92,8 +92,12 @@ class RewardServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where scores are to be had."""
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.server_address[1]}/score"
+        return f"http://{self.own_host}:{self.server_address[1]}/score"
+
+    @property
+    def own_host(self) -> str:
+        """The host that is listened at, as URLs have it."""
+        return f"[{self.config.host}]" if ":" in self.config.host else self.config.host.lower()
 
     def serve(self, scorer: Scorer, stop: StopRequest) -> None:
         """Answer requests until a signal comes; the request that is being scored is finished."""
@@ -214,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             given = self.headers.get("Authorization", "").encode()
             if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
                 raise _Refused(401, "the token is missing or wrong (Authorization: Bearer ...)")
-        elif _host(self.headers.get("Host", "")) not in _OWN_HOSTS:
+        elif _host(self.headers.get("Host", "")) not in (*_OWN_HOSTS, self.server.own_host):
             raise _Refused(403, "this server answers requests for this machine only")
 
     def _health(self) -> dict[str, Any]:
