@@ -78,8 +78,8 @@ JUDGE_FAULTS = [
     Mutant(
         "the shown order of a list is forgotten when scores are read",
         JUDGE,
-        "scores[place] = score",
-        "scores[order.index(place)] = score",
+        "zip(order, found or (), strict=False)",
+        "zip(sorted(order), found or (), strict=False)",
         JUDGE_TESTS,
     ),
     Mutant(

@@ -147,6 +147,23 @@ def test_equal_responses_tie_without_being_asked_about() -> None:
         assert len(asked_of(server)) == 2
 
 
+@pytest.mark.parametrize(
+    "preset, want", [("listwise", [0.25, 0.25, 1.0]), ("wombat", [4.0, 4.0, 8.0])]
+)
+def test_equal_responses_are_listed_once_and_score_alike(preset: str, want: list[float]) -> None:
+    with judge(letters).running() as server:
+        scorer = build_scorer(name_of(server, preset))
+        assert scorer.score([conversation("why", "a", "a", "bb")]) == [want]
+        assert sorted(shown(asked_of(server)[0])[1]) == ["a", "bb"]
+
+
+def test_responses_that_are_all_equal_tie_in_a_list() -> None:
+    with judge(letters).running() as server:
+        scorer = build_scorer(name_of(server, "listwise"))
+        assert scorer.score([conversation("why", "a", "a")]) == [[0.5, 0.5]]
+        assert not asked_of(server)
+
+
 @pytest.mark.parametrize("preset", ["pairwise", "listwise"])
 def test_one_response_alone_has_nothing_to_be_compared_with(
     preset: str, caplog: pytest.LogCaptureFixture

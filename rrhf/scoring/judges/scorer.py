@@ -132,24 +132,21 @@ class JudgeScorer(Scorer):
         return [[next(grades) for _ in s.candidates] for s in sets]
 
     def _of_lists(self, sets: Sequence[CandidateSet]) -> list[Scores]:
-        """Show all responses to a prompt at once, in an order that the seed decides."""
+        """Show all different responses to a prompt at once, in an order that the seed decides."""
         least = 2 if self.settings.preset == "listwise" else 1
-        orders = [self._order(s) if len(s.candidates) >= least else [] for s in sets]
-        asked = [
-            (s, tuple(s.candidates[place].response for place in order))
-            for s, order in zip(sets, orders, strict=True)
-            if order
-        ]
+        orders = [self._order(s) for s in sets]
+        asked = [(s, o) for s, o in zip(sets, orders, strict=True) if len(o) >= least]
         answers = iter(self._judged(asked))
         scored: list[Scores] = []
         for s, order in zip(sets, orders, strict=True):
-            scores: Scores = [None] * len(s.candidates)
-            found = next(answers) if order else None
-            if s.candidates and not order:
+            if len(s.candidates) == 1 < least:
                 self._alone(s)
-            for place, score in zip(order, found or (), strict=False):
-                scores[place] = score
-            scored.append(scores)
+            found = next(answers) if len(order) >= least else None
+            if len(s.candidates) > 1 == len(order) < least:
+                found = [0.0]  # all are equal
+            score_of = dict(zip(order, found or (), strict=False))
+            scores = [score_of.get(c.response) for c in s.candidates]
+            scored.append(_shares(scores) if self.is_relative else scores)
         return scored
 
     def _win_shares(self, sets: Sequence[CandidateSet]) -> list[Scores]:
@@ -183,12 +180,12 @@ class JudgeScorer(Scorer):
             "nothing_to_compare_with", s.id, "the prompt has one response; this judge compares"
         )
 
-    def _order(self, s: CandidateSet) -> list[int]:
-        """Return the places of the responses in the order in which they are shown."""
-        said = json.dumps([self.settings.seed, s.query, *(c.response for c in s.candidates)])
-        order = list(range(len(s.candidates)))
+    def _order(self, s: CandidateSet) -> tuple[str, ...]:
+        """Return the different responses in the order in which they are shown."""
+        order = list(dict.fromkeys(c.response for c in s.candidates))
+        said = json.dumps([self.settings.seed, s.query, *order])
         random.Random(hashlib.sha256(said.encode()).digest()).shuffle(order)
-        return order
+        return tuple(order)
 
     # Asking.
 
@@ -220,6 +217,16 @@ class JudgeScorer(Scorer):
         if what != PARSED and not self.counts[what]:
             logger.warning("%s: %s (first: prompt %s: %s)", self.name, what, prompt, why)
         self.counts[what] += 1
+
+
+def _shares(scores: Scores) -> Scores:
+    """Return for each response (worse ones + equal ones / 2) / number of others; all or none of the
+    scores are None."""
+    known = [score for score in scores if score is not None]
+    return [
+        None if a is None else (sum((a > b) + (a == b) / 2 for b in known) - 0.5) / (len(known) - 1)
+        for a in scores
+    ]
 
 
 def _verdict(first: str | None, swapped: str | None) -> float | None:
