@@ -38,6 +38,14 @@ def calibration_of(row: Row) -> tuple[str, Calibration]:
         found = calibrate([judged[p] for p in both], [true[p] for p in both])
         return str(row["made_with"]["scorer"]), found
     if "accuracy" in known and "scorer" in row:
+        counts = row.get("counts", {})
+        more = counts.get("responses", 0) > 2 * counts.get("rows", 0)
+        if more and row["scorer"].get("is_relative"):
+            raise UserError(
+                f"--judge_calibration: in {row['name']!r}, the scores of {row['scorer']['name']} "
+                "compare each response with several others, which says too much good of its "
+                "verdicts on pairs; calibrate with data of two responses to each prompt"
+            )
         found = calibrate_pairs(list(known["accuracy"]["values"].values()))
         return str(row["scorer"]["name"]), found
     raise UserError(
@@ -51,10 +59,12 @@ def corrected_rows(rows: Sequence[Row], calibration: Row) -> dict[str, Corrected
     """Correct the win rates by reward; return row name -> result, for rows with such a win rate.
 
     Raises:
-        UserError: a row is of several seeds, or has another judge; no row has a win rate; the judge
-            is no better than chance; its mistakes are unknown.
+        UserError: a row is of several seeds, has another judge, or has prompts of the calibration;
+            no row has a win rate; the judge is no better than chance; its mistakes are unknown.
     """
     judge, mistakes = calibration_of(calibration)
+    used = calibration["per_prompt"].get("win_gold", calibration["per_prompt"].get("accuracy"))
+    used = used["values"]
     found: dict[str, Corrected] = {}
     for row in rows:
         if "win_reward" not in row["per_prompt"]:
@@ -68,7 +78,13 @@ def corrected_rows(rows: Sequence[Row], calibration: Row) -> dict[str, Corrected
                 f"--judge_calibration: the win rate of {row['name']!r} is by {by}, but "
                 f"{calibration['name']!r} measured {judge}; calibrate the same judge"
             )
-        wins = list(row["per_prompt"]["win_reward"]["values"].values())
+        values = row["per_prompt"]["win_reward"]["values"]
+        if both := [prompt for prompt in values if prompt in used]:
+            raise UserError(
+                f"--judge_calibration: {len(both)} of the {len(values)} prompts of {row['name']!r} "
+                f"are in {calibration['name']!r} too (first: {both[0]}); calibrate on other prompts"
+            )
+        wins = list(values.values())
         confidence = row["made_with"].get("confidence", CONFIDENCE)
         found[row["name"]] = corrected_win_rate(wins, mistakes, confidence)
     if not found:
@@ -89,8 +105,10 @@ def corrected_page(
         for name, one in found.items()
     ]
     first = next(iter(found.values()))
+    ties = first.calibration_ties
+    left_out = f" ({ties} more are truly ties, and left out)" if ties else ""
     return (
         f"{lines(headings, cells)}\nCorrected by the judge's sensitivity {first.sensitivity:.3f} "
-        f"and specificity {first.specificity:.3f} on {first.calibration_items} calibration items, "
-        "whose own error is part of the intervals.\n"
+        f"and specificity {first.specificity:.3f} on {first.calibration_items} calibration "
+        f"items{left_out}, whose own error is part of the intervals.\n"
     )

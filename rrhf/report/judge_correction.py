@@ -160,6 +160,7 @@ class Corrected:
         judged: the win rate by the judge, uncorrected.
         sensitivity, specificity: those of the judge on the calibration items.
         calibration_items: number of calibration items, without true ties.
+        calibration_ties: number of true ties, which were left out.
     """
 
     mean: float
@@ -170,6 +171,7 @@ class Corrected:
     sensitivity: float
     specificity: float
     calibration_items: int
+    calibration_ties: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -207,6 +209,7 @@ def corrected_win_rate(
         sensitivity,
         specificity,
         better.count + (0 if worse is None else worse.count),
+        calibration.ties,
     )
 
 

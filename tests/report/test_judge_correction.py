@@ -1,5 +1,6 @@
 """Corrected win rates: coverage in simulated studies, hand-made numbers, and `rrhf compare`."""
 
+import itertools
 import json
 import re
 
@@ -10,7 +11,7 @@ from test_compare import VALUES, row, save
 from rrhf.cli.main import main
 from rrhf.errors import UserError
 from rrhf.evaluation.bootstrap import Measure
-from rrhf.report.corrected_wins import corrected_rows
+from rrhf.report.corrected_wins import calibration_of, corrected_page, corrected_rows
 from rrhf.report.judge_correction import (
     Calibration,
     Share,
@@ -140,18 +141,22 @@ def test_no_pairs_and_no_verdicts_are_refused():
 
 
 def test_every_interval_lies_in_0_to_1_and_holds_its_estimate():
-    random = np.random.default_rng(4)
-    for _ in range(300):
-        items, wins = random.integers(1, 30, 2), random.integers(0, 4, 2)
-        known = verdicts(random, *items, 0.9, 0.9, 0.1)
-        try:
-            found = corrected_win_rate(
-                verdicts(random, wins[0], wins[1] + 1, 0.9, 0.9, 0.1),
-                calibrate(known, [1] * items[0] + [0] * items[1]),
-            )
-        except UserError:
+    """All small counts; the ends of many intervals, and estimates, lie outside before they are
+    limited. A judge is refused exactly where sensitivity + specificity is 1 or less."""
+    refused = 0
+    for wins, right, wrong in itertools.product(range(6), range(6), range(6)):
+        known = [1] * right + [0] * (5 - right) + [1] * wrong + [0] * (5 - wrong)
+        calibration = calibrate(known, [1] * 5 + [0] * 5)
+        if right <= wrong:
+            refused += 1
+            with pytest.raises(UserError, match="as by chance"):
+                corrected_win_rate([1] * wins + [0] * (5 - wins), calibration)
             continue
-        assert 0 <= found.low <= found.mean <= found.high <= 1
+        found = corrected_win_rate([1] * wins + [0] * (5 - wins), calibration)
+        assert 0 <= found.low <= found.mean <= found.high <= 1 and found.low < found.high
+        limited = min(max((wins - wrong) / (right - wrong), 0), 1)
+        assert found.mean == pytest.approx(limited)
+    assert refused == 6 * 21
 
 
 def judged_row(name, wins, gold=None, scorer="judge"):
@@ -163,8 +168,8 @@ def test_compare_shows_corrected_win_rates(tmp_path, capsys):
     """Sensitivity .8, specificity 1, judged .4: (.4 + 1 - 1) / (.8 + 1 - 1) = .5."""
     ids = list(VALUES)
     wins = {p: float(place < 12) for place, p in enumerate(ids)}
-    known = {str(i): float(i < 8) for i in range(20)}
-    gold = {str(i): float(i < 10) for i in range(20)}
+    known = {f"known {i}": float(i < 8) for i in range(20)}
+    gold = {f"known {i}": float(i < 10) for i in range(20)}
     rows = save(tmp_path / "rows", judged_row("sft", wins), judged_row("rank", wins))
     calibration = save(tmp_path / "known", judged_row("known", known, gold)) + "/known.json"
     table = tmp_path / "table.md"
@@ -181,12 +186,12 @@ def test_compare_shows_corrected_win_rates(tmp_path, capsys):
     [
         ({"scorer": "another"}, "the win rate of 'rank' is by judge, but 'known' measured another"),
         ({"gold": None}, "does not say what the judge gets wrong"),
-        ({"wins": dict.fromkeys(map(str, range(20)), 0.5)}, "as by chance"),
+        ({"wins": {f"known {i}": 0.5 for i in range(20)}}, "as by chance"),
     ],
 )
 def test_compare_refuses_a_calibration_that_does_not_fit(tmp_path, capsys, changes, message):
-    known = {str(i): float(i < 8) for i in range(20)}
-    gold = {str(i): float(i < 10) for i in range(20)}
+    known = {f"known {i}": float(i < 8) for i in range(20)}
+    gold = {f"known {i}": float(i < 10) for i in range(20)}
     calibration = judged_row("known", **({"wins": known, "gold": gold} | changes))
     save(tmp_path / "known", calibration)
     rows = save(tmp_path / "rows", judged_row("rank", dict.fromkeys(VALUES, 1.0)))
@@ -195,9 +200,37 @@ def test_compare_refuses_a_calibration_that_does_not_fit(tmp_path, capsys, chang
     assert message in capsys.readouterr().err
 
 
+def test_prompts_of_the_calibration_are_not_evaluated():
+    known = {f"known {i}": float(i < 8) for i in range(20)}
+    calibration = judged_row("known", known, {p: float(n < 10) for n, p in enumerate(known)})
+    evaluated = dict.fromkeys([*VALUES, "known 3", "known 7"], 1.0)
+    message = rf"2 of the {len(evaluated)} prompts of 'rank' are in 'known' too \(first: known 3\)"
+    with pytest.raises(UserError, match=message):
+        corrected_rows([judged_row("rank", evaluated)], calibration)
+
+
+def test_a_page_tells_how_many_calibration_items_are_ties():
+    known = {f"known {i}": float(i < 10) for i in range(23)}
+    gold = {p: 1.0 if n < 10 else 0.5 if n > 19 else 0.0 for n, p in enumerate(known)}
+    calibration = judged_row("known", known, gold)
+    found = corrected_rows([judged_row("rank", dict.fromkeys(VALUES, 1.0))], calibration)
+    page = corrected_page(found, lambda headings, cells: "")
+    assert "on 20 calibration items (3 more are truly ties, and left out), whose own" in page
+
+
+def test_shares_of_wins_over_several_responses_are_no_verdicts():
+    made = row("judge", VALUES, accuracy=Measure({f"known {i}": float(i > 1) for i in range(20)}))
+    made["scorer"] = {"name": "judge:pairwise:m", "is_relative": True}
+    made["counts"] = {"rows": 20, "responses": 41}
+    with pytest.raises(UserError, match="calibrate with data of two responses to each prompt"):
+        calibration_of(made)
+    calibration_of({**made, "counts": {"rows": 20, "responses": 40}})
+    calibration_of({**made, "scorer": {"name": "judge:rubric:m", "is_relative": False}})
+
+
 def test_rows_of_several_seeds_are_refused():
-    known = {str(i): float(i < 8) for i in range(20)}
-    calibration = judged_row("known", known, {str(i): float(i < 10) for i in range(20)})
+    known = {f"known {i}": float(i < 8) for i in range(20)}
+    calibration = judged_row("known", known, {f"known {i}": float(i < 10) for i in range(20)})
     rows = [{**judged_row("rank", known), "by_seed": {}}]
     with pytest.raises(UserError, match="leave out --over_seeds"):
         corrected_rows(rows, calibration)
@@ -207,7 +240,9 @@ def test_rows_of_several_seeds_are_refused():
 
 def test_compare_calibrates_with_a_row_of_evaluate_reward(tmp_path, capsys):
     """Accuracy .9 of 200 pairs, judged 1: (1 + .9 - 1) / (.9 + .9 - 1) > 1, so 1."""
-    made = row("judge", VALUES, accuracy=Measure({str(i): float(i % 10 > 0) for i in range(200)}))
+    made = row(
+        "judge", VALUES, accuracy=Measure({f"known {i}": float(i % 10 > 0) for i in range(200)})
+    )
     made["scorer"] = {"name": "judge"}
     (tmp_path / "judge.json").write_text(json.dumps(made))
     rows = save(tmp_path / "rows", judged_row("rank", dict.fromkeys(VALUES, 1.0)))

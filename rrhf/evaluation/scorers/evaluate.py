@@ -168,7 +168,11 @@ def _measure(
             "pairs": sum(len(one.pairs[0]) for one in ranked if one.has_order),
         },
         "chance_best_of_k": _chance(ranked),
-        "scorer": {**scorer.describe(), "logits_per_unit": scorer.logits_per_unit},
+        "scorer": {
+            **scorer.describe(),
+            "logits_per_unit": scorer.logits_per_unit,
+            "is_relative": scorer.is_relative,
+        },
         "made_with": {
             "prompts": _digest(sets),
             "num_prompts": len({one.prompt for one in ranked}),
