@@ -12,7 +12,7 @@ from scripted_server import ScriptedServer, prompt_of
 
 from rrhf.endpoints.questions import Answer, Choice, Question
 
-_SHOWN = re.compile(r"<(conversation|reply)-([0-9a-f]{6})>\n(.*?)\n</\1-\2>", re.DOTALL)
+_SHOWN = re.compile(r"<(conversation|reply)-([0-9a-f]{16})>\n(.*?)\n</\1-\2>", re.DOTALL)
 CRITERIA = ("relevance", "correctness", "coherence", "safety")
 
 Worth = Callable[[str, str], float]

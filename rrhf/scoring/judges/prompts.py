@@ -58,7 +58,7 @@ def question_text(prompt: str, preset: Preset, s: CandidateSet, responses: Seque
     """
     turns = [f"{turn.role}: {turn.content}" for turn in conversation_of(s)]
     said = "\n\n".join(turns)
-    mark = hashlib.sha256(json.dumps([said, *responses]).encode()).hexdigest()[:6]
+    mark = hashlib.sha256(json.dumps([said, *responses]).encode()).hexdigest()[:16]
 
     def shown(kind: str, text: str) -> str:
         return f"<{kind}-{mark}>\n{text}\n</{kind}-{mark}>"
