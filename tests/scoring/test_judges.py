@@ -343,6 +343,13 @@ def test_placeholders_are_checked_before_anything_is_sent(prompt: str | None, me
             "needs #input_token_price",
         ),
         ("judge:rubric#model=m#base_url=http://127.0.0.1/v1#api=completions", "asked by chat"),
+        *[
+            (
+                f"judge:{preset}#model=m#base_url=http://127.0.0.1/v1#seed=1",
+                "#seed=1: judge.* leave",
+            )
+            for preset in ("rubric", "pairwise")
+        ],
         ("judge:none.yaml", "cannot be read"),
         ("judge:list.yaml", "must hold settings"),
         ("judge:hosts.yaml", "judge:hosts.yaml: send_prompts_to is no setting.* --scorer_hosts"),

@@ -1,7 +1,7 @@
 """The settings of a judge, which follow its name or stand in a YAML file.
 
 judge:rubric#model=MODEL#base_url=http://127.0.0.1:8000/v1
-judge:my_judge.yaml#seed=3
+judge:my_judge.yaml#temperature=0.5
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class JudgeSettings(EndpointSettings):
     """Maximum length of an answer, reasoning included."""
 
     seed: int = 0
-    """Seed of the order in which the responses to a prompt are shown."""
+    """Seed of the order in which wombat and listwise show the responses to a prompt."""
 
     ledger: str = ""
     """File in which every paid answer is kept, so that nothing is paid for twice; empty = a file in
@@ -59,6 +59,11 @@ class JudgeSettings(EndpointSettings):
         super().__post_init__()
         if self.api != "chat":
             raise UserError(f"#api={self.api}: judges are asked by chat; leave it out")
+        if self.seed and self.preset not in ("wombat", "listwise"):
+            raise UserError(
+                f"#seed={self.seed}: judge:{self.preset} shows the responses in no drawn order; "
+                "leave it out"
+            )
         if self.dry_run:
             raise UserError("#dry_run: judges have none; #max_requests and #max_cost set limits")
 
