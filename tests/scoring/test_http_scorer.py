@@ -197,6 +197,12 @@ def test_a_busy_server_is_asked_again(status: int, headers: dict[str, str]) -> N
         assert len(server.asked) == 3
 
 
+def test_a_server_that_is_away_is_waited_for_until_the_deadline() -> None:
+    away = [Reply({}, 503, {"Retry-After": "0"})] * 20
+    with loopback(lambda asked: away.pop() if away else lengths(asked)) as server:
+        assert build_scorer(f"{server.url}/").score(SETS) == LENGTHS
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
     with loopback(lambda asked: Reply({}, 429, {"Retry-After": "3600"})) as server:
         with pytest.raises(UserError, match="status 429"):

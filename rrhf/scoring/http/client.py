@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
-_FIRST_WAIT, _LONGEST_WAIT, _ATTEMPTS = 0.5, 30.0, 8
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 _CHUNK = 1 << 16
 _SAID_BYTES = 2000
 
@@ -112,9 +112,9 @@ class JsonClient:
             try:
                 return self._sent(data, max_bytes, deadline)
             except Busy as error:
-                pause = wait if error.wait is None else max(error.wait, 0.0)
+                pause = wait if error.wait is None else max(error.wait, _FIRST_WAIT)
                 left = deadline - time.monotonic()
-                if not retries or left <= pause or attempt == _ATTEMPTS:
+                if not retries or left <= pause:
                     raise UserError(
                         f"{self.address.url}: does not answer: {error} (attempt {attempt}, limit "
                         f"{seconds:g} seconds); check that the server is running"
