@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_cases import error_of
+from kills import Zygote
 from reward_cases import conversation
 from score_cases import candidates_in, some_sets
 from scripted_judge import answering, judge, preset_of, shown, texts_of
@@ -435,24 +434,19 @@ def test_the_fingerprint_covers_the_prompt_but_not_the_server() -> None:
     assert first == other != scorer_fingerprint(names[0])
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_commands_lose_no_answer_and_pay_none_twice(kills: int, tmp_path: Path) -> None:
-    """At most the requests on their way (4) are paid for again at each SIGKILL. Every process is a
-    fork of this one, so that starting it takes no time."""
+    """At most the requests on their way (4) are paid for again at each SIGKILL, which comes when an
+    answer is read; answers of the killed commands are read from the ledger."""
     raw = candidates_in(tmp_path)
     with judge(letters, seconds=0.02).running() as server:
         words = ["score", raw, "out.jsonl", "--scorer", name_of(server, "rubric", "concurrency=4")]
         words += ["--prompts_per_chunk", "2"]
-        for kill in range(1, kills + 1):
-            child = os.fork()
-            if not child:
-                os._exit(main(words))
-            until = time.monotonic() + 20
-            while len(server.bodies) < 4 * kill and time.monotonic() < until:
-                time.sleep(0.002)
-            os.kill(child, signal.SIGKILL)
-            assert os.waitpid(child, 0)[1] == signal.SIGKILL
-        assert main(words) == 0
+        with Zygote("openai_server_cases:run", {"words": words}) as zygote:
+            for kill in range(1, kills + 1):
+                reading = ("rrhf.scoring.judges.session:Session._read", 3 + kill)
+                assert zygote.run(kill_at_call=reading)["signal"] == signal.SIGKILL
+            assert zygote.run()["exit"] == 0
     want = [[letters("", c.response) for c in s.candidates] for s in some_sets()]
     assert [list(s.scores) for s in read_candidate_sets("out.jsonl")] == want
     questions = {(s.query, c.response) for s in some_sets() for c in s.candidates}
