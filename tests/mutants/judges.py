@@ -62,6 +62,27 @@ JUDGE_FAULTS = [
         SERVER_TESTS,
     ),
     Mutant(
+        "an IPv6 address that stands for an IPv4 one is taken as it is",
+        ADDRESSES,
+        "return IPv4Address(int(ip) & 0xFFFFFFFF)",
+        "return ip",
+        HTTP_TESTS,
+    ),
+    Mutant(
+        "an answer is cut before the token in it is replaced",
+        CLIENT,
+        "return self._redacted_json(answer) if self._token else answer",
+        "return answer",
+        HTTP_TESTS,
+    ),
+    Mutant(
+        "evaluated prompts may be calibration items",
+        "rrhf/report/corrected_wins.py",
+        "for prompt in values if prompt in used",
+        "for prompt in values if prompt not in values",
+        CORRECTION_TESTS,
+    ),
+    Mutant(
         "pairs are judged in one order only",
         JUDGE,
         "[(s, (a, b)), (s, (b, a))] if a != b",

@@ -70,7 +70,9 @@ class JsonClient:
                     "server's token, is not set"
                 )
             if not self._token.isascii() or not self._token.isprintable():
-                raise UserError(f"{token_env}: holds letters that no token has; set it again")
+                raise UserError(
+                    f"{token_env}: holds a character that a token cannot have; set it again"
+                )
             if address.scheme == "http" and not address.is_own:
                 raise UserError(
                     f"{address.url}: the token in {token_env} would be sent to {address.host} "

@@ -13,8 +13,8 @@ from rrhf.scoring.config import RewardModelOptions
 
 @dataclass
 class ServeRewardConfig(RewardModelOptions):
-    """Answer requests for scores over HTTP, with a reward model or any other scorer; what asks is
-    --scorer http://..., or OpenRLHF."""
+    """Answer requests for scores over HTTP, with a reward model or any other scorer; clients are
+    --scorer http://... and OpenRLHF."""
 
     scorer: str = field(
         kw_only=True,

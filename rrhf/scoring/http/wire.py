@@ -103,7 +103,7 @@ def _set_from_json(value: Any, place: str) -> CandidateSet:
     responses = _texts(value.get("responses"), f"{place}.responses")
     reasons = value.get("finish_reasons", ["unknown"] * len(responses))
     if not isinstance(reasons, list) or len(reasons) != len(responses):
-        raise Malformed(f"{place}.finish_reasons has not an entry for each response")
+        raise Malformed(f"{place}.finish_reasons must have one entry for each response")
     if not set(map(str, reasons)) <= set(FINISH_REASONS):
         raise Malformed(f"{place}.finish_reasons: each is one of {', '.join(FINISH_REASONS)}")
     turns = None
