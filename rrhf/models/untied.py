@@ -7,7 +7,7 @@ weights are divided by the sampling temperature, so that a server that samples a
 reports log-probs at temperature 1, reports those of the policy at the sampling temperature.
 
 It is not sealed, because no later command reads it: the server's log-probs are compared with the
-trainer's instead.
+trainer's instead. A file in it says that it may be replaced; no other folder is.
 """
 
 from __future__ import annotations
@@ -24,23 +24,56 @@ from rrhf.models.forward.logprobs import inner_model
 from rrhf.models.saving import merged_weights
 from rrhf.staged_folders import no_trace_of_failure
 
+MARKER = ".copied-for-a-server"
+"""Name of the file by which such a folder is known, and may be replaced."""
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier copy for a server.
+
+    Raises:
+        UserError: it would be lost.
+    """
+    if folder.is_dir() and ((folder / MARKER).exists() or not any(folder.iterdir())):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise UserError(
+            f"{folder}: exists, and is not a copy of a model that was written for a server, so it "
+            "is not replaced; name a new folder (--served_folder), or remove this one yourself"
+        )
+
+
+def output_layer(model: Any) -> torch.nn.Linear:
+    """Return the output layer of a Hugging Face model.
+
+    Raises:
+        UserError: it is not a plain linear layer.
+    """
+    inner = inner_model(model)
+    head = inner.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise UserError(
+            f"{type(inner).__name__}: its output layer is not a plain linear layer, so a vLLM "
+            "server cannot be given its weights; use --engine local"
+        )
+    return head
+
 
 @torch.no_grad()
 def write_untied_folder(folder: Path, model: Any, temperature: float = 1.0) -> None:
     """Write a model's weights and config under a temporary name, then rename the folder.
 
     Args:
-        folder: the folder to write; an older one is replaced.
+        folder: the folder to write; an earlier copy is replaced, and no other folder.
         model: the Hugging Face model, with all its weights; LoRA adapters are merged into a copy.
         temperature: the sampling temperature.
 
     Raises:
-        UserError: the disk is full, or the model's output layer is not a plain linear layer.
+        UserError: the folder holds something else, the disk is full, or the model's output layer
+            is not a plain linear layer.
     """
-    inner = inner_model(model)
-    head = inner.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        raise UserError(f"{type(inner).__name__}: has no output layer that could be untied")
+    require_replaceable(folder)
+    inner, head = inner_model(model), output_layer(model)
     if hasattr(model, "merge_and_unload"):
         weights = merged_weights(model, dict(model.state_dict()))
     else:
@@ -59,6 +92,7 @@ def write_untied_folder(folder: Path, model: Any, temperature: float = 1.0) -> N
             inner.save_pretrained(staged, state_dict=weights)
         finally:
             config.tie_word_embeddings = was_tied
+        (staged / MARKER).touch()
         if folder.exists():
             shutil.rmtree(folder)
         staged.rename(folder)

@@ -16,9 +16,16 @@ import torch
 from tiny import save_tiny
 
 from rrhf.cli.main import main
-from rrhf.generation.vllm.start import HOST, StartVLLMConfig, free_port, server_command
+from rrhf.generation.vllm import start
+from rrhf.generation.vllm.start import (
+    HOST,
+    ServerCommand,
+    StartVLLMConfig,
+    free_port,
+    server_command,
+)
 from rrhf.models.loading import load_causal_lm, load_tokenizer
-from rrhf.models.untied import write_untied_folder
+from rrhf.models.untied import MARKER, write_untied_folder
 
 FAKE = """#!/bin/sh
 [ "$1" = -c ] && exit 0
@@ -41,20 +48,33 @@ def fake(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, fake: Path) -> list[ServerCommand]:
+    """The commands that were run: in a new process instead of this one, on a machine without a
+    GPU."""
+    found: list[ServerCommand] = []
+
+    def run(command: ServerCommand) -> None:
+        found.append(command)
+        subprocess.run(command.words, env={**os.environ, **command.environment}, check=True)
+
+    monkeypatch.setattr(start, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("RRHF_VLLM_PYTHON", str(fake))
+    return found
+
+
 def test_the_printed_command_is_run_with_an_untied_copy(
-    model: Path, fake: Path, tmp_path: Path
+    model: Path,
+    fake: Path,
+    started: list[ServerCommand],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     copy = tmp_path / "copy"
     words = ["engine", "vllm", "start", str(model), "--served_folder", str(copy)]
     words += ["--max_model_len", "64", "--port", "8123"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rrhf.cli.main", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RRHF_VLLM_PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(words) == 0 and len(started) == 1
     variables, *seen = (tmp_path / "seen").read_text().splitlines()
     assert variables == "1 1"
     assert seen[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
@@ -63,7 +83,7 @@ def test_the_printed_command_is_run_with_an_untied_copy(
     assert given["--port"] == "8123" and given["--max-model-len"] == "64"
     assert given["--dtype"] == "float32" and given["--logprobs-mode"] == "raw_logprobs"
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(seen)
-    first, second = done.stdout.splitlines()
+    first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("VLLM_SERVER_DEV_MODE=1 ") and f"'{fake}' -m" in first
     assert "--engine vllm --base_url http://127.0.0.1:8123" in second
     plain, served = load_causal_lm(model), load_causal_lm(copy)
@@ -71,6 +91,25 @@ def test_the_printed_command_is_run_with_an_untied_copy(
     assert torch.equal(plain(ids).logits, served(ids).logits)
     assert served.lm_head.weight is not served.model.embed_tokens.weight
     assert load_tokenizer(copy)("a b").input_ids == load_tokenizer(model)("a b").input_ids
+
+
+def test_only_an_earlier_copy_is_replaced(
+    model: Path, started: list[ServerCommand], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    words = ["engine", "vllm", "start", str(model), "--max_model_len", "64", "--served_folder"]
+    assert main([*words, str(mine)]) == 0, "an empty folder"
+    assert main([*words, str(mine)]) == 0, "an earlier copy"
+    (mine / MARKER).unlink()
+    (mine / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("work")
+    for place in (mine, model, tmp_path / "file"):
+        before = sorted(place.iterdir()) if place.is_dir() else place.read_bytes()
+        assert main([*words, str(place)]) == 2
+        assert f"{place}: exists, and is not a copy" in capsys.readouterr().err
+        assert before == (sorted(place.iterdir()) if place.is_dir() else place.read_bytes())
+    assert len(started) == 2
 
 
 def test_a_model_that_shares_no_weights_is_served_as_it_is(

@@ -64,6 +64,13 @@ VLLM_FAULTS = [
         ("test_vllm_start.py",),
     ),
     Mutant(
+        "a folder with something else is replaced by the served copy",
+        UNTIED,
+        "    if folder.exists() or folder.is_symlink():",
+        "    if not folder:",
+        ("test_vllm_start.py",),
+    ),
+    Mutant(
         "a run that loses its server keeps no checkpoint",
         LOOP,
         "            if self.step:\n                self._save()\n            raise\n",

@@ -66,8 +66,8 @@ class StartVLLMConfig(Ranged):
     """Without a GPU: GiB of memory for the keys and values of texts in progress."""
 
     served_folder: str = field(default="", metadata={"names": "place"})
-    """Where to write the copy of a model whose output layer shares weights; empty = in the system's
-    folder for temporary files."""
+    """Where to write the copy of a model whose output layer shares weights: a new folder, or that
+    of an earlier copy; empty = in the system's folder for temporary files."""
 
     dry_run: bool = False
     """Print the command without running it."""
@@ -197,12 +197,17 @@ def require_vllm(python: str, has_gpu: bool) -> None:
 
 
 def write_served(config: StartVLLMConfig, folder: Path) -> None:
-    """Write the copy of the model, if it needs one."""
-    if folder == Path(model_folder(config.model_name_or_path)).resolve():
+    """Write the copy of the model, if it needs one.
+
+    Raises:
+        UserError: something else is in its place.
+    """
+    if not is_tied(Path(model_folder(config.model_name_or_path))):
         return
     from rrhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
-    from rrhf.models.untied import write_untied_folder
+    from rrhf.models.untied import require_replaceable, write_untied_folder
 
+    require_replaceable(folder)
     model = load_causal_lm(config.model_name_or_path, LoadOptions(config.dtype))
     write_untied_folder(folder, model)
     load_tokenizer(config.model_name_or_path).save_pretrained(folder)
