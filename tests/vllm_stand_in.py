@@ -31,7 +31,7 @@ class StandIn:
 
     Attributes:
         faults: what is wrong now: tied, cache, skip, processed (the negative controls); hang, drip,
-            error, html, fewer, model, null (an answer to completions).
+            error, html, fewer, model, null (an answer to completions); cut (the body is).
         seen: requests by path.
         on_completion: called before each sampled answer with the number of those so far.
     """
@@ -222,6 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if "cut" in self.owner.faults:
+            self.close_connection = True
+            return
         drips = "drip" in self.owner.faults and self.path == "/v1/completions"
         for start in range(0, len(content), 1) if drips else [0]:
             self.wfile.write(content[start : start + 1] if drips else content)

@@ -242,6 +242,29 @@ def test_an_evaluation_measures_the_kl_of_its_samples(server: StandIn, tmp_path:
     assert row["config"]["engine"] == "vllm" and abs(row["metrics"]["kl"]["mean"]) < 1e-4
 
 
+def test_an_answer_that_is_cut_or_of_another_kind_is_a_fault(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each passes: a wait repeats the request, and nothing is read into a piece of an answer."""
+    asked = engine(server, check_weights=False).server
+    served = asked.describe()
+    server.faults.add("cut")
+    for ask in (asked.describe, asked.resume):
+        with pytest.raises(ServerFault, match="broke the connection"):
+            ask()
+    server.faults.clear()
+    for told in ([], {"vllm_config": "text"}, {"vllm_config": {"model_config": 1}}):
+        monkeypatch.setattr(server, "info", lambda told=told: told)
+        with pytest.raises(ServerFault, match="answered without"):
+            asked.describe()
+    for part in ({"index": []}, {"token_ids": 5}, {"logprobs": [1]}, {"prompt_token_ids": 1}):
+        choice = {"index": 0, "prompt_token_ids": [5], "finish_reason": "stop", "token_ids": [6]}
+        answer = {"model": served.model, "choices": [{**choice, **part}]}
+        monkeypatch.setattr(server, "complete", lambda body, answer=answer: answer)
+        with pytest.raises(ServerFault):
+            asked.complete(served, [[5]], {"n": 1, "max_tokens": 2})
+
+
 def test_a_cut_connection_is_a_fault(server: StandIn) -> None:
     server.on_completion = lambda number: server.kill()
     made = engine(server, check_weights=False, server_retries=0)

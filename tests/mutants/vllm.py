@@ -71,6 +71,13 @@ VLLM_FAULTS = [
         ("test_vllm_start.py",),
     ),
     Mutant(
+        "an answer that is cut is read as if it were whole",
+        "rrhf/generation/vllm/http.py",
+        "if answer.length and not is_late.is_set():",
+        "if not answer:",
+        ALONE,
+    ),
+    Mutant(
         "a run that loses its server keeps no checkpoint",
         LOOP,
         "            if self.step:\n                self._save()\n            raise\n",

@@ -120,6 +120,8 @@ class JsonServer:
             content = answer.read(_MAX_BYTES)
             if answer.read(1):
                 raise ServerFault(f"answered more than {_MAX_BYTES} bytes")
+            if answer.length and not is_late.is_set():
+                raise ServerFault(f"broke the connection {answer.length} bytes before the end")
         except (OSError, http.client.HTTPException) as error:
             timed_out = is_late.is_set() or isinstance(error, TimeoutError)
             why = late if timed_out else f"broke the connection ({error!r})"

@@ -15,11 +15,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rrhf.errors import UserError
 from rrhf.generation.vllm.http import JsonServer, NotServed, ServerFault
 from rrhf.generation.vllm.settings import VLLMSettings
+
+T = TypeVar("T")
 
 _QUICK_SECONDS = 60.0
 _POLL_SECONDS = 0.5
@@ -78,7 +80,7 @@ class VLLMServer:
         """Ask the server what it serves.
 
         Raises:
-            ServerFault: it does not answer.
+            ServerFault: it does not answer, or not as vLLM does.
             UserError: it is no vLLM server.
         """
         listed = self.http.get("/v1/models", _QUICK_SECONDS)
@@ -94,9 +96,9 @@ class VLLMServer:
             told = self.http.get("/server_info?config_format=json", _QUICK_SECONDS)
         except NotServed:
             return Served(model, str(root or model), window, "", "", False)
-        config = told.get("vllm_config", {})
-        dtype = str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch.")
-        instance = str(config.get("instance_id", ""))
+        config = _field(told, "vllm_config", dict)
+        dtype = _field(config, "model_config", dict).get("dtype", "")
+        dtype, instance = str(dtype).removeprefix("torch."), str(config.get("instance_id", ""))
         return Served(model, str(root or model), window, instance, dtype, True)
 
     def wait(self) -> Served:
@@ -186,8 +188,8 @@ class VLLMServer:
             raise ServerFault("answered without choices")
         if answer.get("model") != served.model:
             raise ServerFault(f"answered as model {answer.get('model')!r}, not {served.model!r}")
-        by_index = {c.get("index"): c for c in answer["choices"] if isinstance(c, dict)}
-        wanted = range(len(prompts) * count)
+        by_index = {str(c.get("index")): c for c in answer["choices"] if isinstance(c, dict)}
+        wanted = [str(i) for i in range(len(prompts) * count)]
         if set(by_index) != set(wanted) or len(answer["choices"]) != len(wanted):
             raise ServerFault(
                 f"gave {len(answer['choices'])} choices, but {len(wanted)} were asked for"
@@ -221,6 +223,18 @@ class VLLMServer:
             raise ServerFault("did not reset its prefix cache")
 
 
+def _field(value: Any, name: str, kind: type[T]) -> T:
+    """Return a field of an answer.
+
+    Raises:
+        ServerFault: the answer has no such field, or another kind of value in it.
+    """
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, kind):
+        raise ServerFault(f"answered without {name}, or with something else in its place")
+    return found
+
+
 def _read_choice(choice: dict[str, Any], prompt: Sequence[int]) -> Choice:
     """Check a choice.
 
@@ -230,11 +244,11 @@ def _read_choice(choice: dict[str, Any], prompt: Sequence[int]) -> Choice:
     if choice.get("prompt_token_ids") != list(prompt):
         raise ServerFault("read other token ids than those of the prompt")
     ids, end = choice.get("token_ids"), choice.get("finish_reason")
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
     if end not in ("stop", "length"):
         raise ServerFault(f"ended a response with finish_reason {end!r}")
-    if not ids or not all(type(one) is int for one in ids):
+    if not isinstance(ids, list) or not ids or not all(type(one) is int for one in ids):
         raise ServerFault("gave a response without token ids")
+    logprobs = _field(choice, "logprobs", dict).get("token_logprobs")
     return Choice(ids, _checked(logprobs, len(ids)), str(end))
 
 
