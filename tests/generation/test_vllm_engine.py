@@ -152,6 +152,19 @@ def test_a_server_with_other_weights_is_given_those_of_the_policy(
         assert its.seen["/collective_rpc"] == 0
 
 
+def test_two_commands_on_one_server_never_get_each_others_text(
+    server: StandIn, tmp_path: Path
+) -> None:
+    """The second gives the server its weights, while the first believes that it has its own."""
+    first, second = engine(server), engine(server, save_tiny(tmp_path / "other", seed=7))
+    mine, its, again = (
+        [sample.text for sample in answers(one, SETS[:1], THREE)[0]]
+        for one in (first, second, first)
+    )
+    assert mine == again != its
+    assert server.seen["/collective_rpc"] == 2
+
+
 def test_a_server_that_takes_no_weights_is_refused_where_it_has_others(
     model: Path, tmp_path: Path
 ) -> None:

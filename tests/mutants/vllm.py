@@ -37,9 +37,16 @@ VLLM_FAULTS = [
     Mutant(
         "a restarted server's responses are kept",
         ENGINE,
-        "                samples = self._draw(prompts, params)\n                "
-        "self._require_same_instance()\n",
-        "                samples = self._draw(prompts, params)\n",
+        "                if self.settings.check_weights:\n                    "
+        "self.require_same()\n",
+        "                if self.settings.check_weights:\n                    pass\n",
+        ALONE,
+    ),
+    Mutant(
+        "a server that failed is believed to have the weights that it had before",
+        ENGINE,
+        "        self._checked = None  # what failed",
+        "        # what failed",
         ALONE,
     ),
     Mutant(

@@ -6,7 +6,9 @@ samples of a request from that seed. Work that is repeated after a failure there
 same requests.
 
 Outside training, the server must have the weights of the policy's folder: eight canaries are scored
-on both sides once, and a server that has other weights is given the policy's, if it takes weights.
+on both sides before the first responses and after each call's, because another command may give the
+server other weights at any time. A server that has others is given the policy's, if it takes
+weights.
 In training, the caller gives the server new weights by `load` before each rollout, and calls
 `require_same` after it. A call returns nothing before the server proved to be the one whose weights
 were checked, so a restarted server's responses are never used.
@@ -131,7 +133,10 @@ class VLLMEngine:
             try:
                 self._ensure_weights()
                 samples = self._draw(prompts, params)
-                self._require_same_instance()
+                if self.settings.check_weights:
+                    self.require_same()
+                else:
+                    self._require_same_instance()
                 break
             except ServerFault as fault:
                 self.give_up_or_wait(fault, left)
@@ -150,6 +155,7 @@ class VLLMEngine:
                 f"{self.settings.server_retries} times. See the server's own log"
             ) from fault
         logger.warning("%s %s; its responses are dropped and drawn again", where, fault)
+        self._checked = None  # what failed may be a request that another program's sync aborted
         self._served = self.server.wait()
 
     def _draw(self, prompts: Sequence[CandidateSet], params: SamplingParams) -> list[list[Sample]]:
@@ -254,7 +260,7 @@ class VLLMEngine:
         return asdict(found)
 
     def require_same(self) -> None:
-        """Check that the server still has the weights of the last `load`.
+        """Check that the server still has the policy's weights.
 
         Raises:
             WrongWeights: it was restarted, or its log-probs are no longer the policy's.
@@ -269,8 +275,8 @@ class VLLMEngine:
             raise WrongWeights("was restarted, and has the weights that it was started with")
 
     def _ensure_weights(self) -> None:
-        """Outside training: compare canaries once for each server, and give it the policy's weights
-        if it has others."""
+        """Outside training: compare canaries with a server that is new or failed, and give it the
+        policy's weights if it has others."""
         if not self.settings.check_weights or self._checked == self._served:
             return
         if self._served.takes_weights:
