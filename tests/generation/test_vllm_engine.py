@@ -278,6 +278,30 @@ def test_an_answer_that_is_cut_or_of_another_kind_is_a_fault(
             asked.complete(served, [[5]], {"n": 1, "max_tokens": 2})
 
 
+def test_a_folder_for_weights_that_cannot_be_written_is_refused_at_the_start(
+    server: StandIn, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file.* cannot be written"):
+        engine(server, sync_folder=str(tmp_path / "file" / "weights"))
+
+
+def test_a_pause_whose_answer_is_lost_is_taken_back(server: StandIn, tmp_path: Path) -> None:
+    asked = engine(server, check_weights=False).server
+    real, paths = asked.http.post, []
+
+    def post(path: str, body: Any, seconds: float) -> Any:
+        paths.append(path)
+        real(path, body, seconds)
+        if path.startswith("/pause"):
+            raise ServerFault("gave no complete answer")
+
+    asked.http.post = post
+    with pytest.raises(ServerFault, match="gave no complete answer"):
+        asked.load(tmp_path)
+    assert paths[-1] == "/resume" and server.runs.is_set()
+
+
 def test_a_cut_connection_is_a_fault(server: StandIn) -> None:
     server.on_completion = lambda number: server.kill()
     made = engine(server, check_weights=False, server_retries=0)

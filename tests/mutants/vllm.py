@@ -85,6 +85,13 @@ VLLM_FAULTS = [
         ALONE,
     ),
     Mutant(
+        "a rank that fails leaves the others waiting",
+        SYNC,
+        "                crash = found\n",
+        "                raise\n",
+        ("test_weight_sync.py",),
+    ),
+    Mutant(
         "a run that loses its server keeps no checkpoint",
         LOOP,
         "            if self.step:\n                self._save()\n            raise\n",

@@ -52,6 +52,7 @@ from rrhf.models.eval_mode import eval_mode
 from rrhf.models.forward.logprobs import LogprobOptions, Policy
 from rrhf.models.loading import context_window
 from rrhf.models.untied import write_untied_folder
+from rrhf.os_errors import explained_os_errors
 from rrhf.records import CandidateSet
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,10 @@ class VLLMEngine:
         self._options, self.settings = options, options.settings
         self.server = VLLMServer(options.settings)
         self._served = self.server.require(options.is_live)
+        if folder := self.sync_folder():  # a training would notice only at its first rollout
+            with explained_os_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryDirectory(dir=folder).cleanup()
         self._checked: Served | None = None  # the server whose weights were found right
         self.capabilities = Capabilities(
             ids=True,

@@ -212,8 +212,8 @@ class VLLMServer:
             ServerFault: a step failed; the server may be paused, or hold any weights.
         """
         seconds = self.settings.request_seconds
-        self.http.post("/pause?mode=abort", {}, _QUICK_SECONDS)
         try:
+            self.http.post("/pause?mode=abort", {}, _QUICK_SECONDS)
             call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
             self.http.post("/collective_rpc", call, seconds)
             done = self.http.post("/reset_prefix_cache", {}, _QUICK_SECONDS)

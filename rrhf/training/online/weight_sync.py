@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rrhf.errors import Resumable, StoppedBySignal, UserError
+from rrhf.errors import LostRank, Resumable, StoppedBySignal, UserError
 from rrhf.generation.engine import (
     EngineFault,
     Sample,
@@ -27,7 +27,8 @@ from rrhf.generation.engine import (
     answers,
     engine_name,
 )
-from rrhf.models.untied import write_untied_folder
+from rrhf.models.untied import output_layer, write_untied_folder
+from rrhf.os_errors import explained_os_errors
 from rrhf.records import CandidateSet
 from rrhf.signals import StopRequest
 from rrhf.training.core.parallel import Parallel
@@ -50,6 +51,9 @@ class WeightSync:
         parallel: the ranks.
         stop: records signals.
 
+    Raises:
+        UserError: the model's output layer cannot be given to a server.
+
     Attributes:
         measures: of the last rollout, for the metrics log.
     """
@@ -63,6 +67,7 @@ class WeightSync:
         parallel: Parallel,
         stop: StopRequest,
     ) -> None:
+        output_layer(model)
         self._engine, self._model, self._temperature = engine, model, temperature
         # Several runs may pass weights through one folder.
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
@@ -129,24 +134,33 @@ class WeightSync:
         Raises:
             StoppedBySignal: a rank received a signal; raised on all ranks.
             LostSampler: the work cannot be done, and repeating it would not help; on all ranks.
+            LostRank: the work failed on another rank in a way that is not foreseen; on that rank,
+                what it raised.
         """
-        fault, refusal = "", ""
+        fault, refusal, crash = "", "", None  # crash: what no message was foreseen for
         if self._parallel.is_main or not on_main:
             try:
                 self._stop.run(work, "the rollout is dropped")
             except EngineFault as found:
                 fault = str(found) or repr(found)
-            except UserError as found:
+            except (UserError, OSError) as found:
                 refusal = str(found)
             except StoppedBySignal:
                 pass  # told to all ranks below
-        told = self._parallel.gather([(fault, refusal)])
-        if code := int(self._parallel.max(self._stop.exit_code)):
+            except Exception as found:  # the other ranks must not wait for this one
+                crash = found
+        told = self._parallel.gather([(fault, refusal, repr(crash) if crash else "")])
+        code = int(self._parallel.max(self._stop.exit_code))
+        if crash is not None:
+            raise crash
+        if lost := next((one for _, _, one in told if one), ""):
+            raise LostRank(f"another process failed: {lost}")
+        if code:
             raise StoppedBySignal(code, "the rollout was dropped")
-        for _, one in told:
+        for _, one, _ in told:
             if one:
                 raise LostSampler(f"{one}; then continue with --resume_from_checkpoint")
-        return next((one for one, _ in told if one), None)
+        return next((one for one, _, _ in told if one), None)
 
     def _draw(
         self,
@@ -160,7 +174,8 @@ class WeightSync:
         """Write the weights, and let the engine load them; on the main rank alone."""
         started = time.monotonic()
         target = self._folder / "policy"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with explained_os_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         try:
             write_untied_folder(target, self._model, self._temperature)
             written = time.monotonic()
