@@ -23,9 +23,9 @@ VLLM_FAULTS = [
     Mutant(
         "a server that kept the old weights passes if they are near enough",
         CANARIES,
-        "if kept < _STALE * moved:",
-        "if kept < 0 * moved:",
-        ONLINE,
+        "if abs(1 - slope) > max(",
+        "if abs(1 - slope) > 9 + max(",
+        ("test_canaries.py",),
     ),
     Mutant(
         "nobody looks whether the server still has the weights",
@@ -90,6 +90,13 @@ VLLM_FAULTS = [
         "                crash = found\n",
         "                raise\n",
         ("test_weight_sync.py",),
+    ),
+    Mutant(
+        "a server's rounding is taken for weights that it kept",
+        CANARIES,
+        "max(_SLOPE_BOUND, _SLOPE_ERRORS * float(error))",
+        "_SLOPE_BOUND * 0.1",
+        ("test_canaries.py",),
     ),
     Mutant(
         "a run that loses its server keeps no checkpoint",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
+from rrhf.errors import UserError
 from rrhf.generation.vllm.http import ServerFault
 from rrhf.generation.vllm.server import Served, VLLMServer
 
@@ -38,9 +39,13 @@ _TEXT = (
     "who like rice? Perhaps a curry with beans: fry an onion, add 2 spoons of curry powder, then "
     "400 g of beans, and let it simmer for 15 minutes. I am sorry, but I cannot help with that. "
 )
-_STALE = 0.1
-"""A server that is nearer to the policy of the last sync than this share of the policy's move since
-then was not given the new weights."""
+_SLOPE_BOUND, _SLOPE_ERRORS = 0.5, 6.0
+"""The server's log-probs must move as the policy's did since the last sync: the slope of a line
+through the moves of all tokens may differ from 1 by this, or by so many of its standard errors. The
+rounding of a server in bfloat16 cancels in its moves, so that this finds a sync that was skipped
+where the differences themselves are within the bound."""
+_VISIBLE = 0.05
+"""Moves smaller than this share of the differences are not judged: rounding may hide them."""
 
 Score = Callable[[Sequence[Sequence[int]]], list[Tensor]]
 """Computes the log-probs [T - 1] of each sequence's tokens but the first."""
@@ -90,7 +95,8 @@ class Canaries:
     ) -> None:
         self.bound = bound
         self._server, self._prompts, self._score = server, prompts, score
-        self._last: list[Tensor] | None = None  # prompts' log-probs when weights were last given
+        # Log-probs of the prompts' tokens when weights were last given: the server's, the policy's.
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def warm(self, served: Served) -> None:
         """Let the server cache the canaries, so that a cache that is not reset shows later."""
@@ -108,6 +114,7 @@ class Canaries:
             WrongWeights: they differ by more than the bound, or the server still has the weights
                 that it had before it was given these.
             ServerFault: the server failed.
+            UserError: the policy's own log-probs are not finite.
         """
         read = self._server.prompt_logprobs(served, self._prompts)
         texts, filters = [list(ids) for ids in self._prompts], [0, 2]
@@ -121,6 +128,11 @@ class Canaries:
                 texts[i] += choice.token_ids
                 written.append((i, choice.logprobs))
         ours = self._score(texts)
+        if not all(one.isfinite().all() for one in ours):
+            raise UserError(
+                "the policy's log-probs of the canary texts are not finite numbers, so its weights "
+                "are damaged: it diverged in training, or its files are broken; use an earlier one"
+            )
         heads = [one[: len(ids) - 1] for one, ids in zip(ours, self._prompts, strict=True)]
         theirs = [torch.tensor(one) for one in read]
         gaps: dict[str, list[float]] = {
@@ -135,8 +147,9 @@ class Canaries:
         found = Differences(**{name: max(values, default=0.0) for name, values in gaps.items()})
         self._require_small(found)
         if are_new:
-            self._require_new(theirs, heads)
-            self._last = heads
+            now = torch.cat(theirs).double(), torch.cat(heads).double()
+            self._require_new(*now)
+            self._last = now
         return found
 
     def _require_small(self, found: Differences) -> None:
@@ -156,17 +169,21 @@ class Canaries:
                     f"({name}), more than {self.bound:g}: {cause}"
                 )
 
-    def _require_new(self, theirs: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
+    def _require_new(self, theirs: Tensor, ours: Tensor) -> None:
         """Refuse a server that kept the weights of the last sync, even if those are within the
-        bound."""
+        bound; both log-probs [tokens]."""
         if self._last is None:
             return
-        moved = max(_gaps(heads, self._last))
-        kept = max(_gaps(theirs, self._last))
-        if kept < _STALE * moved:
+        their_move, our_move = theirs - self._last[0], ours - self._last[1]
+        size = our_move.square().sum()
+        if not size > _VISIBLE**2 * (theirs - ours).square().sum():
+            return
+        slope = (their_move * our_move).sum() / size
+        error = ((their_move - slope * our_move).square().mean() / size).sqrt()
+        if abs(1 - slope) > max(_SLOPE_BOUND, _SLOPE_ERRORS * float(error)):
             raise WrongWeights(
-                f"still has the weights of the last sync: it is {kept:.3g} nats a token away from "
-                f"them, the policy {moved:.3g}"
+                "still has the weights of the last sync, or part of them: since then its log-probs "
+                f"moved {float(slope):.3g} times as far as the policy's"
             )
 
 
