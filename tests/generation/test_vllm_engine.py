@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +302,24 @@ def test_a_pause_whose_answer_is_lost_is_taken_back(server: StandIn, tmp_path: P
     with pytest.raises(ServerFault, match="gave no complete answer"):
         asked.load(tmp_path)
     assert paths[-1] == "/resume" and server.runs.is_set()
+
+
+def test_a_request_that_connects_while_others_are_ended_is_ended_too(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = JsonServer(server.url)
+    real = HTTPConnection.connect
+    with ExitStack() as until:
+
+        def connect(connection: HTTPConnection) -> None:
+            real(connection)
+            until.enter_context(asked.hang_up())
+
+        monkeypatch.setattr(HTTPConnection, "connect", connect)
+        with pytest.raises(ServerFault, match="the others were given up"):
+            asked.get("/v1/models", 5)
+    monkeypatch.setattr(HTTPConnection, "connect", real)
+    assert asked.get("/v1/models", 5)["data"]
 
 
 def test_a_cut_connection_is_a_fault(server: StandIn) -> None:

@@ -99,6 +99,13 @@ VLLM_FAULTS = [
         ("test_canaries.py",),
     ),
     Mutant(
+        "a request that connects while others are ended goes on",
+        "rrhf/generation/vllm/http.py",
+        "if self._is_closed:",
+        "if False:",
+        ALONE,
+    ),
+    Mutant(
         "a run that loses its server keeps no checkpoint",
         LOOP,
         "            if self.step:\n                self._save()\n            raise\n",

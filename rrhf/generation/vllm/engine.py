@@ -185,8 +185,8 @@ class VLLMEngine:
             return [answer.result() for answer in answers]
         finally:  # also after a signal: the threads end as soon as their connections do
             pool.shutdown(wait=False, cancel_futures=True)
-            self.server.http.hang_up()
-            pool.shutdown()
+            with self.server.http.hang_up():
+                pool.shutdown()
 
     def _answer(self, prompt: CandidateSet, ids: list[int], params: SamplingParams) -> list[Sample]:
         codec = self._options.codec()

@@ -11,7 +11,8 @@ import http.client
 import json
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -56,7 +57,7 @@ class JsonServer:
         self._url = parse_url(base_url)
         self._prefix = self._url.path.rstrip("/").removesuffix("/v1")
         self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = threading.Lock(), False
 
     def get(self, path: str, seconds: float) -> Any:
         """Return the JSON answer to a GET request; errors as in `post`."""
@@ -77,12 +78,19 @@ class JsonServer:
         """
         return self._ask("POST", path, body, seconds)
 
-    def hang_up(self) -> None:
-        """End every request in progress; their threads get a `ServerFault`."""
+    @contextmanager
+    def hang_up(self) -> Iterator[None]:
+        """Context manager: end every request in progress, and take none until it is left; threads
+        that ask get a `ServerFault`. Wait for them within it."""
         with self._lock:
+            self._is_closed = True
             for one in self._open:
                 with suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
+        try:
+            yield
+        finally:
+            self._is_closed = False
 
     def _ask(self, method: str, path: str, body: Any, seconds: float) -> Any:
         https = self._url.scheme == "https"
@@ -109,6 +117,9 @@ class JsonServer:
         clock = threading.Timer(seconds, end)
         clock.daemon = True
         with self._lock:
+            if self._is_closed:  # a request that connected while others were ended
+                connection.close()
+                raise ServerFault("was not asked, because the others were given up")
             self._open.add(plug)
         clock.start()
         try:
