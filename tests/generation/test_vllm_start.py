@@ -16,6 +16,7 @@ import torch
 from tiny import save_tiny
 
 from rrhf.cli.main import main
+from rrhf.errors import UserError
 from rrhf.generation.vllm import start
 from rrhf.generation.vllm.start import (
     HOST,
@@ -137,6 +138,14 @@ def test_a_taken_port_is_not_chosen() -> None:
         with contextlib.suppress(OSError):  # another program has it
             taken.bind((HOST, 8000))
         assert free_port() not in (0, 8000)
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port}: another program"):
+            free_port(port)
+    assert free_port(port) == port
+    with pytest.raises(UserError, match="port 70000"):
+        StartVLLMConfig("model", port=70000)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 
 from rrhf.errors import UserError
 from rrhf.model_paths import model_folder
-from rrhf.ranges import COUNT, INDEX, SHARE, Ranged
+from rrhf.ranges import COUNT, SHARE, Ranged
 
 HOST, USUAL_PORT = "127.0.0.1", 8000
 _TOKENS_AT_ONCE = 4096
@@ -73,7 +73,7 @@ class StartVLLMConfig(Ranged):
     """Print the command without running it."""
 
     RANGES: ClassVar = {
-        "port": INDEX,
+        "port": "[0, 65535]",
         "max_model_len": COUNT,
         "gpu_memory_utilization": SHARE,
         "cpu_cache_gib": COUNT,
@@ -115,7 +115,7 @@ def server_command(config: StartVLLMConfig, python: str, has_gpu: bool) -> Serve
             f"--max_model_len {config.max_model_len}: the model supports {window} tokens; give at "
             "most that many"
         )
-    port = config.port or free_port()
+    port = free_port(config.port)
     words = [python, "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", str(served_folder(config, folder, port))]
     words += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
@@ -165,16 +165,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def free_port() -> int:
-    """Return the usual port, or a free one if it is taken."""
-    for port in (USUAL_PORT, 0):
+def free_port(wanted: int = 0) -> int:
+    """Return the wanted port; if it is 0, the usual port, or a free one if that is taken.
+
+    Raises:
+        UserError: the wanted port is taken.
+    """
+    for port in (wanted,) if wanted else (USUAL_PORT, 0):
         with socket.socket() as probe:
+            # As servers do: the closed connections of one that just ended do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise UserError(f"no port of {HOST} is free")
+    if wanted:
+        raise UserError(
+            f"--port {wanted}: another program on {HOST} has it, or it may not be used; leave "
+            "--port out to get one that is free"
+        )
+    raise UserError(f"no port of {HOST} is free; end a program that uses one")
 
 
 def require_vllm(python: str, has_gpu: bool) -> None:
