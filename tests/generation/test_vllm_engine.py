@@ -239,6 +239,13 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         VLLMSettings(base_url=url)
 
 
+@pytest.mark.parametrize("url", ["http://me:hush@x:1", "http://x?key=hush", "http://x:p#hush"])
+def test_an_address_with_a_secret_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UserError, match="holds more than host, port and path") as caught:
+        VLLMSettings(base_url=url)
+    assert "hush" not in str(caught.value)
+
+
 def test_what_is_not_a_vllm_server_is_refused(server: StandIn) -> None:
     with pytest.raises(UserError, match=r"status 404.*engine vllm start"):
         JsonServer(f"{server.url}/else").get("/v1/other", 5)

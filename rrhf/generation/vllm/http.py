@@ -38,11 +38,19 @@ def parse_url(base_url: str) -> SplitResult:
     Raises:
         UserError: it is not an address.
     """
-    with suppress(ValueError):  # a port that is no number
+    try:
         found = urlsplit(base_url)
-        if found.scheme in ("http", "https") and found.hostname and found.port != 0:
-            return found
-    raise UserError(f"--base_url {base_url}: is not an address such as http://127.0.0.1:8000")
+        is_address = found.scheme in ("http", "https") and found.hostname and found.port != 0
+    except ValueError:  # a port that is no number
+        is_address = False
+    if "@" in base_url or "?" in base_url or "#" in base_url:  # it may hold a key: not shown
+        raise UserError(
+            "--base_url: holds more than host, port and path; leave out user, password, and what "
+            "follows ? or #"
+        )
+    if not is_address:
+        raise UserError(f"--base_url {base_url}: is not an address such as http://127.0.0.1:8000")
+    return found
 
 
 class JsonServer:
