@@ -1,4 +1,4 @@
-"""Makes samples of sampled ids: decodes the text, and cuts a response at its first stop string."""
+"""What engines that sample ids share: a prompt must fit; ids become text, cut at a stop string."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from rrhf.data.chat_format import ChatCodec
+from rrhf.errors import UserError
 from rrhf.generation.engine import Sample
 from rrhf.records import CandidateSet, FinishReason
 
@@ -63,3 +64,22 @@ def _tokens_before(
         else:
             high = middle - 1
     return low
+
+
+def require_fit(prompt: CandidateSet, ids: list[int] | None, room: int | None) -> list[int]:
+    """Return a prompt's ids; refuse a prompt that is empty or does not fit (`ids` is None).
+
+    Args:
+        prompt: the prompt, for the message.
+        ids: its tokens.
+        room: maximum number of tokens in a prompt.
+
+    Raises:
+        UserError: the prompt has no ids.
+    """
+    if ids is None:
+        raise UserError(
+            f"prompt {prompt.id}: is empty, or its last turn does not fit into {room} tokens; "
+            "shorten it, or raise max_prompt_tokens"
+        )
+    return ids

@@ -23,7 +23,7 @@ from rrhf.generation.local.beam_search import BeamSearch, Hypothesis
 from rrhf.generation.local.decoders import Decoder, decoding
 from rrhf.generation.local.row_loop import ByParams, Chooser, Job, RowLoop, Written
 from rrhf.generation.params import check_params, prompt_room
-from rrhf.generation.samples import sample_of
+from rrhf.generation.samples import require_fit, sample_of
 from rrhf.models.eval_mode import eval_mode
 from rrhf.models.loading import context_window
 from rrhf.records import CandidateSet
@@ -88,12 +88,8 @@ class LocalEngine:
         check_params(params)
         jobs = []
         for prompt in prompts:
-            ids = self.encode_prompt(prompt, params)
-            if ids is None:
-                raise UserError(
-                    f"prompt {prompt.id}: is empty, or its last turn does not fit into "
-                    f"{self.prompt_room(params)} tokens; shorten it, or raise max_prompt_tokens"
-                )
+            found = self.encode_prompt(prompt, params)
+            ids = require_fit(prompt, found, self.prompt_room(params))
             stops = (*self.codec.stop_strings(prompt), *params.stop_strings)
             jobs.append(Job(prompt, ids, stops, params.num_return_sequences))
         return self._write(jobs, params)

@@ -37,7 +37,7 @@ from rrhf.errors import UserError
 from rrhf.generation.build import EngineOptions
 from rrhf.generation.engine import Capabilities, Sample, SamplingParams
 from rrhf.generation.params import check_params, prompt_room
-from rrhf.generation.samples import sample_of
+from rrhf.generation.samples import require_fit, sample_of
 from rrhf.generation.vllm.canaries import (
     COARSE_BOUND,
     FLOAT32_BOUND,
@@ -172,12 +172,7 @@ class VLLMEngine:
         jobs = []
         for prompt in prompts:
             ids = self._encode(prompt, params)
-            if ids is None:
-                raise UserError(
-                    f"prompt {prompt.id}: is empty, or its last turn does not fit into "
-                    f"{self._room(params)} tokens; shorten it, or raise max_prompt_tokens"
-                )
-            jobs.append((prompt, ids))
+            jobs.append((prompt, require_fit(prompt, ids, self._room(params))))
         at_a_time = max(1, self._options.max_batch_rows // params.num_return_sequences)
         pool = ThreadPoolExecutor(min(at_a_time, max(1, len(jobs))))
         try:
